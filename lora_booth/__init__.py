@@ -1,0 +1,58 @@
+"""DreamBooth with LoRA: teach Stable Diffusion one subject from a few photos, share it as one small file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# where each public name lives; nothing heavy is imported before it is used
+_HOMES = {
+    "Adapter": "adapters",
+    "Card": "adapters",
+    "LoraFactors": "adapters",
+    "BaseModel": "base_model",
+    "Composition": "composition",
+    "Picture": "composition",
+    "LoraSpec": "config",
+    "TrainingConfig": "config",
+    "LoraBoothError": "errors",
+    "Gallery": "gallery",
+    "attached": "injection",
+    "Photo": "photos",
+    "Step": "progress",
+    "Subject": "subject",
+    "check_token": "subject",
+    "propose_tokens": "subject",
+    "prepare": "training",
+    "train": "training",
+    "training_steps": "training",
+}
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from .adapters import Adapter, Card, LoraFactors
+    from .base_model import BaseModel
+    from .composition import Composition, Picture
+    from .config import LoraSpec, TrainingConfig
+    from .errors import LoraBoothError
+    from .gallery import Gallery
+    from .injection import attached
+    from .photos import Photo
+    from .progress import Step
+    from .subject import Subject, check_token, propose_tokens
+    from .training import prepare, train, training_steps
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

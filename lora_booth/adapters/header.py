@@ -1,0 +1,161 @@
+"""The card in a file's header, in our own words and in those that other programs read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ..family import FAMILIES
+from .adapter import CONSENT, Adapter, Card, Layout
+from .layouts import component_of
+
+CARD_KEY = "lora_booth.card"
+PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
+SGM_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+FIELD_LENGTH = 500  # characters; longer text of a stranger is cut
+
+
+def metadata_of(adapter: Adapter, layout: Layout, alpha: float, data_sha256: str) -> dict[str, str]:
+    """Every entry of a header but the ones that need the finished file. No date: equal adapters give equal bytes."""
+    card = adapter.card
+    ranks = Counter(f.rank for f in adapter.modules.values())
+    rank = ranks.most_common(1)[0][0] if len(ranks) == 1 else None
+    entries: dict[str, str | None] = {
+        "format": "pt",
+        CARD_KEY: json.dumps(dataclasses.asdict(card), sort_keys=True, ensure_ascii=True),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": adapter.name,
+        "modelspec.hash_sha256": f"0x{data_sha256}",
+        "modelspec.license": card.license,
+        "modelspec.trigger_phrase": " ".join(filter(None, (card.token, card.class_noun))) or None,
+        "modelspec.usage_hint": f"{card.prompt}; weight {card.weight:g}" if card.prompt else None,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "Dynamic" if rank is None else str(rank),
+        "ss_network_alpha": "Dynamic" if rank is None else f"{alpha:g}",
+        "ss_network_args": "{}",
+        "ss_output_name": adapter.name,
+        "ss_sd_model_name": card.base_model,
+        "ss_resolution": None if card.resolution is None else f"({card.resolution}, {card.resolution})",
+        "sshs_model_hash": data_sha256,
+    }
+    if card.family is not None:
+        family = FAMILIES[card.family]
+        size = card.resolution or family.resolution
+        prediction = card.prediction_type or "epsilon"
+        entries |= {
+            "modelspec.architecture": family.modelspec.get(prediction),
+            "modelspec.implementation": SGM_IMPLEMENTATION if layout == "kohya" and family.kohya_sgm else "diffusers",
+            "modelspec.resolution": f"{size}x{size}",
+            "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
+            "ss_base_model_version": family.ss_base_model_version,
+            "ss_v2": family.ss_v2,
+        }
+    return {key: value for key, value in entries.items() if value is not None}
+
+
+def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], *, sgm: bool) -> Card:
+    """Our own card if the file has one, else what kohya's and ModelSpec's entries and the shapes tell.
+
+    shapes: canonical module -> shape of its `down`. sgm: some keys had the block names of the original code.
+    """
+    family = _family_by_width(shapes) or _family_by_words(metadata) or _family_by_names(shapes, sgm)
+    own = _own_card(metadata.get(CARD_KEY))
+    if own is not None:
+        return own if own.family is not None else dataclasses.replace(own, family=family)
+
+    def text(*keys: str) -> str | None:
+        return next((clean(metadata[key]) for key in keys if metadata.get(key, "None") not in ("", "None")), None)
+
+    prediction = text("modelspec.prediction_type")
+    if prediction is None and metadata.get("ss_v_parameterization") == "True":
+        prediction = "v"
+    size = text("modelspec.resolution", "ss_resolution") or ""
+    alpha = text("ss_network_alpha")
+    return Card(
+        family=family,
+        prediction_type={"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(prediction or ""),
+        base_model=text("ss_sd_model_name"),
+        base_hash=text("ss_new_sd_model_hash", "ss_sd_model_hash"),
+        resolution=_whole(size.strip("()").replace("x", ",").split(",")[0]),
+        token=text("modelspec.trigger_phrase"),
+        rank=_whole(text("ss_network_dim")),
+        alpha=_number(alpha),
+        steps=_whole(text("ss_steps", "ss_max_train_steps")),
+        photos=_whole(text("ss_num_train_images")),
+        title=text("modelspec.title", "ss_output_name"),
+        license=text("modelspec.license"),
+    )
+
+
+def clean(text: str) -> str:
+    """A stranger's text without what a terminal would obey (escape codes, line ends, direction marks)."""
+    return "".join(c if c.isprintable() else " " for c in text[:FIELD_LENGTH]).strip()
+
+
+def _whole(text: str | None) -> int | None:
+    text = (text or "").strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if abs(value) < 1e9 else None
+
+
+def _own_card(text: str | None) -> Card | None:
+    """A card that is not as we write it is ignored: it is no reason to refuse good tensors."""
+    try:
+        values: Any = json.loads(text or "")
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or "family" not in values:
+        return None
+    known: dict[str, Any] = {}
+    for field in dataclasses.fields(Card):
+        value = values.get(field.name)
+        kind = str(field.type).split(" ")[0]
+        if kind == "str" and isinstance(value, str):
+            known[field.name] = clean(value)
+        elif kind in ("int", "float") and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
+            known[field.name] = int(value) if kind == "int" else float(value)
+    if known.get("consent", CONSENT[0]) not in CONSENT:
+        del known["consent"]
+    if known.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        del known["prediction_type"]
+    if known.get("family") not in FAMILIES:
+        known.pop("family", None)
+    return Card(**known)
+
+
+def _family_by_width(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The width of the text condition tells the families apart at full size."""
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
+    return next((name for name, family in FAMILIES.items() if widths == {family.text_width}), None)
+
+
+def _family_by_words(metadata: Mapping[str, str]) -> str | None:
+    version = metadata.get("ss_base_model_version", "")
+    architecture = metadata.get("modelspec.architecture", "")
+    if version.startswith("sdxl") or architecture.startswith("stable-diffusion-xl"):
+        return "sdxl"
+    if version.startswith("sd_v2") or architecture.startswith("stable-diffusion-v2") or metadata.get("ss_v2") == "True":
+        return "sd2"
+    if version.startswith("sd_") or architecture.startswith("stable-diffusion-v1") or metadata.get("ss_v2") == "False":
+        return "sd1"
+    return None
+
+
+def _family_by_names(shapes: Mapping[str, tuple[int, ...]], sgm: bool) -> str | None:
+    if sgm or any(component_of(name) == "text_encoder_2" for name in shapes):
+        return "sdxl"
+    widths = {shape[1] for name, shape in shapes.items() if name.startswith("text_encoder.") and name.endswith("q_proj")}
+    if widths == {1024}:
+        return "sd2"
+    projections = [len(shape) for name, shape in shapes.items() if name.endswith((".proj_in", ".proj_out"))]
+    return "sd1" if 4 in projections else None

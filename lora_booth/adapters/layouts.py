@@ -1,0 +1,315 @@
+"""The names of LoRA tensors: canonical module paths, and what kohya's tools, PEFT and diffusers make of them.
+
+A module path is matched whole against a table in which `#` stands for an index; nothing is searched for inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Literal
+
+from ..errors import AdapterBaseMismatch, AdapterTargetError
+from ..family import FAMILIES
+
+Role = Literal["down", "up", "alpha"]
+
+ATTENTION = (
+    "proj_in",
+    "proj_out",
+    *(f"transformer_blocks.#.{attn}.{m}" for attn in ("attn1", "attn2") for m in ("to_q", "to_k", "to_v", "to_out.0")),
+    "transformer_blocks.#.ff.net.0.proj",
+    "transformer_blocks.#.ff.net.2",
+)
+RESNET = {"conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1", "conv_shortcut": "skip_connection"}
+BLOCKS = ("down_blocks.#", "mid_block", "up_blocks.#")
+UNET = (
+    *(f"{block}.attentions.#.{m}" for block in BLOCKS for m in ATTENTION),
+    *(f"{block}.resnets.#.{m}" for block in BLOCKS for m in RESNET),
+    "down_blocks.#.downsamplers.0.conv",
+    "up_blocks.#.upsamplers.0.conv",
+)
+TEXT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+TEXT = tuple(f"text_model.encoder.layers.#.{m}" for m in TEXT_MODULES)
+RARE = {  # understood, but refused unless allowed by name; with the names in the original code
+    "unet.conv_in": "input_blocks_0_0",
+    "unet.conv_out": "out_2",
+    "unet.time_embedding.linear_1": "time_embed_0",
+    "unet.time_embedding.linear_2": "time_embed_2",
+    "unet.add_embedding.linear_1": "label_emb_0_0",
+    "unet.add_embedding.linear_2": "label_emb_0_2",
+    "text_encoder.text_projection": "text_projection",
+    "text_encoder_2.text_projection": "text_projection",
+}
+COMPONENTS = {
+    "unet": (*UNET, *(name.removeprefix("unet.") for name in RARE if name.startswith("unet."))),
+    "text_encoder": (*TEXT, "text_projection"),
+    "text_encoder_2": (*TEXT, "text_projection"),
+}
+KOHYA_PREFIXES = {  # longest first where one begins another
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+}
+OTHER_MODELS = (  # how files for other kinds of model begin
+    "transformer.",
+    "diffusion_model.",
+    "text_encoder_3.",
+    "lora_transformer_",
+    "lora_te3_",
+    "lora_unet_double_blocks_",
+    "lora_unet_single_blocks_",
+    "lora_unet_joint_blocks_",
+    "lora_prior_",
+)
+KINDS = {  # a part of a key (or how it begins, with a `_` at the end) -> a kind of adapter that is not plain LoRA
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "on_input": "IA3",
+    "ia3_": "IA3",
+    "lora_mid": "LoRA with a middle factor (Tucker)",
+    "bundle_emb": "a bundled embedding",
+    "lora_embedding_": "LoRA on token embeddings",
+    "oft_": "OFT",
+    "w_norm": "trained norm layers",
+    "b_norm": "trained norm layers",
+    "diff": "full weight differences",
+    "diff_b": "full weight differences",
+}
+LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the sgm numbering counts with it
+
+
+def _shape(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple("#" if part.isdigit() else part for part in parts)
+
+
+Table = dict[tuple[str, ...], list[str]]  # the shape of a name -> the templates that have it
+
+
+def _table(templates: Iterable[str], separator: str) -> Table:
+    table: Table = {}
+    for template in dict.fromkeys(templates):
+        table.setdefault(_shape(template.replace("#", "0").replace(".", separator).split(separator)), []).append(template)
+    return table
+
+
+_DOTTED = {component: _table(templates, ".") for component, templates in COMPONENTS.items()}
+_UNDERSCORED = {component: _table(templates, "_") for component, templates in COMPONENTS.items()}
+_ATTENTION = _table(ATTENTION, "_")
+_RESNET = {tuple(sgm.split("_")): name for name, sgm in RESNET.items()}
+_RARE_SGM = {sgm: name.removeprefix("unet.") for name, sgm in RARE.items() if name.startswith("unet.")}
+
+
+def _filled(template: str, parts: list[str], separator: str) -> str | None:
+    """`template` with the indices of `parts`; None if a number that the template fixes is another one."""
+    wanted = template.replace(".", separator).split(separator)
+    for want, part in zip(wanted, parts, strict=True):
+        if want == "#":
+            if len(part) > 3 or str(int(part)) != part:
+                return None
+        elif want != part:
+            return None
+    indices = iter([part for want, part in zip(wanted, parts, strict=True) if want == "#"])
+    return "".join(next(indices) if c == "#" else c for c in template)
+
+
+def _matched(table: Table, parts: list[str], separator: str) -> str | None:
+    found = (_filled(template, parts, separator) for template in table.get(_shape(parts), ()))
+    return next((module for module in found if module is not None), None)
+
+
+def _from_sgm(name: str) -> str | None:
+    """`input_blocks_4_1_proj_in` -> `down_blocks.1.attentions.0.proj_in`."""
+    if name in _RARE_SGM:
+        return _RARE_SGM[name]
+    parts = name.split("_")
+    place, middle = "_".join(parts[:2]), parts[:2] == ["middle", "block"]
+    numbers, rest = parts[2 : 3 if middle else 4], parts[3 if middle else 4 :]
+    if not all(n.isdigit() and len(n) <= 2 and str(int(n)) == n for n in numbers) or not rest:
+        return None
+    if middle:
+        blocks = {"0": ("resnets", 0), "1": ("attentions", 0), "2": ("resnets", 1)}
+        if numbers[0] not in blocks:
+            return None
+        kind, index = blocks[numbers[0]]
+        owner, inner = "mid_block", 1 if kind == "attentions" else 0
+    elif place == "input_blocks" and len(numbers) == 2 and numbers[0] != "0":
+        block, index = divmod(int(numbers[0]) - 1, LAYERS + 1)
+        owner, inner = f"down_blocks.{block}", int(numbers[1])
+        if index == LAYERS:
+            return f"{owner}.downsamplers.0.conv" if inner == 0 and rest == ["op"] else None
+    elif place == "output_blocks" and len(numbers) == 2:
+        block, index = divmod(int(numbers[0]), LAYERS + 1)
+        owner, inner = f"up_blocks.{block}", int(numbers[1])
+        if rest == ["conv"]:  # after the attention, or after the resnet where there is no attention
+            return f"{owner}.upsamplers.0.conv" if index == LAYERS and inner in (1, 2) else None
+    else:
+        return None
+    if inner == 0:
+        module = _RESNET.get(tuple(rest))
+        return None if module is None else f"{owner}.resnets.{index}.{module}"
+    if inner == 1:
+        module = _matched(_ATTENTION, rest, "_")
+        return None if module is None else f"{owner}.attentions.{index}.{module}"
+    return None
+
+
+def _to_sgm(module: str, attended: Collection[str]) -> str | None:
+    """The inverse of `_from_sgm`; `attended` are the up blocks that are known to have attentions."""
+    if f"unet.{module}" in RARE:
+        return RARE[f"unet.{module}"]
+    parts = module.split(".")
+    middle = parts[0] == "mid_block"
+    block, kind, index, rest = (
+        ("0", parts[1], int(parts[2]), parts[3:]) if middle else (parts[1], parts[2], int(parts[3]), parts[4:])
+    )
+    suffix = RESNET[rest[0]] if kind == "resnets" else "_".join(rest).replace(".", "_")
+    inner = 0 if kind == "resnets" else 1
+    if middle:
+        place = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}.get((kind, index))
+        return None if place is None else f"middle_block_{place}_{suffix}"
+    if kind == "downsamplers":
+        return f"input_blocks_{int(block) * (LAYERS + 1) + LAYERS + 1}_0_op"
+    if kind == "upsamplers":
+        return f"output_blocks_{int(block) * (LAYERS + 1) + LAYERS}_{2 if block in attended else 1}_conv"
+    down = parts[0] == "down_blocks"
+    if index >= (LAYERS if down else LAYERS + 1):
+        return None
+    number = int(block) * (LAYERS + 1) + index + (1 if down else 0)
+    return f"{'input' if down else 'output'}_blocks_{number}_{inner}_{suffix}"
+
+
+def _kohya_module(stem: str) -> str | None:
+    for prefix, component in KOHYA_PREFIXES.items():
+        if stem.startswith(prefix):
+            name = stem.removeprefix(prefix)
+            module = _matched(_UNDERSCORED[component], name.split("_"), "_")
+            if module is None and component == "unet":
+                module = _from_sgm(name)
+            return None if module is None else f"{component}.{module}"
+    return None
+
+
+def _dotted_module(parts: list[str]) -> str | None:
+    component = ""
+    if parts[:2] == ["base_model", "model"]:
+        parts = parts[2:]
+    if parts and parts[0] in COMPONENTS:
+        component, parts = parts[0], parts[1:]
+        if parts[:2] == ["base_model", "model"]:
+            parts = parts[2:]
+    if not component:
+        component = "text_encoder" if parts[:1] in (["text_model"], ["encoder"]) else "unet"
+    parts = [part for part in parts if part != "processor"]
+    if component != "unet" and parts[:1] == ["encoder"]:  # transformers 5 lost this level of the first text encoder
+        parts = ["text_model", *parts]
+    if parts and parts[-1].endswith("_lora"):
+        last = parts[-1].removesuffix("_lora")
+        if component != "unet":
+            last = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}.get(last, last)
+        parts = [*parts[:-1], last]
+    if parts[-1:] == ["to_out"]:
+        parts = [*parts, "0"]
+    module = _matched(_DOTTED[component], parts, ".")
+    return None if module is None else f"{component}.{module}"
+
+
+def _split(key: str) -> tuple[list[str], Role] | None:
+    """The parts of the module's name in a key, and which tensor of the module it is."""
+    parts = key.split(".")
+    if len(parts) >= 2 and parts[-1] == "alpha":
+        parts = parts[:-1]
+        return parts[:-1] if len(parts) > 1 and parts[-1] in ("lora", "lora_linear_layer") else parts, "alpha"
+    if len(parts) < 3 or parts[-1] != "weight":
+        return None
+    parts = parts[:-1]
+    halves: dict[str, Role] = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up"}
+    if parts[-1] in halves:
+        return parts[:-1], halves[parts[-1]]
+    if parts[-2] in ("lora_A", "lora_B"):  # lora_A.<adapter's name>.weight
+        return parts[:-2], halves[parts[-2]]
+    if parts[-1] in ("down", "up"):
+        role: Role = "down" if parts[-1] == "down" else "up"
+        if parts[-2] in ("lora", "lora_linear_layer"):
+            return parts[:-2], role
+        if parts[-2].endswith("_lora"):
+            return parts[:-1], role
+    return None
+
+
+def understood(key: str, *, allow: Collection[str] = (), path: object = None) -> tuple[str, Role]:
+    """The canonical module path and the role of a tensor called `key` in a file."""
+    if key.startswith(OTHER_MODELS):
+        raise AdapterBaseMismatch(f"made for another kind of model than {labels()}; its keys begin as {key[:60]!r}", path)
+    for piece in key.split("."):
+        for mark, kind in KINDS.items():
+            if piece.startswith(mark) if mark.endswith("_") else piece == mark:
+                raise AdapterTargetError(f"{key} is {kind}; only plain LoRA can be read", path)
+    split = _split(key)
+    module = None
+    if split is not None:
+        parts = split[0]
+        module = _kohya_module(parts[0]) if len(parts) == 1 and parts[0].startswith("lora_") else _dotted_module(parts)
+    if split is None or module is None:
+        raise AdapterTargetError(f"{key} is no LoRA tensor of a module that adapters change", path)
+    if module in RARE and module not in allow:
+        raise AdapterTargetError(f"{key} changes {module}, which adapters leave alone; to trust it, allow {module!r}", path)
+    return module, split[1]
+
+
+def labels() -> str:
+    return ", ".join(family.label for family in FAMILIES.values())
+
+
+def component_of(module: str) -> str:
+    return module.split(".", 1)[0]
+
+
+def tail_of(module: str) -> str:
+    """The end of a path that names the kind of module, as LoraConfig's target_modules has it: `to_q`, `ff.net.2`."""
+    parts = module.split(".")
+    for size in range(1, len(parts) + 1):
+        tail = parts[-size]
+        if not tail.isdigit() and tail not in ("conv", "proj", "net"):
+            return ".".join(parts[-size:])
+    return module
+
+
+def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
+    """Canonical path -> kohya stem, for the modules of one file."""
+    texts = ("text_encoder", "text_encoder_2")
+    if family is None:
+        two = any(component_of(m) == texts[1] for m in modules)
+        prefixes: tuple[str, ...] = ("lora_te1", "lora_te2") if two else ("lora_te",)
+        sgm = False
+    else:
+        prefixes, sgm = FAMILIES[family].kohya_text_prefixes, FAMILIES[family].kohya_sgm
+    attended = {m.split(".")[2] for m in modules if m.startswith("unet.up_blocks.") and ".attentions." in m}
+    if family == "sdxl":
+        attended |= {"0", "1"}
+    names: dict[str, str] = {}
+    sgm_names: dict[str, str | None] = {}
+    for module in modules:
+        component, name = module.split(".", 1)
+        if component == "unet":
+            names[module] = "lora_unet_" + name.replace(".", "_")
+            sgm_names[module] = _to_sgm(name, attended) if sgm else None
+        elif component in texts[: len(prefixes)]:
+            names[module] = f"{prefixes[texts.index(component)]}_{name.replace('.', '_')}"
+        else:
+            raise AdapterTargetError(f"{module}: {family or 'this family'} has no such component")
+    if all(sgm_names.values()):  # all or none: diffusers drops the sgm names of a file that has both kinds
+        names.update({module: f"lora_unet_{name}" for module, name in sgm_names.items()})
+    return names
+
+
+def checked_path(module: str) -> str:
+    """`module` itself if it is a canonical path that a file may hold."""
+    component, _, name = module.partition(".")
+    if component not in COMPONENTS or _matched(_DOTTED[component], name.split("."), ".") != name:
+        raise AdapterTargetError(f"{module!r} is not the canonical path of a module that adapters change")
+    if module.endswith(".text_projection"):
+        raise AdapterTargetError(f"{module} cannot be saved: most programs cannot read it")
+    return module

@@ -1,0 +1,172 @@
+"""Adapter files of our own: what every reader understands alike, whole or not at all, equal bytes for equal adapters."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import secrets
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite
+from .adapter import Adapter, Dtype, Layout, LoraFactors
+from .header import PEFT_KEY, metadata_of
+from .layouts import checked_path, component_of, kohya_names, tail_of
+from .reading import MAX_SCALE, PICKLE_SUFFIXES, check_scale, check_shapes, check_values, load
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000  # the part of a file that kohya's old hash is taken of
+MAX_PEFT_ENTRY = 32 * 2**10  # characters
+
+
+def save(adapter: Adapter, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
+    """See `Adapter.save`."""
+    if path.suffix != ".safetensors":
+        what = "a pickle's name" if path.suffix in PICKLE_SUFFIXES else "not an adapter's name"
+        raise AdapterFormatError(f"{what}; end it with .safetensors", path)
+    if layout not in ("kohya", "peft") or dtype not in DTYPES:
+        raise AdapterError(f"layout {layout!r}, dtype {dtype!r}; allowed: kohya, peft; {', '.join(DTYPES)}", path)
+    if not adapter.modules:
+        raise AdapterError("the adapter has no modules; nothing was trained", path)
+    # without the stem: the name of an older file would make equal adapters differ
+    content, meant = packed(replace(adapter, stem=""), layout, DTYPES[dtype], path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, content, meant)
+    except OSError as error:
+        raise AdapterError(f"cannot be written: {error.strerror}; nothing was changed", path) from error
+    return path
+
+
+def _write_whole(path: Path, content: bytes, meant: Mapping[str, LoraFactors]) -> None:
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part.safetensors")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        _verify(temporary, meant, path)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name itself must survive a power cut too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _verify(temporary: Path, meant: Mapping[str, LoraFactors], path: Path) -> None:
+    """What a reader finds in the file is what was meant."""
+    found = load(temporary, allow=meant).modules
+    equal = found.keys() == meant.keys() and all(
+        torch.equal(found[m].down, f.down) and torch.equal(found[m].up, f.up) and found[m].alpha == f.alpha
+        for m, f in meant.items()
+    )
+    if not equal:
+        raise AdapterFormatError("read back differently from what was written; nothing was changed", path)
+
+
+def packed(adapter: Adapter, layout: Layout, dtype: torch.dtype, path: Path) -> tuple[bytes, dict[str, LoraFactors]]:
+    """A file's bytes, and the factors that a reader shall find in them."""
+    for module, factors in adapter.modules.items():
+        checked_path(module)
+        check_shapes(module, tuple(factors.down.shape), tuple(factors.up.shape), path)
+    if layout == "kohya":
+        alphas = _alphas(adapter.modules)
+        meant = {m: _cast(m, f, alphas[component_of(m)], dtype, path) for m, f in adapter.modules.items()}
+        names = kohya_names(adapter.modules, adapter.card.family)
+        tensors = {}
+        for module, factors in meant.items():
+            tensors[f"{names[module]}.lora_down.weight"] = factors.down
+            tensors[f"{names[module]}.lora_up.weight"] = factors.up
+            tensors[f"{names[module]}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
+        alpha = Counter(f.alpha for f in meant.values()).most_common(1)[0][0]
+    else:
+        meant = {m: _cast(m, f, float(f.rank), dtype, path) for m, f in adapter.modules.items()}
+        tensors = {f"{module}.lora_A.weight": factors.down for module, factors in meant.items()}
+        tensors |= {f"{module}.lora_B.weight": factors.up for module, factors in meant.items()}
+        alpha = float(Counter(f.rank for f in meant.values()).most_common(1)[0][0])
+    # widest dtype first, as the safetensors library does, so that every tensor lies aligned; then by name
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    data = b"".join(tensor_bytes(tensor) for _, tensor in ordered)
+    metadata = metadata_of(adapter, layout, alpha, hashlib.sha256(data).hexdigest())
+    if layout == "peft":
+        metadata |= _peft_entry(meant)
+    metadata["sshs_legacy_hash"] = "0" * 8  # as long as the real one, which depends on the header's length only
+    header = _header_bytes(ordered, metadata)
+    start = max(LEGACY_OFFSET - len(header), 0)
+    legacy = hashlib.sha256(data[start : LEGACY_OFFSET + LEGACY_LENGTH - len(header)]).hexdigest()[:8]
+    return _header_bytes(ordered, metadata | {"sshs_legacy_hash": legacy}) + data, meant
+
+
+def _alphas(modules: Mapping[str, LoraFactors]) -> dict[str, float]:
+    """One alpha for each component, since diffusers gives the commonest one to all its modules."""
+    chosen = {}
+    for component in {component_of(module) for module in modules}:
+        members = [f for m, f in modules.items() if component_of(m) == component]
+        counts = Counter(f.alpha for f in members if f.alpha != 0)
+        alpha = max(counts, key=lambda a: (counts[a], a)) if counts else float(members[0].rank)
+        limit = MAX_SCALE * min(f.rank for f in members)
+        chosen[component] = torch.tensor(max(-limit, min(limit, alpha)), dtype=torch.float32).item()
+    return chosen
+
+
+def _cast(module: str, factors: LoraFactors, alpha: float, dtype: torch.dtype, path: Path) -> LoraFactors:
+    """The same change with another alpha: the rest goes into `up`."""
+    check_scale(module, factors.alpha, factors.rank, path)
+    ratio = factors.alpha / alpha
+    down, up = (t.detach().cpu().float() for t in (factors.down, factors.up))
+    cast = LoraFactors(down.to(dtype), (up if ratio == 1 else up * ratio).to(dtype), alpha)
+    for tensor, name in ((cast.down, "lora_down"), (cast.up, "lora_up")):
+        if not torch.isfinite(tensor).all():
+            raise AdapterNonFinite(f"{module}: {name} is not finite as {DTYPE_NAMES[dtype]}; try dtype fp32", path)
+        check_values(module, tensor, path)
+    return cast
+
+
+def _peft_entry(modules: Mapping[str, LoraFactors]) -> dict[str, str]:
+    """The least that diffusers takes for a LoraConfig; without it, it takes alpha = rank, which is what the file means."""
+    fields: dict[str, Any] = {}
+    for component in sorted({component_of(module) for module in modules}):
+        # without text_model., which transformers 5 dropped: PEFT takes the end of a path for the whole
+        ranks = {
+            m.split(".", 1)[1].removeprefix("text_model."): f.rank for m, f in modules.items() if component_of(m) == component
+        }
+        rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+        fields[f"{component}.r"] = fields[f"{component}.lora_alpha"] = rank
+        fields[f"{component}.target_modules"] = sorted({tail_of(module) for module in ranks})
+        others = {module: other for module, other in ranks.items() if other != rank}
+        if others:
+            fields[f"{component}.rank_pattern"] = fields[f"{component}.alpha_pattern"] = others
+    text = json.dumps(fields, sort_keys=True)
+    return {PEFT_KEY: text} if len(text) <= MAX_PEFT_ENTRY else {}
+
+
+def _header_bytes(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    """The length and the header, padded to 8 bytes. The safetensors library writes metadata in random order, so we do it."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for name, tensor in ordered:
+        end = start + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    kept = tensor.detach().cpu().contiguous()
+    return ctypes.string_at(kept.data_ptr(), kept.numel() * kept.element_size())

@@ -1,0 +1,85 @@
+"""What is trained (`LoraSpec`) and how (`TrainingConfig`). Frozen; `dataclasses.replace` makes a variant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import SettingsError
+
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The shape of the adapter: which modules get a low-rank change, and of which rank."""
+
+    rank: int = 8
+    alpha: float | None = None  # the change is scaled by alpha / rank; None: alpha = rank
+    dropout: float = 0.0  # on the input of the change, while training
+    target_modules: tuple[str, ...] = ATTENTION_TARGETS  # U-Net modules whose path ends so
+    text_encoder: bool = False  # adapt the text encoders as well
+    text_target_modules: tuple[str, ...] = TEXT_TARGETS
+
+    def __post_init__(self) -> None:
+        check(1 <= self.rank <= 512, f"rank {self.rank}", "a whole number from 1 to 512; 4 to 32 is usual")
+        check(self.alpha is None or 0 < self.alpha <= 16 * self.rank, f"alpha {self.alpha}", "above 0, at most 16 x rank")
+        check(0 <= self.dropout < 1, f"dropout {self.dropout}", "at least 0 and below 1")
+        check(bool(self.target_modules), "target_modules ()", f"at least one, as in {ATTENTION_TARGETS}")
+
+    @property
+    def scale_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. `None` means: chosen from the photos and the base (see `docs/defaults.md` for each reason)."""
+
+    steps: int | None = None  # optimizer updates
+    learning_rate: float | None = None
+    batch_size: int = 1  # photos a forward pass; as many class images come on top
+    gradient_accumulation: int = 1  # forward passes for one update
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int | None = None  # linear, from 0
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    prior_loss_weight: float = 1.0  # 0: no prior preservation
+    class_images: int | None = None  # how many pictures of the bare class keep the prior
+    min_snr_gamma: float | None = None  # 5.0 is usual; None: every timestep counts alike
+    flip: bool = False  # also train on mirrored photos (not for lettering or faces)
+    resolution: int | None = None  # pixels; None: what the base was made for
+    seed: int = 0
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    gradient_checkpointing: bool = False  # less memory, about a third slower
+    checkpoint_every: int = 50  # updates between two savings of the run's state, when it has a folder
+    sample_every: int | None = None  # updates between two sample pictures; None: none
+    sample_prompt: str | None = None  # None: the subject's instance prompt
+
+    def __post_init__(self) -> None:
+        check(self.steps is None or self.steps >= 1, f"steps {self.steps}", "at least 1")
+        rate = self.learning_rate
+        check(rate is None or 0 < rate <= 0.1, f"learning_rate {rate}", "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA")
+        check(self.batch_size >= 1, f"batch_size {self.batch_size}", "at least 1")
+        check(self.gradient_accumulation >= 1, f"gradient_accumulation {self.gradient_accumulation}", "at least 1")
+        check(self.lr_schedule in ("constant", "cosine"), f"lr_schedule {self.lr_schedule!r}", "constant or cosine")
+        check(self.warmup_steps is None or self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}", "at least 0")
+        check(self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm}", "above 0 (math.inf: no clipping)")
+        check(
+            math.isfinite(self.prior_loss_weight) and self.prior_loss_weight >= 0,
+            f"prior_loss_weight {self.prior_loss_weight}",
+            "at least 0 (0: no prior preservation)",
+        )
+        check(self.class_images is None or self.class_images >= 1, f"class_images {self.class_images}", "at least 1")
+        check(self.min_snr_gamma is None or self.min_snr_gamma > 0, f"min_snr_gamma {self.min_snr_gamma}", "above 0")
+        check(self.resolution is None or self.resolution >= 8, f"resolution {self.resolution}", "a multiple of 8")
+        check(self.attention in ("sdpa", "xformers"), f"attention {self.attention!r}", "sdpa or xformers")
+        check(self.checkpoint_every >= 1, f"checkpoint_every {self.checkpoint_every}", "at least 1")
+        check(self.sample_every is None or self.sample_every >= 1, f"sample_every {self.sample_every}", "at least 1")
+
+
+def check(ok: bool, value: str, allowed: str) -> None:
+    if not ok:
+        raise SettingsError(f"{value} is out of range; allowed: {allowed}")

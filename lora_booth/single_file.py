@@ -1,0 +1,117 @@
+"""Single `.safetensors` checkpoints in the original (A1111) naming, read with configurations that are kept as data.
+
+The published configurations are in `single_file_configs/`; only a tokenizer's vocabulary is not in such a file and
+not in this package, so it comes from the local cache of the Hub (any copy of the family's repository or of OpenAI's
+CLIP), from the Hub itself, or from the folder given as `config`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import BaseModelError
+from .family import FAMILIES, Family
+
+CONFIGS = Path(__file__).parent / "single_file_configs"
+
+# a key that only this family's checkpoints have
+FAMILY_KEYS = {
+    "sdxl": "conditioner.embedders.1.model.ln_final.weight",
+    "sd2": "cond_stage_model.model.ln_final.weight",
+    "sd1": "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+}
+UNET_KEY = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+def load_single_file(path: Path, dtype: torch.dtype, *, config: str | Path | None, prediction_type: str | None) -> Any:
+    family, metadata = inspect_checkpoint(path)
+    import diffusers
+
+    cls = getattr(diffusers, family.pipeline)
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
+    try:
+        if config is not None:
+            pipeline = cls.from_single_file(str(path), config=str(config), **options)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                write_config(family, Path(folder))
+                pipeline = cls.from_single_file(str(path), config=folder, **tokenizers(family), **options)
+    except BaseModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        from .base_model import first_line
+
+        raise BaseModelError(f"{path}: cannot be read as {family.label} ({first_line(error)})") from error
+    wanted = prediction_type or stated_prediction_type(metadata)
+    if wanted is not None:
+        pipeline.scheduler.register_to_config(prediction_type=wanted)
+    return pipeline
+
+
+def inspect_checkpoint(path: Path) -> tuple[Family, dict[str, str]]:
+    """Family and metadata, from the header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise BaseModelError(f"{path}: a pickle, which can run code when it is read; use the .safetensors file of this model")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys, metadata = set(file.keys()), dict(file.metadata() or {})
+            channels = file.get_slice(UNET_KEY).get_shape()[1] if UNET_KEY in keys else None
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(f"{path}: not a safetensors file ({error})") from error
+    for name, key in FAMILY_KEYS.items():
+        if key in keys and channels is not None:
+            if channels != 4:
+                raise BaseModelError(
+                    f"{path}: its U-Net takes {channels} channels: an inpainting or editing model; take the text-to-image one"
+                )
+            return FAMILIES[name], metadata
+    if any("lora_" in key for key in keys):
+        raise BaseModelError(f"{path}: an adapter, not a base model; load it with Adapter.load")
+    labels = ", ".join(f.label for f in FAMILIES.values())
+    raise BaseModelError(f"{path}: not a checkpoint of {labels} in the original naming")
+
+
+def stated_prediction_type(metadata: dict[str, str]) -> str | None:
+    """What ModelSpec metadata says; absent in most files."""
+    stated = metadata.get("modelspec.prediction_type", "")
+    return {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(stated)
+
+
+def write_config(family: Family, folder: Path) -> None:
+    """Lay the family's configuration out as a diffusers folder."""
+    parts = json.loads((CONFIGS / f"{family.name}.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(json.dumps(parts.pop("model_index")))
+    for name, values in parts.items():
+        (folder / name).mkdir()
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        (folder / name / file).write_text(json.dumps(values))
+
+
+def tokenizers(family: Family) -> dict[str, Any]:
+    """CLIP's tokenizer, once for each text encoder. SD 2.x and SDXL's second pad with "!"."""
+    from transformers import CLIPTokenizer
+
+    names = ("tokenizer", "tokenizer_2")[: family.text_encoders]
+    for repo in ("openai/clip-vit-large-patch14", *family.reference_repos):
+        found = {}
+        for name in names:
+            pad = "!" if name == "tokenizer_2" or family.name == "sd2" else "<|endoftext|>"
+            subfolder = "" if repo.startswith("openai/") else "tokenizer"
+            try:
+                found[name] = CLIPTokenizer.from_pretrained(repo, subfolder=subfolder, pad_token=pad, model_max_length=77)
+            except (OSError, ValueError):
+                break
+        if len(found) == len(names):
+            return found
+    raise BaseModelError(
+        f"a single file has no tokenizer, and CLIP's is not in the local cache; give config=FOLDER (any diffusers folder of "
+        f"{family.label}), or once with a network:"
+        f" hf download openai/clip-vit-large-patch14 vocab.json merges.txt tokenizer_config.json"
+    )
