@@ -161,13 +161,15 @@ class BaseModel:
         A VAE in fp16 computes in fp32 meanwhile: SDXL's overflows in fp16. (The stock pipeline decodes in the same way.)
         """
         kept = self.vae.dtype
+        upcast = kept == torch.float16 and self.vae.config.force_upcast
         try:
-            if kept == torch.float16 and self.vae.config.force_upcast:
-                self.vae.to(torch.float32)
+            if upcast:
+                nn.Module.to(self.vae, torch.float32)  # diffusers' own `to` warns of every change of precision
             posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
             return posterior.mean.float(), posterior.std.float()
         finally:
-            self.vae.to(kept)
+            if upcast:
+                nn.Module.to(self.vae, kept)
 
     @property
     def scaling_factor(self) -> float:
@@ -271,7 +273,7 @@ def read_model_index(source: str | Path, revision: str | None) -> dict[str, Any]
             )
     else:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
         try:
             path = Path(hf_hub_download(source, "model_index.json", revision=revision))
@@ -279,6 +281,8 @@ def read_model_index(source: str | Path, revision: str | None) -> dict[str, Any]
             raise BaseModelError(
                 f"{source}: not in the local cache, and the Hub cannot be reached; download it once with a network"
             ) from error
+        except HFValidationError as error:
+            raise BaseModelError(f"{source}: not a Hub id ({first_line(error)}), and no such folder or file") from error
         except HfHubHTTPError as error:
             raise BaseModelError(f"{source}: {first_line(error)}; check the name, or log in with `hf auth login`") from error
     try:
@@ -286,6 +290,11 @@ def read_model_index(source: str | Path, revision: str | None) -> dict[str, Any]
     except ValueError as error:
         raise BaseModelError(f"{path}: not valid JSON ({error})") from error
     return index if isinstance(index, dict) else {}
+
+
+def has_vocabulary(tokenizer: Any) -> bool:
+    """More than special tokens: transformers 5 makes a tokenizer without any words when its files are missing."""
+    return tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_tokens))
 
 
 def first_line(error: BaseException) -> str:
@@ -320,6 +329,9 @@ def recognise(pipeline: Any) -> Family:
             f"the text encoder gives {widths} values a token, the U-Net wants {unet.config.cross_attention_dim}: "
             "the parts are of different models"
         )
+    for name in ("tokenizer", "tokenizer_2")[: family.text_encoders]:
+        if not has_vocabulary(getattr(pipeline, name)):
+            raise BaseModelError(f"its {name} has no vocabulary; are the files in its {name} folder complete?")
     prediction = pipeline.scheduler.config.get("prediction_type")
     if prediction not in family.modelspec:
         raise BaseModelError(f"prediction type {prediction!r} is not supported; {' or '.join(family.modelspec)} is")

@@ -6,11 +6,14 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from .errors import LoraBoothError, SettingsError
+
+if TYPE_CHECKING:
+    from .base_model import BaseModel
 
 app = typer.Typer(
     help="DreamBooth with LoRA: teach Stable Diffusion one subject from a few photos.",
@@ -67,10 +70,10 @@ def token(
     count: Annotated[int, typer.Option(min=1, help="how many to propose")] = 8,
 ) -> None:
     """Propose rare tokens of a base, or judge one (exit code 1: it cannot be used)."""
-    from .base_model import BaseModel, rare_tokens
+    from .base_model import rare_tokens
     from .subject import check_token, propose_tokens
 
-    loaded = BaseModel.load(base)
+    loaded = load_base(base)
     if check is None:
         say("\n".join(propose_tokens(loaded.tokenizer, count, known_rare=rare_tokens(loaded))))
         return
@@ -116,7 +119,7 @@ def train(
     seed: Annotated[int, typer.Option(help="of every random draw: the same seed gives the same adapter")] = 0,
 ) -> None:
     """Train an adapter on a folder of photos. The same command again continues an interrupted run."""
-    from .base_model import BaseModel, rare_tokens
+    from .base_model import rare_tokens
     from .config import LoraSpec, TrainingConfig
     from .subject import Subject, check_token
     from .training import train as train_adapter
@@ -142,7 +145,7 @@ def train(
     subject = Subject.from_folder(folder, token=token, class_noun=class_noun, minimum=min_photos, maximum=max_photos)
     for skipped in subject.skipped:
         print(f"not used: {skipped.name}: {skipped.reason}", file=sys.stderr)
-    loaded = BaseModel.load(base)
+    loaded = load_base(base)
     report = check_token(token, loaded.tokenizer, known_rare=rare_tokens(loaded))
     for line in (*report.problems, *report.warnings):
         print(f"note: {line}", file=sys.stderr)
@@ -166,7 +169,6 @@ def generate(
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
     from .adapters import Adapter
-    from .base_model import BaseModel
     from .composition import Composition
     from .gallery import Gallery
 
@@ -174,7 +176,7 @@ def generate(
     files = [file_and_weight(text) for text in adapters]
     loaded = [(Adapter.load(path), weight) for path, weight in files]
     chosen = [(adapter, adapter.card.weight if weight is None else weight) for adapter, weight in loaded]
-    pictures = Composition(BaseModel.load(base), chosen).generate(
+    pictures = Composition(load_base(base), chosen).generate(
         prompt,
         seeds=wanted,
         negative_prompt=negative_prompt,
@@ -217,6 +219,22 @@ def convert(
 
     check_layout(layout)
     say(f"wrote {Adapter.load(adapter).save(out, layout=layout)}")  # type: ignore[arg-type]
+
+
+def load_base(source: str) -> BaseModel:
+    """Without the bars that diffusers and transformers show while loading; those of a download stay."""
+    from diffusers.utils.logging import disable_progress_bar as quiet_diffusers
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar as quiet_transformers
+
+    from .base_model import BaseModel
+
+    no_bars = are_progress_bars_disabled()
+    quiet_diffusers()
+    quiet_transformers()  # also turns off the Hub's
+    if not no_bars:
+        enable_progress_bars()
+    return BaseModel.load(source)
 
 
 def check_layout(layout: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .base_model import first_line, has_vocabulary
 from .errors import BaseModelError
 from .family import FAMILIES, Family
 
@@ -44,8 +45,6 @@ def load_single_file(path: Path, dtype: torch.dtype, *, config: str | Path | Non
     except BaseModelError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        from .base_model import first_line
-
         raise BaseModelError(f"{path}: cannot be read as {family.label} ({first_line(error)})") from error
     wanted = prediction_type or stated_prediction_type(metadata)
     if wanted is not None:
@@ -107,6 +106,9 @@ def tokenizers(family: Family) -> dict[str, Any]:
             try:
                 found[name] = CLIPTokenizer.from_pretrained(repo, subfolder=subfolder, pad_token=pad, model_max_length=77)
             except (OSError, ValueError):
+                break
+            if not has_vocabulary(found[name]):
+                found.clear()
                 break
         if len(found) == len(names):
             return found

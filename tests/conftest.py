@@ -1,0 +1,74 @@
+"""What every test shares: no network, one thread, no trace outside a temporary folder, and a folder of photos."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HOME = Path(tempfile.mkdtemp(prefix="lora_booth_tests_"))
+os.environ["HF_HOME"] = str(HOME / "huggingface")  # huggingface_hub reads these once, when it is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LORA_BOOTH_CACHE"] = str(HOME / "lora_booth")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_and_no_trace() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three photos of one coloured blob before different backgrounds; no two alike."""
+    folder = tmp_path_factory.mktemp("photos") / "rex"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    down, right = np.mgrid[0:300, 0:260]
+    for i in range(3):
+        picture = np.empty((300, 260, 3))
+        picture[...] = rng.integers(40, 215, 3)
+        picture += 25 * np.sin(down / (11 + 7 * i) + right / 23)[..., None]
+        blob = (down - 110 - 40 * i) ** 2 + (right - 90 - 30 * i) ** 2 < 70**2
+        picture[blob] = (210, 120, 40)
+        picture += rng.normal(0, 12, picture.shape)
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=92)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """kind -> a saved diffusers folder of the tiny pipeline"""
+    from pipelines import KINDS, save  # takes seconds, and not every test needs it
+
+    return {kind: save(kind, tmp_path_factory.mktemp("bases") / f"tiny-{kind}") for kind in KINDS}
+
+
+@pytest.fixture
+def hub() -> Iterator[Callable[[str, Path], str]]:
+    """Put a folder into the local cache of the Hub under a name, as a download would."""
+    from huggingface_hub import constants
+
+    caches = []
+
+    def put(name: str, folder: Path) -> str:
+        cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+        caches.append(cache)
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        shutil.copytree(folder, cache / "snapshots" / commit)
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(commit)
+        return name
+
+    yield put
+    for cache in caches:
+        shutil.rmtree(cache, ignore_errors=True)

@@ -1,0 +1,333 @@
+"""BaseModel: recognised from the model itself, loaded from everywhere, and equal to the stock pipeline in all it computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from ldm_naming import checkpoint, save_checkpoint
+from pipelines import KINDS, make_pipeline, random_adapter, same_state, save, state, tokenizer
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lora_booth import single_file
+from lora_booth.base_model import BaseModel, default_device, default_dtype, is_hub_id
+from lora_booth.errors import BaseModelError
+
+FAMILY = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sd2-zsnr": "sd2", "sdxl": "sdxl"}
+PREDICTION = {"sd1": "epsilon", "sd2": "epsilon", "sd2-v": "v_prediction", "sd2-zsnr": "v_prediction", "sdxl": "epsilon"}
+ORIGINAL = ("sd1", "sd2-v", "sdxl")  # one for each naming of original checkpoints
+PROMPTS = ["a photo of sks dog", "a dog"]
+
+
+# --- recognised and loaded -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recognised_from_the_model(kind: str) -> None:
+    base = BaseModel.from_pipeline(make_pipeline(kind), name="tiny")
+    assert (base.family.name, base.prediction_type, base.name) == (FAMILY[kind], PREDICTION[kind], "tiny")
+    assert (base.resolution, base.pixels_per_latent) == (64, 8)
+    assert list(base.text_encoders) == ["text_encoder", "text_encoder_2"][: base.family.text_encoders]
+    assert base.alphas_cumprod.shape == (1000,)
+    assert (base.alphas_cumprod[-1] == 0) == (kind == "sd2-zsnr")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder(kind: str, folders: dict[str, Path]) -> None:
+    base = BaseModel.load(folders[kind], dtype=torch.float32, device="cpu")
+    assert (base.family.name, base.prediction_type, base.name) == (FAMILY[kind], PREDICTION[kind], f"tiny-{kind}")
+    assert same_state(state(base.pipeline), state(make_pipeline(kind)))
+    assert not any(module.training for module in base.components.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hub_id_with_the_hub_switched_off(kind: str, folders: dict[str, Path], hub: Callable[[str, Path], str]) -> None:
+    base = BaseModel.load(hub(f"some-one/tiny.{kind}", folders[kind]), dtype=torch.float32, device="cpu")
+    assert (base.family.name, base.name) == (FAMILY[kind], f"some-one/tiny.{kind}")
+    assert same_state(state(base.pipeline), state(make_pipeline(kind)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_file_with_a_config_folder(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    file = save_checkpoint(make_pipeline(kind), tmp_path / "dreamy.safetensors")
+    base = BaseModel.load(file, dtype=torch.float32, device="cpu", config=folders[kind])
+    assert (base.family.name, base.prediction_type, base.name) == (FAMILY[kind], PREDICTION[kind], "dreamy")
+    assert same_state(state(base.pipeline), state(make_pipeline(kind)))
+    assert not any(module.training for module in base.components.values())
+    stock = make_pipeline(kind)
+    same = BaseModel.from_pipeline(stock)
+    assert torch.equal(base.encode_text(PROMPTS).states, same.encode_text(PROMPTS).states)
+    assert base.fingerprint == same.fingerprint
+
+
+@pytest.fixture
+def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny pipelines' configurations in place of the built-in ones, in the same form."""
+    for kind in ORIGINAL:
+        folder = save(kind, tmp_path / "whole" / kind)
+        parts: dict[str, Any] = {"model_index": json.loads((folder / "model_index.json").read_text())}
+        for part in sorted(folder.iterdir()):
+            for name in ("config.json", "scheduler_config.json"):
+                if (part / name).is_file() and not part.name.startswith("tokenizer"):
+                    parts[part.name] = json.loads((part / name).read_text())
+        (tmp_path / "configs").mkdir(exist_ok=True)
+        (tmp_path / "configs" / f"{FAMILY[kind]}.json").write_text(json.dumps(parts))
+    monkeypatch.setattr(single_file, "CONFIGS", tmp_path / "configs")
+
+
+@pytest.mark.parametrize("kind", ORIGINAL)
+def test_single_file_with_the_built_in_config(
+    kind: str, tiny_configs: None, tmp_path: Path, hub: Callable[[str, Path], str]
+) -> None:
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "clip")
+    hub("openai/clip-vit-large-patch14", tmp_path / "clip")
+    file = save_checkpoint(make_pipeline(kind), tmp_path / "dreamy.safetensors")
+    base = BaseModel.load(file, dtype=torch.float32, device="cpu")
+    assert (base.family.name, base.prediction_type) == (FAMILY[kind], PREDICTION[kind])
+    assert same_state(state(base.pipeline), state(make_pipeline(kind)))
+    if kind == "sd1":
+        assert base.tokenizer.pad_token == "<|endoftext|>"
+    else:
+        assert getattr(base.pipeline, "tokenizer_2", base.tokenizer).pad_token == "!"
+
+
+def test_prediction_type_of_a_single_file(tiny_configs: None, folders: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = make_pipeline("sd2")
+    plain = save_checkpoint(pipeline, tmp_path / "plain.safetensors")
+    told = save_checkpoint(pipeline, tmp_path / "told.safetensors", {"modelspec.prediction_type": "epsilon"})
+    options: dict[str, Any] = {"config": folders["sd2-v"], "dtype": torch.float32, "device": "cpu"}
+    assert BaseModel.load(plain, **options).prediction_type == "v_prediction"
+    assert BaseModel.load(told, **options).prediction_type == "epsilon"
+    assert BaseModel.load(plain, prediction_type="epsilon", **options).prediction_type == "epsilon"
+    assert BaseModel.load(told, prediction_type="v_prediction", **options).prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "count"),
+    [
+        ("sd1", "unet", 859_520_964),
+        ("sd2", "unet", 865_910_724),
+        ("sdxl", "unet", 2_567_463_684),
+        ("sd1", "vae", 83_653_863),
+        ("sd2", "vae", 83_653_863),
+        ("sdxl", "vae", 83_653_863),
+        ("sd1", "text_encoder", 123_060_480),
+        ("sd2", "text_encoder", 340_387_840),
+        ("sdxl", "text_encoder", 123_060_480),
+        ("sdxl", "text_encoder_2", 694_659_840),
+    ],
+)
+def test_built_in_configs_are_those_of_the_published_models(family: str, part: str, count: int) -> None:
+    config = json.loads((single_file.CONFIGS / f"{family}.json").read_text())[part]
+    with torch.device("meta"):
+        if part == "unet":
+            model = UNet2DConditionModel.from_config(config)
+        elif part == "vae":
+            model = AutoencoderKL.from_config(config)
+        else:
+            cls = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+            model = cls(CLIPTextConfig(**config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+# --- what it computes is what the stock pipeline computes ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_conditions(kind: str) -> None:
+    pipeline = make_pipeline(kind)
+    text = BaseModel.from_pipeline(pipeline).encode_text(PROMPTS)
+    stock = pipeline.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    assert torch.equal(text.states, stock[0])
+    assert text.states.shape == (2, 16, pipeline.unet.config.cross_attention_dim)
+    ids = pipeline.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    if kind == "sdxl":
+        assert text.pooled is not None and torch.equal(text.pooled, stock[2]) and text.pooled.shape == (2, 24)
+        hidden = pipeline.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        assert torch.equal(text.states[..., :16], hidden)
+    else:
+        assert text.pooled is None
+        assert torch.equal(text.states, pipeline.text_encoder(ids)[0])
+
+
+def test_text_conditions_carry_gradients_only_when_enabled() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sdxl"))
+    assert base.encode_text(["a dog"]).states.requires_grad
+    with torch.no_grad():
+        assert not base.encode_text(["a dog"]).states.requires_grad
+
+
+def test_time_ids() -> None:
+    pipeline = make_pipeline("sdxl")
+    base = BaseModel.from_pipeline(pipeline)
+    stock = pipeline._get_add_time_ids((300, 260), (12, 7), (64, 64), torch.float32, text_encoder_projection_dim=24)
+    ids = base.time_ids((300, 260), (12, 7), 64)
+    assert ids is not None and ids.shape == (6,) and torch.equal(ids[None], stock)
+    assert BaseModel.from_pipeline(make_pipeline("sd1")).time_ids((300, 260), (12, 7), 64) is None
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_latents(kind: str) -> None:
+    pipeline = make_pipeline(kind)
+    base = BaseModel.from_pipeline(pipeline)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    mean, std = base.encode_images(pixels)
+    assert mean.shape == std.shape == (2, 4, 8, 8) and not mean.requires_grad
+    posterior = pipeline.vae.encode(pixels).latent_dist
+    assert torch.equal(mean, posterior.mean) and torch.equal(std, posterior.std)
+    stock = posterior.sample(generator=torch.Generator().manual_seed(3))
+    ours = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(ours, stock, atol=1e-6)
+    assert base.scaling_factor == pipeline.vae.config.scaling_factor
+
+
+# --- precision, device, fingerprint --------------------------------------------------------------------------------
+
+
+def test_dtype_and_device(folders: dict[str, Path]) -> None:
+    assert BaseModel.load(folders["sd1"]).dtype == default_dtype(default_device())
+    base = BaseModel.load(folders["sd1"], dtype=torch.bfloat16, device="cpu")
+    assert base.device.type == "cpu"
+    assert {p.dtype for part in (*base.components.values(), base.vae) for p in part.parameters()} == {torch.bfloat16}
+    assert default_dtype(torch.device("mps")) == torch.float32
+
+
+def test_fp16_vae_that_overflows_computes_in_fp32() -> None:
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    base = BaseModel.from_pipeline(make_pipeline("sdxl").to(torch.float16))
+    exact = AutoencoderKL.from_config(base.vae.config).eval()
+    exact.load_state_dict({key: value.float() for key, value in base.vae.state_dict().items()})
+    before = state(base.pipeline)
+    mean, std = base.encode_images(pixels)
+    posterior = exact.encode(pixels).latent_dist
+    assert torch.equal(mean, posterior.mean) and torch.equal(std, posterior.std)
+    assert base.vae.dtype == torch.float16 and same_state(state(base.pipeline), before)
+
+
+def test_fingerprint(folders: dict[str, Path]) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    prints = {BaseModel.load(folders["sd1"], dtype=dtype, device="cpu").fingerprint for dtype in dtypes}
+    assert len(prints) == 1
+    others = {kind: BaseModel.from_pipeline(make_pipeline(kind)).fingerprint for kind in ("sd1", "sd2", "sdxl")}
+    assert prints == {others["sd1"]} and len(set(others.values())) == 3
+    other = make_pipeline("sd1")
+    with torch.no_grad():
+        other.unet.conv_in.weight.neg_()
+    assert BaseModel.from_pipeline(other).fingerprint not in prints
+
+
+# --- a user's mistakes ---------------------------------------------------------------------------------------------
+
+
+def refused(*args: Any, **options: Any) -> str:
+    """The message: one line, and a BaseModelError."""
+    with pytest.raises(BaseModelError) as caught:
+        BaseModel.load(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    return message
+
+
+def test_missing_sources(tmp_path: Path) -> None:
+    assert "no such folder or file" in refused(tmp_path / "nothing here")
+    assert "no such folder or file" in refused("nothing")
+    assert "not in the local cache" in refused("some-one/never-downloaded")
+    assert "bad..name" in refused("some--one/bad..name")
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json" in refused(tmp_path / "empty")
+
+
+def test_hub_ids() -> None:
+    assert is_hub_id("stable-diffusion-v1-5/stable-diffusion-v1-5") and is_hub_id("a/b.c_d")
+    assert not any(map(is_hub_id, ("a", "a/b/c", "./a", "../a", "/a", "~/a", "a/", "C:\\a", "a/b c")))
+
+
+def test_incomplete_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    wordless = tmp_path / "wordless"
+    shutil.copytree(folders["sd1"], wordless, ignore=shutil.ignore_patterns("tokenizer.json", "vocab.json", "merges.txt"))
+    assert "tokenizer" in refused(wordless)
+    folder = tmp_path / "torn"
+    shutil.copytree(folders["sd1"], folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "complete" in refused(folder)
+    (folder / "model_index.json").write_text("{torn")
+    assert "JSON" in refused(folder)
+    (folder / "model_index.json").write_text("[]")
+    refused(folder)
+
+
+@pytest.mark.parametrize("cls", ["FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionInpaintPipeline", "EvilPipeline"])
+def test_other_pipelines(cls: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": cls}))
+    message = refused(tmp_path)
+    assert cls in message and "Stable Diffusion XL" in message
+
+
+def unlike(kind: str, **changes: Any) -> Any:
+    pipeline = make_pipeline(kind)
+    config = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+    pipeline.unet = UNet2DConditionModel.from_config({**config, **changes})
+    return pipeline
+
+
+def test_models_that_cannot_be_trained() -> None:
+    refiner = make_pipeline("sdxl")
+    refiner.text_encoder = None
+    sample = make_pipeline("sd2")
+    sample.scheduler.register_to_config(prediction_type="sample")
+    no_unet = make_pipeline("sd1")
+    no_unet.unet = None
+    cases = {
+        "inpainting": unlike("sd1", in_channels=9),
+        "refiner": refiner,
+        "'sample'": sample,
+        "no U-Net": no_unet,
+        "different models": unlike("sd1", cross_attention_dim=24),
+    }
+    for expected, pipeline in cases.items():
+        with pytest.raises(BaseModelError, match=expected):
+            BaseModel.from_pipeline(pipeline)
+
+
+def test_single_files_that_are_no_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    for ending in ("ckpt", "pt", "bin"):
+        (tmp_path / f"evil.{ending}").write_bytes(b"\x80\x02")
+        assert "pickle" in refused(tmp_path / f"evil.{ending}")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x00" * 20)
+    assert "not a safetensors file" in refused(tmp_path / "torn.safetensors")
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    assert "adapter" in refused(random_adapter(base).save(tmp_path / "rex.safetensors"))
+    assert "adapter" in refused(random_adapter(base).save(tmp_path / "rex2.safetensors", layout="peft"))
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert "not a checkpoint" in refused(tmp_path / "other.safetensors")
+    nine = checkpoint(unlike("sd1", in_channels=9))
+    save_file({key: value.contiguous() for key, value in nine.items()}, tmp_path / "inpainting.safetensors")
+    assert "inpainting" in refused(tmp_path / "inpainting.safetensors", config=folders["sd1"])
+
+
+def test_single_file_and_the_wrong_config(folders: dict[str, Path], tmp_path: Path) -> None:
+    file = save_checkpoint(make_pipeline("sd1"), tmp_path / "one.safetensors")
+    for config in (folders["sdxl"], folders["sd2"], tmp_path / "nowhere"):
+        refused(file, config=config, dtype=torch.float32, device="cpu")
+
+
+def test_torn_single_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    weights = {k: v.contiguous() for k, v in checkpoint(make_pipeline("sd1")).items() if "output_blocks.1." not in k}
+    save_file(weights, tmp_path / "part.safetensors")
+    message = refused(tmp_path / "part.safetensors", config=folders["sd1"], dtype=torch.float32, device="cpu")
+    assert "part.safetensors" in message
+
+
+@pytest.mark.parametrize("kind", ORIGINAL)
+def test_no_tokenizer_is_one_plain_error(kind: str, tiny_configs: None, tmp_path: Path) -> None:
+    file = save_checkpoint(make_pipeline(kind), tmp_path / "dreamy.safetensors")
+    message = refused(file, dtype=torch.float32, device="cpu")
+    assert "tokenizer" in message and "config=FOLDER" in message and "hf download" in message

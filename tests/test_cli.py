@@ -1,0 +1,349 @@
+"""The command line: the whole way with a real tiny pipeline, and one plain line for every mistake a user can make."""
+
+from __future__ import annotations
+
+import functools
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pipelines
+import pytest
+from PIL import Image
+
+import lora_booth.composition
+import lora_booth.training
+from lora_booth import cli
+from lora_booth.adapters import Adapter
+from lora_booth.config import TrainingConfig
+from lora_booth.errors import SettingsError
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = cli.commands()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A diffusers folder, as `--base`."""
+    return pipelines.save("sd1", tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def rex(tmp_path_factory, photos, tiny) -> Path:
+    """An adapter file that `train` wrote."""
+    out = tmp_path_factory.mktemp("adapters") / "rex.safetensors"
+    with pytest.raises(SystemExit) as left:
+        cli.main(train_words(photos, tiny, out))
+    assert left.value.code == 0
+    return out
+
+
+def train_words(photos: Path, tiny: Path, out: Path, *more: str) -> list[str]:
+    words = ["train", str(photos), "--token", "sks", "--class-noun", "dog", "--out", str(out), "--base", str(tiny)]
+    return [*words, "--steps", "6", "--rank", "2", "--prior-loss-weight", "0", *more]
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command in this process -> exit code, stdout, stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(word) for word in words])
+        told = capsys.readouterr()
+        return int(left.value.code or 0), told.out, told.err
+
+    return run
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    return Adapter.load(a).digest() == Adapter.load(b).digest()
+
+
+# --- the whole way -------------------------------------------------------------------------------------------------
+
+
+def test_show(call, rex):
+    code, out, err = call("show", rex)
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (code, err) == (0, "")
+    assert (shown["token"], shown["class_noun"], shown["photos"], shown["steps"]) == ("sks", "dog", "3", "6")
+    assert shown["base_model"] == "tiny" and shown["family"] == "sd1"
+    assert shown["modules"].endswith("rank 2") and "sha256" in shown["tensors"]
+
+
+def test_convert_there_and_back(call, rex, tmp_path):
+    peft, back = tmp_path / "peft.safetensors", tmp_path / "back.safetensors"
+    assert call("convert", rex, peft, "--layout", "peft")[:2] == (0, f"wrote {peft}\n")
+    assert call("convert", peft, back)[0] == 0
+    assert same_tensors(rex, peft) and same_tensors(rex, back)
+    assert peft.read_bytes() != back.read_bytes()
+
+
+def test_generate(call, rex, tiny, tmp_path):
+    prompt = "a photo of sks dog"
+    words = ["--prompt", prompt, "--base", tiny, "--steps", 2, "--size", 32, "--out", tmp_path / "new"]
+    code, out, err = call("generate", rex, f"{rex}:-0.5", *words, "--seeds", "7,2")
+    files = [tmp_path / "new" / name for name in ("000007.png", "000002.png", "gallery.html")]
+    assert (code, out.splitlines()) == (0, [str(file) for file in files])
+    assert err.splitlines() == ["picture 1/2", "picture 2/2"]
+    for file in files[:2]:
+        with Image.open(file) as picture:
+            assert picture.size == (32, 32)
+    page = files[2].read_text(encoding="utf-8")
+    assert page.count("<figure") == 2 and prompt in page and "sks dog 1, sks dog -0.5" in page
+
+
+def test_without_a_weight_the_cards_own_is_taken(call, rex, tiny, tmp_path, monkeypatch):
+    loaded = Adapter.load(rex)
+    half = replace(loaded, card=replace(loaded.card, weight=0.5)).save(tmp_path / "half.safetensors")
+    seen = []
+    monkeypatch.setattr(lora_booth.composition.Composition, "generate", lambda self, *_, **__: seen.append(self.adapters) or [])
+    code, _, err = call("generate", half, f"{half}:0.25", "--prompt", "x", "--base", tiny)
+    assert [weight for _, weight in seen[0]] == [0.5, 0.25]
+    assert code == 2 and "gallery without pictures" in err
+
+
+def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "again.safetensors"
+    monkeypatch.setattr("lora_booth.config.TrainingConfig", functools.partial(TrainingConfig, checkpoint_every=2))
+
+    def stop(self, step) -> None:
+        if step.index == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lora_booth.progress.Lines.update", stop)
+        code, _, err = call(*train_words(photos, tiny, out))
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; the same command again continues a training"
+    assert not out.exists()
+    assert [f.name for f in (tmp_path / "again" / "checkpoints").iterdir()] == ["000004"]
+
+    done: list[int] = []
+    monkeypatch.setattr("lora_booth.progress.Lines.update", lambda self, step: done.append(step.index))
+    code, said, _ = call(*train_words(photos, tiny, out))
+    assert code == 0 and said.startswith(f"wrote {out} (")
+    assert done == [5, 6]
+    assert same_tensors(out, rex)
+
+
+def test_another_setting_does_not_continue_the_run(call, rex, photos, tiny):
+    code, _, err = call(*train_words(photos, tiny, rex, "--seed", "1"))
+    assert code == 2 and "unfinished run with other photos, settings" in err
+
+
+def test_train_tells_what_it_leaves_out(call, photos, tiny, tmp_path):
+    folder = tmp_path / "rex"
+    folder.mkdir()
+    for photo in photos.iterdir():
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    (folder / "notes.pdf").write_bytes(b"%PDF-1.7")
+    words = train_words(folder, tiny, tmp_path / "out.safetensors", "--steps", "1", "--layout", "peft")
+    code, _, err = call(*words)
+    assert code == 0 and "not used: notes.pdf: PDF" in err
+
+
+# --- photos and tokens ---------------------------------------------------------------------------------------------
+
+
+def test_photos_and_their_contact_sheet(call, photos, tmp_path):
+    sheet = tmp_path / "new" / "sheet.png"
+    code, out, err = call("photos", photos, "--resolution", 256, "--sheet", sheet)
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[0].startswith("used     0.jpg  260 x 300")
+    assert lines[-2:] == ["3 used, 0 skipped", f"wrote {sheet}"]
+    with Image.open(sheet) as opened:
+        assert opened.width == 3 * (160 + 8) + 8
+
+
+def test_photos_says_why_one_is_not_used(call, photos, tmp_path):
+    (tmp_path / "a.jpg").write_bytes((photos / "0.jpg").read_bytes())
+    (tmp_path / "b.jpg").write_bytes((photos / "0.jpg").read_bytes())
+    (tmp_path / "c.gif").write_bytes(b"GIF89a")
+    code, out, _ = call("photos", tmp_path)
+    assert code == 0
+    assert "skipped  b.jpg  the same file as a.jpg" in out and "skipped  c.gif  GIF" in out
+    assert out.splitlines()[-1] == "1 used, 2 skipped"
+    assert "small: 260 px, enlarged to 512" in out
+
+
+def test_tokens_are_proposed(call, tiny, monkeypatch):
+    monkeypatch.setattr("lora_booth.base_model.rare_tokens", lambda base: ("sks",))
+    assert call("token", "--base", tiny) == (0, "sks\n", "")
+
+
+def test_tokens_are_checked(call, tiny):
+    code, out, _ = call("token", "--base", tiny, "--check", "sks")
+    assert code == 0
+    assert out.splitlines()[0] == "sks: 1 piece(s): sks</w>" and out.splitlines()[-1] == "free to mean something new"
+    code, out, _ = call("token", "--base", tiny, "--check", "zebra")
+    assert code == 1 and "falls into 5 pieces" in out and "free" not in out
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+MISTAKES = [
+    # words, what the line says; {photos}, {tiny}, {rex}, {tmp} are filled in
+    ("photos {tmp}/nowhere", "no such folder"),
+    ("photos {empty}", "no usable photo"),
+    ("photos {photos} --sheet {tmp}/sheet.tiff2", "saved as .png"),
+    ("photos {photos} --resolution 0", "--resolution"),
+    ("train {tmp}/nowhere --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny}", "no such folder"),
+    ("train {two} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny}", "2 usable photos, 3 needed"),
+    (
+        "train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny} --max-photos 2 --min-photos 1",
+        "more",
+    ),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tmp}/nowhere", "no such folder or file"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {empty}", "no model_index.json"),
+    ("train {photos} --token {{token}} --class-noun dog --out {tmp}/a.safetensors --base {tiny}", "brace"),
+    ("train {photos} --token dog --class-noun dog --out {tmp}/a.safetensors --base {tiny}", "class noun itself"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.pt --base {tiny}", ".safetensors"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a --base {tiny}", ".safetensors"),
+    ("train {photos} --token sks --class-noun dog --out {folder} --base {tiny}", "is a folder"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --layout webui", "allowed: kohya, peft"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --rank 0", "rank 0"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --rank ten", "--rank"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --learning-rate 3", "learning_rate 3.0"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --prior-loss-weight nan", "prior_loss_weight nan"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --attention flash", "sdpa or xformers"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny} --resolution 60", "resolution 60"),
+    (
+        "train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny} --prior-loss-weight 0 --rank 300",
+        "rank 300",
+    ),
+    ("train {photos} --token sks --class-noun dog", "--out"),
+    ("train --token sks", "folder"),
+    ("generate {rex} --prompt x --base {tiny} --seeds 3-", "seeds '3-'"),
+    ("generate {rex} --prompt x --base {tiny} --seeds 0-99999999999", "allowed: 1 to 10000"),
+    ("generate {rex} --prompt x --base {tiny} --steps 0", "steps 0"),
+    ("generate {rex} --prompt x --base {tiny} --size 33", "size 33"),
+    ("generate {rex} --prompt x --base {tiny} --guidance -1", "guidance -1.0"),
+    ("generate {rex} --prompt x --base {tiny} --batch-size 0", "batch_size 0"),
+    ("generate {rex} --prompt x --base nobody/nothing", "not in the local cache"),
+    ("generate {rex}:much --prompt x --base {tiny}", "'much' is no weight"),
+    ("generate {rex}:nan --prompt x --base {tiny}", "'nan' is no weight"),
+    ("generate {tmp}/nothing.safetensors --prompt x", "nothing.safetensors"),
+    ("generate {rex}", "--prompt"),
+    ("generate {rex} --prompt x --seed 3", "--seed"),
+    ("generate {rex} --prompt x --base {tiny} --steps 1 --seeds 1 --out {file}", "file.txt"),
+    ("show {tmp}/nothing.safetensors", "nothing.safetensors"),
+    ("show {file}", "file.txt"),
+    ("show {broken}", "broken.safetensors"),
+    ("convert {rex} {tmp}/b.safetensors --layout webui", "allowed: kohya, peft"),
+    ("convert {rex} {tmp}/b.ckpt", ".safetensors"),
+    ("convert {rex}", "out"),
+    ("token --base {tiny} --check ''", "token ''"),
+    ("token --base {tiny} --count 0", "--count"),
+    ("token --base {file}", "file.txt"),
+    ("trian {photos}", "trian"),
+    ("--colour", "--colour"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_a_mistake_is_told_in_one_line(call, photos, tiny, rex, tmp_path, words, line):
+    places = {"photos": photos, "tiny": tiny, "rex": rex, "tmp": tmp_path}
+    for name in ("empty", "two", "folder.safetensors"):
+        (tmp_path / name).mkdir()
+        places[name.partition(".")[0]] = tmp_path / name
+    for photo in sorted(photos.iterdir())[:2]:
+        (tmp_path / "two" / photo.name).write_bytes(photo.read_bytes())
+    for name in ("file.txt", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        places[name.partition(".")[0]] = tmp_path / name
+    filled = [word.format(**places).replace("''", "") for word in words.split()]
+    code, out, err = call(*filled)
+    assert code == 2
+    assert out == ""
+    *before, last = err.splitlines()
+    assert last.startswith("error: ") and line in last
+    assert not [said for said in before if said.startswith("error") or "Traceback" in said]
+    if "--steps 1" not in words and "--resolution 60" not in words and "--rank 300" not in words:
+        assert before == []
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_an_error_is_one_line_whatever_it_holds(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.fail("first\nsecond\r\n  third")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: first second third\n"
+
+
+# --- parsing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("0-3", [0, 1, 2, 3]), ("1,5,8", [1, 5, 8]), ("7", [7]), ("4-4", [4]), ("2, 0-2", [2, 0, 1]), ("9,9", [9])],
+)
+def test_seeds(text, seeds):
+    assert cli.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1-", "-1", "3-1", "1,,2", "1.5", "0-10000", "0-9999,20000", "1-2-3", "0-" + "9" * 30]
+)
+def test_bad_seeds(text):
+    with pytest.raises(SettingsError, match="seeds"):
+        cli.parse_seeds(text)
+
+
+def test_files_and_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd:0.5").write_bytes(b"")
+    assert cli.file_and_weight("ink.safetensors:0.6") == (Path("ink.safetensors"), 0.6)
+    assert cli.file_and_weight("ink.safetensors:-1") == (Path("ink.safetensors"), -1.0)
+    assert cli.file_and_weight("ink.safetensors") == (Path("ink.safetensors"), None)
+    assert cli.file_and_weight("odd:0.5") == (Path("odd:0.5"), None)  # a file of that very name
+    assert cli.file_and_weight("C:\\ink.safetensors") == (Path("C:\\ink.safetensors"), None)
+    assert cli.file_and_weight("C:\\ink.safetensors:0.5") == (Path("C:\\ink.safetensors"), 0.5)
+
+
+@pytest.mark.parametrize("text", ["ink.safetensors:", "ink.safetensors:a", "ink.safetensors:inf", "ink:nan", ":0.5"])
+def test_bad_weights(text):
+    with pytest.raises(SettingsError, match="is no weight"):
+        cli.file_and_weight(text)
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+def test_help(call):
+    for words in ([], ["--help"], ["-h"]):
+        code, out, err = call(*words)
+        assert (code, err) == (0, "")
+        assert all(command in out for command in COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def make_cli() -> dict:
+    return runpy.run_path(str(ROOT / "docs" / "make_cli.py"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_says_what_the_documentation_says(call, make_cli, command):
+    code, out, err = call(command, "--help")
+    assert (code, err) == (0, "")
+    words = " ".join(out.split())
+    told = make_cli["page"]().partition(f"\n## {command}\n")[2].partition("\n## ")[0]
+    assert told
+    options = [part for part in told.replace("`", " ").split() if part.startswith("--") and part != "---"]
+    assert options or command in ("show",)
+    for option in options:
+        assert option in words
+    for row in told.splitlines():
+        if row.startswith("| `"):
+            meaning = row.split(" | ")[1].rstrip("| ").strip()
+            assert meaning in words or meaning in words.replace("- ", "-")
+
+
+def test_the_documented_command_line_is_up_to_date(make_cli):
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written == make_cli["page"](), "run: python docs/make_cli.py"
+    assert [line.removeprefix("## ") for line in written.splitlines() if line.startswith("## ")] == COMMANDS

@@ -1,0 +1,208 @@
+"""Composition and Picture: whose picture a seed is, what several adapters add up to, what a saved file tells."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from PIL import Image
+
+from lora_booth.adapters import Adapter
+from lora_booth.adapters.merge import concatenated
+from lora_booth.base_model import BaseModel
+from lora_booth.composition import Composition, Picture
+from lora_booth.config import LoraSpec
+from lora_booth.errors import AdapterBaseMismatch, SettingsError
+from lora_booth.generation import quiet
+from lora_booth.injection import attached
+
+PROMPT = "a photo of sks dog"
+QUICK = {"steps": 2, "guidance": 2.0}
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel.from_pipeline(pipelines.make_pipeline("sd1"), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def rex(base) -> Adapter:
+    return pipelines.random_adapter(base, LoraSpec(rank=4, text_encoder=True), seed=1, size=0.2)
+
+
+@pytest.fixture(scope="module")
+def ink(base) -> Adapter:
+    return pipelines.random_adapter(base, LoraSpec(rank=2, alpha=4.0), seed=2, size=0.2)
+
+
+def pixels(pictures: list[Picture]) -> np.ndarray:
+    """(N, H, W, 3) of all pictures."""
+    return np.stack([np.asarray(picture.image) for picture in pictures])
+
+
+def latents(studio: Composition, seed: int = 3) -> torch.Tensor:
+    """What the stock pipeline makes with the adapters, before the VAE rounds it to pixels."""
+    with attached(studio.base, studio.adapters) as pipeline, quiet(pipeline):
+        generator = torch.Generator().manual_seed(seed)
+        made = pipeline(PROMPT, num_inference_steps=2, guidance_scale=2.0, generator=generator, output_type="latent")
+    return made.images
+
+
+# --- seeds ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_picture_whatever_else_is_asked_for(base, rex):
+    studio = Composition(base, [(rex, 0.8)])
+    three = studio.generate(PROMPT, seeds=[1, 2, 3], **QUICK)
+    alone = studio.generate(PROMPT, seeds=[3], **QUICK)
+    assert [picture.seed for picture in three] == [1, 2, 3]
+    assert np.array_equal(pixels(alone)[0], pixels(three)[2])
+    assert not np.array_equal(pixels(three)[0], pixels(three)[1])
+
+
+def test_batches_differ_by_rounding_only(base, rex):
+    studio = Composition(base, [(rex, 0.8)])
+    single = pixels(studio.generate(PROMPT, seeds=range(1, 4), **QUICK)).astype(int)
+    batch = pixels(studio.generate(PROMPT, seeds=range(1, 4), batch_size=3, **QUICK)).astype(int)
+    uneven = pixels(studio.generate(PROMPT, seeds=range(1, 4), batch_size=2, **QUICK)).astype(int)
+    assert np.abs(single - batch).max() <= 2  # of 255
+    assert np.abs(single - uneven).max() <= 2
+
+
+def test_pictures_know_what_made_them(base, rex):
+    counts: list[int] = []
+    made = Composition(base, [(rex, 0.8)]).generate(
+        PROMPT, seeds=[5, 6], negative_prompt="a dog", size=32, on_image=counts.append, **QUICK
+    )
+    assert counts == [1, 2]
+    assert [picture.image.size for picture in made] == [(32, 32)] * 2
+    assert [(p.prompt, p.seed, p.base, p.negative_prompt, p.steps, p.guidance) for p in made] == [
+        (PROMPT, seed, "tiny", "a dog", 2, 2.0) for seed in (5, 6)
+    ]
+    assert made[0].adapters == ((rex.name, 0.8),)
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+def test_several_adapters_are_the_exact_sum_of_their_changes(base, rex, ink):
+    both = latents(Composition(base, [(rex, 0.8), (ink, -0.5)]))
+    merged = latents(Composition(base, [(concatenated([(rex, 0.8), (ink, -0.5)]), 1.0)]))
+    assert torch.allclose(both, merged, atol=1e-4)
+    assert not torch.allclose(both, latents(Composition(base, [(rex, 0.8)])), atol=1e-2)
+
+
+def test_the_weight_is_the_cards_own_unless_one_is_given(base, rex):
+    soft = replace(rex, card=replace(rex.card, weight=0.4))
+    assert [weight for _, weight in Composition(base, [soft, (soft, 1.0), (soft, 0)]).adapters] == [0.4, 1.0, 0.0]
+    assert torch.equal(latents(Composition(base, [soft])), latents(Composition(base, [(rex, 0.4)])))
+
+
+def test_without_adapters_or_with_weight_0_it_is_the_base(base, rex):
+    assert torch.equal(latents(Composition(base)), latents(Composition(base, [(rex, 0.0)])))
+    assert not torch.equal(latents(Composition(base)), latents(Composition(base, [rex])))
+
+
+# --- the pipeline afterwards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler scheduler, NumPy 2
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_bare_pipeline_works_and_is_as_it_was_afterwards(kind):
+    pipeline = pipelines.make_pipeline(kind)
+    before = pipelines.state(pipeline)
+    adapter = pipelines.random_adapter(BaseModel.from_pipeline(pipeline), LoraSpec(rank=2, text_encoder=True))
+    names = [name for name, _ in pipeline.unet.named_modules()]
+    made = Composition(pipeline, [adapter]).generate(PROMPT, seeds=[1], **QUICK)
+    assert made[0].image.size == (64, 64)
+    assert pipelines.same_state(before, pipelines.state(pipeline))
+    assert [name for name, _ in pipeline.unet.named_modules()] == names
+    assert not getattr(pipeline, "_progress_bar_config", {}).get("disable")
+
+
+def test_the_pipeline_is_as_it_was_after_an_exception(base, rex, ink):
+    before = pipelines.state(base.pipeline)
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Composition(base, [rex, ink]).generate(PROMPT, seeds=[1, 2], on_image=stop, **QUICK)
+    assert pipelines.same_state(before, pipelines.state(base.pipeline))
+    assert not getattr(base.pipeline, "_progress_bar_config", {}).get("disable")
+
+
+def test_a_misfit_is_told_before_anything_is_changed(base, rex):
+    other = BaseModel.from_pipeline(pipelines.make_pipeline("sd2"), name="other")
+    before = pipelines.state(other.pipeline)
+    with pytest.raises(AdapterBaseMismatch, match="was made for tiny"):
+        Composition(other, [rex]).generate(PROMPT, seeds=[1], **QUICK)
+    assert pipelines.same_state(before, pipelines.state(other.pipeline))
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seeds": []}, "no seeds"),
+        ({"seeds": [-1]}, "seed -1"),
+        ({"seeds": [2**64]}, "seed 18446744073709551616"),
+        ({"steps": 0}, "steps 0"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"guidance": -1.0}, "guidance -1.0"),
+        ({"guidance": math.nan}, "guidance nan"),
+        ({"size": 0}, "size 0"),
+        ({"size": 65}, "size 65"),
+    ],
+)
+def test_settings_out_of_range_are_told(base, settings, words):
+    with pytest.raises(SettingsError, match=words):
+        Composition(base).generate(PROMPT, **settings)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_is_a_finite_number(base, rex, weight):
+    with pytest.raises(SettingsError, match="weight"):
+        Composition(base, [(rex, weight)])
+
+
+# --- saved pictures ------------------------------------------------------------------------------------------------
+
+SECRETS = Picture(
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)),
+    "secretprompt of anna",
+    271828,
+    (("secretadapter", 0.5),),
+    "secretbase",
+    "secretnegative",
+    20,
+    4.0,
+)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("p.png", "PNG"), ("p.jpg", "JPEG"), ("p.JPEG", "JPEG"), ("p.webp", "WEBP")])
+def test_a_saved_picture_bears_the_mark_and_tells_nothing_else(tmp_path, name, kind):
+    path = SECRETS.save(tmp_path / "secretfolder" / f"secret{name}")
+    content = path.read_bytes()
+    assert b"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia" in content
+    for word in (b"secret", b"anna", b"271828", str(tmp_path).encode(), b"lora_booth"):
+        assert word not in content.lower()
+    with Image.open(path) as read:
+        assert (read.format, read.size) == (kind, (56, 40))
+        assert b"trainedAlgorithmicMedia" in read.info["xmp"]  # where a reader of XMP finds it
+        if kind == "PNG":
+            assert np.array_equal(np.asarray(read), np.asarray(SECRETS.image))
+
+
+def test_a_picture_is_saved_as_what_its_name_says(tmp_path):
+    assert SECRETS.save(str(tmp_path / "p.png")) == Path(tmp_path / "p.png")
+    with pytest.raises(SettingsError, match=r"\.png, \.jpg or \.webp"):
+        SECRETS.save(tmp_path / "new" / "p.gif")
+    assert not (tmp_path / "new").exists()

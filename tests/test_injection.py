@@ -1,0 +1,308 @@
+"""attached() adds exactly the adapters' changes and leaves no trace; trainable() adapts exactly what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pipelines import KINDS, make_pipeline, random_adapter, same_state, state
+from torch import Tensor, nn
+
+from lora_booth.adapters import Adapter, LoraFactors
+from lora_booth.base_model import BaseModel
+from lora_booth.config import LoraSpec
+from lora_booth.errors import AdapterBaseMismatch, SettingsError
+from lora_booth.injection import attached, local_path, trainable
+
+TEXT_TOO = LoraSpec(rank=4, text_encoder=True)
+PLACES = ("to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_in")
+EVERYWHERE = LoraSpec(rank=2, alpha=1.0, target_modules=PLACES)
+
+
+def modules(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def traces(pipeline: Any) -> dict[str, Any]:
+    """All of a pipeline that could be left changed, weights apart."""
+    found: dict[str, Any] = {}
+    for name, part in modules(pipeline).items():
+        found[name] = [(path, id(m), type(m), m.training, sorted(vars(m))) for path, m in part.named_modules()]
+        found[name + " parameters"] = [(path, id(p), p.requires_grad, p.grad is None) for path, p in part.named_parameters()]
+        found[name + " peft"] = repr(getattr(part, "peft_config", None))
+        layers = {path: m for path, m in part.named_modules() if isinstance(m, BaseTunerLayer)}
+        found[name + " active"] = {
+            path: (list(m.active_adapters), dict(m.scaling), list(m.merged_adapters), m.disable_adapters)
+            for path, m in layers.items()
+        }
+    return found
+
+
+def predict(pipeline: Any) -> Tensor:
+    """The U-Net's output for a prompt, with the text encoders of the moment."""
+    base = BaseModel.from_pipeline(pipeline)
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        text = base.encode_text(["a sks dog"])
+        ids = base.time_ids((64, 64), (0, 0), 64)
+        extra = None if ids is None else {"text_embeds": text.pooled, "time_ids": ids[None]}
+        return pipeline.unet(latents, torch.tensor([500]), text.states, added_cond_kwargs=extra).sample
+
+
+def picture(pipeline: Any) -> np.ndarray[Any, Any]:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipeline("a sks dog", num_inference_steps=2, generator=generator, output_type="np").images[0])
+
+
+def added_by_hand(pipeline: Any, adapters: list[tuple[Adapter, float]]) -> Any:
+    for adapter, weight in adapters:
+        for key, factors in adapter.modules.items():
+            component, _, path = key.partition(".")
+            model = getattr(pipeline, component)
+            layer = model.get_submodule(local_path(model, path))
+            up, down = factors.up.flatten(1), factors.down.flatten(1)
+            with torch.no_grad():
+                layer.weight += weight * (factors.alpha / factors.rank) * (up @ down).view_as(layer.weight)
+    return pipeline
+
+
+# --- attached ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [LoraSpec(rank=4), TEXT_TOO, EVERYWHERE], ids=["attention", "text", "everywhere"])
+def test_attached_is_the_sum_of_the_changes(kind: str, lora: LoraSpec) -> None:
+    pipeline = make_pipeline(kind)
+    base = BaseModel.from_pipeline(pipeline)
+    pair = [(random_adapter(base, lora, seed=1), 0.8), (random_adapter(base, LoraSpec(rank=3, alpha=6.0), seed=2), -0.5)]
+    untouched = predict(pipeline)  # the first call of all: transformers puts its own hooks in then
+    before, weights = traces(pipeline), state(pipeline)
+    with attached(base, pair) as given:
+        assert given is pipeline
+        inside = predict(pipeline)
+        assert not any(p.requires_grad for p in pipeline.unet.parameters())
+    assert (inside - untouched).abs().max() > 1e-2
+    expected = predict(added_by_hand(make_pipeline(kind), pair))
+    assert (inside - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert traces(pipeline) == before and same_state(state(pipeline), weights)
+    assert torch.equal(predict(pipeline), untouched)
+
+
+def test_ranks_and_alphas_of_their_own() -> None:
+    pipeline = make_pipeline("sd1")
+    base = BaseModel.from_pipeline(pipeline)
+    parts = [random_adapter(base, LoraSpec(rank=r, alpha=a), seed=r).modules for r, a in ((1, 1.0), (4, 2.0), (8, 8.0))]
+    mixed = Adapter({key: parts[i % 3][key] for i, key in enumerate(parts[0])}, random_adapter(base).card)
+    with attached(pipeline, [(mixed, 1.0)]):
+        inside = predict(pipeline)
+    assert torch.allclose(inside, predict(added_by_hand(make_pipeline("sd1"), [(mixed, 1.0)])), atol=1e-5)
+
+
+def test_weight_zero_and_no_adapter_are_the_base() -> None:
+    pipeline = make_pipeline("sd1")
+    adapter, untouched = random_adapter(BaseModel.from_pipeline(pipeline)), predict(pipeline)
+    for adapters in ([], [(adapter, 0.0)]):
+        with attached(pipeline, adapters):
+            assert torch.equal(predict(pipeline), untouched)
+
+
+def test_half_precision_base() -> None:
+    pipeline = make_pipeline("sd1").to(torch.bfloat16)
+    base = BaseModel.from_pipeline(pipeline)
+    weights = state(pipeline)
+    with attached(base, [(random_adapter(base), 1.0)]):
+        assert {p.dtype for p in pipeline.unet.parameters()} == {torch.bfloat16}
+    assert same_state(state(pipeline), weights)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_restored_after(error: type[BaseException]) -> None:
+    pipeline = make_pipeline("sdxl")
+    base = BaseModel.from_pipeline(pipeline)
+    before, weights = traces(pipeline), state(pipeline)
+    with pytest.raises(error), attached(base, [(random_adapter(base, TEXT_TOO), 1.0)]):
+        raise error
+    assert traces(pipeline) == before and same_state(state(pipeline), weights)
+    with pytest.raises(error), trainable(base, TEXT_TOO):
+        raise error
+    assert traces(pipeline) == before and same_state(state(pipeline), weights)
+
+
+def test_restored_when_injecting_fails_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_booth import injection
+
+    pipeline = make_pipeline("sdxl")
+    base = BaseModel.from_pipeline(pipeline)
+    before, weights = traces(pipeline), state(pipeline)
+    adapter = random_adapter(base, TEXT_TOO)
+    real, calls = injection.base_layer, []
+
+    def interrupted(module: nn.Module) -> nn.Module:
+        calls.append(module)
+        if len(calls) == len(adapter.modules) + 40:  # the checks look at each layer once, then each is filled
+            raise KeyboardInterrupt
+        return real(module)
+
+    monkeypatch.setattr(injection, "base_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt), attached(base, [(adapter, 1.0)]):
+        pass
+    assert traces(pipeline) == before and same_state(state(pipeline), weights)
+
+
+# --- on a pipeline that has the user's own adapter -----------------------------------------------------------------
+
+
+def switched_off(pipeline: Any) -> None:
+    pipeline.disable_lora()
+
+
+def fused(pipeline: Any) -> None:
+    pipeline.fuse_lora()
+
+
+def as_loaded(pipeline: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize("put", [as_loaded, switched_off, fused])
+@pytest.mark.filterwarnings("ignore")
+def test_the_users_own_adapter_stays(put: Callable[[Any], None], tmp_path: Path) -> None:
+    clean = BaseModel.from_pipeline(make_pipeline("sd1"))
+    theirs = random_adapter(clean, LoraSpec(rank=4, text_encoder=True), seed=8)
+    ours = random_adapter(clean, LoraSpec(rank=3, target_modules=("to_q", "to_k", "ff.net.2")), seed=9)
+    pipeline = make_pipeline("sd1")
+    pipeline.load_lora_weights(str(theirs.save(tmp_path / "theirs.safetensors", dtype="fp32")))
+    put(pipeline)
+    alone = predict(pipeline)
+    before, weights = traces(pipeline), state(pipeline)
+    for _ in range(2):
+        with attached(pipeline, [(ours, 0.7)]):
+            both = predict(pipeline)
+        assert traces(pipeline) == before and same_state(state(pipeline), weights)
+        assert torch.equal(predict(pipeline), alone)
+    known = [] if put is switched_off else [(theirs, 1.0)]
+    expected = predict(added_by_hand(make_pipeline("sd1"), [*known, (ours, 0.7)]))
+    assert (both - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+    with trainable(BaseModel.from_pipeline(pipeline), TEXT_TOO) as lora:
+        assert torch.equal(predict(pipeline), alone)
+        parts = [pipeline.unet, pipeline.text_encoder]
+        needing = {id(p) for part in parts for p in part.parameters() if p.requires_grad}
+        assert needing == {id(p) for p in lora.named_parameters().values()}
+        assert set(lora.named_parameters()) == {
+            f"{key}.{half}" for key in random_adapter(clean, TEXT_TOO).modules for half in ("down", "up")
+        }
+    assert traces(pipeline) == before and same_state(state(pipeline), weights)
+    pipeline.unload_lora_weights()
+
+
+# --- stock diffusers reads our files to the same picture -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_stock_loader_gives_the_same_picture(kind: str, tmp_path: Path) -> None:
+    pipeline = make_pipeline(kind)
+    base = BaseModel.from_pipeline(pipeline)
+    adapter = random_adapter(base, LoraSpec(rank=4, alpha=2.0, text_encoder=True), size=0.6)
+    untouched = picture(pipeline)
+    with attached(pipeline, [(adapter, 1.0)]):
+        ours = picture(pipeline)
+    assert np.abs(ours - untouched).max() > 0.05
+    for layout in ("kohya", "peft"):
+        pipeline.load_lora_weights(str(adapter.save(tmp_path / f"{layout}.safetensors", layout=layout, dtype="fp32")))
+        stock = picture(pipeline)
+        pipeline.unload_lora_weights()
+        assert np.abs(stock - ours).max() < 1e-4, layout
+    assert np.array_equal(picture(pipeline), untouched)
+
+
+# --- adapters for other bases --------------------------------------------------------------------------------------
+
+
+def test_mismatches_are_found_before_any_change() -> None:
+    pipeline = make_pipeline("sd2")
+    base = BaseModel.from_pipeline(pipeline, name="tiny")
+    before, good = traces(pipeline), random_adapter(base)
+    other_family = random_adapter(BaseModel.from_pipeline(make_pipeline("sdxl"), name="big"))
+    key, factors = next(iter(good.modules.items()))
+    wide = LoraFactors(torch.zeros(4, 99), factors.up, 4.0)
+    cases = {
+        "big": other_family,
+        r"\(\d+, 99\)": Adapter({**good.modules, key: wide}, good.card),
+        "no module unet.nowhere.to_q": Adapter({**good.modules, "unet.nowhere.to_q": factors}, good.card),
+        "no linear": Adapter({**good.modules, "unet.conv_norm_out": factors}, good.card),
+        "has no text_encoder_2": Adapter({**good.modules, "text_encoder_2.text_model.x": factors}, good.card),
+    }
+    for expected, adapter in cases.items():
+        for adapters in ([(adapter, 1.0)], [(good, 1.0), (adapter, 0.0)]):
+            with pytest.raises(AdapterBaseMismatch, match=expected), attached(base, adapters):
+                raise AssertionError("attached")
+            assert traces(pipeline) == before
+
+
+# --- what is trained -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_default_targets_are_all_attention_projections(kind: str) -> None:
+    base = BaseModel.from_pipeline(make_pipeline(kind))
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    every = {f"unet.{n}" for n, m in base.unet.named_modules() if isinstance(m, nn.Linear) and n.endswith(names)}
+    untouched = predict(base.pipeline)
+    with trainable(base, LoraSpec(rank=2)) as lora:
+        assert set(lora.factors()) == every
+        assert len(every) == 8 * sum(len(m.transformer_blocks) for m in base.unet.modules() if hasattr(m, "transformer_blocks"))
+        assert {p.dtype for p in lora.named_parameters().values()} == {torch.float32}
+        assert torch.equal(predict(base.pipeline), untouched)  # up = 0: nothing is changed at the start
+
+
+def test_other_targets() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sdxl"))
+    with trainable(base, EVERYWHERE) as lora:
+        for place in PLACES:
+            assert any(key.endswith(f".{place}") for key in lora.factors()), place
+        assert lora.factors()["unet.conv_in"].down.shape == (2, 4, 3, 3)
+        assert lora.factors()["unet.conv_in"].up.shape == (16, 2, 1, 1)
+    with trainable(base, LoraSpec(rank=2, text_encoder=True, text_target_modules=("q_proj", "fc1"))) as lora:
+        found = {key for key in lora.factors() if not key.startswith("unet")}
+    # the last layer of SDXL's first text encoder conditions nothing
+    assert found == {
+        *(f"text_encoder.text_model.encoder.layers.0.{tail}" for tail in ("self_attn.q_proj", "mlp.fc1")),
+        *(f"text_encoder_2.text_model.encoder.layers.{i}.{tail}" for i in (0, 1) for tail in ("self_attn.q_proj", "mlp.fc1")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("lora", "expected"),
+    [
+        (LoraSpec(rank=2, target_modules=("to_q", "to_nowhere")), "to_nowhere"),
+        (LoraSpec(rank=2, text_encoder=True, text_target_modules=("nothing",)), "nothing"),
+        (LoraSpec(rank=17), "rank 17.*at most 16"),
+        (LoraSpec(rank=5, target_modules=("conv_out",)), "rank 5.*at most 4"),
+    ],
+)
+def test_impossible_targets_leave_the_base_untouched(lora: LoraSpec, expected: str) -> None:
+    pipeline = make_pipeline("sd1")
+    before, weights = traces(pipeline), state(pipeline)
+    with pytest.raises(SettingsError, match=expected), trainable(BaseModel.from_pipeline(pipeline), lora):
+        raise AssertionError("trainable")
+    assert traces(pipeline) == before and same_state(state(pipeline), weights)
+
+
+def test_the_seed_decides_the_start() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(starts))
+        after = torch.get_rng_state()
+        with trainable(base, LoraSpec(rank=2), seed=seed) as lora:
+            starts.append(torch.cat([f.down.flatten() for f in lora.factors().values()]))
+        assert torch.equal(torch.get_rng_state(), after)  # the caller's random numbers are left alone
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])

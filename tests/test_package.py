@@ -1,0 +1,191 @@
+"""The package as a whole: what importing it costs, what it promises, which way its imports go."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_booth
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lora_booth"
+HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "PIL", "safetensors")
+TEXT = (".py", ".md", ".toml", ".json", ".txt", ".yml", ".yaml", ".cfg", ".html")
+
+
+def python(code: str) -> str:
+    """The output of `code` in a new process."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded(code: str, names: tuple[str, ...]) -> list[str]:
+    return python(f"import sys\n{code}\nprint(*[n for n in {names!r} if n in sys.modules])").split()
+
+
+def test_importing_it_imports_nothing_heavy():
+    assert loaded("import lora_booth", (*HEAVY, "typer", "rich")) == []
+    more = python("import sys; before = len(sys.modules); import lora_booth; print(len(sys.modules) - before)")
+    assert int(more) < 30  # modules; torch alone brings over a thousand
+
+
+def test_light_names_stay_light():
+    assert loaded("from lora_booth import LoraSpec, TrainingConfig, LoraBoothError, Card", HEAVY) == []
+
+
+def test_help_imports_no_model_library():
+    code = "from lora_booth.cli import main\nfor words in ([], ['train', '-h']):\n  try: main(words)\n  except SystemExit: pass"
+    output = python(f"import sys\n{code}\nprint('loaded:', *[n for n in {HEAVY!r} if n in sys.modules])")
+    assert output.splitlines()[-1].strip() == "loaded:"
+
+
+@pytest.mark.parametrize("name", lora_booth.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(lora_booth, name) is not None
+    assert name in dir(lora_booth)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = lora_booth.trian
+
+
+def test_names_for_type_checkers_are_those_at_run_time():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    checked = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert checked == lora_booth._HOMES
+
+
+# --- the way of the imports ----------------------------------------------------------------------------------------
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def at_module_level(body: list[ast.stmt]):
+    """Import statements that run when the module is imported (not those for type checkers, not those in functions)."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            yield from at_module_level([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try):
+            yield from at_module_level([*node.body, *node.orelse, *node.finalbody, *(s for h in node.handlers for s in h.body)])
+        elif isinstance(node, ast.ClassDef | ast.With):
+            yield from at_module_level(node.body)
+
+
+def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in at_module_level(ast.parse(path.read_text(encoding="utf-8")).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in known}
+            continue
+        parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+        source = ".".join(part for part in (parent, node.module or "") if part)
+        for alias in node.names:
+            found |= {c for c in (f"{source}.{alias.name}", source) if c in known} if source in known else set()
+    # `from . import x` names the package, which is on its way already and has only lazy names and constants
+    return {other for other in found if not name.startswith(f"{other}.")} - {name, "lora_booth"}
+
+
+def test_imports_go_one_way():
+    """A module imports only from modules that do not, by any way, import it."""
+    known = modules()
+    graph = {name: imports_of(name, path, known) for name, path in known.items()}
+    assert graph["lora_booth.training"] >= {"lora_booth.loss", "lora_booth.base_model"}  # the reading of imports works
+    assert graph["lora_booth.toybox.build"] >= {"lora_booth.toybox.world", "lora_booth.toybox.judge"}
+
+    def walk(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"imports go in a circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for other in sorted(graph[name]):
+                walk(other, (*way, name))
+            done.add(name)
+
+    done: set[str] = set()
+    for name in graph:
+        walk(name, ())
+
+
+ORDER = (  # from the foundation to the roof; each imports only from those before it
+    *(
+        "errors",
+        "family",
+        "config",
+        "photos",
+        "subject",
+        "adapters",
+        "toybox",
+        "single_file",
+        "base_model",
+        "injection",
+        "memory",
+    ),
+    *("generation", "prior", "latents", "loss", "checkpoint", "progress", "training"),
+    *("composition", "evaluation", "gallery", "demo", "cli"),
+)
+
+
+def test_imports_follow_the_order_of_the_house():
+    known = modules()
+    place = {name: i for i, name in enumerate(ORDER)}
+    for name, path in known.items():
+        own = name.removeprefix("lora_booth").strip(".").partition(".")[0]
+        for other in imports_of(name, path, known):
+            theirs = other.split(".")[1]
+            if own in place and theirs in place and own != theirs:
+                assert place[theirs] < place[own], f"{name} imports {other}, which stands above it"
+
+
+# --- what is shipped -----------------------------------------------------------------------------------------------
+
+
+def test_it_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_changelog_knows_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[?{re.escape(lora_booth.__version__)}\]?", changelog, re.MULTILINE)
+
+
+def own_files() -> list[Path]:
+    """Tracked files, and new ones that git does not ignore; outside a checkout, the sources."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        return [path for folder in (PACKAGE, ROOT / "tests", ROOT / "docs") for path in sorted(folder.rglob("*"))]
+    return [ROOT / name for name in listed if name]
+
+
+def test_no_file_names_a_place_on_our_machines():
+    places = ["/" + place + "/" for place in ("root", "work", "home/runner", "tmp/bash_jobs")]
+    found = []
+    for path in own_files():
+        if path.suffix not in TEXT or not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if any(re.search(rf"(?<![\w.]){place}", line) for place in places):
+                found.append(f"{path.relative_to(ROOT)}:{number}")
+    assert not found

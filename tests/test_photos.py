@@ -1,0 +1,684 @@
+"""Photos as people have them: sideways, transparent, broken, hostile. All made here with Pillow."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageFile, features
+
+from lora_booth import photos
+from lora_booth.errors import PhotoError
+from lora_booth.photos import (
+    Crop,
+    Photo,
+    PhotoSet,
+    contact_sheet,
+    crop_and_resize,
+    find_photos,
+    note_enlarged,
+    open_photo,
+    shown,
+    to_images,
+    to_tensor,
+)
+
+REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
+
+
+def picture(seed: int = 0, width: int = 96, height: int = 80) -> Image.Image:
+    """A picture without symmetry, RGB."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def one(folder: Path) -> Photo:
+    """The only photo of a folder."""
+    found = find_photos(folder, minimum=1)
+    assert len(found.photos) == 1
+    return found.photos[0]
+
+
+def opened(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 of a photo, alone in its list."""
+    return np.asarray(open_photo(find_photos([path], minimum=1).photos[0]))
+
+
+def reasons(found: PhotoSet) -> dict[str, str]:
+    return {skipped.path.name: skipped.reason for skipped in found.skipped}
+
+
+def reason(path: Path) -> str:
+    """Why the file is not used."""
+    with pytest.raises(PhotoError) as error:
+        find_photos([path], minimum=1)
+    return str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three good photos."""
+    inside = tmp_path / "rex"
+    inside.mkdir()
+    for index in range(3):
+        picture(index).save(inside / f"img{index}.png")
+    return inside
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_natural_order(tmp_path: Path) -> None:
+    for seed, name in enumerate(("img10.png", "img2.png", "IMG1.png", "a.png", "7.png")):
+        picture(seed).save(tmp_path / name)
+    names = [photo.path.name for photo in find_photos(tmp_path).photos]
+    assert names == ["7.png", "a.png", "IMG1.png", "img2.png", "img10.png"]
+
+
+def test_a_list_keeps_its_order(folder: Path) -> None:
+    files = [folder / "img2.png", str(folder / "img0.png")]
+    assert [photo.path.name for photo in find_photos(files, minimum=1).photos] == ["img2.png", "img0.png"]
+    with pytest.raises(PhotoError, match="gone.png: no such file"):
+        find_photos([folder / "gone.png"])
+
+
+def test_clutter_is_skipped_with_reasons(folder: Path) -> None:
+    for name in (".DS_Store", "._img0.png", ".hidden.png", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(b"\0\1\2")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "more").mkdir()
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "lonely.txt").write_text("a caption")
+    (folder / "img0.txt").write_text("a dog")
+    found = find_photos(folder)
+    assert [photo.path.name for photo in found.photos] == ["img0.png", "img1.png", "img2.png"]
+    assert reasons(found) == {
+        ".DS_Store": "hidden",
+        "._img0.png": "hidden",
+        ".hidden.png": "hidden",
+        ".ipynb_checkpoints": "hidden",
+        "Thumbs.db": "a system file",
+        "desktop.ini": "a system file",
+        "more": "a folder",
+        "empty.png": "empty (0 bytes)",
+        "text.jpg": "not a photo (none of JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP)",
+        "lonely.txt": "a caption without a photo of that name",
+    }
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_truncated(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as other programs set it
+    whole = folder.parent / "whole"
+    picture(9).save(whole, kind)
+    for part in (20, 60, 95):  # percent
+        (folder / f"cut{part}").write_bytes(whole.read_bytes()[: whole.stat().st_size * part // 100])
+    found = find_photos(folder)
+    assert len(found.photos) == 3
+    assert all(text.startswith("damaged or truncated") for text in reasons(found).values())
+    assert len(found.skipped) == 3
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_mutated_files_never_crash(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP"):
+        whole = folder.parent / "whole"
+        picture(9, 70, 66).save(whole, kind)
+        for index in range(12):
+            data = bytearray(whole.read_bytes())
+            for place in rng.integers(0, min(len(data), 300), 4):
+                data[place] = rng.integers(0, 256)
+            (folder / f"{kind}{index}").write_bytes(data)
+    found = find_photos(folder)
+    assert len(found.photos) + len(found.skipped) == 3 + 60
+    for photo in found.photos:
+        open_photo(photo)
+
+
+def test_other_formats_never_reach_their_decoders(folder: Path) -> None:
+    (folder / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n")
+    picture(5).save(folder / "gif.png", "GIF")
+    (folder / "live.heic").write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  ")
+    picture(6).save(folder / "raw.nef", "TIFF")
+    (folder / "paper.jpg").write_bytes(b"%PDF-1.7\n")
+    found = reasons(find_photos(folder))
+    assert found["eps.jpg"].startswith("PostScript; accepted are")
+    assert found["gif.png"].startswith("GIF; accepted are")
+    assert found["live.heic"].startswith("video; accepted are")
+    assert found["raw.nef"] == "camera raw; export it as JPEG or PNG"
+    assert found["paper.jpg"].startswith("PDF; accepted are")
+
+
+def test_content_decides_not_the_name(tmp_path: Path) -> None:
+    picture().save(tmp_path / "really_png.jpg", "PNG")
+    assert np.array_equal(np.asarray(open_photo(one(tmp_path))), np.asarray(picture()))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_fifo_and_links(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.jpg")
+    picture(7).save(folder.parent / "outside.png")
+    (folder / "out.png").symlink_to(folder.parent / "outside.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    (folder / "broken.png").symlink_to(folder / "gone.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "target.png").symlink_to(folder / "img0.png")  # stays inside, so it is read: the same photo again
+    found = find_photos(folder)
+    assert reasons(found) == {
+        "pipe.jpg": "not a regular file",
+        "out.png": "a link that leaves the folder",
+        "device.png": "a link that leaves the folder",
+        "broken.png": "a broken link",
+        "loop.png": "a broken link",
+        "target.png": "the same file as img0.png",
+    }
+    linked = folder.parent / "linked"
+    linked.symlink_to(folder)  # a link to the whole folder is the user's own choice
+    assert len(find_photos(linked).photos) == 3
+
+
+def test_duplicates(folder: Path) -> None:
+    (folder / "z_copy.png").write_bytes((folder / "img1.png").read_bytes())
+    picture(2).save(folder / "z_again.bmp")  # other bytes, same pixels
+    assert reasons(find_photos(folder)) == {
+        "z_copy.png": "the same file as img1.png",
+        "z_again.bmp": "the same picture as img2.png",
+    }
+
+
+def test_too_few(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_text("no")
+    (tmp_path / "c.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+        with pytest.raises(PhotoError) as error:
+            find_photos(tmp_path)
+    message = str(error.value)
+    assert message == (
+        f"{tmp_path}: 1 usable photo, 3 needed; skipped: "
+        "c.heic: HEIC needs an optional package; pip install 'lora-booth[heic]'; "
+        "b.jpg: not a photo (none of JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP); "
+        "add photos (JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP), or insist with minimum=1 (--min-photos 1)"
+    )
+    assert len(find_photos(tmp_path, minimum=1).photos) == 1
+
+
+def test_the_message_stays_short(tmp_path: Path) -> None:
+    for index in range(50):
+        (tmp_path / f"{index}.jpg").touch()
+    with pytest.raises(PhotoError, match=r"no usable photo, 3 needed; skipped: 0.jpg, 1.jpg and 48 more: empty"):
+        find_photos(tmp_path)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(PhotoError, match="gone: no such folder"):
+        find_photos(tmp_path / "gone")
+    with pytest.raises(PhotoError, match="empty"):
+        find_photos("")
+    with pytest.raises(PhotoError, match="no usable photo"):
+        find_photos(tmp_path)
+    with pytest.raises(PhotoError, match="minimum <= maximum"):
+        find_photos(tmp_path, minimum=0)
+
+
+def test_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(6):
+        picture(index).save(tmp_path / f"{index}.bmp")
+    for index in range(20):
+        (tmp_path / f"{index}.md").write_text("notes do not count")
+    assert len(find_photos(tmp_path, maximum=6).photos) == 6
+    monkeypatch.setattr(photos, "_check", lambda *_: pytest.fail("decoded before asking"))
+    with pytest.raises(PhotoError, match=r"more than 5 photos; .*maximum=N"):
+        find_photos(tmp_path, maximum=5)
+
+
+def test_names_are_shown_escaped(tmp_path: Path) -> None:
+    assert shown("a\nb\x1b[31m\u202egnp.jpg é 犬") == "a\\nb\\x1b[31m\\u202egnp.jpg é 犬"
+    assert shown(os.fsdecode(b"\xff.jpg")) in ("\\xff.jpg", "ÿ.jpg")
+    for name in (b"line\nbreak.jpg", b"\x1b[2Jclear.jpg", b"\xff\xfe.jpg"):
+        try:
+            (tmp_path / os.fsdecode(name)).touch()
+        except OSError:
+            pytest.skip("this file system does not take such names")
+    message = reason(tmp_path / "line\nbreak.jpg")
+    with pytest.raises(PhotoError) as error:
+        find_photos(tmp_path)
+    assert message.isprintable()
+    assert str(error.value).isprintable()
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def declared_png(width: int, height: int) -> bytes:
+    """A small PNG that says it is huge."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (30_000, 30_000), (60_000, 900)])
+def test_huge_pictures_are_refused_before_decoding(folder: Path, size: tuple[int, int]) -> None:
+    (folder / "huge.png").write_bytes(declared_png(*size))
+    tracemalloc.start()
+    text = reasons(find_photos(folder))["huge.png"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "more than 50 megapixels" in text
+    assert peak < 20 * 2**20
+
+
+def test_shape_limits(tmp_path: Path) -> None:
+    Image.new("RGB", (400, 100)).save(tmp_path / "four_to_one.png")
+    Image.new("RGB", (401, 100)).save(tmp_path / "longer.png")
+    Image.new("RGB", (100, 63)).save(tmp_path / "small.png")
+    found = find_photos(tmp_path, minimum=1)
+    assert [photo.path.name for photo in found.photos] == ["four_to_one.png"]
+    assert reasons(found) == {
+        "longer.png": "401x100 px is longer than 4:1",
+        "small.png": "100x63 px; the short side needs 64",
+    }
+    assert len(find_photos(tmp_path, minimum=1, min_side=32).photos) == 2
+
+
+def test_note_for_enlarged_photos(tmp_path: Path) -> None:
+    picture(0, 300, 400).save(tmp_path / "a.png")
+    photo = one(tmp_path)
+    assert note_enlarged(photo, 512).note == "small: 300 px, enlarged to 512"
+    assert note_enlarged(photo, 300) is photo
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
+    upright = np.asarray(picture())
+    # By the EXIF standard: where row 0 and column 0 of the stored picture are in the upright one.
+    stored = {
+        1: upright,  # top, left
+        2: upright[:, ::-1],  # top, right
+        3: upright[::-1, ::-1],  # bottom, right
+        4: upright[::-1],  # bottom, left
+        5: upright.transpose(1, 0, 2),  # left, top
+        6: upright.transpose(1, 0, 2)[::-1],  # right, top: stored turned 90 degrees counterclockwise
+        7: upright[::-1, ::-1].transpose(1, 0, 2),  # right, bottom
+        8: upright.transpose(1, 0, 2)[:, ::-1],  # left, bottom
+    }[orientation]
+    if orientation == 6:  # row 0 is the right side, read from the top
+        assert np.array_equal(stored[0], upright[:, -1])
+    if orientation == 8:  # row 0 is the left side, read from the bottom
+        assert np.array_equal(stored[0], upright[::-1, 0])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a", kind, exif=exif, **options)
+    photo = one(tmp_path)
+    assert (photo.width, photo.height) == (96, 80)
+    assert np.array_equal(np.asarray(open_photo(photo)), upright)
+
+
+def test_16_bit_grey(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 96).astype(np.uint16), (80, 1))
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    pixels = opened(tmp_path / "a.png")
+    assert np.abs(pixels[..., 0] - ramp / 257.0).max() <= 0.5
+    assert np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, 65535.0, 1e6])
+def test_float_and_int32_greys_are_scaled(tmp_path: Path, top: float) -> None:
+    ramp = np.tile(np.linspace(0, top, 96, dtype=np.float32), (80, 1))
+    Image.fromarray(ramp).save(tmp_path / "float.tiff")
+    assert np.abs(opened(tmp_path / "float.tiff")[..., 0] - ramp * 255 / top).max() <= 0.51
+    if top > 1:
+        Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "int.tiff")
+        assert np.abs(opened(tmp_path / "int.tiff")[..., 0] - ramp * 255 / top).max() <= 1.51
+
+
+def test_impossible_floats_are_refused(tmp_path: Path) -> None:
+    for name, value in (("nan", np.nan), ("inf", np.inf), ("negative", -1.0)):
+        Image.fromarray(np.full((80, 96), value, np.float32)).save(tmp_path / f"{name}.tiff")
+    assert "NaN or infinite" in reason(tmp_path / "nan.tiff")
+    assert "NaN or infinite" in reason(tmp_path / "inf.tiff")
+    assert "negative" in reason(tmp_path / "negative.tiff")
+
+
+def test_transparency_becomes_white(tmp_path: Path) -> None:
+    alpha = np.zeros((80, 96), np.uint8)
+    alpha[:, 48:] = 255
+    rgba = np.dstack([np.asarray(picture()), alpha])
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    pixels = opened(tmp_path / "rgba.png")
+    assert (pixels[:, :48] == 255).all()
+    assert np.array_equal(pixels[:, 48:], rgba[:, 48:, :3])
+
+    Image.fromarray(rgba).convert("LA").save(tmp_path / "la.png")
+    pixels = opened(tmp_path / "la.png")
+    assert (pixels[:, :48] == 255).all()
+    assert np.array_equal(pixels[:, 48:, 0], np.asarray(picture().convert("L"))[:, 48:])
+
+    half = Image.new("RGBA", (96, 80), (0, 0, 0, 128))
+    half.save(tmp_path / "half.webp", lossless=True)
+    assert np.abs(opened(tmp_path / "half.webp").astype(int) - 127).max() <= 1
+
+    palette = Image.new("P", (96, 80), 0)
+    palette.putpalette([200, 0, 0, 0, 0, 200])
+    palette.paste(1, (48, 0, 96, 80))
+    palette.save(tmp_path / "p.png", transparency=0)
+    pixels = opened(tmp_path / "p.png")
+    assert (pixels[:, :48] == 255).all()
+    assert (pixels[:, 48:] == (0, 0, 200)).all()
+
+    grey = np.full((80, 96), 30_000, np.uint16)
+    grey[:, :48] = 1234
+    Image.fromarray(grey).save(tmp_path / "hole.png", transparency=1234)
+    pixels = opened(tmp_path / "hole.png")
+    assert (pixels[:, 48:] == round(30_000 / 257)).all()
+    assert (pixels[:, :48] == 255).all()
+
+
+def test_other_modes(tmp_path: Path) -> None:
+    Image.new("CMYK", (96, 80), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    red = opened(tmp_path / "cmyk.jpg")[40, 48]
+    assert red[0] > 200 and red[1] < 60 and red[2] < 60
+    Image.new("1", (96, 80), 1).save(tmp_path / "bits.png")
+    assert (opened(tmp_path / "bits.png") == 255).all()
+    Image.new("L", (96, 80), 77).save(tmp_path / "grey.png")
+    assert (opened(tmp_path / "grey.png") == 77).all()
+    plain = Image.new("P", (96, 80), 1)
+    plain.putpalette([0, 0, 0, 10, 20, 30])
+    plain.save(tmp_path / "p.png")
+    assert (opened(tmp_path / "p.png") == (10, 20, 30)).all()
+    Image.new("LAB", (96, 80)).save(tmp_path / "lab.tiff")
+    assert "colour mode LAB" in reason(tmp_path / "lab.tiff")
+
+
+def swapped_profile() -> bytes:
+    """An sRGB profile whose red and blue primaries changed places: what it does cannot be overlooked."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for index in range(struct.unpack(">I", data[128:132])[0]):
+        at = 132 + 12 * index
+        if data[at : at + 4] in (b"rXYZ", b"bXYZ"):
+            data[at : at + 4] = b"bXYZ" if data[at : at + 4] == b"rXYZ" else b"rXYZ"
+    return bytes(data)
+
+
+def test_colour_profile(tmp_path: Path) -> None:
+    red = Image.new("RGB", (96, 80), (255, 0, 0))
+    red.save(tmp_path / "swapped.png", icc_profile=swapped_profile())
+    assert np.abs(opened(tmp_path / "swapped.png").astype(int) - (0, 0, 255)).max() <= 2
+
+    rgba = red.copy()
+    rgba.putalpha(0)
+    rgba.save(tmp_path / "clear.png", icc_profile=swapped_profile())
+    assert (opened(tmp_path / "clear.png") == 255).all()
+
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture().save(tmp_path / "srgb.png", icc_profile=srgb)
+    assert np.abs(opened(tmp_path / "srgb.png").astype(int) - np.asarray(picture())).max() <= 1
+
+    for name, profile in (("broken", b"no profile"), ("short", srgb[:200])):
+        picture().save(tmp_path / f"{name}.png", icc_profile=profile)
+        assert np.array_equal(opened(tmp_path / f"{name}.png"), np.asarray(picture()))
+    picture().convert("L").save(tmp_path / "grey.png", icc_profile=swapped_profile())  # of another kind of colour
+    assert np.array_equal(opened(tmp_path / "grey.png")[..., 1], np.asarray(picture().convert("L")))
+
+
+def test_nothing_private_survives(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "Private Camera"
+    exif.get_ifd(0x8825)[1] = "N"
+    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    xmp = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'>Private Place</x:xmpmeta>"
+    picture().save(tmp_path / "a.jpg", exif=exif, comment=b"Private Comment", icc_profile=srgb, xmp=xmp)
+    assert b"Private" in (tmp_path / "a.jpg").read_bytes()
+    clean = open_photo(one(tmp_path))
+    assert clean.info == {}
+    assert not clean.getexif()
+    square, _ = crop_and_resize(clean, 64)
+    for image in (clean, square, contact_sheet([clean])):
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+            image.save(tmp_path / "out", kind)
+            data = (tmp_path / "out").read_bytes()
+            assert b"Private" not in data and b"ICC" not in data and b"iCCP" not in data
+            with Image.open(tmp_path / "out") as saved:
+                assert 0x8825 not in saved.getexif()
+
+
+def test_broken_exif_does_not_cost_the_photo(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")
+    assert np.array_equal(np.asarray(open_photo(one(tmp_path))), np.asarray(picture()))
+
+
+def test_animated(tmp_path: Path) -> None:
+    frames = [picture(seed) for seed in range(3)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True, exact=True)
+    frames[1].save(tmp_path / "b.png", save_all=True, append_images=frames[2:])
+    frames[2].save(tmp_path / "c.tiff", save_all=True, append_images=frames[:1])
+    frames[0].save(tmp_path / "d.gif", save_all=True, append_images=frames[1:])
+    found = find_photos(tmp_path)
+    notes = [photo.note for photo in found.photos]
+    assert notes == ["animated: first frame only"] * 2 + ["several pages: first one only"]
+    for photo, frame in zip(found.photos, frames, strict=True):
+        assert np.array_equal(np.asarray(open_photo(photo)), np.asarray(frame))
+    assert reasons(found)["d.gif"].startswith("GIF")
+
+
+def test_camera_jpeg_with_a_preview_inside(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture(1)])
+    photo = one(tmp_path)
+    assert photo.note is None
+    assert open_photo(photo).size == (96, 80)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_avif(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 80), (10, 100, 200)).save(tmp_path / "a.avif", exif=exif)
+    photo = one(tmp_path)
+    assert (photo.width, photo.height) == (80, 96)
+
+
+def test_heic(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    left_blue = Image.new("RGB", (128, 96), (200, 100, 10))
+    left_blue.paste((10, 100, 200), (0, 0, 64, 96))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    left_blue.save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
+    photo = one(tmp_path)
+    assert (photo.width, photo.height, photo.note) == (96, 128, None)
+    pixels = np.asarray(open_photo(photo)).astype(int)  # turned clockwise once: what was left is above
+    assert np.abs(pixels[10, 48] - (10, 100, 200)).max() < 12
+    assert np.abs(pixels[118, 48] - (200, 100, 10)).max() < 12
+
+
+def test_a_photo_that_changed_is_not_opened(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    photo = one(tmp_path)
+    picture(1).save(tmp_path / "a.png")
+    with pytest.raises(PhotoError, match="changed since it was checked"):
+        open_photo(photo)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(PhotoError, match="no such file"):
+        open_photo(photo)
+
+
+# --- captions and crops ---------------------------------------------------------------------------------------------
+
+
+def test_captions(folder: Path) -> None:
+    (folder / "img0.txt").write_bytes("\ufeffa dog\non  grass\x1b\n".encode())
+    (folder / "img1.txt").write_text("  \n")
+    assert [photo.caption for photo in find_photos(folder).photos] == ["a dog on grass", None, None]
+    (folder / "img2.txt").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(PhotoError, match=r"img2.txt: not UTF-8 text; save it as UTF-8"):
+        find_photos(folder)
+    (folder / "img2.txt").write_text("word " * 1000)
+    with pytest.raises(PhotoError, match="at most 2000"):
+        find_photos(folder)
+
+
+def test_crops_of_the_user(folder: Path) -> None:
+    (folder / "crops.json").write_text(json.dumps({"img0.png": [0, 0, 80, 80], "img1.png": [0, 0, 1, 1]}))
+    found = find_photos(folder, crops={"img1.png": (0.0, 0.0, 0.75, 1.0)})
+    assert found.skipped == ()
+    assert [photo.crop for photo in found.photos] == [(0, 0, 80 / 96, 1), (0, 0, 0.75, 1), None]
+    square, crop = crop_and_resize(open_photo(found.photos[0]), 80, found.photos[0].crop)
+    assert np.array_equal(np.asarray(square), np.asarray(picture(0))[:, :80])
+    assert crop == Crop(top=0, left=0, original_size=(80, 80))
+
+
+def test_a_crop_is_of_the_upright_photo_and_can_save_a_panorama(tmp_path: Path) -> None:
+    wide = picture(0, 640, 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide.save(tmp_path / "a.png", exif=exif)
+    assert "longer than 4:1" in reason(tmp_path / "a.png")
+    photo = find_photos(tmp_path, minimum=1, crops={"a.png": (0, 560, 80, 640)}).photos[0]
+    assert (photo.width, photo.height) == (80, 640)
+    square, _ = crop_and_resize(open_photo(photo), 80, photo.crop)
+    assert np.array_equal(np.asarray(square), np.rot90(np.asarray(wide), -1)[560:])
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        [0, 0, 1],
+        [0, 0, 97, 80],
+        [-0.1, 0, 1, 1],
+        [0.5, 0, 0.5, 1],
+        [0.6, 0, 0.5, 1],
+        ["a", 0, 1, 1],
+        [float("nan"), 0, 1, 1],
+        [True, 0, 1, 1],
+        "0011",
+        None,
+        [0, 0, 0.1, 0.1],  # too small to learn from
+    ],
+)
+def test_bad_crops(folder: Path, region: object) -> None:
+    (folder / "crops.json").write_text(json.dumps({"img0.png": region}))
+    if region is None:  # no crop at all
+        assert find_photos(folder).photos[0].crop is None
+        return
+    with pytest.raises(PhotoError, match=r"^crop of img0.png: "):
+        find_photos(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"gone.png": [0,0,1,1]}'])
+def test_bad_crop_files(folder: Path, text: str) -> None:
+    (folder / "crops.json").write_text(text)
+    with pytest.raises(PhotoError):
+        find_photos(folder)
+
+
+# --- training squares -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
+def test_shrinking_is_the_average_of_the_area(factor: int) -> None:
+    """Against the exact mean of each block, on a picture with detail no finer than a block."""
+    y, x = np.mgrid[0 : 32 * factor, 0 : 32 * factor] / factor
+    smooth = 127 + 60 * np.sin(x / 4) + 60 * np.cos(y / 5)
+    large = np.repeat(np.rint(smooth).astype(np.uint8)[..., None], 3, axis=2)
+    square, _ = crop_and_resize(Image.fromarray(large), 32)
+    means = large.reshape(32, factor, 32, factor, 3).mean(axis=(1, 3))
+    assert np.abs(np.asarray(square) - means)[1:-1, 1:-1].max() < 1.6
+
+
+def test_fine_patterns_fade() -> None:
+    """A one-pixel chessboard is grey from afar; picking single pixels would give black, white or stripes."""
+    board = (np.indices((520, 520)).sum(0) % 2 * 255).astype(np.uint8)
+    for resolution in (64, 130, 200):
+        square, _ = crop_and_resize(Image.fromarray(board).convert("RGB"), resolution)
+        assert np.abs(np.asarray(square)[2:-2, 2:-2] - 127.5).max() < 6
+
+
+def test_right_size_is_untouched() -> None:
+    square, crop = crop_and_resize(picture(0, 80, 80), 80)
+    assert np.array_equal(np.asarray(square), np.asarray(picture(0, 80, 80)))
+    assert crop == Crop(0, 0, (80, 80))
+
+
+def test_no_bleeding_from_outside_the_square() -> None:
+    framed = Image.new("RGB", (300, 100), (255, 0, 0))
+    framed.paste((0, 0, 255), (100, 0, 200, 100))
+    for resolution in (25, 64, 512):
+        square, _ = crop_and_resize(framed, resolution)
+        assert square.size == (resolution, resolution)
+        assert (np.asarray(square) == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("size", [(1000, 800), (800, 1000), (781, 780), (3024, 4032), (300, 299), (1024, 1024), (333, 1300)])
+@pytest.mark.parametrize("resolution", [64, 512, 1024])
+def test_sdxl_coordinates(size: tuple[int, int], resolution: int) -> None:
+    """As train_dreambooth_lora_sdxl.py with --center_crop: Resize(short side), then y1, x1 of the centre crop."""
+    width, height = size
+    crop = crop_and_resize(Image.new("RGB", size), resolution)[1]
+    if width <= height:  # torchvision's Resize truncates the long side
+        new_width, new_height = resolution, int(resolution * height / width)
+    else:
+        new_width, new_height = int(resolution * width / height), resolution
+    assert crop.top == max(0, int(round((new_height - resolution) / 2.0)))
+    assert crop.left == max(0, int(round((new_width - resolution) / 2.0)))
+    assert crop.original_size == (height, width)
+
+
+def test_tensor_range_and_back() -> None:
+    images = [picture(0), picture(1)]
+    pixels = to_tensor(images)
+    assert tuple(pixels.shape) == (2, 3, 80, 96)
+    assert str(pixels.dtype) == "torch.float32"
+    assert pixels.min() == -1 and pixels.max() == 1
+    assert pixels[1, 2, 3, 4] == pytest.approx(images[1].getpixel((4, 3))[2] / 127.5 - 1)
+    for before, after in zip(images, to_images(pixels), strict=True):
+        assert np.array_equal(np.asarray(before), np.asarray(after))
+    assert np.asarray(to_images(pixels * 5)[0]).max() == 255
+
+
+def test_tensor_mistakes() -> None:
+    with pytest.raises(PhotoError, match="different sizes"):
+        to_tensor([picture(0, 64, 64), picture(0, 65, 64)])
+    with pytest.raises(PhotoError, match="at least one"):
+        to_tensor([])
+    with pytest.raises(PhotoError, match="NaN"):
+        to_images(to_tensor([picture()]) * float("nan"))
+
+
+def test_contact_sheet() -> None:
+    images = [picture(seed, 100, 50) for seed in range(7)]
+    sheet = contact_sheet(images, labels=["a label that is far too long for a narrow tile " * 5] * 7, columns=3, side=60)
+    assert sheet.mode == "RGB"
+    assert sheet.width == 3 * 68 + 8
+    bare = contact_sheet(images, columns=3, side=60)
+    assert bare.size == (3 * 68 + 8, 3 * 68 + 8)
+    assert contact_sheet([Image.new("RGB", (60, 60), (1, 2, 3))], side=60).getpixel((8, 8)) == (1, 2, 3)
+    with pytest.raises(PhotoError, match="labels"):
+        contact_sheet(images, labels=["one"])
+
+
+@pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="the DreamBooth photos are not here")
+def test_real_photos() -> None:
+    found = find_photos(REAL_PHOTOS / "dog")
+    assert len(found.photos) == 5 and found.skipped == ()
+    square, _ = crop_and_resize(open_photo(found.photos[0]), 64)
+    assert tuple(to_tensor([square]).shape) == (1, 3, 64, 64)

@@ -1,0 +1,226 @@
+"""Prompts of a subject, and what a base's vocabulary says about a token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_booth.errors import PhotoError, SubjectError
+from lora_booth.photos import Photo
+from lora_booth.subject import Subject, article, check_token, propose_tokens
+
+
+def photo(index: int = 0, caption: str | None = None) -> Photo:
+    return Photo(Path(f"{index}.jpg"), 512, 512, caption, None, f"{index:064}")
+
+
+REX = Subject((photo(0), photo(1), photo(2)), token="ohwx", class_noun="dog")
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_prompts() -> None:
+    assert REX.instance_prompt == "a photo of ohwx dog"
+    assert REX.class_prompt == "a photo of a dog"
+    assert replace(REX, class_noun="owl").class_prompt == "a photo of an owl"
+    assert replace(REX, class_template="{a} {class_noun}, sketched").class_prompt == "a dog, sketched"
+
+
+@pytest.mark.parametrize(
+    ("noun", "expected"),
+    [("dog", "a"), ("elephant", "an"), ("Umbrella", "an"), ("unicorn", "a"), ("hourglass", "an"), ("house", "a")],
+)
+def test_article(noun: str, expected: str) -> None:
+    assert article(noun) == expected
+
+
+def test_templates_in_turn() -> None:
+    templates = ("a photo of {token} {class_noun}", "{token} {class_noun} close up")
+    rex = replace(REX, templates=templates)
+    prompts = [rex.prompt_for(one) for one in rex.photos]
+    assert prompts == ["a photo of ohwx dog", "ohwx dog close up", "a photo of ohwx dog"]
+    assert rex.instance_prompt == prompts[0]
+
+
+@pytest.mark.parametrize(
+    ("caption", "prompt"),
+    [
+        ("{token} {class_noun} asleep", "ohwx dog asleep"),
+        ("my ohwx dog", "my ohwx dog"),
+        ("my OHWX dog", "my OHWX dog"),  # CLIP reads lower case
+        ("a dog with a dog", "a ohwx dog with a dog"),
+        ("A Dog on grass", "A ohwx dog on grass"),
+        ("hotdog dogs ohwxy", "a photo of ohwx dog, hotdog dogs ohwxy"),  # whole words only
+        ("on grass", "a photo of ohwx dog, on grass"),
+        (r"a dog \1 {x} {token.__class__}", r"a ohwx dog \1 {x} {token.__class__}"),
+    ],
+)
+def test_captions(caption: str, prompt: str) -> None:
+    assert REX.prompt_for(photo(0, caption)) == prompt
+
+
+def test_from_folder(tmp_path: Path) -> None:
+    for index in range(3):
+        Image.new("RGB", (64, 64), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "1.txt").write_text("a dog on grass")
+    (tmp_path / "note.md").write_text("hello")
+    rex = Subject.from_folder(tmp_path, token="ohwx", class_noun="dog", templates=["{token}"], crops={"2.png": (0, 0, 64, 64)})
+    assert [rex.prompt_for(one) for one in rex.photos] == ["ohwx", "a ohwx dog on grass", "ohwx"]
+    assert rex.photos[2].crop == (0, 0, 1, 1)
+    assert [one.path.name for one in rex.skipped] == ["note.md"]
+    with pytest.raises(PhotoError, match="3 usable photos, 4 needed"):
+        Subject.from_folder(tmp_path, token="ohwx", class_noun="dog", minimum=4)
+    with pytest.raises(SubjectError):  # told before the folder is even looked at
+        Subject.from_folder(tmp_path / "gone", token="", class_noun="dog")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token": ""},
+        {"token": "  "},
+        {"token": "two words"},
+        {"token": "oh\nwx"},
+        {"token": "oh\x1b[31mwx"},
+        {"token": "{token}"},
+        {"token": "x" * 65},
+        {"token": "dog"},
+        {"token": "Dog"},
+        {"class_noun": ""},
+        {"class_noun": " "},
+        {"class_noun": "dog\n"},
+        {"templates": ()},
+        {"templates": "{token}"},
+        {"templates": ("a photo",)},
+        {"templates": ("{token} {what}",)},
+        {"templates": ("{token}", "{class_noun}")},
+        {"class_template": "a photo"},
+        {"class_template": "{token} {class_noun}"},
+        {"photos": ()},
+    ],
+)
+def test_mistakes(change: dict[str, Any]) -> None:
+    with pytest.raises(SubjectError) as error:
+        replace(REX, **change)
+    assert str(error.value).isprintable()
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+COMMON = ["dog", "cat", "of", "emma", "rex", "teapot", "photo"]
+RARE = ["sks", "ohwx", "zqv", "wrt", "fawn", "kkkk", "gmbh", "asdfgh"]  # at the vocabulary's end, like CLIP's leftovers
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """A CLIP tokenizer in small: bytes, frequent words, much in between, rare pieces last."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
+
+    def learn(word: str) -> None:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:  # merged left to right: d o g</w> -> do g</w> -> dog</w>
+            if (pieces[0], pieces[1]) not in merges:
+                merges.append((pieces[0], pieces[1]))
+                vocabulary.append(pieces[0] + pieces[1])
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+
+    for word in COMMON:
+        learn(word)
+    for first in "bcdfg":  # what fills the middle
+        for second in "aeiou":
+            for third in "bdgklmnprt":
+                learn(first + second + third)
+    for word in RARE:
+        learn(word)
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=merges)
+
+
+def test_a_rare_token_is_free(tokenizer: Any) -> None:
+    report = check_token("ohwx", tokenizer)
+    assert report.ok
+    assert (report.pieces, report.problems, report.warnings) == (("ohwx</w>",), (), ())
+
+
+@pytest.mark.parametrize("word", ["dog", "Dog", "of", "teapot", "rex", "asdfgh"])
+def test_words_are_problems(tokenizer: Any, word: str) -> None:
+    report = check_token(word, tokenizer)
+    assert not report.ok
+    assert "knows it as a word" in report.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("token", "warning"),
+    [
+        ("sks", "rifle"),
+        ("SKS", "lower case"),
+        ("zara", "a person's name"),
+        ("warhol", "a person's name"),
+        ("fawn", "reads like a word"),
+        ("zdog", "as a word (dog)"),
+        ("zxv", "letter by letter"),
+    ],
+)
+def test_warnings_do_not_stop(tokenizer: Any, token: str, warning: str) -> None:
+    report = check_token(token, tokenizer)
+    if token not in ("zara", "warhol"):  # in this small vocabulary, these fall into many pieces
+        assert report.ok
+    assert any(warning in text for text in report.warnings)
+
+
+def test_many_pieces(tokenizer: Any) -> None:
+    report = check_token("rex2024", tokenizer)
+    assert report.pieces == ("rex</w>", "2</w>", "0</w>", "2</w>", "4</w>")
+    assert report.problems == ("it falls into 5 pieces (rex, 2, 0, 2, 4); at most 3, one is best",)
+
+
+def test_unreadable_characters(tokenizer: Any) -> None:
+    class Deaf:
+        def tokenize(self, text: str) -> list[str]:
+            return ["<|endoftext|>"]
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"<|endoftext|>": 0}
+
+    assert "cannot read" in check_token("\u2603", Deaf()).problems[0]
+    with pytest.raises(SubjectError):
+        check_token("a b", tokenizer)
+
+
+def test_a_base_that_says_which_tokens_are_rare(tokenizer: Any) -> None:
+    known_rare = ("sks", "zqv")
+    assert check_token("sks", tokenizer, known_rare=known_rare).warnings == ()
+    assert not check_token("wrt", tokenizer, known_rare=known_rare).ok  # any other whole word was taught
+    assert propose_tokens(tokenizer, known_rare=(*known_rare, "notinit")) in (["sks", "zqv"], ["zqv", "sks"])
+
+
+def test_proposals(tokenizer: Any) -> None:
+    proposals = propose_tokens(tokenizer, count=3)
+    assert set(proposals) == {"ohwx", "zqv", "wrt"}  # not sks, fawn, kkkk, gmbh, asdfgh
+    assert proposals == propose_tokens(tokenizer, count=3)
+    assert len(propose_tokens(tokenizer, count=2)) == 2
+    assert len({tuple(propose_tokens(tokenizer, seed=seed)) for seed in range(8)}) > 1
+    for token in proposals:
+        assert check_token(token, tokenizer).ok and not check_token(token, tokenizer).warnings
+
+
+def test_nothing_to_propose() -> None:
+    class Tiny:
+        def tokenize(self, text: str) -> list[str]:
+            return [text]
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"dog</w>": 0}
+
+    with pytest.raises(SubjectError, match="no rare token"):
+        propose_tokens(Tiny())

@@ -1,0 +1,359 @@
+"""The drawn world, its judge, and the way the embedded base was made from them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from lora_booth.base_model import TOYBOX_FOLDER, BaseModel
+from lora_booth.toybox import RARE_TOKENS, build, world
+from lora_booth.toybox.judge import IDENTITY_PARTS, OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge, judge_loss, labels, read
+from lora_booth.toybox.world import CLASSES, COLORS, CONTEXTS, HELD_OUT, STYLES, Identity, Scene, draw, random_scene
+
+ROOT = Path(__file__).parent.parent
+
+
+def fingerprint(seeds: range) -> str:
+    digest = hashlib.sha256()
+    for seed in seeds:
+        render = draw(random_scene(seed))
+        digest.update(render.image.tobytes())
+        digest.update(render.masks.tobytes())
+        digest.update(render.scene.caption().encode())
+    return digest.hexdigest()
+
+
+# --- the world -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_draws_the_same_bytes_in_a_new_process_too():
+    here = fingerprint(range(6))
+    assert here == fingerprint(range(6)) != fingerprint(range(6, 12))
+    code = f"""import hashlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from lora_booth.toybox.world import draw, random_scene
+{inspect.getsource(fingerprint)}
+print(fingerprint(range(6)), *[name for name in ("torch", "diffusers") if name in sys.modules])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == [here], done.stderr  # and the world alone needs no torch
+
+
+def test_there_is_something_to_learn():
+    assert len(CLASSES) >= 8 and len(COLORS) >= 10 and len(CONTEXTS) >= 9 and len(STYLES) >= 2
+    assert set(world.SCENERY) == set(CONTEXTS)
+
+
+@pytest.mark.parametrize("size", [16, 64, 100, 256])
+def test_any_size_can_be_drawn(size):
+    render = draw(random_scene(4), size)
+    count = len(render.scene.objects)
+    assert render.image.mode == "RGB" and render.image.size == (size, size)
+    assert render.masks.shape == (count, size, size) and render.masks.dtype == bool
+
+
+@pytest.mark.parametrize("name", list(HELD_OUT))
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_context_can_hold_every_held_out_subject(name, context):
+    render = draw(Scene((HELD_OUT[name],), context, "photo", 3), 32)
+    assert 0.12 < render.masks[0].mean() < 0.7  # of the picture
+
+
+def scenery_alone(scene: Scene, size: int) -> np.ndarray:
+    """The scene without its objects, as `draw` paints it first."""
+    rng = random.Random(f"picture {scene.seed}")
+    canvas = world.Canvas(size * world.SUPERSAMPLING)
+    world.SCENERY[scene.context](canvas, rng)
+    small = canvas.image.resize((size, size), Image.Resampling.BOX)
+    return np.asarray(small).astype(int)
+
+
+@pytest.mark.parametrize("class_noun", CLASSES)
+def test_a_mask_covers_what_differs_from_the_empty_scene(class_noun):
+    identity = world.random_identity(random.Random(class_noun), class_noun)
+    for seed, context in enumerate(("on the moon", "on the beach", "in the kitchen")):
+        scene = Scene((identity,), context, "photo", seed)
+        render = draw(scene, 96)
+        mask = render.masks[0]
+        differs = np.abs(np.asarray(render.image).astype(int) - scenery_alone(scene, 96)).max(-1) > 24
+        # outside: nothing but the smooth rim, two pixels wide; inside: all but what happens to have the scenery's colour
+        rim = np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+        assert not (differs & ~rim).any()
+        assert (differs & ~mask).sum() < 0.07 * mask.sum()
+        assert (differs & mask).sum() > 0.8 * mask.sum()
+
+
+def test_two_objects_stand_side_by_side():
+    pair = next(scene for scene in map(random_scene, range(50)) if len(scene.objects) == 2)
+    left, right = draw(pair).masks
+    columns = np.arange(64)
+    assert (left.any(0) * columns).sum() / left.any(0).sum() < 32 < (right.any(0) * columns).sum() / right.any(0).sum()
+
+
+def test_captions_never_name_what_makes_an_identity():
+    scenes = [random_scene(seed) for seed in range(2000)]
+    for scene in scenes:
+        words = scene.caption().split()
+        named = [word for word in words if word in COLORS]
+        assert named == [o.color for o in scene.objects]
+        assert [word for word in words if word in CLASSES] == [o.class_noun for o in scene.objects]
+        assert not set(words) & {*world.PATTERNS, *world.ACCESSORIES, "stripe", "striped", "spotted"}
+        assert not set(words) & set(RARE_TOKENS)
+        bare = scene.caption(colors=False, context=False)
+        assert not set(bare.split()) & set(COLORS) and scene.context not in bare
+        assert scene.caption().endswith(scene.context)
+    first, other = scenes[0].objects[0], scenes[0]
+    hidden = replace(first, pattern=next(p for p in world.PATTERNS if p != first.pattern))
+    assert replace(other, objects=(hidden, *other.objects[1:])).caption() == other.caption()
+
+
+def test_an_owl_has_its_article():
+    assert Scene((HELD_OUT["olga"],), CONTEXTS[0]).caption(colors=False, context=False) == "a photo of an owl"
+    assert Scene((HELD_OUT["finn"],), CONTEXTS[0]).caption(context=False) == "a photo of an orange fish"
+
+
+def test_held_out_subjects_are_never_in_a_training_scene():
+    twins = {(h.class_noun, h.color, h.second, h.pattern) for h in HELD_OUT.values()}
+    seen = 0
+    for seed in range(build.RENDERS if build.RENDERS < 50_000 else 50_000):  # every scene that the base is trained on
+        for o in random_scene(seed).objects:
+            seen += 1
+            assert (o.class_noun, o.color, o.second, o.pattern) not in twins
+    assert seen > 50_000
+
+
+def test_held_out_finds_a_subject_and_its_near_twins():
+    rng = random.Random(0)
+    found = sum(world.is_held_out(world.random_identity(rng)) for _ in range(20_000))
+    assert found > 0  # so the filter of random_scene has work to do
+    for subject in HELD_OUT.values():
+        assert world.is_held_out(subject)
+        assert world.is_held_out(replace(subject, accessory="none", third="none"))
+        other = next(c for c in COLORS if c not in (subject.color, subject.second))
+        assert not world.is_held_out(replace(subject, color=other))
+
+
+def test_photos_of_a_subject_are_in_the_contexts_in_turn():
+    renders = world.photos_of(HELD_OUT["rex"], 3, CONTEXTS[:2], seed=9, size=128)
+    assert [r.scene.context for r in renders] == [CONTEXTS[0], CONTEXTS[1], CONTEXTS[0]]
+    assert len({r.image.tobytes() for r in renders}) == 3
+    assert all(r.image.size == (128, 128) for r in renders)
+
+
+def test_a_scene_has_one_or_two_objects():
+    with pytest.raises(ValueError, match="one or two objects, not 3"):
+        draw(Scene((HELD_OUT["rex"],) * 3, CONTEXTS[0]))
+
+
+# --- the judge -----------------------------------------------------------------------------------------------------
+
+HEADS = [(slot, name) for slot in range(2) for name in OBJECT_HEADS]
+
+
+def test_labels_say_what_is_drawn_and_can_be_read_back():
+    for seed in range(300):
+        scene = random_scene(seed)
+        targets = labels(scene)
+        assert len(targets) == 2 * len(OBJECT_HEADS) + len(SCENE_HEADS)
+        sizes = [len(OBJECT_HEADS[name]) for _, name in HEADS] + [len(values) for values in SCENE_HEADS.values()]
+        assert all(t == -100 or 0 <= t < size for t, size in zip(targets, sizes, strict=True))
+        verdict = read([max(0, t) for t in targets], np.zeros(1))
+        assert (verdict.objects, verdict.context, verdict.style) == (scene.objects, scene.context, scene.style)
+
+
+def test_an_absent_object_has_no_attributes_to_learn():
+    targets = labels(Scene((HELD_OUT["brew"],), CONTEXTS[0]))
+    second = dict(zip(OBJECT_HEADS, targets[len(OBJECT_HEADS) :], strict=False))
+    assert OBJECT_HEADS["class_noun"][second.pop("class_noun")] == "none"
+    assert set(second.values()) == {-100}
+    assert OBJECT_HEADS["third"][targets[list(OBJECT_HEADS).index("third")]] == "none"
+
+
+def test_judge_net_sizes_and_loss():
+    net = JudgeNet()
+    renders = [draw(random_scene(seed), size) for seed, size in ((0, 64), (1, 64), (2, 128))]
+    logits, feature = net(torch.zeros(3, 3, 64, 64))
+    assert [tuple(head.shape) for head in logits][-1] == (3, len(STYLES))
+    assert feature.shape == (3, JudgeNet.FEATURES)
+    targets = torch.tensor([labels(r.scene) for r in renders])
+    assert judge_loss(net, torch.zeros(3, 3, 64, 64), targets).isfinite()
+    alone = torch.tensor([labels(Scene((HELD_OUT["brew"],), CONTEXTS[0]))] * 3)
+    assert judge_loss(net, torch.zeros(3, 3, 64, 64), alone).isfinite()  # no second object in the whole batch
+    verdicts = judge([r.image for r in renders], net)
+    assert len(verdicts) == 3 and all(abs(np.linalg.norm(v.feature) - 1) < 1e-5 for v in verdicts)
+    assert judge([], net) == []
+
+
+def test_identity_parts_are_the_fields_of_an_identity():
+    assert set(IDENTITY_PARTS) == set(Identity.__dataclass_fields__) == set(OBJECT_HEADS)
+
+
+# --- the tokenizer -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build.new_tokenizer()
+
+
+def test_every_word_of_a_caption_is_one_token(tokenizer):
+    for seed in range(200):
+        caption = random_scene(seed).caption()
+        ids = tokenizer(caption).input_ids
+        assert len(ids) == len(caption.split()) + 2 <= build.MAX_TOKENS
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == caption
+
+
+def test_rare_tokens_are_one_token_that_no_caption_has(tokenizer):
+    for token in RARE_TOKENS:
+        assert tokenizer.tokenize(token) == [f"{token}</w>"]
+    ids = {tokenizer(token).input_ids[1] for token in RARE_TOKENS}
+    assert len(ids) == len(RARE_TOKENS)
+    every_word = {word for c in CONTEXTS for word in c.split()} | set(CLASSES) | set(COLORS) | set(STYLES)
+    assert not ids & {i for word in every_word for i in tokenizer(word).input_ids}
+
+
+def test_any_text_can_be_read(tokenizer):
+    ids = tokenizer("Größe 42, naïve; 犬!").input_ids
+    assert tokenizer.unk_token_id is None or ids.count(tokenizer.unk_token_id) <= 1  # only the end of the text
+    assert tokenizer("A Photo of SKS Dog").input_ids == tokenizer("a photo of sks dog").input_ids
+
+
+def test_the_tokenizer_is_the_same_every_time(tokenizer):
+    assert build.new_tokenizer().get_vocab() == tokenizer.get_vocab()
+
+
+# --- building the base ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_build(monkeypatch):
+    """The real build with a handful of pictures and steps."""
+    monkeypatch.setattr(build, "RENDERS", 12)
+    for name in ("VAE_STAGE", "JUDGE_STAGE", "UNET_STAGE"):
+        monkeypatch.setattr(build, name, replace(getattr(build, name), steps=3, batch=2))
+    monkeypatch.setattr(build, "VAE_CROP_STEPS", 1)
+    real = build.renders
+    monkeypatch.setattr(build, "renders", lambda work, count, first_seed=0: real(work, min(count, 12), first_seed))
+    real_range = range
+    monkeypatch.setattr(build, "range", lambda *a: real_range(12) if a == (500,) else real_range(*a), raising=False)
+    torch.manual_seed(0)
+
+
+def tensors_of(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+@pytest.fixture
+def built(tiny_build, tmp_path) -> Path:
+    build.build(tmp_path / "work", tmp_path / "model", torch.device("cpu"))
+    return tmp_path / "model"
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # the renders are a read-only file, and only read
+def test_a_build_exports_what_the_stock_pipeline_loads_and_resumes_exactly(built, tmp_path, monkeypatch, capsys):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(built, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline("a photo of a red dog on the moon", num_inference_steps=1, generator=generator).images[0]
+    assert image.size == (64, 64)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert BaseModel.load(built).family.name == "sd1"
+
+    # the same again, stopped by the user at the third step of every stage
+    stopped: list[str] = []
+    real_save = build.save
+
+    clock = itertools.count(step=1000)  # seconds: run_stage saves when two minutes have passed
+    monkeypatch.setattr(build, "time", SimpleNamespace(time=lambda: next(clock)))
+
+    def save_and_stop(state, path):
+        real_save(state, path)
+        if path.name.endswith(".state.pt") and state["step"] == 2 and path.name not in stopped:
+            stopped.append(path.name)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "save", save_and_stop)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            build.build(tmp_path / "work2", tmp_path / "model2", torch.device("cpu"))
+    log = build.build(tmp_path / "work2", tmp_path / "model2", torch.device("cpu"))
+    assert stopped == ["vae.state.pt", "judge.state.pt", "unet.state.pt"]
+    assert not list((tmp_path / "work2").glob("*.state.pt"))
+    assert tensors_of(tmp_path / "model2") == tensors_of(built)
+    assert set(log) >= {"vae", "judge", "unet"} and log == json.loads((tmp_path / "work2" / "log.json").read_text())
+
+
+# --- the base that is shipped --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    if not (TOYBOX_FOLDER / "model_index.json").is_file():
+        pytest.skip("the toybox model is not built yet")
+    return TOYBOX_FOLDER
+
+
+def test_the_shipped_folder_is_small_and_safe(model):
+    files = [path for path in model.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16e6  # bytes
+    assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors", ".md"}
+
+
+def test_the_shipped_base_has_a_tokenizer_of_this_world(model, tokenizer):
+    base = BaseModel.load("toybox")
+    assert base.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert base.resolution == build.SIZE and base.prediction_type == build.PREDICTION
+
+
+JUDGE_FLOOR = {  # accuracy on held-out renders
+    "class_noun": 0.98,
+    "color": 0.95,
+    "second": 0.90,
+    "third": 0.90,
+    "pattern": 0.93,
+    "accessory": 0.95,
+    "context": 0.99,
+    "style": 0.98,
+}
+
+
+def test_the_judge_reads_held_out_renders(model):
+    scenes = [random_scene(20_000_000 + seed, pair_share=0.0) for seed in range(200)]
+    pairs = list(zip(judge([draw(scene).image for scene in scenes]), scenes, strict=True))
+    for part in IDENTITY_PARTS:
+        right = [v.objects[:1] and getattr(v.objects[0], part) == getattr(s.objects[0], part) for v, s in pairs]
+        assert np.mean([bool(r) for r in right]) >= JUDGE_FLOOR[part], part
+    assert np.mean([v.context == s.context for v, s in pairs]) >= JUDGE_FLOOR["context"]
+    assert np.mean([v.style == s.style for v, s in pairs]) >= JUDGE_FLOOR["style"]
+
+
+def test_the_shipped_base_draws_what_is_asked(model):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    prompts = ["a photo of a red dog on the moon"] * 8
+    images = pipeline(prompts, num_inference_steps=12, guidance_scale=4.0, generator=generators).images
+    verdicts = judge(images)
+    assert sum(v.context == "on the moon" for v in verdicts) >= 6
+    assert sum(bool(v.objects) and v.objects[0].class_noun == "dog" for v in verdicts) >= 5
+    assert sum(bool(v.objects) and v.objects[0].color == "red" for v in verdicts) >= 5

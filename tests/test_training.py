@@ -1,0 +1,526 @@
+"""train(): real short trainings on tiny pipelines. The base comes back as it was, and equal calls give equal adapters."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ldm_naming import save_checkpoint
+from PIL import Image
+from pipelines import KINDS, make_pipeline, same_state, state
+
+from lora_booth.adapters import Adapter
+from lora_booth.base_model import BaseModel
+from lora_booth.composition import Composition
+from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.errors import MissingExtraError, SettingsError, TrainingError
+from lora_booth.latents import LatentCache, LatentSet, conditions, draw, rows
+from lora_booth.loss import dreambooth_loss
+from lora_booth.prior import class_images
+from lora_booth.progress import Step
+from lora_booth.subject import Subject
+from lora_booth.training import learning_rate, prepare, settled, train, training_steps
+
+LORA = LoraSpec(rank=2)
+ALONE = TrainingConfig(steps=4, prior_loss_weight=0.0, warmup_steps=0)  # without class images
+WITH_PRIOR = TrainingConfig(steps=4, class_images=2, warmup_steps=0)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def base_of(kind: str = "sd1", dtype: torch.dtype = torch.float32) -> BaseModel:
+    return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def rex(photos: Path) -> Subject:
+    return Subject.from_folder(photos, token="sks", class_noun="dog")
+
+
+def run(base: BaseModel, subject: Any, config: TrainingConfig, lora: LoraSpec = LORA, **options: Any) -> Adapter:
+    return train(base, subject, lora=lora, config=config, progress=False, **options)
+
+
+def interrupt_at(index: int) -> Callable[[Step], None]:
+    def on_step(step: Step) -> None:
+        if step.index == index:
+            raise Interrupted
+
+    return on_step
+
+
+def left_as_it_was(base: BaseModel) -> Any:
+    parts = (*base.components.values(), base.vae)
+    flags = [(n, p.requires_grad, p.grad is None, p.dtype) for part in parts for n, p in part.named_parameters()]
+    modes = [(n, type(m), m.training) for part in parts for n, m in part.named_modules()]
+    return flags, modes, base.unet.is_gradient_checkpointing, {n: type(p) for n, p in base.unet.attn_processors.items()}
+
+
+# --- every base ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_loaded_every_way(
+    kind: str, rex: Subject, folders: dict[str, Path], hub: Callable[[str, Path], str], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    file = save_checkpoint(make_pipeline(kind), tmp_path / "one.safetensors")
+    bases = {
+        "tiny": base_of(kind),
+        f"tiny-{kind}": BaseModel.load(folders[kind], **options),
+        "some-one/tiny": BaseModel.load(hub("some-one/tiny", folders[kind]), **options),
+        "one": BaseModel.load(file, config=folders[kind], **options),
+    }
+    digests = set()
+    for name, base in bases.items():
+        before, weights = left_as_it_was(base), state(base.pipeline)
+        adapter = run(base, rex, ALONE)
+        assert same_state(state(base.pipeline), weights) and left_as_it_was(base) == before
+        assert any(factors.up.any() for factors in adapter.modules.values())
+        card = adapter.card
+        assert (card.base_model, card.family, card.prediction_type) == (name, base.family.name, base.prediction_type)
+        assert (card.base_hash, card.resolution, card.steps, card.photos) == (base.fingerprint, 64, 4, 3)
+        assert (card.rank, card.token, card.class_noun) == (2, "sks", "dog")
+        digests.add(adapter.digest())
+    assert len(digests) == 1  # the same weights learn the same, wherever they came from
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_prior_and_text_encoders(kind: str, rex: Subject) -> None:
+    base = base_of(kind)
+    before, weights = left_as_it_was(base), state(base.pipeline)
+    changed = []
+
+    def on_step(step: Step) -> None:
+        changed.append({key for key, factors in step.factors().items() if factors.up.any()})
+
+    adapter = run(base, rex, WITH_PRIOR, replace(LORA, text_encoder=True), on_step=on_step)
+    assert same_state(state(base.pipeline), weights) and left_as_it_was(base) == before
+    assert changed[0] == set(adapter.modules)  # a gradient reached every module at the first step
+    assert {key.partition(".")[0] for key in adapter.modules} == set(base.components)
+
+
+@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+def test_base_is_as_it_was_after_an_exception(error: type[BaseException], rex: Subject, tmp_path: Path) -> None:
+    base = base_of("sdxl")
+    before, weights = left_as_it_was(base), state(base.pipeline)
+
+    def on_step(step: Step) -> None:
+        if step.index == 2:
+            raise error
+
+    config = replace(ALONE, gradient_checkpointing=True)
+    with pytest.raises(error):
+        run(base, rex, config, replace(LORA, text_encoder=True, dropout=0.1), on_step=on_step, out=tmp_path / "run")
+    assert same_state(state(base.pipeline), weights) and left_as_it_was(base) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base_and_full_precision_adapter(dtype: torch.dtype, rex: Subject) -> None:
+    base = base_of("sd1", dtype)
+    seen = []
+
+    def on_step(step: Step) -> None:
+        parameters = step.lora.named_parameters().values()
+        seen.append({p.dtype for p in parameters} | {p.grad.dtype for p in parameters if p.grad is not None})
+        assert all(p.grad is not None for p in parameters)
+
+    adapter = run(base, rex, replace(WITH_PRIOR, steps=2), on_step=on_step)
+    assert seen == [{torch.float32}] * 2 and base.dtype == dtype
+    assert {t.dtype for f in adapter.modules.values() for t in (f.down, f.up)} == {torch.float32}
+
+
+# --- learning ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fixed_loss(base: BaseModel, cache: LatentCache) -> float:
+    """Mean loss on 16 draws that are never trained on."""
+    total = 0.0
+    for i in range(16):
+        batch, noise, timesteps = draw(cache, seed=99, step=10_000 + i, batch_size=2)
+        text = conditions(base, cache, batch.prompts)
+        total += dreambooth_loss(base, batch, text, noise, timesteps, prior_loss_weight=0.0).item() / 16
+    return total
+
+
+def test_the_loss_goes_down(rex: Subject) -> None:
+    base = base_of("sd1")
+    config = replace(ALONE, steps=60, learning_rate=1e-2, batch_size=2)
+    cache = prepare(base, [rex], lora=LORA, config=config)
+    start = fixed_loss(base, cache)
+    losses = []
+    for step in training_steps(base, cache, lora=replace(LORA, rank=8), config=config):
+        losses.append(step.loss)
+        if step.index == 60:
+            end = fixed_loss(base, cache)
+    assert end < 0.95 * start
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert fixed_loss(base, cache) == start  # the base itself has learnt nothing
+
+
+def test_by_hand_and_stopped_early(rex: Subject) -> None:
+    base = base_of("sd1")
+    before = left_as_it_was(base)
+    cache = prepare(base, [rex], lora=LORA, config=ALONE)
+    for step in training_steps(base, cache, lora=LORA, config=ALONE):
+        if step.index == 2:
+            break
+    early = step.factors()
+    del step
+    assert left_as_it_was(base) == before
+    seen = {}
+    whole = run(base, rex, ALONE, on_step=lambda s: seen.setdefault(s.index, s.factors()))
+    assert list(seen) == [1, 2, 3, 4]
+    assert all(torch.equal(early[key].up, seen[2][key].up) for key in early)
+    assert all(torch.equal(whole.modules[key].up, seen[4][key].up) for key in early)
+
+
+def test_nothing_is_encoded_or_decoded_in_the_loop(rex: Subject) -> None:
+    for kind in ("sd1", "sdxl"):
+        base = base_of(kind)
+        cache = prepare(base, [rex], lora=LORA, config=WITH_PRIOR)
+        calls: list[Any] = []
+        parts = [base.vae.encoder, base.vae.decoder, *base.text_encoders.values()]
+        hooks = [part.register_forward_hook(lambda *_: calls.append(1)) for part in parts]  # noqa: B023
+        assert len(list(training_steps(base, cache, lora=LORA, config=WITH_PRIOR))) == 4
+        assert not calls
+        base.encode_text(["a dog"])
+        assert calls  # the hooks do count
+        for hook in hooks:
+            hook.remove()
+
+
+def test_gradient_checkpointing_changes_nothing(rex: Subject) -> None:
+    for kind in ("sd1", "sdxl"):
+        plain = run(base_of(kind), rex, ALONE)
+        saving = run(base_of(kind), rex, replace(ALONE, gradient_checkpointing=True))
+        for key, factors in plain.modules.items():
+            assert torch.allclose(factors.delta(), saving.modules[key].delta(), atol=1e-5), key
+
+
+def test_gradient_accumulation(rex: Subject) -> None:
+    base = base_of("sd1")
+    config = replace(ALONE, gradient_accumulation=3, steps=2)
+    cache = prepare(base, [rex], lora=LORA, config=config)
+    expected = []
+    with torch.no_grad():
+        for i in range(3):
+            batch, noise, timesteps = draw(cache, seed=0, step=i, batch_size=1)
+            text = conditions(base, cache, batch.prompts)
+            expected.append(dreambooth_loss(base, batch, text, noise, timesteps, prior_loss_weight=0.0).item())
+    steps = list(training_steps(base, cache, lora=LORA, config=config))
+    assert [step.index for step in steps] == [1, 2]
+    assert math.isclose(steps[0].loss, sum(expected) / 3, rel_tol=1e-5)  # up = 0: the base's own loss
+
+
+def test_rates(rex: Subject) -> None:
+    config = TrainingConfig(steps=10, learning_rate=1e-3, warmup_steps=4)
+    rates = [learning_rate(config, i) for i in range(10)]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert rates[4:] == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+    constant = replace(config, lr_schedule="constant")
+    assert [learning_rate(constant, i) for i in range(4, 10)] == [1e-3] * 6
+    base = base_of("sd1")
+    cache = prepare(base, [rex], lora=LORA, config=ALONE)
+    config = replace(config, prior_loss_weight=0.0)
+    assert [s.learning_rate for s in training_steps(base, cache, lora=LORA, config=config)] == pytest.approx(rates)
+
+
+def test_defaults_depend_on_photos_and_base() -> None:
+    base = base_of("sd1")
+    few, many = settled(TrainingConfig(), base, 3), settled(TrainingConfig(), base, 30)
+    assert None not in (few.steps, few.learning_rate, few.warmup_steps, few.class_images, few.resolution)
+    assert few.steps is not None and many.steps is not None and few.steps < many.steps
+    assert few.resolution == 64
+    given = TrainingConfig(steps=7, learning_rate=2e-4, warmup_steps=0, class_images=5, resolution=32)
+    assert settled(given, base, 3) == given
+    with pytest.raises(SettingsError, match="multiples of 8"):
+        settled(TrainingConfig(resolution=60), base, 3)
+
+
+# --- what is drawn -------------------------------------------------------------------------------------------------
+
+
+def test_each_photo_once_before_any_twice() -> None:
+    for batch_size in (1, 2, 3):
+        order = [row for step in range(10) for row in rows(5, 3, step, batch_size)]
+        for first in range(0, len(order) - 4, 5):
+            assert sorted(order[first : first + 5]) == [0, 1, 2, 3, 4]
+    orders = {tuple(rows(5, 3, step, 5)) for step in range(20)}
+    assert len(orders) > 5
+
+
+def test_a_batch_is_photos_then_class_images() -> None:
+    def numbered(count: int, first: int) -> LatentSet:
+        mean = torch.arange(first, first + count).float().view(1, count, 1, 1, 1).expand(1, count, 4, 2, 2)
+        return LatentSet(mean, torch.zeros_like(mean), tuple(f"{first + i}" for i in range(count)), None)
+
+    cache = LatentCache(numbered(3, 0), numbered(4, 10), 0.5, {})
+    seen = []
+    for step in range(6):
+        batch, noise, timesteps = draw(cache, seed=1, step=step, batch_size=2)
+        assert batch.photos == 2 and batch.latents.shape == noise.shape == (4, 4, 2, 2)
+        assert timesteps.shape == (4,) and timesteps.dtype == torch.int64 and 0 <= timesteps.min() and timesteps.max() < 1000
+        values = (batch.latents[:, 0, 0, 0] / 0.5).int().tolist()
+        assert [str(value) for value in values] == list(batch.prompts)  # pictures and prompts stay together
+        assert max(values[:2]) < 3 and min(values[2:]) >= 10
+        seen.append((values, noise.sum().item()))
+        again = draw(cache, seed=1, step=step, batch_size=2)
+        assert torch.equal(again[1], noise) and torch.equal(again[2], timesteps)
+    assert len({noise for _, noise in seen}) == 6
+
+
+def test_every_timestep_is_drawn() -> None:
+    mean = torch.zeros(1, 1, 1, 1, 1)
+    cache = LatentCache(LatentSet(mean, mean, ("a dog",), None), None, 1.0, {})
+    drawn = torch.cat([draw(cache, seed=0, step=i, batch_size=100)[2] for i in range(200)])
+    assert (drawn.min(), drawn.max()) == (0, 999)
+    assert abs(drawn.float().mean().item() - 499.5) < 10 and len(drawn.unique()) == 1000
+
+
+def test_flip_doubles_the_views(rex: Subject) -> None:
+    base = base_of("sdxl")
+    plain = prepare(base, [rex], lora=LORA, config=ALONE)
+    flipped = prepare(base, [rex], lora=LORA, config=replace(ALONE, flip=True))
+    assert (plain.photos.mean.shape, flipped.photos.mean.shape) == ((1, 3, 4, 8, 8), (2, 3, 4, 8, 8))
+    assert torch.equal(flipped.photos.mean[0], plain.photos.mean[0])
+    assert not torch.allclose(flipped.photos.mean[1], plain.photos.mean[0])
+    assert plain.photos.time_ids is not None and plain.photos.time_ids.shape == (3, 6)
+    assert plain.photos.time_ids[0].tolist()[:2] == [300, 260]  # height, width of the photo
+
+
+def test_several_subjects(rex: Subject, photos: Path) -> None:
+    base = base_of("sd1")
+    ink = Subject.from_folder(photos, token="ohwx", class_noun="cat")
+    cache = prepare(base, [rex, ink], lora=LORA, config=WITH_PRIOR)
+    assert cache.photos.prompts == ("a photo of sks dog",) * 3 + ("a photo of ohwx cat",) * 3
+    assert cache.class_images is not None
+    assert cache.class_images.prompts == ("a photo of a dog",) * 2 + ("a photo of a cat",) * 2
+    assert set(cache.text) == {*cache.photos.prompts, *cache.class_images.prompts}
+    adapter = run(base, [rex, ink], WITH_PRIOR)
+    assert adapter.card.photos == 6 and adapter.name == "sks dog and ohwx cat"
+    with pytest.raises(SettingsError, match="no subject"):
+        run(base, [], ALONE)
+
+
+# --- the same again ------------------------------------------------------------------------------------------------
+
+FULL = TrainingConfig(steps=6, class_images=2, gradient_accumulation=2, batch_size=2, flip=True, checkpoint_every=2)
+DROPPED = LoraSpec(rank=2, dropout=0.3, text_encoder=True)
+
+IN_ANOTHER_PROCESS = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+import test_training as t
+rex = t.Subject.from_folder({photos!r}, token="sks", class_noun="dog")
+print(t.run(t.base_of("sd1"), rex, t.FULL, t.DROPPED).digest())
+"""
+
+
+def test_same_seed_same_adapter(rex: Subject, photos: Path) -> None:
+    torch.manual_seed(1)
+    first = run(base_of("sd1"), rex, FULL, DROPPED).digest()
+    torch.manual_seed(2)  # the caller's random numbers do not matter, and are not used up
+    after = torch.get_rng_state()
+    assert run(base_of("sd1"), rex, FULL, DROPPED).digest() == first
+    assert run(base_of("sd1"), rex, replace(FULL, seed=1), DROPPED).digest() != first
+    torch.manual_seed(2)
+    assert torch.equal(torch.get_rng_state(), after)
+    code = IN_ANOTHER_PROCESS.format(tests=str(Path(__file__).parent), photos=str(photos))
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert other.stdout.strip() == first, other.stderr[-2000:]
+
+
+@pytest.mark.parametrize("lora", [LORA, DROPPED], ids=["plain", "dropout"])
+def test_resume_is_exact(lora: LoraSpec, rex: Subject, tmp_path: Path) -> None:
+    whole = run(base_of("sd1"), rex, FULL, lora).digest()
+    for index in (1, 3, 4):  # before the first checkpoint, between two, on one
+        folder = tmp_path / f"run{index}"
+        with pytest.raises(Interrupted):
+            run(base_of("sd1"), rex, FULL, lora, out=folder, on_step=interrupt_at(index))
+        assert not (folder / "adapter.safetensors").exists()
+        seen: list[int] = []
+        torch.manual_seed(index)
+        again = run(base_of("sd1"), rex, FULL, lora, out=folder, on_step=lambda s: seen.append(s.index))  # noqa: B023
+        assert again.digest() == whole
+        assert seen == list(range(index // 2 * 2 + 1, 7))
+    assert Adapter.load(folder / "adapter.safetensors").modules.keys() == again.modules.keys()
+    steps: list[int] = []
+    done = run(base_of("sd1"), rex, FULL, lora, out=folder, on_step=lambda s: steps.append(s.index))
+    assert done.digest() == whole and not steps  # a finished run is not trained again
+
+
+def test_resume_with_other_settings_is_refused(rex: Subject, tmp_path: Path) -> None:
+    config = replace(ALONE, checkpoint_every=1)
+    with pytest.raises(Interrupted):
+        run(base_of("sd1"), rex, config, out=tmp_path, on_step=interrupt_at(2))
+    other = Subject(rex.photos[:2], "sks", "dog")
+    changes: list[tuple[str, Subject, TrainingConfig, LoraSpec]] = [
+        ("sd1", rex, replace(config, learning_rate=1e-5), LORA),
+        ("sd1", rex, config, LoraSpec(rank=3)),
+        ("sd1", other, config, LORA),
+        ("sd2", rex, config, LORA),
+    ]
+    for kind, subject, changed, lora in changes:
+        with pytest.raises(TrainingError, match="other"):
+            run(base_of(kind), subject, changed, lora, out=tmp_path)
+    run(base_of("sd1"), rex, replace(config, checkpoint_every=3, sample_prompt="a dog"), out=tmp_path)  # these change nothing
+
+
+def test_torn_checkpoints_are_passed_over(rex: Subject, tmp_path: Path) -> None:
+    config = replace(ALONE, steps=5, checkpoint_every=1)
+    whole = run(base_of("sd1"), rex, config).digest()
+    folders = tmp_path / "run" / "checkpoints"
+
+    def keep_and_stop(step: Step) -> None:
+        shutil.copytree(folders / f"{step.index:06d}", tmp_path / "kept" / f"{step.index:06d}")
+        if step.index == 3:
+            raise Interrupted
+
+    def continued() -> tuple[str, int]:
+        seen: list[int] = []
+        adapter = run(base_of("sd1"), rex, config, out=tmp_path / "run", on_step=lambda s: seen.append(s.index))
+        shutil.rmtree(folders)
+        return adapter.digest(), seen[0]
+
+    with pytest.raises(Interrupted):
+        run(base_of("sd1"), rex, config, out=tmp_path / "run", on_step=keep_and_stop)
+    assert [folder.name for folder in folders.iterdir()] == ["000003"]
+    torn = (tmp_path / "kept" / "000003" / "state.pt").read_bytes()[:-100]
+    shutil.copytree(tmp_path / "kept" / "000002", folders / "000002")
+    (folders / "000003" / "state.pt").write_bytes(torn)
+    assert continued() == (whole, 3)  # from the older one
+    shutil.copytree(tmp_path / "kept" / "000003", folders / "000003")
+    (folders / "000003" / "state.pt").write_bytes(torn)
+    assert continued() == (whole, 1)  # from the beginning
+    shutil.copytree(tmp_path / "kept" / "000003", folders / ".000003.1.tmp")  # a save that was cut off
+    assert continued() == (whole, 1)
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(rex: Subject) -> None:
+    base = base_of("sd1")
+    before, weights = left_as_it_was(base), state(base.pipeline)
+    seen: list[int] = []
+
+    def on_step(step: Step) -> None:
+        seen.append(step.index)
+        if step.index == 2:
+            with torch.no_grad():
+                next(iter(step.lora.named_parameters().values())).fill_(math.nan)
+
+    with pytest.raises(TrainingError, match="not finite 3 times in a row, at step 5.*lower learning_rate"):
+        run(base, rex, replace(ALONE, steps=10), on_step=on_step)
+    assert seen == [1, 2, 3, 4]
+    assert same_state(state(base.pipeline), weights) and left_as_it_was(base) == before
+
+
+def test_one_step_that_is_not_finite_is_left_out(rex: Subject) -> None:
+    base = base_of("sd1")
+    cache = prepare(base, [rex], lora=LORA, config=ALONE)
+    factors: dict[int, Any] = {}
+    hook = None
+    for step in training_steps(base, cache, lora=LORA, config=ALONE):
+        factors[step.index] = step.factors()
+        if step.index == 2:
+            hook = base.unet.register_forward_hook(lambda _, __, output: type(output)(sample=output.sample * math.nan))
+        elif hook is not None:
+            hook.remove()
+    key = next(iter(factors[2]))
+    assert torch.equal(factors[2][key].up, factors[3][key].up)
+    assert factors[4][key].up.isfinite().all() and not torch.equal(factors[3][key].up, factors[4][key].up)
+
+
+def test_a_broken_base_is_told_at_the_first_step(rex: Subject) -> None:
+    base = base_of("sd1")
+    cache = prepare(base, [rex], lora=LORA, config=ALONE)
+    broken = replace(cache, photos=replace(cache.photos, mean=cache.photos.mean * math.inf))
+    with pytest.raises(TrainingError, match="not finite"):
+        list(training_steps(base, broken, lora=LORA, config=ALONE))
+    with pytest.raises(TrainingError, match="not finite"):
+        next(iter(training_steps(base, broken, lora=LORA, config=ALONE)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
+def test_xformers_missing(rex: Subject) -> None:
+    base = base_of("sd1")
+    before = left_as_it_was(base)
+    with pytest.raises(MissingExtraError, match=r"lora-booth\[xformers\]"):
+        run(base, rex, replace(ALONE, attention="xformers"))
+    assert left_as_it_was(base) == before
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Path) -> None:
+    base = base_of("sd1")
+    config = replace(ALONE, sample_every=2, learning_rate=1e-2, seed=5)
+    lora = replace(LORA, dropout=0.5)
+    learnt = {}
+    final = run(base, rex, config, lora, out=tmp_path, on_step=lambda s: learnt.setdefault(s.index, s.factors()))
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["000002.png", "000004.png"]
+    assert run(base, rex, replace(config, sample_every=None), lora).digest() == final.digest()
+    pictures = []
+    for index in (2, 4):
+        adapter = Adapter(learnt[index], final.card)
+        expected = Composition(base, [adapter]).generate("a photo of sks dog", seeds=[5], size=64)[0].image
+        pictures.append(np.asarray(Image.open(tmp_path / "samples" / f"{index:06d}.png")).astype(int))
+        assert np.abs(pictures[-1] - np.asarray(expected)).max() <= 1
+    assert (pictures[0] != pictures[1]).any()
+
+
+def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
+    base = base_of("sd1")
+    drawn: list[int] = []
+    base.vae.decoder.register_forward_hook(lambda _, inputs, __: drawn.append(len(inputs[0])))
+    reported: list[tuple[int, int]] = []
+
+    def made(count: int, prompt: str = "a dog", **options: Any) -> list[Any]:
+        drawn.clear()
+        images = class_images(base, prompt, count, resolution=64, **options)
+        return [np.asarray(image).astype(int) for image in images]
+
+    first = made(2, on_progress=lambda done, total: reported.append((done, total)))
+    assert sum(drawn) == 2 and reported == [(2, 2)]
+    assert (first[0] != first[1]).any() and first[0].shape == (64, 64, 3)
+    assert all((a == b).all() for a, b in zip(made(2), first, strict=True)) and not drawn
+    longer = made(3)
+    assert sum(drawn) == 1 and all((a == b).all() for a, b in zip(longer, first, strict=False))
+    assert len(made(1)) == 1 and not drawn
+    file = sorted(tmp_path.rglob("*.png"))[1]
+    file.write_bytes(file.read_bytes()[:200])
+    again = made(3)
+    assert sum(drawn) == 1 and all(np.abs(a - b).max() <= 1 for a, b in zip(again, longer, strict=True))
+    assert not list(tmp_path.rglob("*.tmp"))
+    for other in ({"prompt": "a cat"}, {"seed": 1}):
+        assert (made(2, **other)[0] != first[0]).any() and sum(drawn) == 2
+
+
+def test_class_images_are_reused_by_training(rex: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
+    base = base_of("sd1")
+    drawn: list[int] = []
+    base.vae.decoder.register_forward_hook(lambda *_: drawn.append(1))
+    first = run(base, rex, WITH_PRIOR)
+    assert drawn
+    drawn.clear()
+    assert run(base, rex, WITH_PRIOR).digest() == first.digest() and not drawn
