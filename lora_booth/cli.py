@@ -119,9 +119,8 @@ def train(
     seed: Annotated[int, typer.Option(help="of every random draw: the same seed gives the same adapter")] = 0,
 ) -> None:
     """Train an adapter on a folder of photos. The same command again continues an interrupted run."""
-    from .base_model import rare_tokens
     from .config import LoraSpec, TrainingConfig
-    from .subject import Subject, check_token
+    from .subject import Subject
     from .training import train as train_adapter
 
     check_layout(layout)
@@ -146,9 +145,6 @@ def train(
     for skipped in subject.skipped:
         print(f"not used: {skipped.name}: {skipped.reason}", file=sys.stderr)
     loaded = load_base(base)
-    report = check_token(token, loaded.tokenizer, known_rare=rare_tokens(loaded))
-    for line in (*report.problems, *report.warnings):
-        print(f"note: {line}", file=sys.stderr)
     adapter = train_adapter(loaded, subject, lora=lora, config=config, out=run or out.with_suffix(""))
     file = adapter.save(out, layout=layout)  # type: ignore[arg-type]
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB); prompt: {adapter.card.prompt}")

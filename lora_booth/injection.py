@@ -50,7 +50,7 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
-    """For every component, the modules that `lora` adapts. Raises SettingsError for a target that matches nothing."""
+    """For every component, the modules that `lora` adapts. Raises SettingsError for a target or rank that cannot be."""
     wanted = {"unet": lora.target_modules}
     if lora.text_encoder:
         wanted |= {name: lora.text_target_modules for name in base.text_encoders}
@@ -61,12 +61,12 @@ def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
         layers = [n for n, m in model.named_modules() if adaptable(base_layer(m)) and not any(f".{i}." in n for i in unread)]
         for suffix in suffixes:
             matching = [name for name in layers if name == suffix or name.endswith("." + suffix)]
-            if component == "unet" and suffixes == LoraSpec().target_modules:
-                matching = [name for name in matching if ".attn" in name]
             if not matching:
                 raise SettingsError(
                     f"target module {suffix!r} is in no linear or convolution layer of the {component}; try 'to_q'"
                 )
+            for path in matching:
+                check_rank(path, base_layer(model.get_submodule(path)), lora.rank)
             chosen.setdefault(component, []).extend(matching)
     return chosen
 
@@ -199,9 +199,6 @@ class TrainableLora:
 def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[TrainableLora]:
     """Inject a fresh adapter to train; leaving takes it out and the base is what it was, also after an exception."""
     chosen = target_paths(base, lora)
-    for component, paths in chosen.items():
-        for path in paths:
-            check_rank(path, base_layer(base.components[component].get_submodule(path)), lora.rank)
     injections: dict[str, Injection] = {}
     try:
         for component, paths in chosen.items():

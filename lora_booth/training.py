@@ -17,18 +17,18 @@ from torch import Tensor
 
 from . import __version__
 from .adapters import Adapter, Card
-from .base_model import BaseModel
+from .base_model import BaseModel, rare_tokens
 from .checkpoint import latest_checkpoint, save_checkpoint
 from .config import LoraSpec, TrainingConfig
 from .errors import MissingExtraError, SettingsError, TrainingError
 from .generation import generate_images
-from .injection import TrainableLora, card_facts, trainable
+from .injection import TrainableLora, card_facts, target_paths, trainable
 from .latents import LatentCache, conditions, draw, encode, encode_prompts, step_seed
 from .loss import dreambooth_loss
 from .photos import crop_and_resize, open_photo
 from .prior import class_images
 from .progress import Display, Step, display
-from .subject import Subject
+from .subject import Subject, check_token
 
 BAD_STEPS = 3  # updates in a row without a finite loss before training gives up
 
@@ -56,8 +56,11 @@ def train(
         raise SettingsError("no subject to train on; give one, as Subject.from_folder(...)")
     lora = lora or LoraSpec()
     config = settled(config or TrainingConfig(), base, sum(len(s.photos) for s in subjects))
+    check_feasible(base, lora, config)
     run = Path(out) if out is not None else None
     with display(progress) as shown:
+        for note in token_notes(base, subjects):
+            shown.say(f"note: {note}")
         cache = prepare(base, subjects, lora=lora, config=config, shown=shown)
         identity = run_identity(base, cache, lora, config)
         resume = latest_checkpoint(run, identity=identity, device=base.device) if run is not None else None
@@ -130,6 +133,20 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
         return config.learning_rate
     share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> None:
+    """What would fail after the class images are drawn fails before."""
+    target_paths(base, lora)
+    if config.attention == "xformers":
+        check_xformers(base)
+
+
+def token_notes(base: BaseModel, subjects: Sequence[Subject]) -> Iterator[str]:
+    """What speaks against the chosen tokens, in the words of the base's own tokenizer."""
+    for subject in subjects:
+        report = check_token(subject.token, base.tokenizer, known_rare=rare_tokens(base))
+        yield from (*report.problems, *report.warnings)
 
 
 # --- before the loop -----------------------------------------------------------------------------------------------
@@ -345,7 +362,7 @@ def training_mode(base: BaseModel, config: TrainingConfig) -> Iterator[None]:
             for module in (m for model in base.components.values() for m in model.modules() if hasattr(m, "lora_dropout")):
                 module.train()
             if config.attention == "xformers":
-                use_xformers(base)
+                base.unet.enable_xformers_memory_efficient_attention()
             if config.gradient_checkpointing:
                 base.unet.enable_gradient_checkpointing()
                 base.unet.train()  # diffusers checkpoints in training mode only; its U-Nets have no active dropout
@@ -357,14 +374,13 @@ def training_mode(base: BaseModel, config: TrainingConfig) -> Iterator[None]:
             base.unet.disable_gradient_checkpointing()
 
 
-def use_xformers(base: BaseModel) -> None:
+def check_xformers(base: BaseModel) -> None:
     try:
         import xformers  # type: ignore[import-not-found]  # noqa: F401
     except ImportError as error:
         raise MissingExtraError('attention="xformers"', "xformers") from error
     if base.device.type != "cuda":
         raise SettingsError(f'attention="xformers" needs a CUDA GPU and the base is on {base.device}; use attention="sdpa"')
-    base.unet.enable_xformers_memory_efficient_attention()
 
 
 # --- the run's folder ----------------------------------------------------------------------------------------------

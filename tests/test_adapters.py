@@ -691,3 +691,27 @@ def test_importing_is_cheap():
 
     code = "import lora_booth.adapters, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_a_rank_8_adapter_of_sd15_is_under_3_4_megabytes(tmp_path):
+    """All attention of the real U-Net (weightless here): 128 layers, as diffusers' script adapts them."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    from lora_booth.config import ATTENTION_TARGETS
+    from lora_booth.single_file import CONFIGS
+
+    config = json.loads((CONFIGS / "sd1.json").read_text())["unet"]
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(config)
+    layers = {n: m for n, m in unet.named_modules() if any(n.endswith("." + target) for target in ATTENTION_TARGETS)}
+    assert len(layers) == 128
+    modules = {
+        f"unet.{name}": LoraFactors(torch.randn(8, layer.in_features), torch.randn(layer.out_features, 8), 8.0)
+        for name, layer in layers.items()
+    }
+    card = Card(family="sd1", base_model="stable-diffusion-v1-5/stable-diffusion-v1-5", token="sks", class_noun="dog")
+    for layout in ("kohya", "peft"):
+        file = Adapter(modules, card).save(tmp_path / f"{layout}.safetensors", layout=layout)
+        assert file.stat().st_size < 3.4e6
+        assert Adapter.load(file).modules.keys() == modules.keys()

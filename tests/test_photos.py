@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, features
 
-from lora_booth import photos
 from lora_booth.errors import PhotoError
 from lora_booth.photos import (
     Crop,
@@ -23,6 +22,7 @@ from lora_booth.photos import (
     contact_sheet,
     crop_and_resize,
     find_photos,
+    finding,
     note_enlarged,
     open_photo,
     shown,
@@ -237,7 +237,7 @@ def test_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(20):
         (tmp_path / f"{index}.md").write_text("notes do not count")
     assert len(find_photos(tmp_path, maximum=6).photos) == 6
-    monkeypatch.setattr(photos, "_check", lambda *_: pytest.fail("decoded before asking"))
+    monkeypatch.setattr(finding, "_check", lambda *_: pytest.fail("decoded before asking"))
     with pytest.raises(PhotoError, match=r"more than 5 photos; .*maximum=N"):
         find_photos(tmp_path, maximum=5)
 

@@ -35,6 +35,7 @@ from . import RARE_TOKENS, world
 from .judge import OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge_loss, labels
 
 RENDERS = 40_000  # distinct training pictures
+HELD_OUT_RENDERS, HELD_OUT_SEED = 500, 10_000_000  # for the figures in the log
 SIZE = 64  # pixels
 MAX_TOKENS = 24
 TEXT_WIDTH = 128
@@ -141,7 +142,7 @@ def renders(work: Path, count: int, first_seed: int = 0) -> np.ndarray:
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # --- VAE -----------------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def vae_loss(vae: Any, x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_vae(work: Path, device: torch.device, log: dict[str, Any]) -> nn.Module:
-    pictures, held_out = renders(work, RENDERS), renders(work, 500, 10_000_000)
+    pictures, held_out = renders(work, RENDERS), renders(work, HELD_OUT_RENDERS, HELD_OUT_SEED)
 
     def loss_of(vae: Any, step: int, generator: torch.Generator) -> Tensor:
         small = step < VAE_CROP_STEPS
@@ -209,9 +210,9 @@ JUDGE_STAGE = Stage("judge", steps=2500, batch=64, rate=2e-3)
 
 
 def train_judge(work: Path, device: torch.device, log: dict[str, Any]) -> nn.Module:
-    pictures, held_out = renders(work, RENDERS), renders(work, 500, 10_000_000)
+    pictures, held_out = renders(work, RENDERS), renders(work, HELD_OUT_RENDERS, HELD_OUT_SEED)
     targets = torch.tensor([labels(world.random_scene(i)) for i in range(RENDERS)])
-    held_out_targets = torch.tensor([labels(world.random_scene(10_000_000 + i)) for i in range(500)])
+    held_out_targets = torch.tensor([labels(world.random_scene(HELD_OUT_SEED + i)) for i in range(HELD_OUT_RENDERS)])
 
     def loss_of(net: nn.Module, step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(pictures), (JUDGE_STAGE.batch,), generator=generator).sort().values
@@ -238,7 +239,7 @@ def train_judge(work: Path, device: torch.device, log: dict[str, Any]) -> nn.Mod
 
 # --- text to image -------------------------------------------------------------------------------------------------
 
-UNET_STAGE = Stage("unet", steps=5000, batch=32, rate=1e-3, ema=0.9985)
+UNET_STAGE = Stage("unet", steps=6000, batch=32, rate=1e-3, ema=0.9985)
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -412,6 +413,9 @@ def export(vae: Any, model: Any, tokenizer: Any, factor: float, judge: nn.Module
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers 5 loads a text encoder in the precision of its configuration, diffusers the U-Net in fp32
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     (folder / "judge").mkdir(exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in judge.cpu().state_dict().items()}, folder / "judge" / "judge.safetensors")
 
