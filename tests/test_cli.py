@@ -131,7 +131,7 @@ def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos
 
 def test_another_setting_does_not_continue_the_run(call, rex, photos, tiny):
     code, _, err = call(*train_words(photos, tiny, rex, "--seed", "1"))
-    assert code == 2 and "unfinished run with other photos, settings" in err
+    assert code == 2 and "holds a run with other photos, settings" in err
 
 
 def test_train_tells_what_it_leaves_out(call, photos, tiny, tmp_path):

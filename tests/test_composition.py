@@ -111,7 +111,6 @@ def test_without_adapters_or_with_weight_0_it_is_the_base(base, rex):
 # --- the pipeline afterwards ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler scheduler, NumPy 2
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_bare_pipeline_works_and_is_as_it_was_afterwards(kind):
     pipeline = pipelines.make_pipeline(kind)

@@ -31,9 +31,6 @@ from lora_booth.progress import Step
 from lora_booth.subject import Subject
 from lora_booth.training import learning_rate, prepare, settled, train, training_steps
 
-# diffusers' Euler scheduler turns a tensor into an array in a way that numpy 2 warns of
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 LORA = LoraSpec(rank=2)
 ALONE = TrainingConfig(steps=4, prior_loss_weight=0.0, warmup_steps=0)  # without class images
 WITH_PRIOR = TrainingConfig(steps=4, class_images=2, warmup_steps=0)

@@ -43,8 +43,8 @@ def metadata_of(adapter: Adapter, layout: Layout, alpha: float, data_sha256: str
     }
     if card.family is not None:
         family = FAMILIES[card.family]
-        size = card.resolution or family.resolution
         prediction = card.prediction_type or "epsilon"
+        size = card.resolution or family.resolution.get(prediction, family.resolution["epsilon"])
         entries |= {
             "modelspec.architecture": family.modelspec.get(prediction),
             "modelspec.implementation": SGM_IMPLEMENTATION if layout == "kohya" and family.kohya_sgm else "diffusers",
