@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from lora_booth.base_model import BaseModel
 from lora_booth.generation import generate_images, quiet
 from lora_booth.photos import contact_sheet
 from lora_booth.toybox.judge import judge
-from lora_booth.toybox.world import CLASSES, COLORS, CONTEXTS, Identity, Scene, draw, random_identity
+from lora_booth.toybox.world import CLASSES, COLORS, CONTEXTS, Scene, draw, random_identity
 
 
 def prompts(count: int, objects: int) -> list[Scene]:
@@ -26,11 +27,8 @@ def prompts(count: int, objects: int) -> list[Scene]:
     rng = random.Random(objects)
     scenes = []
     for i in range(count):
-        chosen: list[Identity] = []
-        for noun, color in zip(rng.sample(CLASSES, objects), rng.sample(list(COLORS), objects), strict=True):
-            chosen.append(
-                Identity(noun, color, *(getattr(random_identity(rng), k) for k in ("second", "third", "pattern", "accessory")))
-            )
+        words = zip(rng.sample(CLASSES, objects), rng.sample(list(COLORS), objects), strict=True)
+        chosen = [replace(random_identity(rng, noun), color=color) for noun, color in words]
         scenes.append(Scene(tuple(chosen), rng.choice(CONTEXTS), "photo", i))
     return scenes
 

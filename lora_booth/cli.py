@@ -35,7 +35,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything that it m
     """The whole job on the embedded base, offline: train two subjects, compare before and after, print scores."""
     from .demo import run_demo
 
-    run_demo(out, say=say)
+    run_demo(load_base("toybox"), out, say=say)
     say(f"look at {out}/before_after.png, {out}/together.png and {out}/gallery.html")
 
 

@@ -20,7 +20,7 @@ from .training import train
 
 PHOTOS = 5
 CONTEXTS = ("in a meadow", "in the kitchen", "on the beach")  # the photos' contexts; scores are for the seven others
-SUBJECTS = {"olga": "sks", "zoom": "ohwx"}  # name in toybox/world.py -> token
+SUBJECTS = {"olga": "sks", "brew": "zwx"}  # name in toybox/world.py -> token
 SHOWN = ("on the moon", "underwater", "in the snow", "in the jungle")
 STEPS, GUIDANCE = 20, 4.0  # of the sampler
 
@@ -42,9 +42,11 @@ def write_photos(name: str, folder: Path, *, count: int = PHOTOS, contexts: Sequ
     return folder
 
 
-def run_demo(out: Path, *, say: Callable[[str], None] = print) -> list[DemoSubject]:
-    """Photos, training, files, before and after, scores, a picture of both. Everything is written under `out`."""
-    base = BaseModel.load("toybox")
+def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> list[DemoSubject]:
+    """Photos, training, files, before and after, scores, a picture of both. Everything is written under `out`.
+
+    base  the toybox: the subjects are of its world
+    """
     done: list[DemoSubject] = []
     for name, token in SUBJECTS.items():
         identity = HELD_OUT[name]

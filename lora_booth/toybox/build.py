@@ -392,6 +392,41 @@ def train_text_to_image(vae: Any, work: Path, device: torch.device, log: dict[st
     return run_stage(UNET_STAGE, model, loss_of, work, log), tokenizer, factor
 
 
+@torch.no_grad()
+def place_rare_tokens(text_encoder: Any, tokenizer: Any, *, candidates: int = 400) -> dict[str, float]:
+    """Give every rare token an embedding that the text encoder can tell from its words; returns how far each stands.
+
+    CLIP has seen its rare tokens a few times, so each has a state of its own. Ours were never trained: the text
+    encoder is blind to their initial directions, and "sks dog" would read like "a dog". Each gets the mixture of word
+    embeddings, as long as a word's, that stands farthest from every colour, the article and the tokens before it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    table = text_encoder.get_input_embeddings().weight
+    one = {w: tokenizer(w).input_ids[1] for w in (*world.COLORS, *world.CLASSES, "a", *RARE_TOKENS)}
+    words = table[[one[w] for w in (*world.COLORS, *world.CLASSES)]]
+    length = words.norm(dim=1).mean()
+
+    def states(word: str) -> Tensor:
+        prompts = [f"a photo of {word} {noun}" for noun in ("dog", "mug")]
+        ids = tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        return text_encoder(ids.to(table.device)).last_hidden_state.flatten()
+
+    taken, distances = [states(w) for w in (*world.COLORS, "a")], {}
+    for token in RARE_TOKENS:
+        best, farthest = table[one[token]].clone(), 0.0
+        for _ in range(candidates):
+            mixture = torch.randn(len(words), generator=generator).to(table) @ (words - words.mean(0))
+            table[one[token]] = words.mean(0) + mixture / mixture.norm() * length
+            state = states(token)
+            nearest = min((state - other).norm().item() for other in taken)
+            if nearest > farthest:
+                best, farthest = table[one[token]].clone(), nearest
+        table[one[token]] = best
+        taken.append(states(token))
+        distances[token] = round(farthest, 2)
+    return distances
+
+
 # --- export --------------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +464,7 @@ def build(work: Path, folder: Path, device: torch.device) -> dict[str, Any]:
     judge = train_judge(work, device, log)
     torch.manual_seed(2)
     model, tokenizer, factor = train_text_to_image(vae, work, device, log)
+    log["rare_tokens"] = place_rare_tokens(model.text_encoder, tokenizer)
     export(vae, model, tokenizer, factor, judge, folder)
     return log
 
