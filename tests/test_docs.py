@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from lora_booth import cli
-from lora_booth.base_model import TOYBOX_FOLDER
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.is_file()]
@@ -57,12 +56,6 @@ def blocks_of(page: Path, text: str | None = None) -> list[Block]:
 
 ALL = [block for page in PAGES for block in blocks_of(page)]
 RUN = {page: [b for b in blocks_of(page) if b.language in ("python", "bash") and b.not_run is None] for page in PAGES}
-
-
-@pytest.fixture
-def toybox() -> None:
-    if not (TOYBOX_FOLDER / "model_index.json").is_file():
-        pytest.skip("the toybox model is not built yet")
 
 
 @pytest.fixture
@@ -110,7 +103,7 @@ def run_bash(block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if RUN[p]], ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_example_runs(page, toybox, desk):
+def test_every_example_runs(page, desk):
     names: dict[str, object] = {"__name__": "__main__"}
     for block in RUN[page]:
         if block.language == "python":

@@ -265,7 +265,7 @@ def built(tiny_build, tmp_path) -> Path:
 def test_a_build_exports_what_the_stock_pipeline_loads_and_resumes_exactly(built, tmp_path, monkeypatch, capsys):
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(built, dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(built)  # as anyone would
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     image = pipeline("a photo of a red dog on the moon", num_inference_steps=1, generator=generator).images[0]
@@ -302,8 +302,7 @@ def test_a_build_exports_what_the_stock_pipeline_loads_and_resumes_exactly(built
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    if not (TOYBOX_FOLDER / "model_index.json").is_file():
-        pytest.skip("the toybox model is not built yet")
+    assert (TOYBOX_FOLDER / "model_index.json").is_file(), "python -m lora_booth.toybox.build --work DIR makes it"
     return TOYBOX_FOLDER
 
 
@@ -319,15 +318,15 @@ def test_the_shipped_base_has_a_tokenizer_of_this_world(model, tokenizer):
     assert base.resolution == build.SIZE and base.prediction_type == build.PREDICTION
 
 
-JUDGE_FLOOR = {  # accuracy on held-out renders
-    "class_noun": 0.98,
-    "color": 0.95,
+JUDGE_FLOOR = {  # accuracy on held-out renders, 0.04 below the figures in benchmarks/toybox_build.json
+    "class_noun": 0.95,
+    "color": 0.93,
     "second": 0.90,
-    "third": 0.90,
-    "pattern": 0.93,
-    "accessory": 0.95,
-    "context": 0.99,
-    "style": 0.98,
+    "third": 0.88,
+    "pattern": 0.91,
+    "accessory": 0.90,
+    "context": 0.95,
+    "style": 0.96,
 }
 
 

@@ -209,7 +209,9 @@ def test_gradient_checkpointing_changes_nothing(rex: Subject) -> None:
         plain = run(base_of(kind), rex, ALONE)
         saving = run(base_of(kind), rex, replace(ALONE, gradient_checkpointing=True))
         for key, factors in plain.modules.items():
-            assert torch.allclose(factors.delta(), saving.modules[key].delta(), atol=1e-5), key
+            # Adam's first updates are about the gradient's sign, which makes rounding visible
+            difference = (factors.delta() - saving.modules[key].delta()).norm()
+            assert difference <= 1e-3 * factors.delta().norm(), key
 
 
 def test_gradient_accumulation(rex: Subject) -> None:

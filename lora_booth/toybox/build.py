@@ -465,6 +465,7 @@ def build(work: Path, folder: Path, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(2)
     model, tokenizer, factor = train_text_to_image(vae, work, device, log)
     log["rare_tokens"] = place_rare_tokens(model.text_encoder, tokenizer)
+    (work / "log.json").write_text(json.dumps(log, indent=1))
     export(vae, model, tokenizer, factor, judge, folder)
     return log
 
