@@ -138,7 +138,6 @@ class Figure:
 
 
 EYE_WHITE: RGB = (250, 250, 250)
-EYES = {"dark": OUTLINE, "light": EYE_WHITE}
 BEAK: RGB = (245, 170, 40)
 GLASS: RGB = (185, 225, 240)
 METAL: RGB = (165, 170, 180)
