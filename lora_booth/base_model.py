@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BaseModelError, first_line
-from .family import FAMILIES, Family
+from .family import FAMILIES, Family, labels
 from .single_file import has_vocabulary, load_single_file
 from .toybox import RARE_TOKENS
 
@@ -255,7 +255,7 @@ def load_folder(source: str | Path, dtype: torch.dtype, **options: str | None) -
     if index.get("_class_name") not in known:
         raise BaseModelError(
             f"{source} is a {index.get('_class_name', 'pipeline of unknown class')}; "
-            f"lora_booth trains {', '.join(f.label for f in FAMILIES.values())} text-to-image models"
+            f"lora_booth trains {labels()} text-to-image models"
         )
     import diffusers
 
@@ -299,7 +299,7 @@ def recognise(pipeline: Any) -> Family:
     what = type(pipeline).__name__
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     if unet is None or vae is None:
-        raise BaseModelError(f"{what} has no U-Net and VAE; lora_booth trains {', '.join(f.label for f in FAMILIES.values())}")
+        raise BaseModelError(f"{what} has no U-Net and VAE; lora_booth trains {labels()}")
     if unet.config.in_channels != vae.config.latent_channels:
         raise BaseModelError(
             f"its U-Net takes {unet.config.in_channels} channels and the VAE gives {vae.config.latent_channels}: "
@@ -314,7 +314,7 @@ def recognise(pipeline: Any) -> Family:
             break
     else:
         raise BaseModelError(
-            f"{what} with {len(encoders)} text encoder(s) is not {', '.join(f.label for f in FAMILIES.values())} "
+            f"{what} with {len(encoders)} text encoder(s) is not {labels()} "
             "(an SDXL refiner cannot be trained; take the SDXL base)"
         )
     if widths != unet.config.cross_attention_dim:

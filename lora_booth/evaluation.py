@@ -7,7 +7,7 @@ judge in place of DINO and CLIP, so the figures are not comparable with a paper'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -33,9 +33,6 @@ class Scores:
     leak: float  # pictures of the bare class that show the subject's colours and pattern (PRES; lower is better)
     diversity: float  # mean feature distance between pictures of the bare class (DIV)
     copies: float  # pictures closer to a training photo than photos of different scenes are to each other
-
-    def __sub__(self, other: Scores) -> Scores:
-        return Scores(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)

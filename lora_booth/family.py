@@ -83,3 +83,8 @@ FAMILIES: dict[str, Family] = {
         ss_v2="False",
     ),
 }
+
+
+def labels() -> str:
+    """All families, for people."""
+    return ", ".join(family.label for family in FAMILIES.values())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapter, Card, LoraFactors
+from .adapters import Adapter, LoraFactors
 from .base_model import BaseModel, recognise
 from .config import LoraSpec
 from .errors import AdapterBaseMismatch, SettingsError, TrainingError
@@ -304,16 +304,3 @@ def attach(model: Any, factors: Mapping[str, LoraFactors], weight: float) -> Inj
         injection.remove()
         raise
     return injection
-
-
-def card_facts(base: BaseModel) -> dict[str, Any]:
-    """What a card says about the base."""
-    return {
-        "family": base.family.name,
-        "prediction_type": base.prediction_type,
-        "base_model": base.name,
-        "base_hash": base.fingerprint,
-    }
-
-
-__all__ = ["Card", "TrainableLora", "attached", "card_facts", "trainable"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .errors import BaseModelError, first_line
-from .family import FAMILIES, Family
+from .family import FAMILIES, Family, labels
 
 CONFIGS = Path(__file__).parent / "single_file_configs"
 
@@ -74,8 +74,7 @@ def inspect_checkpoint(path: Path) -> tuple[Family, dict[str, str]]:
             return FAMILIES[name], metadata
     if any("lora_" in key for key in keys):
         raise BaseModelError(f"{path}: an adapter, not a base model; load it with Adapter.load")
-    labels = ", ".join(f.label for f in FAMILIES.values())
-    raise BaseModelError(f"{path}: not a checkpoint of {labels} in the original naming")
+    raise BaseModelError(f"{path}: not a checkpoint of {labels()} in the original naming")
 
 
 def stated_prediction_type(metadata: dict[str, str]) -> str | None:

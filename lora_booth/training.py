@@ -22,7 +22,7 @@ from .checkpoint import latest_checkpoint, save_checkpoint
 from .config import LoraSpec, TrainingConfig
 from .errors import MissingExtraError, SettingsError, TrainingError
 from .generation import generate_images
-from .injection import TrainableLora, card_facts, target_paths, trainable
+from .injection import TrainableLora, target_paths, trainable
 from .latents import LatentCache, conditions, draw, encode, encode_prompts, step_seed
 from .loss import dreambooth_loss
 from .photos import crop_and_resize, open_photo
@@ -414,6 +414,16 @@ def sample(base: BaseModel, prompt: str, path: Path, config: TrainingConfig) -> 
         for model in base.components.values():
             model.eval()
         generate_images(base.pipeline, prompt, [config.seed], size=config.resolution)[0].save(path)
+
+
+def card_facts(base: BaseModel) -> dict[str, Any]:
+    """What a card says about the base."""
+    return {
+        "family": base.family.name,
+        "prediction_type": base.prediction_type,
+        "base_model": base.name,
+        "base_hash": base.fingerprint,
+    }
 
 
 def make_card(base: BaseModel, subjects: Sequence[Subject], lora: LoraSpec, config: TrainingConfig) -> Card:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import Literal
 
 from ..errors import AdapterBaseMismatch, AdapterTargetError
-from ..family import FAMILIES
+from ..family import FAMILIES, labels
 
 Role = Literal["down", "up", "alpha"]
 
@@ -257,10 +257,6 @@ def understood(key: str, *, allow: Collection[str] = (), path: object = None) ->
     if module in RARE and module not in allow:
         raise AdapterTargetError(f"{key} changes {module}, which adapters leave alone; to trust it, allow {module!r}", path)
     return module, split[1]
-
-
-def labels() -> str:
-    return ", ".join(family.label for family in FAMILIES.values())
 
 
 def component_of(module: str) -> str:

@@ -27,9 +27,10 @@ from ..errors import (
     AdapterTooLarge,
     UnsafeFormat,
 )
+from ..family import labels
 from .adapter import Adapter, LoraFactors
 from .header import PEFT_KEY, card_from
-from .layouts import Role, component_of, labels, understood
+from .layouts import Role, component_of, understood
 
 MAX_FILE = 2**30  # bytes
 MAX_HEADER = 4 * 2**20  # bytes
