@@ -19,7 +19,10 @@ import torch
 from PIL import Image, ImageFilter
 
 from lora_booth.base_model import TOYBOX_FOLDER, BaseModel
-from lora_booth.toybox import RARE_TOKENS, build, world
+from lora_booth.toybox import RARE_TOKENS, world
+from lora_booth.toybox.build import __main__ as build
+from lora_booth.toybox.build import judge as judge_stage
+from lora_booth.toybox.build import pictures, stages, text, unet, vae
 from lora_booth.toybox.judge import IDENTITY_PARTS, OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge, judge_loss, labels, read
 from lora_booth.toybox.world import CLASSES, COLORS, CONTEXTS, HELD_OUT, STYLES, Identity, Scene, draw, random_scene
 
@@ -126,12 +129,58 @@ def test_an_owl_has_its_article():
 
 def test_held_out_subjects_are_never_in_a_training_scene():
     twins = {(h.class_noun, h.color, h.second, h.pattern) for h in HELD_OUT.values()}
-    seen = 0
-    for seed in range(build.RENDERS if build.RENDERS < 50_000 else 50_000):  # every scene that the base is trained on
-        for o in random_scene(seed).objects:
-            seen += 1
-            assert (o.class_noun, o.color, o.second, o.pattern) not in twins
-    assert seen > 50_000
+    objects = [o for renders in (pictures.PLAIN, pictures.NAMED) for scene in renders.scenes() for o in scene.objects]
+    assert len(objects) > 90_000
+    assert not twins & {(o.class_noun, o.color, o.second, o.pattern) for o in objects}
+
+
+def test_a_name_stands_for_one_look_that_no_held_out_subject_has():
+    looks = world.named_looks()
+    assert len(set(looks.values())) == len(looks) == world.NAMES
+    assert not {(h.color, h.second, h.pattern) for h in HELD_OUT.values()} & {(k[0], k[1], k[3]) for k in looks.values()}
+    words = {w for c in CONTEXTS for w in c.split()} | set(CLASSES) | set(COLORS) | set(STYLES) | set(RARE_TOKENS)
+    assert not words & set(looks)
+    assert all(world.name_of(held_out) is None for held_out in HELD_OUT.values())
+    name, look = next(iter(looks.items()))
+    pair = Scene((Identity("dog", *look), HELD_OUT["olga"]), CONTEXTS[0])
+    assert pair.caption(names={0}) == f"a photo of {name} dog and a blue owl {CONTEXTS[0]}"
+    assert name not in pair.caption()  # only where it is asked for
+
+
+def test_most_named_scenes_have_names_and_plain_ones_none_but_by_chance():
+    named = [o for s in replace(pictures.NAMED, count=500).scenes() for o in s.objects]
+    plain = [o for s in replace(pictures.PLAIN, count=500).scenes() for o in s.objects]
+    assert 0.75 < np.mean([world.name_of(o) is not None for o in named]) < 0.85
+    assert np.mean([world.name_of(o) is not None for o in plain]) < 0.1
+
+
+def test_what_a_caption_tells_is_what_the_text_encoder_shall_read():
+    look = next(iter(world.named_looks().values()))
+    scene = Scene((Identity("dog", *look), HELD_OUT["olga"]), CONTEXTS[1])
+    everything = labels(scene)
+    told = text.told(scene, {"colors": False, "context": False, "names": {0}})
+    heads = len(OBJECT_HEADS)
+    assert told[:heads] == everything[:heads]  # called by name
+    assert told[heads : 2 * heads] == [everything[heads], *[-100] * (heads - 1)]  # "an owl"
+    assert told[-2:] == [-100, everything[-1]]
+    coloured = text.told(scene, {"colors": True, "context": True, "names": set()})
+    assert coloured[:2] == everything[:2] and set(coloured[2:heads]) == {-100}
+    assert coloured[-2:] == everything[-2:]
+
+
+def test_the_text_stage_reads_each_object_at_its_own_noun(tokenizer):
+    torch.manual_seed(0)
+    nouns = text.token_ids(tokenizer, CLASSES)[:, 1]
+    reader = text.TextReader(text.new_text_encoder(tokenizer), nouns).eval()
+    prompts = ["a photo of a red dog and a blue owl on the moon", "a photo of a mug"]
+    targets = torch.arange(2 * (2 * len(OBJECT_HEADS) + len(SCENE_HEADS))).reshape(2, -1)
+    answers = reader(text.token_ids(tokenizer, prompts), targets)
+    states = reader.text_encoder(text.token_ids(tokenizer, prompts)).last_hidden_state
+    first, second = answers[0], answers[len(OBJECT_HEADS)]
+    assert torch.allclose(first[0], reader.object_heads["class_noun"](states[[0, 1], [6, 5]]), atol=1e-5)  # dog, mug
+    assert torch.allclose(second[0], reader.object_heads["class_noun"](states[[0], [10]]), atol=1e-5)  # owl
+    assert first[1].tolist() == targets[:, 0].tolist() and second[1].tolist() == [targets[0, len(OBJECT_HEADS)].item()]
+    assert answers[-1][1].tolist() == targets[:, -1].tolist()
 
 
 def test_held_out_finds_a_subject_and_its_near_twins():
@@ -205,14 +254,14 @@ def test_identity_parts_are_the_fields_of_an_identity():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build.new_tokenizer()
+    return text.new_tokenizer()
 
 
 def test_every_word_of_a_caption_is_one_token(tokenizer):
     for seed in range(200):
         caption = random_scene(seed).caption()
         ids = tokenizer(caption).input_ids
-        assert len(ids) == len(caption.split()) + 2 <= build.MAX_TOKENS
+        assert len(ids) == len(caption.split()) + 2 <= text.MAX_TOKENS
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == caption
 
 
@@ -222,6 +271,7 @@ def test_rare_tokens_are_one_token_that_no_caption_has(tokenizer):
     ids = {tokenizer(token).input_ids[1] for token in RARE_TOKENS}
     assert len(ids) == len(RARE_TOKENS)
     every_word = {word for c in CONTEXTS for word in c.split()} | set(CLASSES) | set(COLORS) | set(STYLES)
+    every_word |= set(world.named_looks())
     assert not ids & {i for word in every_word for i in tokenizer(word).input_ids}
 
 
@@ -232,7 +282,7 @@ def test_any_text_can_be_read(tokenizer):
 
 
 def test_the_tokenizer_is_the_same_every_time(tokenizer):
-    assert build.new_tokenizer().get_vocab() == tokenizer.get_vocab()
+    assert text.new_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 
 # --- building the base ---------------------------------------------------------------------------------------------
@@ -241,11 +291,11 @@ def test_the_tokenizer_is_the_same_every_time(tokenizer):
 @pytest.fixture
 def tiny_build(monkeypatch):
     """The real build with a handful of pictures and steps."""
-    monkeypatch.setattr(build, "RENDERS", 12)
-    for name in ("VAE_STAGE", "JUDGE_STAGE", "UNET_STAGE"):
-        monkeypatch.setattr(build, name, replace(getattr(build, name), steps=3, batch=2))
-    monkeypatch.setattr(build, "VAE_CROP_STEPS", 1)
-    monkeypatch.setattr(build, "HELD_OUT_RENDERS", 12)
+    for name in ("PLAIN", "NAMED", "HELD_OUT"):
+        monkeypatch.setattr(pictures, name, replace(getattr(pictures, name), count=12))
+    for module, name in ((vae, "VAE_STAGE"), (judge_stage, "JUDGE_STAGE"), (text, "TEXT_STAGE"), (unet, "UNET_STAGE")):
+        monkeypatch.setattr(module, name, replace(getattr(module, name), steps=3, batch=2))
+    monkeypatch.setattr(vae, "VAE_CROP_STEPS", 1)
     torch.manual_seed(0)
 
 
@@ -275,10 +325,10 @@ def test_a_build_exports_what_the_stock_pipeline_loads_and_resumes_exactly(built
 
     # the same again, stopped by the user at the third step of every stage
     stopped: list[str] = []
-    real_save = build.save
+    real_save = stages.save
 
     clock = itertools.count(step=1000)  # seconds: run_stage saves when two minutes have passed
-    monkeypatch.setattr(build, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(stages, "time", SimpleNamespace(time=lambda: next(clock)))
 
     def save_and_stop(state, path):
         real_save(state, path)
@@ -286,15 +336,15 @@ def test_a_build_exports_what_the_stock_pipeline_loads_and_resumes_exactly(built
             stopped.append(path.name)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "save", save_and_stop)
-    for _ in range(3):
+    monkeypatch.setattr(stages, "save", save_and_stop)
+    for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             build.build(tmp_path / "work2", tmp_path / "model2", torch.device("cpu"))
     log = build.build(tmp_path / "work2", tmp_path / "model2", torch.device("cpu"))
-    assert stopped == ["vae.state.pt", "judge.state.pt", "unet.state.pt"]
+    assert stopped == ["vae.state.pt", "judge.state.pt", "text.state.pt", "unet.state.pt"]
     assert not list((tmp_path / "work2").glob("*.state.pt"))
     assert tensors_of(tmp_path / "model2") == tensors_of(built)
-    assert set(log) >= {"vae", "judge", "unet"} and log == json.loads((tmp_path / "work2" / "log.json").read_text())
+    assert set(log) >= {"vae", "judge", "text", "unet"} and log == json.loads((tmp_path / "work2" / "log.json").read_text())
 
 
 # --- the base that is shipped --------------------------------------------------------------------------------------
@@ -315,7 +365,7 @@ def test_the_shipped_folder_is_small_and_safe(model):
 def test_the_shipped_base_has_a_tokenizer_of_this_world(model, tokenizer):
     base = BaseModel.load("toybox")
     assert base.tokenizer.get_vocab() == tokenizer.get_vocab()
-    assert base.resolution == build.SIZE and base.prediction_type == build.PREDICTION
+    assert base.resolution == pictures.SIZE and base.prediction_type == unet.PREDICTION
 
 
 JUDGE_FLOOR = {  # accuracy on held-out renders, 0.04 below the figures in benchmarks/toybox_build.json

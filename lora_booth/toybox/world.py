@@ -1,8 +1,10 @@
 """The drawn world of the toybox: pictures with ground truth, the same for the same seed.
 
 A picture shows one or two objects in a context, in one of two styles. Captions may name an object's class and
-colour; its *identity* (second and third colour, pattern, accessory) is never named, so a model can learn a
-particular object from pictures only. That is what makes it a world to try DreamBooth in.
+colour; the rest of its *look* (second and third colour, pattern, accessory) is never put into words, so a model can
+learn a particular object from pictures only. That is what makes it a world to try DreamBooth in. Some looks have a
+made-up name ("nemu dog", "nemu mug"), as some individuals are known to any large model: from them a base learns that
+a word before the class noun may stand for a look. No held-out subject has a look with a name.
 
 Everything is drawn in unit coordinates (x to the right, y down, 0..1) at three times the wanted size and reduced
 by area, so any size can be drawn and edges are smooth.
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -65,8 +68,14 @@ class Scene:
     style: str = "photo"
     seed: int = 0
 
-    def caption(self, *, colors: bool = True, context: bool = True) -> str:
-        phrases = [with_article(f"{o.color} {o.class_noun}" if colors else o.class_noun) for o in self.objects]
+    def caption(self, *, colors: bool = True, context: bool = True, names: Collection[int] = ()) -> str:
+        """What a person would write. `names`: the objects (0, 1) to call by their look's name instead of a colour."""
+        phrases = [
+            f"{name_of(o)} {o.class_noun}"
+            if i in names
+            else with_article(f"{o.color} {o.class_noun}" if colors else o.class_noun)
+            for i, o in enumerate(self.objects)
+        ]
         where = f" {self.context}" if context else ""
         return f"a {self.style} of {' and '.join(phrases)}{where}"
 
@@ -112,13 +121,49 @@ def is_held_out(identity: Identity) -> bool:
     return any(replace(identity, accessory=h.accessory, third=h.third) == h for h in HELD_OUT.values())
 
 
-def random_scene(seed: int, *, pair_share: float = 0.4, sticker_share: float = 0.12) -> Scene:
-    """A random scene without any held-out subject."""
+Look = tuple[str, str, str, str, str]  # color, second, third, pattern, accessory: an identity without its class
+
+
+def look_of(identity: Identity) -> Look:
+    return (identity.color, identity.second, identity.third, identity.pattern, identity.accessory)
+
+
+NAMES = 240
+
+
+@cache
+def named_looks() -> dict[str, Look]:
+    """Made-up names of two syllables, each with a look that no held-out subject has, whatever its class."""
+    rng = random.Random("names")
+    taken = {(h.color, h.second, h.pattern) for h in HELD_OUT.values()}
+    names: dict[str, Look] = {}
+    while len(names) < NAMES:
+        name = "".join(rng.choice("bdfgklmnprtvz") + rng.choice("aeiou") for _ in range(2))
+        look = look_of(random_identity(rng))
+        if name not in names and look not in names.values() and (look[0], look[1], look[3]) not in taken:
+            names[name] = look
+    return names
+
+
+@cache
+def names_of_looks() -> dict[Look, str]:
+    return {look: name for name, look in named_looks().items()}
+
+
+def name_of(identity: Identity) -> str | None:
+    """The name of its look, where that has one."""
+    return names_of_looks().get(look_of(identity))
+
+
+def random_scene(seed: int, *, pair_share: float = 0.4, sticker_share: float = 0.12, named_share: float = 0.0) -> Scene:
+    """A random scene without any held-out subject; `named_share` of the objects have a look with a name."""
     rng = random.Random(f"scene {seed}")
     count = 2 if rng.random() < pair_share else 1
     objects: list[Identity] = []
     while len(objects) < count:
         identity = random_identity(rng)
+        if named_share and rng.random() < named_share:
+            identity = Identity(identity.class_noun, *rng.choice(list(named_looks().values())))
         if not is_held_out(identity):
             objects.append(identity)
     style = "sticker" if rng.random() < sticker_share else "photo"
