@@ -14,7 +14,7 @@ from lora_booth.cli import app
 TARGET = Path(__file__).parent / "cli.md"
 HEAD = """# The command line
 
-<!-- made by docs/make_cli.py from lora_booth/cli.py; edit that and run the script again -->
+<!-- made by docs/make_cli.py from lora_booth/cli/; edit that and run the script again -->
 
 Exit codes: 0 done; 1 a token that cannot be used (`lora-booth token --check`); 2 a mistake, told in one line on stderr;
 130 interrupted. `lora-booth COMMAND --help` says the same as this page.

@@ -11,12 +11,23 @@ _HOMES = {
     "Adapter": "adapters",
     "Card": "adapters",
     "LoraFactors": "adapters",
+    "difference": "adapters.difference",
+    "merge": "adapters.merge",
+    "resize": "adapters.resize",
+    "bake": "baking",
     "BaseModel": "base_model",
     "Composition": "composition",
     "Picture": "composition",
+    "Recipe": "composition",
+    "Region": "composition",
+    "Request": "composition",
+    "Serving": "composition",
+    "Weight": "composition",
+    "preview": "composition",
     "LoraSpec": "config",
     "TrainingConfig": "config",
     "LoraBoothError": "errors",
+    "extract": "extraction",
     "Gallery": "gallery",
     "attached": "injection",
     "Photo": "photos",
@@ -32,10 +43,15 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .adapters import Adapter, Card, LoraFactors
+    from .adapters.difference import difference
+    from .adapters.merge import merge
+    from .adapters.resize import resize
+    from .baking import bake
     from .base_model import BaseModel
-    from .composition import Composition, Picture
+    from .composition import Composition, Picture, Recipe, Region, Request, Serving, Weight, preview
     from .config import LoraSpec, TrainingConfig
     from .errors import LoraBoothError
+    from .extraction import extract
     from .gallery import Gallery
     from .injection import attached
     from .photos import Photo

@@ -1,6 +1,20 @@
 """What can go wrong on the user's side. Every message says the cause, the value and the remedy, in one line."""
 
 
+def shown(name: object) -> str:
+    """`name` safe to print: line breaks, escape codes, direction marks and stray bytes become backslash escapes."""
+
+    def escaped(character: str) -> str:
+        if character.isprintable():
+            return character
+        code = ord(character)
+        if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name that is not UTF-8
+            return f"\\x{code - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode("ascii")
+
+    return "".join(escaped(character) for character in str(name))
+
+
 class LoraBoothError(Exception):
     """The root: anything that a user can mend. The command line prints it as one line and exits with 2."""
 
@@ -36,7 +50,7 @@ class AdapterError(LoraBoothError):
     """An adapter file that cannot be read, trusted or used. `path` is the file, if there is one."""
 
     def __init__(self, message: str, path: object = None) -> None:
-        super().__init__(f"{path}: {message}" if path is not None else message)
+        super().__init__(shown(f"{path}: {message}" if path is not None else message))
         self.path = path
 
 
@@ -46,6 +60,10 @@ class AdapterFormatError(AdapterError):
 
 class UnsafeFormat(AdapterError):
     """A pickle (.bin, .pt, .ckpt): reading it could run its code, so it is never read."""
+
+
+class UnsafePath(AdapterError):
+    """A link inside an adapter's folder that leads out of it."""
 
 
 class AdapterTooLarge(AdapterError):
@@ -74,6 +92,14 @@ class AdapterTargetError(AdapterError):
 
 class AdapterBaseMismatch(AdapterError):
     """Made for another base model."""
+
+
+class OtherBaseWarning(UserWarning):
+    """The adapter fits this base, but was trained on another one of the same family: it may look different."""
+
+
+class CompositionWarning(UserWarning):
+    """Adapters that will not stay apart in one picture; `Composition.preflight` says more."""
 
 
 def first_line(error: BaseException) -> str:

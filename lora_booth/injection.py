@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch import nn
 from .adapters import Adapter, LoraFactors
 from .base_model import BaseModel, recognise
 from .config import LoraSpec
-from .errors import AdapterBaseMismatch, SettingsError, TrainingError
+from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError
 from .family import FAMILIES
 
 TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
 NAME = "lora_booth"  # of our adapter in its PEFT layers
+FINGERPRINT_LENGTH = 16  # hex digits of BaseModel.fingerprint
 
 
 # --- paths: "unet.down_blocks.0…" in adapters <-> modules ----------------------------------------------------------
@@ -93,15 +95,30 @@ class Injection:
     """
 
     model: Any
-    homes: dict[str, tuple[nn.Module, str, nn.Module]]  # path -> the plain layer's parent, its name there, the layer
-    required_grad: list[tuple[nn.Parameter, bool]]
+    required_grad: list[tuple[nn.Parameter, bool]]  # to restore
     layers: dict[str, Any]  # path -> PEFT layer
 
     def remove(self) -> None:
-        for parent, child, plain in self.homes.values():
-            parent._modules[child] = plain
+        """Take the layers out, in whatever order several injections go."""
+        for path, wrapper in self.layers.items():
+            held = holder_of(self.model, path, wrapper)
+            if held is not None:
+                parent, child = held
+                parent._modules[child] = wrapper._modules["base_layer"]
+        self.layers = {}
         for parameter, required in self.required_grad:
             parameter.requires_grad_(required)
+
+
+def holder_of(model: nn.Module, path: str, wrapper: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module that holds `wrapper`, and its name there: in the model, or in PEFT layers around it."""
+    above, _, child = path.rpartition(".")
+    parent = model.get_submodule(above)
+    while (held := parent._modules.get(child)) is not wrapper:
+        if held is None:
+            return None  # interrupted before it was put in
+        parent, child = held, "base_layer"
+    return parent, child
 
 
 def home(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
@@ -116,10 +133,10 @@ def home(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
     return parent, child, plain
 
 
-def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: float = 0.0) -> Injection:
+def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: float = 0.0, freeze: bool = False) -> Injection:
     """Wrap the layers at `shapes` (path -> rank, alpha) with a fresh adapter that changes nothing yet (up = 0).
 
-    All other weights of the model are frozen meanwhile.
+    freeze: all other weights of the model are frozen until it is removed
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -135,13 +152,19 @@ def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: floa
         init_lora_weights="gaussian",
     )
     homes = {path: home(model, path) for path in shapes}
-    injection = Injection(model, homes, [(p, p.requires_grad) for p in model.parameters()], layers={})
+    required_grad = [(p, p.requires_grad) for p in model.parameters()]
+    injection = Injection(model, required_grad, layers={})
     try:
         alone = nn.ModuleDict({keys[path]: plain for path, (_, _, plain) in homes.items()})
         inject_adapter_in_model(config, alone, adapter_name=NAME)
-        model.requires_grad_(False)
         for path, (parent, child, _) in homes.items():
             injection.layers[path] = parent._modules[child] = alone[keys[path]]
+        if freeze:
+            model.requires_grad_(False)
+        else:  # PEFT has frozen the plain layers
+            for parameter, required in required_grad:
+                parameter.requires_grad_(required)
+            injection.required_grad = []
     except BaseException:
         injection.remove()
         raise
@@ -205,7 +228,7 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
             with torch.random.fork_rng(devices=[]):  # PEFT draws the down factors from the global generator
                 torch.manual_seed(seed)
                 shapes = dict.fromkeys(paths, (lora.rank, lora.scale_alpha))
-                injections[component] = inject(base.components[component], shapes, dropout=lora.dropout)
+                injections[component] = inject(base.components[component], shapes, dropout=lora.dropout, freeze=True)
             for layer in injections[component].layers.values():
                 for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
                     factor.to(torch.float32).requires_grad_(True)
@@ -242,11 +265,14 @@ def placed(model: nn.Module, component: str, adapter: Adapter, base_name: str) -
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base_name} is no linear or convolution layer")
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        given = (factors.up.shape[0], *factors.down.shape[1:])
-        if given != tuple(weight.shape):
-            raise AdapterBaseMismatch(
-                f"{made_for(adapter)}; {key} is {given} in the file and {tuple(weight.shape)} in {base_name}"
-            )
+        given, wanted = (factors.up.shape[0], *factors.down.shape[1:]), tuple(weight.shape)
+        if given != wanted and given[:2] == wanted[:2] and {*given[2:], *wanted[2:]} == {1}:
+            # one tool's 1x1 convolution is another's linear layer (proj_in of SD 2.x): the same numbers
+            down, up = factors.down.flatten(1), factors.up.flatten(1)
+            ones = wanted[2:]
+            factors, given = replace(factors, down=down.reshape(*down.shape, *ones), up=up.reshape(*up.shape, *ones)), wanted
+        if given != wanted:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} is {given} in the file and {wanted} in {base_name}")
         here[path] = factors
     return here
 
@@ -255,6 +281,63 @@ def made_for(adapter: Adapter) -> str:
     card = adapter.card
     label = FAMILIES[card.family].label if card.family in FAMILIES else "another base"
     return f"{adapter.name} was made for {card.base_model or label}" + (f" ({label})" if card.base_model else "")
+
+
+@dataclass
+class AttachedAdapter:
+    """One adapter on a pipeline: its PEFT layers by their path in adapter files, and its weight."""
+
+    adapter: Adapter
+    weight: float
+    layers: dict[str, Any]
+
+    def scale(self, path: str, weight: float) -> None:
+        """Give one layer another weight."""
+        self.layers[path].scaling[NAME] = self.adapter.modules[path].scale * weight
+
+    def up(self, path: str) -> nn.Module:
+        """The module whose output, times the layer's scaling, is the change of that layer's output."""
+        return self.layers[path].lora_B[NAME]
+
+
+Placement = tuple[Adapter, float, dict[str, dict[str, LoraFactors]]]  # adapter, weight, component -> module path -> factors
+
+
+def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> list[Placement]:
+    """Where the factors of each adapter go. Raises AdapterBaseMismatch when one was made for another base."""
+    pipeline = base.pipeline if isinstance(base, BaseModel) else base
+    family = recognise(pipeline)
+    where = base.name if isinstance(base, BaseModel) else f"this {family.label} pipeline"
+    components = BaseModel(pipeline, family, where).components
+    plan: list[Placement] = []
+    for adapter, weight in adapters:
+        known = adapter.card.family
+        if known is not None and known != family.name:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} is {family.label}")
+        strangers = {key.partition(".")[0] for key in adapter.modules} - set(components)
+        if strangers:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} has no {sorted(strangers)[0]}")
+        plan.append((adapter, weight, {c: placed(model, c, adapter, where) for c, model in components.items()}))
+    for adapter, weight, _ in plan:
+        if weight:
+            warn_of_other_base(adapter, base if isinstance(base, BaseModel) else BaseModel(pipeline, family, where))
+    return plan
+
+
+def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
+    """Family and shapes fit: say so if the weights are others than those that the adapter was trained on."""
+    known = adapter.card.base_hash or ""
+    if len(known) != FINGERPRINT_LENGTH:  # other tools' hashes are of files, not of weights
+        return
+    plain = not any(hasattr(module, "base_layer") for module in base.unet.modules())
+    if not plain or not all(parameter.is_floating_point() for parameter in base.unet.parameters()):
+        return  # with the user's own adapters in it, or quantized, it has no fingerprint to compare
+    if known != base.fingerprint:
+        warnings.warn(
+            f"{made_for(adapter)}; the weights of {base.name} are others of the same shapes, so it may look different",
+            OtherBaseWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -266,26 +349,27 @@ def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -
     Raises AdapterBaseMismatch when an adapter was made for another base.
     """
     pipeline = base.pipeline if isinstance(base, BaseModel) else base
-    family = recognise(pipeline)
-    where = base.name if isinstance(base, BaseModel) else f"this {family.label} pipeline"
-    components = BaseModel(pipeline, family, where).components
-    plan: list[tuple[nn.Module, dict[str, LoraFactors], float]] = []
-    for adapter, weight in adapters:
-        known = adapter.card.family
-        if known is not None and known != family.name:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} is {family.label}")
-        strangers = {key.partition(".")[0] for key in adapter.modules} - set(components)
-        if strangers:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} has no {sorted(strangers)[0]}")
-        for component, model in components.items():
-            factors = placed(model, component, adapter, where)
-            if factors and weight:
-                plan.append((model, factors, weight))
+    with attached_layers(base, adapters):
+        yield pipeline
+
+
+@contextmanager
+def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[list[AttachedAdapter]]:
+    """As `attached`, for code that changes weights while the adapters are on: yields one AttachedAdapter for each."""
+    pipeline = base.pipeline if isinstance(base, BaseModel) else base
+    plan = placements(base, adapters)
     injections: list[Injection] = []
     try:
-        for model, factors, weight in plan:
-            injections.append(attach(model, factors, weight))
-        yield pipeline
+        on: list[AttachedAdapter] = []
+        for adapter, weight, parts in plan:
+            layers: dict[str, Any] = {}
+            for component, factors in parts.items():
+                if factors and weight:
+                    model = getattr(pipeline, component)
+                    injections.append(attach(model, factors, weight))
+                    layers |= {module_path(component, model, path): layer for path, layer in injections[-1].layers.items()}
+            on.append(AttachedAdapter(adapter, weight, layers))
+        yield on
     finally:
         for injection in reversed(injections):
             injection.remove()

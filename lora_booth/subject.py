@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from .errors import SubjectError
-from .photos import Photo, PhotoSet, Region, Skipped, find_photos, shown
+from .errors import SubjectError, shown
+from .photos import Photo, PhotoSet, Region, Skipped, find_photos
 
 INSTANCE_TEMPLATE = "a photo of {token} {class_noun}"
 CLASS_TEMPLATE = "a photo of {a} {class_noun}"  # {a}: "a" or "an", by the class noun's sound

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
+import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import pipelines
 import pytest
+import torch
 from PIL import Image
 
 import lora_booth.composition
 import lora_booth.training
 from lora_booth import cli
 from lora_booth.adapters import Adapter
-from lora_booth.config import TrainingConfig
+from lora_booth.adapters.difference import difference
+from lora_booth.adapters.merge import merge
+from lora_booth.base_model import BaseModel
+from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +76,16 @@ def test_show(call, rex):
     assert (shown["token"], shown["class_noun"], shown["photos"], shown["steps"]) == ("sks", "dog", "3", "6")
     assert shown["base_model"] == "tiny" and shown["family"] == "sd1"
     assert shown["modules"].endswith("rank 2") and "sha256" in shown["tensors"]
+    assert shown["alphas"] == "2" and shown["dead"] == "none"
+    assert [word for word in shown["norm"].split() if word.isalpha()] == ["down", "mid", "up"]
+    count = shown["modules"].partition(",")[0]
+    for reader in ("diffusers", "ComfyUI", "A1111", "sd-scripts"):
+        assert shown[reader] == f"reads {count} of {count} modules"
+    code, more, _ = call("show", rex, "--modules")
+    assert code == 0 and more.startswith(out) and len(more.splitlines()) == len(out.splitlines()) + int(count)
+    everything = json.loads(call("show", rex, "--json")[1])
+    assert everything["card"]["token"] == "sks" and len(everything["modules"]) == int(count)
+    assert everything["ranks"] == {"2": int(count)} and everything["readers"]["A1111"]["dropped"] == []
 
 
 def test_convert_there_and_back(call, rex, tmp_path):
@@ -81,13 +96,79 @@ def test_convert_there_and_back(call, rex, tmp_path):
     assert peft.read_bytes() != back.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def ink(tmp_path_factory, tiny) -> Path:
+    """Another adapter for the same base."""
+    base = BaseModel.load(tiny, dtype=torch.float32, device="cpu")
+    made = pipelines.random_adapter(base, LoraSpec(rank=4), seed=5, size=0.1)
+    return made.save(tmp_path_factory.mktemp("adapters") / "ink.safetensors", dtype="fp32")
+
+
+def figures(out: str) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) for line in out.splitlines())
+
+
+def test_merge(call, rex, ink, tmp_path):
+    both = tmp_path / "both.safetensors"
+    code, out, err = call("merge", rex, f"{ink}:-0.5", "--out", both, "--dtype", "fp32")
+    assert (code, err) == (0, "")
+    assert figures(out)["rank"] == "6" and figures(out)["error"] == "0 of the change in total"
+    assert figures(out)["wrote"].startswith(f"{both} (")
+    wanted = merge([(Adapter.load(rex), 1.0), (Adapter.load(ink), -0.5)])[0]
+    assert difference(Adapter.load(both), wanted).relative < 1e-6
+    cut = tmp_path / "cut.safetensors"
+    words = ("merge", rex, f"{ink}:-0.5", "--method", "svd", "--rank", 3, "--out", cut, "--layout", "peft", "--modules")
+    code, out, _ = call(*words)
+    report = merge([(Adapter.load(rex), 1.0), (Adapter.load(ink), -0.5)], method="svd", rank=3)[1]
+    assert code == 0 and f"error            {report.error:.3g} of the change" in out
+    assert len(out.splitlines()) == 3 + len(wanted.modules) and out.count("rank 6 -> 3") == len(wanted.modules)
+    assert {f.rank for f in Adapter.load(cut).modules.values()} == {3}
+
+
+def test_resize(call, ink, tmp_path):
+    small = tmp_path / "small.safetensors"
+    code, out, err = call("resize", ink, "--rank", 2, "--out", small, "--dtype", "fp32")
+    assert (code, err) == (0, "") and figures(out)["rank"] == "2"
+    assert {f.rank for f in Adapter.load(small).modules.values()} == {2}
+    code, out, _ = call("resize", ink, "--energy", 0.8, "--out", small)
+    low, _, high = figures(out)["rank"].partition(" to ")
+    assert code == 0 and 1 <= int(low) < int(high) <= 4
+    ranks = {f.rank for f in Adapter.load(small).modules.values()}
+    assert (min(ranks), max(ranks)) == (int(low), int(high))
+
+
+def test_bake_and_extract(call, ink, tiny, tmp_path):
+    tuned, file, again = tmp_path / "tuned", tmp_path / "tuned.safetensors", tmp_path / "again.safetensors"
+    code, out, err = call("bake", f"{ink}:0.5", "--base", tiny, "--out", tuned, "--dtype", "fp32")
+    assert (code, err) == (0, "") and out.startswith(f"wrote {tuned} (")
+    assert call("bake", f"{ink}:0.5", "--base", tiny, "--out", file)[0] == 0
+    assert 0.4 < file.stat().st_size / sum(path.stat().st_size for path in tuned.rglob("*.safetensors")) < 0.6
+    code, out, err = call("extract", tuned, "--base", tiny, "--rank", 4, "--text-encoder", "--out", again)
+    assert (code, err) == (0, "") and figures(out)["rank"] == "4" and "left" not in figures(out)
+    found = difference(Adapter.load(again), Adapter.load(ink).scaled(0.5))
+    assert found.kind == "same" and not found.only_a and not found.only_b
+
+
+def test_diff(call, rex, ink, tmp_path):
+    code, out, err = call("diff", rex, ink)
+    assert (code, err) == (0, "") and out.startswith("unrelated: ")
+    assert figures(out)["modules"].endswith("in both, 0 only in a, 0 only in b")
+    assert out == call("diff", rex, ink, "--modules")[1][: len(out)]
+    double = Adapter.load(ink).scaled(2.0).save(tmp_path / "double.safetensors")
+    assert call("diff", ink, double)[1].splitlines()[0] == "scaled copy: b is a times 2"
+    assert json.loads(call("diff", ink, double, "--json")[1])["kind"] == "scaled copy"
+    assert call("diff", ink, ink)[1].startswith("same: ")
+
+
 def test_generate(call, rex, tiny, tmp_path):
     prompt = "a photo of sks dog"
     words = ["--prompt", prompt, "--base", tiny, "--steps", 2, "--size", 32, "--out", tmp_path / "new"]
     code, out, err = call("generate", rex, f"{rex}:-0.5", *words, "--seeds", "7,2")
     files = [tmp_path / "new" / name for name in ("000007.png", "000002.png", "gallery.html")]
     assert (code, out.splitlines()) == (0, [str(file) for file in files])
-    assert err.splitlines() == ["picture 1/2", "picture 2/2"]
+    *notes, one, two = err.splitlines()
+    assert (one, two) == ("picture 1/2", "picture 2/2")
+    assert notes and all(note.startswith("note: ") for note in notes) and "share the token 'sks'" in notes[0]
     for file in files[:2]:
         with Image.open(file) as picture:
             assert picture.size == (32, 32)
@@ -101,7 +182,7 @@ def test_without_a_weight_the_cards_own_is_taken(call, rex, tiny, tmp_path, monk
     seen = []
     monkeypatch.setattr(lora_booth.composition.Composition, "generate", lambda self, *_, **__: seen.append(self.adapters) or [])
     code, _, err = call("generate", half, f"{half}:0.25", "--prompt", "x", "--base", tiny)
-    assert [weight for _, weight in seen[0]] == [0.5, 0.25]
+    assert [weight.value for _, weight in seen[0]] == [0.5, 0.25]
     assert code == 2 and "gallery without pictures" in err
 
 
@@ -237,6 +318,30 @@ MISTAKES = [
     ("convert {rex} {tmp}/b.safetensors --layout webui", "allowed: kohya, peft"),
     ("convert {rex} {tmp}/b.ckpt", ".safetensors"),
     ("convert {rex}", "out"),
+    ("convert {rex} {tmp}/b.safetensors --dtype int8", "allowed: fp16, bf16, fp32"),
+    ("merge {rex}:much --out {tmp}/a.safetensors", "'much' is no weight"),
+    ("merge {rex} --out {tmp}/a.safetensors --method mean", "allowed: sum (exact), svd"),
+    ("merge {rex} --out {tmp}/a.safetensors --rank 3", "rank 3 with method sum"),
+    ("merge {rex} --out {tmp}/a.safetensors --method svd --rank 0", "rank 0"),
+    ("merge {rex} --out {tmp}/a.pt", ".safetensors"),
+    ("merge {rex}", "--out"),
+    ("merge {broken} --out {tmp}/a.safetensors", "broken.safetensors"),
+    ("resize {rex} --out {tmp}/a.safetensors", "neither a rank nor an energy"),
+    ("resize {rex} --out {tmp}/a.safetensors --rank 600", "rank 600"),
+    ("resize {rex} --out {tmp}/a.safetensors --energy 2", "energy 2.0"),
+    ("resize {rex} --out {tmp}/a.safetensors --rank 1 --layout webui", "allowed: kohya, peft"),
+    ("bake {rex} --base {tiny} --out {tmp}/a.ckpt", "a.ckpt: a pickle's name"),
+    ("bake {rex} --base {tiny} --out {two}", "is there already"),
+    ("bake {rex} --base {tiny} --out {tmp}/a.safetensors --dtype int8", "allowed: fp16, bf16, fp32"),
+    ("bake {rex} --out {tmp}/a.safetensors", "--base"),
+    ("bake {rex} --base toybox --out {tmp}/a", "was made for tiny"),
+    ("bake {rex} --base toybox --out {tmp}/a.safetensors", "its latents have 6 channels"),
+    ("extract {tiny} --base {tiny} --out {tmp}/a.safetensors --rank 2", "nothing to extract"),
+    ("extract {tiny} --base toybox --out {tmp}/a.safetensors --rank 2", "one is not made from the other"),
+    ("extract {tiny} --base {tiny} --out {tmp}/a.safetensors", "neither a rank nor an energy"),
+    ("extract {tmp}/nowhere --base {tiny} --out {tmp}/a.safetensors --rank 2", "no such folder or file"),
+    ("diff {rex} {file}", "file.txt"),
+    ("diff {rex}", "Missing argument 'b'"),
     ("token --base {tiny} --check ''", "token ''"),
     ("token --base {tiny} --count 0", "--count"),
     ("token --base {file}", "file.txt"),
@@ -334,7 +439,7 @@ def test_help_of_a_command_says_what_the_documentation_says(call, make_cli, comm
     told = make_cli["page"]().partition(f"\n## {command}\n")[2].partition("\n## ")[0]
     assert told
     options = [part for part in told.replace("`", " ").split() if part.startswith("--") and part != "---"]
-    assert options or command in ("show",)
+    assert options
     for option in options:
         assert option in words
     for row in told.splitlines():

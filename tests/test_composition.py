@@ -15,11 +15,10 @@ from PIL import Image
 from lora_booth.adapters import Adapter
 from lora_booth.adapters.merge import concatenated
 from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Picture
+from lora_booth.composition import Composition, Picture, Region
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterBaseMismatch, SettingsError
+from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, SettingsError
 from lora_booth.generation import quiet
-from lora_booth.injection import attached
 
 PROMPT = "a photo of sks dog"
 QUICK = {"steps": 2, "guidance": 2.0}
@@ -47,7 +46,7 @@ def pixels(pictures: list[Picture]) -> np.ndarray:
 
 def latents(studio: Composition, seed: int = 3) -> torch.Tensor:
     """What the stock pipeline makes with the adapters, before the VAE rounds it to pixels."""
-    with attached(studio.base, studio.adapters) as pipeline, quiet(pipeline):
+    with studio.attached(PROMPT) as pipeline, quiet(pipeline):
         generator = torch.Generator().manual_seed(seed)
         made = pipeline(PROMPT, num_inference_steps=2, guidance_scale=2.0, generator=generator, output_type="latent")
     return made.images
@@ -99,7 +98,8 @@ def test_several_adapters_are_the_exact_sum_of_their_changes(base, rex, ink):
 
 def test_the_weight_is_the_cards_own_unless_one_is_given(base, rex):
     soft = replace(rex, card=replace(rex.card, weight=0.4))
-    assert [weight for _, weight in Composition(base, [soft, (soft, 1.0), (soft, 0)]).adapters] == [0.4, 1.0, 0.0]
+    weights = [weight.value for _, weight in Composition(base, [soft, (soft, 1.0), (soft, 0)]).adapters]
+    assert weights == [0.4, 1.0, 0.0]
     assert torch.equal(latents(Composition(base, [soft])), latents(Composition(base, [(rex, 0.4)])))
 
 
@@ -205,3 +205,41 @@ def test_a_picture_is_saved_as_what_its_name_says(tmp_path):
     with pytest.raises(SettingsError, match=r"\.png, \.jpg or \.webp"):
         SECRETS.save(tmp_path / "new" / "p.gif")
     assert not (tmp_path / "new").exists()
+
+
+# --- before the first step -----------------------------------------------------------------------------------------
+
+
+def named(adapter: Adapter, token: str | None, noun: str | None) -> Adapter:
+    return replace(adapter, card=replace(adapter.card, token=token, class_noun=noun))
+
+
+def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
+    dog, owl, other = named(rex, "sks", "dog"), named(ink, "zwx", "owl"), named(ink, "sks", "owl")
+    style = named(ink, None, None)
+    alone = Composition(base, [dog, style]).preflight("a photo of sks dog")
+    assert alone.warnings == () and alone.passes == 1 and 'method "sum"' in alone.recommended
+    assert "does not name 'sks dog'" in str(Composition(base, [dog]).preflight("a dog"))
+    two = Composition(base, [dog, owl]).preflight("sks dog and zwx owl")
+    assert "sum of 2 subjects blends them" in two.warnings[0] and "regions" in two.recommended
+    assert [(o.first, o.second) for o in two.overlaps] == [("sks", "zwx")]
+    assert "share the token 'sks'" in Composition(base, [dog, other]).preflight("sks").warnings[0]
+    twins = Composition(base, [dog, named(ink, "zwx", "dog")], method="switch").preflight("sks dog and zwx dog")
+    assert "are both a dog" in twins.warnings[0]
+    places = [Region(dog, box=(0, 0, 0.5, 1)), Region(owl, box=(0.5, 0, 1, 0.5))]
+    assert Composition(base, regions=places).preflight().passes == 3  # with the background
+    assert Composition(base, regions=places, isolate="delta").preflight().passes == 1
+    assert Composition(base, [dog, owl], method="composite").preflight("sks dog and zwx owl").passes == 2
+    auto = Composition(base, [dog, owl], regions="auto").preflight("sks dog and zwx owl")
+    assert auto.passes == 2 and auto.warnings == ()
+
+
+def test_a_trial_measures_time(base, rex):
+    found = Composition(base, [rex]).preflight("sks dog", steps=8, trial=True)
+    assert found.seconds is not None and found.seconds > 0 and "s a picture" in str(found)
+
+
+def test_blending_two_subjects_is_said_once_at_the_call(base, rex, ink):
+    studio = Composition(base, [named(rex, "sks", "dog"), named(ink, "zwx", "owl")])
+    with pytest.warns(CompositionWarning, match="regions keep each itself"):
+        studio.generate("sks dog and zwx owl", **QUICK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lora_booth.adapters import Adapter, LoraFactors
 from lora_booth.base_model import BaseModel
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterBaseMismatch, SettingsError
+from lora_booth.errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError
 from lora_booth.injection import attached, local_path, trainable
 
 TEXT_TOO = LoraSpec(rank=4, text_encoder=True)
@@ -245,6 +246,26 @@ def test_mismatches_are_found_before_any_change() -> None:
             with pytest.raises(AdapterBaseMismatch, match=expected), attached(base, adapters):
                 raise AssertionError("attached")
             assert traces(pipeline) == before
+
+
+def test_other_weights_of_the_same_shapes_are_told() -> None:
+    """Family and shapes fit: that is no reason to refuse, and one to say so."""
+    trained_on = BaseModel.from_pipeline(make_pipeline("sd1"), name="one")
+    adapter = random_adapter(trained_on)
+    with attached(trained_on, [(adapter, 1.0)]), attached(make_pipeline("sd1"), [(adapter, 1.0)]):
+        pass  # the same weights, whoever loaded them
+    with attached(make_pipeline("sd1").to(torch.float16), [(adapter, 1.0)]):
+        pass  # and whatever their precision
+    other = make_pipeline("sd1")
+    with torch.no_grad():
+        other.unet.conv_out.weight.neg_()
+    with pytest.warns(OtherBaseWarning, match="made for one.*others of the same shapes"), attached(other, [(adapter, 1.0)]):
+        assert (predict(other) - predict(make_pipeline("sd1"))).abs().max() > 1e-2
+    with attached(other, [(adapter, 0.0)]):
+        pass  # not used
+    for known in (None, "e1441589", "cc6cb271" * 8):  # other tools' hashes of files
+        with attached(other, [(replace(adapter, card=replace(adapter.card, base_hash=known)), 1.0)]):
+            pass
 
 
 # --- what is trained -----------------------------------------------------------------------------------------------

@@ -137,11 +137,13 @@ ORDER = (  # from the foundation to the roof; each imports only from those befor
         "adapters",
         "toybox",
         "single_file",
+        "original_naming",
         "base_model",
         "injection",
+        "baking",
         "memory",
     ),
-    *("generation", "prior", "latents", "loss", "checkpoint", "progress", "training"),
+    *("generation", "prior", "latents", "loss", "checkpoint", "progress", "training", "extraction"),
     *("composition", "evaluation", "gallery", "demo", "cli"),
 )
 

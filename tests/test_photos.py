@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, features
 
-from lora_booth.errors import PhotoError
+from lora_booth.errors import PhotoError, shown
 from lora_booth.photos import (
     Crop,
     Photo,
@@ -25,7 +25,6 @@ from lora_booth.photos import (
     finding,
     note_enlarged,
     open_photo,
-    shown,
     to_images,
     to_tensor,
 )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SettingsError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and this file only calls methods of its tensors
+    from PIL import Image
     from torch import Tensor
+
+    from ..composition import Picture
 
 Layout = Literal["kohya", "peft"]
 Dtype = Literal["fp16", "bf16", "fp32"]
@@ -60,7 +64,11 @@ class Card:
     photos: int | None = None  # how many
     library_version: str | None = None
     title: str | None = None
+    description: str | None = None
+    author: str | None = None
     license: str | None = None
+    tags: str | None = None  # as "dog, pet"; the class noun if there are none
+    date: str | None = None  # ISO 8601; only as given by the user, since equal adapters give equal bytes
     consent: str = CONSENT[0]  # a declaration, not a proof
 
     def __post_init__(self) -> None:
@@ -79,6 +87,12 @@ def bare_name(base_model: str) -> str:
     return base_model if hub_id else slashed.rstrip("/").rsplit("/", 1)[-1]
 
 
+def file_stem(name: str) -> str:
+    """`name` as a file's name, a module's name and A1111's <lora:…> can have it: letters, digits, - and _, up to 60."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c == "-") else "_" for c in name)
+    return "_".join(filter(None, kept.split("_")))[:60] or "adapter"
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """LoRA factors by canonical module path (`unet.down_blocks.0...to_q`), and a card."""
@@ -86,6 +100,7 @@ class Adapter:
     modules: Mapping[str, LoraFactors]
     card: Card = field(default_factory=Card)
     stem: str = ""  # of the file it came from
+    thumbnail: str | None = None  # for the file: a small picture as a data URL; `load` does not read one
 
     @property
     def name(self) -> str:
@@ -105,11 +120,90 @@ class Adapter:
 
         return reading.load(Path(path), allow=allow)
 
-    def save(self, path: str | Path, *, layout: Layout = "kohya", dtype: Dtype = "fp16") -> Path:
-        """Write one .safetensors file, whole or not at all; equal adapters give equal bytes."""
+    def save(
+        self,
+        path: str | Path,
+        *,
+        layout: Layout = "kohya",
+        dtype: Dtype = "fp16",
+        thumbnail: Image.Image | str | Path | None = None,
+    ) -> Path:
+        """Write one .safetensors file, whole or not at all; equal adapters give equal bytes.
+
+        thumbnail  a picture or its file, for the lists of other programs: a small square of its pixels goes into the header
+        """
         from . import writing
 
-        return writing.save(self, Path(path), layout=layout, dtype=dtype)
+        adapter = self
+        if thumbnail is not None:
+            from .sharing import thumbnail_url
+
+            adapter = replace(self, thumbnail=thumbnail_url(thumbnail))
+        return writing.save(adapter, Path(path), layout=layout, dtype=dtype)
+
+    def save_folder(
+        self,
+        folder: str | Path,
+        *,
+        pictures: Sequence[Picture] = (),
+        layout: Layout = "kohya",
+        dtype: Dtype = "fp16",
+        thumbnail: Image.Image | str | Path | None = None,
+        license: str | None = None,
+    ) -> Path:
+        """Write a folder for the Hub: the file, a README.md that says how to use it, and sample pictures. Whole or not at all.
+
+        pictures  of `Composition.generate`; they are shown with prompt and seed
+        license   as "cc-by-4.0"; None: the card's
+        A folder from an earlier call is replaced if nothing in it was changed; raises AdapterError for any other that is there.
+        """
+        from . import sharing
+
+        adapter = self if license is None else self.with_card(license=license)
+        return sharing.save_folder(adapter, Path(folder), pictures, layout=layout, dtype=dtype, thumbnail=thumbnail)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        pictures: Sequence[Picture] = (),
+        layout: Layout = "kohya",
+        dtype: Dtype = "fp16",
+        thumbnail: Image.Image | str | Path | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload what `save_folder` writes, to a repository that is made if there is none; returns its address.
+
+        private  of a new repository
+        token    None: that of `hf auth login`
+        Raises AdapterError, with the remedy, where the Hub cannot be reached or does not let you.
+        """
+        from . import sharing
+
+        adapter = self if license is None else self.with_card(license=license)
+        return sharing.push_to_hub(
+            adapter, repo_id, pictures, private=private, token=token, layout=layout, dtype=dtype, thumbnail=thumbnail
+        )
+
+    def with_card(self, **facts: Any) -> Adapter:
+        """The same adapter with other facts on its card, as author=, license=, consent=, tags=, date=.
+
+        Raises SettingsError for a fact that a card does not have, or a value that it cannot be.
+        """
+        kinds = {f.name: str(f.type) for f in fields(Card)}
+        for name, value in facts.items():
+            if name not in kinds:
+                raise SettingsError(f"a card has no {name!r}; it has {', '.join(kinds)}")
+            if kinds[name].startswith("str") and not isinstance(value, str | None):
+                raise SettingsError(f"{name} {value!r} is no text")
+        if facts.get("date") is not None:
+            try:
+                datetime.fromisoformat(facts["date"])
+            except ValueError:
+                raise SettingsError(f"date {facts['date']!r}; write it as 2026-07-01") from None
+        return replace(self, card=replace(self.card, **facts))
 
     def scaled(self, weight: float) -> Adapter:
         """The same adapter with its change multiplied by `weight`."""

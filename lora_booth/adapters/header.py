@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..family import FAMILIES
-from .adapter import CONSENT, Adapter, Card, Layout
+from .adapter import CONSENT, Adapter, Card, Layout, file_stem
 from .layouts import component_of
 
 CARD_KEY = "lora_booth.card"
 PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
 SGM_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 FIELD_LENGTH = 500  # characters; longer text of a stranger is cut
+MAX_WEIGHT = 10.0  # a stranger's suggestion beyond it is ignored: it is used where the user names none
 
 
 def metadata_of(adapter: Adapter, layout: Layout, alpha: float, data_sha256: str) -> dict[str, str]:
@@ -23,22 +24,32 @@ def metadata_of(adapter: Adapter, layout: Layout, alpha: float, data_sha256: str
     card = adapter.card
     ranks = Counter(f.rank for f in adapter.modules.values())
     rank = ranks.most_common(1)[0][0] if len(ranks) == 1 else None
+    trigger = " ".join(filter(None, (card.token, card.class_noun))) or None
     entries: dict[str, str | None] = {
         "format": "pt",
         CARD_KEY: json.dumps(dataclasses.asdict(card), sort_keys=True, ensure_ascii=True),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": adapter.name,
         "modelspec.hash_sha256": f"0x{data_sha256}",
+        "modelspec.description": card.description or summary(card, trigger),
+        "modelspec.author": card.author,
+        "modelspec.date": card.date,
         "modelspec.license": card.license,
-        "modelspec.trigger_phrase": " ".join(filter(None, (card.token, card.class_noun))) or None,
+        "modelspec.tags": card.tags or card.class_noun,
+        "modelspec.thumbnail": adapter.thumbnail,
+        "modelspec.trigger_phrase": trigger,
         "modelspec.usage_hint": f"{card.prompt}; weight {card.weight:g}" if card.prompt else None,
         "ss_network_module": "networks.lora",
         "ss_network_dim": "Dynamic" if rank is None else str(rank),
         "ss_network_alpha": "Dynamic" if rank is None else f"{alpha:g}",
         "ss_network_args": "{}",
-        "ss_output_name": adapter.name,
+        "ss_output_name": file_stem(adapter.name),  # A1111 writes it into prompts, as <lora:name:1>
         "ss_sd_model_name": card.base_model,
         "ss_resolution": None if card.resolution is None else f"({card.resolution}, {card.resolution})",
+        "ss_num_train_images": None if card.photos is None else str(card.photos),
+        "ss_steps": None if card.steps is None else str(card.steps),
+        # what A1111 and others offer as words for the prompt: of all captions and folders only the trigger
+        "ss_tag_frequency": None if trigger is None else json.dumps({trigger: {trigger: card.photos or 1}}),
         "sshs_model_hash": data_sha256,
     }
     if card.family is not None:
@@ -53,7 +64,16 @@ def metadata_of(adapter: Adapter, layout: Layout, alpha: float, data_sha256: str
             "ss_base_model_version": family.ss_base_model_version,
             "ss_v2": family.ss_v2,
         }
-    return {key: value for key, value in entries.items() if value is not None}
+    # half a character, as of a file's name that is no UTF-8, would make the header unreadable for the safetensors library
+    return {key: value.encode("utf-8", "replace").decode() for key, value in entries.items() if value is not None}
+
+
+def summary(card: Card, trigger: str | None) -> str:
+    """What the adapter is, in one or two sentences."""
+    family = FAMILIES[card.family].label if card.family in FAMILIES else "Stable Diffusion"
+    photos = f", trained on {card.photos} photo{'' if card.photos == 1 else 's'}" if card.photos else ""
+    stated = "" if card.consent == CONSENT[0] else f" The maker states of what it shows: {card.consent}."
+    return f"A LoRA{f' of {trigger}' if trigger else ''} for {family}{photos}.{stated}"
 
 
 def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], *, sgm: bool) -> Card:
@@ -124,6 +144,8 @@ def _own_card(text: str | None) -> Card | None:
             known[field.name] = clean(value)
         elif kind in ("int", "float") and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
             known[field.name] = int(value) if kind == "int" else float(value)
+    if abs(known.get("weight", 1.0)) > MAX_WEIGHT:
+        del known["weight"]
     if known.get("consent", CONSENT[0]) not in CONSENT:
         del known["consent"]
     if known.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):

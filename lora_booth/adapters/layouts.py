@@ -6,12 +6,11 @@ A module path is matched whole against a table in which `#` stands for an index;
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Literal
 
-from ..errors import AdapterBaseMismatch, AdapterTargetError
+from ..errors import AdapterBaseMismatch, AdapterError, AdapterTargetError
 from ..family import FAMILIES, labels
 
-Role = Literal["down", "up", "alpha"]
+Role = str  # of a tensor in its module: down, up, mid, alpha, or one of LYCORIS
 
 ATTENTION = (
     "proj_in",
@@ -50,7 +49,15 @@ KOHYA_PREFIXES = {  # longest first where one begins another
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
+    "lycoris_": "unet",  # SimpleTuner's
 }
+COMFYUI_TEXT = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
+LYCORIS = frozenset(
+    (
+        *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    )
+)
 OTHER_MODELS = (  # how files for other kinds of model begin
     "transformer.",
     "diffusion_model.",
@@ -61,23 +68,37 @@ OTHER_MODELS = (  # how files for other kinds of model begin
     "lora_unet_single_blocks_",
     "lora_unet_joint_blocks_",
     "lora_prior_",
+    "lora_unet_blocks_",
+    "unet.transformer_blocks.",
+    "transformer_blocks.",
 )
-KINDS = {  # a part of a key (or how it begins, with a `_` at the end) -> a kind of adapter that is not plain LoRA
+KINDS = {  # a part of a key (or how it begins, with a `_` at the end) -> a kind of adapter that has no LoRA factors
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "on_input": "IA3",
     "ia3_": "IA3",
-    "lora_mid": "LoRA with a middle factor (Tucker)",
     "bundle_emb": "a bundled embedding",
     "lora_embedding_": "LoRA on token embeddings",
     "oft_": "OFT",
+    "boft_": "BOFT",
+    "rescale": "OFT",
+    **dict.fromkeys(("a1", "a2", "b1", "b2", "bm"), "GLoRA"),
+    "lora_E": "AdaLoRA",
+    "vera_": "VeRA",
     "w_norm": "trained norm layers",
     "b_norm": "trained norm layers",
     "diff": "full weight differences",
     "diff_b": "full weight differences",
 }
+NO_FACTORS = "only LoRA, and LoHa and LoKr of low rank, can be read; ask for a LoRA of it"
+REMEDIES = {
+    "DoRA": "its change depends on the weights of its base and has no low rank; merge it into its base with the tool that "
+    "made it, or ask for a plain LoRA",
+    "a bundled embedding": "learned tokens belong in a file of their own; ask for the file without it",
+}
+SGM_KEYS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the sgm numbering counts with it
 
 
@@ -97,6 +118,7 @@ def _table(templates: Iterable[str], separator: str) -> Table:
 
 _DOTTED = {component: _table(templates, ".") for component, templates in COMPONENTS.items()}
 _UNDERSCORED = {component: _table(templates, "_") for component, templates in COMPONENTS.items()}
+_STEMS = tuple(KOHYA_PREFIXES)
 _ATTENTION = _table(ATTENTION, "_")
 _RESNET = {tuple(sgm.split("_")): name for name, sgm in RESNET.items()}
 _RARE_SGM = {sgm: name.removeprefix("unet.") for name, sgm in RARE.items() if name.startswith("unet.")}
@@ -194,6 +216,11 @@ def _kohya_module(stem: str) -> str | None:
 
 def _dotted_module(parts: list[str]) -> str | None:
     component = ""
+    if parts[:1] == ["diffusion_model"]:  # ComfyUI's: the names of the original code with dots
+        module = _from_sgm("_".join(parts[1:]))
+        return None if module is None else f"unet.{module}"
+    if parts[:1] == ["text_encoders"] and parts[2:3] == ["transformer"]:
+        parts = [COMFYUI_TEXT.get(parts[1], ""), *parts[3:]]
     if parts[:2] == ["base_model", "model"]:
         parts = parts[2:]
     if parts and parts[0] in COMPONENTS:
@@ -222,10 +249,13 @@ def _split(key: str) -> tuple[list[str], Role] | None:
     if len(parts) >= 2 and parts[-1] == "alpha":
         parts = parts[:-1]
         return parts[:-1] if len(parts) > 1 and parts[-1] in ("lora", "lora_linear_layer") else parts, "alpha"
+    for size in (1, 2):  # PEFT may put the adapter's name at the end
+        if len(parts) > size and parts[-size] in LYCORIS:
+            return parts[:-size], parts[-size]
     if len(parts) < 3 or parts[-1] != "weight":
         return None
     parts = parts[:-1]
-    halves: dict[str, Role] = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up"}
+    halves: dict[str, Role] = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up", "lora_mid": "mid"}
     if parts[-1] in halves:
         return parts[:-1], halves[parts[-1]]
     if parts[-2] in ("lora_A", "lora_B"):  # lora_A.<adapter's name>.weight
@@ -241,22 +271,33 @@ def _split(key: str) -> tuple[list[str], Role] | None:
 
 def understood(key: str, *, allow: Collection[str] = (), path: object = None) -> tuple[str, Role]:
     """The canonical module path and the role of a tensor called `key` in a file."""
-    if key.startswith(OTHER_MODELS):
-        raise AdapterBaseMismatch(f"made for another kind of model than {labels()}; its keys begin as {key[:60]!r}", path)
-    for piece in key.split("."):
-        for mark, kind in KINDS.items():
-            if piece.startswith(mark) if mark.endswith("_") else piece == mark:
-                raise AdapterTargetError(f"{key} is {kind}; only plain LoRA can be read", path)
     split = _split(key)
     module = None
     if split is not None:
         parts = split[0]
-        module = _kohya_module(parts[0]) if len(parts) == 1 and parts[0].startswith("lora_") else _dotted_module(parts)
+        module = _kohya_module(parts[0]) if len(parts) == 1 and parts[0].startswith(_STEMS) else _dotted_module(parts)
     if split is None or module is None:
-        raise AdapterTargetError(f"{key} is no LoRA tensor of a module that adapters change", path)
+        raise _no_lora(key, path)
     if module in RARE and module not in allow:
         raise AdapterTargetError(f"{key} changes {module}, which adapters leave alone; to trust it, allow {module!r}", path)
     return module, split[1]
+
+
+def _no_lora(key: str, path: object) -> AdapterError:
+    """Why the tensor `key` cannot be read."""
+    if key.startswith(OTHER_MODELS):
+        return AdapterBaseMismatch(f"made for another kind of model than {labels()}; its keys begin as {key[:60]!r}", path)
+    for piece in key.split("."):
+        for mark, kind in KINDS.items():
+            if piece.startswith(mark) if mark.endswith("_") else piece == mark:
+                return AdapterTargetError(f"{key} is {kind}; {REMEDIES.get(kind, NO_FACTORS)}", path)
+    return AdapterTargetError(f"{key} is no LoRA tensor of a module that adapters change", path)
+
+
+def are_pair(down: str, up: str) -> bool:
+    """Whether two keys are the halves of one LoRA in one naming."""
+    halves = {"lora_A": "lora_B", "lora_down": "lora_up", "down": "up"}
+    return [halves.get(part, part) for part in down.split(".")] == up.split(".")
 
 
 def component_of(module: str) -> str:

@@ -1,14 +1,40 @@
-"""Several adapters as one, exactly: the weighted sum of their changes."""
+"""Several adapters as one: the weighted sum of their changes, exactly or cut to a rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
-from ..errors import AdapterBaseMismatch, AdapterError, AdapterIncomplete
+from ..errors import AdapterBaseMismatch, AdapterError, AdapterIncomplete, SettingsError
 from .adapter import Adapter, Card, LoraFactors
+from .resize import resize
+from .spectrum import Truncation, Truncations, one_rank, spectrum
+
+Method = Literal["sum", "svd"]
+
+
+def merge(
+    adapters: Sequence[tuple[Adapter, float]], *, method: Method = "sum", rank: int | None = None
+) -> tuple[Adapter, Truncations]:
+    """One adapter that changes what all of them change, each times its weight; and what was lost on the way.
+
+    method  "sum": exact, with the ranks added up; "svd": the nearest to that sum with less rank
+    rank    of the svd; None: the largest of the inputs
+    """
+    if method not in ("sum", "svd"):
+        raise SettingsError(f"method {method!r} is unknown; allowed: sum (exact), svd (to a rank)")
+    if method == "sum":
+        if rank is not None:
+            raise SettingsError(f"rank {rank} with method sum, which keeps every rank; take method svd")
+        joined = concatenated(adapters)
+        kept = [Truncation(name, f.rank, f.rank, spectrum(f).norm, 0.0) for name, f in joined.modules.items()]
+        return joined, Truncations(tuple(kept))
+    joined = concatenated(adapters)
+    largest = max(factors.rank for adapter, _ in adapters for factors in adapter.modules.values())
+    return resize(joined, rank=largest if rank is None else rank)
 
 
 def concatenated(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
@@ -50,8 +76,7 @@ def _joint_card(cards: Sequence[Card], modules: dict[str, LoraFactors]) -> Card:
     first = cards[0]
     shared = ("prediction_type", "base_model", "base_hash", "resolution", "license", "consent", "library_version")
     same = {name: getattr(first, name) for name in shared if len({getattr(card, name) for card in cards}) == 1}
-    ranks = {factors.rank for factors in modules.values()}
-    rank = ranks.pop() if len(ranks) == 1 else None
+    rank = one_rank(modules)
     title = " + ".join(card.title or card.token or "adapter" for card in cards)
     family = next((card.family for card in cards if card.family is not None), None)
     return replace(Card(**same), family=family, rank=rank, alpha=rank, title=title)

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite
 from .adapter import Adapter, Dtype, Layout, LoraFactors
+from .checks import MAX_SCALE, check_scale, check_shapes, check_values
+from .files import PICKLE_SUFFIXES
 from .header import PEFT_KEY, metadata_of
 from .layouts import checked_path, component_of, kohya_names, tail_of
-from .reading import MAX_SCALE, PICKLE_SUFFIXES, check_scale, check_shapes, check_values, load
+from .readers import check_readers, opened
+from .reading import load
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -41,13 +44,14 @@ def save(adapter: Adapter, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
     content, meant = packed(replace(adapter, stem=""), layout, DTYPES[dtype], path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, content, meant)
+        _write_whole(path, content, lambda written: _verify(written, adapter.modules, meant, layout, path))
     except OSError as error:
         raise AdapterError(f"cannot be written: {error.strerror}; nothing was changed", path) from error
     return path
 
 
-def _write_whole(path: Path, content: bytes, meant: Mapping[str, LoraFactors]) -> None:
+def _write_whole(path: Path, content: bytes, check: Callable[[Path], None]) -> None:
+    """`content` under its name once `check` had nothing against the file."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.part.safetensors")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -55,7 +59,7 @@ def _write_whole(path: Path, content: bytes, meant: Mapping[str, LoraFactors]) -
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        _verify(temporary, meant, path)
+        check(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,15 +71,45 @@ def _write_whole(path: Path, content: bytes, meant: Mapping[str, LoraFactors]) -
             os.close(folder)
 
 
-def _verify(temporary: Path, meant: Mapping[str, LoraFactors], path: Path) -> None:
-    """What a reader finds in the file is what was meant."""
-    found = load(temporary, allow=meant).modules
+def _verify(
+    written: Path, trained: Mapping[str, LoraFactors], meant: Mapping[str, LoraFactors], layout: Layout, path: Path
+) -> None:
+    """What we and every program for this layout find in the file is what was trained, but for the rounding of the cast."""
+    adapter = load(written, allow=meant)
+    found = adapter.modules
     equal = found.keys() == meant.keys() and all(
         torch.equal(found[m].down, f.down) and torch.equal(found[m].up, f.up) and found[m].alpha == f.alpha
         for m, f in meant.items()
     )
     if not equal:
         raise AdapterFormatError("read back differently from what was written; nothing was changed", path)
+    for module, factors in trained.items():
+        lost, rounding = change_lost(factors, found[module])
+        if not lost <= rounding:
+            what = f"the file would change it by {lost:g} otherwise, of which rounding explains {rounding:g}"
+            raise AdapterError(f"{module}: {what}; please report this", path)
+    check_readers(opened(written, adapter), layout, path)
+
+
+def change_lost(trained: LoraFactors, written: LoraFactors) -> tuple[float, float]:
+    """Frobenius norm of the difference of two changes, and how much of it the dtype of `written` explains.
+
+    From the factors alone: U D - V E = U (D - E) + (U - V) E, whose norm is a trace of small matrices.
+    """
+    info = torch.finfo(written.up.dtype)
+    smallest = info.smallest_normal * info.eps  # what is smaller becomes zero
+    (u, d), (v, e) = _scaled(trained), _scaled(written)
+    left, right = torch.cat([u, u - v], dim=1), torch.cat([d - e, e])
+    lost = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+    of_down = info.eps * e.norm() + smallest * e.numel() ** 0.5
+    of_up = info.eps * v.norm() + smallest * v.numel() ** 0.5 * abs(written.scale)
+    return float(lost), float(4 * (u.norm() * of_down + of_up * e.norm()))  # 4: float32 rounds here too
+
+
+def _scaled(factors: LoraFactors) -> tuple[Tensor, Tensor]:
+    """up times alpha / rank, and down, as float32 matrices."""
+    up, down = (t.detach().cpu().float().flatten(1) for t in (factors.up, factors.down))
+    return up * factors.scale, down
 
 
 def packed(adapter: Adapter, layout: Layout, dtype: torch.dtype, path: Path) -> tuple[bytes, dict[str, LoraFactors]]:

@@ -2,7 +2,7 @@
 
 from .finding import find_photos, note_enlarged
 from .opening import open_photo
-from .photo import Photo, PhotoSet, Region, Skipped, shown
+from .photo import Photo, PhotoSet, Region, Skipped
 from .pixels import Crop, crop_and_resize, to_images, to_tensor
 from .sheet import contact_sheet
 
@@ -17,7 +17,6 @@ __all__ = [
     "find_photos",
     "note_enlarged",
     "open_photo",
-    "shown",
     "to_images",
     "to_tensor",
 ]

@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import PhotoError
+from ..errors import PhotoError, shown
 from .opening import FORMATS, Unusable, begins_like_a_photo, opened, row_strips, upright_rgb
-from .photo import Photo, PhotoSet, Region, Skipped, box, shown
+from .photo import Photo, PhotoSet, Region, Skipped, box
 
 MAX_ASPECT = 4.0  # long side / short side
 MAX_TEXT_BYTES = 2**20  # of crops.json

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
-from ..errors import PhotoError
-from .photo import Photo, shown
+from ..errors import PhotoError, shown
+from .photo import Photo
 
 # What a file begins with decides what it is, never its name: Pillow is then allowed that one decoder only.
 DECODERS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WEBP", "AVIF": "AVIF", "HEIC": "HEIF", "TIFF": "TIFF", "BMP": "BMP"}

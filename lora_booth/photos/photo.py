@@ -1,9 +1,11 @@
-"""What a photo is, where a region of it lies, and how its name is shown."""
+"""What a photo is, and where a region of it lies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..errors import shown
 
 Region = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions 0..1 of the oriented photo
 
@@ -45,20 +47,6 @@ class PhotoSet:
 
     photos: tuple[Photo, ...]
     skipped: tuple[Skipped, ...]
-
-
-def shown(name: object) -> str:
-    """`name` safe to print: line breaks, escape codes, direction marks and stray bytes become backslash escapes."""
-
-    def escaped(character: str) -> str:
-        if character.isprintable():
-            return character
-        code = ord(character)
-        if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name that is not UTF-8
-            return f"\\x{code - 0xDC00:02x}"
-        return character.encode("unicode_escape").decode("ascii")
-
-    return "".join(escaped(character) for character in str(name))
 
 
 def box(width: int, height: int, crop: Region | None) -> tuple[int, int, int, int]:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import PhotoError
-from .photo import shown
+from ..errors import PhotoError, shown
 
 
 def contact_sheet(

@@ -1,0 +1,216 @@
+"""README.md of a shared adapter: front matter for the Hub, and how to use the file.
+
+A card may be a stranger's. Its text stands only in JSON strings (which YAML and Python read as well) and in Markdown
+code, where nothing is a link, a tag or an end of the front matter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..family import FAMILIES
+from .adapter import CONSENT, Adapter, Card, Layout, file_stem
+
+if TYPE_CHECKING:
+    from ..composition import Picture
+
+# the identifiers that the Hub knows (huggingface.co/docs/hub/repositories-licenses); every other licence is "other" there
+HUB_LICENSES = frozenset(
+    "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause "
+    "bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 "
+    "cc0-1.0 creativeml-openrail-m ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 gfdl gpl gpl-2.0 gpl-3.0 isc lgpl "
+    "lgpl-2.1 lgpl-3.0 mit mpl-2.0 ms-pl ncsa odbl odc-by openrail openrail++ osl-3.0 pddl unlicense wtfpl zlib".split()
+)
+FAMILY_TAGS = {  # how the Hub's own tags call the family
+    "sd1": ("stable-diffusion", "stable-diffusion-diffusers"),
+    "sd2": ("stable-diffusion", "stable-diffusion-diffusers"),
+    "sdxl": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
+}
+STATEMENTS = dict(
+    zip(
+        CONSENT,
+        (
+            "The maker has not stated whom or what it shows, nor that anyone agreed.",
+            "The maker states that it shows the maker.",
+            "The maker states that it shows a person who agreed to it.",
+            "The maker states that it shows an object, an animal or a place, and no person.",
+            "The maker states that it was trained on the maker's own art.",
+            "The maker states that it was trained on art that is licensed for it.",
+        ),
+        strict=True,
+    )
+)
+MOST_TEXT = 2000  # characters of one text on the page
+
+
+def model_card(adapter: Adapter, file: str, layout: Layout, pictures: Sequence[tuple[str, Picture]], source: str) -> str:
+    """The page.
+
+    file      name of the adapter's file
+    pictures  path in the folder -> picture
+    source    what a reader gives to diffusers' load_lora_weights: a Hub id, or "." for the folder itself
+    """
+    card = adapter.card
+    base = code(card.base_model) if card.base_model else "a base that it does not name"
+    family = f" ({FAMILIES[card.family].label})" if card.family in FAMILIES else ""
+    trigger = f" Its words in a prompt: {code(words(card))}." if words(card) else ""
+    parts = [
+        front_matter(adapter, pictures),
+        f"# {code(adapter.name)}",
+        "<Gallery />" if pictures else "",
+        f"A LoRA adapter for {base}{family}, in a folder written by lora_booth {__version__}.{trigger}",
+        fenced(card.description, "text") if card.description else "",
+        sample_pictures(pictures) if pictures else "",
+        usage(adapter, file, layout, source),
+        facts(adapter),
+        licence(card),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# --- text of others, harmless --------------------------------------------------------------------------------------
+
+
+def one_line(text: str) -> str:
+    """Without line ends, escape codes and direction marks."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:MOST_TEXT]).split())
+
+
+def quoted(text: str) -> str:
+    """A JSON string, which is a YAML scalar and a Python literal as well."""
+    return json.dumps(one_line(text), ensure_ascii=False)
+
+
+def fence(text: str, least: int) -> str:
+    """More backticks than stand together anywhere in `text`."""
+    longest = max(len(run) for run in "".join(c if c == "`" else " " for c in text).split(" "))
+    return "`" * max(least, longest + 1)
+
+
+def code(text: str) -> str:
+    """A code span: its text is shown as it is."""
+    text = one_line(text) or "?"
+    ticks = fence(text, 1)
+    pad = " " if text[0] == "`" or text[-1] == "`" else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def fenced(text: str, language: str) -> str:
+    lines = [line for line in map(one_line, text.splitlines()) if line] if language == "text" else [text.strip("\n")]
+    ticks = fence("\n".join(lines), 3)
+    return "\n".join([ticks + language, *lines, ticks])
+
+
+# --- the parts of the page -----------------------------------------------------------------------------------------
+
+
+def front_matter(adapter: Adapter, pictures: Sequence[tuple[str, Picture]]) -> str:
+    card = adapter.card
+    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    if on_hub(card.base_model):  # the Hub refuses the name of a base that it does not have
+        lines += [f"base_model: {quoted(card.base_model or '')}", "base_model_relation: adapter"]
+    if card.prompt:
+        lines.append(f"instance_prompt: {quoted(card.prompt)}")
+    if card.license:
+        known = card.license.strip().lower()
+        name = "-".join(filter(None, (file_stem(part) for part in known.split())))[:60]
+        lines += [f"license: {known}"] if known in HUB_LICENSES else ["license: other", f"license_name: {quoted(name)}"]
+    tags = ("text-to-image", "diffusers", "lora", "dreambooth", "template:sd-lora", *FAMILY_TAGS.get(card.family or "", ()))
+    lines += ["tags:", *(f"- {tag}" for tag in (*tags, "lora_booth"))]
+    if pictures:
+        lines.append("widget:")
+        for path, picture in pictures:
+            lines += [f"- text: {quoted(picture.prompt)}", "  output:", f"    url: {path}"]
+    return "\n".join([*lines, "---"])
+
+
+def on_hub(base_model: str | None) -> bool:
+    """It can be a Hub id; whether there is such a model only the Hub knows."""
+    parts = (base_model or "").split("/")
+    plain = all(p.isascii() and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
+    return len(parts) == 2 and plain and not any(p.startswith((".", "-")) or p.endswith((".", "-", ".git")) for p in parts)
+
+
+def words(card: Card) -> str:
+    return " ".join(filter(None, (card.token, card.class_noun)))
+
+
+def sample_pictures(pictures: Sequence[tuple[str, Picture]]) -> str:
+    lines = []
+    for number, (path, picture) in enumerate(pictures, 1):
+        said = [f"![picture {number}]({path})", code(picture.prompt), f"seed {picture.seed}"]
+        said += [f"without {code(picture.negative_prompt)}"] if picture.negative_prompt else []
+        said += [f"{picture.steps} steps, guidance {picture.guidance:g}"] if picture.steps else []
+        said += [", ".join(f"{code(name)} at {weight:g}" for name, weight in picture.adapters)] if picture.adapters else []
+        lines.append("- " + ", ".join(said))
+    return "\n".join(["## Pictures", "", *lines])
+
+
+def usage(adapter: Adapter, file: str, layout: Layout, source: str) -> str:
+    card = adapter.card
+    prompt = card.prompt or words(card) or "a photo"
+    name, stem = file_stem(adapter.name), file.removesuffix(".safetensors")
+    if on_hub(card.base_model):
+        load = (
+            "from diffusers import DiffusionPipeline\n\n"
+            f"pipe = DiffusionPipeline.from_pretrained({quoted(card.base_model or '')})"
+        )
+    else:
+        load = (
+            "import lora_booth as lb\n\n"
+            f"pipe = lb.BaseModel.load({quoted(card.base_model or 'the base')}).pipeline  # or where you have this base"
+        )
+    script = (
+        f"{load}\n"
+        f"pipe.load_lora_weights({quoted(source)}, weight_name={quoted(file)}, adapter_name={quoted(name)})\n"
+        f"pipe.set_adapters({quoted(name)}, {card.weight:g})\n"
+        f"image = pipe({quoted(prompt)}).images[0]"
+    )
+    parts = ["## Use", "In diffusers:", fenced(script, "python")]
+    if layout == "kohya":
+        parts += [
+            f"In ComfyUI: put `{file}` into `models/loras/`, add a *Load LoRA* node between the checkpoint and the prompts, "
+            f"set both strengths to {card.weight:g}, and write {code(prompt)}.",
+            f"In A1111: put `{file}` into `models/Lora/` and write {code(f'{prompt} <lora:{stem}:{card.weight:g}>')}.",
+        ]
+    else:
+        parts.append(
+            "This file has PEFT's names. For ComfyUI and A1111 rewrite it: "
+            f"`lora-booth convert {file} {stem}_kohya.safetensors --layout kohya`."
+        )
+    return "\n\n".join(parts)
+
+
+def facts(adapter: Adapter) -> str:
+    card = adapter.card
+    ranks = sorted({f.rank for f in adapter.modules.values()})
+    known = {
+        "base": code(card.base_model) if card.base_model else None,
+        "family": FAMILIES[card.family].label if card.family in FAMILIES else None,
+        "prediction type": code(card.prediction_type) if card.prediction_type else None,
+        "resolution": f"{card.resolution} pixels" if card.resolution else None,
+        "photos": card.photos,
+        "steps": card.steps,
+        "rank": f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ranks[0],
+        "alpha": None if card.alpha is None else f"{card.alpha:g}",
+        "layers": len(adapter.modules),
+        "author": code(card.author) if card.author else None,
+        "date": code(card.date) if card.date else None,
+    }
+    lines = [f"- {name}: {value}" for name, value in known.items() if value is not None]
+    return "\n".join(["## Facts", "", *lines])
+
+
+def licence(card: Card) -> str:
+    stated = f"Licence: {code(card.license)}." if card.license else "No licence is stated; ask the maker before you pass it on."
+    lines = [
+        f"{stated} The licence of the base, with its restrictions of use, holds for the adapter as well.",
+        f"{STATEMENTS[card.consent]} This is a declaration, not a proof.",
+        "Do not make pictures that deceive about a person or that the person shown has not agreed to. Say of pictures that "
+        "they are made by a model; those above carry IPTC's mark for it (`trainedAlgorithmicMedia`).",
+    ]
+    return "\n".join(["## Licence, consent and use", "", *(f"- {line}" for line in lines)])

@@ -1,0 +1,260 @@
+"""What other programs read of an adapter file: which modules, how strongly, and what they drop without a word.
+
+diffusers answers for itself: its own conversion runs on the file. For the others the tables of `programs` do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..config import TEXT_TARGETS
+from ..errors import AdapterScaleError, AdapterTargetError, first_line
+from ..family import FAMILIES
+from .adapter import Adapter, Layout
+from .files import find
+from .header import PEFT_KEY
+from .layouts import LAYERS, RARE, component_of
+from .programs import PROGRAMS, Program, names_of
+from .reading import load
+
+READERS = ("diffusers", *PROGRAMS)
+MUST_READ = {"kohya": READERS, "peft": ("diffusers",)}  # layout -> who has to read all that `save` writes
+LYCORIS_ENDS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
+MIDDLE_END = ".lora_mid.weight"
+
+
+@dataclass(frozen=True, eq=False)
+class OpenFile:
+    """A file as all these programs open it, and what it means."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    family: str  # a key of FAMILIES
+    meant: Mapping[str, float]  # module -> alpha / rank
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one program makes of a file; `str()` says it in a line."""
+
+    reader: str
+    scales: Mapping[str, float]  # module that it reads -> alpha / rank as it takes them
+    dropped: tuple[str, ...]  # modules that it leaves out without a word
+    rescaled: tuple[str, ...]  # modules that it reads with another strength than the file means
+    notes: tuple[str, ...] = ()  # why, and what else happens
+    refusal: str | None = None  # the error with which it refuses the file
+
+    @property
+    def complete(self) -> bool:
+        return not (self.dropped or self.rescaled or self.refusal)
+
+    def __str__(self) -> str:
+        if self.refusal is not None:
+            return f"{self.reader}: refuses the file ({self.refusal})"
+        count = len(self.scales)
+        said = f"reads {count} of {count + len(self.dropped)} modules" if count else "reads nothing"
+        if self.rescaled:
+            said += f", {len(self.rescaled)} of them with another strength"
+        return f"{self.reader}: {said}" + (f" ({'; '.join(self.notes)})" if self.notes else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What every program makes of a file; `str()` is a line for each."""
+
+    family: str  # of the base that it was read for: its own, or the likeliest where the file does not tell
+    readings: Mapping[str, Reading]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.readings.values()))
+
+
+def report(path: str | Path) -> Report:
+    """What every program would read of an adapter's file. Raises what `Adapter.load` raises."""
+    path = Path(path)
+    adapter = load(path, allow=RARE)
+    file = opened(find(path)[0], adapter)
+    return Report(file.family, {reader: read_as(reader, file) for reader in READERS})
+
+
+def opened(path: Path, adapter: Adapter) -> OpenFile:
+    """path: a file that `load` has checked; adapter: what it found there."""
+    with safe_open(path, "pt") as content:
+        tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118  (no dictionary)
+        metadata = content.metadata() or {}
+    two = any(component_of(module) == "text_encoder_2" for module in adapter.modules)
+    family = adapter.card.family or ("sdxl" if two else "sd1")
+    return OpenFile(tensors, metadata, family, {module: f.scale for module, f in adapter.modules.items()})
+
+
+def read_as(reader: str, file: OpenFile) -> Reading:
+    """What `reader`, one of READERS, makes of a file."""
+    found: dict[str, float] = {}
+    refusal = None
+    try:
+        found = by_diffusers(file) if reader == "diffusers" else by_table(PROGRAMS[reader], file)
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # what diffusers raises of odd files
+        refusal = first_line(error)
+    if reader == "A1111" and any(key.startswith("diffusion_model.") for key in file.tensors):
+        refusal = "it takes diffusion_model for the name of a module"  # the part before the first dot; and there is one
+    scales = {module: found[module] for module in file.meant if module in found}
+    dropped = tuple(module for module in file.meant if module not in found)
+    rescaled = tuple(m for m, scale in scales.items() if not math.isclose(scale, file.meant[m], rel_tol=1e-6))
+    return Reading(reader, scales, dropped, rescaled, tuple(_notes(reader, file, dropped)), refusal)
+
+
+def _notes(reader: str, file: OpenFile, dropped: tuple[str, ...]) -> list[str]:
+    notes = []
+    component = (PROGRAMS[reader].joined or {}).get(file.family) if reader in PROGRAMS else None
+    if dropped and not any(key.startswith(("lora_", "lycoris_")) for key in file.tensors):
+        notes.append("its names are those of PEFT or diffusers")
+    elif any(module.startswith(f"{component}.") and ".self_attn." in module for module in dropped):
+        notes.append(f"of a layer of the {component} it takes {', '.join(TEXT_TARGETS)} together or not at all")
+    if reader == "A1111" and (taken := a1111_family(file.metadata)) not in (None, file.family):
+        notes.append(f"takes it for {FAMILIES[taken].label}, and hides it while another base is loaded")
+    return notes
+
+
+def a1111_family(metadata: Mapping[str, str]) -> str | None:
+    """Which bases A1111 lists a file for (network.py, detect_version); None: it cannot tell."""
+    if metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "sdxl"
+    if metadata.get("ss_v2") == "True":
+        return "sd2"
+    return "sd1" if metadata else None
+
+
+def by_table(program: Program, file: OpenFile) -> dict[str, float]:
+    """Module -> scale, of what `program` finds in the file."""
+    tensors, scales = file.tensors, {}
+    ends = [pair for pair in program.ends if any(key.endswith(pair[1]) for key in tensors)]
+    lycoris = any(key.endswith((*LYCORIS_ENDS, MIDDLE_END)) for key in tensors)
+    for module in file.meant:
+        for name in names_of(module, file.family, program):
+            for down, up in ends:
+                if name + down in tensors and name + up in tensors:
+                    alpha = tensors.get(f"{name}.alpha")
+                    scales[module] = 1.0 if alpha is None else alpha.item() / tensors[name + down].shape[0]
+            if lycoris and program.lycoris and any(name + end in tensors for end in LYCORIS_ENDS):
+                scales[module] = file.meant[module]  # the same formula as ours
+            if lycoris and not program.lycoris and name + MIDDLE_END in tensors:
+                scales.pop(module, None)
+    component = (program.joined or {}).get(file.family)
+    for layer in {m.rpartition(".")[0] for m in scales if m.startswith(f"{component}.") and ".self_attn." in m}:
+        projections = [f"{layer}.{projection}" for projection in TEXT_TARGETS]
+        if not scales.keys() >= set(projections):
+            for projection in projections:
+                scales.pop(projection, None)
+    return scales
+
+
+# --- diffusers, by its own functions -------------------------------------------------------------------------------
+
+
+def by_diffusers(file: OpenFile) -> dict[str, float]:
+    """Module -> scale, as `load_lora_weights` finds them. Raises what it raises.
+
+    Its conversion of names, alphas and metadata is called; its pipelines, whose import takes as long again, are not needed.
+    """
+    from diffusers.loaders import lora_conversion_utils as conversion
+
+    tensors, alphas = dict(file.tensors), {}
+    if all(key.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")) for key in tensors):
+        if FAMILIES[file.family].kohya_sgm:  # only the pipeline of SDXL gives the configuration for it
+            tensors = conversion._maybe_map_sgm_blocks_to_diffusers(tensors, SimpleNamespace(layers_per_block=LAYERS))
+        tensors, alphas = conversion._convert_non_diffusers_lora_to_diffusers(tensors)
+    if not all("lora" in key for key in tensors):
+        raise ValueError("a name without 'lora' in it")
+    config = json.loads(file.metadata.get(PEFT_KEY) or "null")
+    if alphas and config:
+        raise ValueError(f"alphas and {PEFT_KEY}, of which only one may be there")
+    scales: dict[str, float] = {}
+    for component in ("unet", "text_encoder", "text_encoder_2")[: FAMILIES[file.family].text_encoders + 1]:
+        if part := _below(tensors, component):
+            fields = None if config is None else _below(config, component)
+            scales |= _component_scales(component, part, _below(alphas, component), fields)
+    return scales
+
+
+def _below(entries: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """The entries of one component, named without it."""
+    prefix = f"{component}."
+    return {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+
+
+def _component_scales(
+    component: str, tensors: dict[str, Tensor], alphas: dict[str, float], config: dict[str, Any] | None
+) -> dict[str, float]:
+    """tensors, alphas: named below the component. config: what the file's metadata says of LoraConfig, if it has such."""
+    from diffusers.utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+        get_peft_kwargs,
+        is_transformers_version,
+    )
+
+    unet, level = component == "unet", ""
+    if not unet:
+        tensors = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
+        if component == "text_encoder" and is_transformers_version(">=", "5.0"):  # whose CLIPTextModel has no such level
+            level = "text_model."
+            tensors = {key.removeprefix(level): value for key, value in tensors.items()}
+    elif "lora_A" not in next(iter(tensors)):
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    ranks = {key: tensor.shape[1] for key, tensor in tensors.items() if key.endswith(".lora_B.weight")}
+    if config is None:
+        marked = {f"^{key}" if unet else key: rank for key, rank in ranks.items()}
+        config = get_peft_kwargs(marked, alphas, tensors, is_unet=unet)
+    if not config.get("target_modules"):
+        raise ValueError(f"no {component}.target_modules in its metadata")
+    scales = {}
+    for key, rank in ranks.items():
+        path = key.removesuffix(".lora_B.weight")
+        if f"{path}.lora_A.weight" not in tensors:
+            continue
+        stated = _chosen(config.get("rank_pattern"), path, config.get("r", 8))  # 8 and 8 are LoraConfig's own
+        if stated != rank:
+            raise ValueError(f"{component}.{path} has rank {rank}, but {stated} in its metadata")
+        alpha = _chosen(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
+        scales[f"{component}.{level}{path}"] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return scales
+
+
+def _chosen(patterns: Mapping[str, Any] | None, path: str, otherwise: Any) -> Any:
+    """PEFT's `get_pattern_key`, for patterns that are plain paths: a whole one, marked with ^, or the end of one."""
+    parts = path.split(".") if patterns else []
+    names = (f"^{path}", *(".".join(parts[i:]) for i in range(len(parts))))
+    return next((patterns[name] for name in names if name in patterns), otherwise) if patterns else otherwise
+
+
+# --- the check before a file appears -------------------------------------------------------------------------------
+
+
+def check_readers(file: OpenFile, layout: Layout, path: Path) -> None:
+    """Raise AdapterTargetError or AdapterScaleError if a program that reads this layout would not get all of the file."""
+    remedy = f"; leave that out or try layout {'peft' if layout == 'kohya' else 'kohya'!r}"
+    for reader in MUST_READ[layout]:
+        reading = read_as(reader, file)
+        if reading.refusal is not None:
+            raise AdapterTargetError(f"{reader} would refuse {_some(tuple(file.meant))}: {reading.refusal}{remedy}", path)
+        if reading.dropped:
+            why = f" ({'; '.join(reading.notes)})" if reading.notes else ""
+            raise AdapterTargetError(f"{reader} would drop {_some(reading.dropped)}{why}{remedy}", path)
+        if reading.rescaled:
+            module = reading.rescaled[0]
+            scales = f"{reading.scales[module]:g}, not {file.meant[module]:g}"
+            raise AdapterScaleError(f"{reader} would scale {_some(reading.rescaled)} by {scales}{remedy}", path)
+
+
+def _some(modules: tuple[str, ...]) -> str:
+    return modules[0] + (f" and {len(modules) - 1} more" if len(modules) > 1 else "")

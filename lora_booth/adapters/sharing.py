@@ -1,0 +1,240 @@
+"""An adapter for others: a small picture in its file, a folder for the Hub, and the way there."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from .. import __version__
+from ..errors import AdapterError, PhotoError, SettingsError, first_line, shown
+from ..photos import crop_and_resize
+from ..photos.opening import Unusable, opened, upright_rgb
+from .adapter import Adapter, Dtype, Layout, file_stem
+from .model_card import model_card
+
+if TYPE_CHECKING:
+    from ..composition import Picture
+
+# ModelSpec recommends 256 x 256; a busy picture is made coarser, then smaller, until it is short enough
+THUMBNAIL_SIDES = (256, 192, 128, 64)  # pixels
+THUMBNAIL_QUALITIES = (85, 70, 50)  # JPEG
+MAX_THUMBNAIL = 20 * 2**10  # characters: a third of the metadata that our reader takes from a stranger
+README = "README.md"
+MARK = "<!-- lora_booth wrote this folder: "  # before its digest, in the last line of README.md
+MOST_FILES = 1000  # in a folder of ours
+
+
+# --- a picture in the header ---------------------------------------------------------------------------------------
+
+
+def thumbnail_url(image: Image.Image | str | Path) -> str:
+    """A data URL of a small JPEG: the upright centre square's pixels and nothing else that the picture carries."""
+    rgb = pixels_of(image)
+    sizes = ((side, quality) for side in THUMBNAIL_SIDES for quality in THUMBNAIL_QUALITIES)
+    return next(url for side, quality in sizes if len(url := small_jpeg(rgb, side, quality)) <= MAX_THUMBNAIL)
+
+
+def pixels_of(image: Image.Image | str | Path) -> Image.Image:
+    """Upright RGB in sRGB, without EXIF, comments and profiles."""
+    if isinstance(image, Image.Image):
+        try:
+            return upright_rgb(image)
+        except (Unusable, OSError) as error:
+            raise PhotoError(f"the picture cannot be used: {first_line(error)}") from None
+    if not isinstance(image, str | Path):
+        raise SettingsError(f"a {type(image).__name__} is no picture; give a PIL image or the path of one")
+    try:
+        with opened(Path(image)) as (found, _, _):
+            return upright_rgb(found)
+    except Unusable as error:
+        raise PhotoError(f"{shown(image)}: {error}") from None
+
+
+def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
+    square, _ = crop_and_resize(rgb, min(side, *rgb.size))
+    buffer = io.BytesIO()
+    square.save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+# --- a folder ------------------------------------------------------------------------------------------------------
+
+
+def save_folder(
+    adapter: Adapter,
+    folder: Path,
+    pictures: Sequence[Picture],
+    *,
+    layout: Layout,
+    dtype: Dtype,
+    thumbnail: Image.Image | str | Path | None,
+) -> Path:
+    """See `Adapter.save_folder`."""
+    check_free(folder)
+    place = Path(os.path.abspath(folder))
+    temporary = place.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        temporary.mkdir(parents=True)
+        fill(adapter, temporary, pictures, layout=layout, dtype=dtype, thumbnail=thumbnail)
+        write_page(adapter, temporary, pictures, layout=layout, source=".")
+        put(temporary, place)
+    except OSError as error:
+        raise AdapterError(f"cannot be written: {error.strerror}; nothing was changed", folder) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def fill(
+    adapter: Adapter,
+    folder: Path,
+    pictures: Sequence[Picture],
+    *,
+    layout: Layout,
+    dtype: Dtype,
+    thumbnail: Image.Image | str | Path | None,
+) -> None:
+    """Everything but the page."""
+    adapter.save(folder / file_name(adapter), layout=layout, dtype=dtype, thumbnail=thumbnail)
+    for path, picture in paths_of(pictures):
+        if not hasattr(picture, "prompt"):
+            raise SettingsError(f"a {type(picture).__name__} has no prompt and seed; share pictures of Composition.generate")
+        replace(picture, image=pixels_of(picture.image)).save(folder / path)
+
+
+def write_page(adapter: Adapter, folder: Path, pictures: Sequence[Picture], *, layout: Layout, source: str) -> None:
+    page = model_card(adapter, file_name(adapter), layout, paths_of(pictures), source) + "\n"
+    (folder / README).write_text(page + mark(folder, page), encoding="utf-8", newline="\n")
+
+
+def file_name(adapter: Adapter) -> str:
+    return f"{file_stem(adapter.name)}.safetensors"
+
+
+def paths_of(pictures: Sequence[Picture]) -> list[tuple[str, Picture]]:
+    return [(f"pictures/{number:02d}.png", picture) for number, picture in enumerate(pictures, 1)]
+
+
+def check_free(folder: Path) -> None:
+    """Raises AdapterError where a folder would be lost: any that is not exactly as an earlier call left it."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise AdapterError("is no folder; give another name", folder)
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise AdapterError("is the current folder, or holds it; give the name of a new one", folder)
+    if any(folder.iterdir()) and not is_ours(folder):
+        raise AdapterError("holds files that lora_booth did not write, or that were changed since; give another name", folder)
+
+
+def is_ours(folder: Path) -> bool:
+    try:
+        text = (folder / README).read_text(encoding="utf-8")
+        page, marked, _ = text.rpartition(MARK)
+        return bool(marked) and text == page + mark(folder, page)
+    except (OSError, ValueError):
+        return False
+
+
+def mark(folder: Path, page: str) -> str:
+    """The last line of README.md, from which a later call knows that nobody has worked on the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    if len(paths) > MOST_FILES or any(path.is_symlink() or not path.is_file() for path in paths):
+        raise ValueError("not a folder of ours")
+    digest = hashlib.sha256(page.encode("utf-8"))
+    for path in paths:
+        if path != folder / README:
+            digest.update(f"\0{path.relative_to(folder).as_posix()}\0".encode("utf-8", "surrogateescape"))
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return f"{MARK}{digest.hexdigest()} -->\n"
+
+
+def put(temporary: Path, folder: Path) -> None:
+    """Under its name, in place of an earlier one; that is gone only when the new one is there."""
+    old = temporary.with_name(f"{temporary.name}.old")
+    there = folder.exists()
+    if there:
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if there:
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- the Hub -------------------------------------------------------------------------------------------------------
+
+REMEDIES = {  # HTTP status -> what it means here, and what helps
+    401: "the Hub does not know this login; log in with `hf auth login` or give token=",
+    403: "this token may not write there; make one that may at https://huggingface.co/settings/tokens, or take another name",
+    404: "no such user or organisation, or this token may not see it; check the name",
+    413: "larger than the Hub takes",
+    429: "the Hub asks to wait; try again later",
+}
+
+
+def push_to_hub(
+    adapter: Adapter,
+    repo_id: str,
+    pictures: Sequence[Picture],
+    *,
+    private: bool,
+    token: str | None,
+    layout: Layout,
+    dtype: Dtype,
+    thumbnail: Image.Image | str | Path | None,
+) -> str:
+    """See `Adapter.push_to_hub`."""
+    from huggingface_hub import HfApi, get_token
+
+    if token is None and get_token() is None:
+        raise AdapterError("not logged in to the Hub; log in with `hf auth login` or give token=", repo_id)
+    api = HfApi(token=token, library_name="lora_booth", library_version=__version__)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        # what can fail here fails before anything is made on the Hub
+        fill(adapter, folder, pictures, layout=layout, dtype=dtype, thumbnail=thumbnail)
+        with hub_errors(repo_id):
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        write_page(adapter, folder, pictures, layout=layout, source=repo.repo_id)
+        with hub_errors(repo_id):
+            api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=f"{file_name(adapter)} by lora_booth")
+    return str(repo)
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """What the Hub, its client or the network raise becomes one AdapterError with the remedy."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise AdapterError("the Hub is switched off here (HF_HUB_OFFLINE); unset that and try again", repo_id) from error
+    except HFValidationError as error:
+        raise AdapterError(f"no name of a repository ({first_line(error)}); write it as user/name", repo_id) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = REMEDIES.get(status, f"the Hub answered {status}: {first_line(error)}")
+        raise AdapterError(said, repo_id) from error
+    except ValueError as error:  # of the page's front matter
+        raise AdapterError(f"the Hub does not take it: {' '.join(str(error).split())[:300]}", repo_id) from error
+    except Exception as error:
+        # the network's errors come from another library with each version of the client (requests, httpx, httpx2)
+        if not isinstance(error, OSError) and "http" not in type(error).__module__:
+            raise
+        raise AdapterError(f"the Hub cannot be reached ({first_line(error)}); check the connection", repo_id) from error

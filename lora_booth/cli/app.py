@@ -1,0 +1,82 @@
+"""The frame of the command line: what every command shares, and the way out of it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from ..errors import CompositionWarning, LoraBoothError, OtherBaseWarning, shown
+
+app = typer.Typer(
+    help="DreamBooth with LoRA: teach Stable Diffusion one subject from a few photos.",
+    rich_markup_mode=None,  # plain text: the brackets in a help line are its defaults, not markup
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Base = Annotated[str, typer.Option(help="'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")]
+Photos = Annotated[Path, typer.Argument(help="folder of photos")]
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+OWN_WARNINGS = (CompositionWarning, OtherBaseWarning)
+INTERRUPTED = 130  # the shell's exit code for it
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point. Leaves with 0, 1 (a token that cannot be used), 2 (a user's mistake) or 130 (interrupted)."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        with plain_warnings():
+            code = app(args=words or ["--help"], prog_name="lora-booth", standalone_mode=False)
+    except LoraBoothError as error:
+        fail(str(error))
+    except OSError as error:  # a file that cannot be written, a full disk
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what every usage error has, in typer's and in click's own classes
+            raise
+        command = next((word for word in words if word in commands()), "")
+        fail(f"{error.format_message().rstrip('.')}; see: lora-booth {command} --help".replace("  ", " "))
+    if code == INTERRUPTED:
+        print("interrupted; the same command again continues a training", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """The library's own warnings as one plain line each; those of others as they are."""
+
+    def tell(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, OWN_WARNINGS):
+            print(f"note: {shown(message)}", file=sys.stderr, flush=True)
+        else:
+            usual(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+        for category in OWN_WARNINGS:
+            warnings.simplefilter("always", category)
+        warnings.showwarning = tell
+        yield
+
+
+def commands() -> list[str]:
+    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
+def fail(message: str) -> NoReturn:
+    """One line, whatever the message holds."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,93 @@
+"""What a composition will do, said before its first step: whose words clash, what it costs, what would serve better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from ..adapters import Adapter
+from ..adapters.difference import Difference, difference
+from .subjects import find_phrase, phrase_of
+from .weights import Weight
+
+CLASH = 0.5  # share of common outputs above which a sum of two subjects is sure to blend them
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two of the adapters, by name, and what they have in common."""
+
+    first: str
+    second: str
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The report of `Composition.preflight`; `str()` gives it as lines.
+
+    passes      rows that the U-Net computes for each of a plain picture's
+    seconds     for one picture, from a trial of a few steps; None: not tried
+    peak_bytes  of memory on the GPU in the trial; None: not tried, or no GPU
+    """
+
+    method: str
+    passes: int
+    adapter_bytes: int
+    overlaps: tuple[Overlap, ...]
+    warnings: tuple[str, ...]
+    recommended: str
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+    def __str__(self) -> str:
+        cost = f"{self.passes} pass{'es' if self.passes > 1 else ''} a step"
+        if self.seconds is not None:
+            cost += f", about {self.seconds:.1f} s a picture"
+        if self.peak_bytes is not None:
+            cost += f", {self.peak_bytes / 1e9:.1f} GB on the GPU"
+        lines = [f"method {self.method}: {cost}; adapters {self.adapter_bytes / 1e6:.1f} MB"]
+        lines += [f"{o.first} and {o.second}: {o.difference}" for o in self.overlaps]
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join([*lines, f"recommended: {self.recommended}"])
+
+
+def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
+    """Those with a token and a class: a style has neither."""
+    return [adapter for adapter, weight in adapters if adapter.card.token and weight.value]
+
+
+def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str, prompt: str) -> list[str]:
+    """What speaks against this composition, one line each."""
+    subjects = subjects_of(adapters)
+    found = []
+    for a, b in combinations(subjects, 2):
+        if a.card.token == b.card.token:
+            found.append(
+                f"two adapters share the token {a.card.token!r}: the prompt cannot tell them apart; "
+                "give each its region and prompt, or train one again with another token"
+            )
+        elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
+            found.append(
+                f"{phrase_of(a)!r} and {phrase_of(b)!r} are both a {a.card.class_noun}: they will blend; "
+                'use regions with isolate="noise"'
+            )
+    if len(subjects) > 1 and method in ("sum", "svd"):
+        found.append(f"method {method} of {len(subjects)} subjects blends them; regions keep each itself")
+    if prompt and method != "regions":
+        found += [
+            f"the prompt does not name {phrase_of(subject)!r}" for subject in subjects if find_phrase(prompt, subject) is None
+        ]
+    return found
+
+
+def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ...]:
+    pairs = combinations([adapter for adapter, _ in adapters], 2)
+    return tuple(Overlap(a.name, b.name, difference(a, b)) for a, b in pairs)
+
+
+def recommendation(adapters: Sequence[tuple[Adapter, Weight]]) -> str:
+    if len(subjects_of(adapters)) < 2:
+        return 'method "sum": one subject, and styles'
+    return 'regions="auto", or regions=[Region(adapter, box=...), ...] where you know the places'

@@ -1,0 +1,69 @@
+"""How strongly an adapter speaks: everywhere alike, or by block and by denoising step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..config import check
+from ..errors import SettingsError
+
+BLOCKS = {"unet.down_blocks": "down", "unet.mid_block": "mid", "unet.up_blocks": "up"}
+TEXT = "text"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that differs by block or by step: `Weight(0.8, blocks={"down": 0.5, "up.1": 0}, end=0.6)`.
+
+    value   of the whole adapter
+    blocks  factors on it for "down", "mid", "up" (or one block, as "up.1") of the U-Net and for "text"; others: 1
+    start   share of the denoising steps, 0 to 1, from which on the adapter is heard
+    end     share until which it is heard (the text encoders: whenever start is 0)
+    """
+
+    value: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        for number in (self.value, *self.blocks.values()):
+            check(math.isfinite(number), f"weight {number}", "any finite number; 0 to 1 is usual")
+        check(0 <= self.start < self.end <= 1, f"start {self.start:g}, end {self.end:g}", "0 <= start < end <= 1")
+        for name in self.blocks:
+            kind, _, index = name.partition(".")
+            known = kind in (*BLOCKS.values(), TEXT) and (not index or (kind in ("down", "up") and index.isdigit()))
+            if not known:
+                raise SettingsError(f"block {name!r} is unknown; allowed: down, mid, up, text, and one block as 'up.1'")
+
+    def of(self, path: str) -> float:
+        """For a module of an adapter file, as `unet.up_blocks.1.…`, while it is heard."""
+        for name in names_of_block(path):
+            if name in self.blocks:
+                return self.value * self.blocks[name]
+        return self.value
+
+    def heard(self, progress: float) -> bool:
+        """At this share of the denoising steps."""
+        return self.start <= progress < self.end
+
+    @property
+    def timed(self) -> bool:
+        return (self.start, self.end) != (0.0, 1.0)
+
+    def __str__(self) -> str:
+        parts = [f"{self.value:g}", *(f"{name} {factor:g}" for name, factor in self.blocks.items())]
+        if self.timed:
+            parts.append(f"steps {self.start:g} to {self.end:g}")
+        return ", ".join(parts)
+
+
+def names_of_block(path: str) -> tuple[str, ...]:
+    """The finest name first."""
+    component, block, index = (*path.split("."), "", "")[:3]
+    if component != "unet":
+        return (TEXT,)
+    kind = BLOCKS.get(f"{component}.{block}")
+    return () if kind is None else (f"{kind}.{index}", kind) if index.isdigit() else (kind,)

@@ -1,0 +1,100 @@
+"""Recipe: the same pictures again, from a file without weights or anything private."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pipelines
+import pytest
+from PIL import Image
+
+from lora_booth.adapters import Adapter
+from lora_booth.base_model import BaseModel
+from lora_booth.composition import Composition, Picture, Recipe, Region, Weight
+from lora_booth.composition.recipe import file_hash
+from lora_booth.config import LoraSpec
+from lora_booth.errors import AdapterBaseMismatch, SettingsError
+
+PROMPT = "sks dog, do dog"
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel.from_pipeline(pipelines.make_pipeline("sd2"), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def files(base, tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    paths = []
+    for seed, token in ((1, "sks"), (2, "do")):
+        made = pipelines.random_adapter(base, LoraSpec(rank=2), seed=seed)
+        paths.append(replace(made, card=replace(made.card, token=token)).save(folder / f"{token}.safetensors"))
+    return paths
+
+
+def settings(adapters: list[Adapter]) -> dict[str, dict]:
+    rex, bob = adapters
+    mask = Image.new("L", (32, 32), 255)
+    return {
+        "auto": {"adapters": [rex, (bob, 0.7)], "regions": "auto", "isolate": "delta"},
+        "boxes": {"adapters": [(rex, Weight(0.5, blocks={"mid": 0.0}, end=0.5))], "regions": [Region(bob, box=(0, 0, 0.5, 1))]},
+        "masks": {"regions": [Region(rex, mask=mask, weight=0.4, prompt="sks"), Region(bob, box=(0.5, 0, 1, 1))], "start": 0.3},
+        "switch": {"adapters": [rex, bob], "method": "switch"},
+    }
+
+
+def same(a: list[Picture], b: list[Picture]) -> bool:
+    return all(np.array_equal(np.asarray(x.image), np.asarray(y.image)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["auto", "boxes", "masks", "switch"])
+def test_a_recipe_replays_to_the_same_pictures(base, files, tmp_path, name):
+    adapters = [Adapter.load(path) for path in files]
+    studio = Composition(base, **settings(adapters)[name])
+    asked = {"seeds": [3, 4], "steps": 4, "guidance": 2.0, "negative_prompt": "a cat"}
+    file = Recipe.of(studio, PROMPT, **asked).save(tmp_path / "recipe.json")
+    again = Recipe.load(file).generate(base, [Adapter.load(path) for path in reversed(files)])
+    assert same(studio.generate(PROMPT, **asked), again)
+    assert [p.seed for p in Recipe.load(file).generate(base, adapters, seeds=[7])] == [7]
+
+
+def test_adapters_are_known_by_the_hash_that_their_files_show(base, files):
+    adapter = Adapter.load(files[0])
+    header = json.loads(files[0].read_bytes()[8 : 8 + int.from_bytes(files[0].read_bytes()[:8], "little")])
+    assert file_hash(adapter) == header["__metadata__"]["sshs_model_hash"]
+    made = pipelines.random_adapter(base, LoraSpec(rank=2), seed=1)
+    assert file_hash(made) == file_hash(adapter)  # before it was saved, and whatever its card says
+
+
+def test_what_is_missing_is_named(base, files, tmp_path):
+    adapters = [Adapter.load(path) for path in files]
+    recipe = Recipe.of(Composition(base, adapters), PROMPT)
+    with pytest.raises(SettingsError, match=r"needs do \(hash"):
+        recipe.generate(base, adapters[:1])
+    other = BaseModel.from_pipeline(pipelines.make_pipeline("sd1"))
+    with pytest.raises(AdapterBaseMismatch, match="made with tiny"):
+        recipe.generate(other, adapters)
+    for content in ("{}", "[]", "no", '{"format": 99}', '{"format": 1, "base": "x"}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(SettingsError, match=r"bad\.json"):
+            Recipe.load(tmp_path / "bad.json")
+
+
+def test_nothing_of_a_masks_file_is_in_it(base, files, tmp_path):
+    mask = Image.new("L", (32, 32), 255)
+    mask.info["comment"] = "secret-comment"
+    exif = mask.getexif()
+    exif[0x010E] = "secret-description"
+    mask.save(tmp_path / "secret-name.png", exif=exif)
+    with Image.open(tmp_path / "secret-name.png") as opened:
+        regions = [Region(Adapter.load(files[0]), mask=opened)]
+        text = Recipe.of(Composition(base, regions=regions), PROMPT).save(tmp_path / "recipe.json").read_text()
+    assert "secret" not in text and str(tmp_path) not in text
+    [entry] = json.loads(text)["composition"]["regions"]
+    import base64
+
+    assert b"secret" not in base64.b64decode(entry["mask"])
