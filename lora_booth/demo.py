@@ -86,9 +86,9 @@ def before_after(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) ->
 
 
 def together(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> Path:
-    """Both subjects in one picture, as the plain sum of their adapters."""
+    """Both subjects in one picture, each adapter where the U-Net looks for its words."""
     names = " and ".join(f"{s.adapter.card.token} {s.adapter.card.class_noun}" for s in subjects)
-    studio = Composition(base, [(s.adapter, 1.0) for s in subjects])
+    studio = Composition(base, [(s.adapter, 1.0) for s in subjects], regions="auto")
     pictures = studio.generate(f"a photo of {names} in the snow", seeds=range(4), steps=STEPS, guidance=GUIDANCE)
     return Gallery(pictures, title="together").save(out / "together.png")
 

@@ -18,7 +18,7 @@ from lora_booth.composition.recipe import file_hash
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, SettingsError
 
-PROMPT = "sks dog, do dog"
+PROMPT = "sks dog, do owl"
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def base() -> BaseModel:
 def files(base, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
     paths = []
-    for seed, token in ((1, "sks"), (2, "do")):
+    for seed, token, noun in ((1, "sks", "dog"), (2, "do", "owl")):
         made = pipelines.random_adapter(base, LoraSpec(rank=2), seed=seed)
-        paths.append(replace(made, card=replace(made.card, token=token)).save(folder / f"{token}.safetensors"))
+        paths.append(replace(made, card=replace(made.card, token=token, class_noun=noun)).save(folder / f"{token}.safetensors"))
     return paths
 
 

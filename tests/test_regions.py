@@ -236,6 +236,7 @@ def test_other_adapters_are_heard_everywhere(sd1):
         assert torch.allclose(latents(styled, "sks dog"), latents(Composition(sd1, [bob, rex]), "sks dog"), atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
 def test_pictures_do_not_depend_on_their_batch(sd1):
     rex, bob = pair(sd1)
     for isolate in ("delta", "noise"):

@@ -29,7 +29,7 @@ def three(base: BaseModel) -> dict[str, Adapter]:
     for seed, name in enumerate(("rex", "bob", "ink")):
         lora = LoraSpec(rank=2 + seed, text_encoder=seed == 2)
         adapter = pipelines.random_adapter(base, lora, seed=seed)
-        made[name] = replace(adapter, card=replace(adapter.card, token=name))
+        made[name] = replace(adapter, card=replace(adapter.card, token=None, title=name))
     return made
 
 
@@ -107,8 +107,7 @@ def test_requests_in_one_batch_are_what_each_would_be_alone(base):
     for request, a, b in zip(requests, together, apart, strict=True):
         assert np.abs(np.asarray(a.image).astype(int) - np.asarray(b.image).astype(int)).max() <= 2  # of 255
         named = [(adapters[name], weight) for name, weight in request.adapters.items()]
-        negative = request.negative_prompt or None
-        options = {"seeds": [request.seed], "steps": 3, "guidance": 3.0, "negative_prompt": negative}
+        options = {"seeds": [request.seed], "steps": 3, "guidance": 3.0, "negative_prompt": request.negative_prompt}
         [stock] = Composition(base, named).generate(request.prompt, **options)
         assert np.abs(np.asarray(a.image).astype(int) - np.asarray(stock.image).astype(int)).max() <= 2
         assert (a.prompt, a.seed, dict(a.adapters)) == (request.prompt, request.seed, dict(request.adapters))

@@ -27,7 +27,7 @@ class Request:
     prompt: str
     adapters: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Serving:
         heard = {name: self.loaded[name].on for name in self.loaded}
         before = {name: on.weight for name, on in heard.items()}
         prompts = [self._text(request, request.prompt) for request in requests]
-        negatives = [self._text(request, request.negative_prompt) for request in requests]
+        negatives = [self._negative(request) for request in requests]
         try:
             self.use(dict.fromkeys(names, 1.0))
             rows = {n: torch.tensor([float(r.adapters.get(n, 0.0)) for r in requests]) for n in names}
@@ -122,15 +122,20 @@ class Serving:
         finally:
             self.use(before)
         return [
-            Picture(
-                image, r.prompt, r.seed, tuple(r.adapters.items()), self.base.name, r.negative_prompt or None, steps, guidance
-            )
+            Picture(image, r.prompt, r.seed, tuple(r.adapters.items()), self.base.name, r.negative_prompt, steps, guidance)
             for image, r in zip(images, requests, strict=True)
         ]
 
     def _text(self, request: Request, prompt: str) -> TextConditions:
         self.use(request.adapters)  # a text encoder may have an adapter too
         return self.base.encode_text([prompt])
+
+    def _negative(self, request: Request) -> TextConditions:
+        text = self._text(request, request.negative_prompt or "")
+        if request.negative_prompt is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL
+            assert text.pooled is not None
+            return TextConditions(torch.zeros_like(text.states), torch.zeros_like(text.pooled))
+        return text
 
 
 def set_weight(on: AttachedAdapter, weight: float) -> None:
