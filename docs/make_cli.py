@@ -43,6 +43,8 @@ def section(name: str, callback: Callable[..., Any]) -> str:
             arguments.append(f"| `{parameter.name.upper()}` | {text} | |")
             continue
         option = "--" + parameter.name.replace("_", "-")
+        if typing.get_origin(kind) is list:
+            [kind] = typing.get_args(kind)
         if kind is bool:
             shown = f"`{option}` / `--no-{option[2:]}`"
         else:

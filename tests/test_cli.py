@@ -186,6 +186,23 @@ def test_without_a_weight_the_cards_own_is_taken(call, rex, tiny, tmp_path, monk
     assert code == 2 and "gallery without pictures" in err
 
 
+def test_regions_recipes_and_previews(call, rex, tiny, tmp_path):
+    loaded = Adapter.load(rex)
+    owl = replace(loaded.scaled(0.5), card=replace(loaded.card, token="do", class_noun="owl")).save(tmp_path / "owl.safetensors")
+    dog = replace(loaded, card=replace(loaded.card)).save(tmp_path / "dog.safetensors")
+    words = ["--prompt", "sks dog, do owl", "--base", tiny, "--steps", 4, "--size", 32, "--seeds", "3", "--out", tmp_path / "a"]
+    places = ["--region", "dog:0,0,0.5,1", "--region", 'owl:0.5,0,1,1:"do owl"', "--preview", tmp_path / "places.png"]
+    code, out, err = call("generate", dog, f"{owl}:0.8", *words, *places, "--recipe", tmp_path / "pair.json")
+    assert (code, "note" in err) == (0, False)
+    assert out.splitlines()[:2] == [str(tmp_path / "places.png"), str(tmp_path / "pair.json")]
+    code, out, _ = call("replay", tmp_path / "pair.json", owl, dog, "--base", tiny, "--out", tmp_path / "b")
+    assert code == 0
+    with Image.open(tmp_path / "a" / "000003.png") as one, Image.open(tmp_path / "b" / "000003.png") as other:
+        assert one.tobytes() == other.tobytes()
+    auto = ["--auto-regions", "--isolate", "delta", "--preview", tmp_path / "found.png"]
+    assert call("generate", dog, owl, *words, *auto)[0] == 0 and (tmp_path / "found.png").is_file()
+
+
 def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos, tiny, tmp_path, monkeypatch):
     out = tmp_path / "again.safetensors"
     monkeypatch.setattr("lora_booth.config.TrainingConfig", functools.partial(TrainingConfig, checkpoint_every=2))
@@ -309,6 +326,12 @@ MISTAKES = [
     ("generate {rex}:much --prompt x --base {tiny}", "'much' is no weight"),
     ("generate {rex}:nan --prompt x --base {tiny}", "'nan' is no weight"),
     ("generate {tmp}/nothing.safetensors --prompt x", "nothing.safetensors"),
+    ("generate {rex} --prompt x --region cat:0,0,1,1", "no adapter 'cat'"),
+    ("generate {rex} --prompt x --region rex:0,0,1", "write it as NAME:0,0,0.5,1"),
+    ("generate {rex} --prompt x --region rex:0,0,1,1 --auto-regions", "exclude each other"),
+    ("generate {rex} --prompt x --preview x.png", "--preview shows regions"),
+    ("generate {rex} --prompt x --base {tiny} --method blend", "'blend' is unknown"),
+    ("replay {tmp}/none.json {rex}", "none.json"),
     ("generate {rex}", "--prompt"),
     ("generate {rex} --prompt x --seed 3", "--seed"),
     ("generate {rex} --prompt x --base {tiny} --steps 1 --seeds 1 --out {file}", "file.txt"),

@@ -1,4 +1,4 @@
-"""Commands from photos to pictures."""
+"""Commands from photos to an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from ..errors import SettingsError
 from .app import Base, Photos, app, say
-from .words import check_adapter_file, check_layout, load_base, parse_seeds, weighted
+from .words import check_adapter_file, check_layout, load_base
 
 
 @app.command()
@@ -131,37 +131,3 @@ def train(
     adapter = train_adapter(loaded, subject, lora=lora, config=config, out=run or out.with_suffix(""))
     file = adapter.save(out, layout=layout)  # type: ignore[arg-type]
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB); prompt: {adapter.card.prompt}")
-
-
-@app.command()
-def generate(
-    adapters: Annotated[list[str], typer.Argument(help="adapter files, each with an optional :WEIGHT")],
-    prompt: Annotated[str, typer.Option(help="what to draw; the adapter's token belongs in it")],
-    base: Base = "toybox",
-    seeds: Annotated[str, typer.Option(help="as 0-3 or 1,5,8; one picture each")] = "0-3",
-    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("pictures"),
-    negative_prompt: Annotated[str | None, typer.Option(help="what the pictures shall not show")] = None,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(help="classifier-free guidance scale")] = 5.0,
-    size: Annotated[int | None, typer.Option(help="side in pixels [the base's own]")] = None,
-    batch_size: Annotated[int, typer.Option(help="pictures at a time")] = 1,
-) -> None:
-    """Draw pictures with one or several adapters, and a gallery page of them."""
-    from ..composition import Composition
-    from ..gallery import Gallery
-
-    wanted = parse_seeds(seeds)
-    chosen = weighted(adapters)
-    pictures = Composition(load_base(base), chosen).generate(
-        prompt,
-        seeds=wanted,
-        negative_prompt=negative_prompt,
-        steps=steps,
-        guidance=guidance,
-        size=size,
-        batch_size=batch_size,
-        on_image=lambda done: print(f"picture {done}/{len(wanted)}", file=sys.stderr, flush=True),
-    )
-    for picture in pictures:
-        say(str(picture.save(out / f"{picture.seed:06d}.png")))
-    say(str(Gallery(pictures, title=prompt).save(out / "gallery.html")))

@@ -91,3 +91,14 @@ def parse_seeds(text: str) -> list[int]:
     except (ValueError, OverflowError):
         raise SettingsError(f"seeds {text!r}; write them as 0-3 or 1,5,8") from None
     return list(seeds)
+
+
+def region_words(text: str) -> tuple[str, tuple[float, float, float, float], str | None]:
+    """ "rex:0,0,0.5,1:a dog" -> name, box, prompt; without a prompt None."""
+    name, _, rest = text.partition(":")
+    numbers, colon, prompt = rest.partition(":")
+    try:
+        x0, y0, x1, y1 = (float(number) for number in numbers.split(","))
+    except ValueError:
+        raise SettingsError(f"region {text!r}; write it as NAME:0,0,0.5,1 or NAME:0,0,0.5,1:PROMPT") from None
+    return name, (x0, y0, x1, y1), prompt.strip('"') if colon else None
