@@ -188,8 +188,8 @@ def test_without_a_weight_the_cards_own_is_taken(call, rex, tiny, tmp_path, monk
 
 def test_regions_recipes_and_previews(call, rex, tiny, tmp_path):
     loaded = Adapter.load(rex)
-    owl = replace(loaded.scaled(0.5), card=replace(loaded.card, token="do", class_noun="owl")).save(tmp_path / "owl.safetensors")
-    dog = replace(loaded, card=replace(loaded.card)).save(tmp_path / "dog.safetensors")
+    other = replace(loaded.scaled(0.5), card=replace(loaded.card, token="do", class_noun="owl"))
+    dog, owl = loaded.save(tmp_path / "dog.safetensors"), other.save(tmp_path / "owl.safetensors")
     words = ["--prompt", "sks dog, do owl", "--base", tiny, "--steps", 4, "--size", 32, "--seeds", "3", "--out", tmp_path / "a"]
     places = ["--region", "dog:0,0,0.5,1", "--region", 'owl:0.5,0,1,1:"do owl"', "--preview", tmp_path / "places.png"]
     code, out, err = call("generate", dog, f"{owl}:0.8", *words, *places, "--recipe", tmp_path / "pair.json")

@@ -36,7 +36,9 @@ def generate(
     ] = None,
     region: Annotated[
         list[str] | None,
-        typer.Option(help="where one adapter is heard, as NAME:x0,y0,x1,y1 or NAME:x0,y0,x1,y1:PROMPT; NAME: its file's; may be given again"),
+        typer.Option(
+            help="place of an adapter, as NAME:x0,y0,x1,y1 or NAME:x0,y0,x1,y1:PROMPT; NAME of its file; once for each"
+        ),
     ] = None,
     auto_regions: Annotated[bool, typer.Option(help="find the place of each adapter that the prompt names")] = False,
     isolate: Annotated[str, typer.Option(help="of regions: noise (a pass for each) or delta (about one pass)")] = "noise",
