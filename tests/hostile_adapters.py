@@ -497,7 +497,9 @@ def places() -> list[Hostile]:
         return folder
 
     def other_names(folder: Path) -> Path:
-        return written(folder, dict(zip((KD, KU), pair(), strict=True))).parent
+        path = written(folder, dict(zip((KD, KU), pair(), strict=True)))
+        path.with_name("another.safetensors").write_bytes(path.read_bytes())
+        return folder
 
     def directory(folder: Path) -> Path:
         (folder / "adapter_model.safetensors").mkdir()
@@ -561,7 +563,7 @@ def places() -> list[Hostile]:
         Hostile("pickle of protocol 0 under our name", form, poisoned(".safetensors", 0)),
         Hostile("torch.save under our name", unsafe, zipped),
         Hostile("a folder of pickles", unsafe, pickles_alone),
-        Hostile("a folder of other names", E.AdapterError, other_names, "name the adapter's file"),
+        Hostile("a folder of two files with other names", E.AdapterError, other_names, "name the adapter's file"),
         Hostile("an empty folder", E.AdapterError, lambda folder: folder),
         Hostile("a directory in the file's place", form, directory),
         Hostile("larger than 1 GiB", E.AdapterTooLarge, sparse),

@@ -186,6 +186,18 @@ def test_without_a_weight_the_cards_own_is_taken(call, rex, tiny, tmp_path, monk
     assert code == 2 and "gallery without pictures" in err
 
 
+def test_share(call, rex, tmp_path):
+    facts = ["--title", "Rex", "--author", "me", "--license", "cc-by-4.0", "--consent", "object", "--tags", "dog,photo"]
+    code, out, _ = call("share", rex, "--out", tmp_path / "shared", *facts)
+    assert (code, out.strip()) == (0, f"wrote {tmp_path / 'shared'}")
+    card = Adapter.load(tmp_path / "shared").card  # a folder with one file
+    assert (card.title, card.author, card.license, card.consent, card.tags) == ("Rex", "me", "cc-by-4.0", "object", "dog,photo")
+    assert "cc-by-4.0" in (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
+    Adapter.load(rex).save(tmp_path / "shared" / "other.safetensors")
+    code, _, err = call("show", tmp_path / "shared")
+    assert code == 2 and "2 .safetensors files" in err
+
+
 def test_regions_recipes_and_previews(call, rex, tiny, tmp_path):
     loaded = Adapter.load(rex)
     other = replace(loaded.scaled(0.5), card=replace(loaded.card, token="do", class_noun="owl"))
@@ -332,6 +344,9 @@ MISTAKES = [
     ("generate {rex} --prompt x --preview x.png", "--preview shows regions"),
     ("generate {rex} --prompt x --base {tiny} --method blend", "'blend' is unknown"),
     ("replay {tmp}/none.json {rex}", "none.json"),
+    ("share {rex}", "either --out FOLDER or --push"),
+    ("share {rex} --out {tmp}/s --consent maybe", "consent 'maybe' is unknown"),
+    ("share {rex} --push me/rex", "me/rex"),
     ("generate {rex}", "--prompt"),
     ("generate {rex} --prompt x --seed 3", "--seed"),
     ("generate {rex} --prompt x --base {tiny} --steps 1 --seeds 1 --out {file}", "file.txt"),

@@ -27,6 +27,11 @@ def find(path: Path) -> tuple[Path, Path | None]:
         if name in names:
             config = name == FOLDER_FILES[0] and CONFIG_FILE in names
             return _inside(path, name), _inside(path, CONFIG_FILE) if config else None
+    own = [name for name in sorted(names) if name.endswith(".safetensors") and not name.startswith(".")]
+    if len(own) == 1:  # as `Adapter.save_folder` and many repositories on the Hub have it
+        return _inside(path, own[0]), None
+    if own:
+        raise AdapterError(f"{len(own)} .safetensors files in this folder; name the adapter's file", path)
     if any(name.endswith(PICKLE_SUFFIXES) for name in names):
         raise UnsafeFormat("only pickles in this folder, and those could run their code; ask for a .safetensors file", path)
     raise AdapterError(f"no {' or '.join(FOLDER_FILES)} in this folder; name the adapter's file", path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import shown
+from ..errors import SettingsError, shown
 from .app import app, say
 from .words import check_adapter_file, check_dtype, check_layout, load_base, weighted
 
@@ -74,6 +74,36 @@ def convert(
     if dtype is not None:
         check_dtype(dtype)
     say(f"wrote {rewrite(adapter, out, layout=layout, dtype=dtype)}")  # type: ignore[arg-type]
+
+
+@app.command()
+def share(
+    adapter: Annotated[Path, typer.Argument(help="adapter file to share")],
+    out: Annotated[Path | None, typer.Option(help="the folder to write: file, README.md and pictures")] = None,
+    push: Annotated[str | None, typer.Option(help="a Hub repository, as owner/name, to upload it to")] = None,
+    private: Annotated[bool, typer.Option(help="of the repository: for you alone")] = False,
+    layout: Layout = "kohya",
+    title: Annotated[str | None, typer.Option(help="what it is called")] = None,
+    author: Annotated[str | None, typer.Option(help="who made it")] = None,
+    license: Annotated[str | None, typer.Option(help="as cc-by-4.0")] = None,
+    consent: Annotated[str | None, typer.Option(help="who agreed to be shown, as self or consenting person")] = None,
+    tags: Annotated[str | None, typer.Option(help="words to find it by, with commas between them")] = None,
+    thumbnail: Annotated[Path | None, typer.Option(help="a picture for the file's header")] = None,
+) -> None:
+    """Make a folder ready for the Hub, or upload it."""
+    from ..adapters import Adapter
+
+    check_layout(layout)
+    if (out is None) == (push is None):
+        raise SettingsError("share writes a folder or uploads it; give either --out FOLDER or --push OWNER/NAME")
+    facts = {"title": title, "author": author, "license": license, "consent": consent, "tags": tags}
+    card = {name: fact for name, fact in facts.items() if fact is not None}
+    shared = Adapter.load(adapter).with_card(**card)
+    if out is not None:
+        say(f"wrote {shared.save_folder(out, layout=layout, thumbnail=thumbnail)}")  # type: ignore[arg-type]
+    else:
+        assert push is not None
+        say(shared.push_to_hub(push, private=private, layout=layout, thumbnail=thumbnail))  # type: ignore[arg-type]
 
 
 @app.command()
