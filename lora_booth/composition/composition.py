@@ -24,7 +24,7 @@ from ..injection import AttachedAdapter, attached_layers
 from .attention_maps import AttentionMaps
 from .conductor import Conductor, Forward, Voice, in_voices, plainly
 from .picture import Picture
-from .preflight import Preflight, clashes, overlaps_of, recommendation
+from .preflight import Preflight, clashes, overlaps_of, recommendation, unnamed
 from .regional import EMPTY, Isolation, Regional
 from .regions import Region, masks_of
 from .subjects import find_phrase, token_positions, without
@@ -115,7 +115,7 @@ class Composition:
         check(batch_size >= 1, f"batch_size {batch_size}", "at least 1")
         check(math.isfinite(guidance) and guidance >= 0, f"guidance {guidance}", "at least 0; 4 to 8 is usual")
         check(size is None or (size >= 8 and size % 8 == 0), f"size {size}", "multiples of 8 pixels")
-        for text in clashes(self.everyone(prompt), self.method, self.isolate, prompt):
+        for text in clashes(self.everyone(prompt), self.method, self.isolate):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
             images = generate_images(
@@ -221,11 +221,14 @@ class Composition:
             passes=self._passes(prompt),
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
-            warnings=tuple(clashes(everyone, self.method, self.isolate, prompt)),
+            warnings=(*clashes(everyone, self.method, self.isolate), *self._unnamed(everyone, prompt)),
             recommended=recommendation(everyone),
             seconds=seconds,
             peak_bytes=peak,
         )
+
+    def _unnamed(self, everyone: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str]:
+        return unnamed(everyone, prompt) if self.method != "regions" else []  # whose regions may have prompts of their own
 
     def _passes(self, prompt: str) -> int:
         if self.method == "composite":

@@ -58,7 +58,7 @@ def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
     return [adapter for adapter, weight in adapters if adapter.card.token and weight.value]
 
 
-def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str, prompt: str) -> list[str]:
+def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str) -> list[str]:
     """What speaks against this composition, one line each."""
     subjects = subjects_of(adapters)
     found = []
@@ -75,11 +75,13 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: st
             )
     if len(subjects) > 1 and method in ("sum", "svd"):
         found.append(f"method {method} of {len(subjects)} subjects blends them; regions keep each itself")
-    if prompt and method != "regions":
-        found += [
-            f"the prompt does not name {phrase_of(subject)!r}" for subject in subjects if find_phrase(prompt, subject) is None
-        ]
     return found
+
+
+def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str]:
+    """Subjects that a prompt leaves out, which may be meant: "a dog" shows what is left of the class."""
+    missing = [phrase_of(subject) for subject in subjects_of(adapters) if find_phrase(prompt, subject) is None]
+    return [f"the prompt does not name {phrase!r}" for phrase in missing] if prompt else []
 
 
 def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ...]:
