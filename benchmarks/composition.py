@@ -53,7 +53,7 @@ def adapter_of(base: lb.BaseModel, name: str, token: str, work: Path) -> lb.Adap
 
 
 def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> Composition:
-    boxes = [lb.Region(adapter, box=box) for adapter, box in zip(adapters, (LEFT, RIGHT), strict=True)]
+    boxes = [lb.Region(adapter, box=box) for adapter, box in zip(adapters, (LEFT, RIGHT), strict=False)]
     settings: dict[str, dict[str, Any]] = {
         "sum": {"adapters": adapters},
         "svd": {"adapters": adapters, "method": "svd"},
