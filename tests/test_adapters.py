@@ -376,8 +376,12 @@ def test_folders(tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "pytorch_lora_weights.safetensors")
     assert Adapter.load(tmp_path).modules[Q].scale == 1
     (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "other.safetensors")
-    with pytest.raises(E.AdapterError):
+    assert Adapter.load(tmp_path).modules[Q].scale == 1  # the only one there
+    (tmp_path / "another.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes())
+    with pytest.raises(E.AdapterError, match="2 .safetensors files in this folder"):
         Adapter.load(tmp_path)
+    (tmp_path / "another.safetensors").unlink()
+    (tmp_path / "other.safetensors").unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"PK")
     with pytest.raises(E.UnsafeFormat):
         Adapter.load(tmp_path)
