@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,16 +43,9 @@ class Gate:
     """What one adapter's changes are multiplied by; None: 1."""
 
     rows: Tensor | None = None  # (rows,)
-    masks: Tensor | None = None  # (P, H, W) at full size; P pictures or 1
+    masks: Masks | None = None  # of all subjects, which keep their reduced sizes from step to step
+    subject: int = 0  # which of them
     words: Tensor | None = None  # (rows or 1, tokens), for the layers that read the prompt
-    _sizes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-    def pixels(self, height: int, width: int) -> Tensor:
-        """(P, height, width)"""
-        assert self.masks is not None
-        if (height, width) not in self._sizes:
-            self._sizes[height, width] = Masks(self.masks[None]).at(height, width)[0]
-        return self._sizes[height, width]
 
 
 Forward = Callable[..., Any]
@@ -158,11 +151,11 @@ class Conductor:
         """The gate in the shape of a layer's output: (rows, H, W) -> (rows, 1, H, W), (rows, H * W, 1) or (rows, 1)."""
         assert gate.masks is not None
         if output.ndim == 4:
-            mask = gate.pixels(*output.shape[-2:])[:, None]
+            mask = gate.masks.at(*output.shape[-2:])[gate.subject][:, None]
         elif output.ndim == 3:
-            mask = gate.pixels(*self.size).flatten(1)[:, :, None]
+            mask = gate.masks.at(*self.size)[gate.subject].flatten(1)[:, :, None]
         else:  # a resnet's time embedding has no pixels: the subject's share of the picture
-            mask = gate.masks.mean((1, 2))[:, None]
+            mask = gate.masks.full[gate.subject].mean((1, 2))[:, None]
         repeats = len(output) // len(mask) if len(mask) > 1 else 1
         return mask.repeat(repeats, *[1] * (mask.ndim - 1)).to(output.dtype)
 

@@ -11,8 +11,6 @@ from ..adapters.difference import Difference, difference
 from .subjects import find_phrase, phrase_of
 from .weights import Weight
 
-CLASH = 0.5  # share of common outputs above which a sum of two subjects is sure to blend them
-
 
 @dataclass(frozen=True)
 class Overlap:

@@ -97,7 +97,7 @@ class Regional:
             unowned, owned = self._word_gates(n, masks, tokens, prompted)
             rows = [unowned, owned] if conductor.moment.guided else [owned]
             words = torch.cat([part if len(part) == pictures else part.expand(pictures, -1) for part in rows])
-            gates[member] = Gate(masks=masks.full[n], words=words)
+            gates[member] = Gate(masks=masks, subject=n, words=words)
         conductor.gates = gates
         try:
             if not prompted:

@@ -1,4 +1,4 @@
-"""Serving: many adapters on one live pipeline, switched in no time, and requests with different ones in one batch."""
+"""Serving: many adapters on one live pipeline, switched without a reload, and requests with different ones in one batch."""
 
 from __future__ import annotations
 

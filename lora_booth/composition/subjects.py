@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 from ..adapters import Adapter
@@ -50,9 +50,3 @@ def token_positions(prompt: str, adapter: Adapter, tokenizer: Any) -> list[int]:
         if ids[first : first + len(wanted)] == wanted:
             return list(range(first, first + len(wanted)))
     raise SettingsError(f"{found.group()!r} lies beyond the {len(ids)} tokens that this base reads of a prompt; shorten it")
-
-
-def names_twice(adapters: Sequence[Adapter]) -> list[str]:
-    """Tokens that two adapters share."""
-    tokens = [a.card.token for a in adapters if a.card.token]
-    return sorted({t for t in tokens if tokens.count(t) > 1})
