@@ -28,7 +28,7 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, identity: st
     temporary.mkdir()
     try:
         with open(temporary / STATE, "wb") as file:
-            torch.save(state | {"step": step}, file)
+            torch.save(state, file)
             sync(file.fileno())
         manifest = {"step": step, "identity": identity, "sha256": sha256(temporary / STATE)}
         with open(temporary / MANIFEST, "w", encoding="utf-8") as text:

@@ -40,8 +40,9 @@ class TrainingConfig:
 
     steps: int | None = None  # optimizer updates
     learning_rate: float | None = None
-    batch_size: int = 1  # photos a forward pass; as many class images come on top
-    gradient_accumulation: int = 1  # forward passes for one update
+    batch_size: int = 1  # photos; as many class images come on top
+    gradient_accumulation: int = 1  # batches for one update
+    pictures_at_a_time: int | None = None  # of a batch through the U-Net: fewer take less memory; None: all
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int | None = None  # linear, from 0
     weight_decay: float = 1e-2
@@ -64,6 +65,8 @@ class TrainingConfig:
         check(rate is None or 0 < rate <= 0.1, f"learning_rate {rate}", "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA")
         check(self.batch_size >= 1, f"batch_size {self.batch_size}", "at least 1")
         check(self.gradient_accumulation >= 1, f"gradient_accumulation {self.gradient_accumulation}", "at least 1")
+        few = self.pictures_at_a_time
+        check(few is None or few >= 1, f"pictures_at_a_time {few}", "at least 1")
         check(self.lr_schedule in ("constant", "cosine"), f"lr_schedule {self.lr_schedule!r}", "constant or cosine")
         check(self.warmup_steps is None or self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}", "at least 0")
         check(self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm}", "above 0 (math.inf: no clipping)")

@@ -16,7 +16,7 @@ from .adapters.spectrum import Truncation, Truncations, keep, one_rank, spectrum
 from .base_model import BaseModel
 from .errors import AdapterTargetError, BaseModelError
 from .injection import adaptable, module_path, unread_layers
-from .training import card_facts
+from .training.card import card_facts
 
 
 @dataclass(frozen=True)

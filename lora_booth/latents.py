@@ -45,6 +45,22 @@ class Batch:
     prompts: tuple[str, ...]
     time_ids: Tensor | None  # (N, 6)
     photos: int  # how many of the N are photos
+    whole: tuple[int, int] | None = None  # photos and class images of the batch that this is a part of; None: it is all
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, part: slice) -> Batch:
+        """Some of the rows."""
+        first, last, _ = part.indices(len(self))
+        photos = max(0, min(self.photos, last) - first)
+        ids = None if self.time_ids is None else self.time_ids[part]
+        return Batch(self.latents[part], self.prompts[part], ids, photos, self.of)
+
+    @property
+    def of(self) -> tuple[int, int]:
+        """Photos and class images of the whole batch."""
+        return self.whole or (self.photos, len(self) - self.photos)
 
 
 def encode(

@@ -25,6 +25,7 @@ def dreambooth_loss(
     text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
     noise          like latents      standard normal
     timesteps      (N,) int64        in [0, 1000)
+    batch.of       photos and class images of the whole batch, whose means the loss is made of: losses of its parts add up
     returns        () float32
     """
     alphas = base.alphas_cumprod[timesteps]
@@ -39,9 +40,10 @@ def dreambooth_loss(
     error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         error = error * min_snr_weight(alphas, min_snr_gamma, base.prediction_type)
-    loss = error[: batch.photos].mean()
-    if batch.photos < len(error):
-        loss = loss + prior_loss_weight * error[batch.photos :].mean()
+    photos, class_images = batch.of
+    loss = error[: batch.photos].sum() / photos
+    if class_images:
+        loss = loss + prior_loss_weight * error[batch.photos :].sum() / class_images
     return loss
 
 

@@ -9,22 +9,33 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .adapters import LoraFactors
     from .injection import TrainableLora
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer update, just done."""
+    """One optimizer update, just done. On a GPU it may still be computing: reading a loss waits for it."""
 
     index: int  # from 1
     total: int
-    loss: float
-    smoothed_loss: float  # exponential mean over about 20 updates
     learning_rate: float
     seconds: float  # since the loop began
     seconds_left: float
+    loss_tensor: Tensor = field(repr=False, compare=False)  # ()
+    smoothed_tensor: Tensor = field(repr=False, compare=False)  # ()
     lora: TrainableLora = field(repr=False, compare=False)
+
+    @property
+    def loss(self) -> float:
+        return float(self.loss_tensor)
+
+    @property
+    def smoothed_loss(self) -> float:
+        """Exponential mean over about 20 updates."""
+        return float(self.smoothed_tensor)
 
     def factors(self) -> dict[str, LoraFactors]:
         """A copy of what is learnt so far, by module path."""

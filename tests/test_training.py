@@ -29,7 +29,8 @@ from lora_booth.loss import dreambooth_loss
 from lora_booth.prior import class_images
 from lora_booth.progress import Step
 from lora_booth.subject import Subject
-from lora_booth.training import learning_rate, prepare, settled, train, training_steps
+from lora_booth.training import prepare, train, training_steps
+from lora_booth.training.settings import learning_rate, settled
 
 LORA = LoraSpec(rank=2)
 ALONE = TrainingConfig(steps=4, prior_loss_weight=0.0, warmup_steps=0)  # without class images
@@ -212,6 +213,24 @@ def test_gradient_checkpointing_changes_nothing(rex: Subject) -> None:
             # Adam's first updates are about the gradient's sign, which makes rounding visible
             difference = (factors.delta() - saving.modules[key].delta()).norm()
             assert difference <= 1e-3 * factors.delta().norm(), key
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_batch_in_parts_is_the_same_batch(kind: str, rex: Subject) -> None:
+    """Photos and class images one at a time through the U-Net: the same loss and gradients, in less memory."""
+    found = []
+    for size in (None, 1, 3):
+        base = base_of(kind)
+        config = replace(WITH_PRIOR, batch_size=2, steps=1, pictures_at_a_time=size)
+        cache = prepare(base, [rex], lora=LORA, config=config)
+        steps = training_steps(base, cache, lora=LORA, config=config)
+        step = next(steps)
+        found.append((step.loss, {n: p.grad.clone() for n, p in step.lora.named_parameters().items() if p.grad is not None}))
+        steps.close()
+    for loss, gradients in found[1:]:
+        assert math.isclose(loss, found[0][0], rel_tol=1e-5)
+        for name, gradient in found[0][1].items():
+            assert torch.allclose(gradients[name], gradient, atol=1e-6 + 1e-4 * float(gradient.abs().max())), name
 
 
 def test_gradient_accumulation(rex: Subject) -> None:
@@ -429,10 +448,27 @@ def test_a_loss_that_is_not_finite_ends_the_training(rex: Subject) -> None:
             with torch.no_grad():
                 next(iter(step.lora.named_parameters().values())).fill_(math.nan)
 
-    with pytest.raises(TrainingError, match="not finite 3 times in a row, at step 5.*lower learning_rate"):
+    with pytest.raises(TrainingError, match="not finite 3 times in a row, at step 5, with half the rate.*lower learning_rate"):
         run(base, rex, replace(ALONE, steps=10), on_step=on_step)
-    assert seen == [1, 2, 3, 4]
+    assert seen == [1, 2, 3, 4] * 2
     assert same_state(state(base.pipeline), weights) and left_as_it_was(base) == before
+
+
+def test_a_spoilt_state_is_rolled_back_and_the_rate_halved(rex: Subject) -> None:
+    """Once: then the run goes on from its last good state and ends well."""
+    base = base_of("sd1")
+    seen: list[tuple[int, float]] = []
+
+    def on_step(step: Step) -> None:
+        seen.append((step.index, step.learning_rate))
+        if len(seen) == 2:
+            with torch.no_grad():
+                next(iter(step.lora.named_parameters().values())).fill_(math.nan)
+
+    config = replace(ALONE, steps=6, learning_rate=1e-3, lr_schedule="constant")
+    adapter = run(base, rex, config, on_step=on_step)
+    assert seen == [(i, 1e-3) for i in (1, 2, 3, 4)] + [(i, 5e-4) for i in (1, 2, 3, 4, 5, 6)]
+    assert all(f.up.isfinite().all() and f.down.isfinite().all() for f in adapter.modules.values())
 
 
 def test_one_step_that_is_not_finite_is_left_out(rex: Subject) -> None:

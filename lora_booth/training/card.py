@@ -1,0 +1,39 @@
+"""The card of a trained adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import __version__
+from ..adapters import Card
+from ..base_model import BaseModel
+from ..config import LoraSpec, TrainingConfig
+from ..subject import Subject
+
+
+def card_facts(base: BaseModel) -> dict[str, Any]:
+    """What a card says about the base."""
+    return {
+        "family": base.family.name,
+        "prediction_type": base.prediction_type,
+        "base_model": base.name,
+        "base_hash": base.fingerprint,
+    }
+
+
+def make_card(base: BaseModel, subjects: Sequence[Subject], lora: LoraSpec, config: TrainingConfig) -> Card:
+    first = subjects[0]
+    return Card(
+        **card_facts(base),
+        resolution=config.resolution,
+        token=first.token,
+        class_noun=first.class_noun,
+        prompt=first.instance_prompt,
+        rank=lora.rank,
+        alpha=lora.scale_alpha,
+        steps=config.steps,
+        photos=sum(len(s.photos) for s in subjects),
+        library_version=__version__,
+        title=" and ".join(f"{s.token} {s.class_noun}" for s in subjects),
+    )
