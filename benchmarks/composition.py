@@ -3,7 +3,7 @@
 python benchmarks/composition.py --work DIR                        every method, pair and context; 4 seeds
 python benchmarks/composition.py --work DIR --methods sum noise --contexts 2 --seeds 2
 
-DIR keeps the adapters, which are trained with the defaults on five drawn photos each.
+DIR keeps the adapters, which are trained with the defaults on five drawn photos each, and the rows read so far.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     settings: dict[str, dict[str, Any]] = {
         "sum": {"adapters": adapters},
         "svd": {"adapters": adapters, "method": "svd"},
+        "ssr": {"adapters": adapters, "method": "ssr"},
         "switch": {"adapters": adapters, "method": "switch"},
         "composite": {"adapters": adapters, "method": "composite"},
         "delta": {"regions": boxes, "isolate": "delta"},
@@ -68,7 +69,7 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     return Composition(base, **settings[method])
 
 
-METHODS = ("sum", "svd", "switch", "composite", "delta", "noise", "auto delta", "auto noise")
+METHODS = ("sum", "svd", "ssr", "switch", "composite", "delta", "noise", "auto delta", "auto noise")
 
 
 def likeness(found: Identity, subject: Identity) -> float:
@@ -76,21 +77,24 @@ def likeness(found: Identity, subject: Identity) -> float:
     return float(np.mean([a == b for a, b in zip(look_of(found), look_of(subject), strict=True)]))
 
 
-def outcome(verdict: Verdict, pair: tuple[Identity, Identity]) -> str:
-    """What became of two subjects (DreamBooth's question for each, and whose look each object has)."""
-    if len(verdict.objects) < 2:
-        return "vanished"
-    objects = list(verdict.objects)
-    wanted = [subject.class_noun for subject in pair]
-    classes = [o.class_noun for o in objects]
-    if sorted(classes) != sorted(wanted):
-        return "duplicated" if classes[0] == classes[1] and classes[0] in wanted else "vanished"
+def objects_of(verdict: Verdict, pair: tuple[Identity, Identity]) -> tuple[Identity, Identity] | None:
+    """The two objects in the order of the subjects; None: they are not both there."""
+    objects, wanted = list(verdict.objects), [subject.class_noun for subject in pair]
+    if len(objects) < 2 or sorted(o.class_noun for o in objects) != sorted(wanted):
+        return None
     if wanted[0] != wanted[1]:
         objects.sort(key=lambda o: wanted.index(o.class_noun))
-    elif likeness(objects[0], pair[1]) + likeness(objects[1], pair[0]) > likeness(objects[0], pair[0]) + likeness(
-        objects[1], pair[1]
-    ):
-        objects.reverse()  # two of one class: either may be left
+        return objects[0], objects[1]
+    ways = [(objects[0], objects[1]), (objects[1], objects[0])]  # two of one class: either may be left
+    return max(ways, key=lambda way: sum(likeness(o, s) for o, s in zip(way, pair, strict=True)))
+
+
+def outcome(verdict: Verdict, pair: tuple[Identity, Identity]) -> str:
+    """What became of two subjects: whose look each object has."""
+    classes, wanted = [o.class_noun for o in verdict.objects], [subject.class_noun for subject in pair]
+    objects = objects_of(verdict, pair)
+    if objects is None:
+        return "duplicated" if len(classes) == 2 and classes[0] == classes[1] and classes[0] in wanted else "vanished"
     own = [likeness(o, s) for o, s in zip(objects, pair, strict=True)]
     other = [likeness(o, s) for o, s in zip(objects, reversed(pair), strict=True)]
     if own[0] > other[0] and own[1] > other[1]:
@@ -100,75 +104,123 @@ def outcome(verdict: Verdict, pair: tuple[Identity, Identity]) -> str:
     return "swapped" if other[0] > own[0] and other[1] > own[1] else "blended"
 
 
-def shares(verdicts: list[tuple[Verdict, tuple[Identity, Identity], str]]) -> dict[str, float]:
-    """Of the pictures: each outcome, and the prompt's context."""
-    counts = Counter(outcome(verdict, pair) for verdict, pair, _ in verdicts)
-    result = {name: counts[name] / len(verdicts) for name in OUTCOMES}
-    result["context"] = float(np.mean([verdict.context == context for verdict, _, context in verdicts]))
+def own_colors(verdict: Verdict, pair: tuple[Identity, Identity]) -> bool:
+    """Both there, each with its subject's main colour: what the base draws well when the prompt names the colours."""
+    objects = objects_of(verdict, pair)
+    return objects is not None and all(o.color == s.color for o, s in zip(objects, pair, strict=True))
+
+
+Seen = tuple[Verdict, tuple[Identity, Identity], str]  # the judge's reading, who was asked for, and where
+
+
+def shares(seen: list[Seen]) -> dict[str, float]:
+    """Of the pictures: each outcome; both told apart (bound or weak); both with their main colour; the prompt's context."""
+    counts = Counter(outcome(verdict, pair) for verdict, pair, _ in seen)
+    result = {name: counts[name] / len(seen) for name in OUTCOMES}
+    result["told apart"] = result["bound"] + result["weak"]
+    result["own colors"] = float(np.mean([own_colors(verdict, pair) for verdict, pair, _ in seen]))
+    result["context"] = float(np.mean([verdict.context == context for verdict, _, context in seen]))
     return {name: round(value, 3) for name, value in result.items()}
+
+
+class Bench:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.base = lb.BaseModel.load("toybox")
+        self.work: Path = arguments.work
+        self.contexts = CONTEXTS[: arguments.contexts]
+        self.seeds = range(arguments.seeds)
+        self.call = {"seeds": self.seeds, "batch_size": len(self.seeds)}
+        self.call |= {"steps": arguments.steps, "guidance": arguments.guidance}
+        self.setting = [arguments.contexts, arguments.seeds, arguments.steps, arguments.guidance]
+        self.rows = self.work / "rows.jsonl"  # of this and earlier calls: what is there is not drawn again
+        self.first: list[tuple[Any, str]] = []  # a picture of every pair and method, with its label
+
+    def row(self, kind: str, method: str) -> dict[str, Any]:
+        known = [json.loads(line) for line in self.rows.read_text().splitlines()] if self.rows.exists() else []
+        name = {"kind": kind, "method": method, "setting": self.setting}
+        for row in known:
+            if {key: row[key] for key in name} == name:
+                return row
+        row = name | self.measure(kind, method)
+        with self.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def measure(self, kind: str, method: str) -> dict[str, Any]:
+        seen: list[Seen] = []
+        seconds, passes = 0.0, 0
+        pairs = CROSS_CLASS if kind == "cross" else SAME_CLASS
+        for number, names in enumerate(pairs):
+            pair = (SUBJECTS[names[0]], SUBJECTS[names[1]])
+            for context in self.contexts:
+                if method == "renders":
+                    shown, images = pair, [draw(Scene(pair, context, "photo", 900 + seed)).image for seed in self.seeds]
+                else:
+                    shown, prompt, studio = self.asked(method, names, pair, context, number)
+                    started = time.perf_counter()
+                    images = [picture.image for picture in studio.generate(prompt, **self.call)]
+                    seconds += time.perf_counter() - started
+                    passes = studio.preflight(prompt).passes
+                seen += [(verdict, shown, context) for verdict in judge(images)]
+                if context == self.contexts[0]:
+                    self.first.append((images[0], f"{method}: {', '.join(names)}"))
+        cost = {"passes": passes, "seconds a picture": round(seconds / len(seen), 2), "pictures": len(seen)}
+        return shares(seen) | cost
+
+    def asked(
+        self, method: str, names: tuple[str, str], pair: tuple[Identity, Identity], context: str, number: int
+    ) -> tuple[tuple[Identity, Identity], str, Composition]:
+        """Who shall be seen, the prompt, and who draws."""
+        nouns = [subject.class_noun for subject in pair]
+        prompt = f"a photo of {TOKENS[0]} {nouns[0]} and {TOKENS[1]} {nouns[1]} {context}"
+        plain = composition(self.base, "none", [])
+        if method == "base, colors named":
+            return pair, Scene(pair, context).caption(), plain
+        if method == "base, known names":
+            known = list(named_looks().items())[2 * number :][:2]
+            shown = tuple(Identity(noun, *look) for noun, (_, look) in zip(nouns, known, strict=True))
+            phrases = [f"{name} {noun}" for noun, (name, _) in zip(nouns, known, strict=True)]
+            return shown, f"a photo of {' and '.join(phrases)} {context}", plain  # type: ignore[return-value]
+        if method == "no adapter":
+            return pair, prompt, plain
+        adapters = [adapter_of(self.base, n, t, self.work) for n, t in zip(names, TOKENS, strict=True)]
+        if method == "one adapter":
+            return pair, prompt, composition(self.base, "sum", adapters[:1])
+        return pair, prompt, composition(self.base, method, adapters)
+
+
+CONTROLS = ("renders", "base, colors named", "base, known names", "no adapter", "one adapter")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=[*CONTROLS, *METHODS], choices=[*CONTROLS, *METHODS])
     parser.add_argument("--contexts", type=int, default=len(CONTEXTS))
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--kinds", nargs="+", default=["cross", "same"], choices=["cross", "same"])
-    parser.add_argument("--sheet", type=Path, help="where to write a contact sheet: a row for each method")
+    parser.add_argument("--sheet", type=Path, help="where to write a contact sheet: a row for each method (of one kind)")
     parser.add_argument("--plot", type=Path, help="where to write the plot of blend rate against cost (needs matplotlib)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", CompositionWarning)
-    base = lb.BaseModel.load("toybox")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    contexts, rows, sheet = CONTEXTS[: arguments.contexts], [], []
-    call = {"seeds": range(arguments.seeds), "steps": arguments.steps, "guidance": arguments.guidance}
-    call["batch_size"] = arguments.seeds
+    bench, rows = Bench(arguments), []
     for kind in arguments.kinds:
-        pairs = CROSS_CLASS if kind == "cross" else SAME_CLASS
-        controls: dict[str, list[Any]] = {"renders": [], "base, names that it knows": []}
-        for a, b in pairs:
-            identities = (SUBJECTS[a], SUBJECTS[b])
-            for context in contexts:
-                drawn = [draw(Scene(identities, context, "photo", 900 + s)).image for s in range(arguments.seeds)]
-                controls["renders"] += [(v, identities, context) for v in judge(drawn)]
-                known = dict(list(named_looks().items())[: 2 * len(pairs)])
-                names = list(known)[2 * pairs.index((a, b)) :][:2]
-                pair = tuple(Identity(i.class_noun, *known[n]) for i, n in zip(identities, names, strict=True))
-                prompt = f"a photo of {names[0]} {pair[0].class_noun} and {names[1]} {pair[1].class_noun} {context}"
-                made = composition(base, "none", []).generate(prompt, **call)
-                controls["base, names that it knows"] += [(v, pair, context) for v in judge([p.image for p in made])]
-        for name, verdicts in controls.items():
-            print(json.dumps({"kind": kind, "method": name} | shares(verdicts)), flush=True)
         for method in arguments.methods:
-            verdicts, seconds, passes = [], 0.0, 0
-            for a, b in pairs:
-                adapters = [adapter_of(base, n, t, arguments.work) for n, t in zip((a, b), TOKENS, strict=True)]
-                studio = composition(base, method, adapters)
-                for context in contexts:
-                    nouns = [SUBJECTS[n].class_noun for n in (a, b)]
-                    prompt = f"a photo of {TOKENS[0]} {nouns[0]} and {TOKENS[1]} {nouns[1]} {context}"
-                    started = time.perf_counter()
-                    made = studio.generate(prompt, **call)
-                    seconds += time.perf_counter() - started
-                    passes = studio.preflight(prompt).passes
-                    verdicts += [(v, (SUBJECTS[a], SUBJECTS[b]), context) for v in judge([p.image for p in made])]
-                    if context == contexts[0]:
-                        sheet.append((made[0].image, f"{method}: {a}, {b}"))
-            row = {"kind": kind, "method": method} | shares(verdicts)
-            rows.append(row | {"passes": passes, "seconds a picture": round(seconds / len(verdicts), 2)})
-            print(json.dumps(rows[-1] | {"pictures": len(verdicts)}), flush=True)
-    if arguments.sheet:
+            rows.append(bench.row(kind, method))
+            print(json.dumps(rows[-1]), flush=True)
+    if arguments.sheet and bench.first:
         columns = len(CROSS_CLASS) if arguments.kinds[0] == "cross" else len(SAME_CLASS)
-        contact_sheet([i for i, _ in sheet], labels=[t for _, t in sheet], columns=columns, side=144).save(arguments.sheet)
+        images, labels = [i for i, _ in bench.first], [t for _, t in bench.first]
+        contact_sheet(images, labels=labels, columns=columns, side=144).save(arguments.sheet)
     if arguments.plot:
-        plot(rows, arguments.plot)
+        plot([row for row in rows if row["method"] not in CONTROLS], arguments.plot)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Share of pictures that are not bound against seconds a picture."""
+    """Share of pictures whose subjects blend against seconds a picture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4))

@@ -15,7 +15,7 @@ from PIL import Image
 from lora_booth.adapters import Adapter
 from lora_booth.adapters.merge import concatenated
 from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Picture, Region
+from lora_booth.composition import Composition, Picture, Region, attention_maps
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, SettingsError
 from lora_booth.generation import quiet
@@ -233,6 +233,25 @@ def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
     assert Composition(base, [dog, owl], method="composite").preflight("sks dog and zwx owl").passes == 2
     auto = Composition(base, [dog, owl], regions="auto").preflight("sks dog and zwx owl")
     assert auto.passes == 2 and auto.warnings == ()
+
+
+def test_a_preflight_says_that_the_base_is_another(base, rex):
+    moved = replace(rex, card=replace(rex.card, base_hash="0" * 16))
+    assert "others of the same shapes" in Composition(base, [moved]).preflight("sks dog").warnings[0]
+    stranger = pipelines.random_adapter(BaseModel.from_pipeline(pipelines.make_pipeline("sdxl"), name="large"))
+    found = Composition(base, [rex, stranger]).preflight("sks dog", trial=True)
+    assert "was made for large" in found.warnings[0] and found.overlaps == () and found.seconds is None
+
+
+def test_regions_are_found_at_any_size(base, rex, monkeypatch):
+    """The coarsest layers are read however large they are; where none can be read, that is said."""
+    studio = Composition(base, [named(rex, "sks", "dog")], regions="auto")
+    monkeypatch.setattr(attention_maps, "MOST_PIXELS", 1)
+    monkeypatch.setattr(attention_maps, "COARSE", 4)
+    assert len(studio.find_regions(PROMPT, seed=1, steps=4, negative_prompt="a cat", size=32)) == 1
+    monkeypatch.setattr(attention_maps, "COARSE", 64)
+    with pytest.raises(SettingsError, match="no attention could be read.*give regions"):
+        studio.find_regions(PROMPT, steps=4)
 
 
 def test_a_trial_measures_time(base, rex):

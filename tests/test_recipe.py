@@ -13,7 +13,7 @@ from PIL import Image
 
 from lora_booth.adapters import Adapter
 from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Picture, Recipe, Region, Weight
+from lora_booth.composition import Composition, Picture, Recipe, Region, Weight, calibration
 from lora_booth.composition.recipe import file_hash
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, SettingsError
@@ -44,6 +44,7 @@ def settings(adapters: list[Adapter]) -> dict[str, dict]:
         "boxes": {"adapters": [(rex, Weight(0.5, blocks={"mid": 0.0}, end=0.5))], "regions": [Region(bob, box=(0, 0, 0.5, 1))]},
         "masks": {"regions": [Region(rex, mask=mask, weight=0.4, prompt="sks"), Region(bob, box=(0.5, 0, 1, 1))], "start": 0.3},
         "switch": {"adapters": [rex, bob], "method": "switch"},
+        "ssr": {"adapters": [rex, (bob, 0.7)], "method": "ssr"},
     }
 
 
@@ -51,8 +52,10 @@ def same(a: list[Picture], b: list[Picture]) -> bool:
     return all(np.array_equal(np.asarray(x.image), np.asarray(y.image)) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("name", ["auto", "boxes", "masks", "switch"])
-def test_a_recipe_replays_to_the_same_pictures(base, files, tmp_path, name):
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
+@pytest.mark.parametrize("name", ["auto", "boxes", "masks", "switch", "ssr"])
+def test_a_recipe_replays_to_the_same_pictures(base, files, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(calibration, "PROMPTS", ("a {}",))  # one draw for each adapter of "ssr"
     adapters = [Adapter.load(path) for path in files]
     studio = Composition(base, **settings(adapters)[name])
     asked = {"seeds": [3, 4], "steps": 4, "guidance": 2.0, "negative_prompt": "a cat"}
@@ -82,6 +85,15 @@ def test_what_is_missing_is_named(base, files, tmp_path):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SettingsError, match=r"bad\.json"):
             Recipe.load(tmp_path / "bad.json")
+
+
+def test_a_recipe_cannot_ask_for_what_generate_does_not_have(base, files, tmp_path):
+    path = Recipe.of(Composition(base, [Adapter.load(files[0])]), PROMPT, steps=2).save(tmp_path / "r.json")
+    written = json.loads(path.read_text())
+    for pictures in ({"on_image": "print"}, {"steps": "2"}, {"steps": True}, {"seeds": ["1"]}, {"prompt": None}, {"size": 8.5}):
+        path.write_text(json.dumps(written | {"pictures": written["pictures"] | pictures}))
+        with pytest.raises(SettingsError, match=rf"r\.json: .*({next(iter(pictures))}|whole numbers)"):
+            Recipe.load(path)
 
 
 def test_nothing_of_a_masks_file_is_in_it(base, files, tmp_path):

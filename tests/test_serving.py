@@ -123,6 +123,8 @@ def test_mistakes_are_named(base):
             live.load("rex", adapters["rex"])
         with pytest.raises(SettingsError, match="'bob' is not loaded; loaded: rex"):
             live.use({"bob": 1.0})
+        with pytest.raises(SettingsError, match="weight nan of 'rex'"):
+            live.use({"rex": float("nan")})
         with pytest.raises(SettingsError, match="no requests"):
             live.generate([])
         with pytest.raises(AdapterBaseMismatch):

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import SettingsError
+from ..errors import CompositionWarning, SettingsError
 from .app import Base, app, say
-from .words import file_and_weight, load_base, parse_seeds, region_words, weighted
+from .words import (
+    AutoRegions,
+    Contexts,
+    Isolate,
+    Method,
+    Places,
+    Prompt,
+    Prompts,
+    PromptSet,
+    by_file,
+    calibrating,
+    composition_of,
+    load_base,
+    parse_seeds,
+    prompts_asked_for,
+)
 
 if TYPE_CHECKING:
     from ..composition import Picture
@@ -22,69 +39,87 @@ Out = Annotated[Path, typer.Option(help="folder for the pictures")]
 @app.command()
 def generate(
     adapters: Annotated[list[str], typer.Argument(help="adapter files, each with an optional :WEIGHT")],
-    prompt: Annotated[str, typer.Option(help="what to draw; the adapter's token belongs in it")],
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    prompt_set: PromptSet = None,
+    context: Contexts = None,
     base: Base = "toybox",
-    seeds: Annotated[str, typer.Option(help="as 0-3 or 1,5,8; one picture each")] = "0-3",
+    seeds: Annotated[str, typer.Option(help="as 0-3 or 1,5,8; one picture each of every prompt")] = "0-3",
     out: Out = Path("pictures"),
     negative_prompt: Annotated[str | None, typer.Option(help="what the pictures shall not show")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="classifier-free guidance scale")] = 5.0,
     size: Annotated[int | None, typer.Option(help="side in pixels [the base's own]")] = None,
     batch_size: Annotated[int, typer.Option(help="pictures at a time")] = 1,
-    method: Annotated[
-        str | None, typer.Option(help="sum, svd, switch, composite or regions [regions where there are any, else sum]")
-    ] = None,
-    region: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="place of an adapter, as NAME:x0,y0,x1,y1 or NAME:x0,y0,x1,y1:PROMPT; NAME of its file; once for each"
-        ),
-    ] = None,
-    auto_regions: Annotated[bool, typer.Option(help="find the place of each adapter that the prompt names")] = False,
-    isolate: Annotated[str, typer.Option(help="of regions: noise (a pass for each) or delta (about one pass)")] = "noise",
+    method: Method = None,
+    region: Places = None,
+    auto_regions: AutoRegions = False,
+    isolate: Isolate = "noise",
     preview: Annotated[Path | None, typer.Option(help="where to write a picture of the regions")] = None,
     recipe: Annotated[Path | None, typer.Option(help="where to write a recipe that replays to these pictures")] = None,
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
-    from ..composition import Composition, Recipe, Region
+    from ..composition import Recipe
     from ..composition import preview as drawn
+    from ..gallery import Gallery
+    from ..marking import save_marked
+    from ..prompts import prompts_for
 
+    asked_for = prompts_asked_for(prompt, prompts, prompt_set)
     wanted = parse_seeds(seeds)
-    if region and auto_regions:
-        raise SettingsError("--region and --auto-regions exclude each other; give one of them")
     if preview is not None and not (region or auto_regions):
         raise SettingsError("--preview shows regions; give --region or --auto-regions")
-    names = [file_and_weight(text)[0].stem for text in adapters]
-    chosen = list(zip(names, weighted(adapters), strict=True))
-    if region and len(set(names)) < len(names):
-        raise SettingsError("two of the adapter files have one name; rename one, so that regions can tell them apart")
-    places: dict[str, Region] = {}
-    for text in region or []:
-        name, box, words = region_words(text)
-        if name not in names:
-            raise SettingsError(f"region {text!r}: no adapter {name!r}; given: {', '.join(names)}")
-        adapter, weight = dict(chosen)[name]
-        places[name] = Region(adapter, box=box, prompt=words, weight=weight)
-    studio = Composition(
-        load_base(base),
-        [item for name, item in chosen if name not in places],
-        method=method,  # type: ignore[arg-type]  # checked by Composition
-        regions="auto" if auto_regions else list(places.values()),
-        isolate=isolate,  # type: ignore[arg-type]
-    )
+    chosen = by_file(adapters)
+    texts = prompts_for([adapter for _, (adapter, _) in chosen], asked_for, contexts=context or ())
+    prompt, several = texts[0], len(texts) > 1
+    if several and (preview is not None or recipe is not None):
+        raise SettingsError(f"--preview and --recipe are of one prompt, and there are {len(texts)}; give one with --prompt")
+    studio = composition_of(chosen, base, method=method, region=region, auto_regions=auto_regions, isolate=isolate)
+    if studio.method == "ssr":
+        studio.as_adapter(on_progress=calibrating)
     asked: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "size": size}
-    pictures = studio.generate(prompt, seeds=wanted, **asked, batch_size=batch_size, on_image=counting(len(wanted)))
+    title = prompt if not several else f"{len(texts)} prompts"
+    pictures: list[Picture] = []
+    files: list[Path] = []
+    try:
+        for number, text, part in parts(texts, wanted, batch_size):
+            with heard_once(again=bool(pictures)):
+                told = counting(len(texts) * len(wanted), before=len(pictures))
+                made = studio.generate(text, seeds=part, **asked, batch_size=batch_size, on_image=told)
+            start = f"{number:03d}-" if several else ""
+            files += [picture.save(out / f"{start}{picture.seed:06d}.png") for picture in made]
+            pictures += made
+    except KeyboardInterrupt:
+        if pictures:
+            say(str(Gallery(pictures, title=title).save(out / "gallery.html")))
+        raise
     if preview is not None:
-        found = (
-            studio.find_regions(prompt, seed=wanted[0], steps=steps, guidance=guidance)
-            if auto_regions
-            else list(places.values())
-        )
-        drawn(found, pictures[0].image).save(preview)
+        found = studio.find_regions(prompt, seed=wanted[0], **asked) if isinstance(studio.regions, str) else studio.regions
+        save_marked(drawn(found, pictures[0].image), preview)
         say(str(preview))
     if recipe is not None:
         say(str(Recipe.of(studio, prompt, seeds=wanted, **asked).save(recipe)))
-    save(pictures, out, title=prompt)
+    for file in files:
+        say(str(file))
+    say(str(Gallery(pictures, title=title).save(out / "gallery.html")))
+
+
+@app.command()
+def preflight(
+    adapters: Annotated[list[str], typer.Argument(help="adapter files, each with an optional :WEIGHT")],
+    prompt: Annotated[str, typer.Option(help="what shall be drawn")],
+    base: Base = "toybox",
+    method: Method = None,
+    region: Places = None,
+    auto_regions: AutoRegions = False,
+    isolate: Isolate = "noise",
+    steps: Annotated[int, typer.Option(help="denoising steps, for the time of a picture")] = 25,
+    size: Annotated[int | None, typer.Option(help="side in pixels, for the trial [the base's own]")] = None,
+    trial: Annotated[bool, typer.Option(help="draw a few steps to measure time and memory")] = False,
+) -> None:
+    """Say what speaks against adapters in one picture, how they overlap, and what it costs, before it is drawn."""
+    studio = composition_of(by_file(adapters), base, method=method, region=region, auto_regions=auto_regions, isolate=isolate)
+    say(str(studio.preflight(prompt, steps=steps, size=size, trial=trial)))
 
 
 @app.command()
@@ -105,8 +140,24 @@ def replay(
     save(written.generate(load_base(base), loaded, **changes), out, title=str(written.pictures.get("prompt", "")))
 
 
-def counting(total: int) -> Any:
-    return lambda done: print(f"picture {done}/{total}", file=sys.stderr, flush=True)
+def counting(total: int, *, before: int = 0) -> Any:
+    return lambda done: print(f"picture {before + done}/{total}", file=sys.stderr, flush=True)
+
+
+def parts(texts: Sequence[str], seeds: Sequence[int], batch_size: int) -> Iterator[tuple[int, str, list[int]]]:
+    """Number of the prompt, prompt and seeds of each call, so that what is drawn is kept as soon as it is there."""
+    for number, text in enumerate(texts, 1):
+        for first in range(0, len(seeds), max(1, batch_size)):
+            yield number, text, list(seeds[first : first + max(1, batch_size)])
+
+
+@contextmanager
+def heard_once(*, again: bool) -> Iterator[None]:
+    """The same adapters give the same warning for every picture."""
+    with warnings.catch_warnings():
+        if again:
+            warnings.simplefilter("ignore", CompositionWarning)
+        yield
 
 
 def save(pictures: Sequence[Picture], out: Path, *, title: str) -> None:

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ..errors import SettingsError
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
     from ..base_model import BaseModel
+    from ..composition import Composition
+
+Prompt = Annotated[str | None, typer.Option(help="what to draw; the adapter's token belongs in it")]
+Prompts = Annotated[Path | None, typer.Option(help="instead: a text file of prompts, one a line, # before a remark")]
+PromptSet = Annotated[str | None, typer.Option(help="instead: object or live, the 25 prompts of the DreamBooth paper")]
+Contexts = Annotated[
+    list[str] | None, typer.Option(help="what {context} in a prompt stands for, as 'in the snow'; once for each")
+]
+Method = Annotated[
+    str | None, typer.Option(help="sum, svd, ssr, switch, composite or regions [regions where there are any, else sum]")
+]
+Places = Annotated[
+    list[str] | None,
+    typer.Option(help="place of an adapter, as NAME:x0,y0,x1,y1 or NAME:x0,y0,x1,y1:PROMPT; NAME of its file; once for each"),
+]
+AutoRegions = Annotated[bool, typer.Option(help="find the place of each adapter that the prompt names")]
+Isolate = Annotated[str, typer.Option(help="of regions: noise (a pass for each) or delta (about one pass)")]
 
 
 def load_base(source: str, *, exact: bool = False) -> BaseModel:
@@ -75,6 +96,61 @@ def weighted(texts: list[str]) -> list[tuple[Adapter, float]]:
     return [(adapter, adapter.card.weight if weight is None else weight) for adapter, weight in loaded]
 
 
+def prompts_asked_for(prompt: str | None, file: Path | None, prompt_set: str | None) -> Sequence[str]:
+    """The one prompt, those of the file, or a known set; their placeholders are not filled yet."""
+    from ..prompts import PROMPT_SETS, read_prompts
+
+    if sum(given is not None for given in (prompt, file, prompt_set)) != 1:
+        raise SettingsError("what shall be drawn? give one of --prompt TEXT, --prompts FILE and --prompt-set object or live")
+    if prompt_set is not None:
+        if prompt_set not in PROMPT_SETS:
+            raise SettingsError(f"prompt set {prompt_set!r} is unknown; allowed: {', '.join(PROMPT_SETS)}")
+        return PROMPT_SETS[prompt_set]
+    return [prompt] if prompt is not None else read_prompts(file or "")
+
+
+def by_file(texts: list[str]) -> list[tuple[str, tuple[Adapter, float]]]:
+    """The same, each with its file's name, by which a region calls it."""
+    return list(zip([file_and_weight(text)[0].stem for text in texts], weighted(texts), strict=True))
+
+
+def composition_of(
+    adapters: Sequence[tuple[str, tuple[Adapter, float]]],
+    base: str,
+    *,
+    method: str | None,
+    region: Sequence[str] | None = None,
+    auto_regions: bool = False,
+    isolate: str = "noise",
+) -> Composition:
+    """The composition of a command line; the base is loaded when all else is checked."""
+    from ..composition import Composition, Region
+
+    if region and auto_regions:
+        raise SettingsError("--region and --auto-regions exclude each other; give one of them")
+    names = [name for name, _ in adapters]
+    if region and len(set(names)) < len(names):
+        raise SettingsError("two of the adapter files have one name; rename one, so that regions can tell them apart")
+    places: dict[str, Region] = {}
+    for text in region or []:
+        name, box, words = region_words(text)
+        if name not in names:
+            raise SettingsError(f"region {text!r}: no adapter {name!r}; given: {', '.join(names)}")
+        adapter, weight = dict(adapters)[name]
+        places[name] = Region(adapter, box=box, prompt=words, weight=weight)
+    return Composition(
+        load_base(base),
+        [item for name, item in adapters if name not in places],
+        method=method,  # type: ignore[arg-type]  # checked by Composition
+        regions="auto" if auto_regions else list(places.values()),
+        isolate=isolate,  # type: ignore[arg-type]
+    )
+
+
+def calibrating(done: int, total: int) -> None:
+    print(f"calibration draw {done}/{total}", file=sys.stderr, flush=True)
+
+
 MOST_SEEDS = 10_000
 
 
@@ -91,6 +167,17 @@ def parse_seeds(text: str) -> list[int]:
     except (ValueError, OverflowError):
         raise SettingsError(f"seeds {text!r}; write them as 0-3 or 1,5,8") from None
     return list(seeds)
+
+
+def parse_weights(text: str) -> list[float]:
+    """ "0,0.4,1" -> factors."""
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(math.isfinite(weight) for weight in weights):
+        raise SettingsError(f"weights {text!r}; write them as 0,0.4,0.8,1")
+    return weights
 
 
 def region_words(text: str) -> tuple[str, tuple[float, float, float, float], str | None]:

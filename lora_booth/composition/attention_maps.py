@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import SettingsError
 from .regions import Masks
 
 if TYPE_CHECKING:
     from .conductor import Conductor
 
 MOST_PIXELS = 1024  # of a layer whose attention is read: finer layers say little of objects and cost much
+COARSE = 16  # latents for each pixel of a layer that is read in any case: SDXL's coarsest has that many
 SOFTNESS = 0.06  # of the masks' edges, as a share of the side
 
 
@@ -40,13 +42,15 @@ class AttentionMaps:
         with ExitStack() as stack:
             for name, module in conductor.unet.named_modules():
                 if name.endswith(".attn2"):
-                    stack.enter_context(hooked(module.to_q.register_forward_hook(self._keep_query(module))))
+                    stack.enter_context(hooked(module.to_q.register_forward_hook(self._keep_query(module, conductor))))
                     stack.enter_context(hooked(module.to_k.register_forward_hook(self._look(module, conductor))))
             yield
 
-    def _keep_query(self, attention: nn.Module) -> Callable[..., None]:
+    def _keep_query(self, attention: nn.Module, conductor: Conductor) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            if output.shape[1] <= MOST_PIXELS:
+            assert conductor.moment is not None
+            height, width = conductor.moment.size
+            if output.shape[1] <= max(MOST_PIXELS, height * width // COARSE):
                 self.queries[id(attention)] = output
 
         return keep
@@ -72,7 +76,8 @@ class AttentionMaps:
 
     def masks(self) -> Masks:
         """Each pixel belongs to the subject whose words it looks at most; soft edges."""
-        assert self.total is not None
+        if self.total is None:  # fused projections, or attention of another kind
+            raise SettingsError("no attention could be read, so no regions are found; give regions=[Region(...)] with boxes")
         side = self.total.shape[-1]
         smooth = blurred(self.total, SOFTNESS * side)
         winner = smooth.argmax(0)  # (P, side, side)

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,23 +14,26 @@ import torch
 from PIL import Image
 
 from ..adapters import Adapter
-from ..adapters.merge import merge
+from ..adapters.spectrum import Truncations
 from ..base_model import BaseModel, TextConditions
 from ..config import check
 from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError
 from ..generation import generate_images, quiet
 from ..injection import AttachedAdapter, attached_layers
 from .attention_maps import AttentionMaps
+from .calibration import Progress, Seen
 from .conductor import Conductor, Forward, Voice, in_voices, plainly
+from .making import making_of
+from .one_adapter import joined, observed, refuse_parts
 from .picture import Picture
-from .preflight import Preflight, clashes, overlaps_of, recommendation, unnamed
+from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, unnamed
 from .regional import EMPTY, Isolation, Regional
 from .regions import Region, masks_of
 from .subjects import find_phrase, token_positions, without
 from .weights import Weight
 
-Method = Literal["sum", "svd", "switch", "composite", "regions"]
-METHODS: tuple[Method, ...] = ("sum", "svd", "switch", "composite", "regions")
+Method = Literal["sum", "svd", "ssr", "switch", "composite", "regions"]
+METHODS: tuple[Method, ...] = ("sum", "svd", "ssr", "switch", "composite", "regions")
 SWITCH_STEPS = 5  # LoRA Switch's tau (arXiv 2402.16843)
 AUTO_START = 0.3  # share of the steps whose attention is read before automatic regions begin
 
@@ -44,6 +46,8 @@ class Composition:
     adapters    each an Adapter, (Adapter, weight) or (Adapter, Weight(...))
     method      "sum"        every layer gets the exact weighted sum of the changes: one subject, and styles
                 "svd"        the sum as one adapter of the highest rank among them, with an error
+                "ssr"        one adapter that comes nearest to each alone on what each sees while drawing its subject;
+                             draws a few latents for it at the first call
                 "switch"     one adapter at a time, in turn every 5 denoising steps
                 "composite"  the mean of what the U-Net predicts with each adapter alone
                 "regions"    each adapter in its own part of the picture: two subjects that stay themselves
@@ -81,10 +85,14 @@ class Composition:
         self.regions, self.isolate, self.background, self.together = regions, isolate, background, together
         self.start = start if start is not None else AUTO_START if regions == "auto" else 0.0
         check(0 <= self.start < 1, f"start {self.start:g}", "0 to 1, a share of the denoising steps")
+        if self.method != "regions" and (start or background is not None):
+            raise SettingsError("start and background are of regions; give regions, or leave them out")
         if regions == "auto":
             check(self.start > 0, "start 0", "more than 0 with automatic regions, whose attention is read before it")
             if not self.adapters:
                 raise SettingsError('regions="auto" without adapters; give one for each subject')
+        self._seen: dict[str, Seen] | None = None  # the calibration of "ssr"
+        self._one: Adapter | None = None  # what "svd" and "ssr" attach
 
     # --- pictures
 
@@ -130,8 +138,9 @@ class Composition:
                 on_image=on_image,
             )
         used = tuple((adapter.name, weight.value) for adapter, weight in self.everyone(prompt))
+        making = making_of(self, prompt)
         return [
-            Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance)
+            Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making)
             for image, seed in zip(images, seeds, strict=True)
         ]
 
@@ -149,11 +158,11 @@ class Composition:
     def _conducted(self, prompt: str, pipeline: Any = None) -> Iterator[tuple[Any, Any]]:
         """The pipeline with the adapters on, and how its U-Net is called."""
         pipeline = pipeline or self.base.pipeline
-        if self.method == "svd":
-            with attached_layers(pipeline, [(self.merged(), 1.0)]):
+        everyone = self.everyone(prompt)
+        if self.method in ("svd", "ssr") and any(weight.value for _, weight in everyone):
+            with attached_layers(pipeline, [(self._as_one(), 1.0)]):
                 yield pipeline, plainly
             return
-        everyone = self.everyone(prompt)
         if self.method in ("composite", "regions"):
             refuse_hidden_adapters(self.base)
         with ExitStack() as stack:
@@ -169,8 +178,17 @@ class Composition:
                 stack.enter_context(conductor.conducting(call))
             yield pipeline, call
 
-    def find_regions(self, prompt: str, *, seed: int = 0, steps: int = 25, guidance: float = 5.0) -> list[Region]:
-        """Where `regions="auto"` puts each subject of the prompt in the picture of this seed, to look at and to change.
+    def find_regions(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        negative_prompt: str | None = None,
+        steps: int = 25,
+        guidance: float = 5.0,
+        size: int | None = None,
+    ) -> list[Region]:
+        """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to look at and to change.
 
         Show them with `preview(regions)`; give them, changed or not, as `regions=`. Draws the first steps only.
         """
@@ -185,6 +203,7 @@ class Composition:
         with self._conducted(prompt) as (pipeline, call), quiet(pipeline):
             generator = torch.Generator().manual_seed(seed)
             options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
+            options |= {"negative_prompt": negative_prompt, "height": size, "width": size}
             pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
             assert isinstance(call, Regional) and call.maps is not None
             masks = call.maps.masks().full[:, 0]
@@ -202,29 +221,46 @@ class Composition:
             return rest + [item for item, is_named in zip(self.adapters, named, strict=True) if is_named]
         return [*self.adapters, *(weighted(r.adapter if r.weight is None else (r.adapter, r.weight)) for r in self.regions)]
 
-    def merged(self) -> Adapter:
-        """All adapters as one: the exact sum, or for method "svd" its best approximation of the highest rank among them."""
-        for adapter, weight in self.adapters:
-            if weight.timed:
-                raise SettingsError(f"{adapter.name} is heard in some denoising steps only, which one adapter cannot be")
-        parts = [(by_block(adapter, weight), 1.0) for adapter, weight in self.adapters]
-        return merge(parts, method="svd" if self.method == "svd" else "sum")[0]
+    def as_adapter(self, *, rank: int | None = None, on_progress: Progress | None = None) -> tuple[Adapter, Truncations]:
+        """This composition as one adapter, whose card says what it is made of, and what was lost.
+
+        rank         at most this in every module: of "svd" (None: the largest of the adapters) and "ssr" (None: all)
+        on_progress  of the draws that "ssr" makes, once: how many are done, and how many there are
+        The loss is relative: of the change's Frobenius norm; for "ssr" of what each adapter alone adds to its modules'
+        outputs, over the draws. Raises SettingsError for what one adapter cannot be: places, turns, weights by step.
+        """
+        refuse_parts(self.method, self.adapters)
+        if self._seen is None:
+            self._seen = observed(self.base, self.adapters, on_progress) if self.method == "ssr" else {}
+        return joined(self.method, self.adapters, self._seen, rank)
+
+    def _as_one(self) -> Adapter:
+        if self._one is None:
+            self._one = self.as_adapter()[0]
+        return self._one
 
     # --- before the first step
 
     def preflight(self, prompt: str = "", *, steps: int = 25, size: int | None = None, trial: bool = False) -> Preflight:
         """What this composition will cost and what speaks against it. trial: draw a few steps to measure time and memory."""
         everyone = self.everyone(prompt)
-        seconds, peak = self._trial(prompt, steps, size) if trial else (None, None)
+        refused, other_base = misfits(self.base, everyone)
+        seconds, peak = self._trial(prompt, steps, size) if trial and not refused else (None, None)
+        lossy = self.method == "svd" or self._one is not None  # "ssr" after its draws, for a trial or a picture
         return Preflight(
             method=self.method if self.method != "regions" else f"regions, isolate {self.isolate}",
             passes=self._passes(prompt),
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
-            warnings=(*clashes(everyone, self.method, self.isolate), *self._unnamed(everyone, prompt)),
+            warnings=(
+                *(*refused, *other_base),
+                *clashes(everyone, self.method, self.isolate),
+                *self._unnamed(everyone, prompt),
+            ),
             recommended=recommendation(everyone),
             seconds=seconds,
             peak_bytes=peak,
+            loss=self._as_one().card.description if lossy and not refused and any(w.value for _, w in everyone) else None,
         )
 
     def _unnamed(self, everyone: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str]:
@@ -322,11 +358,6 @@ def weighted(item: Weighted) -> tuple[Adapter, Weight]:
         return adapter, weight
     check(math.isfinite(weight), f"weight {weight} of {adapter.name}", "any finite number; 0 to 1 is usual")
     return adapter, Weight(float(weight))
-
-
-def by_block(adapter: Adapter, weight: Weight) -> Adapter:
-    """The adapter with its weight folded into every module."""
-    return replace(adapter, modules={m: replace(f, alpha=f.alpha * weight.of(m)) for m, f in adapter.modules.items()})
 
 
 def hush_text(adapter: AttachedAdapter) -> None:

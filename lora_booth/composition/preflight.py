@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 
 from ..adapters import Adapter
 from ..adapters.difference import Difference, difference
+from ..base_model import BaseModel
+from ..errors import AdapterBaseMismatch, OtherBaseWarning
+from ..injection import placements
 from .subjects import find_phrase, phrase_of
 from .weights import Weight
 
@@ -28,6 +33,7 @@ class Preflight:
     passes      rows that the U-Net computes for each of a plain picture's
     seconds     for one picture, from a trial of a few steps; None: not tried
     peak_bytes  of memory on the GPU in the trial; None: not tried, or no GPU
+    loss        what methods that make one adapter lose, in words; of "ssr" after a trial
     """
 
     method: str
@@ -38,6 +44,7 @@ class Preflight:
     recommended: str
     seconds: float | None = None
     peak_bytes: int | None = None
+    loss: str | None = None
 
     def __str__(self) -> str:
         cost = f"{self.passes} pass{'es' if self.passes > 1 else ''} a step"
@@ -46,6 +53,7 @@ class Preflight:
         if self.peak_bytes is not None:
             cost += f", {self.peak_bytes / 1e9:.1f} GB on the GPU"
         lines = [f"method {self.method}: {cost}; adapters {self.adapter_bytes / 1e6:.1f} MB"]
+        lines += [self.loss] if self.loss else []
         lines += [f"{o.first} and {o.second}: {o.difference}" for o in self.overlaps]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, f"recommended: {self.recommended}"])
@@ -71,8 +79,10 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: st
                 f"{phrase_of(a)!r} and {phrase_of(b)!r} are both a {a.card.class_noun}: they will blend; "
                 'use regions with isolate="noise"'
             )
-    if len(subjects) > 1 and method in ("sum", "svd"):
+    if len(subjects) > 1 and method in ("sum", "svd", "ssr"):
         found.append(f"method {method} of {len(subjects)} subjects blends them; regions keep each itself")
+    if method == "ssr" and len(subjects) < 2 <= len(adapters):
+        found.append("method ssr tells adapters apart by the tokens on their cards; with less than two of these it is the sum")
     return found
 
 
@@ -83,8 +93,24 @@ def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str
 
 
 def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ...]:
-    pairs = combinations([adapter for adapter, _ in adapters], 2)
-    return tuple(Overlap(a.name, b.name, difference(a, b)) for a, b in pairs)
+    found = []
+    for a, b in combinations([adapter for adapter, _ in adapters], 2):
+        with suppress(AdapterBaseMismatch):  # of two bases; `misfits` says which is wrong here
+            found.append(Overlap(a.name, b.name, difference(a, b)))
+    return tuple(found)
+
+
+def misfits(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[list[str], list[str]]:
+    """What cannot be put on this base; and what can, but was made for another one of its family."""
+    refused = []
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always", OtherBaseWarning)
+        for adapter, weight in adapters:
+            try:
+                placements(base, [(adapter, weight.value)])
+            except AdapterBaseMismatch as error:
+                refused.append(str(error))
+    return refused, [str(note.message) for note in noted if issubclass(note.category, OtherBaseWarning)]
 
 
 def recommendation(adapters: Sequence[tuple[Adapter, Weight]]) -> str:

@@ -19,7 +19,7 @@ from .. import __version__
 from ..adapters import Adapter
 from ..adapters.writing import packed
 from ..base_model import BaseModel
-from ..errors import AdapterBaseMismatch, SettingsError, first_line
+from ..errors import AdapterBaseMismatch, SettingsError, first_line, shown
 from .composition import Composition
 from .picture import Picture
 from .regions import Region
@@ -27,6 +27,15 @@ from .weights import Weight
 
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
+PICTURES: dict[str, tuple[type, ...]] = {  # what a recipe can ask of `generate`
+    "prompt": (str,),
+    "negative_prompt": (str, type(None)),
+    "seeds": (list,),
+    "steps": (int,),
+    "guidance": (int, float),
+    "size": (int, type(None)),
+    "batch_size": (int,),
+}
 
 
 def file_hash(adapter: Adapter) -> str:
@@ -93,6 +102,11 @@ class Recipe:
             if entries.pop("format") != FORMAT:
                 raise SettingsError(f"{path}: a recipe of another format; update lora_booth")
             entries["adapters"] = tuple(entries["adapters"])
+            for name, value in entries["pictures"].items():
+                if not isinstance(value, PICTURES.get(name, ())) or isinstance(value, bool):
+                    raise SettingsError(f"{path}: a recipe cannot ask for {shown(name)} {shown(value)[:60]}")
+            if not all(type(seed) is int for seed in entries["pictures"].get("seeds", ())):
+                raise SettingsError(f"{path}: its seeds are no whole numbers")
             return cls(**entries)
         except OSError as error:
             raise SettingsError(f"{path}: {error.strerror}") from error

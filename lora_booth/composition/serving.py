@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 
 from ..adapters import Adapter
 from ..base_model import BaseModel, TextConditions
+from ..config import check
 from ..errors import SettingsError
 from ..generation import quiet
 from ..injection import AttachedAdapter, attached_layers
@@ -75,8 +77,9 @@ class Serving:
 
     def use(self, weights: Mapping[str, float]) -> None:
         """From now on these adapters are heard, with these weights, and no others."""
-        for name in weights:
+        for name, weight in weights.items():
             self._known(name)
+            check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
         for name, loaded in self.loaded.items():
             set_weight(loaded.on, weights.get(name, 0.0))
 
