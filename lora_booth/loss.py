@@ -8,6 +8,8 @@ from torch import Tensor
 from .base_model import BaseModel, TextConditions
 from .latents import Batch
 
+BACKGROUND_WEIGHT = 0.1  # of what a mask leaves black; at 0 the adapter may draw anything behind the subject
+
 
 def dreambooth_loss(
     base: BaseModel,
@@ -18,6 +20,7 @@ def dreambooth_loss(
     *,
     prior_loss_weight: float,
     min_snr_gamma: float | None = None,
+    background_weight: float = BACKGROUND_WEIGHT,
 ) -> Tensor:
     """Mean squared prediction error of the photos plus the weighted one of the class images, in one forward pass.
 
@@ -25,6 +28,7 @@ def dreambooth_loss(
     text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
     noise          like latents      standard normal
     timesteps      (N,) int64        in [0, 1000)
+    batch.masks    (N, 1, H/f, W/f)  1 where the error counts, 0 where only `background_weight` of it does; None: all counts
     batch.of       photos and class images of the whole batch, whose means the loss is made of: losses of its parts add up
     returns        () float32
     """
@@ -37,7 +41,10 @@ def dreambooth_loss(
         target = signal * noise - spread * batch.latents
     else:
         target = noise
-    error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+    squared = (predicted.float() - target).square()
+    if batch.masks is not None:
+        squared = squared * mask_weight(batch.masks, background_weight)
+    error = squared.mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         error = error * min_snr_weight(alphas, min_snr_gamma, base.prediction_type)
     photos, class_images = batch.of
@@ -45,6 +52,15 @@ def dreambooth_loss(
     if class_images:
         loss = loss + prior_loss_weight * error[batch.photos :].sum() / class_images
     return loss
+
+
+def mask_weight(masks: Tensor, background_weight: float) -> Tensor:
+    """Weights of mean 1 in each picture, so that a small subject counts as much as a large one. (N, 1, h, w) -> the same.
+
+    A mask of ones weighs exactly 1: the plain loss, bit for bit.
+    """
+    weight = background_weight + (1 - background_weight) * masks
+    return weight / weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def min_snr_weight(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:

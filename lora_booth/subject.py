@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import SubjectError, shown
-from .photos import Photo, PhotoSet, Region, Skipped, find_photos
+from .photos import Audit, Cropping, MaskSource, Photo, PhotoSet, Region, Skipped, audit_photos, find_photos
 
 INSTANCE_TEMPLATE = "a photo of {token} {class_noun}"
 CLASS_TEMPLATE = "a photo of {a} {class_noun}"  # {a}: "a" or "an", by the class noun's sound
@@ -78,7 +78,9 @@ class Subject:
         maximum: int = 100,
         templates: Sequence[str] = (INSTANCE_TEMPLATE,),
         class_template: str = CLASS_TEMPLATE,
+        crop: Cropping = "smart",
         crops: Mapping[str, Region] | None = None,
+        masks: Mapping[str, MaskSource] | None = None,
     ) -> Subject:
         """The subject of a folder of photos (or of a list of files); see `find_photos` for what is used and what not.
 
@@ -89,13 +91,25 @@ class Subject:
         # The words are checked first, so that a slip there is not told only after decoding every photo.
         _check_token_text(token)
         _check_class_noun(class_noun)
-        found: PhotoSet = find_photos(folder, crops=crops, minimum=minimum, maximum=maximum)
+        found: PhotoSet = find_photos(folder, crop=crop, crops=crops, masks=masks, minimum=minimum, maximum=maximum)
         return cls(found.photos, token, class_noun, tuple(templates), class_template, found.skipped)
+
+    def audit(self, *, resolution: int = 512) -> Audit:
+        """What the photos will teach at `resolution` pixels, and what to change; nothing in it stops a training.
+
+        Raises PhotoError if a photo is gone or changed since it was found.
+        """
+        return audit_photos(self.photos, self.skipped, resolution=resolution)
 
     @property
     def instance_prompt(self) -> str:
         """The prompt of the first template: "a photo of sks dog"."""
         return self._filled(self.templates[0])
+
+    @property
+    def card_prompt(self) -> str:
+        """The prompt that an adapter's card suggests: of token and class noun only, never words of a template or caption."""
+        return self.instance_prompt if self.templates[0] == INSTANCE_TEMPLATE else f"{self.token} {self.class_noun}"
 
     @property
     def class_prompt(self) -> str:
@@ -230,6 +244,8 @@ def check_token(token: str, tokenizer: Tokenizer, *, known_rare: Collection[str]
         warnings.append("SKS is a rifle, and bases have pictures of it; any other rare token is better")
     if word in FIRST_NAMES or word in ARTISTS:
         warnings.append("it is a person's name; the base links it to people's pictures or style")
+    elif _looks_like_a_name(token):
+        warnings.append("it looks like a person's name; train on a person only with their consent, and take a rare token")
     if word != token:
         warnings.append(f"the base reads lower case only: {token} and {word} are the same to it")
     return TokenReport(token, pieces, tuple(problems), tuple(warnings))
@@ -268,6 +284,20 @@ def _is_known_word(word: str, vocabulary: Mapping[str, int]) -> bool:
 def _reads_like_a_word(word: str) -> bool:
     """It can be pronounced: it has a vowel and never three consonants in a row."""
     return bool(re.search(f"[{VOWELS}]", word)) and not re.search(f"[^{VOWELS}]{{3}}", word)
+
+
+def _looks_like_a_name(token: str) -> bool:
+    """First and last name in one word: JohnSmith, john_smith, john-smith, gregrutkowski.
+
+    Told by two capitalised parts, or by a usual first name or artist's surname among the parts. A name of one part, of
+    another script or not in the lists is not told, and a brand as TealCup is told: it is a hint, not a check.
+    """
+    parts = [part for part in re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])", token) if len(part) > 1]
+    if len(parts) == 1:
+        word = parts[0].lower()
+        return any(word.endswith(name) and word.removesuffix(name) in FIRST_NAMES for name in ARTISTS)
+    capitalised = sum(part[0].isupper() and part[1:].islower() and len(part) > 2 for part in parts)
+    return capitalised > 1 or any(part.lower() in FIRST_NAMES | ARTISTS for part in parts)
 
 
 def _is_proposable(word: str) -> bool:

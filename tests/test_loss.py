@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig
+from PIL import Image
 from pipelines import KINDS, make_pipeline, random_adapter
 from torch import Tensor
 
 from lora_booth.base_model import BaseModel, TextConditions
-from lora_booth.config import LoraSpec
-from lora_booth.injection import trainable
-from lora_booth.latents import Batch
+from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.injection import attached, trainable
+from lora_booth.latents import Batch, LatentCache, LatentSet, draw, mask_latents
 from lora_booth.loss import dreambooth_loss, min_snr_weight
+from lora_booth.subject import Subject
+from lora_booth.training import prepare
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -149,3 +154,110 @@ def test_prior_loss_weight_zero_is_the_photos_alone() -> None:
     given = inputs("sd1", 4, [20, 700, 300, 999])
     alone = {key: value[:2] if isinstance(value, Tensor) else value for key, value in given.items()}
     same(ours("sd1", given, 2, prior_loss_weight=0.0), ours("sd1", alone, 2, prior_loss_weight=1.0))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def masks(count: int) -> Tensor:
+    """(N, 1, 8, 8): soft, and other in each picture."""
+    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(3)) ** 2
+
+
+def loss_with(given: dict[str, Any], mask: Tensor | None, **settings: Any) -> LossAndGradients:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    start = random_adapter(base).modules
+    batch = Batch(given["latents"], ("a dog",) * len(given["latents"]), None, 2, masks=mask)
+    with trainable(base, LoraSpec(rank=4)) as lora:
+        parameters = lora.named_parameters()
+        with torch.no_grad():
+            for key, factors in start.items():
+                parameters[f"{key}.down"].copy_(factors.down)
+                parameters[f"{key}.up"].copy_(factors.up)
+        text = TextConditions(given["states"])
+        loss = dreambooth_loss(base, batch, text, given["noise"], given["timesteps"], prior_loss_weight=0.5, **settings)
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+def test_a_mask_weighs_the_error() -> None:
+    """Against the formula, written out: of each picture the weighted mean, then the means of photos and class images."""
+    given, mask = inputs("sd1", 3, [20, 500, 999]), masks(3)
+    mask[2] = 1  # a class image
+    for floor in (0.0, 0.1, 0.5):
+        loss, _ = loss_with(given, mask, background_weight=floor)
+        pipeline = make_pipeline("sd1")
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        noisy = scheduler.add_noise(given["latents"], given["noise"], given["timesteps"])
+        base = BaseModel.from_pipeline(pipeline)
+        with attached(pipeline, [(random_adapter(base), 1.0)]), torch.no_grad():
+            predicted = pipeline.unet(noisy, given["timesteps"], given["states"]).sample
+        errors = []
+        for i in range(3):
+            weight = (floor + (1 - floor) * mask[i]).expand(4, 8, 8)
+            errors.append(float((weight * (predicted[i] - given["noise"][i]) ** 2).sum() / weight.sum()))
+        assert float(loss) == pytest.approx((errors[0] + errors[1]) / 2 + 0.5 * errors[2], rel=2e-5)
+
+
+def test_masks_of_ones_are_the_plain_loss_bit_for_bit() -> None:
+    given = inputs("sd1", 3, [20, 500, 999])
+    plain, ones = loss_with(given, None), loss_with(given, torch.ones(3, 1, 8, 8))
+    assert torch.equal(plain[0], ones[0])
+    assert all(torch.equal(plain[1][name], ones[1][name]) for name in plain[1])
+    assert not torch.equal(plain[0], loss_with(given, masks(3))[0])
+
+
+def test_parts_of_a_masked_batch_add_up() -> None:
+    given, mask = inputs("sd1", 3, [20, 500, 999]), masks(3)
+    batch = Batch(given["latents"], ("a dog",) * 3, None, 2, masks=mask)
+    assert torch.equal(torch.cat([batch[slice(0, 1)].masks, batch[slice(1, 3)].masks]), mask)  # type: ignore[list-item]
+
+
+def test_masks_at_latent_size() -> None:
+    left = Image.new("L", (16, 16))
+    left.paste(255, (0, 0, 4, 16))
+    found = mask_latents([left, None], 8, views=2)
+    assert found.shape == (2, 2, 1, 2, 2)
+    assert found[0, 0, 0].tolist() == [[0.5, 0.0], [0.5, 0.0]]
+    assert found[1, 0, 0].tolist() == [[0.0, 0.5], [0.0, 0.5]]  # mirrored, as the pictures of that view
+    assert (found[:, 1] == 1).all()
+
+
+def test_batches_draw_the_same_with_and_without_masks() -> None:
+    mean = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(2, 3, 4, 2, 2)
+    mask = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 1, 2, 2) / 6
+    prompts = ("a", "b", "c")
+    prior = LatentSet(mean, torch.zeros_like(mean), prompts, None)
+    plain = LatentCache(LatentSet(mean, torch.ones_like(mean), prompts, None), prior, 1.0, {})
+    masked = LatentCache(LatentSet(mean, torch.ones_like(mean), prompts, None, mask), prior, 1.0, {})
+    for step in range(6):
+        (a, *rest_a), (b, *rest_b) = (draw(cache, seed=3, step=step, batch_size=2) for cache in (plain, masked))
+        assert torch.equal(a.latents, b.latents) and a.prompts == b.prompts
+        assert all(torch.equal(x, y) for x, y in zip(rest_a, rest_b, strict=True))
+        assert a.masks is None and b.masks is not None and b.masks.shape == (4, 1, 2, 2)
+        assert (b.masks[2:] == 1).all()  # of class images
+        for row, prompt in zip(b.masks[:2], b.prompts[:2], strict=True):
+            photo = prompts.index(prompt)
+            assert float(row[0, 0, 0]) in (float(mask[0, photo, 0, 0, 0]), float(mask[1, photo, 0, 0, 0]))
+
+
+def test_masks_reach_the_training(tmp_path: Path) -> None:
+    for index in range(3):
+        values = np.random.default_rng(index).integers(0, 256, (80, 96, 3), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / f"{index}.png")
+    half = Image.new("L", (96, 80))
+    half.paste(255, (0, 0, 48, 80))
+    half.save(tmp_path / "1.mask.png")
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    config = TrainingConfig(steps=1, class_images=1, resolution=64, flip=True)
+    rex = Subject.from_folder(tmp_path, token="sks", class_noun="dog", crop="center")
+    cache = prepare(base, [rex], lora=LoraSpec(rank=2), config=config)
+    assert cache.photos.masks is not None and cache.photos.masks.shape == (2, 3, 1, 8, 8)
+    assert (cache.photos.masks[:, [0, 2]] == 1).all()
+    row = cache.photos.masks[0, 1, 0, 0]
+    assert row[:4].min() == 1 and row[4:].max() == 0
+    assert torch.equal(cache.photos.masks[1, 1], cache.photos.masks[0, 1].flip(-1))
+    assert cache.class_images is not None and cache.class_images.masks is None
+    (tmp_path / "1.mask.png").unlink()
+    plain = Subject.from_folder(tmp_path, token="sks", class_noun="dog", crop="center")
+    assert prepare(base, [plain], lora=LoraSpec(rank=2), config=config).photos.masks is None

@@ -8,17 +8,19 @@ import struct
 import sys
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageFile, features
+from PIL import Image, ImageChops, ImageCms, ImageFile, ImageFilter, features
 
 from lora_booth.errors import PhotoError, shown
 from lora_booth.photos import (
     Crop,
     Photo,
     PhotoSet,
+    audit_photos,
     contact_sheet,
     crop_and_resize,
     find_photos,
@@ -27,7 +29,9 @@ from lora_booth.photos import (
     open_photo,
     to_images,
     to_tensor,
+    training_square,
 )
+from lora_booth.photos.photo import square_box
 
 REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
 
@@ -588,6 +592,299 @@ def test_bad_crop_files(folder: Path, text: str) -> None:
     (folder / "crops.json").write_text(text)
     with pytest.raises(PhotoError):
         find_photos(folder)
+
+
+# --- which square -----------------------------------------------------------------------------------------------------
+
+
+def scene(width: int, height: int, middle: tuple[int, int], radius: int = 45, seed: int = 0, grey: int = 140) -> Image.Image:
+    """One striped disc before a calm background."""
+    rng = np.random.default_rng(seed)
+    down, right = np.mgrid[0:height, 0:width]
+    values = np.full((height, width, 3), float(grey)) + 12 * np.sin(down / 37 + right / 51)[..., None]
+    disc = (down - middle[1]) ** 2 + (right - middle[0]) ** 2 < radius**2
+    values[disc] = (210, 60, 30)
+    values[disc & (right % 8 < 4)] = (30, 60, 200)
+    return Image.fromarray((values + rng.normal(0, 5, values.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("middle", [60, 110, 200, 310, 340])
+@pytest.mark.parametrize("tall", [False, True])
+def test_the_smart_square_keeps_the_subject(tmp_path: Path, middle: int, tall: bool) -> None:
+    image = scene(400, 200, (middle, 100))
+    image = image.transpose(Image.Transpose.TRANSPOSE) if tall else image
+    image.save(tmp_path / "a.png")
+    photo = one(tmp_path)
+    square = training_square(photo, 200)
+    left, top = square.crop.left, square.crop.top
+    assert (left == 0) if tall else (top == 0)
+    start = top if tall else left
+    assert start <= max(0, middle - 45) + 6 and start + 200 >= min(400, middle + 45) - 6
+    box = (0, start, 200, start + 200) if tall else (start, 0, start + 200, 200)
+    assert np.array_equal(np.asarray(square.image), np.asarray(image.crop(box)))  # the crop says where it lies
+    assert square.crop.original_size == image.size[::-1]
+    plain = find_photos([tmp_path / "a.png"], minimum=1, crop="center").photos[0]
+    assert plain.focus is None and training_square(plain, 200).crop == Crop(*((100, 0) if tall else (0, 100)), image.size[::-1])
+
+
+def test_a_crop_of_the_user_wins(tmp_path: Path) -> None:
+    image = scene(400, 200, (60, 100))
+    image.save(tmp_path / "a.png")
+    photo = find_photos(tmp_path, minimum=1, crops={"a.png": (200, 0, 400, 100)}).photos[0]
+    assert photo.focus is None
+    assert np.array_equal(np.asarray(training_square(photo, 100).image), np.asarray(image.crop((250, 0, 350, 100))))
+
+
+def test_a_square_photo_and_an_empty_one_are_cut_in_the_middle(tmp_path: Path) -> None:
+    scene(200, 200, (50, 50)).save(tmp_path / "a.png")
+    Image.new("RGB", (400, 200)).save(tmp_path / "b.png")
+    Image.new("RGB", (200, 400), (9, 99, 199)).save(tmp_path / "c.png")
+    assert [photo.focus for photo in find_photos(tmp_path).photos] == [None] * 3
+
+
+def test_an_unknown_crop_is_a_mistake(folder: Path) -> None:
+    with pytest.raises(PhotoError, match="crop 'middle' is unknown; allowed: smart, center"):
+        find_photos(folder, crop="middle")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", [0, 9])
+def test_black_bars_are_cut_away(tmp_path: Path, level: int) -> None:
+    inner = scene(300, 200, (150, 100))
+    wide, tall = Image.new("RGB", (300, 320), (level,) * 3), Image.new("RGB", (420, 200), (level,) * 3)
+    wide.paste(inner, (0, 60))
+    tall.paste(inner, (60, 0))
+    wide.save(tmp_path / "a.png")
+    tall.save(tmp_path / "b.jpg", quality=80)
+    for photo in find_photos(tmp_path, minimum=2).photos:
+        assert photo.note == "black bars cut away" and photo.crop is not None
+        square = np.asarray(training_square(photo, 200).image.convert("L"))
+        assert square[:2].mean() > 60 and square[-2:].mean() > 60 and square[:, :2].mean() > 60 and square[:, -2:].mean() > 60
+        assert square.shape == (200, 200)
+    assert all(photo.crop is None for photo in find_photos(tmp_path, minimum=2, crop="center").photos)
+
+
+def test_a_dark_scene_has_no_bars(tmp_path: Path) -> None:
+    lamp = Image.new("RGB", (320, 200), (4, 4, 4))
+    lamp.paste(scene(80, 120, (40, 60)), (120, 40))  # an object before black
+    lamp.save(tmp_path / "a.png")
+    one_side = Image.new("RGB", (320, 200), (4, 4, 4))
+    one_side.paste(scene(200, 200, (100, 100)), (0, 0))
+    one_side.save(tmp_path / "b.png")
+    Image.new("RGB", (320, 200)).save(tmp_path / "c.png")
+    assert [photo.crop for photo in find_photos(tmp_path).photos] == [None] * 3
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def disc_mask(width: int, height: int, middle: tuple[int, int], radius: int = 45) -> Image.Image:
+    down, right = np.mgrid[0:height, 0:width]
+    inside = (down - middle[1]) ** 2 + (right - middle[0]) ** 2 < radius**2
+    return Image.fromarray((inside * 255).astype(np.uint8))
+
+
+def test_a_mask_beside_a_photo(tmp_path: Path) -> None:
+    scene(400, 200, (60, 100)).save(tmp_path / "a.jpg")
+    disc_mask(400, 200, (320, 100)).save(tmp_path / "a.mask.png")  # elsewhere, so that it is seen who decides
+    found = find_photos(tmp_path, minimum=1)
+    assert [photo.path.name for photo in found.photos] == ["a.jpg"] and found.skipped == ()
+    square = training_square(found.photos[0], 100)
+    assert square.crop.left > 60  # the mask's place, not that of what is salient
+    assert square.mask is not None and square.mask.size == (100, 100) and square.mask.mode == "L"
+    left = square_box(400, 200, None, found.photos[0].focus)[0]
+    exact = np.asarray(disc_mask(400, 200, (320, 100)))[:, left : left + 200].reshape(100, 2, 100, 2).mean(axis=(1, 3))
+    assert np.abs(np.asarray(square.mask) - exact).max() <= 1
+    listed = find_photos(sorted(tmp_path.iterdir()), minimum=1)  # as a list of files
+    assert listed.photos == found.photos and listed.skipped == ()
+
+
+def test_a_mask_in_code_comes_first(folder: Path, tmp_path: Path) -> None:
+    Image.new("L", (96, 80), 255).save(folder / "img0.mask.png")
+    half = Image.new("L", (96, 80))
+    half.paste(255, (0, 0, 48, 80))
+    half.save(tmp_path / "half.png")
+    crops = {name: (0, 0, 80, 80) for name in ("img0.png", "img1.png")}
+    masks: dict[str, Image.Image | str | Path] = {"img0.png": half, "img1.png": str(tmp_path / "half.png")}
+    photos = find_photos(folder, crops=crops, masks=masks).photos
+    for photo in photos[:2]:
+        mask = np.asarray(training_square(photo, 80).mask)
+        assert (mask[:, :48] == 255).all() and (mask[:, 48:] == 0).all()
+    assert photos[2].mask is None and training_square(photos[2], 80).mask is None
+    assert find_photos(folder, masks=masks, crops=crops).photos == photos
+    other = find_photos(folder, masks={**masks, "img0.png": Image.new("L", (96, 80), 200)}, crops=crops).photos
+    assert other[0] != photos[0]  # another mask is another photo
+    with pytest.raises(PhotoError, match="a mask for 'gone.png', but there is no such photo"):
+        find_photos(folder, masks={"gone.png": half})
+    with pytest.raises(PhotoError, match="a list; give a file or a PIL image"):
+        find_photos(folder, masks={"img0.png": [1]})  # type: ignore[dict-item]
+
+
+def test_masks_are_of_the_upright_photo(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, 96, 160).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    disc_mask(96, 160, (48, 130), 20).save(tmp_path / "a.mask.png")
+    photo = one(tmp_path)
+    assert (photo.width, photo.height) == (96, 160)
+    mask = np.asarray(training_square(photo, 96).mask)
+    assert mask.max() == 255 and mask.mean() / 255 == pytest.approx(np.pi * 20**2 / 96**2, abs=0.01)  # the whole disc is kept
+    turned = disc_mask(96, 160, (48, 130), 20).transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "a.mask.png", exif=exif)  # a mask may have an orientation of its own
+    assert np.array_equal(np.asarray(training_square(one(tmp_path), 96).mask), mask)
+
+
+def test_kinds_of_masks(tmp_path: Path) -> None:
+    picture(0, 96, 96).save(tmp_path / "a.png")
+    grey = disc_mask(96, 96, (48, 48), 30)
+    clear = Image.merge("LA", (Image.new("L", (96, 96), 255), grey))  # white where it is opaque
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    for mask in (grey, grey.convert("1"), grey.convert("RGB"), clear, clear.convert("RGBA"), deep):
+        mask.save(tmp_path / "a.mask.png")
+        assert np.array_equal(np.asarray(training_square(one(tmp_path), 96).mask), np.asarray(grey)), mask.mode
+
+
+def test_a_mask_that_changed_is_not_used(tmp_path: Path) -> None:
+    picture(0, 96, 96).save(tmp_path / "a.png")
+    disc_mask(96, 96, (48, 48), 30).save(tmp_path / "a.mask.png")
+    photo = one(tmp_path)
+    disc_mask(96, 96, (48, 48), 20).save(tmp_path / "a.mask.png")
+    with pytest.raises(PhotoError, match="mask a.png: it changed since it was checked"):
+        training_square(photo, 64)
+
+
+def test_a_mask_outside_the_crop_is_a_mistake(tmp_path: Path) -> None:
+    picture(0, 200, 100).save(tmp_path / "a.png")
+    disc_mask(200, 100, (30, 50), 20).save(tmp_path / "a.mask.png")
+    with pytest.raises(PhotoError, match="no white inside the photo's crop"):
+        find_photos(tmp_path, minimum=1, crops={"a.png": (100, 0, 200, 100)})
+
+
+# --- the audit --------------------------------------------------------------------------------------------------------
+
+
+def different_scenes(folder: Path, count: int = 5) -> Path:
+    """One subject in places that have nothing in common."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(7)
+    for index in range(count):
+        down, right = np.mgrid[0:300, 0:300]
+        values = rng.uniform(40, 200, 3) + 40 * np.sin(down / rng.uniform(9, 60) + right / rng.uniform(9, 60))[..., None]
+        middle = rng.uniform(110, 190, 2)
+        disc = (down - middle[0]) ** 2 + (right - middle[1]) ** 2 < 70**2
+        values[disc] = (230, 160, 40)
+        values[disc & (right % 12 < 4)] = (30, 20, 60)
+        Image.fromarray((values + rng.normal(0, 6, values.shape)).clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def notes_of(path: Path, resolution: int = 256) -> tuple[str, ...]:
+    return audit_photos(find_photos([path], minimum=1).photos, resolution=resolution).photos[0].notes
+
+
+def test_good_photos_get_no_advice(tmp_path: Path) -> None:
+    found = find_photos(different_scenes(tmp_path))
+    audit = audit_photos(found.photos, found.skipped, resolution=256)
+    assert audit.advice == () and audit.near_duplicates == () and audit.alike_backgrounds == ()
+    assert [report.notes for report in audit.photos] == [()] * 5
+
+
+@pytest.mark.parametrize(
+    ("note", "spoil"),
+    [
+        ("blurred", lambda image: image.filter(ImageFilter.GaussianBlur(4))),
+        ("too dark", lambda image: image.point(lambda value: value // 6)),
+        (
+            "too bright",
+            lambda image: ImageChops.lighter(image, Image.new("RGB", (300, 300), "white").crop((0, -150, 300, 150))),
+        ),
+        ("hardly any contrast", lambda image: image.point(lambda value: 200 + value // 20)),
+        ("small: 120 px, enlarged to 256", lambda image: image.resize((120, 120))),
+    ],
+)
+def test_what_is_wrong_with_a_photo(tmp_path: Path, note: str, spoil: Callable[[Image.Image], Image.Image]) -> None:
+    path = different_scenes(tmp_path, 1) / "0.png"
+    spoil(Image.open(path)).save(path)
+    assert notes_of(path)[0] == note
+
+
+def test_a_white_studio_is_not_too_bright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (300, 300), "white")
+    image.paste(scene(150, 150, (75, 75), 60), (75, 75))
+    image.save(tmp_path / "a.png")
+    assert notes_of(tmp_path / "a.png") == ()
+
+
+def test_small_and_cut_subjects(tmp_path: Path) -> None:
+    scene(300, 300, (150, 150), 20).save(tmp_path / "a.png")  # 1.4 % of it, before a calm wall
+    scene(300, 300, (150, 150), 70, seed=1, grey=160).save(tmp_path / "b.png")
+    scene(400, 200, (60, 100), 50, seed=2, grey=180).save(tmp_path / "c.png")
+    disc_mask(400, 200, (60, 100), 50).save(tmp_path / "c.mask.png")
+    found = find_photos(tmp_path, crop="center")
+    reports = audit_photos(found.photos, resolution=200).photos
+    assert [report.notes for report in reports] == [("the subject is small",), (), ("the crop cuts the subject",)]
+    shares = [report.measures.subject for report in reports]
+    assert shares[0] is not None and shares[0] < 0.05 and shares[2] is not None
+    assert reports[2].kept == pytest.approx(0.05, abs=0.04)
+    smart = audit_photos(find_photos(tmp_path).photos, resolution=200).photos[2]
+    assert smart.notes == () and smart.kept == 1.0
+    assert smart.measures.subject == pytest.approx(np.pi * 50**2 / 200**2, abs=0.01)  # of the mask: exact
+
+
+def test_near_duplicates_are_found(tmp_path: Path) -> None:
+    different_scenes(tmp_path)
+    image = Image.open(tmp_path / "1.png")
+    image.save(tmp_path / "again.jpg", quality=40)
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).point(lambda value: min(255, value + 15)).save(tmp_path / "mirror.png")
+    image.resize((150, 150)).save(tmp_path / "small.webp")
+    audit = audit_photos(find_photos(tmp_path).photos, resolution=256)
+    assert audit.near_duplicates == (("1.png", "again.jpg", "mirror.png", "small.webp"),)
+    assert audit.advice[0] == "4 photos are nearly the same: 1.png, again.jpg, mirror.png, small.webp; keep the best one"
+
+
+def test_one_background_is_told(tmp_path: Path) -> None:
+    for index, middle in enumerate([(100, 120), (160, 150), (200, 180), (150, 220), (130, 90)]):
+        scene(300, 300, middle, 60, seed=index).save(tmp_path / f"{index}.png")
+    audit = audit_photos(find_photos(tmp_path).photos, resolution=256)
+    assert audit.alike_backgrounds == tuple(f"{index}.png" for index in range(5))
+    assert any(line.startswith("all photos have much the same background: 0.png, ") for line in audit.advice)
+
+
+def test_advice_on_the_number_and_on_copies(folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "img0.png").read_bytes())
+    found = find_photos(folder)
+    advice = audit_photos(found.photos, found.skipped, resolution=64).advice
+    assert "3 different photos are few; 5 to 30 teach a subject better" in advice
+    assert advice[-1] == "used only once, though there twice: img0.png"
+    with pytest.raises(PhotoError, match="no photos"):
+        audit_photos([])
+    with pytest.raises(PhotoError, match="resolution 2"):
+        audit_photos(found.photos, resolution=2)
+
+
+def test_the_sheet_shows_the_training_squares(tmp_path: Path) -> None:
+    scene(400, 200, (60, 100)).save(tmp_path / "a.png")
+    audit = audit_photos(find_photos(tmp_path, minimum=1).photos, resolution=160)
+    trained = training_square(audit.photos[0].photo, 160).image
+    assert np.array_equal(np.asarray(audit.sheet())[8:168, 8:168], np.asarray(trained))
+
+
+def test_facts_are_json_without_folders(tmp_path: Path) -> None:
+    (tmp_path / "secret place").mkdir()
+    different_scenes(tmp_path / "secret place", 3)
+    text = json.dumps(audit_photos(find_photos(tmp_path / "secret place").photos).as_dict())
+    assert "secret place" not in text
+    assert json.loads(text)["photos"][1]["square"] == [0, 0, 300, 300]
+
+
+@pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="the DreamBooth photos are not here")
+def test_real_photos_raise_no_false_alarms() -> None:
+    told = []
+    for subject in ("cat2", "teapot"):  # with black bars, and the darkest and brightest; the benchmark has all
+        found = find_photos(REAL_PHOTOS / subject)
+        audit = audit_photos(found.photos, found.skipped)
+        assert audit.advice == ()
+        told += [f"{subject} {r.photo.path.stem}: {note}" for r in audit.photos for note in r.notes]
+    assert told == [f"cat2 {stem}: black bars cut away" for stem in ("00", "01", "04")]
 
 
 # --- training squares -----------------------------------------------------------------------------------------------

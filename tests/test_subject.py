@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -77,6 +78,28 @@ def test_from_folder(tmp_path: Path) -> None:
         Subject.from_folder(tmp_path, token="ohwx", class_noun="dog", minimum=4)
     with pytest.raises(SubjectError):  # told before the folder is even looked at
         Subject.from_folder(tmp_path / "gone", token="", class_noun="dog")
+
+
+def test_the_card_gets_no_words_of_a_template() -> None:
+    assert REX.card_prompt == "a photo of ohwx dog"
+    assert replace(REX, templates=("{token} {class_noun} at Ann's house",)).card_prompt == "ohwx dog"
+
+
+def test_audit_of_a_subject(tmp_path: Path) -> None:
+    for index in range(3):
+        values = np.random.default_rng(index).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / f"{index}.png")
+    Image.new("L", (128, 64), 255).save(tmp_path / "0.mask.png")
+    (tmp_path / "note.md").write_text("hello")
+    masks = {"1.png": Image.new("L", (128, 64), 255)}
+    rex = Subject.from_folder(tmp_path, token="ohwx", class_noun="dog", crop="center", masks=masks)
+    assert [one.mask is not None for one in rex.photos] == [True, True, False]
+    assert [one.focus for one in rex.photos] == [None] * 3
+    audit = rex.audit(resolution=64)
+    assert audit.resolution == 64 and audit.skipped == rex.skipped
+    assert [report.photo for report in audit.photos] == list(rex.photos)
+    with pytest.raises(PhotoError, match="crop 'round' is unknown"):
+        Subject.from_folder(tmp_path, token="ohwx", class_noun="dog", crop="round")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +199,18 @@ def test_warnings_do_not_stop(tokenizer: Any, token: str, warning: str) -> None:
     if token not in ("zara", "warhol"):  # in this small vocabulary, these fall into many pieces
         assert report.ok
     assert any(warning in text for text in report.warnings)
+
+
+@pytest.mark.parametrize(
+    "token", ["JohnSmith", "john_smith", "greg-rutkowski", "gregrutkowski", "SmithZqv", "Anna.Zqv", "VanGogh"]
+)
+def test_what_looks_like_a_name_is_told(tokenizer: Any, token: str) -> None:
+    assert any("a person's name" in text for text in check_token(token, tokenizer).warnings)
+
+
+@pytest.mark.parametrize("token", ["ohwx", "zqv", "OHWX", "McZqv", "zq_v", "rex2024", "iPhone", "X-1"])
+def test_what_does_not_look_like_a_name(tokenizer: Any, token: str) -> None:
+    assert not any("a person's name" in text for text in check_token(token, tokenizer).warnings)
 
 
 def test_many_pieces(tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Finding photos, with the captions and crops beside them.
+"""Finding photos, with the captions, crops and masks beside them.
 
 What a photo can do wrong is found here, before any training: `find_photos` decodes every file with the very code
 that training uses, so a photo that passes will also load.
@@ -7,31 +7,41 @@ that training uses, so a photo that passes will also load.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ..errors import PhotoError, shown
+from .beside import CROPS_FILE, caption_of, fractions, read_crops
+from .cropping import Cropping, check_cropping, focus_of, without_black_bars
+from .masks import MASK_ENDING, MaskSource, find_mask, is_mask_name, mask_greys
 from .opening import FORMATS, Unusable, begins_like_a_photo, opened, row_strips, upright_rgb
 from .photo import Photo, PhotoSet, Region, Skipped, box
 
 MAX_ASPECT = 4.0  # long side / short side
-MAX_TEXT_BYTES = 2**20  # of crops.json
-MAX_CAPTION = 2000  # characters; the text encoder reads about the first 300
-CROPS_FILE = "crops.json"
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
+LONELY_MASK = f"a mask without a photo of that name (photo{MASK_ENDING} is for photo.jpg)"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the user says of photos."""
+
+    regions: Mapping[str, Region]  # by file name
+    masks: Mapping[str, MaskSource]
+    crop: Cropping
+    min_side: int  # pixels
 
 
 def find_photos(
     source: Path | str | Sequence[Path | str],
     *,
+    crop: Cropping = "smart",
     crops: Mapping[str, Region] | None = None,
+    masks: Mapping[str, MaskSource] | None = None,
     minimum: int = 3,
     maximum: int = 100,
     min_side: int = 64,
@@ -39,25 +49,32 @@ def find_photos(
     """Find the usable photos of a folder (or of a list of files), and say of every other file why it is not used.
 
     source     a folder: its files in natural order (img2 before img10), subfolders not entered; or files, in their order
+    crop       "smart": the square that keeps the subject, black bars cut away; "center": the one in the middle.
+               A photo with a crop of its own (below) is cut there, in the middle.
     crops      file name -> (x0, y0, x1, y1), fractions 0..1 of the upright photo, or pixels if any value is above 1.
                They come before those of a `crops.json` in the folder, which has the same form.
+    masks      file name -> a file or a PIL image of the upright photo's shape, white where the subject is.
+               They come before a `photo.mask.png` beside photo.jpg.
     minimum    usable photos needed
     maximum    usable photos accepted, so that a whole camera roll is not taken by mistake
     min_side   pixels; the short side of a photo (or of its crop) may not be smaller
-    raises     PhotoError: no such folder, too few or too many photos, a crop or caption that cannot be right
+    raises     PhotoError: no such folder, too few or too many photos, a crop, mask or caption that cannot be right
     """
+    check_cropping(crop)
     if minimum < 1 or maximum < minimum:
         raise PhotoError(f"minimum {minimum}, maximum {maximum}; needed: 1 <= minimum <= maximum")
     where, candidates, skipped, regions = _listing(source)
     regions.update(crops or {})
-    _check_crop_names(where, regions, candidates)
+    _check_names(where, "crop", regions, candidates)
+    _check_names(where, "mask", masks or {}, candidates)
+    told = Told(regions, masks or {}, crop, min_side)
     if len(candidates) > maximum:  # a glance at each file, so that 10,000 photos are not decoded first
         _check_not_too_many(where, sum(begins_like_a_photo(path) for path in candidates), maximum)
     photos: list[Photo] = []
     first_with: dict[str, str] = {}  # digest of file or pixels, and crop -> the first photo that has it
     for path in candidates:
         try:
-            photos.append(_check(path, regions.get(path.name), min_side, first_with))
+            photos.append(_check(path, told, first_with))
         except Unusable as error:
             skipped.append(Skipped(path, str(error)))
         _check_not_too_many(where, len(photos), maximum)
@@ -94,14 +111,18 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
         if folder.is_dir():
             return _folder_listing(folder)
         source = [folder]
+    files = [Path(path) for path in source]
+    stems = _photo_stems(files)
     candidates, skipped = [], []
-    for path in map(Path, source):
+    for path in files:
         if not path.exists():
             raise PhotoError(f"{shown(path)}: no such file")
         if path.is_dir():
             skipped.append(Skipped(path, "a folder"))
-        else:
+        elif not is_mask_name(path):
             candidates.append(path)
+        elif path.name[: -len(MASK_ENDING)] not in stems:
+            skipped.append(Skipped(path, LONELY_MASK))
     return f"{len(candidates)} files", candidates, skipped, {}
 
 
@@ -112,7 +133,7 @@ def _folder_listing(folder: Path) -> tuple[str, list[Path], list[Skipped], dict[
         files = sorted(folder.iterdir(), key=_natural)
     except (OSError, RuntimeError) as error:
         raise PhotoError(f"{where}: the folder cannot be read ({type(error).__name__}); check its permissions") from None
-    stems = {path.stem for path in files if path.suffix.lower() != ".txt"}
+    stems = _photo_stems(files)
     candidates: list[Path] = []
     skipped: list[Skipped] = []
     regions: dict[str, Region] = {}
@@ -120,12 +141,20 @@ def _folder_listing(folder: Path) -> tuple[str, list[Path], list[Skipped], dict[
         if (reason := _unfit_entry(path, root)) is not None:
             skipped.append(Skipped(path, reason))
         elif path.name == CROPS_FILE:
-            regions = _read_crops(path)
+            regions = read_crops(path)
+        elif is_mask_name(path):
+            if not path.name.endswith(MASK_ENDING) or path.name[: -len(MASK_ENDING)] not in stems:
+                skipped.append(Skipped(path, LONELY_MASK))
         elif path.suffix.lower() != ".txt":
             candidates.append(path)
         elif path.stem not in stems:
             skipped.append(Skipped(path, "a caption without a photo of that name"))
     return where, candidates, skipped, regions
+
+
+def _photo_stems(files: Iterable[Path]) -> set[str]:
+    """Names without ending of what captions and masks can belong to."""
+    return {path.stem for path in files if path.suffix.lower() != ".txt" and not is_mask_name(path)}
 
 
 def _unfit_entry(path: Path, root: Path) -> str | None:
@@ -145,8 +174,9 @@ def _unfit_entry(path: Path, root: Path) -> str | None:
     return None
 
 
-def _check(path: Path, region: Region | None, min_side: int, first_with: dict[str, str]) -> Photo:
-    """Decode the whole photo. Raises Unusable with the reason, PhotoError for a crop or caption that cannot be right."""
+def _check(path: Path, told: Told, first_with: dict[str, str]) -> Photo:
+    """Decode the whole photo. Raises Unusable with the reason, PhotoError for what beside it cannot be right."""
+    region = told.regions.get(path.name)
     with opened(path) as (image, kind, digest):
         # Two crops of one picture are two photos; the same picture with the same crop is one.
         file_key = f"{digest} {region}"
@@ -155,14 +185,8 @@ def _check(path: Path, region: Region | None, min_side: int, first_with: dict[st
         several = bool(getattr(image, "is_animated", False)) and kind != "JPEG"  # JPEG: a preview or a second lens
         rgb = upright_rgb(image)
     width, height = rgb.size
-    crop = None if region is None else _fractions(path, region, width, height)
-    x0, y0, x1, y1 = box(width, height, crop)
-    short, long = sorted((x1 - x0, y1 - y0))
-    unfit = None
-    if short < min_side:
-        unfit = f"{x1 - x0}x{y1 - y0} px; the short side needs {min_side}"
-    elif long > MAX_ASPECT * short:
-        unfit = f"{x1 - x0}x{y1 - y0} px is longer than {MAX_ASPECT:g}:1"
+    crop = None if region is None else fractions(path, region, width, height)
+    unfit = _unfit_size(width, height, crop, told.min_side)
     if unfit is not None and crop is not None:
         raise PhotoError(f"crop of {shown(path.name)}: {unfit}; choose a larger region")
     if unfit is not None:
@@ -170,10 +194,34 @@ def _check(path: Path, region: Region | None, min_side: int, first_with: dict[st
     pixel_key = f"{_pixel_digest(rgb)} {crop}"  # finds copies saved anew without loss, too
     if pixel_key in first_with:
         raise Unusable(f"the same picture as {first_with[pixel_key]}")
-    caption = _caption(path)
+    caption, notes = caption_of(path), []
+    if several:
+        notes.append("several pages: first one only" if kind in ("TIFF", "HEIC") else "animated: first frame only")
+    if told.crop == "smart" and crop is None and (inner := without_black_bars(rgb)) is not None:
+        if _unfit_size(width, height, inner, told.min_side) is None:
+            crop = inner
+            notes.append("black bars cut away")
+    mask = find_mask(path, told.masks, width, height, crop)
+    focus = None
+    if told.crop == "smart" and region is None:
+        focus = focus_of(rgb, crop, None if mask is None else mask_greys(mask, shown(path.name)))
     first_with[file_key] = first_with[pixel_key] = shown(path.name)
-    pages = "several pages: first one only" if kind in ("TIFF", "HEIC") else "animated: first frame only"
-    return Photo(path, width, height, caption, crop, digest, pages if several else None)
+    return Photo(path, width, height, caption, crop, digest, "; ".join(notes) or None, focus, mask)
+
+
+def _unfit_size(width: int, height: int, crop: Region | None, min_side: int) -> str | None:
+    """What is wrong with the size of a photo or of its crop, in pixels; None: nothing."""
+    x0, y0, x1, y1 = box(width, height, crop)
+    short, long = sorted((x1 - x0, y1 - y0))
+    if short < min_side:
+        return f"{x1 - x0}x{y1 - y0} px; the short side needs {min_side}"
+    return f"{x1 - x0}x{y1 - y0} px is longer than {MAX_ASPECT:g}:1" if long > MAX_ASPECT * short else None
+
+
+def _check_names(where: str, what: str, given: Mapping[str, object], candidates: Sequence[Path]) -> None:
+    unknown = sorted(set(given) - {path.name for path in candidates})
+    if unknown:
+        raise PhotoError(f"{where}: a {what} for {shown(unknown[0])!r}, but there is no such photo; mend the name")
 
 
 def _pixel_digest(rgb: Image.Image) -> str:
@@ -213,63 +261,3 @@ def _too_few(where: str, count: int, minimum: int, skipped: Sequence[Skipped]) -
         message += f"; skipped: {'; '.join(told)}"
     insist = "" if count == 0 else f", or insist with minimum={count} (--min-photos {count})"
     return f"{message}; add photos ({FORMATS}){insist}"
-
-
-# --- captions and crops beside the photos ---------------------------------------------------------------------------
-
-
-def _caption(path: Path) -> str | None:
-    """The text of photo.txt beside photo.jpg, in one line; None without one or when it is empty."""
-    beside = path.with_suffix(".txt")
-    if not beside.is_file():
-        return None
-    if beside.is_symlink() and path.parent.resolve() not in beside.resolve().parents:
-        return None  # a link that leaves the folder; listed as skipped
-    name = shown(beside.name)
-    try:
-        with beside.open("rb") as file:
-            text = file.read(MAX_TEXT_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise PhotoError(f"caption {name}: not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise PhotoError(f"caption {name}: cannot be read ({type(error).__name__})") from None
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if len(text) > MAX_CAPTION:
-        raise PhotoError(f"caption {name}: {len(text)} characters; at most {MAX_CAPTION}, the first 300 matter")
-    return text or None
-
-
-def _read_crops(path: Path) -> dict[str, Region]:
-    """crops.json: {"name.jpg": [x0, y0, x1, y1]}; the numbers are checked when the photo's size is known."""
-    form = 'needed: {"name.jpg": [x0, y0, x1, y1]}'
-    if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:
-        raise PhotoError(f"{shown(path)}: not a file of at most {MAX_TEXT_BYTES // 2**20} MB; {form}")
-    try:
-        crops = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PhotoError(f"{shown(path)}: not JSON ({shown(error)[:80]}); {form}") from None
-    if not isinstance(crops, dict):
-        raise PhotoError(f"{shown(path)}: {form}")
-    return crops
-
-
-def _check_crop_names(where: str, regions: Mapping[str, Region], candidates: Sequence[Path]) -> None:
-    unknown = sorted(set(regions) - {path.name for path in candidates})
-    if unknown:
-        raise PhotoError(f"{where}: a crop for {shown(unknown[0])!r}, but there is no such photo; mend the name")
-
-
-def _fractions(path: Path, region: Any, width: int, height: int) -> Region:
-    """A user's crop as fractions 0..1 of the upright photo. Pixels if any value is above 1. Raises PhotoError."""
-    cause = f"crop of {shown(path.name)}: {shown(region)[:80]}"
-    remedy = f"needed: x0, y0, x1, y1 with x0 < x1 and y0 < y1, as fractions 0..1 or as pixels of {width}x{height}"
-    if not isinstance(region, (list, tuple)) or len(region) != 4:
-        raise PhotoError(f"{cause} is not four numbers; {remedy}")
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in region):
-        raise PhotoError(f"{cause} is not four numbers; {remedy}")
-    x0, y0, x1, y1 = region
-    if max(region) > 1:
-        x0, y0, x1, y1 = x0 / width, y0 / height, x1 / width, y1 / height
-    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        raise PhotoError(f"{cause} is outside the photo or empty; {remedy}")
-    return (float(x0), float(y0), float(x1), float(y1))

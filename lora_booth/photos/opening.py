@@ -186,16 +186,38 @@ def _refuse(reason: str) -> str:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Decode; orientation, colour profile, transparency and bit depth resolved; only pixels are left."""
     image.load()
-    # Asked for after decoding: Pillow's TIFF and HEIC decoders turn the picture themselves and drop the tag then.
+    turn = _turn(image)
+    return _clean(_srgb_on_white(image), turn)
+
+
+def grey_on_black(image: Image.Image) -> Image.Image:
+    """Decode a mask: upright 8-bit greys without a colour profile; what is transparent becomes black."""
+    image.load()
+    turn = _turn(image)
+    if image.mode.startswith(("I", "F")):
+        return _clean(_grey8(image), turn)
+    if not image.has_transparency_data:
+        return _clean(image.convert("L"), turn)
+    grey = image.convert("RGBA").convert("LA")
+    black = Image.new("L", grey.size)
+    black.paste(grey.getchannel("L"), mask=grey.getchannel("A"))
+    return _clean(black, turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Asked for after decoding: Pillow's TIFF and HEIC decoders turn the picture themselves and drop the tag then."""
     try:
-        turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
+        return UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:  # a broken EXIF block says nothing about the pixels
-        turn = None
-    rgb = _srgb_on_white(image)
+        return None
+
+
+def _clean(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """Upright, and pixels only: what Pillow carries along in info and EXIF stays behind."""
     if turn is not None:
-        rgb = rgb.transpose(turn)
-    clean = Image.new("RGB", rgb.size)
-    clean.paste(rgb)  # pixels only: what Pillow carries along in info and EXIF stays behind
+        image = image.transpose(turn)
+    clean = Image.new(image.mode, image.size)
+    clean.paste(image)
     return clean
 
 

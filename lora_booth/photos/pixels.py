@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import PhotoError
-from .photo import Region, box
+from .photo import Point, Region, box, square_box
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,12 @@ class Crop:
     original_size: tuple[int, int]  # height, width of the picture (or of the user's crop) before resizing
 
 
-def crop_and_resize(image: Image.Image, resolution: int, crop: Region | None = None) -> tuple[Image.Image, Crop]:
-    """The centre square of the picture (or of the user's `crop`, fractions 0..1), resolution x resolution pixels.
+def crop_and_resize(
+    image: Image.Image, resolution: int, crop: Region | None = None, *, focus: Point | None = None
+) -> tuple[Image.Image, Crop]:
+    """A square of the picture (or of its `crop`, fractions 0..1), resolution x resolution pixels.
+
+    It is the one in the middle, or the one whose centre is nearest to `focus` (x, y as fractions of the picture).
 
     A large photo is first averaged over whole pixels (area) and then resampled with Lanczos, so that fine patterns
     fade instead of turning into false ones; a small one is enlarged with Lanczos; one of the right size is unchanged.
@@ -34,23 +38,22 @@ def crop_and_resize(image: Image.Image, resolution: int, crop: Region | None = N
     SDXL is told how a training picture was cut, as diffusers' SDXL DreamBooth script tells it with a centre crop:
     `original_size` is (height, width) before resizing; (`top`, `left`) is the square's corner in the picture resized
     so that its short side is `resolution`. So a 1000 x 800 (w x h) photo at 512 is 640 x 512 when resized, and its
-    square begins at (0, 64). With a user's crop, the crop is the picture: what lies outside was never shown.
+    square begins at (0, 64). With a crop, the crop is the picture: what lies outside was never shown.
     """
     x0, y0, x1, y1 = box(image.width, image.height, crop)
     width, height = x1 - x0, y1 - y0
-    side = min(width, height)
-    left, top = x0 + (width - side) // 2, y0 + (height - side) // 2
+    left, top, side = square_box(image.width, image.height, crop, focus)
     # Cut first: resampling inside a larger picture would let pixels from outside the square bleed in at its edge.
     square = image.crop((left, top, left + side, top + side))
     if side != resolution:
         square = square.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    resized_width = resolution * width // side
-    resized_height = resolution * height // side
-    return square, Crop(
-        top=round((resized_height - resolution) / 2),
-        left=round((resized_width - resolution) / 2),
-        original_size=(height, width),
-    )
+    if focus is not None:
+        corner = round((top - y0) * resolution / side), round((left - x0) * resolution / side)
+    else:
+        resized_width = resolution * width // side
+        resized_height = resolution * height // side
+        corner = round((resized_height - resolution) / 2), round((resized_width - resolution) / 2)
+    return square, Crop(top=corner[0], left=corner[1], original_size=(height, width))
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

@@ -1,0 +1,225 @@
+"""Audit: what the photos of a subject will teach, and what to change, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image
+
+from ..errors import PhotoError
+from . import measures as m
+from .finding import note_enlarged
+from .masks import mask_greys
+from .measures import Likeness, Measures, likeness, measure
+from .photo import Photo, Skipped, square_box
+from .sheet import contact_sheet
+from .square import training_square
+
+SHEET_SIDE = 160  # pixels of a square on the contact sheet
+FEW, MANY = 5, 30  # photos; fewer repeat themselves, more add little
+MOST_NAMES = 6  # in one line of advice
+MOST_COMPARED = 300  # photos; each is compared with each
+
+
+@dataclass(frozen=True)
+class PhotoReport:
+    """One photo as training will see it."""
+
+    photo: Photo
+    notes: tuple[str, ...]
+    measures: Measures
+    kept: float | None  # share of the subject's mask inside the square; None without a mask
+    thumbnail: Image.Image = field(compare=False, repr=False)  # the training square, small
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Which photos are used, which not and why, and what speaks against them. Nothing here stops a training."""
+
+    resolution: int  # pixels
+    photos: tuple[PhotoReport, ...]
+    skipped: tuple[Skipped, ...]
+    near_duplicates: tuple[tuple[str, ...], ...]  # file names of photos that are nearly the same
+    alike_backgrounds: tuple[str, ...]  # file names of the largest such group, if it is most of the photos
+    advice: tuple[str, ...]
+
+    def sheet(self, *, columns: int = 5) -> Image.Image:
+        """A contact sheet of the training squares: what training sees, in small."""
+        labels = ["; ".join([report.photo.name, *report.notes]) for report in self.photos]
+        return contact_sheet([r.thumbnail for r in self.photos], labels=labels, columns=columns, side=SHEET_SIDE)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as numbers, lists and file names without folders, ready for JSON."""
+        return {
+            "resolution": self.resolution,
+            "photos": [_facts_of(report) for report in self.photos],
+            "skipped": [{"name": one.name, "reason": one.reason} for one in self.skipped],
+            "near_duplicates": [list(group) for group in self.near_duplicates],
+            "alike_backgrounds": list(self.alike_backgrounds),
+            "advice": list(self.advice),
+        }
+
+
+def audit_photos(photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, resolution: int = 512) -> Audit:
+    """Look at every training square of `resolution` pixels. Raises PhotoError if a photo cannot be opened any more."""
+    if not photos:
+        raise PhotoError("no photos to audit; find some first")
+    if resolution < 8:
+        raise PhotoError(f"resolution {resolution} is out of range; allowed: at least 8 pixels")
+    reports, likenesses = [], []
+    for photo in photos:
+        report, like = _look(note_enlarged(photo, resolution), resolution)
+        reports.append(replace(report, photo=photo))
+        likenesses.append(like)
+    names = [photo.name for photo in photos]
+    if len(photos) > MOST_COMPARED:
+        likenesses = []
+    near = tuple(tuple(names[i] for i in group) for group in _groups(likenesses, m.nearly_the_same, whole=False))
+    behind = _groups(likenesses, m.alike_behind, whole=True)
+    largest = max(behind, key=len, default=())
+    alike = tuple(names[i] for i in largest) if len(largest) >= max(3, 0.6 * len(photos)) else ()
+    advice = (*_about_the_set(names, near, alike), *_about_photos(reports), *_about_skipped(skipped))
+    return Audit(resolution, tuple(reports), tuple(skipped), near, alike, advice)
+
+
+# --- one photo -----------------------------------------------------------------------------------------------------
+
+
+def _look(photo: Photo, resolution: int) -> tuple[PhotoReport, Likeness]:
+    square = training_square(photo, resolution)
+    _, _, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
+    judged = min(m.JUDGED_SIDE, side, resolution)
+    if judged == resolution:
+        image, mask = square.image, square.mask
+    else:  # an enlarged photo is no blurred one; a large square is judged at the size the limits were found at
+        image = square.image.resize((judged, judged), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        mask = None if square.mask is None else square.mask.resize((judged, judged))
+    found = measure(image, mask)
+    kept = _kept(photo) if photo.mask is not None else None
+    notes = (*((photo.note,) if photo.note else ()), *_notes(found, kept))
+    thumbnail = square.image.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return PhotoReport(photo, notes, found, kept, thumbnail), likeness(image, mask)
+
+
+def _kept(photo: Photo) -> float:
+    """The share of the mask that lies inside the training square."""
+    assert photo.mask is not None
+    greys = mask_greys(photo.mask, photo.name)
+    left, top, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
+    across, down = greys.width / photo.width, greys.height / photo.height
+    part = greys.crop((round(left * across), round(top * down), round((left + side) * across), round((top + side) * down)))
+    return _total(part) / max(1, _total(greys))
+
+
+def _total(greys: Image.Image) -> int:
+    return sum(level * count for level, count in enumerate(greys.histogram()))
+
+
+BLURRED, DARK, BRIGHT, FLAT = "blurred", "too dark", "too bright", "hardly any contrast"
+SMALL, CUT, UNSEEN = "the subject is small", "the crop cuts the subject", "the subject is outside the crop"
+
+
+def _notes(found: Measures, kept: float | None) -> list[str]:
+    if found.contrast < m.LITTLE_CONTRAST:
+        return [DARK if found.brightest < m.DARK else FLAT]  # nothing else can be said of such a picture
+    notes = []
+    if found.sharpness < m.BLURRED:
+        notes.append(BLURRED)
+    if found.brightest < m.DARK or found.black > m.BLACK_CLIPPED:
+        notes.append(DARK)
+    elif found.white > m.WHITE_CLIPPED:
+        notes.append(BRIGHT)
+    if kept is not None and kept < m.CUT_SUBJECT:
+        notes.append(CUT if kept > 0 else UNSEEN)
+    elif found.subject is not None and found.subject < m.SMALL_SUBJECT:
+        notes.append(SMALL)
+    return notes
+
+
+def _facts_of(report: PhotoReport) -> dict[str, Any]:
+    photo, found = report.photo, report.measures
+    left, top, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
+    return {
+        "name": photo.name,
+        "width": photo.width,
+        "height": photo.height,
+        "square": [left, top, left + side, top + side],  # pixels of the upright photo
+        "mask": photo.mask is not None,
+        "sharpness": round(found.sharpness, 1),
+        "brightest": round(found.brightest),
+        "contrast": round(found.contrast),
+        "white": round(found.white, 3),
+        "black": round(found.black, 3),
+        "subject": None if found.subject is None else round(found.subject, 3),
+        "kept": None if report.kept is None else round(report.kept, 3),
+        "notes": list(report.notes),
+    }
+
+
+# --- all together --------------------------------------------------------------------------------------------------
+
+
+def _groups(
+    likenesses: Sequence[Likeness], alike: Callable[[Likeness, Likeness], bool], *, whole: bool
+) -> list[tuple[int, ...]]:
+    """Groups of two and more that are alike; whole: each to most others of its group, else to any of it."""
+    groups: list[list[int]] = []
+    for i, one in enumerate(likenesses):
+        for group in groups:
+            count = sum(alike(likenesses[j], one) for j in group)
+            if count >= (0.6 * len(group) if whole else 1):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return [tuple(group) for group in groups if len(group) > 1]
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def _about_the_set(names: Sequence[str], near: Sequence[Sequence[str]], alike: Sequence[str]) -> list[str]:
+    advice = []
+    distinct = len(names) - sum(len(group) - 1 for group in near)
+    for group in near:
+        advice.append(f"{len(group)} photos are nearly the same: {_named(group)}; keep the best one")
+    if alike:
+        which = "all photos have" if len(alike) == len(names) else f"{len(alike)} of {len(names)} photos have"
+        advice.append(
+            f"{which} much the same background: {_named(alike)}; it will be learnt with the subject: "
+            "add photos in other places, or masks"
+        )
+    if distinct < FEW:
+        advice.append(
+            f"{distinct} different photo{'s are' if distinct > 1 else ' is'} few; {FEW} to {MANY} teach a subject better"
+        )
+    if distinct > MANY:
+        advice.append(f"{distinct} photos are many; the best {MANY} teach as much in less time")
+    return advice
+
+
+def _about_photos(reports: Sequence[PhotoReport]) -> list[str]:
+    remedies = {
+        BLURRED: "leave them out: the blur is learnt as well",
+        DARK: "brighten them, or leave them out",
+        BRIGHT: "what is white there has no detail to learn: leave them out",
+        FLAT: "leave them out: there is nothing to see",
+        SMALL: "crop closer (crops.json)",
+        CUT: "choose the crop yourself (crops.json)",
+        UNSEEN: "choose the crop yourself (crops.json)",
+    }
+    advice = []
+    for note, remedy in remedies.items():
+        concerned = [report.photo.name for report in reports if note in report.notes]
+        if concerned:
+            advice.append(f"{note}: {_named(concerned)}; {remedy}")
+    return advice
+
+
+def _about_skipped(skipped: Sequence[Skipped]) -> list[str]:
+    copies = [one.name for one in skipped if one.reason.startswith(("the same file", "the same picture"))]
+    return [f"used only once, though there twice: {_named(copies)}"] if copies else []
