@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import BaseModelError, first_line
+from .diffusers_folder import load_folder
+from .errors import BaseModelError
 from .family import FAMILIES, Family, labels
 from .single_file import has_vocabulary, load_single_file
 from .toybox import RARE_TOKENS
+from .weight_files import LazyModule, LazyWeights
 
 TOYBOX = "toybox"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOYBOX_FOLDER = Path(__file__).parent / "toybox" / "model"
 
 
@@ -36,11 +38,16 @@ class TextConditions:
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """A stock diffusers pipeline, recognised. The pipeline owns the modules; nothing here changes their weights."""
+    """A stock diffusers pipeline, recognised. The pipeline owns the modules; nothing here changes their weights.
 
-    pipeline: Any
+    What `load` has found on disk is read when it is needed, and training gives the VAE and text encoders back while it does
+    not need them. Whoever asks for `pipeline`, `vae`, `text_encoders` or `components` gets modules that stay.
+    """
+
+    shell: Any  # the stock pipeline; some of its modules may not be read yet
     family: Family
     name: str  # for cards and people: a Hub id, a folder's or file's bare name; never a path
+    weights: LazyWeights | None = None  # of the modules that are read when they are needed
 
     @classmethod
     def load(
@@ -66,25 +73,25 @@ class BaseModel:
         place = torch.device(device) if device is not None else default_device()
         if str(source) == TOYBOX:
             precision = dtype or (torch.float32 if place.type == "cpu" else default_dtype(place))
-            pipeline, name = load_folder(TOYBOX_FOLDER, precision), TOYBOX
+            loaded, name = load_folder(TOYBOX_FOLDER, precision, place), TOYBOX
         else:
             precision = dtype or default_dtype(place)
             path = Path(source).expanduser()
             if path.is_dir():
-                pipeline = load_folder(path, precision, variant=variant)
-                name = path.resolve().name
+                loaded, name = load_folder(path, precision, place, variant=variant), path.resolve().name
             elif path.is_file():
-                pipeline, name = load_single_file(path, precision, config=config, prediction_type=prediction_type), path.stem
+                loaded = load_single_file(path, precision, place, config=config, prediction_type=prediction_type)
+                name = path.stem
             elif is_hub_id(str(source)):
-                pipeline, name = load_folder(str(source), precision, revision=revision, variant=variant), str(source)
+                name = str(source)
+                loaded = load_folder(name, precision, place, revision=revision, variant=variant)
             else:
                 raise BaseModelError(
                     f"{source}: no such folder or file; give 'toybox', a Hub id (owner/name), a diffusers folder "
                     "or a .safetensors checkpoint"
                 )
-        base = cls.from_pipeline(pipeline, name=name)
-        pipeline.to(place)
-        return base
+        pipeline, weights = loaded
+        return cls(pipeline, recognise(pipeline), name, weights)
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, *, name: str = "custom") -> BaseModel:
@@ -92,65 +99,107 @@ class BaseModel:
         return cls(pipeline, recognise(pipeline), name)
 
     @property
+    def pipeline(self) -> Any:
+        """The stock pipeline, complete."""
+        self._keep(*self._lazy)
+        return self.shell
+
+    @property
     def unet(self) -> Any:
-        return self.pipeline.unet
+        self._fill("unet")
+        return self.shell.unet
 
     @property
     def vae(self) -> Any:
-        return self.pipeline.vae
+        self._keep("vae")
+        return self.shell.vae
 
     @property
-    def text_encoders(self) -> dict[str, Any]:
+    def text_encoders(self) -> Mapping[str, Any]:
         """Under their names in the pipeline, which are also their names in adapter files."""
-        names = ("text_encoder", "text_encoder_2")[: self.family.text_encoders]
-        return {name: getattr(self.pipeline, name) for name in names}
+        return Parts(self, TEXT_ENCODERS[: self.family.text_encoders])
 
     @property
     def tokenizer(self) -> Any:
-        return self.pipeline.tokenizer
+        return self.shell.tokenizer
 
     @property
-    def components(self) -> dict[str, nn.Module]:
+    def tokenizers(self) -> list[Any]:
+        """One for each text encoder."""
+        return [getattr(self.shell, name) for name in ("tokenizer", "tokenizer_2")[: self.family.text_encoders]]
+
+    @property
+    def scheduler(self) -> Any:
+        return self.shell.scheduler
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
         """Every module that an adapter can change."""
-        return {"unet": self.unet, **self.text_encoders}
+        return Parts(self, ("unet", *TEXT_ENCODERS[: self.family.text_encoders]))
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """The same modules for who looks at their layers and modes only: some may not have their weights yet."""
+        return {name: getattr(self.shell, name) for name in self.components}
+
+    @property
+    def _lazy(self) -> tuple[str, ...]:
+        return tuple(self.weights.parts) if self.weights is not None else ()
+
+    def _fill(self, *names: str) -> list[str]:
+        """Read what is not there yet; returns what was read."""
+        return self.weights.fill(names) if self.weights is not None else []
+
+    def _keep(self, *names: str) -> None:
+        """Read these for somebody who may hold them: nothing is given back from now on, but the U-Net never is."""
+        self._fill(*names)
+        if self.weights is not None and any(name != "unet" for name in names):
+            self.weights.kept = True
+
+    def unread(self, name: str) -> LazyModule | None:
+        """A module that is still on disk; None: it is in memory."""
+        return self.weights.unread(name) if self.weights is not None else None
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        unread = self.unread("unet")
+        return unread.device if unread is not None else next(self.shell.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
+        return next(self.shell.unet.parameters()).dtype
 
     @property
     def pixels_per_latent(self) -> int:
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return int(2 ** (len(self.shell.vae.config.block_out_channels) - 1))
 
     @property
     def resolution(self) -> int:
         """Side of the pictures that this base was made for, in pixels."""
-        size = self.unet.config.sample_size
+        size = self.shell.unet.config.sample_size
         return int(size if isinstance(size, int) else size[0]) * self.pixels_per_latent
 
     @property
     def prediction_type(self) -> str:
-        return str(self.pipeline.scheduler.config.prediction_type)
+        return str(self.scheduler.config.prediction_type)
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         """(1000,) float32: the share of signal left at each timestep of the training schedule."""
         from diffusers import DDPMScheduler
 
-        schedule = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        schedule = DDPMScheduler.from_config(self.scheduler.config)
         return schedule.alphas_cumprod.float().to(self.device)
 
     @cached_property
     def fingerprint(self) -> str:
         """Which weights these are, whatever precision they were loaded in: sha256 of the signs of every tensor's start."""
         digest = hashlib.sha256()
-        for name, value in sorted(self.unet.state_dict().items()):
+        unread = self.unread("unet")
+        for name, value in sorted(self.shell.unet.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(torch.signbit(value.flatten()[:256]).cpu().numpy().tobytes())
+            start = value.flatten()[:256] if unread is None else unread.places[name].start_of(256)
+            digest.update(torch.signbit(start).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
@@ -159,24 +208,27 @@ class BaseModel:
 
         A VAE in fp16 computes in fp32 meanwhile: SDXL's overflows in fp16. (The stock pipeline decodes in the same way.)
         """
-        kept = self.vae.dtype
-        upcast = kept == torch.float16 and self.vae.config.force_upcast
+        self._fill("vae")
+        vae = self.shell.vae
+        kept = vae.dtype
+        upcast = kept == torch.float16 and vae.config.force_upcast
         try:
             if upcast:
-                nn.Module.to(self.vae, torch.float32)  # diffusers' own `to` warns of every change of precision
-            posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+                nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of every change of precision
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
             return posterior.mean.float(), posterior.std.float()
         finally:
             if upcast:
-                nn.Module.to(self.vae, kept)
+                nn.Module.to(vae, kept)
 
     @property
     def scaling_factor(self) -> float:
-        return float(self.vae.config.scaling_factor)
+        return float(self.shell.vae.config.scaling_factor)
 
     def encode_text(self, prompts: Sequence[str]) -> TextConditions:
         """As the stock pipeline does it. Gradients flow when they are enabled (text-encoder LoRA)."""
-        encoded = self.pipeline.encode_prompt(
+        self._fill(*TEXT_ENCODERS)
+        encoded = self.shell.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return TextConditions(encoded[0], encoded[2] if self.family.time_ids else None)
@@ -192,21 +244,49 @@ class BaseModel:
 
     @contextmanager
     def only_unet_on_device(self) -> Iterator[None]:
-        """On an accelerator, keep all but the U-Net in the host's memory meanwhile."""
+        """Meanwhile all but the U-Net is given back, or kept in the host's memory when it cannot be read again."""
+        if self.weights is not None:
+            self.weights.drop(name for name in self._lazy if name != "unet")
         with moved(self._others, torch.device("cpu")):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             yield
 
     @contextmanager
-    def all_on_device(self) -> Iterator[None]:
-        """Inside `only_unet_on_device`: everything back where the U-Net is, for a picture."""
-        with moved(self._others, self.device):
-            yield
+    def all_on_device(self) -> Iterator[Any]:
+        """Also inside `only_unet_on_device`: the whole pipeline where the U-Net is, for a picture."""
+        read = self._fill(*self._lazy)
+        try:
+            with moved(self._others, self.device):
+                yield self.shell
+        finally:
+            if self.weights is not None:
+                self.weights.drop(name for name in read if name != "unet")
 
     @property
     def _others(self) -> list[nn.Module]:
-        return [m for m in self.pipeline.components.values() if isinstance(m, nn.Module) and m is not self.unet]
+        """The modules in memory, without the U-Net."""
+        modules = {name: m for name, m in self.shell.components.items() if isinstance(m, nn.Module) and name != "unet"}
+        return [module for name, module in modules.items() if self.unread(name) is None]
+
+
+class Parts(Mapping[str, Any]):
+    """Modules by name, each read when it is taken out."""
+
+    def __init__(self, base: BaseModel, names: Sequence[str]) -> None:
+        self._base, self._names = base, tuple(names)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        self._base._keep(name)
+        return getattr(self._base.shell, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @contextmanager
@@ -246,52 +326,6 @@ def is_hub_id(source: str) -> bool:
     return len(parts) == 2 and all(
         p and not p.startswith(".") and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts
     )
-
-
-def load_folder(source: str | Path, dtype: torch.dtype, **options: str | None) -> Any:
-    """A diffusers folder, or a Hub id (from the cache when it is there)."""
-    index = read_model_index(source, options.get("revision"))
-    known = {family.pipeline for family in FAMILIES.values()}
-    if index.get("_class_name") not in known:
-        raise BaseModelError(
-            f"{source} is a {index.get('_class_name', 'pipeline of unknown class')}; "
-            f"lora_booth trains {labels()} text-to-image models"
-        )
-    import diffusers
-
-    given = {key: value for key, value in options.items() if value is not None}
-    try:
-        return getattr(diffusers, index["_class_name"]).from_pretrained(source, dtype=dtype, **given)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BaseModelError(f"{source}: cannot be loaded ({first_line(error)}); is the folder complete?") from error
-
-
-def read_model_index(source: str | Path, revision: str | None) -> dict[str, Any]:
-    if isinstance(source, Path):
-        path = source / "model_index.json"
-        if not path.is_file():
-            raise BaseModelError(
-                f"{source}: no model_index.json, so not a diffusers folder; save one with pipe.save_pretrained(folder)"
-            )
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            path = Path(hf_hub_download(source, "model_index.json", revision=revision))
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise BaseModelError(
-                f"{source}: not in the local cache, and the Hub cannot be reached; download it once with a network"
-            ) from error
-        except HFValidationError as error:
-            raise BaseModelError(f"{source}: not a Hub id ({first_line(error)}), and no such folder or file") from error
-        except HfHubHTTPError as error:
-            raise BaseModelError(f"{source}: {first_line(error)}; check the name, or log in with `hf auth login`") from error
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{path}: not valid JSON ({error})") from error
-    return index if isinstance(index, dict) else {}
 
 
 def recognise(pipeline: Any) -> Family:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .base_model import BaseModel, TextConditions
-from .memory import pictures_at_a_time
-from .photos import Crop, to_tensor
+from .kept import TextCache, VaeCache
+from .photos import Crop
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LatentSet:
     std: Tensor  # the same
     prompts: tuple[str, ...]  # N
     time_ids: Tensor | None  # (N, 6), SDXL
+    masks: Tensor | None = None  # (V, N, 1, H/f, W/f) float32 in 0..1, 1 the subject; None: nobody has one
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -46,16 +48,17 @@ class Batch:
     time_ids: Tensor | None  # (N, 6)
     photos: int  # how many of the N are photos
     whole: tuple[int, int] | None = None  # photos and class images of the batch that this is a part of; None: it is all
+    masks: Tensor | None = None  # (N, 1, H/f, W/f) float32 in 0..1, 1 the subject, and 1 all over without a mask
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitem__(self, part: slice) -> Batch:
         """Some of the rows."""
-        first, last, _ = part.indices(len(self))
-        photos = max(0, min(self.photos, last) - first)
+        photos = sum(row < self.photos for row in range(*part.indices(len(self))))
         ids = None if self.time_ids is None else self.time_ids[part]
-        return Batch(self.latents[part], self.prompts[part], ids, photos, self.of)
+        masks = None if self.masks is None else self.masks[part]
+        return Batch(self.latents[part], self.prompts[part], ids, photos, self.of, masks)
 
     @property
     def of(self) -> tuple[int, int]:
@@ -64,12 +67,27 @@ class Batch:
 
 
 def encode(
-    base: BaseModel, images: Sequence[Image.Image], crops: Sequence[Crop], prompts: Sequence[str], *, flip: bool
+    base: BaseModel,
+    images: Sequence[Image.Image],
+    crops: Sequence[Crop],
+    prompts: Sequence[str],
+    *,
+    flip: bool,
+    masks: Sequence[Image.Image | None] = (),
+    on_picture: Callable[[int], None] = lambda done: None,
 ) -> LatentSet:
-    """Pictures of one size -> LatentSet on the base's device."""
-    views, pixels = [], to_tensor(images)
-    for view in (pixels, pixels.flip(-1))[: 2 if flip else 1]:
-        encoded = [base.encode_images(part) for part in torch.split(view, pictures_at_a_time(images[0].width))]
+    """Pictures of one size -> LatentSet on the base's device. What the cache on disk has is not computed again.
+
+    masks       greys of the same size, one for each picture; None for a picture that counts all over
+    on_picture  told how many are done, after each
+    """
+    kept = VaeCache(base)
+    views: list[tuple[Tensor, Tensor]] = []
+    for mirrored in (False, True)[: 2 if flip else 1]:
+        encoded = []
+        for image in images:
+            encoded.append(kept.encode(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image))
+            on_picture(len(views) * len(images) + len(encoded))
         views.append((torch.cat([mean for mean, _ in encoded]), torch.cat([std for _, std in encoded])))
     ids = [base.time_ids(crop.original_size, (crop.top, crop.left), images[0].width) for crop in crops]
     return LatentSet(
@@ -77,12 +95,24 @@ def encode(
         std=torch.stack([std for _, std in views]).to(base.device),
         prompts=tuple(prompts),
         time_ids=torch.stack([row for row in ids if row is not None]) if base.family.time_ids else None,
+        masks=mask_latents(masks, base.pixels_per_latent, views=len(views)).to(base.device) if any(masks) else None,
     )
+
+
+def mask_latents(masks: Sequence[Image.Image | None], factor: int, *, views: int) -> Tensor:
+    """N masks of H x W pixels -> (V, N, 1, H/f, W/f) float32 in 0..1: each latent gets the mean of its f x f pixels."""
+    size = next(mask.size for mask in masks if mask is not None)
+    greys = [np.full(size[::-1], 255, np.uint8) if mask is None else np.asarray(mask) for mask in masks]
+    pixels = torch.from_numpy(np.stack(greys))[:, None].float() / 255  # (N, 1, H, W)
+    means = torch.nn.functional.avg_pool2d(pixels, factor)
+    return torch.stack([means, means.flip(-1)][:views])
 
 
 @torch.no_grad()
 def encode_prompts(base: BaseModel, prompts: Sequence[str]) -> dict[str, TextConditions]:
-    return {prompt: base.encode_text([prompt]) for prompt in dict.fromkeys(prompts)}
+    """Every different prompt, alone. What the cache on disk has is not computed again."""
+    kept = TextCache(base)
+    return {prompt: kept.encode(prompt) for prompt in dict.fromkeys(prompts)}
 
 
 def conditions(base: BaseModel, cache: LatentCache, prompts: Sequence[str]) -> TextConditions:
@@ -113,7 +143,7 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> tuple[
     parts = [(cache.photos, rows(len(cache.photos), seed, step, batch_size))]
     if cache.class_images is not None:
         parts.append((cache.class_images, rows(len(cache.class_images), seed + 1, step, batch_size)))
-    latents, prompts, ids = [], [], []
+    latents, prompts, ids, masks = [], [], [], []
     for items, index in parts:
         view = torch.randint(items.mean.shape[0], (len(index),), generator=generator, device=device)
         where = torch.tensor(index, device=device)
@@ -123,10 +153,19 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> tuple[
         prompts += [items.prompts[i] for i in index]
         if items.time_ids is not None:
             ids.append(items.time_ids[where])
+        if cache.photos.masks is not None:
+            plain = torch.ones_like(mean[:, :1])
+            masks.append(plain if items.masks is None else items.masks[view, where])
     stacked = torch.cat(latents)
     noise = torch.randn(stacked.shape, generator=generator, device=device)
     timesteps = torch.randint(1000, (len(stacked),), generator=generator, device=device)
-    batch = Batch(stacked, tuple(prompts), torch.cat(ids) if ids else None, photos=len(parts[0][1]))
+    batch = Batch(
+        stacked,
+        tuple(prompts),
+        torch.cat(ids) if ids else None,
+        photos=len(parts[0][1]),
+        masks=torch.cat(masks) if masks else None,
+    )
     return batch, noise, timesteps
 
 

@@ -5,24 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from PIL import Image
 
 from .base_model import BaseModel
+from .cache import cache_folder as cache_folder
+from .cache import drop, own_folder
 from .generation import generate_images
+from .marking import save_marked
 from .memory import pictures_at_a_time
 
 SAMPLER_STEPS = 20
 GUIDANCE = 5.0
-
-
-def cache_folder() -> Path:
-    """Where class images are kept: $LORA_BOOTH_CACHE, else `lora_booth` in the user's cache folder."""
-    chosen = os.environ.get("LORA_BOOTH_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_booth"
 
 
 def class_images(
@@ -37,46 +34,63 @@ def class_images(
     """`count` pictures of `prompt` drawn by `base`, from the cache or made now.
 
     Kept by everything that decides how they look (base, prompt, sampler, size, seed), never by how many files are
-    there; image i has its own seed, so a larger count only adds images.
+    there; image i has its own seed, so a larger count only adds images. What the disk does not take is drawn all the same.
     """
+    folder = class_image_folder(base, prompt, resolution=resolution, seed=seed)
+    paths = [folder / f"{i:04d}.png" for i in range(count)]
+    images = {i: image for i, path in enumerate(paths) if (image := opened(path)) is not None}
+    missing = [i for i in range(count) if i not in images]
+    at_a_time = pictures_at_a_time(resolution)
+    with base.all_on_device() if missing else nullcontext() as pipeline:
+        for first in range(0, len(missing), at_a_time):
+            part = missing[first : first + at_a_time]
+            seeds = [seed * 1_000_003 + i for i in part]
+            drawn = generate_images(
+                pipeline, prompt, seeds, steps=SAMPLER_STEPS, guidance=GUIDANCE, size=resolution, batch_size=len(part)
+            )
+            for i, image in zip(part, drawn, strict=True):
+                images[i] = image.convert("RGB")
+                keep(image, paths[i])
+            if on_progress is not None:
+                on_progress(len(images), count)
+    return [images[i] for i in range(count)]
+
+
+def class_image_folder(base: BaseModel, prompt: str, *, resolution: int, seed: int = 0) -> Path:
+    """Where the class images of these facts are kept, as 0000.png and so on."""
     key = {
         "base": base.fingerprint,
         "dtype": str(base.dtype),
         "prompt": prompt,
-        "scheduler": dict(base.pipeline.scheduler.config),
-        "class": type(base.pipeline.scheduler).__name__,
+        "scheduler": dict(base.scheduler.config),
+        "class": type(base.scheduler).__name__,
         "steps": SAMPLER_STEPS,
         "guidance": GUIDANCE,
         "resolution": resolution,
         "seed": seed,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    folder = cache_folder() / "class_images" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:04d}.png" for i in range(count)]
-    missing = [i for i, path in enumerate(paths) if not readable(path)]
-    if missing and shutil.disk_usage(folder).free < len(missing) * resolution * resolution * 3:
-        raise OSError(f"{folder}: no room for {len(missing)} class images; free some, or set LORA_BOOTH_CACHE")
-    at_a_time = pictures_at_a_time(resolution)
-    for first in range(0, len(missing), at_a_time):
-        part = missing[first : first + at_a_time]
-        seeds = [seed * 1_000_003 + i for i in part]
-        images = generate_images(
-            base.pipeline, prompt, seeds, steps=SAMPLER_STEPS, guidance=GUIDANCE, size=resolution, batch_size=len(part)
-        )
-        for i, image in zip(part, images, strict=True):
-            temporary = paths[i].with_suffix(f".{os.getpid()}.tmp")
-            image.save(temporary, format="PNG")
-            os.replace(temporary, paths[i])
-        if on_progress is not None:
-            on_progress(count - len(missing) + first + len(part), count)
-    return [Image.open(path).convert("RGB") for path in paths]
+    return cache_folder() / "class_images" / digest
 
 
-def readable(path: Path) -> bool:
+def opened(path: Path) -> Image.Image | None:
+    """The whole picture; None: it is not there, or damaged."""
     try:
         with Image.open(path) as image:
-            image.load()
+            picture = image.convert("RGB")
+        os.utime(path)  # when it was last used
     except OSError:
-        return False
-    return True
+        return None
+    return picture
+
+
+def keep(image: Image.Image, path: Path) -> None:
+    """Save it whole, or not at all when the disk does not take it."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        own_folder("class_images")
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        save_marked(image, temporary, kind="PNG")
+        os.replace(temporary, path)
+    except OSError:
+        drop(temporary)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from .errors import BaseModelError, first_line
 from .family import FAMILIES, Family, labels
+from .original_naming import original_weights
+from .weight_files import LazyModule, LazyWeights, Place, UnreadableError, WeightFile, assemble, empty_module, matched
 
 CONFIGS = Path(__file__).parent / "single_file_configs"
 
@@ -25,22 +29,25 @@ FAMILY_KEYS = {
     "sd2": "cond_stage_model.model.ln_final.weight",
     "sd1": "cond_stage_model.transformer.text_model.final_layer_norm.weight",
 }
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # in no such file
 UNET_KEY = "model.diffusion_model.input_blocks.0.0.weight"
 
 
-def load_single_file(path: Path, dtype: torch.dtype, *, config: str | Path | None, prediction_type: str | None) -> Any:
+def load_single_file(
+    path: Path, dtype: torch.dtype, device: torch.device, *, config: str | Path | None, prediction_type: str | None
+) -> tuple[Any, LazyWeights]:
+    """The pipeline, and what of it is read later."""
     family, metadata = inspect_checkpoint(path)
     import diffusers
 
     cls = getattr(diffusers, family.pipeline)
-    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
     try:
         if config is not None:
-            pipeline = cls.from_single_file(str(path), config=str(config), **options)
+            pipeline, weights = assembled(cls, family, path, str(config), dtype, device)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 write_config(family, Path(folder))
-                pipeline = cls.from_single_file(str(path), config=folder, **tokenizers(family), **options)
+                pipeline, weights = assembled(cls, family, path, folder, dtype, device, **tokenizers(family))
     except BaseModelError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
@@ -50,7 +57,60 @@ def load_single_file(path: Path, dtype: torch.dtype, *, config: str | Path | Non
         pipeline.scheduler.register_to_config(prediction_type=wanted)
         if config is None and wanted in family.resolution:  # SD 2.x: the epsilon models are for 512 px, the others for 768
             pipeline.unet.register_to_config(sample_size=family.resolution[wanted] // 8)
-    return pipeline
+    return pipeline, weights
+
+
+def assembled(
+    cls: Any, family: Family, path: Path, config: str, dtype: torch.dtype, device: torch.device, **given: Any
+) -> tuple[Any, LazyWeights]:
+    """With weights that are read later when every tensor is found in the file; else by the stock loader, which says what is
+    missing."""
+    folder = Path(config)
+    if (folder / "model_index.json").is_file():
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        unread = {name: None for name in OPTIONAL if name in index}
+        parts = parts_in_checkpoint(path, family, folder, index, dtype, device)
+        if parts and index.get("_class_name") == family.pipeline:
+            return assemble(cls, folder, parts, dtype, device, **unread, **given)
+    pipeline = cls.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True, **given)
+    return pipeline.to(device), LazyWeights({})
+
+
+def parts_in_checkpoint(
+    path: Path, family: Family, folder: Path, index: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> dict[str, LazyModule]:
+    """The modules whose tensors are all in the file, to be read later; {}: some are not there under the names known here.
+
+    `original_weights` says how the tensors of a pipeline are named in such files: here it names pairs of numbers, so that
+    each name in the file tells which tensors it holds, in which order and whether transposed.
+    """
+    names = ("unet", "vae", *("text_encoder", "text_encoder_2")[: family.text_encoders])
+    modules = {name: empty_module(folder, name, index.get(name), dtype) for name in names}
+    if any(module is None for module in modules.values()):
+        return {}
+    keys = [(name, key) for name, module in modules.items() for key in module.state_dict()]
+    marks: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
+    for i, (name, key) in enumerate(keys, 1):
+        marks[name][key] = torch.tensor([[2 * i, 2 * i + 1]])
+    no_scheduler = SimpleNamespace(config={})
+    pipeline = SimpleNamespace(unet=modules["unet"], vae=modules["vae"], scheduler=no_scheduler)
+    found: dict[str, dict[str, Place]] = {name: {} for name in names}
+    try:
+        places = WeightFile(path).places
+        for original, mark in original_weights(pipeline, family, marks).items():
+            held = [i // 2 for i in mark.flatten().tolist() if i % 2 == 0]
+            for part, i in enumerate(held):
+                if i == 0:  # made up by the writer for readers that want it
+                    continue
+                name, key = keys[i - 1]
+                place = places[original]
+                place = place.third(part) if len(held) == 3 else place
+                found[name][key] = replace(place, transposed=mark.shape == (2, 1))
+    except (UnreadableError, KeyError):
+        return {}
+    if any(matched(module, found[name], ones=name == "vae") is None for name, module in modules.items()):
+        return {}
+    return {name: LazyModule(module, found[name], dtype, device) for name, module in modules.items()}
 
 
 def inspect_checkpoint(path: Path) -> tuple[Family, dict[str, str]]:

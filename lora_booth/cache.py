@@ -1,0 +1,169 @@
+"""What was computed once and is kept on disk: latents, text embeddings and class images, found again by their contents.
+
+An entry is one safetensors file under the hash of everything that its values depend on, so nothing in it can become stale.
+It is written beside its place and renamed, carries a checksum, and is computed anew when it is damaged. A disk that is
+full or cannot be written never stops anybody: the work is then done without the cache.
+
+Latents show your photos (not their names or places): the folders are for their owner only, and `clear_cache` empties them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1  # of what the entries hold
+KINDS = ("latents", "text", "digests", "class_images")
+LIMIT = 2.0  # GB; $LORA_BOOTH_CACHE_GB
+FRESH = 3600  # seconds since its last use in which an entry is not pruned: a run may still want it
+
+
+def cache_folder() -> Path:
+    """$LORA_BOOTH_CACHE, else `lora_booth` in the user's cache folder."""
+    chosen = os.environ.get("LORA_BOOTH_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_booth"
+
+
+def own_folder(kind: str) -> Path:
+    """The folder of one kind of entry, made when it is missing; nobody else can look into it."""
+    folder = cache_folder() / kind
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder
+
+
+def key_of(**facts: Any) -> str:
+    """The hash of all that an entry's values depend on."""
+    text = json.dumps({"version": VERSION, **facts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_entry(kind: str, key: str) -> dict[str, Tensor] | None:
+    """The tensors of an entry, on the CPU; None: it is not there, or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = place_of(kind, key)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.get("key") != key or metadata.get("sha256") != checksum(tensors):
+            return None
+        os.utime(path)  # when it was last used
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return tensors
+
+
+def write_entry(kind: str, key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Keep `tensors`, whole or not at all. False: the disk does not take it, which is nobody's trouble."""
+    from safetensors.torch import save_file
+
+    path = place_of(kind, key)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        own_folder(kind)
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        save_file(whole, temporary, {"key": key, "sha256": checksum(whole)})
+        os.replace(temporary, path)
+    except OSError:
+        return False
+    except Exception as error:  # safetensors tells a full disk in an error of its own
+        if type(error).__name__ != "SafetensorError":
+            raise
+        return False
+    finally:
+        drop(temporary)
+    return True
+
+
+def place_of(kind: str, key: str) -> Path:
+    return cache_folder() / kind / key[:2] / f"{key}.safetensors"
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The values of a tensor as a buffer, whatever their type."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+# --- its size -------------------------------------------------------------------------------------------------------
+
+
+def entries() -> Iterator[tuple[Path, int, float]]:
+    """Every file of the cache with its bytes and the time of its last use."""
+    for kind in KINDS:
+        for path in (cache_folder() / kind).rglob("*"):
+            try:
+                status = path.stat()
+            except OSError:  # another process was quicker
+                continue
+            if path.is_file():
+                yield path, status.st_size, status.st_mtime
+
+
+def cache_size() -> int:
+    """Bytes."""
+    return sum(size for _, size, _ in entries())
+
+
+def limit() -> int:
+    """Bytes: $LORA_BOOTH_CACHE_GB, else 2 GB."""
+    try:
+        return int(float(os.environ.get("LORA_BOOTH_CACHE_GB", LIMIT)) * 1e9)
+    except ValueError:
+        return int(LIMIT * 1e9)
+
+
+def prune_cache(most: int | None = None, *, now: float | None = None) -> int:
+    """Delete what was not used for longest until no more than `most` bytes (None: the limit) are left; returns how many went.
+
+    Entries of the last hour stay, and so do temporary files that somebody may be writing.
+    """
+    import time
+
+    most, now = limit() if most is None else most, time.time() if now is None else now
+    found = sorted(entries(), key=lambda entry: entry[2])
+    size, gone = sum(entry[1] for entry in found), 0
+    for path, bytes_, used in found:
+        if size - gone <= most and path.suffix != ".tmp":
+            continue
+        if now - used > FRESH and drop(path):
+            gone += bytes_
+    return gone
+
+
+def clear_cache() -> int:
+    """Delete every entry: latents, text embeddings and class images. Returns the bytes that went."""
+    before = cache_size()
+    for kind in KINDS:
+        shutil.rmtree(cache_folder() / kind, ignore_errors=True)
+    return before - cache_size()
+
+
+def drop(path: Path) -> bool:
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True

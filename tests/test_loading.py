@@ -1,0 +1,291 @@
+"""Weights are read one tensor at a time when they are needed, given back while they are not, and are always the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from ldm_naming import checkpoint, save_checkpoint
+from pipelines import KINDS, make_pipeline, same_state, state
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from lora_booth import prior
+from lora_booth.base_model import BaseModel
+from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.errors import BaseModelError
+from lora_booth.subject import Subject
+from lora_booth.training import train
+from lora_booth.weight_files import WeightFile
+
+ALONE = TrainingConfig(steps=2, prior_loss_weight=0.0, warmup_steps=0)
+LORA = LoraSpec(rank=2)
+
+
+def load(source: Any, dtype: torch.dtype = torch.float32, **options: Any) -> BaseModel:
+    return BaseModel.load(source, dtype=dtype, device="cpu", **options)
+
+
+def read(base: BaseModel) -> set[str]:
+    """The components that are in memory, asked without touching them."""
+    modules = {name: part for name, part in base.shell.components.items() if isinstance(part, torch.nn.Module)}
+    return {name for name, module in modules.items() if not any(p.is_meta for p in module.parameters())}
+
+
+# --- the same bits as the stock loader's ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_are_those_of_the_stock_loader(kind: str, dtype: torch.dtype, folders: dict[str, Path]) -> None:
+    base = load(folders[kind], dtype)
+    assert read(base) == set()
+    stock = DiffusionPipeline.from_pretrained(folders[kind], dtype=dtype)
+    assert same_state(state(base.pipeline), state(stock))
+    for name, module in base.pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            own = {n: (b.dtype, b.device) for n, b in module.named_buffers()}
+            assert own == {n: (b.dtype, b.device) for n, b in getattr(stock, name).named_buffers()}
+            assert not module.training and type(module) is type(getattr(stock, name))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_file_is_read_in_the_same_way(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    file = save_checkpoint(make_pipeline(kind), tmp_path / "one.safetensors")
+    base = load(file, torch.bfloat16, config=folders[kind])
+    assert read(base) == set()
+    stock = type(base.shell).from_single_file(str(file), config=str(folders[kind]), torch_dtype=torch.bfloat16)
+    assert same_state(state(base.pipeline), state(stock))
+
+
+def test_names_that_are_not_known_here_are_left_to_the_stock_loader(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As in merges that lost a level of their text encoder's names."""
+    weights = {k.replace("transformer.text_model.", "transformer."): v for k, v in checkpoint(make_pipeline("sd1")).items()}
+    save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "one.safetensors")
+    try:
+        base = load(tmp_path / "one.safetensors", config=folders["sd1"])
+    except BaseModelError as error:
+        assert "one.safetensors" in str(error)
+    else:
+        assert same_state(state(base.pipeline), state(make_pipeline("sd1")))
+
+
+def test_shards_variants_and_old_names(folders: dict[str, Path], tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    make_pipeline("sd1").save_pretrained(sharded, max_shard_size="40KB")
+    assert len(list((sharded / "unet").glob("*.safetensors"))) > 1
+    base = load(sharded)
+    assert read(base) == set() and same_state(state(base.pipeline), state(make_pipeline("sd1")))
+
+    half = tmp_path / "half"
+    make_pipeline("sd1").to(torch.float16).save_pretrained(half, variant="fp16")
+    base = load(half, variant="fp16")
+    assert read(base) == set()
+    assert same_state(state(base.pipeline), state(DiffusionPipeline.from_pretrained(half, variant="fp16", dtype=torch.float32)))
+    with pytest.raises(BaseModelError, match="half"):
+        load(half)
+
+    old = tmp_path / "old"  # how the VAE of the published SD 1.5 is written
+    shutil.copytree(folders["sd1"], old)
+    file = old / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for new, name in (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")):
+        weights = {key.replace(new, name): value for key, value in weights.items()}
+    save_file(weights, file)
+    assert any(".proj_attn." in key for key in weights)
+    base = load(old)
+    assert read(base) == set() and same_state(state(base.pipeline), state(make_pipeline("sd1")))
+
+
+def test_a_pickle_is_left_to_the_stock_loader(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(folders["sd1"], folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    base = load(folder, torch.bfloat16)
+    assert read(base) == {"vae"}
+    assert same_state(state(base.pipeline), state(make_pipeline("sd1").to(torch.bfloat16)))
+
+
+def test_a_safety_checker_is_not_read_for_training(rex: Subject, tmp_path: Path) -> None:
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(projection_dim=16, vision_config={**tiny, "image_size": 32, "patch_size": 16}, text_config=tiny)
+    stock = make_pipeline("sd1")
+    parts = {name: part for name, part in stock.components.items() if name != "safety_checker"}
+    parts |= {"safety_checker": StableDiffusionSafetyChecker(config).eval(), "feature_extractor": CLIPImageProcessor()}
+    whole = StableDiffusionPipeline(**parts)
+    whole.save_pretrained(tmp_path / "safe")
+    base = load(tmp_path / "safe")
+    train(base, rex, lora=LORA, config=ALONE, progress=False)
+    assert read(base) == {"unet"}
+    assert same_state(state(base.pipeline), state(whole))
+
+
+def test_the_fingerprint_needs_no_weights_in_memory(folders: dict[str, Path]) -> None:
+    for kind in ("sd1", "sdxl"):
+        base = load(folders[kind], torch.bfloat16)
+        assert base.fingerprint == BaseModel.from_pipeline(make_pipeline(kind)).fingerprint
+        assert read(base) == set() and (base.dtype, base.device.type) == (torch.bfloat16, "cpu")
+
+
+# --- what is read when ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rex(photos: Path) -> Subject:
+    return Subject.from_folder(photos, token="sks", class_noun="dog")
+
+
+def test_training_holds_the_unet_alone(
+    rex: Subject, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prior, "SAMPLER_STEPS", 2)
+    kind, config = "sd1", TrainingConfig(steps=2, class_images=1, warmup_steps=0, sample_every=2)
+    held = []
+    base = load(folders[kind])
+    options: dict[str, Any] = {"lora": LORA, "config": config, "progress": False}
+    first = train(base, rex, on_step=lambda _: held.append(read(base)), out=tmp_path / "a", **options)
+    assert held == [{"unet"}] * 2 and read(base) == {"unet"}
+    assert list((tmp_path / "a" / "samples").glob("*2*.png"))  # for which all was read, and given back
+    assert same_state(state(base.pipeline), state(make_pipeline(kind)))
+
+    whole = load(folders[kind])
+    assert whole.pipeline is whole.shell  # somebody has it now: nothing is given back
+    other = train(whole, rex, on_step=lambda _: held.append(read(whole)), **options)
+    assert held[2:] == [{"unet", "vae", *whole.text_encoders}] * 2
+    assert other.digest() == first.digest()
+    assert same_state(state(whole.pipeline), state(make_pipeline(kind)))
+
+
+def test_with_a_text_encoder_lora_the_text_encoder_stays(rex: Subject, folders: dict[str, Path]) -> None:
+    base = load(folders["sd1"])
+    held = []
+    train(
+        base,
+        rex,
+        lora=LoraSpec(rank=2, text_encoder=True),
+        config=ALONE,
+        on_step=lambda _: held.append(read(base)),
+        progress=False,
+    )
+    assert all({"unet", "text_encoder"} <= each for each in held)
+    assert same_state(state(base.pipeline), state(make_pipeline("sd1")))
+
+
+def test_one_module_does_not_bring_the_others(folders: dict[str, Path]) -> None:
+    base = load(folders["sdxl"])
+    assert (
+        base.resolution == 64 and base.scaling_factor and base.prediction_type and base.tokenizer and len(base.components) == 3
+    )
+    assert read(base) == set()
+    base.encode_images(torch.zeros(1, 3, 64, 64))
+    assert read(base) == {"vae"}
+    base.encode_text(["a dog"])
+    assert read(base) == {"vae", "text_encoder", "text_encoder_2"}
+    assert base.unet is base.components["unet"] and "unet" in read(base)
+    with pytest.raises(KeyError):
+        base.components["vae"]
+
+
+# --- files that change or go ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_deleted_or_replaced_is_still_read_as_it_was(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    shutil.copytree(folders["sd1"], folder)
+    base = load(folder)
+    shutil.rmtree(folder)
+    assert same_state(state(base.pipeline), state(make_pipeline("sd1")))
+
+
+def test_a_file_that_is_written_over_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(folders["sd1"], folder)
+    base = load(folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    with open(file, "r+b") as handle:
+        handle.seek(-8, 2)
+        handle.write(b"\0" * 8)
+        handle.truncate(file.stat().st_size - 4)
+    with pytest.raises(BaseModelError, match="changed while it was in use"):
+        _ = base.vae
+
+
+@pytest.mark.parametrize("spoil", ["cut", "long", "header", "no json", "dtype", "overlap"])
+def test_a_damaged_file_is_one_plain_error(spoil: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(folders["sd1"], folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if spoil == "dtype":
+        header["encoder.conv_in.bias"]["dtype"] = "F77"
+    if spoil == "overlap":
+        header["encoder.conv_in.bias"]["data_offsets"][1] += 4
+    changed = json.dumps(header).encode()
+    damaged = {
+        "cut": content[:-10],
+        "long": content + b"more",
+        "header": (2**40).to_bytes(8, "little") + content[8:],
+        "no json": content[:8] + b"x" * length + content[8 + length :],
+    }.get(spoil, len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+    file.write_bytes(damaged)
+    with pytest.raises(BaseModelError) as caught:
+        _ = load(folder).vae
+    assert "\n" not in str(caught.value) and "complete" in str(caught.value)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+import torch
+from pathlib import Path
+from lora_booth.weight_files import WeightFile
+
+def high():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+places = WeightFile(Path({file!r})).places
+torch.zeros(2**24, dtype=torch.bfloat16).float().bfloat16()  # its code is loaded
+Path("/proc/self/clear_refs").write_text("5")
+before = high()
+kept = [place.read(torch.bfloat16, torch.device("cpu")) for place in places.values()]
+print(high() - before, sum(t.nbytes for t in kept))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux tells it")
+def test_reading_half_precision_from_a_full_file_takes_little_more_than_the_result(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((4096, 4096), float(i)) for i in range(4)}  # 256 MiB in float32
+    save_file(tensors, tmp_path / "big.safetensors")
+    code = PEAK.format(file=str(tmp_path / "big.safetensors"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    more, result = map(int, done.stdout.split())
+    assert result == 128 * 2**20
+    assert result <= more < result + 64 * 2**20  # a mapped file would bring all its 256 MiB
+
+
+def test_transposed_and_partial_places(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    value = torch.arange(24.0).view(6, 4)
+    save_file({"a": value, "n": torch.arange(3)}, tmp_path / "a.safetensors")
+    places = WeightFile(tmp_path / "a.safetensors").places
+    cpu = torch.device("cpu")
+    assert torch.equal(replace(places["a"], transposed=True).read(torch.float32, cpu), value.T)
+    assert [places["a"].third(i).read(torch.float32, cpu).tolist() for i in range(3)] == value.view(3, 2, 4).tolist()
+    assert places["n"].read(torch.bfloat16, cpu).dtype == torch.int64
+    assert places["a"].start_of(5).tolist() == [0, 1, 2, 3, 4]
