@@ -8,6 +8,7 @@ line before it, with the reason: <!-- not run: needs a GPU -->
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,28 @@ def test_every_exemption_has_a_reason_and_a_block():
                 assert match and len(match["reason"].split()) >= 2, f"{page}:{number}: say why it is not run"
                 following = lines[number] if number < len(lines) else ""
                 assert FENCE.match(following), f"{page}:{number}: no block follows"
+
+
+# --- the site --------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_says_what_the_docstrings_say():
+    made = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]()
+    written = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert written == made, "run: python docs/make_reference.py"
+
+
+def test_every_page_is_on_the_site_once():
+    listed = re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / target).exists(), f"{page}: {target}"
 
 
 # --- the reading of pages itself -----------------------------------------------------------------------------------

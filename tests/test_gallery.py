@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
+import pipelines
 import pytest
 from PIL import Image
 
-from lora_booth.composition import Picture
+from lora_booth import cli
+from lora_booth.adapters import Adapter
+from lora_booth.base_model import BaseModel
+from lora_booth.composition import Composition, Picture, Region, Weight
+from lora_booth.config import LoraSpec
 from lora_booth.errors import SettingsError
 from lora_booth.gallery import Gallery
+from lora_booth.gallery.reproduction import command_of, python_of
 
 NASTY = """<script>alert(1)</script> & "quotes" 'single' </figure>"""
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -55,7 +67,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def page() -> tuple[str, Page]:
     worn = (("<b>rex</b>", 1.0), ("ink & co", 0.6))
-    pictures = [picture(3, NASTY, adapters=worn, base="base<1>"), picture(1234, "plain words")]
+    pictures = [picture(3, NASTY, adapters=worn, base="base<1>", negative_prompt=NASTY), picture(1234, "plain words")]
     text = Gallery(pictures, title=f"title {NASTY}").html()
     return text, Page(text)
 
@@ -63,29 +75,131 @@ def page() -> tuple[str, Page]:
 def test_tags_are_balanced_and_texts_are_escaped(page):
     text, parsed = page
     assert parsed.open == []
-    assert not parsed.all("script") and not parsed.all("b")
-    assert "<script>" not in text
-    assert {tag for tag, _ in parsed.tags} <= {
-        *("html", "meta", "title", "style", "h1", "main", "figure", "a", "img", "figcaption", "small")
-    }
-    assert all(not name.startswith("on") for _, attrs in parsed.tags for name in attrs)
+    assert not parsed.all("b") and "alert(1)</script>" not in text
+    assert len(parsed.all("script")) == len(parsed.all("style")) == 1
+    assert len(parsed.all("figure")) == 2
+    assert all(not name.startswith("on") and name != "style" for _, attrs in parsed.tags for name in attrs)
 
 
-def test_every_picture_has_its_prompt_seed_adapters_and_base_under_it(page):
+def test_every_picture_has_what_made_it_under_it(page):
     _, parsed = page
     assert parsed.text["title"] == [f"title {NASTY}"] == parsed.text["h1"]
-    assert [t for t in parsed.text["figcaption"] if t.strip()] == [NASTY, "plain words"]
+    assert [t for t in parsed.text["p"] if t.strip()][:2] == [NASTY, "plain words"]
     assert parsed.text["small"] == ["seed 3 · <b>rex</b> 1, ink & co 0.6 · base<1>", "seed 1234"]
-    assert [image["alt"] for image in parsed.all("img")] == [NASTY, "plain words"]
+    facts = dict(zip(parsed.text["dt"], parsed.text["dd"], strict=True))
+    assert facts["negative"] == NASTY and facts["adapters"] == "<b>rex</b> 1, ink & co 0.6"
+    assert [image["alt"] for image in parsed.all("img")] == [NASTY, "plain words", ""]
     assert [figure["id"] for figure in parsed.all("figure")] == ["picture-1", "picture-2"]
+    assert [figure["data-adapters"] for figure in parsed.all("figure")] == ["0 1", ""]
+    assert parsed.text["option"] == ["All adapters", "<b>rex</b>", "ink & co"]
 
 
-def test_the_page_needs_nothing_from_outside(page):
+def test_the_page_needs_nothing_from_outside_and_may_ask_for_nothing(page):
     text, parsed = page
-    addresses = [attrs[name] for _, attrs in parsed.tags for name in ("src", "href", "srcset", "action") if name in attrs]
+    addresses = [attrs[name] for _, attrs in parsed.tags for name in ("src", "href", "srcset", "action") if attrs.get(name)]
     assert addresses and all(address.startswith("data:image/webp;base64,") for address in addresses)
     without_pictures = re.sub(r"data:image/webp;base64,[A-Za-z0-9+/=]+", "", text)
-    assert "//" not in without_pictures and "@import" not in text and "url(" not in without_pictures
+    assert not re.search(r"(?<!:)//[a-z]|://", without_pictures) and "@import" not in text and "url(" not in without_pictures
+    [policy] = [m["content"] for m in parsed.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:; ") and "unsafe" not in policy
+    for tag in ("style", "script"):  # nothing but these very texts may run
+        digest = base64.b64encode(hashlib.sha256("".join(parsed.text[tag]).encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+def test_a_half_character_does_not_stop_the_page(tmp_path):
+    path = Gallery([picture(1, "odd \ud800 name")]).save(tmp_path / "page.html")
+    assert "odd ? name" in path.read_text(encoding="utf-8")
+
+
+# --- how to draw a picture again -----------------------------------------------------------------------------------
+
+PROMPTS = (
+    "a photo of sks dog",
+    'it\'s a "dog"',
+    "$(touch pwned) `touch pwned` ; touch pwned & touch pwned",
+    "'; touch pwned; '",
+    "ends with \\",
+    "-x --help !! %PATH% \u201cquoted\u201d ' ",
+)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_pasted_command_says_the_prompt_to_the_shell_exactly(tmp_path, prompt):
+    command = command_of(picture(3, prompt, adapters=(("rex", 0.8),), base="toybox", steps=25, guidance=5.0))
+    told = subprocess.run(
+        ["bash", "-c", f"lora-booth() {{ printf '%s\\0' \"$@\"; }}\n{command}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    words = told.stdout.split("\0")[:-1]
+    assert words[:2] == ["generate", "rex.safetensors:0.8"] and words[words.index("--prompt") + 1] == prompt
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_with_keys_in_it_gives_no_command_but_python():
+    hostile = picture(3, "dog\x1b[201~\x03\nrm -rf ~ \u202e", adapters=(("rex", 1.0),), base="toybox", steps=2)
+    assert command_of(hostile) is None
+    python = python_of(hostile)
+    assert "\x1b" not in python and "\u202e" not in python and "\\x1b[201~\\x03" in python
+    assert python_of(picture(1)) is None  # nobody knows what made it
+
+
+@pytest.fixture(scope="module")
+def studio_files(tmp_path_factory) -> tuple[Path, BaseModel]:
+    """A folder with two adapter files, which is the current one while a command or lines of Python are run."""
+    folder = tmp_path_factory.mktemp("again")
+    base = BaseModel.load(pipelines.save("sd1", folder / "tiny"))
+    for seed, (name, noun) in enumerate({"rex": "do", "owl": "dog"}.items()):
+        made = pipelines.random_adapter(base, LoraSpec(rank=2), seed=seed, size=0.3)
+        card = replace(made.card, token=name, class_noun=noun, title=None)
+        replace(made, card=card).save(folder / f"my {name}.safetensors")
+    return folder, base
+
+
+def compositions(dog: Adapter, owl: Adapter) -> dict[str, dict]:
+    return {
+        "sum": {"adapters": [(dog, 0.7), (owl, -0.25)]},
+        "switch": {"adapters": [dog, owl], "method": "switch"},
+        "places": {
+            "adapters": [(dog, 0.5)],
+            "regions": [Region(owl, box=(0, 0, 0.5, 1), prompt="a do, big")],
+            "isolate": "delta",
+        },
+    }
+
+
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")  # the sum blends them, as it says
+@pytest.mark.parametrize("name", ["sum", "switch", "places"])
+def test_command_and_python_draw_the_picture_again(studio_files, monkeypatch, capsys, name):
+    folder, base = studio_files
+    monkeypatch.chdir(folder)
+    dog, owl = (Adapter.load(folder / f"my {name}.safetensors") for name in ("rex", "owl"))
+    studio = Composition(base, **compositions(dog, owl)[name])
+    asked = {"seeds": [5], "steps": 6, "guidance": 2.5, "size": 32, "negative_prompt": "no owl"}
+    [original] = studio.generate("a photo of rex do", **asked)
+    names: dict = {}
+    exec(python_of(original), names)
+    assert np.array_equal(np.asarray(names["picture"].image), np.asarray(original.image))
+    with pytest.raises(SystemExit) as left:
+        cli.main([*shlex.split(command_of(original))[1:], "--out", f"out-{name}"])
+    assert left.value.code == 0
+    with Image.open(folder / f"out-{name}" / "000005.png") as again:
+        assert np.array_equal(np.asarray(again), np.asarray(original.image))
+
+
+def test_what_only_a_recipe_can_say_is_said(studio_files):
+    folder, base = studio_files
+    dog = Adapter.load(folder / "my rex.safetensors")
+    for studio, words in (
+        (Composition(base, [(dog, Weight(1, end=0.5))]), "weights by block or step"),
+        (Composition(base, regions=[Region(dog, mask=Image.new("L", (8, 8), 255))]), "a mask"),
+    ):
+        [made] = studio.generate("rex do", steps=2, size=32)
+        assert command_of(made) is None and python_of(made) is None
+        assert f"made with {words}, which only a recipe keeps" in Gallery([made]).html()
+
+
+# --- the pictures themselves ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 96)])
@@ -104,6 +218,17 @@ def test_a_large_picture_keeps_its_size():
     source = Page(Gallery([picture(size=(256, 192))]).html()).all("img")[0]["src"]
     with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as decoded:
         assert decoded.size == (256, 192)
+
+
+def test_a_large_picture_has_a_small_thumbnail_and_is_there_in_full():
+    parsed = Page(Gallery([picture(size=(1024, 512))]).html())
+    sizes = []
+    for source in (parsed.all("img")[0]["src"], parsed.all("a")[0]["href"]):
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as decoded:
+            sizes.append(decoded.size)
+    assert sizes == [(384, 192), (1024, 512)]
+    assert (parsed.all("img")[0]["width"], parsed.all("img")[0]["height"]) == ("384", "192")
+    assert parsed.all("img")[0]["loading"] == "lazy" and parsed.all("a")[0]["download"] == "picture-001-seed-0.webp"
 
 
 def test_equal_pictures_give_equal_pages():

@@ -1,0 +1,60 @@
+"""Draw the pictures of the pages on prior preservation, fitting and grids with the toybox: `python docs/make_pictures.py WORK`.
+
+WORK keeps the adapters, so that a second call only draws. A few minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+import lora_booth as lb
+from lora_booth.demo import write_photos
+from lora_booth.marking import save_marked
+
+IMAGES = Path(__file__).parent / "images"
+TOKEN, NOUN = "sks", "owl"
+CONTEXTS = ("in a meadow", "on the moon", "underwater", "in the snow")  # the photos are in the first and two others
+RUNS = {
+    "40 updates": lb.TrainingConfig(steps=40),
+    "500 updates": lb.TrainingConfig(),
+    "500 updates, no class pictures": lb.TrainingConfig(prior_loss_weight=0),
+    "the same at 3 x the rate": lb.TrainingConfig(learning_rate=1e-2, prior_loss_weight=0),
+}
+SAMPLER = {"steps": 20, "guidance": 4.0}
+
+
+def main(work: Path) -> None:
+    base = lb.BaseModel.load("toybox")
+    owl = lb.Subject.from_folder(write_photos("olga", work / "photos"), token=TOKEN, class_noun=NOUN)
+    adapters: dict[str, lb.Adapter | None] = {"the base": None}
+    for name, config in RUNS.items():
+        file = work / f"{name.replace(', ', '_').replace(' ', '_')}.safetensors"
+        if not file.exists():
+            lb.train(base, owl, config=config).save(file)
+        adapters[name] = lb.Adapter.load(file)
+
+    def drawn(name: str, prompt: str, seed: int) -> lb.Picture:
+        adapter = adapters[name]
+        studio = lb.Composition(base, [] if adapter is None else [(adapter, 1.0)])
+        return studio.generate(prompt, seeds=[seed], **SAMPLER)[0]
+
+    def save(grid: lb.Grid, name: str) -> None:
+        """In 256 colours, which the toybox's pictures hardly exceed."""
+        save_marked(grid.sheet().quantize(256, dither=Image.Dither.NONE), IMAGES / f"{name}.png")
+
+    base_, under, good, bare, over = adapters
+    stages = (base_, under, good, over)
+    prompts = [f"a photo of {TOKEN} {NOUN} {context}" for context in CONTEXTS]
+    save(lb.Grid(tuple(prompts), stages, tuple(tuple(drawn(s, p, 1) for s in stages) for p in prompts)), "fit")
+    rows, seeds = (base_, good, bare, over), range(5)
+    cells = tuple(tuple(drawn(name, f"a photo of an {NOUN}", seed) for seed in seeds) for name in rows)
+    save(lb.Grid(rows, tuple(f"seed {seed}" for seed in seeds), cells), "prior")
+    weights = {"weights": (0, 0.4, 0.8, 1), "seeds": range(2)}
+    save(lb.grid(base, (adapters[good], 1.0), f"a photo of {TOKEN} {NOUN} on the moon", **weights, **SAMPLER), "grid")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
