@@ -13,11 +13,11 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from .adapters import Adapter
-from .base_model import BaseModel
-from .composition import Composition, Picture
-from .toybox.judge import IDENTITY_PARTS, Verdict, judge, to_pixels
-from .toybox.world import CONTEXTS, Identity, Scene, draw
+from ..adapters import Adapter
+from ..base_model import BaseModel
+from ..composition import Composition, Picture
+from ..toybox.judge import IDENTITY_PARTS, Verdict, judge, to_pixels
+from ..toybox.world import CONTEXTS, Identity, Scene, draw
 
 Report = Callable[[int, int], None]  # pictures done, pictures in all
 
@@ -129,7 +129,7 @@ def others(identity: Identity, count: int) -> list[tuple[Identity, str]]:
     """Other objects of the same class in random contexts: what the bare class should look like."""
     import random
 
-    from .toybox.world import random_identity
+    from ..toybox.world import random_identity
 
     rng = random.Random(5)
     return [(random_identity(rng, identity.class_noun), rng.choice(CONTEXTS)) for _ in range(count)]

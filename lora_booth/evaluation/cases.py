@@ -1,0 +1,74 @@
+"""The prompts of an evaluation: each with an adapter's token, and without it for the base and for CLIP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..adapters import Card
+from ..errors import SettingsError, shown
+from ..prompts import fill_prompts
+from ..subject import CLASS_TEMPLATE, article
+from ..toybox.world import CONTEXTS
+
+TEMPLATE = "a photo of {token} {class_noun} {context}"
+# words after which a noun needs an article of its own: "a photo of sks dog" -> "a photo of a dog"
+OPENERS = ("", "of", "with", "and", "by", "on", "in", "under", "near", "beside", "behind", "at", "from", "to", "for")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of the evaluation."""
+
+    template: str  # with {token}
+    bare: str  # without the token: what the base draws, and what CLIP compares pictures with
+
+    @property
+    def context(self) -> str | None:
+        """The toybox's context that it asks for."""
+        return next((context for context in CONTEXTS if context in self.bare), None)
+
+    def prompt_for(self, card: Card) -> str:
+        return fill_prompts([self.template], token=card.token, class_noun=card.class_noun)[0]
+
+
+def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ()) -> list[Case]:
+    """One for each prompt, or for each context of a prompt that has {context}. A prompt may also hold the card's token itself.
+
+    Raises SettingsError for a prompt that does not name the subject, and for a card without token or class noun.
+    """
+    if not (card.token and card.class_noun):
+        raise SettingsError("the adapter's card has no token or class noun; give --token and --class-noun, or with_card(...)")
+    token, noun = card.token, card.class_noun
+    found: dict[str, Case] = {}
+    for text in templates:
+        templated = re.sub(rf"(?<![\w{{]){re.escape(token)}(?![\w}}])", "{token}", text)
+        if "{token}" not in templated:
+            raise SettingsError(f"prompt {shown(text)!r} does not name the subject; write {{token}} or {token!r} into it")
+        contextual = contexts if "{context}" in templated else ("",)
+        if not contextual:
+            raise SettingsError(f"prompt {shown(text)!r}: no contexts for {{context}}; give some, as 'in the snow'")
+        for context in contextual:
+            template = templated.replace("{context}", context)
+            filled = fill_prompts([template], token=token, class_noun=noun)[0]
+            found[filled] = Case(template, bare(filled, token, noun))
+    return list(found.values())
+
+
+def bare(prompt: str, token: str, class_noun: str) -> str:
+    """ "a photo of sks dog" -> "a photo of a dog"; "a red sks owl" -> "a red owl"; "a sks owl" -> "an owl"."""
+    one = f"{article(class_noun)} {class_noun}"
+
+    def replaced(match: re.Match[str]) -> str:
+        before = match["before"] or ""
+        if before.lower() in ("a", "an"):
+            return one
+        return f"{before} {one if before.lower() in OPENERS else class_noun}".lstrip()
+
+    phrase = rf"(?:(?<!\w)(?P<before>\w+)\s+)?(?<!\w){re.escape(token)}(?:\s+{re.escape(class_noun)})?(?!\w)"
+    return re.sub(phrase, replaced, prompt, flags=re.IGNORECASE)
+
+
+def class_prompt(class_noun: str) -> str:
+    return CLASS_TEMPLATE.format(a=article(class_noun), class_noun=class_noun)

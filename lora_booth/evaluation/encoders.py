@@ -1,0 +1,146 @@
+"""DINO and CLIP as the protocol uses them: pictures and prompts to vectors of length 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..errors import EvaluationError, first_line, shown
+
+T = TypeVar("T")
+
+DINO = "facebook/dino-vits16"  # ViT-S/16, as in arXiv 2208.12242
+CLIP = "openai/clip-vit-base-patch32"
+WITH_CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # model types whose first state is the picture's
+AT_A_TIME = 16  # pictures
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an encoder wants its pictures: the short side resized (bicubic), the centre square, then mean and deviation."""
+
+    larger: float  # the short side, as a multiple of the square's side
+    mean: tuple[float, float, float]  # of red, green, blue in 0..1
+    deviation: tuple[float, float, float]
+
+    def pixels(self, images: Sequence[Image.Image], side: int) -> Tensor:
+        """(N, 3, side, side) float32."""
+        squares = np.stack([np.asarray(self.square(image.convert("RGB"), side)) for image in images])
+        scaled = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.deviation))
+        return (scaled - mean) / deviation
+
+    def square(self, image: Image.Image, side: int) -> Image.Image:
+        short, goal = min(image.size), round(self.larger * side)
+        width, height = (int(length * goal / short) for length in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+
+
+FOR_DINO = Preparation(256 / 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, as DINO's own evaluation
+FOR_CLIP = Preparation(1.0, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+class Dino:
+    """A self-supervised vision transformer. Raises EvaluationError where `source` (a Hub id or a folder) is not at hand."""
+
+    def __init__(self, source: str | Path = DINO, *, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoConfig, AutoModel
+
+        def load() -> Any:
+            kind = AutoConfig.from_pretrained(source).model_type
+            if kind not in WITH_CLASS_TOKEN:
+                raise ValueError(f"it is a {kind}; allowed: {', '.join(WITH_CLASS_TOKEN)}")
+            return AutoModel.from_pretrained(source)
+
+        self.source, self.device = source, torch.device(device)
+        self.model = at_hand(source, "DINO", load).float().eval().to(self.device)
+        self.side = whole(self.model.config.image_size)
+
+    @torch.no_grad()
+    def of_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, d) float32 on the CPU: the class token's last state."""
+        parts = [
+            self.model(pixel_values=FOR_DINO.pixels(part, self.side).to(self.device)).last_hidden_state[:, 0]
+            for part in parts_of(images)
+        ]
+        return F.normalize(torch.cat(parts), dim=1).cpu()
+
+
+class Clip:
+    """CLIP's two encoders. Raises EvaluationError where `source` (a Hub id or a folder) is not at hand."""
+
+    def __init__(self, source: str | Path = CLIP, *, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+
+        def load() -> Any:
+            kind = AutoConfig.from_pretrained(source).model_type
+            if kind != "clip":
+                raise ValueError(f"it is a {kind}; needed: clip")
+            return CLIPTokenizer.from_pretrained(source), CLIPModel.from_pretrained(source)
+
+        self.source, self.device = source, torch.device(device)
+        self.tokenizer, model = at_hand(source, "CLIP", load)
+        self.model = model.float().eval().to(self.device)
+        self.side = whole(self.model.config.vision_config.image_size)
+
+    @torch.no_grad()
+    def of_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, d) float32 on the CPU: the projected picture."""
+        parts = [
+            self.model.visual_projection(
+                self.model.vision_model(pixel_values=FOR_CLIP.pixels(part, self.side).to(self.device)).pooler_output
+            )
+            for part in parts_of(images)
+        ]
+        return F.normalize(torch.cat(parts), dim=1).cpu()
+
+    @torch.no_grad()
+    def of_texts(self, prompts: Sequence[str]) -> Tensor:
+        """(N, d) float32 on the CPU: the projected prompt."""
+        length = self.model.config.text_config.max_position_embeddings
+        words = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        read = self.model.text_model(**words.to(self.device)).pooler_output
+        return F.normalize(self.model.text_projection(read), dim=1).cpu()
+
+
+def parts_of(images: Sequence[Image.Image]) -> Iterator[Sequence[Image.Image]]:
+    for first in range(0, len(images), AT_A_TIME):
+        yield images[first : first + AT_A_TIME]
+
+
+def whole(size: Any) -> int:
+    return int(size if isinstance(size, int) else size[0])
+
+
+def at_hand(source: str | Path, what: str, load: Callable[[], T]) -> T:
+    """What `load` reads of the Hub's cache, the Hub or a folder. Raises EvaluationError with the way to get it."""
+    try:
+        with quiet_loading():
+            return load()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        name = shown(source)
+        how = "is the folder complete?" if Path(source).is_dir() else f"with a network once: hf download {name}"
+        raise EvaluationError(f"{what} ({name}) cannot be loaded: {first_line(error)}; {how}") from error
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' list of the weights that are not used."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

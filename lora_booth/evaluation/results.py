@@ -1,0 +1,229 @@
+"""What an evaluation found: adapters between the base alone and the photos themselves, and which is best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from ..composition import Picture
+from .statistics import EDGES, Score, Values, draws, score
+
+BARELY, WELL = 0.25, 0.6  # shares of the way from the base to the photos
+FOLLOWED = 0.8  # of the base's own way of following prompts
+MANY_COPIES = 0.2  # of the pictures
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str
+    label: str
+    better: Literal["higher", "lower"] = "higher"
+    of: Literal["subject", "prompt"] | None = None  # which of the two the overall score takes it for
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter, the base or the photos. Values are by metric, by prompt, by picture."""
+
+    name: str
+    values: Mapping[str, Values]
+    step: int | None = None  # optimizer updates, of an adapter of a run
+    digest: str | None = None  # of the adapter's factors
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+
+    def score(self, key: str) -> Score | None:
+        return score(self.values.get(key, ()))
+
+    def mean(self, key: str) -> float | None:
+        found = self.score(key)
+        return None if found is None else found.mean
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Adapters between floor (the base alone, "a dog" in place of "sks dog") and ceiling (the photos against each other)."""
+
+    metrics: tuple[Metric, ...]
+    adapters: tuple[Row, ...]
+    floor: Row
+    ceiling: Row
+    prompt_chance: float  # prompt fidelity of the base's pictures to prompts that are not theirs
+    described: str  # what it was measured with
+    photos: int
+    prompts: tuple[str, ...]  # of the first adapter
+    seeds: int
+    class_prompt: str
+    class_pictures: int
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the sampler
+
+    def _key(self, of: str) -> str | None:
+        return next((metric.key for metric in self.metrics if metric.of == of), None)
+
+    def _shares(self, row: Row, chosen: np.ndarray | None = None) -> np.ndarray | None:
+        """(rounds, 2): subject and prompt fidelity, each 0 at the bottom and 1 at the top of what can be; (rounds, 1) where the
+        base itself does not follow the prompts; None where the photos are no nearer to each other than the base's pictures.
+        chosen: (rounds, prompts), which prompts count how often; None: each once."""
+        shares = []
+        for of, low, high in (
+            ("subject", self._mean(self.floor, "subject"), self._mean(self.ceiling, "subject")),
+            ("prompt", self.prompt_chance, self._mean(self.floor, "prompt")),
+        ):
+            key = self._key(of)
+            groups = [] if key is None else [np.mean(group) for group in row.values.get(key, ()) if len(group)]
+            if of == "prompt" and (not groups or not self._base_follows):
+                continue
+            if not groups or low is None or high is None or high - low < 1e-3:
+                return None
+            if chosen is not None and chosen.shape[1] != len(groups):
+                return None
+            means = np.array(groups)[None] if chosen is None else np.array(groups)[chosen]
+            shares.append(((means.mean(axis=1) - low) / (high - low)).clip(0, 1))
+        return np.stack(shares, axis=1)
+
+    @property
+    def _base_follows(self) -> bool:
+        """There is room between prompts that are not its pictures' own, and those that are."""
+        own = self._mean(self.floor, "prompt")
+        return own is not None and own - self.prompt_chance >= 1e-3
+
+    def _mean(self, row: Row, of: str) -> float | None:
+        key = self._key(of)
+        return None if key is None else row.mean(key)
+
+    def subject_share(self, row: Row) -> float | None:
+        """Subject fidelity from the base alone (0) to the photos (1)."""
+        shares = self._shares(row)
+        return None if shares is None else float(shares[0, 0])
+
+    def prompt_share(self, row: Row) -> float | None:
+        """Prompt fidelity from pictures of other prompts (0) to the base alone (1)."""
+        shares = self._shares(row)
+        return None if shares is None or shares.shape[1] < 2 else float(shares[0, 1])
+
+    def overall(self, row: Row) -> float | None:
+        """Both shares multiplied, so that neither makes up for the other: of pictures that show the subject as prompted."""
+        shares = self._shares(row)
+        return None if shares is None else float(shares[0].prod())
+
+    @property
+    def best(self) -> Row:
+        """The highest overall score; the first among equals."""
+        return max(self.adapters, key=lambda row: self.overall(row) or 0.0)
+
+    @property
+    def lead(self) -> tuple[Row, float, float] | None:
+        """The adapter nearest to the best, and the 95 % interval of what the best is above it; None: there is no such."""
+        others = [row for row in self.adapters if row is not self.best]
+        if not others:
+            return None
+        second = max(others, key=lambda row: self.overall(row) or 0.0)
+        chosen = draws(len(self.prompts))
+        first, other = self._shares(self.best, chosen), self._shares(second, chosen)
+        if first is None or other is None or len(self.prompts) < 2:
+            return None
+        low, high = np.quantile(first.prod(axis=1) - other.prod(axis=1), EDGES)
+        return second, float(low), float(high)
+
+    # --- in words
+
+    def advice(self) -> list[str]:
+        """What the scores of the best adapter speak for, in plain sentences."""
+        row, said = self.best, []
+        if self._shares(row) is None:
+            return ["The photos are no nearer to each other than the base's pictures: are they all of one subject?"]
+        if len(self.adapters) > 1:
+            said.append(self._which())
+        subject, prompt = self.subject_share(row) or 0.0, self.prompt_share(row)
+        copies, drift = row.mean("copies") or 0.0, self.drift(row)
+        if subject < BARELY:
+            said.append("The subject is hardly learnt yet: train longer, or check that the photos show it well.")
+        elif subject < WELL:
+            said.append("The subject is learnt in part: more steps, more photos or a higher rank may bring it nearer.")
+        else:
+            said.append("The subject is learnt well.")
+        if prompt is not None and prompt < FOLLOWED:
+            said.append("Prompts are followed less than by the base: use a weight below 1, or an adapter of fewer steps.")
+        if self._key("prompt") and not self._base_follows:
+            said.append("The base itself does not follow these prompts: use others, to see what the adapter does to that.")
+        if copies > MANY_COPIES:
+            said.append(f"{copies:.0%} of the pictures are copies of photos: fewer steps, or photos in more places.")
+        if drift is not None and drift > BARELY:
+            said.append("The bare class has begun to look like the subject: train with prior preservation, or fewer steps.")
+        return said
+
+    def drift(self, row: Row) -> float | None:
+        """How far pictures of the bare class went from the base's (0) to the photos (1)."""
+        now, before = row.mean("pres"), self.floor.mean("pres")
+        top = self.ceiling.mean("pres")
+        if now is None or before is None or top is None or top - before < 1e-3:
+            return None
+        return float(np.clip((now - before) / (top - before), 0, 1))
+
+    def _which(self) -> str:
+        lead = self.lead
+        if lead is None or lead[1] <= 0:
+            other = "" if lead is None else f", but not clearly before {lead[0].name}"
+            return f"The best is {self.best.name}{other}."
+        return f"The best is {self.best.name}, clearly before {lead[0].name}."
+
+    def lines(self) -> Iterator[str]:
+        """A table: a row for the photos, the base and each adapter, means and half of their 95 % intervals; what it means."""
+        yield self.described
+        prompts = f"{len(self.prompts)} prompt{'' if len(self.prompts) == 1 else 's'}"
+        seeds = f"{self.seeds} seed{'' if self.seeds == 1 else 's'}"
+        yield f"{prompts} x {seeds}; {self.class_pictures} pictures of {self.class_prompt!r}; {self.photos} photos"
+        rows = [self.ceiling, self.floor, *self.adapters]
+        wide = max(len(row.name) for row in rows) + 2
+        columns = [m for m in self.metrics if any(row.score(m.key) is not None for row in rows)]
+        widths = {m.key: max(15, len(m.label) + 2) for m in columns}
+        yield "".join([" " * wide, f"{'overall':>9}", *(f"{m.label:>{widths[m.key]}}" for m in columns)])
+        for row in rows:
+            cells = [f"{'-' if (s := row.score(m.key)) is None else s!s:>{widths[m.key]}}" for m in columns]
+            overall = self.overall(row) if row in self.adapters else None
+            yield "".join([f"{row.name:<{wide}}", f"{'-' if overall is None else format(overall, '.3f'):>9}", *cells])
+        yield from self.advice()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, for JSON."""
+
+        def one(row: Row) -> dict[str, Any]:
+            scores = {m.key: None if (s := row.score(m.key)) is None else asdict(s) for m in self.metrics}
+            return {"name": row.name, "step": row.step, "digest": row.digest, "scores": scores}
+
+        adapters = [
+            one(row)
+            | {
+                "subject_share": self.subject_share(row),
+                "prompt_share": self.prompt_share(row),
+                "overall": self.overall(row),
+                "drift": self.drift(row),
+            }
+            for row in self.adapters
+        ]
+        return {
+            "measured_with": self.described,
+            "metrics": [asdict(metric) for metric in self.metrics],
+            "photos": one(self.ceiling) | {"count": self.photos},
+            "base": one(self.floor),
+            "adapters": adapters,
+            "best": self.best.name,
+            "advice": self.advice(),
+            "prompts": list(self.prompts),
+            "seeds": self.seeds,
+            "class_prompt": self.class_prompt,
+            "class_pictures": self.class_pictures,
+            "prompt_chance": self.prompt_chance,
+            "settings": dict(self.settings),
+        }
+
+
+def by_prompt(values: np.ndarray, counts: Sequence[int]) -> list[list[float]]:
+    """Values of pictures in their order, in groups of so many."""
+    groups, first = [], 0
+    for count in counts:
+        groups.append([float(value) for value in values[first : first + count]])
+        first += count
+    return groups

@@ -1,0 +1,58 @@
+"""The adapters of a run's folder, and the file of their scores there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..adapters import Adapter
+from ..checkpoint import ADAPTER, RECORD, SAMPLES, SCORES, replace_file
+from ..errors import EvaluationError, shown
+from .protocol import Candidate
+from .results import Comparison
+
+
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / RECORD).is_file()
+
+
+def candidates_of(run: str | Path) -> list[Candidate]:
+    """The adapters that a run has kept, by step: beside its samples, in its newest checkpoint, and at its end.
+
+    Raises EvaluationError for a folder without any.
+    """
+    run = Path(run)
+    files = dict(kept(run))
+    if not files:
+        raise EvaluationError(f"{shown(run)}: no adapter in this run's folder yet; train further, or give adapter files")
+    return [Candidate(Adapter.load(files[step]), name=f"step {step}", step=step) for step in sorted(files)]
+
+
+def kept(run: Path) -> Iterator[tuple[int, Path]]:
+    """step -> file; of two for one step the later one counts, which is the run's own adapter."""
+    for file in (*run.glob(f"{SAMPLES}/*.safetensors"), *run.glob(f"checkpoints/*/{ADAPTER}")):
+        name, _, _ = (file.parent.name if file.name == ADAPTER else file.stem).partition(".")
+        if name.isdigit():
+            yield int(name), file
+    last = record_of(run).get("step")
+    if isinstance(last, int) and (run / ADAPTER).is_file():
+        yield last, run / ADAPTER
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def scores_file(run: str | Path, made: Comparison) -> Path:
+    """Write the scores into the run's folder, where its report finds them as long as the run is the same."""
+    path = Path(run) / SCORES
+    content = made.as_dict() | {"identity": record_of(Path(run)).get("identity")}
+    replace_file(path, (json.dumps(content, indent=1) + os.linesep).encode())
+    return path

@@ -1,0 +1,53 @@
+"""Means with their 95 % intervals, by bootstrap over what was drawn independently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+ROUNDS = 2000
+EDGES = (0.025, 0.975)
+
+Values = Sequence[Sequence[float]]  # by prompt, by picture
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean and its 95 % interval; None: there is only one value to know it from."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int  # values
+
+    def __str__(self) -> str:
+        """The mean and half of its interval."""
+        return (
+            f"{self.mean:.3f}"
+            if self.low is None or self.high is None
+            else f"{self.mean:.3f} ±{(self.high - self.low) / 2:.3f}"
+        )
+
+
+def score(values: Values) -> Score | None:
+    """Of values in groups. Whole groups are drawn again, since pictures of one prompt resemble each other; the values of a
+    single group one by one. None: there are no values."""
+    groups = [list(group) for group in values if len(group)]
+    if not groups:
+        return None
+    units = groups if len(groups) > 1 else [[value] for value in groups[0]]
+    sums, counts = np.array([sum(unit) for unit in units]), np.array([len(unit) for unit in units])
+    mean = float(sums.sum() / counts.sum())
+    if len(units) == 1:
+        return Score(mean, None, None, int(counts.sum()))
+    chosen = draws(len(units))
+    low, high = np.quantile(sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1), EDGES)
+    return Score(mean, float(low), float(high), int(counts.sum()))
+
+
+def draws(count: int) -> np.ndarray:
+    """(ROUNDS, count) indices below `count`, drawn with replacement: the same for the same count, so that differences are
+    between equal draws."""
+    return np.random.default_rng(0).integers(count, size=(ROUNDS, count))

@@ -1,0 +1,281 @@
+"""report.html: what a run did, for who wants to know whether it worked and what to do now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from ..checkpoint import CROPS, REPORT, replace_file
+from ..config import LoraSpec, TrainingConfig
+from ..errors import shown
+from ..gallery.gallery import SMALL, data_url, source_hash
+from ..progress import clock
+from .advice import advice, counted, memory_of
+from .charts import Chart, chart, smoothed, usual_top
+from .reading import Run, Sample, number, part, read_run, whole
+from .usage import ways
+
+THUMBNAIL = 256  # pixels of a picture on the page, at most
+QUALITY = 80  # WebP
+MOST_COLUMNS = 24  # of a strip of samples; of more steps, so many are shown
+TIMES = {"preparing": "preparing", "training": "training", "sampling": "of that samples", "saving": "of that saving"}
+SHARES = (("subject_share", "subject", 0.0), ("prompt_share", "prompt", 1.0))  # and what the base alone has of it
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture on the page."""
+
+    url: str
+    width: int
+    height: int
+    text: str  # below it, and for who cannot see it
+    pixelated: bool
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Samples of one prompt and seed over time."""
+
+    prompt: str
+    seed: int
+    pictures: tuple[Shown, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    value: str
+    usual: str  # the default
+
+
+def write_report(run: str | Path, *, photos: bool = True) -> Path:
+    """Write `report.html` into the folder of a run, from what the folder holds.
+
+    photos  show the small copies of the photos; without them the page can be passed on
+    Raises SettingsError for a folder that is not of a run.
+    """
+    found = read_run(Path(run))
+    path = found.path / REPORT
+    replace_file(path, html(found, photos=photos).encode("utf-8", "replace"))
+    return path
+
+
+def try_report(run: Path, tell: Callable[[str], None]) -> None:
+    """A page is no reason to lose a run: what stands in the way is told."""
+    try:
+        write_report(run)
+    except Exception as error:
+        tell(f"no {REPORT} ({type(error).__name__})")
+
+
+def keep_crop(run: Path, number: int, square: Image.Image) -> None:
+    """A small copy of a photo as training sees it, for the report."""
+    folder = run / CROPS
+    folder.mkdir(parents=True, exist_ok=True)
+    small = square.copy()
+    small.info = {}
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    small.save(folder / f"{number:04d}.webp", quality=QUALITY, lossless=small.width <= SMALL)
+
+
+def html(run: Run, *, photos: bool = True) -> str:
+    """One page that needs nothing else and may ask for nothing else; every text is escaped."""
+    style = file("page.css")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    adapter, card = run.adapter, {}
+    if adapter is not None:
+        card = {k: v for k, v in asdict(adapter.card).items() if v is not None}
+    changed, chosen, usual = settings(run)
+    return page.from_string(file("page.html")).render(
+        style=Markup(style),  # our own file: nothing of the run is in it
+        hash=source_hash,
+        title=title_of(run),
+        summary=summary(run),
+        advice=list(advice(run)),
+        strips=strips(run),
+        ways=[] if adapter is None or run.adapter_file is None else list(ways(adapter, run.adapter_file, run.path)),
+        curves=[curve for curve in (loss_chart(run), rate_chart(run)) if curve is not None],
+        fidelity=fidelity_chart(run),
+        scores=scores_table(run),
+        crops=[picture(path, f"photo {i}") for i, path in enumerate(run.crops if photos else (), 1)],
+        mirrored=bool(run.config.get("flip")),
+        resolution=run.config.get("resolution"),
+        events=[event_words(event) for event in run.events],
+        timings=timings(run),
+        changed=changed,
+        chosen=chosen,
+        usual=usual,
+        versions=[(str(k).replace("_", " "), str(v)) for k, v in part(run.record, "surroundings").items()],
+        card=[(k.replace("_", " "), str(v)) for k, v in card.items()],
+    )
+
+
+def file(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+# --- the head
+
+
+def title_of(run: Run) -> str:
+    words = [" ".join(str(s.get(k, "")) for k in ("token", "class_noun")) for s in run.subjects]
+    return " and ".join(words) or shown(run.path.resolve().name)
+
+
+def summary(run: Run) -> list[str]:
+    took = part(run.record, "seconds")
+    seconds = (number(took.get("preparing")) or 0.0) + (number(took.get("training")) or 0.0)
+    base = part(run.record, "facts", "base")
+    state = "finished" if run.finished else f"{run.record.get('status', 'running')} at step {run.step} of {run.total}"
+    return [
+        state,
+        counted(run.step if run.finished else run.total, "step"),
+        counted(run.photos, "photo"),
+        *([str(base["name"])] if "name" in base else []),
+        *([f"{clock(seconds)} in all"] if seconds else []),
+    ]
+
+
+# --- pictures
+
+
+def strips(run: Run) -> list[Strip]:
+    rows: dict[tuple[str, int], list[Sample]] = {}
+    for sample in run.samples:
+        rows.setdefault((sample.prompt, sample.seed), []).append(sample)
+    return [
+        Strip(prompt, seed, tuple(picture(s.file, f"step {s.step}" if s.step else "before") for s in spread(row)))
+        for (prompt, seed), row in rows.items()
+    ]
+
+
+def spread(row: Sequence[Sample]) -> list[Sample]:
+    """At most MOST_COLUMNS of them, with the first and the last."""
+    if len(row) <= MOST_COLUMNS:
+        return list(row)
+    return [row[round(i * (len(row) - 1) / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
+
+
+def picture(path: Path, text: str) -> Shown:
+    """A picture that cannot be read is a blank one."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except OSError:
+        image, text = Image.new("RGB", (SMALL, SMALL), (128, 128, 128)), f"{text}: cannot be read"
+    pixelated = image.width <= SMALL
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return Shown(data_url(image, QUALITY), image.width, image.height, text, pixelated)
+
+
+# --- curves
+
+
+def loss_chart(run: Run) -> Chart | None:
+    points = [(float(u.step), u.loss) for u in run.updates if u.loss is not None]
+    mean = smoothed(points)
+    label = f"Loss by step; its mean went from {mean[0][1]:.3g} to {mean[-1][1]:.3g}" if mean else ""
+    top = max(usual_top([y for _, y in points]), max((y for _, y in mean), default=0.0))
+    marks = [(number(e.get("step")) or 0.0, str(e.get("what"))) for e in run.events]
+    return chart(label, [("raw", points), ("mean", mean)], top=top, marks=marks, last=float(run.total or 0) or None)
+
+
+def rate_chart(run: Run) -> Chart | None:
+    points = [(float(u.step), u.rate) for u in run.updates]
+    return chart("Learning rate by step", [("rate", points)], height=120, last=float(run.total or 0) or None)
+
+
+def fidelity_chart(run: Run) -> Chart | None:
+    rows = [row for row in rows_of(run) if row.get("step") is not None]
+    lines = [
+        (kind, [(float(whole(row["step"])), value) for row in rows if (value := number(row.get(key))) is not None])
+        for key, kind, _ in SHARES
+    ]
+    lines = [(kind, [(0.0, start), *points]) for (kind, points), (_, _, start) in zip(lines, SHARES, strict=True) if points]
+    return chart("Subject and prompt fidelity by step", lines, top=1.0, dots=True, last=float(run.total or 0) or None)
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    found = run.scores.get("adapters")
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+
+def scores_table(run: Run) -> dict[str, Any] | None:
+    """heads, rows of cells, and how it was measured."""
+    metrics = run.scores.get("metrics")
+    if not isinstance(metrics, list):
+        return None
+    named = [(str(m.get("key")), str(m.get("label"))) for m in metrics if isinstance(m, dict)]
+    best = run.scores.get("best")
+
+    def cells(row: dict[str, Any]) -> Iterator[str]:
+        overall = number(row.get("overall"))
+        yield "–" if overall is None else f"{overall:.3f}"
+        for key, _ in named:
+            one = part(row, "scores", key)
+            mean, low, high = (number(one.get(name)) for name in ("mean", "low", "high"))
+            around = "" if low is None or high is None else f" ±{(high - low) / 2:.2f}"
+            yield "–" if mean is None else f"{mean:.3f}{around}"
+
+    rows = [part(run.scores, "photos"), part(run.scores, "base"), *rows_of(run)]
+    return {
+        "heads": ["overall", *(label for _, label in named)],
+        "rows": [(str(row.get("name")), row.get("name") == best, list(cells(row))) for row in rows],
+        "how": str(run.scores.get("measured_with", "")),
+    }
+
+
+# --- facts
+
+
+def settings(run: Run) -> tuple[list[Setting], list[Setting], list[Setting]]:
+    """Other than the default; without a fixed default (given, or chosen from the photos and the base); as the default."""
+    changed: list[Setting] = []
+    chosen: list[Setting] = []
+    usual: list[Setting] = []
+    for spec, values in ((TrainingConfig, run.config), (LoraSpec, run.lora)):
+        for one in fields(spec):
+            if one.name not in values:
+                continue
+            value = values[one.name]
+            default = None if one.default is MISSING else one.default
+            setting = Setting(one.name, words_of(value), words_of(default))
+            if default is None and value is not None:
+                chosen.append(setting)
+            else:
+                (usual if words_of(value) == words_of(default) else changed).append(setting)
+    return changed, chosen, usual
+
+
+def words_of(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None or value == [] or value == ():
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
+def timings(run: Run) -> list[tuple[str, str]]:
+    took = {name: number(value) for name, value in part(run.record, "seconds").items()}
+    found = [(TIMES.get(name, name), clock(value)) for name in {**TIMES, **took} if (value := took.get(name)) is not None]
+    each = [b.seconds - a.seconds for a, b in pairwise(run.updates)]
+    if each:
+        found.append(("a step, mostly", f"{median(each):.2f} s"))
+    return found + memory_of(run)
+
+
+def event_words(event: dict[str, Any]) -> tuple[str, str, str]:
+    at = str(event.get("at", "")).replace("T", " ").removesuffix("+00:00")
+    return at, f"step {whole(event.get('step'))}", str(event.get("what", ""))
