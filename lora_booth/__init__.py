@@ -27,14 +27,24 @@ _HOMES = {
     "LoraSpec": "config",
     "TrainingConfig": "config",
     "LoraBoothError": "errors",
+    "evaluate": "evaluation",
     "extract": "extraction",
     "Gallery": "gallery",
+    "Grid": "grids",
+    "before_after": "grids",
+    "grid": "grids",
+    "grid_steps": "grids",
     "attached": "injection",
     "Photo": "photos",
     "Step": "progress",
+    "PROMPT_SETS": "prompts",
+    "fill_prompts": "prompts",
+    "read_prompts": "prompts",
+    "write_report": "report",
     "Subject": "subject",
     "check_token": "subject",
     "propose_tokens": "subject",
+    "plan": "training.planning",
     "prepare": "training",
     "train": "training",
     "training_steps": "training",
@@ -51,13 +61,18 @@ if TYPE_CHECKING:
     from .composition import Composition, Picture, Recipe, Region, Request, Serving, Weight, preview
     from .config import LoraSpec, TrainingConfig
     from .errors import LoraBoothError
+    from .evaluation import evaluate
     from .extraction import extract
     from .gallery import Gallery
+    from .grids import Grid, before_after, grid, grid_steps
     from .injection import attached
     from .photos import Photo
     from .progress import Step
+    from .prompts import PROMPT_SETS, fill_prompts, read_prompts
+    from .report import write_report
     from .subject import Subject, check_token, propose_tokens
     from .training import prepare, train, training_steps
+    from .training.planning import plan
 
 
 def __getattr__(name: str) -> object:

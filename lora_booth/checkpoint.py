@@ -1,87 +1,165 @@
-"""Pause and resume exactly: a run's state in one folder, whole or not there at all.
+"""Pause and resume exactly: checkpoints as folders that are whole or not there at all.
 
-Every random draw comes from (seed, step), so the state is the adapter, the optimizer, the scaler and the step.
+Every random draw comes from (seed, step), so the state is the adapter, the optimizer, the scaler, the losses that the run
+judges itself by, and the step.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import TrainingError
+STATE, ADAPTER, METRICS, RECORD, MANIFEST = "state.pt", "adapter.safetensors", "metrics.jsonl", "run.json", "manifest.json"
+SAMPLES, CROPS, SCORES, REPORT = "samples", "crops", "scores.json", "report.html"  # beside them in the folder of a run
+ROOM = 3  # times a checkpoint's size must be free before one is written
+OURS = re.compile(r"\d{6,}(\.\d+)?|\..+\.tmp")  # names in a folder of checkpoints that pruning may touch
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what some mounted storage answers to fsync
 
-STATE, MANIFEST = "state.pt", "manifest.json"
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was read from end to end: every file is what it was when it was written."""
+
+    folder: Path
+    step: int
+    number: int  # of the run's checkpoints, from 1: a run that was rolled back has older ones with a later step
+    contents: Mapping[str, bytes]
+
+    def record(self) -> dict[str, Any]:
+        """run.json as it was then."""
+        found: dict[str, Any] = json.loads(self.contents[RECORD])
+        return found
 
 
-def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, identity: str) -> Path:
-    """Write `run/checkpoints/STEP`: a temporary folder first, synced, then renamed; older ones go only after that."""
-    parent = run / "checkpoints"
+def packed_state(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def unpacked_state(content: bytes, device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    return state
+
+
+def publish(parent: Path, step: int, number: int, contents: Mapping[str, bytes]) -> Checkpoint:
+    """Write `parent/STEP` with `contents` (file name -> bytes) and a manifest of their hashes; older ones go after that.
+
+    Raises OSError, and then the older ones are as they were.
+    """
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    manifest = json.dumps({"step": step, "number": number, "sha256": hashes}).encode()
+    contents = {**contents, MANIFEST: manifest}
+    return Checkpoint(write_folder(parent, f"{step:06d}", contents), step, number, contents)
+
+
+def write_folder(
+    parent: Path, name: str, contents: Mapping[str, bytes], *, check: Callable[[Path], None] = lambda folder: None
+) -> Path:
+    """`contents` as files of `parent/name`: a temporary folder, every file synced, `check`, renamed, the parent synced; at last
+    the older ones are removed."""
     parent.mkdir(parents=True, exist_ok=True)
-    final, temporary = parent / f"{step:06d}", parent / f".{step:06d}.{os.getpid()}.tmp"
+    needed, free = ROOM * sum(map(len, contents.values())), shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"no room: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB wanted")
+    final, again = parent / name, 0
+    while final.exists():  # a run that was rolled back comes by twice
+        again += 1
+        final = parent / f"{name}.{again}"
+    temporary = parent / f".{name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        with open(temporary / STATE, "wb") as file:
-            torch.save(state, file)
-            sync(file.fileno())
-        manifest = {"step": step, "identity": identity, "sha256": sha256(temporary / STATE)}
-        with open(temporary / MANIFEST, "w", encoding="utf-8") as text:
-            json.dump(manifest, text)
-            text.flush()
-            sync(text.fileno())
-        if final.exists():
-            shutil.rmtree(final)
+        temporary.mkdir()
+        for file, content in contents.items():
+            write_synced(temporary / file, content)
+        sync_folder(temporary)
+        check(temporary)
         os.replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-        sync(descriptor)
-        os.close(descriptor)
-    for old in parent.iterdir():
-        if old != final:
-            shutil.rmtree(old, ignore_errors=True)
+    sync_folder(parent)
+    prune(parent, keep=final)
     return final
 
 
-def latest_checkpoint(run: Path, *, identity: str, device: torch.device) -> dict[str, Any] | None:
-    """The newest whole state of this run. Raises TrainingError when it belongs to other settings or photos."""
-    parent = run / "checkpoints"
-    if not parent.is_dir():
+def prune(parent: Path, *, keep: Path | None = None) -> None:
+    """Remove older checkpoints and what dead processes left; nobody else writes here, the run's folder is locked."""
+    for old in parent.iterdir():
+        if old != keep and OURS.fullmatch(old.name) and (keep is not None or old.name.startswith(".")):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_back(folder: Path) -> Checkpoint | None:
+    """The checkpoint in `folder` if every file has the hash that its manifest says, else None."""
+    try:
+        written = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(written)
+        contents = {name: (folder / Path(name).name).read_bytes() for name in manifest["sha256"]} | {MANIFEST: written}
+        whole = all(hashlib.sha256(contents[name]).hexdigest() == sha for name, sha in manifest["sha256"].items())
+        return Checkpoint(folder, manifest["step"], manifest["number"], contents) if whole and STATE in contents else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    for folder in sorted((f for f in parent.iterdir() if f.name.isdigit()), reverse=True):
+
+
+def newest(parents: Sequence[Path]) -> Checkpoint | None:
+    """The newest whole checkpoint in these folders; torn ones are passed over."""
+    found = []
+    for parent in parents:
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            whole = manifest["sha256"] == sha256(folder / STATE)
-        except (OSError, ValueError, KeyError):
+            found += [f for f in parent.iterdir() if OURS.fullmatch(f.name) and not f.name.startswith(".")]
+        except OSError:
             continue
-        if not whole:
-            continue
-        if manifest["identity"] != identity:
-            raise TrainingError(
-                f"{run}: holds a run with other photos, settings or another base (step {manifest['step']}); "
-                "use another folder, or delete this one's 'checkpoints' to start anew"
-            )
-        state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)
-        return state
-    return None
+    whole = [checkpoint for checkpoint in map(read_back, found) if checkpoint is not None]
+    return max(whole, key=lambda checkpoint: checkpoint.number, default=None)
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+# --- files that survive a power cut -------------------------------------------------------------------------------------
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        sync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """`content` as `path`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync(descriptor: int) -> None:
-    os.fsync(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """So that a new name in it survives too; Windows does it by itself."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -53,11 +53,17 @@ class TrainingConfig:
     flip: bool = False  # also train on mirrored photos (not for lettering or faces)
     resolution: int | None = None  # pixels; None: what the base was made for
     seed: int = 0
-    attention: Literal["sdpa", "xformers"] = "sdpa"
+    attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"  # auto: the fastest here, found by a short measurement
     gradient_checkpointing: bool = False  # less memory, about a third slower
+    lean: bool = True  # frozen layers keep nothing that only a gradient of their weights would need
+    capture: Literal["auto", "on", "off"] = "auto"  # forward and backward pass as one CUDA graph; auto: where it can be
+    compile: bool = False  # the U-Net's repeated blocks by torch.compile: the first step then takes a minute or more
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits for its state, by bitsandbytes
     checkpoint_every: int = 50  # updates between two savings of the run's state, when it has a folder
-    sample_every: int | None = None  # updates between two sample pictures; None: none
-    sample_prompt: str | None = None  # None: the subject's instance prompt
+    checkpoint_minutes: float = 2.0  # or after so long, whichever comes first
+    sample_every: int | None = None  # updates between two rounds of sample pictures; None: none
+    sample_prompt: str | tuple[str, ...] | None = None  # one or several; None: the subject, that in the snow, the bare class
+    sample_seeds: int = 1  # pictures of each prompt, on `seed` and those after it
 
     def __post_init__(self) -> None:
         check(self.steps is None or self.steps >= 1, f"steps {self.steps}", "at least 1")
@@ -78,9 +84,16 @@ class TrainingConfig:
         check(self.class_images is None or self.class_images >= 1, f"class_images {self.class_images}", "at least 1")
         check(self.min_snr_gamma is None or self.min_snr_gamma > 0, f"min_snr_gamma {self.min_snr_gamma}", "above 0")
         check(self.resolution is None or self.resolution >= 8, f"resolution {self.resolution}", "a multiple of 8")
-        check(self.attention in ("sdpa", "xformers"), f"attention {self.attention!r}", "sdpa or xformers")
+        kernels = ("auto", "sdpa", "plain", "xformers")
+        check(self.attention in kernels, f"attention {self.attention!r}", "auto, plain, sdpa or xformers")
+        check(self.capture in ("auto", "on", "off"), f"capture {self.capture!r}", "auto, on or off")
+        check(self.optimizer in ("adamw", "adamw8bit"), f"optimizer {self.optimizer!r}", "adamw or adamw8bit")
         check(self.checkpoint_every >= 1, f"checkpoint_every {self.checkpoint_every}", "at least 1")
+        check(
+            self.checkpoint_minutes > 0, f"checkpoint_minutes {self.checkpoint_minutes}", "above 0 (math.inf: by steps alone)"
+        )
         check(self.sample_every is None or self.sample_every >= 1, f"sample_every {self.sample_every}", "at least 1")
+        check(self.sample_seeds >= 1, f"sample_seeds {self.sample_seeds}", "at least 1")
 
 
 def check(ok: bool, value: str, allowed: str) -> None:

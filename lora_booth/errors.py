@@ -39,6 +39,10 @@ class TrainingError(LoraBoothError):
     """Training that cannot start or had to stop."""
 
 
+class EvaluationError(LoraBoothError):
+    """Adapters that cannot be scored: nothing to score them with, or not by one measure."""
+
+
 class MissingExtraError(LoraBoothError):
     """An optional package is needed; the message names the pip command."""
 

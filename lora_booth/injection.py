@@ -58,7 +58,7 @@ def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
         wanted |= {name: lora.text_target_modules for name in base.text_encoders}
     chosen: dict[str, list[str]] = {}
     for component, suffixes in wanted.items():
-        model = base.components[component]
+        model = base.structure[component]
         unread = unread_layers(base, component)
         layers = [n for n, m in model.named_modules() if adaptable(base_layer(m)) and not any(f".{i}." in n for i in unread)]
         for suffix in suffixes:
@@ -78,7 +78,7 @@ def unread_layers(base: BaseModel, component: str) -> list[str]:
     encoders = list(base.text_encoders)
     if component not in encoders:
         return []
-    depth = base.text_encoders[component].config.num_hidden_layers
+    depth = base.structure[component].config.num_hidden_layers
     count = base.family.unread_text_layers[encoders.index(component)]
     return [f"layers.{i}" for i in range(depth - count, depth)]
 

@@ -51,6 +51,9 @@ class Display:
     def class_images(self, done: int, total: int) -> None:
         """`done` of `total` class images exist."""
 
+    def encoded(self, done: int, total: int) -> None:
+        """`done` of `total` pictures are encoded."""
+
     def start(self, total: int) -> None:
         """The loop begins; it will make `total` updates."""
 
@@ -67,6 +70,10 @@ class Lines(Display):
     def class_images(self, done: int, total: int) -> None:
         self.say(f"class images {done}/{total}")
 
+    def encoded(self, done: int, total: int) -> None:
+        if done == total:
+            self.say(f"{total} pictures encoded")
+
     def update(self, step: Step) -> None:
         if step.index % max(1, step.total // 20) == 0 or step.index == step.total:
             self.say(f"step {step.index}/{step.total}  {described(step)}  {clock(step.seconds_left)} left")
@@ -78,6 +85,7 @@ class Bar(Display):
     def __init__(self, progress: Any) -> None:
         self.progress = progress
         self.images: Any = None
+        self.encodings: Any = None
         self.steps: Any = None
 
     def say(self, text: str) -> None:
@@ -87,6 +95,11 @@ class Bar(Display):
         if self.images is None:
             self.images = self.progress.add_task("class images", total=total, note="")
         self.progress.update(self.images, completed=done, total=total)
+
+    def encoded(self, done: int, total: int) -> None:
+        if self.encodings is None:
+            self.encodings = self.progress.add_task("encoding", total=total, note="")
+        self.progress.update(self.encodings, completed=done, total=total)
 
     def start(self, total: int) -> None:
         self.steps = self.progress.add_task("training", total=total, note="")

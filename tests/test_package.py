@@ -15,7 +15,7 @@ import lora_booth
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_booth"
 HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "PIL", "safetensors")
-TEXT = (".py", ".md", ".toml", ".json", ".txt", ".yml", ".yaml", ".cfg", ".html")
+TEXT = (".py", ".md", ".toml", ".json", ".txt", ".yml", ".yaml", ".cfg", ".html", ".css", ".js")
 
 
 def python(code: str) -> str:
@@ -130,21 +130,29 @@ def test_imports_go_one_way():
 ORDER = (  # from the foundation to the roof; each imports only from those before it
     *(
         "errors",
+        "cache",
         "family",
         "config",
+        "marking",
         "photos",
         "subject",
         "adapters",
+        "prompts",
         "toybox",
-        "single_file",
         "original_naming",
+        "weight_files",
+        "diffusers_folder",
+        "single_file",
         "base_model",
         "injection",
+        "lean",
+        "attention",
         "baking",
         "memory",
+        "devices",
     ),
-    *("generation", "prior", "latents", "loss", "checkpoint", "progress", "training", "extraction"),
-    *("composition", "evaluation", "gallery", "demo", "cli"),
+    *("generation", "prior", "kept", "latents", "loss", "checkpoint", "progress", "training", "extraction"),
+    *("composition", "evaluation", "gallery", "report", "grids", "demo", "cli"),
 )
 
 

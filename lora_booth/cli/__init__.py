@@ -1,7 +1,20 @@
 """The command line: every command is one call into the API. Exit code 2 and one plain line for a user's mistake."""
 
-from . import training, pictures, adapters  # isort: skip  # in the order of the help
+from . import training, planning, evaluation, pictures, grids, adapters  # isort: skip  # in the order of the help
 from .app import app, commands, fail, main
 from .words import file_and_weight, parse_seeds
 
-__all__ = ["adapters", "app", "commands", "fail", "file_and_weight", "main", "parse_seeds", "pictures", "training"]
+__all__ = [
+    "adapters",
+    "app",
+    "commands",
+    "evaluation",
+    "fail",
+    "file_and_weight",
+    "grids",
+    "main",
+    "parse_seeds",
+    "pictures",
+    "planning",
+    "training",
+]

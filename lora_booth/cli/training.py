@@ -12,6 +12,8 @@ from ..errors import SettingsError
 from .app import Base, Photos, app, say
 from .words import check_adapter_file, check_layout, load_base
 
+Crop = Annotated[str, typer.Option(help="smart (the square that keeps the subject, no black bars) or center")]
+
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="folder for everything that it makes")] = Path("demo")) -> None:
@@ -27,23 +29,32 @@ def photos(
     folder: Photos,
     resolution: Annotated[int, typer.Option(min=8, help="side of the training pictures, in pixels")] = 512,
     sheet: Annotated[Path | None, typer.Option(help="where to write a contact sheet of the crops (.png, .jpg, .webp)")] = None,
+    crop: Crop = "smart",
+    json: Annotated[bool, typer.Option(help="print everything as JSON")] = False,
 ) -> None:
-    """Show which photos will be used, which not and why."""
-    from ..photos import contact_sheet, crop_and_resize, find_photos, note_enlarged, open_photo
+    """Show which photos will be used, which not and why, and what speaks against them."""
+    from json import dumps
+
+    from ..photos import audit_photos, find_photos
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise SettingsError(f"{sheet}: contact sheets are saved as .png, .jpg or .webp")
-    found = find_photos(folder, minimum=1, maximum=10_000)
-    for photo in (note_enlarged(p, resolution) for p in found.photos):
-        say(f"used     {photo.name}  {photo.width} x {photo.height}" + (f"  ({photo.note})" if photo.note else ""))
-    for skipped in found.skipped:
-        say(f"skipped  {skipped.name}  {skipped.reason}")
-    say(f"{len(found.photos)} used, {len(found.skipped)} skipped")
-    if sheet is not None and found.photos:
-        crops = [crop_and_resize(open_photo(p), resolution, p.crop)[0] for p in found.photos]
+    found = find_photos(folder, crop=crop, minimum=1, maximum=1000)  # type: ignore[arg-type]  # checked by it
+    audit = audit_photos(found.photos, found.skipped, resolution=resolution)
+    if json:
+        say(dumps(audit.as_dict(), indent=2))
+    else:
+        for photo, notes in ((report.photo, report.notes) for report in audit.photos):
+            say(f"used     {photo.name}  {photo.width} x {photo.height}" + (f"  ({'; '.join(notes)})" if notes else ""))
+        for skipped in audit.skipped:
+            say(f"skipped  {skipped.name}  {skipped.reason}")
+        for line in audit.advice:
+            say(f"advice   {line}")
+        say(f"{len(audit.photos)} used, {len(audit.skipped)} skipped")
+    if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(crops, labels=[p.name for p in found.photos]).save(sheet)
-        say(f"wrote {sheet}")
+        audit.sheet().save(sheet)
+        print(f"wrote {sheet}", file=sys.stderr if json else sys.stdout, flush=True)
 
 
 @app.command()
@@ -94,17 +105,30 @@ def train(
     flip: Annotated[bool, typer.Option(help="also train on mirrored photos")] = False,
     resolution: Annotated[int | None, typer.Option(help="pixels [the base's own]")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="less memory, slower")] = False,
-    attention: Annotated[str, typer.Option(help="sdpa or xformers")] = "sdpa",
-    sample_every: Annotated[int | None, typer.Option(help="updates between two sample pictures [none]")] = None,
+    pictures_at_a_time: Annotated[int | None, typer.Option(help="of a batch; 1 takes the least memory [all]")] = None,
+    attention: Annotated[str, typer.Option(help="auto (measured here), plain, sdpa or xformers")] = "auto",
+    sample_every: Annotated[int | None, typer.Option(help="updates between two rounds of sample pictures [none]")] = None,
+    sample_prompt: Annotated[
+        list[str] | None, typer.Option(help="of the samples; once for each [the subject, that in the snow, the bare class]")
+    ] = None,
+    sample_seeds: Annotated[int, typer.Option(help="sample pictures of each prompt")] = 1,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard (files in the run's folder) or wandb, which sends away samples too")
+    ] = None,
     layout: Annotated[str, typer.Option(help="kohya (diffusers, ComfyUI, A1111) or peft")] = "kohya",
+    crop: Crop = "smart",
     min_photos: Annotated[int, typer.Option(help="go on with as few as this")] = 3,
     max_photos: Annotated[int, typer.Option(help="go on with as many as this")] = 100,
     seed: Annotated[int, typer.Option(help="of every random draw: the same seed gives the same adapter")] = 0,
+    time_limit: Annotated[float | None, typer.Option(help="minutes; writes the adapter so far before they are over")] = None,
+    mirror: Annotated[Path | None, typer.Option(help="folder on other storage for copies of the checkpoints")] = None,
+    restart: Annotated[bool, typer.Option(help="forget an earlier run in the same folder")] = False,
 ) -> None:
     """Train an adapter on a folder of photos. The same command again continues an interrupted run."""
     from ..config import LoraSpec, TrainingConfig
     from ..subject import Subject
     from ..training import train as train_adapter
+    from ..training.ranks import is_main, own_gpu
 
     check_layout(layout)
     check_adapter_file(out)
@@ -119,15 +143,29 @@ def train(
         flip=flip,
         resolution=resolution,
         gradient_checkpointing=gradient_checkpointing,
+        pictures_at_a_time=pictures_at_a_time,
         attention=attention,  # type: ignore[arg-type]  # checked by TrainingConfig
         sample_every=sample_every,
+        sample_prompt=tuple(sample_prompt) if sample_prompt else None,
+        sample_seeds=sample_seeds,
         seed=seed,
     )
     lora = LoraSpec(rank=rank, alpha=alpha, text_encoder=text_encoder)
-    subject = Subject.from_folder(folder, token=token, class_noun=class_noun, minimum=min_photos, maximum=max_photos)
+    subject = Subject.from_folder(
+        folder,
+        token=token,
+        class_noun=class_noun,
+        crop=crop,  # type: ignore[arg-type]  # checked by it
+        minimum=min_photos,
+        maximum=max_photos,
+    )
     for skipped in subject.skipped:
         print(f"not used: {skipped.name}: {skipped.reason}", file=sys.stderr)
+    own_gpu()
     loaded = load_base(base)
-    adapter = train_adapter(loaded, subject, lora=lora, config=config, out=run or out.with_suffix(""))
+    place = {"out": run or out.with_suffix(""), "mirror": mirror, "restart": restart, "track": track or ()}
+    adapter = train_adapter(loaded, subject, lora=lora, config=config, time_limit=time_limit, **place)  # type: ignore[arg-type]
+    if not is_main():
+        return
     file = adapter.save(out, layout=layout)  # type: ignore[arg-type]
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB); prompt: {adapter.card.prompt}")

@@ -29,7 +29,7 @@ def make_card(base: BaseModel, subjects: Sequence[Subject], lora: LoraSpec, conf
         resolution=config.resolution,
         token=first.token,
         class_noun=first.class_noun,
-        prompt=first.instance_prompt,
+        prompt=first.card_prompt,
         rank=lora.rank,
         alpha=lora.scale_alpha,
         steps=config.steps,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from ..errors import TrainingError
 
 BAD_STEPS = 3  # updates in a row without a finite loss
+SPIKE = 10.0  # times the median before
+RECENT, BEFORE, ENOUGH = 16, 128, 48  # losses: whose median is judged, by whose it is judged, and how many of those are needed
+RAISED = 4  # of the recent ones above that: too many for a state to go back to
 
 
 class RollBack(Exception):
@@ -19,33 +23,66 @@ class RollBack(Exception):
 @dataclass
 class Health:
     """Reads every loss once. An update that is not finite is skipped; three in a row roll back and halve the rate; again, the
-    training ends."""
+    training ends.
+
+    A spike is told by the median of the last 16 losses: single losses of DreamBooth differ a hundredfold by their timestep,
+    while a run that has lost its way stays high. It rolls back once, also with half the rate, since the same draws at the same
+    rate would lead there again; a second one is only told.
+    """
 
     bad: int = 0  # losses in a row that were not finite
     rate_share: float = 1.0  # of the learning rate that was asked for
+    gone_back: dict[str, int] = field(default_factory=lambda: {"not finite": 0, "spike": 0})
+    losses: list[float] = field(default_factory=list)  # the last finite ones, at most BEFORE + RECENT
 
     @property
     def well(self) -> bool:
-        return self.bad == 0
+        """Nothing looks wrong: a state to go back to."""
+        before, recent = self._parts()
+        return self.bad == 0 and (not before or sum(loss > SPIKE * median(before) for loss in recent) < RAISED)
 
-    def judge(self, losses: Sequence[float], *, step: int, rate: float) -> None:
-        """losses: of the updates up to `step`. Raises RollBack, or TrainingError when going back has not helped."""
+    def judge(self, losses: Sequence[float], *, step: int, rate: float) -> list[str]:
+        """losses: of the updates up to `step`. What is to be told; raises RollBack, or TrainingError."""
+        told = []
         for loss, index in zip(losses, range(step - len(losses) + 1, step + 1), strict=True):
-            self.bad = 0 if math.isfinite(loss) else self.bad + 1
-            if self.bad < BAD_STEPS:
+            if not math.isfinite(loss):
+                self.bad += 1
+                if self.bad == BAD_STEPS:
+                    self._go_back("not finite", f"the loss was not finite {BAD_STEPS} times in a row, at step {index}", rate)
                 continue
-            reason = f"the loss was not finite {BAD_STEPS} times in a row, at step {index}"
-            if self.rate_share < 1:
-                raise TrainingError(
-                    f"{reason}, with half the rate as well; lower learning_rate (now {rate:g}) "
-                    "or load the base with dtype=torch.float32"
-                )
-            self.rate_share = 0.5
-            raise RollBack(f"{reason}: the learning rate is halved")
+            self.bad = 0
+            self.losses = [*self.losses, loss][-BEFORE - RECENT :]
+            before, recent = self._parts()
+            if before and median(recent) > SPIKE * median(before):
+                what = f"the loss is {median(recent) / median(before):.0f} times what it was, at step {index}"
+                self.losses = recent  # the new measure, should it stay
+                told.append(self._go_back("spike", what, rate))
+        return told
+
+    def _go_back(self, kind: str, what: str, rate: float) -> str:
+        first = self.gone_back[kind] == 0
+        self.gone_back[kind] += 1
+        if first:
+            self.rate_share /= 2
+            raise RollBack(f"{what}: the learning rate is halved")
+        if kind == "spike":
+            return what
+        raise TrainingError(
+            f"{what}, with half the rate as well; lower learning_rate (now {rate:g}) or load the base with dtype=torch.float32"
+        )
+
+    def _parts(self) -> tuple[list[float], list[float]]:
+        """The losses before and the recent ones; nothing before until there are enough."""
+        before, recent = self.losses[:-RECENT], self.losses[-RECENT:]
+        return (before if len(before) >= ENOUGH else []), recent
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Health:
-        return cls(**state)
+    def from_state(cls, state: dict[str, Any], *, after: Health | None = None) -> Health:
+        """after: the one that had to go back to this state; it keeps what it has learnt from that."""
+        health = cls(**state | {"gone_back": dict(state["gone_back"]), "losses": list(state["losses"])})
+        if after is not None:
+            health.rate_share, health.gone_back = after.rate_share, dict(after.gone_back)
+        return health

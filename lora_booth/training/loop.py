@@ -5,21 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention import fastest_attention
 from ..base_model import BaseModel, TextConditions
 from ..config import LoraSpec, TrainingConfig
-from ..errors import TrainingError
+from ..errors import TrainingError, first_line
 from ..injection import TrainableLora, trainable
 from ..latents import Batch, LatentCache, conditions, draw, step_seed
 from ..loss import dreambooth_loss
 from ..progress import Step
+from .capture import StepGraph, obstacle
 from .health import Health, RollBack
-from .modes import training_mode
+from .modes import make_optimizer, training_mode
+from .ranks import ALONE, Ranks
+from .savings import LEFT_TO_TRY, climbed, next_rung, says_out_of_memory
 from .settings import learning_rate
 
 LOOK_EVERY = 16  # updates on a GPU between two looks at the losses: each look waits for the GPU
@@ -39,7 +43,8 @@ class TrainingRun(Iterator[Step]):
     """The state of one training: an iterator of `Step`s. `close()` takes the adapter out of the base.
 
     resume  what `state()` gave before
-    say     told one line of every event: a rollback, a halved rate
+    say     told one line of every event: a rollback, a halved rate, a saving of memory
+    ranks   the processes that share each batch
     """
 
     def __init__(
@@ -51,33 +56,44 @@ class TrainingRun(Iterator[Step]):
         *,
         resume: dict[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.base, self.cache, self.config, self.say = base, cache, config, say
+        self.savings: list[str] = [] if resume is None else list(resume["savings"])  # rungs that were taken
+        config = climbed(config, self.savings)
+        if config.attention == "auto":  # a run goes on with the kernel that it began with
+            kernel: Any = resume["attention"] if resume else fastest_for(base, cache, config, ranks)
+            config = replace(config, attention=kernel)
+            say(f"attention: {config.attention}")
+        self.base, self.cache, self.config, self.say, self.ranks = base, cache, config, say, ranks
         self.dropout = lora.dropout
-        self._stack = ExitStack()
+        self._stack, self._modes = ExitStack(), ExitStack()
         try:
             self.lora: TrainableLora = self._stack.enter_context(trainable(base, lora, seed=config.seed))
-            self._stack.enter_context(training_mode(base, config))
+            self._stack.enter_context(self._modes)
+            self._modes.enter_context(training_mode(base, config, say=say))
             parameters = self.lora.named_parameters()
             for name, parameter in parameters.items():
                 if parameter.dtype != torch.float32:
                     raise TrainingError(f"{name} is {parameter.dtype}; adapter weights must be float32")
             self.parameters = list(parameters.values())
-            self.fused = base.device.type != "mps"
-            self.optimizer = torch.optim.AdamW(
-                self.parameters, lr=config.learning_rate or 0.0, weight_decay=config.weight_decay, fused=self.fused
-            )
+            self.optimizer = make_optimizer(self.parameters, config, base.device)
+            self.fused = bool(self.optimizer.defaults.get("fused"))
+            reason = obstacle(base, lora, config)
+            self.graph = StepGraph(self._forward_backward, self.parameters, reason=reason, wanted=config.capture, say=say)
+            self._stack.callback(self.graph.close)
             self.scaler = torch.amp.GradScaler(
                 base.device.type, enabled=base.dtype == torch.float16 and base.device.type == "cuda"
             )
             self.step, self.started = 0, time.monotonic()
+            self.look_every = 1 if base.device.type == "cpu" else LOOK_EVERY
             self.smoothed = torch.full((), torch.nan, device=base.device)
             self.health = Health()
             self._unread: list[Tensor] = []  # losses that the host has not looked at
             if resume is not None:
                 self._restore(resume)
             self.first = self.step
-            self._good = self.state()  # to roll back to
+            good = None if resume is None else resume["good"]
+            self._good: dict[str, Any] = good or self._now()  # to roll back to
         except BaseException:
             self.close()
             raise
@@ -101,21 +117,56 @@ class TrainingRun(Iterator[Step]):
 
     def _update(self) -> Tensor:
         self._set_rate(learning_rate(self.config, self.step) * self.health.rate_share)
+        while True:
+            try:
+                loss = self._gradients()
+                break
+            except Exception as error:
+                if not says_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            self._save_memory(reason)  # out here: the exception's traceback holds tensors
+        loss = self.ranks.add_up(loss, self.parameters)
+        self._apply(loss)
+        return loss
+
+    def _gradients(self) -> Tensor:
+        """The loss () and its gradients, of this process's share of the update."""
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), device=self.base.device)
         for part in range(self.config.gradient_accumulation):
             index = self.step * self.config.gradient_accumulation + part
             with self._dropout_drawn_from(index):
                 for inputs in self._inputs(index):
-                    total += self._forward_backward(inputs)
-        self._apply(total)
+                    total += self.graph(inputs)
         return total
+
+    def _save_memory(self, reason: str) -> None:
+        """Go on with the next rung of the ladder. Raises TrainingError at its end."""
+        pictures = self.config.batch_size * (1 if self.cache.class_images is None else 2)
+        rung = next_rung(self.config, pictures=-(-pictures // self.ranks.count))
+        if rung is None:
+            raise TrainingError(f"out of memory at step {self.step + 1} with every saving ({reason}); try {LEFT_TO_TRY}")
+        self.savings.append(rung)
+        self.config = climbed(self.config, [rung])
+        self._modes.close()
+        self._modes.enter_context(training_mode(self.base, self.config))
+        self.graph.forget()
+        self.graph.on = self.graph.on and not self.config.gradient_checkpointing
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"out of memory at step {self.step + 1}: going on with {rung}={getattr(self.config, rung)}")
 
     def _inputs(self, index: int) -> Iterator[Inputs]:
         """Forward pass `index`, in as many parts as memory asks for."""
         config = self.config
         batch, noise, timesteps = draw(self.cache, seed=config.seed, step=index, batch_size=config.batch_size)
-        size = config.pictures_at_a_time or len(batch)
+        if self.ranks.count > 1:
+            share = self.ranks.share
+            batch, noise, timesteps = batch[share], noise[share], timesteps[share]
+        size = config.pictures_at_a_time or max(1, len(batch))
         for first in range(0, len(batch), size):
             here = slice(first, first + size)
             part = batch[here]
@@ -169,7 +220,7 @@ class TrainingRun(Iterator[Step]):
             return
         devices = [self.base.device] if self.base.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(step_seed(self.config.seed, index))
+            torch.manual_seed(step_seed(self.config.seed, index) + self.ranks.rank)
             yield
 
     # --- what the host sees of it
@@ -178,18 +229,28 @@ class TrainingRun(Iterator[Step]):
         """Look at the losses now and then; False: they went wrong, and the run is back at its last good state."""
         self._unread.append(loss)
         last = self.step == self.config.steps
-        if not (last or self.base.device.type == "cpu" or self.step % LOOK_EVERY == 0):
+        if not (last or self.step % self.look_every == 0):
             return True
         losses, self._unread = torch.stack(self._unread).tolist(), []
         try:
-            self.health.judge(losses, step=self.step, rate=self.config.learning_rate or 0.0)
+            for line in self.health.judge(losses, step=self.step, rate=self.config.learning_rate or 0.0):
+                self.say(line)
         except RollBack as reason:
-            self._restore(self._good, rate_share=self.health.rate_share)
+            self.go_back()
             self.say(f"{reason}; going on from step {self.step}")
             return False
+        except TrainingError:
+            self.go_back()  # for whoever saves what there is
+            raise
         if self.step - self._good["step"] >= self.config.checkpoint_every and self.health.well:
-            self._good = self.state()
+            self._good = self._now()
         return True
+
+    def go_back(self) -> None:
+        """To the last good state; what went wrong stays known."""
+        health = self.health
+        self._restore(self._good)
+        self.health = Health.from_state(self._good["health"], after=health)
 
     def _report(self, loss: Tensor) -> Step:
         elapsed = time.monotonic() - self.started
@@ -206,7 +267,10 @@ class TrainingRun(Iterator[Step]):
         )
 
     def state(self) -> dict[str, Any]:
-        """All that the next update depends on, as a copy."""
+        """All that the next updates depend on, as a copy: also the state to roll back to, when it is another one."""
+        return self._now() | {"good": None if self._good["step"] == self.step else self._good}
+
+    def _now(self) -> dict[str, Any]:
         optimizer = self.optimizer.state_dict()
         return {
             "step": self.step,
@@ -215,9 +279,12 @@ class TrainingRun(Iterator[Step]):
             "scaler": self.scaler.state_dict(),
             "smoothed": self.smoothed.clone(),
             "health": self.health.state(),
+            "unread": torch.stack(self._unread) if self._unread else None,
+            "savings": list(self.savings),
+            "attention": self.config.attention,
         }
 
-    def _restore(self, state: dict[str, Any], *, rate_share: float | None = None) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, parameter in self.lora.named_parameters().items():
                 parameter.copy_(state["lora"][name])
@@ -226,8 +293,15 @@ class TrainingRun(Iterator[Step]):
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.smoothed = int(state["step"]), state["smoothed"].to(self.base.device)
         self.health = Health.from_state(state["health"])
-        if rate_share is not None:
-            self.health.rate_share = rate_share
+        self._unread = [] if state["unread"] is None else list(state["unread"].to(self.base.device).unbind())
+
+
+def fastest_for(base: BaseModel, cache: LatentCache, config: TrainingConfig, ranks: Ranks) -> str:
+    """The attention for the batches of this run, the same in all its processes."""
+    pictures = config.batch_size * (1 if cache.class_images is None else 2)
+    pictures = min(config.pictures_at_a_time or pictures, -(-pictures // ranks.count))
+    side = cache.photos.mean.shape[-1] * base.pixels_per_latent
+    return ranks.from_main(lambda: fastest_attention(base, resolution=side, pictures=pictures))
 
 
 def cloned(state: dict[str, Any]) -> dict[str, Any]:

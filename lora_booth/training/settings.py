@@ -19,7 +19,7 @@ CLASS_IMAGES_PER_PHOTO = 10
 def settled(config: TrainingConfig, base: BaseModel, photos: int) -> TrainingConfig:
     """`config` without a None where training needs a value; `docs/defaults.md` gives each reason."""
     steps = config.steps or min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PHOTO * photos))
-    width = max(base.unet.config.block_out_channels)
+    width = max(base.shell.unet.config.block_out_channels)
     resolution = config.resolution or base.resolution
     if resolution % base.pixels_per_latent:
         raise SettingsError(f"resolution {resolution} is out of range; allowed: multiples of {base.pixels_per_latent}")

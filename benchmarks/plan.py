@@ -1,0 +1,183 @@
+"""Predictions of `lb.plan` against trainings on this machine's CPU: `python benchmarks/plan.py [--cases NAME ...]`.
+
+Each case trains in a process of its own on random weights. Measured is the most resident memory (Linux) above what the
+process had after its imports and one training of the toybox; predicted is what the plan says of the same phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_booth as lb
+from lora_booth.base_model import BaseModel
+from lora_booth.generation import generate_images
+from lora_booth.latents import LatentCache, LatentSet
+from lora_booth.memory import pictures_at_a_time
+from lora_booth.training import training_steps
+from lora_booth.training.planning import plan
+from lora_booth.training.shapes import Shapes, built_in, without_weights
+
+STEPS = 3
+VAE = {"block_out_channels": (32, 64, 128, 128)}  # narrow, for time
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    resolution: int
+    dtype: torch.dtype = torch.float32
+    unet: tuple[tuple[str, Any], ...] = ()  # what differs from the family's own configuration
+    batch_size: int = 1
+    gradient_checkpointing: bool = False
+
+
+NARROW = (("block_out_channels", (96, 192, 384, 384)),)
+NARROW_XL = (
+    ("block_out_channels", (96, 192, 384)),
+    ("attention_head_dim", (3, 6, 12)),
+    ("transformer_layers_per_block", (1, 2, 4)),
+)
+CASES = {
+    "narrow SD 1.x, fp32, 256 px": Case("sd1", 256, unet=NARROW),
+    "narrow SD 1.x, fp32, 512 px, checkpointed": Case("sd1", 512, unet=NARROW, gradient_checkpointing=True),
+    "narrow SD 1.x, fp32, 256 px, batch 4": Case("sd1", 256, unet=NARROW, batch_size=4),
+    "narrow SD 2.x, bf16, 512 px": Case("sd2", 512, torch.bfloat16, unet=NARROW),
+    "narrow SDXL, fp32, 512 px": Case("sdxl", 512, unet=NARROW_XL),
+    "SD 1.5, bf16, 256 px": Case("sd1", 256, torch.bfloat16),
+    "SD 1.5, bf16, 256 px, checkpointed": Case("sd1", 256, torch.bfloat16, gradient_checkpointing=True),
+}
+
+
+def base_of(case: Case) -> BaseModel:
+    """Random weights in the case's shapes."""
+    known = built_in(case.family, case.family)
+    parts = {**known.parts, "unet": {**known.parts["unet"], **dict(case.unet)}, "vae": {**known.parts["vae"], **VAE}}
+    base = without_weights(Shapes(case.family, parts), case.dtype)
+    for module in (*base.structure.values(), base.shell.vae):
+        module.to_empty(device="cpu")
+        for name, value in module.state_dict(keep_vars=True).items():
+            value = value.detach()
+            if not value.is_floating_point():
+                value.copy_(torch.arange(value.numel()).view(value.shape))
+            elif value.dim() > 1:
+                value.normal_(std=0.02)
+            else:
+                value.fill_(float(name.endswith("weight")))
+        for value in module.buffers():
+            if not value.is_floating_point():
+                value.copy_(torch.arange(value.numel()).view(value.shape))
+    return base
+
+
+def status(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since `forget`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def forget() -> None:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and is kept for later is of no phase
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def cache_of(base: BaseModel, config: lb.TrainingConfig) -> LatentCache:
+    side, channels = (config.resolution or 0) // base.pixels_per_latent, base.unet.config.in_channels
+    mean = torch.randn(1, 4, channels, side, side)
+    ids = torch.full((4, 6), 512.0) if base.family.time_ids else None
+    text = {"a photo": base.encode_text(["a photo"])}
+    with torch.no_grad():
+        return LatentCache(LatentSet(mean, torch.ones_like(mean), ("a photo",) * 4, ids), None, base.scaling_factor, text)
+
+
+def run(case: Case) -> dict[str, Any]:
+    config = lb.TrainingConfig(
+        steps=STEPS,
+        prior_loss_weight=0.0,
+        resolution=case.resolution,
+        batch_size=case.batch_size,
+        gradient_checkpointing=case.gradient_checkpointing,
+        pictures_at_a_time=case.batch_size if case.batch_size > 1 else None,
+    )
+    with torch.no_grad():
+        small = BaseModel.load("toybox", device="cpu", dtype=case.dtype)
+        small_cache = cache_of(small, replace(config, resolution=64))
+    for _ in training_steps(small, small_cache, config=replace(config, resolution=64, steps=2)):
+        pass
+    del small, small_cache
+    forget()
+    before = status("VmRSS")
+    base = base_of(case)
+    with torch.no_grad():
+        cache = cache_of(base, config)
+    measured, times = {}, [time.perf_counter()]
+    forget()
+    for _ in training_steps(base, cache, config=config):
+        times.append(time.perf_counter())
+    measured["training"] = status("VmHWM") - before
+    few = pictures_at_a_time(case.resolution)
+    forget()
+    with torch.no_grad():
+        base.encode_images(torch.zeros(1, 3, case.resolution, case.resolution))
+    measured["through the VAE"] = status("VmHWM") - before
+    forget()
+    generate_images(base.pipeline, "a photo", range(few), steps=1, size=case.resolution, batch_size=few)
+    measured["drawing class images"] = status("VmHWM") - before
+    forecast = next(one for one in plan(base, config=config, device="cpu").forecasts if not one.settings)
+    with_prior = replace(config, prior_loss_weight=1.0, class_images=1, pictures_at_a_time=None)
+    drawing = next(one for one in plan(base, config=with_prior, device="cpu").forecasts if not one.settings)
+    predicted = {**drawing.phases, "training": forecast.phases["training"]}
+    rows = {
+        phase: {"measured_gb": measured[phase] / 1e9, "predicted_gb": predicted[phase] / 1e9}
+        | {"error": predicted[phase] / measured[phase] - 1}
+        for phase in measured
+    }
+    seconds = statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+    rows["seconds"] = {"measured": seconds, "predicted": forecast.seconds, "error": forecast.seconds / seconds - 1}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="NAME")
+    parser.add_argument("--one", choices=list(CASES), help=argparse.SUPPRESS)  # what a case's own process is asked
+    parser.add_argument("--json", type=Path, help="where to write everything")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(run(CASES[arguments.one])))
+        return
+    found = {}
+    for name in arguments.cases:
+        with tempfile.TemporaryFile("w+") as errors:
+            done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, stderr=errors, text=True)
+            errors.seek(0)
+            if done.returncode:
+                sys.exit(f"{name}: {errors.read()[-2000:]}")
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        cells = [
+            f"{what} {row['predicted_gb']:.3f} / {row['measured_gb']:.3f} GB ({row['error']:+.0%})"
+            for what, row in found[name].items()
+            if what != "seconds"
+        ]
+        time_row = found[name]["seconds"]
+        cells.append(f"step {time_row['predicted']:.2f} / {time_row['measured']:.2f} s ({time_row['error']:+.0%})")
+        print(f"{name}: " + "; ".join(cells), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""What a run survives: kills, full disks, faults of a step, signals, two runs in one folder. A line of JSON for each figure.
+
+python benchmarks/reliability.py --work DIR [--quick] [--only kill,disk]
+
+Tiny pipelines in processes that are forked from one that has everything imported; DIR is filled and left for a look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import numpy as np
+from faults import (
+    CONFIG,
+    LORA,
+    NO_MEMORY,
+    failing_disk,
+    failing_forward,
+    in_process,
+    run_and_tell,
+    subject,
+    tiny,
+    tiny_run,
+    told,
+)
+from PIL import Image
+
+from lora_booth.adapters import Adapter
+from lora_booth.checkpoint import newest, read_back
+from lora_booth.errors import LoraBoothError
+from lora_booth.training import train
+
+TESTS = Path(__file__).parents[1] / "tests"
+
+FULL = {"kill": 200, "resume": 50, "seeds": 10, "disk": None, "faults": 40, "twice": 100, "signals": 50, "processes": 1}
+QUICK = {"kill": 8, "resume": 4, "seeds": 2, "disk": 8, "faults": 6, "twice": 4, "signals": 4, "processes": 1}
+
+
+def photos_in(work: Path) -> Path:
+    folder = work / "photos"
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(noise.integers(0, 255, (300, 280, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def torn(run: Path) -> int:
+    """Checkpoints under their final names that are not whole."""
+    return sum(read_back(folder) is None for folder in (run / "checkpoints").glob("[0-9]*"))
+
+
+def stopped_at(run: Path) -> int:
+    found = newest([run / "checkpoints"])
+    return 0 if found is None else found.step
+
+
+def kill(photos: Path, work: Path, count: int) -> dict[str, Any]:
+    """kill -9 at random moments of a run that is then continued, over and over."""
+    config = replace(CONFIG, steps=10 * count, checkpoint_every=5)
+    run, dice, corrupt, lost = work / "run", random.Random(0), 0, 0
+    kills = finished = 0
+    while kills < count:
+        report = work / f"report{kills}-{finished}"
+        process = in_process(run_and_tell, photos, run, report, {"config": config})
+        while process.is_alive() and not told(report):
+            time.sleep(0.005)
+        process.join(dice.random() * 0.5)
+        alive = process.is_alive()
+        process.kill()
+        process.join()
+        if not alive:  # the run came to its end: another one begins
+            finished += 1
+            shutil.rmtree(run)
+            continue
+        kills += 1
+        steps = [line for line in told(report) if isinstance(line, int)]
+        corrupt += torn(run)
+        lost = max(lost, (steps[-1] if steps else 0) - stopped_at(run))
+    return {"kills": kills, "corrupt": corrupt, "worst_loss_in_steps": lost, "save_interval": config.checkpoint_every}
+
+
+def disk(photos: Path, work: Path, count: int | None) -> dict[str, Any]:
+    """No room at every single write of a run, then at that and all later ones."""
+    with failing_disk(work, at=10**9) as meter:
+        expected = tiny_run(photos, work / "count")
+    writes = meter["count"]
+    chosen = range(1, writes + 1) if count is None else range(1, writes + 1, max(1, writes // count))
+    bad, refused = 0, 0
+    for at in chosen:
+        for times in (1, 10**6):
+            run = work / "run"
+            shutil.rmtree(run, ignore_errors=True)
+            with failing_disk(run, at, times=times):
+                try:
+                    bad += tiny_run(photos, run) != expected
+                except LoraBoothError:
+                    refused += 1  # the folder could not even be begun
+            bad += torn(run)
+            shutil.rmtree(run / "adapter.safetensors", ignore_errors=True)
+            (run / "adapter.safetensors").unlink(missing_ok=True)  # so that the run itself is continued, not its file read
+            bad += tiny_run(photos, run) != expected
+    return {"writes": writes, "tried": 2 * len(chosen), "not_survived": bad, "refused_at_the_start": refused}
+
+
+class Enough(Exception):
+    pass
+
+
+def resume(photos: Path, work: Path, count: int) -> dict[str, Any]:
+    config = replace(CONFIG, steps=30, checkpoint_every=1)
+    expected, dice, exact = tiny_run(photos, None, config=config), random.Random(0), 0
+    for number in range(count):
+        run, stop = work / str(number), dice.randrange(1, 30)
+
+        def on_step(step: Any, stop: int = stop) -> None:
+            if step.index == stop:
+                raise Enough
+
+        try:
+            tiny_run(photos, run, config=config, on_step=on_step)
+        except Enough:
+            exact += tiny_run(photos, run, config=config) == expected
+    return {"resumes": count, "bit_identical": exact}
+
+
+def seeds(photos: Path, work: Path, count: int) -> dict[str, Any]:
+    digests = set()
+    for number in range(count):
+        report = work / f"report{number}"
+        process = in_process(run_and_tell, photos, None, report, {})
+        process.join()
+        digests.add(told(report)[-1])
+    return {"processes": count, "different_digests": len(digests)}
+
+
+def faults(photos: Path, work: Path, count: int) -> dict[str, Any]:
+    """Memory that is not there, NaN and spikes at points all over a run, once or for good."""
+    config = replace(CONFIG, steps=120, checkpoint_every=10)
+    kinds = ("memory", "memory for good", "nan", "nan for good", "spike", "spike for good")
+    dice, outcomes, bad = random.Random(0), {"recovered": 0, "stopped": 0}, 0
+    for number in range(count):
+        kind, at, run, base = kinds[number % len(kinds)], dice.randrange(1, 110), work / str(number), tiny()
+
+        def fault(n: int, output: Any, kind: str = kind, at: int = at) -> Any:
+            if n < at or (n > at + 20 and "for good" not in kind):
+                return output
+            if kind.startswith("memory"):
+                if "for good" in kind or (len(output.sample) > 1):
+                    raise RuntimeError(NO_MEMORY)
+                return output
+            return type(output)(sample=output.sample * (math.nan if kind.startswith("nan") else 300.0))
+
+        with failing_forward(base, fault):
+            try:
+                adapter = train(base, subject(photos), lora=LORA, config=config, out=run, progress=False)
+                adapter.save(run / "check.safetensors")  # refuses what is not finite
+                outcomes["recovered"] += 1
+            except LoraBoothError:
+                outcomes["stopped"] += 1
+        found = newest([run / "checkpoints"])
+        bad += torn(run)
+        if found is not None:
+            Adapter.load(found.folder / "adapter.safetensors")
+    return {"faults": count, **outcomes, "corrupt": bad}
+
+
+def twice(photos: Path, work: Path, count: int) -> dict[str, Any]:
+    """Two processes start the same run at the same time: one does it, the other is refused or finds it finished."""
+    expected, right, corrupt = tiny_run(photos, None), 0, 0
+    for number in range(count):
+        run, reports = work / str(number), [work / f"{number}-{i}" for i in range(2)]
+        pair = [in_process(run_and_tell, photos, run, report, {}) for report in reports]
+        for process in pair:
+            process.join()
+        ends = [told(report)[-1] for report in reports if told(report) and isinstance(told(report)[-1], str)]
+        right += bool(ends) and set(ends) == {expected}
+        corrupt += torn(run)
+    return {"pairs": count, "right": right, "corrupt": corrupt}
+
+
+def signals(photos: Path, work: Path, count: int) -> dict[str, Any]:
+    """Ctrl-C or SIGTERM at a random moment of the loop; the same call then gives the same adapter."""
+    config = replace(CONFIG, steps=40, checkpoint_every=40)
+    expected, dice, clean = tiny_run(photos, None, config=config), random.Random(0), 0
+    for number in range(count):
+        run, report = work / str(number), work / f"report{number}"
+        process = in_process(run_and_tell, photos, run, report, {"config": config})
+        while process.is_alive() and not told(report):
+            time.sleep(0.005)
+        time.sleep(dice.random() * 0.3)
+        number_sent = dice.choice([signal.SIGINT, signal.SIGTERM])
+        if process.is_alive():
+            os.kill(process.pid, number_sent)
+        process.join()
+        steps = [line for line in told(report) if isinstance(line, int)]
+        saved = process.exitcode == 0 or (process.exitcode in (1, 143) and stopped_at(run) == steps[-1])
+        clean += saved and tiny_run(photos, run, config=config) == expected
+    return {"signals": count, "clean": clean}
+
+
+LAUNCHED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from faults import tiny, subject, LORA
+from test_processes import CONFIG
+from lora_booth.training import train
+from lora_booth.training.ranks import is_main
+adapter = train(tiny(), subject(Path({photos!r})), lora=LORA, config=CONFIG, out=Path({run!r}), progress=False)
+if is_main():
+    adapter.save(Path({out!r}), dtype="fp32")
+"""
+
+
+def processes(photos: Path, work: Path, count: int) -> dict[str, Any]:
+    """Two processes under `accelerate launch` against one. (Its --cpu starts only one; --multi_gpu two, also without a GPU.)"""
+    from test_processes import CONFIG as SHARED
+    from test_processes import difference
+
+    script, out = work / "launched.py", work / "several.safetensors"
+    script.write_text(LAUNCHED.format(tests=str(TESTS), photos=str(photos), run=str(work / "run"), out=str(out)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words, "--main_process_port", str(port), str(script)]
+    subprocess.run(command, check=True, cwd=TESTS.parent)
+    alone = train(tiny(), subject(photos), lora=LORA, config=SHARED, progress=False)
+    ran = json.loads((work / "run" / "run.json").read_text())["surroundings"]["processes"]
+    return {"processes": ran, "largest_difference": difference(Adapter.load(out), alone)}
+
+
+PARTS: dict[str, Callable[[Path, Path, Any], dict[str, Any]]] = {
+    "kill": kill,
+    "disk": disk,
+    "resume": resume,
+    "seeds": seeds,
+    "faults": faults,
+    "twice": twice,
+    "signals": signals,
+    "processes": processes,
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="a few of each")
+    parser.add_argument("--only", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
+    chosen = parser.parse_args()
+    os.environ["LORA_BOOTH_CACHE"] = str(chosen.work / "cache")
+    place = photos_in(chosen.work)
+    for name in chosen.only.split(","):
+        folder = chosen.work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        began = time.monotonic()
+        found = PARTS[name](place, folder, (QUICK if chosen.quick else FULL)[name])
+        print(json.dumps({"figure": name, **found, "seconds": round(time.monotonic() - began)}), flush=True)

@@ -1,0 +1,80 @@
+"""What a training will take, before it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import SettingsError
+from .app import Base, app, say
+from .words import check_dtype
+
+if TYPE_CHECKING:
+    from ..training.planning import Plan
+
+
+@app.command()
+def plan(
+    base: Base = "toybox",
+    family: Annotated[str | None, typer.Option(help="sd1, sd2 or sdxl: its published shapes, with no base at hand")] = None,
+    vram: Annotated[float | None, typer.Option(help="GB that it may take [what is free here, or all of --gpu]")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="another machine's: T4, L4, 3090, 4090, A100, H100, H200 [T4 for --vram, without a GPU]")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="of the change to each layer")] = 8,
+    text_encoder: Annotated[bool, typer.Option(help="adapt the text encoders as well")] = False,
+    resolution: Annotated[int | None, typer.Option(help="pixels [the base's own]")] = None,
+    batch_size: Annotated[int, typer.Option(help="photos a forward pass; as many class images come on top")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="forward passes for one update")] = 1,
+    prior_loss_weight: Annotated[float, typer.Option(help="0: no prior preservation")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32 [as the device has it]")] = None,
+    photos: Annotated[int, typer.Option(min=1, help="how many there will be")] = 5,
+    json: Annotated[bool, typer.Option(help="everything, in bytes and seconds")] = False,
+) -> None:
+    """Predict memory and time of a training and choose the fastest settings that fit (exit code 2: none does)."""
+    from ..config import LoraSpec, TrainingConfig
+    from ..family import FAMILIES
+
+    if family is not None and family not in FAMILIES:
+        raise SettingsError(f"family {family!r} is unknown; allowed: {', '.join(FAMILIES)}")
+    if dtype is not None:
+        check_dtype(dtype)
+    config = TrainingConfig(
+        resolution=resolution,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        prior_loss_weight=prior_loss_weight,
+    )
+    lora = LoraSpec(rank=rank, text_encoder=text_encoder)
+    import torch
+
+    from ..training.planning import plan as make_plan
+
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype or "")
+    found = make_plan(family or base, lora=lora, config=config, vram_gb=vram, gpu=gpu, dtype=precision, photos=photos)
+    show(found, as_json=json)
+    _ = found.config  # raises when nothing fits
+
+
+def show(found: Plan, *, as_json: bool) -> None:
+    """A table in a terminal, plain lines elsewhere."""
+    if as_json:
+        say(json.dumps(found.to_json(), indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        say(str(found))
+        return
+    from rich.table import Table
+
+    table = Table(title=found.title, title_justify="left")
+    for heading in found.headings:
+        table.add_column(heading)
+    for row in found.rows:
+        table.add_row(*row, style="bold" if row[-1] == "chosen" else None)
+    console.print(table)
+    console.print("\n".join(found.notes), highlight=False, markup=False)

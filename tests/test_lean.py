@@ -1,0 +1,244 @@
+"""Lean layers: the gradients of stock autograd, from fewer bytes; and the modules as they were."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from pipelines import KINDS, make_pipeline, state
+from torch import nn
+
+import lora_booth.lean
+from lora_booth.base_model import BaseModel
+from lora_booth.config import LoraSpec
+from lora_booth.injection import TrainableLora, trainable
+from lora_booth.lean import FrozenConv2d, Geglu, LoraLinear, NormSilu, lean
+from lora_booth.memory import saved_for_backward
+
+EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
+
+
+def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+    return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
+
+
+def call(base: BaseModel, *, side: int = 8, rows: int = 2) -> torch.Tensor:
+    """A loss () of one forward pass, prompts encoded with gradients."""
+    generator = torch.Generator().manual_seed(3)
+    text = base.encode_text(["a dog", "a photo of sks dog"][:rows])
+    latents = torch.randn(rows, 4, side, side, generator=generator).to(base.dtype)
+    extra = None
+    if base.family.time_ids:
+        extra = {"text_embeds": text.pooled, "time_ids": torch.full((rows, 6), 64.0)}
+    times = torch.arange(10, 10 + rows)
+    result: torch.Tensor = base.unet(latents, times, text.states, added_cond_kwargs=extra).sample
+    return result.float().square().mean() + result.float().sum() / 100
+
+
+def gradients(base: BaseModel, adapter: TrainableLora, **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    for parameter in adapter.named_parameters().values():
+        parameter.grad = None
+    torch.manual_seed(5)  # dropout
+    loss = call(base, **options)
+    torch.autograd.backward(loss)
+    return loss.item(), {n: p.grad.clone() for n, p in adapter.named_parameters().items() if p.grad is not None}
+
+
+def fill_up(adapter: TrainableLora) -> None:
+    """As after some training: the change is not zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters().items():
+            if name.endswith(".up"):
+                parameter.normal_(0, 0.1)
+
+
+def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The difference of all gradients, as a share of their size; that of each tensor is looked at too, but coarsely."""
+    assert a.keys() == b.keys()
+    assert all((a[n] - b[n]).norm() <= 2e-4 * b[n].norm() for n in a)
+    return float(sum((a[n] - b[n]).square().sum() for n in a) ** 0.5 / sum(b[n].square().sum() for n in a) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("lora", "side", "checkpointing"),
+    [
+        (LoraSpec(rank=4), 8, False),
+        (LoraSpec(rank=3, alpha=1.5, target_modules=EVERY[:7]), 16, True),
+        (LoraSpec(rank=2, dropout=0.4, text_encoder=True), 8, False),
+        (LoraSpec(rank=2, target_modules=("conv1", "conv_shortcut", "time_emb_proj")), 8, True),
+    ],
+    ids=["attention", "linear-checkpointed", "dropout-text", "convolutions"],
+)
+def test_gradients_are_the_stock_ones(
+    kind: str, lora: LoraSpec, side: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_booth.lean, "MANY_WEIGHTS", 0)
+    base = base_of(kind)
+    weights = state(base.pipeline)
+    with trainable(base, lora) as adapter:
+        fill_up(adapter)
+        if lora.dropout:
+            for layer in (m for model in base.components.values() for m in model.modules() if hasattr(m, "lora_dropout")):
+                layer.train()
+        if checkpointing:
+            base.unet.enable_gradient_checkpointing()
+            base.unet.train()
+        loss, expected = gradients(base, adapter, side=side)
+        with lean(base.unet) as layers:
+            assert layers > 20
+            found = gradients(base, adapter, side=side)
+        again = gradients(base, adapter, side=side)
+    assert found[0] == pytest.approx(loss, rel=1e-6)
+    assert far(found[1], expected) < 5e-6
+    assert again[0] == loss and far(again[1], expected) == 0  # stock again
+    assert all(torch.equal(value, weights[name]) for name, value in state(base.pipeline).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_float32_as_the_stock_layers(dtype: torch.dtype) -> None:
+    exact, half = base_of("sd1"), base_of("sd1", dtype)
+    found = []
+    for base, is_lean in ((exact, False), (half, False), (half, True)):
+        with trainable(base, LoraSpec(rank=4)) as adapter, lean(base.unet) if is_lean else nullcontext():
+            fill_up(adapter)
+            found.append(gradients(base, adapter)[1])
+    stock, ours = (sum(float((one[n] - found[0][n]).square().sum()) for n in one) ** 0.5 for one in (found[1], found[2]))
+    assert all(g.dtype == torch.float32 for g in found[2].values())
+    assert 0 < ours < 1.5 * stock
+
+
+def narrow_unet(dtype: torch.dtype) -> Any:
+    """SD 1.5's structure, a tenth as wide."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64, 128, 128), attention_head_dim=4, cross_attention_dim=32, norm_num_groups=8
+    ).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.7), (torch.bfloat16, 0.6)])
+def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
+    from lora_booth.injection import inject
+
+    unet = narrow_unet(dtype)
+    paths = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear) and n.endswith(EVERY[:4])]
+    injection = inject(unet, {path: (4, 4.0) for path in paths}, freeze=True)
+    for layer in injection.layers.values():
+        for factor in (layer.lora_A["lora_booth"], layer.lora_B["lora_booth"]):
+            factor.to(torch.float32).requires_grad_(True)
+    kept = []
+    for context in (nullcontext(), lean(unet)):
+        with context, saved_for_backward(unet) as saved:
+            out = unet(torch.randn(1, 4, 16, 16, dtype=dtype), 5, torch.randn(1, 8, 32, dtype=dtype)).sample
+            kept.append(saved.bytes)
+        del out
+    injection.remove()
+    assert kept[1] < share * kept[0], kept
+
+
+# --- each by itself ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("kernel", "how"),
+    [
+        (3, {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}),
+        (3, {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}),
+        (3, {"stride": (1, 2), "padding": (0, 2), "dilation": (2, 1), "groups": 1}),
+        (1, {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}),
+        (1, {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1}),
+        (3, {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 4}),
+    ],
+)
+@pytest.mark.parametrize("size", [(6, 5), (33, 20)])
+def test_convolutions(
+    rows: int, kernel: int, how: dict[str, Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_booth.lean, "MANY_WEIGHTS", 0)  # few pixels: as one product, where there is oneDNN
+    torch.manual_seed(0)
+    x = torch.randn(rows, 8, *size, requires_grad=True)
+    weight, bias = torch.randn(12, 8 // how["groups"], kernel, kernel), torch.randn(12)
+    for b in (bias, None):
+        expected = F.conv2d(x, weight, b, **how)
+        found = FrozenConv2d.apply(x, weight, b, how)
+        up = torch.randn_like(expected)
+        assert torch.allclose(found, expected, atol=1e-4) and found.is_contiguous()
+        (wanted,), (got,) = torch.autograd.grad(expected, x, up), torch.autograd.grad(found, x, up)
+        assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_what_is_computed_again() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(2, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: NormSilu.apply(x, weight, bias, 4, 1e-5), (x,))
+    assert torch.allclose(NormSilu.apply(x, weight, bias, 4, 1e-5), F.silu(F.group_norm(x, 4, weight, bias, 1e-5)))
+    halves = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Geglu.apply, (halves,))
+    values, gates = halves.chunk(2, -1)
+    assert torch.allclose(Geglu.apply(halves), values * F.gelu(gates))
+
+
+def test_lora_layer() -> None:
+    torch.manual_seed(0)
+    x, down, up = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 6), (2, 6), (5, 2)))
+    weight, bias = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *given: LoraLinear.apply(given[0], weight, bias, *given[1:], 0.7), (x, down, up))
+    expected = F.linear(x, weight, bias) + 0.7 * F.linear(F.linear(x, down), up)
+    assert torch.allclose(LoraLinear.apply(x, weight, bias, down, up, 0.7), expected)
+
+
+# --- in and out ----------------------------------------------------------------------------------------------------
+
+
+def test_who_has_a_forward_or_hooks_keeps_them() -> None:
+    base = base_of("sd1")
+    seen: list[str] = []
+    with trainable(base, LoraSpec(rank=2)) as adapter:
+        fill_up(adapter)
+        block = base.unet.mid_block.resnets[0]
+        own = block.conv2
+        stock = own.forward
+        own.forward = lambda x: seen.append("own") or stock(x)  # type: ignore[func-returns-value]
+        hooks = [
+            block.norm1.register_forward_hook(lambda *_: seen.append("norm")),
+            base.unet.conv_in.register_forward_hook(lambda *_: seen.append("conv_in")),
+        ]
+        before = gradients(base, adapter)
+        assert sorted(seen) == ["conv_in", "norm", "own"]
+        seen.clear()
+        mine = vars(own)["forward"]
+        with lean(base.unet):
+            found = gradients(base, adapter)
+            assert vars(own)["forward"] is mine
+        assert sorted(seen) == ["conv_in", "norm", "own"] and vars(own)["forward"] is mine
+        assert far(found[1], before[1]) < 5e-6
+        for hook in hooks:
+            hook.remove()
+        del own.forward
+    assert not any("forward" in vars(module) for module in base.unet.modules())
+
+
+def test_the_layers_come_back_after_an_exception_and_are_stock_without_gradients() -> None:
+    base = base_of("sdxl")
+    with torch.no_grad():
+        expected = call(base)
+    with trainable(base, LoraSpec(rank=2)):
+        with pytest.raises(KeyboardInterrupt), lean(base.unet):
+            assert any("forward" in vars(module) for module in base.unet.modules())
+            with torch.no_grad():
+                assert torch.equal(call(base), expected)  # up = 0
+            raise KeyboardInterrupt
+        assert not any("forward" in vars(module) for module in base.unet.modules())
+
+
+def test_weights_that_are_trained_are_left_alone() -> None:
+    layer = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 3).requires_grad_(False))
+    with lean(layer) as layers:
+        assert layers == 1 and "forward" not in vars(layer[0]) and "forward" in vars(layer[2])

@@ -1,0 +1,180 @@
+"""What a step costs, counted and not timed: calls of the models, looks of the host at the device, what stays afterwards."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import make_pipeline
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_booth.base_model import BaseModel
+from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.errors import MissingExtraError, SettingsError
+from lora_booth.latents import LatentCache
+from lora_booth.subject import Subject
+from lora_booth.training import prepare
+from lora_booth.training.loop import LOOK_EVERY, TrainingRun
+
+CONFIG = TrainingConfig(steps=40, class_images=2, warmup_steps=0, learning_rate=1e-3, resolution=64)
+LORA = LoraSpec(rank=2)
+
+
+@pytest.fixture
+def begin(prepared: tuple[BaseModel, LatentCache]) -> Iterator[Callable[..., TrainingRun]]:
+    """Runs that are closed whatever happens."""
+    with ExitStack() as stack:
+
+        def one(config: TrainingConfig, **options: Any) -> TrainingRun:
+            run = TrainingRun(*prepared, LORA, config, **options)
+            stack.callback(run.close)
+            return run
+
+        yield one
+
+
+@pytest.fixture(scope="module")
+def prepared(photos: Path) -> tuple[BaseModel, LatentCache]:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"), name="tiny")
+    rex = Subject.from_folder(photos, token="sks", class_noun="dog")
+    return base, prepare(base, [rex], lora=LORA, config=CONFIG)
+
+
+class Looks(TorchDispatchMode):
+    """Kernels whose result the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.nonzero):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Methods of tensors that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_call_of_the_unet_and_none_of_the_others(
+    prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
+) -> None:
+    base, _ = prepared
+    calls: dict[str, int] = {"unet": 0, "others": 0}
+
+    def counting(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    others = [base.vae.encoder, base.vae.decoder, *base.text_encoders.values()]
+    hooks = [base.unet.register_forward_hook(counting("unet")), *(m.register_forward_hook(counting("others")) for m in others)]
+    for config, expected in (
+        (CONFIG, 1),
+        (replace(CONFIG, gradient_accumulation=3), 3),
+        (replace(CONFIG, pictures_at_a_time=1), 2),
+    ):
+        run = begin(config)
+        calls["unet"] = 0
+        next(run), next(run)
+        assert calls == {"unet": 2 * expected, "others": 0}
+        run.close()
+    for hook in hooks:
+        hook.remove()
+
+
+def test_the_host_looks_at_the_device_now_and_then_only(begin: Callable[..., TrainingRun]) -> None:
+    """As on a GPU: between two looks at the losses, nothing waits for it."""
+    run = begin(CONFIG)
+    run.look_every = LOOK_EVERY
+    drawn = [list(run._inputs(index)) for index in range(40)]
+    run._inputs = lambda index: iter(drawn[index])  # type: ignore[method-assign]  # the order of photos is the host's own affair
+    next(run)  # the first step's gradients are looked at
+    looks: list[int] = []
+    for _ in range(39):
+        with Looks() as mode, Reads() as reads:
+            step = next(run)
+        if mode.seen or reads.seen:
+            looks.append(step.index)
+    assert looks == [16, 32, 40]
+    run.close()
+
+
+def test_nothing_is_left_of_it(prepared: tuple[BaseModel, LatentCache]) -> None:
+    base, cache = prepared
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    counts = []
+    for _ in range(3):
+        with closing(TrainingRun(base, cache, LORA, replace(CONFIG, steps=3))) as run:
+            assert len([step.index for step in run]) == 3
+        del run
+        counts.append(tensors())
+    assert counts[1] == counts[2]
+
+
+def test_lean_plain_and_stock_are_the_same_training(
+    prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
+) -> None:
+    base, _ = prepared
+    found = []
+    ways: list[dict[str, Any]] = [{"lean": False, "attention": "sdpa"}, {}, {"attention": "plain"}]
+    for way in ways:
+        run = begin(replace(CONFIG, steps=4, **way))
+        found.append([step.loss for step in run])
+        run.close()
+        assert not any("forward" in vars(module) for module in base.unet.modules())
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_run_goes_on_with_the_attention_that_it_began_with(
+    prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
+) -> None:
+    base, _ = prepared
+    begun = begin(replace(CONFIG, attention="plain"))
+    next(begun)
+    state = begun.state()
+    begun.close()
+    said: list[str] = []
+    run = begin(CONFIG, resume=state, say=said.append)
+    assert run.config.attention == "plain" and {type(p).__name__ for p in base.unet.attn_processors.values()} == {
+        "AttnProcessor"
+    }
+    assert said == ["attention: plain"]
+    run.close()
+
+
+def test_settings_that_cannot_be_had_are_refused_by_name(
+    prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
+) -> None:
+    base, _ = prepared
+    with pytest.raises((MissingExtraError, SettingsError), match="adamw8bit"):
+        begin(replace(CONFIG, optimizer="adamw8bit"))
+    with pytest.raises(SettingsError, match='capture="on" is not possible'):
+        begin(replace(CONFIG, capture="on"))
+    for name in ("attention", "capture", "optimizer"):
+        with pytest.raises(SettingsError, match=f"{name} 'fast' is out of range"):
+            replace(CONFIG, **{name: "fast"})  # type: ignore[arg-type]
+    assert not any(hasattr(module, "lora_A") for module in base.unet.modules())
