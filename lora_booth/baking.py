@@ -22,6 +22,7 @@ from .errors import BaseModelError, SettingsError
 from .family import Family
 from .injection import placements
 from .original_naming import original_weights
+from .quantization import refuse_quantized
 
 LATENT_CHANNELS = 4  # of every published SD 1.x, 2.x and XL
 PRIVATE = ("_name_or_path", "name_or_path")  # where a configuration was loaded from: often somebody's folder
@@ -69,6 +70,7 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
 def baked(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype) -> Any:
     """A copy of the pipeline on the CPU, in `dtype`, with the weighted sum of `adapters` in its weights."""
     pipeline = base.pipeline if isinstance(base, BaseModel) else base
+    refuse_quantized(pipeline.unet, base.name if isinstance(base, BaseModel) else "this pipeline", "baking")
     plan = placements(base, adapters)
     result = copy.copy(pipeline)
     for name, module in pipeline.components.items():

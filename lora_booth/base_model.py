@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .diffusers_folder import load_folder
 from .errors import BaseModelError
 from .family import FAMILIES, Family, labels
+from .quantization import check_quantization, is_quantized
+from .quantization import quantize as quantize_unet
 from .single_file import has_vocabulary, load_single_file
 from .toybox import RARE_TOKENS
 from .weight_files import LazyModule, LazyWeights
@@ -48,6 +50,7 @@ class BaseModel:
     family: Family
     name: str  # for cards and people: a Hub id, a folder's or file's bare name; never a path
     weights: LazyWeights | None = None  # of the modules that are read when they are needed
+    quantized: str | None = None  # how the U-Net's linear layers were packed: "nf4"; None: not by this library
 
     @classmethod
     def load(
@@ -60,6 +63,7 @@ class BaseModel:
         prediction_type: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        quantize: Literal["nf4"] | None = None,
     ) -> BaseModel:
         """Load `"toybox"`, a Hub id, a diffusers folder or a single `.safetensors` checkpoint.
 
@@ -68,9 +72,13 @@ class BaseModel:
         config           for a single file: a diffusers folder of its family, instead of the built-in configuration
         prediction_type  for a single SD 2.x file that does not say: "epsilon" or "v_prediction"
         variant          as in diffusers, e.g. "fp16"
-        Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model.
+        quantize         "nf4": the U-Net's linear layers in 4 bits by bitsandbytes; less memory, other numbers, slower
+        Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError and
+        MissingExtraError where it cannot be quantized.
         """
         place = torch.device(device) if device is not None else default_device()
+        if quantize is not None:
+            check_quantization(quantize, place)
         if str(source) == TOYBOX:
             precision = dtype or (torch.float32 if place.type == "cpu" else default_dtype(place))
             loaded, name = load_folder(TOYBOX_FOLDER, precision, place), TOYBOX
@@ -91,7 +99,11 @@ class BaseModel:
                     "or a .safetensors checkpoint"
                 )
         pipeline, weights = loaded
-        return cls(pipeline, recognise(pipeline), name, weights)
+        base = cls(pipeline, recognise(pipeline), name, weights, quantize)
+        if quantize is not None:
+            _ = base.fingerprint  # of the weights as they lie in their file, and kept: it is the plain base's
+            quantize_unet(pipeline.unet, weights.parts.get("unet"), precision)
+        return base
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, *, name: str = "custom") -> BaseModel:
@@ -193,14 +205,17 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which weights these are, whatever precision they were loaded in: sha256 of the signs of every tensor's start."""
+        """Which weights these are, whatever precision they were loaded in: sha256 of the signs of every tensor's start.
+
+        A pipeline that came here quantized has rounded some signs away: it has one of its own, longer than others.
+        """
         digest = hashlib.sha256()
         unread = self.unread("unet")
         for name, value in sorted(self.shell.unet.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
             start = value.flatten()[:256] if unread is None else unread.places[name].start_of(256)
             digest.update(torch.signbit(start).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digest.hexdigest()[: 64 if is_quantized(self.shell.unet) else 16]
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

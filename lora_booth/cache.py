@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1  # of what the entries hold
-KINDS = ("latents", "text", "digests", "class_images")
+KINDS = ("latents", "text", "digests", "class_images", "attention", "counts")
 LIMIT = 2.0  # GB; $LORA_BOOTH_CACHE_GB
 FRESH = 3600  # seconds since its last use in which an entry is not pruned: a run may still want it
 
@@ -60,7 +60,7 @@ def read_entry(kind: str, key: str) -> dict[str, Tensor] | None:
         if metadata.get("key") != key or metadata.get("sha256") != checksum(tensors):
             return None
         os.utime(path)  # when it was last used
-    except (OSError, SafetensorError, ValueError):
+    except (OSError, SafetensorError, ValueError, RuntimeError):  # the last is PyTorch's word for a file that has just gone
         return None
     return tensors
 
@@ -154,7 +154,7 @@ def prune_cache(most: int | None = None, *, now: float | None = None) -> int:
 
 
 def clear_cache() -> int:
-    """Delete every entry: latents, text embeddings and class images. Returns the bytes that went."""
+    """Delete every entry: latents, text embeddings, class images, measurements. Returns the bytes that went."""
     before = cache_size()
     for kind in KINDS:
         shutil.rmtree(cache_folder() / kind, ignore_errors=True)

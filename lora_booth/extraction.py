@@ -16,6 +16,7 @@ from .adapters.spectrum import Truncation, Truncations, keep, one_rank, spectrum
 from .base_model import BaseModel
 from .errors import AdapterTargetError, BaseModelError
 from .injection import adaptable, module_path, unread_layers
+from .quantization import refuse_quantized
 from .training.card import card_facts
 
 
@@ -55,6 +56,8 @@ def extract(
     chosen = keep(rank, energy)
     if tuned.family != base.family:
         raise BaseModelError(f"{tuned.name} is {tuned.family.label} and {base.name} is {base.family.label}; give its own base")
+    for one in (tuned, base):
+        refuse_quantized(one.structure["unet"], one.name, "extraction")
     modules: dict[str, LoraFactors] = {}
     lost: list[Truncation] = []
     left_out: dict[str, float] = {}

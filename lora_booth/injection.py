@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from .base_model import BaseModel, recognise
 from .config import LoraSpec
 from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError
 from .family import FAMILIES
+from .quantization import is_quantized, weight_dtype, weight_shape
 
 TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
 NAME = "lora_booth"  # of our adapter in its PEFT layers
@@ -156,6 +158,7 @@ def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: floa
     injection = Injection(model, required_grad, layers={})
     try:
         alone = nn.ModuleDict({keys[path]: plain for path, (_, _, plain) in homes.items()})
+        alone.is_loaded_in_4bit = is_quantized(alone)  # type: ignore[assignment]  # PEFT has layers of its own for these
         inject_adapter_in_model(config, alone, adapter_name=NAME)
         for path, (parent, child, _) in homes.items():
             injection.layers[path] = parent._modules[child] = alone[keys[path]]
@@ -239,9 +242,8 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
 
 
 def check_rank(path: str, layer: nn.Module, rank: int) -> None:
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    limit = min(weight.shape[0], weight[0].numel())
+    outer, *inner = weight_shape(layer)
+    limit = min(outer, math.prod(inner))
     if rank > limit:
         raise SettingsError(f"rank {rank} is more than {path} can have; at most {limit} for this base")
 
@@ -263,9 +265,7 @@ def placed(model: nn.Module, component: str, adapter: Adapter, base_name: str) -
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {base_name} has no module {key}") from None
         if not adaptable(layer):
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base_name} is no linear or convolution layer")
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        given, wanted = (factors.up.shape[0], *factors.down.shape[1:]), tuple(weight.shape)
+        given, wanted = (factors.up.shape[0], *factors.down.shape[1:]), weight_shape(layer)
         if given != wanted and given[:2] == wanted[:2] and {*given[2:], *wanted[2:]} == {1}:
             # one tool's 1x1 convolution is another's linear layer (proj_in of SD 2.x): the same numbers
             down, up = factors.down.flatten(1), factors.up.flatten(1)
@@ -329,9 +329,8 @@ def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
     known = adapter.card.base_hash or ""
     if len(known) != FINGERPRINT_LENGTH:  # other tools' hashes are of files, not of weights
         return
-    plain = not any(hasattr(module, "base_layer") for module in base.unet.modules())
-    if not plain or not all(parameter.is_floating_point() for parameter in base.unet.parameters()):
-        return  # with the user's own adapters in it, or quantized, it has no fingerprint to compare
+    if any(hasattr(module, "base_layer") for module in base.unet.modules()) or len(base.fingerprint) != FINGERPRINT_LENGTH:
+        return  # with the user's own adapters in it, or quantized by the user, it has no fingerprint to compare
     if known != base.fingerprint:
         warnings.warn(
             f"{made_for(adapter)}; the weights of {base.name} are others of the same shapes, so it may look different",
@@ -379,10 +378,10 @@ def attach(model: Any, factors: Mapping[str, LoraFactors], weight: float) -> Inj
     injection = inject(model, {path: (f.rank, f.alpha) for path, f in factors.items()})
     try:
         for path, layer in injection.layers.items():
-            target = base_layer(layer).weight
-            assert isinstance(target, torch.Tensor)
+            plain = base_layer(layer)
+            device, dtype = next(plain.parameters()).device, weight_dtype(plain)
             for factor, value in ((layer.lora_A[NAME], factors[path].down), (layer.lora_B[NAME], factors[path].up)):
-                factor.weight = nn.Parameter(value.to(target.device, target.dtype), requires_grad=False)
+                factor.weight = nn.Parameter(value.to(device, dtype), requires_grad=False)
             layer.scaling[NAME] = factors[path].scale * weight
     except BaseException:
         injection.remove()

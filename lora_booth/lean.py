@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.grad import conv2d_input
 
+from .quantization import is_packed, whole
+
 # On a CPU a convolution is faster as one matrix product (measured on the layers of SD 1.5) when
 FEW_PIXELS = 128  # of a batch at most come out of it and
 MANY_WEIGHTS = 2**20  # at least would be laid out anew for it
@@ -59,15 +61,17 @@ class FrozenLinear(Function):
 
 
 class LoraLinear(Function):
-    """W x + b + scale B A x, computed in x's precision; gradients for x, A and B."""
+    """W x + b + scale B A x, computed in x's precision; gradients for x, A and B. packing: of a quantized W, kept packed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, packing: Any = None
+    ) -> Tensor:
         hidden = product(x, down.to(x.dtype)).flatten(0, -2)
-        result = product(x, weight, bias)
+        result = product(x, whole(weight, packing), bias)
         result.view(-1, result.shape[-1]).addmm_(hidden, up.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, hidden, weight, down, up)
-        ctx.scale = scale
+        ctx.scale, ctx.packing = scale, packing
         return result
 
     @staticmethod
@@ -79,9 +83,9 @@ class LoraLinear(Function):
         for_down = inner.t() @ x.reshape(-1, x.shape[-1])
         for_x = None
         if ctx.needs_input_grad[0]:
-            for_x = product(gradient, weight.t())
+            for_x = product(gradient, whole(weight, ctx.packing).t())
             for_x.view(-1, for_x.shape[-1]).addmm_(inner, down.to(x.dtype))
-        return for_x, None, None, for_down.to(down.dtype), for_up.to(up.dtype), None
+        return for_x, None, None, for_down.to(down.dtype), for_up.to(up.dtype), None, None
 
 
 class FrozenConv2d(Function):
@@ -214,8 +218,11 @@ def lean_lora(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     (name,) = names
     plain = layer.base_layer
+    packing = plain.weight.quant_state if is_packed(plain) else None
+    if packing is not None and packing.dtype != x.dtype:
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return LoraLinear.apply(x, plain.weight, plain.bias, down, up, layer.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
+    return LoraLinear.apply(x, plain.weight, plain.bias, down, up, layer.scaling[name], packing)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def lean_geglu(layer: Any, x: Tensor) -> Tensor:
@@ -260,6 +267,7 @@ def lean_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     from diffusers.models.activations import GEGLU
     from diffusers.models.resnet import ResnetBlock2D
     from peft.tuners.lora import Linear as PeftLinear
+    from peft.tuners.lora import LoraLayer
 
     kind = type(module)
     if kind is nn.Linear and frozen(module):
@@ -268,7 +276,7 @@ def lean_forward(module: nn.Module) -> Callable[..., Tensor] | None:
         return lean_conv
     if kind is GEGLU:
         return lean_geglu
-    if kind is PeftLinear and plain_lora(module):
+    if (kind is PeftLinear or (kind.__name__ == "Linear4bit" and isinstance(module, LoraLayer))) and plain_lora(module):
         return lean_lora
     if kind is ResnetBlock2D and plain_resnet(module):
         return lean_resnet
@@ -279,7 +287,7 @@ def plain_lora(layer: Any) -> bool:
     adapters = list(layer.lora_A)
     inner = [part for name in adapters for part in (layer.base_layer, layer.lora_A[name], layer.lora_B[name])]
     return (
-        type(layer.base_layer) is nn.Linear
+        (type(layer.base_layer) is nn.Linear or is_packed(layer.base_layer))
         and frozen(layer.base_layer)
         and not any(watched(part) or "forward" in vars(part) for part in inner)
         and not layer.lora_variant

@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from .base_model import BaseModel
 from .cache import cache_folder as cache_folder
 from .cache import drop, own_folder
+from .errors import TrainingError
 from .generation import generate_images
 from .marking import save_marked
 from .memory import pictures_at_a_time
 
 SAMPLER_STEPS = 20
 GUIDANCE = 5.0
+TRIALS = 4  # of a picture that comes out black
+OTHER_SEED = 500_000_000_003  # to the seed of a trial: beyond those of all class images
 
 
 def class_images(
@@ -44,11 +48,7 @@ def class_images(
     with base.all_on_device() if missing else nullcontext() as pipeline:
         for first in range(0, len(missing), at_a_time):
             part = missing[first : first + at_a_time]
-            seeds = [seed * 1_000_003 + i for i in part]
-            drawn = generate_images(
-                pipeline, prompt, seeds, steps=SAMPLER_STEPS, guidance=GUIDANCE, size=resolution, batch_size=len(part)
-            )
-            for i, image in zip(part, drawn, strict=True):
+            for i, image in zip(part, drawn(pipeline, prompt, [seed * 1_000_003 + i for i in part], resolution), strict=True):
                 images[i] = image.convert("RGB")
                 keep(image, paths[i])
             if on_progress is not None:
@@ -56,11 +56,28 @@ def class_images(
     return [images[i] for i in range(count)]
 
 
+def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> list[Image.Image]:
+    """A picture for each seed. One that a safety checker has blacked out would be learnt as it is: it is drawn anew."""
+    options: dict[str, Any] = {"steps": SAMPLER_STEPS, "guidance": GUIDANCE, "size": resolution}
+    images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
+    for trial in range(1, TRIALS):
+        black = [n for n, image in enumerate(images) if image.convert("RGB").getbbox() is None]
+        others = [seeds[n] + trial * OTHER_SEED for n in black]
+        for n, image in zip(black, generate_images(pipeline, prompt, others, **options) if black else (), strict=True):
+            images[n] = image
+    if any(image.convert("RGB").getbbox() is None for image in images):
+        raise TrainingError(
+            f"class images of {prompt!r} stay black, by the pipeline's safety checker or numbers that are not finite; "
+            "choose another class noun, dtype=torch.float32, or prior_loss_weight=0"
+        )
+    return images
+
+
 def class_image_folder(base: BaseModel, prompt: str, *, resolution: int, seed: int = 0) -> Path:
     """Where the class images of these facts are kept, as 0000.png and so on."""
     key = {
         "base": base.fingerprint,
-        "dtype": str(base.dtype),
+        "dtype": str(base.dtype) + (f" {base.quantized}" if base.quantized else ""),
         "prompt": prompt,
         "scheduler": dict(base.scheduler.config),
         "class": type(base.scheduler).__name__,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -154,6 +154,7 @@ class LazyModule:
 
     def __init__(self, module: Any, places: Mapping[str, Place], dtype: torch.dtype, device: torch.device) -> None:
         self.module, self.places, self.dtype, self.device = module, places, dtype, device
+        self.put: Callable[[nn.Module, str, Tensor], None] = put  # where a tensor that was read goes
         self.is_read = False
 
     @torch.no_grad()
@@ -164,7 +165,7 @@ class LazyModule:
             file.check_unchanged()
         shapes = {key: value.shape for key, value in self.module.state_dict().items()}
         for key, place in self.places.items():
-            put(self.module, key, place.read(self.dtype, self.device).view(shapes[key]))
+            self.put(self.module, key, place.read(self.dtype, self.device).view(shapes[key]))
         for key, buffer in list(self.module.named_buffers()):
             put(self.module, key, buffer.to(self.device))  # those that no file holds, as position ids
         self.is_read = True

@@ -343,3 +343,15 @@ def test_class_images_count_and_are_cleared(rex: Subject, folders: dict[str, Pat
     size = cache_size()
     assert clear_cache() == size and cache_size() == 0
     assert [path.name for path in own_cache.iterdir()] == ["mine.txt"]
+
+
+def test_the_command_says_how_much_is_kept_and_deletes_it(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lora_booth.cli import main
+
+    write_entry("latents", "0" * 64, TENSORS)
+    for words in (["cache"], ["cache", "--clear"], ["cache"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "deleted" in said[1] and said[2].endswith(": 0.0 MB") and not list(own_cache.rglob("*.safetensors"))

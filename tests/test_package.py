@@ -141,6 +141,7 @@ ORDER = (  # from the foundation to the roof; each imports only from those befor
         "toybox",
         "original_naming",
         "weight_files",
+        "quantization",
         "diffusers_folder",
         "single_file",
         "base_model",
@@ -152,7 +153,7 @@ ORDER = (  # from the foundation to the roof; each imports only from those befor
         "devices",
     ),
     *("generation", "prior", "kept", "latents", "loss", "checkpoint", "progress", "training", "extraction"),
-    *("composition", "evaluation", "gallery", "report", "grids", "demo", "cli"),
+    *("composition", "evaluation", "gallery", "report", "grids", "notebook", "demo", "cli"),
 )
 
 

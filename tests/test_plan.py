@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
 
 
+@cache
 def counter_of(kind: str, dtype: torch.dtype = torch.float32, lora: LoraSpec = LORA) -> Counter:
     return Counter(shapes_of(base_of(kind)), dtype=dtype, lora=lora)
 
@@ -139,9 +141,10 @@ def test_more_pictures_are_on_a_line() -> None:
 
 
 def test_a_count_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = counter_of("sd1").step(CONFIG, pictures=1, resolution=64)
+    shapes, options = shapes_of(base_of("sd1")), {"pictures": 1, "resolution": 64}
+    first = Counter(shapes, dtype=torch.float32, lora=LORA).step(CONFIG, **options)
     monkeypatch.setattr("lora_booth.training.counting.count_step", None)
-    assert counter_of("sd1").step(CONFIG, pictures=1, resolution=64) == first
+    assert Counter(shapes, dtype=torch.float32, lora=LORA).step(CONFIG, **options) == first
 
 
 # --- bases that are not loaded -------------------------------------------------------------------------------------

@@ -557,6 +557,41 @@ def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (made(2, **other)[0] != first[0]).any() and sum(drawn) == 2
 
 
+class Censor(torch.nn.Module):
+    """A safety checker that blacks out the first pictures it sees, as diffusers' own does."""
+
+    def __init__(self, black: int) -> None:
+        super().__init__()
+        self.black, self.weight = black, torch.nn.Parameter(torch.zeros(1))
+        self.device, self.dtype = self.weight.device, self.weight.dtype
+
+    def forward(self, clip_input: Any, images: np.ndarray) -> tuple[np.ndarray, list[bool]]:
+        flags = []
+        for image in images:
+            flags.append(self.black > 0)
+            if self.black > 0:
+                image[...], self.black = 0, self.black - 1
+        return images, flags
+
+
+@pytest.mark.parametrize("black", [3, 1000])
+def test_a_blacked_out_class_image_is_not_learnt(black: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CLIPImageProcessor
+
+    monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
+    base = base_of()
+    base.pipeline.safety_checker = Censor(black)
+    base.pipeline.feature_extractor = CLIPImageProcessor()
+    if black == 1000:
+        with pytest.raises(TrainingError, match="stay black.*another class noun"):
+            class_images(base, "a dog", 2, resolution=64)
+        assert not list(tmp_path.rglob("*.png"))
+        return
+    images = class_images(base, "a dog", 3, resolution=64)
+    assert all(image.getbbox() is not None for image in images)
+    assert len({image.tobytes() for image in images}) == 3
+
+
 def test_class_images_are_reused_by_training(rex: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
     base = base_of("sd1")

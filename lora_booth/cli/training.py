@@ -169,3 +169,14 @@ def train(
         return
     file = adapter.save(out, layout=layout)  # type: ignore[arg-type]
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB); prompt: {adapter.card.prompt}")
+
+
+@app.command()
+def cache(clear: Annotated[bool, typer.Option(help="delete it")] = False) -> None:
+    """Say where encoded photos and class images of earlier runs are kept on this disk, and how much; or delete them."""
+    from ..cache import cache_folder, cache_size, clear_cache
+
+    if clear:
+        say(f"{cache_folder()}: deleted {clear_cache() / 1e6:.1f} MB")
+    else:
+        say(f"{cache_folder()}: {cache_size() / 1e6:.1f} MB")

@@ -28,7 +28,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft")
 def run_facts(base: BaseModel, subjects: Sequence[Subject], lora: LoraSpec, config: TrainingConfig) -> dict[str, Any]:
     """What a run computes: equal facts give equal adapters in equal `surroundings`. Of photos only hashes."""
     return {
-        "base": {"name": base.name, "fingerprint": base.fingerprint, "dtype": str(base.dtype).removeprefix("torch.")},
+        "base": {"name": base.name, "fingerprint": base.fingerprint, "dtype": precision_of(base)},
         "lora": as_json(asdict(lora)),
         "config": {k: v for k, v in as_json(asdict(config)).items() if k not in FREE + ROUNDING},
         "subjects": [
@@ -41,6 +41,10 @@ def run_facts(base: BaseModel, subjects: Sequence[Subject], lora: LoraSpec, conf
             for s in subjects
         ],
     }
+
+
+def precision_of(base: BaseModel) -> str:
+    return str(base.dtype).removeprefix("torch.") + (f", {base.quantized}" if base.quantized else "")
 
 
 def use_of(photo: Photo, prompt: str) -> str:

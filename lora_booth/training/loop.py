@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,9 +42,10 @@ class Inputs:
 class TrainingRun(Iterator[Step]):
     """The state of one training: an iterator of `Step`s. `close()` takes the adapter out of the base.
 
-    resume  what `state()` gave before
-    say     told one line of every event: a rollback, a halved rate, a saving of memory
-    ranks   the processes that share each batch
+    resume   what `state()` gave before
+    savings  rungs of the memory ladder to begin with; those of `resume` go before
+    say      told one line of every event: a rollback, a halved rate, a saving of memory
+    ranks    the processes that share each batch
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class TrainingRun(Iterator[Step]):
         config: TrainingConfig,
         *,
         resume: dict[str, Any] | None = None,
+        savings: Sequence[str] = (),
         say: Callable[[str], None] = lambda text: None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.savings: list[str] = [] if resume is None else list(resume["savings"])  # rungs that were taken
+        self.savings: list[str] = list(savings if resume is None else resume["savings"])  # rungs that were taken
         config = climbed(config, self.savings)
         if config.attention == "auto":  # a run goes on with the kernel that it began with
             kernel: Any = resume["attention"] if resume else fastest_for(base, cache, config, ranks)

@@ -29,7 +29,7 @@ from .planning import fitted
 from .preparation import prepare, token_notes
 from .ranks import Ranks, joined
 from .samples import keep, rows_of, sample
-from .savings import says_out_of_memory
+from .savings import rungs_between, says_out_of_memory
 from .settings import settled
 from .stopping import TIME_UP, Stopping, leave, stop_words
 from .tracking import Track, Tracking, trackers_of
@@ -125,7 +125,9 @@ def train(
         for note in token_notes(base, subjects):
             shown.say(f"note: {note}")
         square = partial(try_crop, folder)
-        config = fitted(base, lora, config, photos=sum(len(s.photos) for s in subjects), say=shown.say)
+        planned = config  # a run that goes on does so with the savings that it began with
+        if kept is None:
+            planned = fitted(base, lora, config, photos=sum(len(s.photos) for s in subjects), say=shown.say)
         cache = ranks.main_first(lambda: prepare(base, subjects, lora=lora, config=config, shown=shown, on_square=square))
         if folder is not None:
             where = surroundings(base, config, ranks.count) | {"latents": hash_of_latents(cache)}
@@ -134,7 +136,8 @@ def train(
         if not lora.text_encoder:
             stack.enter_context(base.only_unet_on_device())
         state = None if kept is None else unpacked_state(kept, base.device)
-        steps = TrainingRun(base, cache, lora, config, resume=state, say=tell, ranks=ranks)
+        savings = rungs_between(config, planned)
+        steps = TrainingRun(base, cache, lora, config, resume=state, savings=savings, say=tell, ranks=ranks)
         stack.callback(steps.close)
         del kept, state
         tracking = Tracking(trackers if ranks.main else (), tell=tell)

@@ -40,6 +40,11 @@ def next_rung(config: TrainingConfig, *, pictures: int) -> str | None:
     return None
 
 
+def rungs_between(config: TrainingConfig, saving: TrainingConfig) -> list[str]:
+    """The rungs that lead from the one to the other."""
+    return [setting for setting, value in RUNGS if getattr(saving, setting) == value != getattr(config, setting)]
+
+
 def climbed(config: TrainingConfig, rungs: Sequence[str]) -> TrainingConfig:
     """`config` with these savings."""
     changed: dict[str, Any] = {setting: value for setting, value in RUNGS if setting in rungs}

@@ -1,0 +1,217 @@
+"""A base in 4 bits: trained, left as it was, counted; what it teaches fits the plain base."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import make_pipeline, random_adapter, same_state, state
+from torch import nn
+
+import lora_booth.quantization as quantization
+from lora_booth.baking import baked
+from lora_booth.base_model import BaseModel
+from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.errors import BaseModelError, MissingExtraError, SettingsError
+from lora_booth.extraction import extract
+from lora_booth.generation import generate_images
+from lora_booth.injection import attached, trainable
+from lora_booth.latents import Batch
+from lora_booth.loss import dreambooth_loss
+from lora_booth.memory import storage_bytes
+from lora_booth.prior import class_image_folder
+from lora_booth.quantization import is_packed, packed_bytes, quantized_bytes, tensors_of, whole
+from lora_booth.subject import Subject
+from lora_booth.training import train
+from lora_booth.training.counting import inputs
+from lora_booth.training.identity import run_facts
+from lora_booth.training.modes import training_mode
+
+LORA = LoraSpec(rank=2, target_modules=("to_q", "to_v", "to_out.0", "ff.net.2"))
+CONFIG = TrainingConfig(steps=3, class_images=2, warmup_steps=0, learning_rate=1e-2, resolution=64, prior_loss_weight=0.0)
+
+bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+@pytest.fixture
+def packed(folders: dict[str, Path]) -> BaseModel:
+    return BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu", quantize="nf4")
+
+
+@pytest.fixture
+def rounded(packed: BaseModel) -> BaseModel:
+    """A plain base with the weights that the packed one stands for."""
+    base = BaseModel.from_pipeline(make_pipeline("sd1"), name="rounded")
+    for name, layer in packed.unet.named_modules():
+        if is_packed(layer):
+            base.unet.get_submodule(name).weight.data = whole(layer.weight, layer.weight.quant_state).clone()
+    return base
+
+
+def packed_state(base: BaseModel) -> dict[str, torch.Tensor]:
+    """A copy of every tensor of the U-Net, scales included."""
+    return {str(i): tensor.clone() for i, tensor in enumerate(tensors_of(base.unet))}
+
+
+def gradients(base: BaseModel, *, lean: bool) -> dict[str, torch.Tensor]:
+    config = replace(CONFIG, attention="sdpa", lean=lean)
+    with trainable(base, LORA) as lora, training_mode(base, config):
+        torch.manual_seed(0)
+        for name, parameter in lora.named_parameters().items():
+            if name.endswith(".up"):
+                nn.init.normal_(parameter, std=0.1)
+        latents, text, _ = inputs(base, 2, 64)
+        torch.manual_seed(1)
+        latents, noise = torch.randn_like(latents), torch.randn_like(latents)
+        text = replace(text, states=torch.randn_like(text.states))
+        batch = Batch(latents, ("", ""), None, photos=2)
+        dreambooth_loss(base, batch, text, noise, torch.tensor([10, 700]), prior_loss_weight=0.0).backward()
+        return {name: parameter.grad.clone() for name, parameter in lora.named_parameters().items()}
+
+
+@bitsandbytes
+def test_linear_layers_are_packed_and_nothing_else(packed: BaseModel, folders: dict[str, Path]) -> None:
+    plain = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu")
+    assert packed.quantized == "nf4" and plain.quantized is None
+    assert packed.fingerprint == plain.fingerprint  # before and
+    kinds = {name: type(layer) for name, layer in plain.unet.named_modules()}
+    kept = {name: value for name, value in plain.unet.state_dict().items()}
+    for name, layer in packed.unet.named_modules():
+        assert is_packed(layer) == (kinds[name] is nn.Linear)
+        if is_packed(layer):
+            original = kept[f"{name}.weight"]
+            error = (whole(layer.weight, layer.weight.quant_state) - original).abs().max() / original.abs().max()
+            assert 0 < error < 0.2 and layer.weight.dtype == torch.uint8
+    same = [key for key in kept if not is_packed(packed.unet.get_submodule(key.rpartition(".")[0])) or key.endswith("bias")]
+    assert len(same) > 30 and all(torch.equal(kept[key], packed.unet.state_dict()[key]) for key in same)
+    assert packed.fingerprint == plain.fingerprint  # after the weights were read
+    assert packed.dtype == torch.float32 and packed.device.type == "cpu"
+
+
+@bitsandbytes
+def test_weights_are_read_when_they_are_needed(packed: BaseModel) -> None:
+    assert packed.unread("unet") is not None and all(p.is_meta for p in packed.structure["unet"].parameters())
+    layers = [layer for layer in packed.structure["unet"].modules() if is_packed(layer)]
+    assert len(layers) > 20 and all(layer.weight.is_meta for layer in layers)
+    assert not any(layer.weight.is_meta for layer in packed.unet.modules() if is_packed(layer))
+
+
+@bitsandbytes
+@pytest.mark.parametrize("lean", [True, False])
+def test_gradients_are_those_of_the_rounded_base(packed: BaseModel, rounded: BaseModel, lean: bool) -> None:
+    before = packed_state(packed)
+    found, wanted = gradients(packed, lean=lean), gradients(rounded, lean=lean)
+    assert found.keys() == wanted.keys() and len(found) > 20
+    for name, gradient in found.items():
+        assert wanted[name].any() and torch.allclose(gradient, wanted[name], rtol=1e-3, atol=1e-6), name
+    assert same_state(before, packed_state(packed)) and not any(hasattr(m, "lora_A") for m in packed.unet.modules())
+
+
+@bitsandbytes
+def test_an_adapter_of_the_packed_base_is_one_of_the_plain_base(
+    packed: BaseModel, folders: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    plain = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu")
+    rex = Subject.from_folder(photos, token="sks", class_noun="dog")
+    _ = packed.unet
+    before = packed_state(packed)
+    adapter, other = (train(base, rex, lora=LORA, config=CONFIG) for base in (packed, plain))
+    assert same_state(before, packed_state(packed))
+    assert adapter.modules.keys() == other.modules.keys() and adapter.card.base_hash == other.card.base_hash
+    assert all(adapter.modules[path].down.shape == other.modules[path].down.shape for path in other.modules)
+    weights = state(plain.pipeline)
+    pictures = {}
+    for name, base in (("packed", packed), ("plain", plain)):
+        with attached(base, [(adapter, 1.0)]) as pipeline:
+            pictures[name] = generate_images(pipeline, "a sks dog", [1], steps=2, guidance=2.0, size=64)
+    assert same_state(weights, state(plain.pipeline)) and same_state(before, packed_state(packed))
+    assert len(pictures["packed"]) == len(pictures["plain"]) == 1
+
+
+@bitsandbytes
+def test_pictures_with_an_adapter_are_those_of_the_rounded_base(packed: BaseModel, rounded: BaseModel) -> None:
+    adapter = random_adapter(rounded, LORA)
+    latents, text, _ = inputs(packed, 1, 64)
+    torch.manual_seed(1)
+    latents, states = torch.randn_like(latents), torch.randn_like(text.states)
+    found = []
+    with torch.no_grad():
+        for base in (packed, rounded):
+            plain = base.unet(latents, torch.tensor([5]), states).sample
+            with attached(base.pipeline, [(adapter, 0.7)]):
+                found.append(base.unet(latents, torch.tensor([5]), states).sample)
+            assert not torch.allclose(plain, found[-1], atol=1e-3)
+            assert torch.equal(plain, base.unet(latents, torch.tensor([5]), states).sample)
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-4)
+    assert found and gradients(packed, lean=False)  # after pictures it can still be trained
+
+
+@bitsandbytes
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_memory_of_its_weights_is_known_before(folders: dict[str, Path], kind: str) -> None:
+    base = BaseModel.load(folders[kind], dtype=torch.bfloat16, device="cpu", quantize="nf4")
+    plain = BaseModel.load(folders[kind], dtype=torch.bfloat16, device="cpu")
+    assert storage_bytes(tensors_of(base.unet)) == pytest.approx(quantized_bytes(plain.unet), rel=0.001)
+    large = nn.Linear(1280, 5120, device="meta", dtype=torch.float16)
+    assert packed_bytes(large) == pytest.approx(large.weight.nbytes * 0.258, rel=0.01)  # 4.13 bits a value
+
+
+@bitsandbytes
+def test_runs_and_class_images_know_it(packed: BaseModel, folders: dict[str, Path], photos: Path) -> None:
+    plain = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu")
+    rex = Subject.from_folder(photos, token="sks", class_noun="dog")
+    facts = [run_facts(base, [rex], LORA, CONFIG)["base"] for base in (packed, plain)]
+    assert facts[0] == facts[1] | {"dtype": "float32, nf4"} and facts[1]["dtype"] == "float32"
+    assert len({class_image_folder(base, "a dog", resolution=64) for base in (packed, plain)}) == 2
+
+
+@bitsandbytes
+def test_sums_of_its_weights_are_refused(packed: BaseModel, folders: dict[str, Path]) -> None:
+    plain = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu")
+    adapter = random_adapter(plain)
+    with pytest.raises(BaseModelError, match="quantized, and baking needs its weights"):
+        baked(packed, [(adapter, 1.0)], dtype=torch.float16)
+    for pair in itertools.permutations((packed, plain)):
+        with pytest.raises(BaseModelError, match="quantized, and extraction needs"):
+            extract(*pair, rank=2)
+
+
+@bitsandbytes
+def test_a_pipeline_that_the_user_has_quantized(packed: BaseModel, folders: dict[str, Path]) -> None:
+    """Adapters fit it; it has a fingerprint that is nobody else's, so nothing is said of other weights."""
+    own = BaseModel.from_pipeline(packed.pipeline)
+    assert len(own.fingerprint) == 64 and own.quantized is None
+    adapter = random_adapter(BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu"), LORA)
+    with attached(own, [(adapter, 1.0)]), attached(own.pipeline, [(adapter, 1.0)]):
+        pass
+
+
+@bitsandbytes
+def test_rank_is_checked_against_the_layer_and_not_its_bytes(packed: BaseModel) -> None:
+    with pytest.raises(SettingsError, match="at most 16"), trainable(packed, replace(LORA, rank=300)):
+        pass
+    with trainable(packed, replace(LORA, rank=16)):
+        pass
+
+
+def test_what_cannot_be_had_is_refused_by_name(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="quantize 'int3' is out of range; allowed: nf4"):
+        BaseModel.load(folders["sd1"], quantize="int3")  # type: ignore[arg-type]
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'lora-booth\[quant\]'"):
+        BaseModel.load(folders["sd1"], quantize="nf4")
+
+
+@bitsandbytes
+def test_a_device_that_cannot_is_refused_by_name(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(weight: torch.Tensor) -> Any:
+        raise NotImplementedError("no kernel for this device")
+
+    monkeypatch.setattr(quantization, "packed_and_state", cannot)
+    with pytest.raises(SettingsError, match=r'quantize="nf4" does not work on cpu .*no kernel for this device.*without it'):
+        BaseModel.load(folders["sd1"], device="cpu", quantize="nf4")
