@@ -55,7 +55,7 @@ def adapter_of(base: lb.BaseModel, name: str, token: str, work: Path) -> lb.Adap
 def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> Composition:
     boxes = [lb.Region(adapter, box=box) for adapter, box in zip(adapters, (LEFT, RIGHT), strict=False)]
     settings: dict[str, dict[str, Any]] = {
-        "sum": {"adapters": adapters},
+        "sum": {"adapters": adapters, "method": "sum"},
         "svd": {"adapters": adapters, "method": "svd"},
         "ssr": {"adapters": adapters, "method": "ssr"},
         "switch": {"adapters": adapters, "method": "switch"},
@@ -64,12 +64,13 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
         "noise": {"regions": boxes, "isolate": "noise"},
         "auto delta": {"adapters": adapters, "regions": "auto", "isolate": "delta"},
         "auto noise": {"adapters": adapters, "regions": "auto", "isolate": "noise"},
+        "noise from .15": {"regions": boxes, "isolate": "noise", "start": 0.15},
         "none": {},
     }
     return Composition(base, **settings[method])
 
 
-METHODS = ("sum", "svd", "ssr", "switch", "composite", "delta", "noise", "auto delta", "auto noise")
+METHODS = ("sum", "svd", "ssr", "switch", "composite", "delta", "noise", "noise from .15", "auto delta", "auto noise")
 
 
 def likeness(found: Identity, subject: Identity) -> float:

@@ -80,9 +80,9 @@ def attention_shapes(base: BaseModel, resolution: int) -> Counter[Shape]:
     return found
 
 
-def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int) -> list[str]:
-    """Kernels that may be the fastest here; sdpa first."""
-    found, kind = ["sdpa"], base.device.type
+def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int, device: torch.device | None = None) -> list[str]:
+    """Kernels that may be the fastest on the device (None: the base's); sdpa first."""
+    found, kind = ["sdpa"], (device or base.device).type
     scores = sum(heads * queries * keys * count for (heads, queries, keys, _), count in shapes.items()) * pictures
     if kind == "cpu" and scores * base.dtype.itemsize <= MOST_SCORES:
         found.append("plain")
@@ -91,14 +91,17 @@ def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int) -> list[s
     return found
 
 
-def fastest_attention(base: BaseModel, *, resolution: int, pictures: int) -> str:
-    """The kernel for so many pictures (pixels) in one forward pass: measured once on a device, then read from the cache."""
+def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device: torch.device | None = None) -> str:
+    """The kernel for so many pictures (pixels) in one forward pass: measured once on a device, then read from the cache.
+
+    device: where a base without weights shall be; None: the base's own
+    """
+    device = base.device if device is None else device
     shapes = attention_shapes(base, resolution)
-    names = candidates(base, shapes, pictures)
+    names = candidates(base, shapes, pictures, device)
     widest = max((queries * keys * width for _, queries, keys, width in shapes), default=0)
     if len(names) == 1 or widest * pictures < FEWEST_SCORES:
         return "sdpa"
-    device = base.device
     key = key_of(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),

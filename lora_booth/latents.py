@@ -146,7 +146,7 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> tuple[
     latents, prompts, ids, masks = [], [], [], []
     for items, index in parts:
         view = torch.randint(items.mean.shape[0], (len(index),), generator=generator, device=device)
-        where = torch.tensor(index, device=device)
+        where = numbers_on(device, index)
         mean, std = items.mean[view, where], items.std[view, where]
         sample = torch.randn(mean.shape, generator=generator, device=device)
         latents.append((mean + std * sample) * cache.scaling_factor)
@@ -167,6 +167,12 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> tuple[
         masks=torch.cat(masks) if masks else None,
     )
     return batch, noise, timesteps
+
+
+def numbers_on(device: torch.device, values: Sequence[int]) -> Tensor:
+    """(n,) int64. To a GPU from pinned memory: any other copy makes the host wait until all work before it is done."""
+    numbers = torch.tensor(values)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 def rows(count: int, seed: int, step: int, batch_size: int) -> list[int]:

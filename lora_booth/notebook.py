@@ -98,7 +98,7 @@ def storage(keep: str | Path = "auto") -> Path | None:
 
 def mounted() -> bool:
     try:
-        from google.colab import drive  # type: ignore[import-not-found, unused-ignore]
+        from google.colab import drive
     except ImportError:
         return False
     try:
@@ -148,7 +148,7 @@ def download(*files: str | Path) -> None:
     from IPython.display import FileLink, display
 
     try:
-        from google.colab import files as browser  # type: ignore[import-not-found, unused-ignore]
+        from google.colab import files as browser
     except ImportError:
         browser = None
     for path in map(Path, files):
@@ -161,7 +161,7 @@ def download(*files: str | Path) -> None:
 
 def ipywidgets() -> Any | None:
     try:
-        import ipywidgets as found  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        import ipywidgets as found
     except ImportError:
         return None
     return found
@@ -173,7 +173,6 @@ def ipywidgets() -> Any | None:
 def compare(*bases: str, photos: int = 5) -> None:
     """What training of each base would take here: a name as `plan` takes it, memory, time, savings."""
     from .devices import GB
-    from .progress import clock
     from .training.planning import plan
 
     for base in bases:
@@ -184,8 +183,11 @@ def compare(*bases: str, photos: int = 5) -> None:
             continue
         steps = found.asked.steps or 0
         settings = f", with {way.words}" if way.settings else ""
-        print(f"{base}: {way.peak / GB:.1f} GB of {found.machine.budget / GB:.1f}, about {clock(steps * way.seconds)}", end=" ")
-        print(f"for {steps} steps at {found.asked.resolution} px{settings}")
+        minutes = max(1, round(steps * way.seconds / 60))
+        print(
+            f"{base}: {way.peak / GB:.1f} GB of {found.machine.budget / GB:.1f}, about {minutes} min for {steps} steps", end=" "
+        )
+        print(f"at {found.asked.resolution} px{settings}")
 
 
 def judge(token: str, base: BaseModel) -> None:
@@ -198,7 +200,7 @@ def judge(token: str, base: BaseModel) -> None:
     print(token, "is free" if report.ok else "is not free")
     for said in (*report.problems, *report.warnings):
         print(" ", said)
-    print("others:", *propose_tokens(base.tokenizer, known_rare=rare))
+    print("others:", *(one for one in propose_tokens(base.tokenizer, known_rare=rare) if one != token))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -208,6 +210,7 @@ def watch(run: str | Path, *, every: float = 5.0) -> Callable[[Step], None]:
     """For `train(on_step=...)`: the loss and the newest samples, drawn anew every few seconds in the same place."""
     from IPython.display import HTML, display
 
+    from .progress import clock, described
     from .report.charts import chart
 
     points: list[tuple[float, float]] = []
@@ -222,7 +225,8 @@ def watch(run: str | Path, *, every: float = 5.0) -> Callable[[Step], None]:
         drawn = now
         points.append((float(step.index), step.smoothed_loss))
         found = chart(f"step {step.index} of {step.total}", [("mean", points)], last=float(step.total), height=160)
-        place.update(HTML(("" if found is None else svg(found)) + newest_samples(Path(run))))
+        words = f"step {step.index} of {step.total}: {described(step)}, {clock(step.seconds_left)} left"
+        place.update(HTML(f"<p>{words}</p>{'' if found is None else svg(found)}{newest_samples(Path(run))}"))
 
     return on_step
 
@@ -256,7 +260,7 @@ def loss_curve(run: str | Path) -> Any:
 
     found = loss_chart(read_run(Path(run)))
     if found is None:
-        print("No step is saved yet.")
+        print("No step to show.")
         return None
     return SVG(svg(found))
 
@@ -282,17 +286,25 @@ def svg(chart: Chart) -> str:
     )
 
 
-def samples(run: str | Path) -> Grid:
-    """A run's sample pictures: a row for each prompt and seed, a column for each step. Raises SettingsError without any."""
+def samples(run: str | Path, *, side: int = 160) -> Image.Image | None:
+    """A run's sample pictures on one sheet: a row for each prompt and seed, a column for each step. side: in pixels"""
+    found = samples_of(Path(run))
+    if found is None:
+        print("No samples here: they stay in the session that drew them, and are drawn with TrainingConfig(sample_every=...).")
+        return None
+    return found.sheet(side=side)
+
+
+def samples_of(run: Path) -> Grid | None:
     from PIL import Image
 
     from .composition import Picture
     from .grids import Grid
     from .report.reading import read_run
 
-    found = read_run(Path(run)).samples
+    found = read_run(run).samples
     if not found:
-        raise SettingsError("no samples in this run; train with TrainingConfig(sample_every=...)")
+        return None
     at = {(one.prompt, one.seed, one.step): one.file for one in found}
     rows = list(dict.fromkeys((one.prompt, one.seed) for one in found))
     steps = sorted({one.step for one in found})

@@ -23,10 +23,14 @@ BLOCK_OF_SCALES = 256  # scales that share a scale of their own
 TABLES = (16 + 256) * 4  # bytes: what the 4 bits and the scales' 8 bits stand for, kept with every layer
 
 
+def check_kind(kind: str | None) -> None:
+    if kind is not None and kind not in KINDS:
+        raise SettingsError(f"quantize {kind!r} is out of range; allowed: {', '.join(KINDS)}")
+
+
 def check_quantization(kind: str, device: torch.device) -> None:
     """Raises SettingsError or MissingExtraError when a U-Net cannot be kept so on this device."""
-    if kind not in KINDS:
-        raise SettingsError(f"quantize {kind!r} is out of range; allowed: {', '.join(KINDS)}")
+    check_kind(kind)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError(f'quantize="{kind}"', "quant")
     try:

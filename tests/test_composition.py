@@ -221,7 +221,7 @@ def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
     alone = Composition(base, [dog, style]).preflight("a photo of sks dog")
     assert alone.warnings == () and alone.passes == 1 and 'method "sum"' in alone.recommended
     assert "does not name 'sks dog'" in str(Composition(base, [dog]).preflight("a dog"))
-    two = Composition(base, [dog, owl]).preflight("sks dog and zwx owl")
+    two = Composition(base, [dog, owl], method="sum").preflight("sks dog and zwx owl")
     assert "sum of 2 subjects blends them" in two.warnings[0] and "regions" in two.recommended
     assert [(o.first, o.second) for o in two.overlaps] == [("sks", "zwx")]
     assert "share the token 'sks'" in Composition(base, [dog, other]).preflight("sks").warnings[0]
@@ -259,7 +259,25 @@ def test_a_trial_measures_time(base, rex):
     assert found.seconds is not None and found.seconds > 0 and "s a picture" in str(found)
 
 
+def test_several_subjects_get_regions_of_their_own_unless_told_otherwise(base, rex, ink):
+    dog, owl, style = named(rex, "sks", "dog"), named(ink, "zwx", "owl"), named(ink, None, None)
+    chosen, asked = Composition(base, [dog, owl, style]), Composition(base, [dog, owl, style], regions="auto")
+    prompt = "sks dog and zwx owl"
+    assert chosen.method == "regions" and chosen.preflight(prompt).passes == 2
+    pictures = [studio.generate(prompt, **QUICK)[0].image for studio in (chosen, asked)]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    for studio in (Composition(base, [dog, style]), Composition(base, [dog, (owl, 0.0)]), Composition(base, [style, style])):
+        assert studio.method == "sum"
+    # a prompt without any of them has nobody to keep apart
+    plain = Composition(base, [dog, owl, style], method="sum")
+    with pytest.warns(CompositionWarning, match="blends"):
+        expected = plain.generate("a tree", **QUICK)[0].image
+    assert chosen.generate("a tree", **QUICK)[0].image.tobytes() == expected.tobytes()
+    with pytest.raises(SettingsError, match="names none of 'sks', 'zwx'"):
+        asked.generate("a tree", **QUICK)
+
+
 def test_blending_two_subjects_is_said_once_at_the_call(base, rex, ink):
-    studio = Composition(base, [named(rex, "sks", "dog"), named(ink, "zwx", "owl")])
+    studio = Composition(base, [named(rex, "sks", "dog"), named(ink, "zwx", "owl")], method="sum")
     with pytest.warns(CompositionWarning, match="regions keep each itself"):
         studio.generate("sks dog and zwx owl", **QUICK)

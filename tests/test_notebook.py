@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +14,6 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 import lora_booth as lb
 from lora_booth import notebook
@@ -21,7 +23,17 @@ ROOT = Path(__file__).parent.parent
 FILE = ROOT / "docs" / "notebooks" / "dreambooth.ipynb"
 QUICK = """
 TRIAL, KEEP, MINUTES = True, "drive", 0.001
-STEPS, CLASS_IMAGES, SAMPLE_EVERY, DRAW_STEPS, SEEDS = 4, 2, 2, 2, range(2)
+STEPS, CLASS_IMAGES, SAMPLE_EVERY, DRAW_STEPS, SEEDS = 4, 2, 4, 2, range(2)
+"""
+NO_WIDGETS = "import sys; sys.modules['ipywidgets'] = None"
+NO_PHOTOS = """
+import lora_booth as lb
+notebook.upload("nothing")
+lb.Subject.from_folder("nothing", token=TOKEN, class_noun=CLASS_NOUN)
+"""
+LOST = """
+import shutil
+shutil.rmtree(work)
 """
 
 
@@ -33,32 +45,24 @@ def tagged(cell: Any, tag: str) -> bool:
     return tag in cell.metadata.get("tags", [])
 
 
-def with_settings(values: str) -> Any:
-    """The notebook with a cell after its settings, as papermill would put it in."""
+def run(folder: Path) -> Any:
+    """All cells, in a session without widgets, which has no photos at first and loses its files after the first training."""
     made = nbformat.read(FILE, as_version=4)
-    place = next(i for i, cell in enumerate(made.cells) if tagged(cell, "parameters"))
-    made.cells.insert(place + 1, nbformat.v4.new_code_cell(values, id="values"))
-    return made
 
+    def insert(before: str, source: str, *tags: str) -> None:
+        place = next(i for i, cell in enumerate(made.cells) if cell.cell_type == "code" and cell.source.startswith(before))
+        made.cells.insert(place, nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)}))
 
-def run(made: Any, folder: Path, *, before: str = "") -> Any:
-    """before: code of the kernel's startup"""
-    own = folder / ".kernel"
-    startup = own / "ipython" / "profile_default" / "startup"
+    insert("from pathlib import Path", QUICK)  # after the settings, as papermill would
+    insert("photos = safe", NO_PHOTOS, "raises-exception")
+    insert("adapter = lb.train(base, subject, **run)", LOST)
+    startup = folder / ".ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    (startup / "first.py").write_text(before, encoding="utf-8")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(own / "ipython"), "OMP_NUM_THREADS": "1"}
+    (startup / "first.py").write_text(NO_WIDGETS, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / ".ipython"), "OMP_NUM_THREADS": "1"}
     client = NotebookClient(made, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.execute(env=env)
     return made
-
-
-@pytest.fixture(autouse=True)
-def no_trace(tmp_path_factory, monkeypatch):
-    """Jupyter's own files go into a temporary folder."""
-    home = tmp_path_factory.mktemp("jupyter")
-    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(home / name.lower()))
 
 
 def pictures(cell: Any) -> int:
@@ -78,7 +82,10 @@ def text_of(made: Any, part: str) -> str:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("session")
-    made = run(with_settings(QUICK), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):  # no trace elsewhere
+            patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        made = run(folder)
     if place := os.environ.get("LORA_BOOTH_NOTEBOOK"):  # to look at
         nbformat.write(made, place)
     return SimpleNamespace(made=made, folder=folder)
@@ -87,8 +94,10 @@ def done(tmp_path_factory):
 def test_it_runs_from_top_to_bottom(done):
     code = [cell for cell in done.made.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
-    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+    errors = [cell.source for cell in code for output in cell.outputs if output.output_type == "error"]
+    assert errors == [NO_PHOTOS]
     assert "nothing to install" in text_of(done.made, "SOURCE")
+    assert "ohwx is free" in text_of(done.made, "notebook.judge")
 
 
 def test_every_promised_picture_is_there(done):
@@ -103,30 +112,40 @@ def test_what_it_makes_is_there(done):
     assert (first.card.token, first.card.class_noun, second.card.token) == ("ohwx", "owl", "zwx")
     page = (kept / "olga.html").read_text(encoding="utf-8")
     assert page.count("<figure") == 1 + 2 + 8 + 2  # playground, plain call, weights, together
-    assert (done.folder / "booth/runs/olga/report.html").is_file()
     assert sorted(path.name for path in (kept / "photos").iterdir()) == ["brew", "olga"]
 
 
-def test_the_second_call_goes_on_where_the_limit_stopped_the_first(done):
-    import json
-
+def test_training_goes_on_from_what_is_kept(done):
+    """The time limit stopped it after the first step, then the session's files were lost."""
     record = json.loads((done.folder / "booth/runs/olga/run.json").read_text(encoding="utf-8"))
-    said = [event["what"] for event in record["events"]]
-    assert record["status"] == "finished" and record["step"] == 4
-    assert any("limit" in words for words in said) and any("step 1" in words for words in said), said
-    assert list((done.folder / "drive/runs/olga").rglob("*.safetensors"))  # the mirror
+    assert record["status"] == "finished" and record["step"] == record["steps"] == 4
+    assert "continued at step 1" in [event["what"] for event in record["events"]]
+    assert "time is up at step 1 of 4" in text_of(done.made, "time_limit=MINUTES")
+    steps = [json.loads(line)["step"] for line in (done.folder / "booth/runs/olga/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
 
 
-def test_a_lost_session_goes_on_from_the_kept_folder(done, tmp_path):
-    """Only what KEEP holds is left; the run is over without another step."""
-    import shutil
-
+def test_a_finished_training_comes_back_in_a_new_session(done, tmp_path, capsys):
+    """With less to show: samples are not among what is kept."""
     shutil.copytree(done.folder / "drive", tmp_path / "drive")
-    made = with_settings(QUICK)
-    last = next(i for i, cell in enumerate(made.cells) if cell.source.startswith("adapter = lb.train(base, subject, **run)"))
-    made.cells = made.cells[: last + 1]
-    run(made, tmp_path, before="import sys; sys.modules['ipywidgets'] = None")
-    assert (tmp_path / "drive/olga.safetensors").read_bytes() == (done.folder / "drive/olga.safetensors").read_bytes()
+    olga = lb.Subject.from_folder(tmp_path / "drive/photos/olga", token="ohwx", class_noun="owl")
+    config = lb.TrainingConfig(steps=4, class_images=2, sample_every=4)
+    out, steps = tmp_path / "olga", []
+    kept = {"config": config, "out": out, "mirror": tmp_path / "drive/runs/olga"}
+    adapter = lb.train(lb.BaseModel.load("toybox", device="cpu"), olga, **kept, on_step=steps.append, progress=False)
+    assert (
+        not steps
+        and adapter.save(tmp_path / "again.safetensors").read_bytes() == (done.folder / "drive/olga.safetensors").read_bytes()
+    )
+    assert notebook.samples(out) is None and "sample_every" in capsys.readouterr().out
+    assert "<svg" in notebook.loss_curve(out).data and (out / "report.html").is_file()
+
+
+def test_without_photos_it_says_so_in_one_line(done):
+    cell = next(cell for cell in done.made.cells if cell.source == NO_PHOTOS)
+    (error,) = (output for output in cell.outputs if output.output_type == "error")
+    assert error.ename == "PhotoError" and len(error.traceback) == 1
+    assert "file browser" in text_of(done.made, "notebook.upload")
 
 
 # --- as it is committed ----------------------------------------------------------------------------------------------
@@ -140,17 +159,15 @@ def test_it_is_committed_without_outputs():
     assert all(cell.source.count("\n") < 25 for cell in cells())
 
 
-def test_without_photos_it_says_so_in_one_line(tmp_path):
-    made = with_settings('KEEP = ""')
-    made.cells = [cell for cell in made.cells if "notebook.compare" not in cell.source or "from_folder" in cell.source]
-    with pytest.raises(CellExecutionError, match="PhotoError: .*photos"):
-        run(made, tmp_path, before="import sys; sys.modules['ipywidgets'] = None")
-    error = next(output for cell in made.cells for output in cell.get("outputs", ()) if output.output_type == "error")
-    assert len(error.traceback) == 1 and error.ename == "PhotoError"
-    assert "file browser" in text_of(made, "notebook.upload(photos)")
-
-
 # --- the helpers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def displayed(monkeypatch) -> list[Any]:
+    """What would be shown below the cell."""
+    shown: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", lambda *things, **_: shown.extend(things))
+    return shown
 
 
 def test_stale_modules_are_told(monkeypatch):
@@ -175,3 +192,36 @@ def test_nothing_is_kept_where_there_is_no_drive(tmp_path, capsys):
     assert notebook.storage("auto") is None and notebook.storage("") is None
     assert "download" in capsys.readouterr().out
     assert notebook.storage(tmp_path / "safe") == tmp_path / "safe" and (tmp_path / "safe").is_dir()
+
+
+def test_the_upload_button_keeps_what_it_gets(tmp_path, displayed):
+    notebook.upload(tmp_path / "rex")
+    button, said = displayed[-1].children
+    button.set_trait(
+        "value",
+        ({"name": "a.jpg", "type": "", "size": 1, "content": memoryview(b"a"), "last_modified": datetime.now(timezone.utc)},),
+    )
+    assert (tmp_path / "rex/a.jpg").read_bytes() == b"a" and said.value == "1 added: a.jpg"
+
+
+def test_the_playground_draws_what_its_fields_say(done, displayed, capsys):
+    base, adapter = lb.BaseModel.load("toybox", device="cpu"), lb.Adapter.load(done.folder / "drive/olga.safetensors")
+    drawn = notebook.playground(base, [adapter], "a photo of ohwx owl", steps=1)
+    prompt, numbers, button, _ = displayed[-1].children
+    seed, count, weight = numbers.children
+    prompt.value, seed.value, count.value, weight.value = "an owl", 3, 2, 0.5
+    button.click()
+    stated = [(picture.prompt, picture.seed, picture.adapters) for picture in drawn]
+    assert stated == [("a photo of ohwx owl", 0, (("ohwx owl", 1.0),))] + [("an owl", n, (("ohwx owl", 0.5),)) for n in (3, 4)]
+    again = lb.Composition(base, [(adapter, 0.5)]).generate("an owl", seeds=[4], steps=1)[0]
+    assert again.image.tobytes() == drawn[-1].image.tobytes()
+    assert len(displayed) == 3 and not button.disabled  # two sheets and the fields
+    seed.value, count.value = 2**31 - 1, 1
+    drawn.clear()
+    button.click()
+    assert drawn[0].seed == 2**31 - 1
+
+
+def test_a_run_without_a_step_has_no_curve(tmp_path):
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    assert notebook.loss_curve(tmp_path) is None

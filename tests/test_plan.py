@@ -15,6 +15,7 @@ from pipelines import make_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth import cli
+from lora_booth.attention import attention_shapes
 from lora_booth.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.devices import GPUS, Rates, free_bytes, gpu_named, measured_rates
@@ -54,6 +55,7 @@ def planned(kind: str = "sd1", *, budget: float, config: TrainingConfig = CONFIG
     [
         ("sd1", LORA, TrainingConfig()),
         ("sd1", LORA, TrainingConfig(lean=False, gradient_checkpointing=True)),
+        ("sd2", LORA, TrainingConfig(lean=False, attention="plain")),
         ("sd2-v", replace(LORA, dropout=0.1), TrainingConfig(lean=False, min_snr_gamma=5.0)),
         ("sdxl", replace(LORA, text_encoder=True), TrainingConfig(lean=False)),
     ],
@@ -71,6 +73,16 @@ def test_counts_without_weights_are_those_of_the_real_model(kind: str, lora: Lor
         assert traffic[1] == pytest.approx(traffic[0], rel=0.002)
         assert len({replace(one, moved=0, kernels=0) for one in counted}) == 1
     assert counted[1].peak > counted[1].saved and counted[1].flops > 1.9 * counted[1].forward_flops > 0
+
+
+def test_plain_attention_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = counter_of("sd1")
+    fused, plain = (counter.step(replace(CONFIG, attention=a), pictures=2, resolution=64) for a in ("sdpa", "plain"))  # type: ignore[arg-type]
+    scores = sum(h * q * k * n for (h, q, k, _), n in attention_shapes(counter.base, 64).items())
+    assert plain.saved - fused.saved == pytest.approx(2 * 4 * scores, rel=0.4) and plain.peak > fused.peak
+    asked = planned(budget=1e9, config=replace(CONFIG, attention="plain"), device="cpu").forecasts[0]
+    monkeypatch.setattr(planning, "fastest_attention", lambda base, **_: "plain")  # as on a CPU in bf16
+    assert planned(budget=1e9, device="cpu").forecasts[0] == asked != planned(budget=1e9).forecasts[0]
 
 
 def test_half_precision_differs_in_the_statistics_of_norms_alone() -> None:
@@ -285,7 +297,7 @@ def test_json_is_stable(folders: dict[str, Path]) -> None:
     facts = json.loads(json.dumps(found.to_json()))
     assert facts == plan(folders["sd1"], lora=LORA, config=CONFIG, gpu="T4").to_json()
     assert list(facts) == [
-        *("base", "family", "dtype", "resolution", "pictures", "rank", "machine", "chosen", "remedy", "ways"),
+        *("base", "family", "dtype", "resolution", "pictures", "rank", "machine", "chosen", "remedy", "ways", "offered"),
     ]
     assert facts["machine"]["budget"] == 15e9 and facts["dtype"] == "float16" and facts["chosen"] == {}
     assert set(facts["ways"][0]) == {

@@ -31,6 +31,8 @@ from lora_booth.training import train
 from lora_booth.training.counting import inputs
 from lora_booth.training.identity import run_facts
 from lora_booth.training.modes import training_mode
+from lora_booth.training.planning import DoesNotFit, in_memory, plan
+from lora_booth.training.shapes import shapes_of, without_weights
 
 LORA = LoraSpec(rank=2, target_modules=("to_q", "to_v", "to_out.0", "ff.net.2"))
 CONFIG = TrainingConfig(steps=3, class_images=2, warmup_steps=0, learning_rate=1e-2, resolution=64, prior_loss_weight=0.0)
@@ -159,6 +161,40 @@ def test_the_memory_of_its_weights_is_known_before(folders: dict[str, Path], kin
     assert storage_bytes(tensors_of(base.unet)) == pytest.approx(quantized_bytes(plain.unet), rel=0.001)
     large = nn.Linear(1280, 5120, device="meta", dtype=torch.float16)
     assert packed_bytes(large) == pytest.approx(large.weight.nbytes * 0.258, rel=0.01)  # 4.13 bits a value
+
+
+def test_it_is_planned_and_offered_but_never_taken(folders: dict[str, Path]) -> None:
+    options: dict[str, Any] = {"lora": LORA, "config": CONFIG, "gpu": "T4"}
+    plain, asked = plan(folders["sd1"], **options), plan(folders["sd1"], **options, quantize="nf4")
+    chosen, offered, packed = plain.chosen, plain.offered, asked.chosen
+    assert chosen is not None and offered is not None and packed is not None and asked.offered is None
+    assert "quantize" not in {name for one in plain.forecasts for name in one.settings}
+    assert offered.settings == {"quantize": "nf4"} and offered.phases == packed.phases and packed.settings == {}
+    widest = max(m.weight.numel() for m in make_pipeline("sd1").unet.modules() if type(m) is nn.Linear)
+    assert packed.training["at work"] - chosen.training["at work"] == 2 * widest  # one layer as it was, fp16
+    assert packed.seconds > chosen.seconds and "if asked for" in str(plain) and "nf4" in asked.title
+    least = min(one.peak for one in plain.forecasts)
+    assert packed.peak < offered.peak + 1 and offered.peak < least
+    tight = plan(folders["sd1"], **options, vram_gb=(offered.peak + least) / 2e9)
+    assert tight.chosen is None
+    with pytest.raises(DoesNotFit, match='quantize="nf4" would need'):
+        _ = tight.config
+    with pytest.raises(SettingsError, match="quantize 'int3'"):
+        plan(folders["sd1"], quantize="int3")
+
+
+@pytest.mark.parametrize(("family", "size"), [("sd1", 1.32e9), ("sdxl", 1.82e9)])
+def test_published_models_in_4_bits(family: str, size: float) -> None:
+    assert quantized_bytes(without_weights(shapes_of(family), torch.float16).unet) == pytest.approx(size, rel=0.01)
+
+
+@bitsandbytes
+def test_a_packed_base_is_planned_as_it_is(packed: BaseModel) -> None:
+    found = plan(packed, lora=LORA, config=CONFIG)
+    assert found.dtype == "float32, nf4"
+    weights = found.forecasts[0].training["weights"]
+    assert weights == pytest.approx(storage_bytes(tensors_of(packed.unet)), rel=0.001)
+    assert in_memory(packed, torch.device("cpu")) >= weights
 
 
 @bitsandbytes

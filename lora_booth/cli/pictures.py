@@ -22,6 +22,7 @@ from .words import (
     Prompt,
     Prompts,
     PromptSet,
+    Quantize,
     by_file,
     calibrating,
     composition_of,
@@ -57,6 +58,7 @@ def generate(
     isolate: Isolate = "noise",
     preview: Annotated[Path | None, typer.Option(help="where to write a picture of the regions")] = None,
     recipe: Annotated[Path | None, typer.Option(help="where to write a recipe that replays to these pictures")] = None,
+    quantize: Quantize = None,
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
     from ..composition import Recipe
@@ -74,7 +76,8 @@ def generate(
     prompt, several = texts[0], len(texts) > 1
     if several and (preview is not None or recipe is not None):
         raise SettingsError(f"--preview and --recipe are of one prompt, and there are {len(texts)}; give one with --prompt")
-    studio = composition_of(chosen, base, method=method, region=region, auto_regions=auto_regions, isolate=isolate)
+    how: dict[str, Any] = {"region": region, "auto_regions": auto_regions, "isolate": isolate, "quantize": quantize}
+    studio = composition_of(chosen, base, method=method, **how)
     if studio.method == "ssr":
         studio.as_adapter(on_progress=calibrating)
     asked: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "size": size}

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import SettingsError
 from .app import Base, app, say
-from .words import check_dtype
+from .words import Quantize, check_dtype
 
 if TYPE_CHECKING:
     from ..training.planning import Plan
@@ -31,6 +31,7 @@ def plan(
     prior_loss_weight: Annotated[float, typer.Option(help="0: no prior preservation")] = 1.0,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32 [as the device has it]")] = None,
     photos: Annotated[int, typer.Option(min=1, help="how many there will be")] = 5,
+    quantize: Quantize = None,
     json: Annotated[bool, typer.Option(help="everything, in bytes and seconds")] = False,
 ) -> None:
     """Predict memory and time of a training and choose the fastest settings that fit (exit code 2: none does)."""
@@ -53,7 +54,9 @@ def plan(
     from ..training.planning import plan as make_plan
 
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype or "")
-    found = make_plan(family or base, lora=lora, config=config, vram_gb=vram, gpu=gpu, dtype=precision, photos=photos)
+    found = make_plan(
+        family or base, lora=lora, config=config, vram_gb=vram, gpu=gpu, dtype=precision, photos=photos, quantize=quantize
+    )
     show(found, as_json=json)
     _ = found.config  # raises when nothing fits
 

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import SettingsError
 from .app import Base, Photos, app, say
-from .words import check_adapter_file, check_layout, load_base
+from .words import Quantize, check_adapter_file, check_layout, load_base
 
 Crop = Annotated[str, typer.Option(help="smart (the square that keeps the subject, no black bars) or center")]
 
@@ -106,6 +106,7 @@ def train(
     resolution: Annotated[int | None, typer.Option(help="pixels [the base's own]")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="less memory, slower")] = False,
     pictures_at_a_time: Annotated[int | None, typer.Option(help="of a batch; 1 takes the least memory [all]")] = None,
+    quantize: Quantize = None,
     attention: Annotated[str, typer.Option(help="auto (measured here), plain, sdpa or xformers")] = "auto",
     sample_every: Annotated[int | None, typer.Option(help="updates between two rounds of sample pictures [none]")] = None,
     sample_prompt: Annotated[
@@ -162,7 +163,7 @@ def train(
     for skipped in subject.skipped:
         print(f"not used: {skipped.name}: {skipped.reason}", file=sys.stderr)
     own_gpu()
-    loaded = load_base(base)
+    loaded = load_base(base, quantize=quantize)
     place = {"out": run or out.with_suffix(""), "mirror": mirror, "restart": restart, "track": track or ()}
     adapter = train_adapter(loaded, subject, lora=lora, config=config, time_limit=time_limit, **place)  # type: ignore[arg-type]
     if not is_main():

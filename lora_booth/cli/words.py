@@ -24,17 +24,18 @@ Contexts = Annotated[
     list[str] | None, typer.Option(help="what {context} in a prompt stands for, as 'in the snow'; once for each")
 ]
 Method = Annotated[
-    str | None, typer.Option(help="sum, svd, ssr, switch, composite or regions [regions where there are any, else sum]")
+    str | None, typer.Option(help="sum, svd, ssr, switch, composite or regions [regions where there are any or several subjects, else sum]")
 ]
 Places = Annotated[
     list[str] | None,
     typer.Option(help="place of an adapter, as NAME:x0,y0,x1,y1 or NAME:x0,y0,x1,y1:PROMPT; NAME of its file; once for each"),
 ]
 AutoRegions = Annotated[bool, typer.Option(help="find the place of each adapter that the prompt names")]
+Quantize = Annotated[str | None, typer.Option(help="nf4: the U-Net in 4 bits (bitsandbytes): less memory, other numbers")]
 Isolate = Annotated[str, typer.Option(help="of regions: noise (a pass for each) or delta (about one pass)")]
 
 
-def load_base(source: str, *, exact: bool = False) -> BaseModel:
+def load_base(source: str, *, exact: bool = False, quantize: str | None = None) -> BaseModel:
     """Without the bars that diffusers and transformers show while loading; those of a download stay.
 
     exact: in fp32 on the CPU, for sums and differences of weights
@@ -51,7 +52,9 @@ def load_base(source: str, *, exact: bool = False) -> BaseModel:
     quiet_transformers()  # also turns off the Hub's
     if not no_bars:
         enable_progress_bars()
-    return BaseModel.load(source, dtype=torch.float32, device="cpu") if exact else BaseModel.load(source)
+    if exact:
+        return BaseModel.load(source, dtype=torch.float32, device="cpu")
+    return BaseModel.load(source, quantize=quantize)  # type: ignore[arg-type]  # checked by it
 
 
 def check_layout(layout: str) -> None:
@@ -122,6 +125,7 @@ def composition_of(
     region: Sequence[str] | None = None,
     auto_regions: bool = False,
     isolate: str = "noise",
+    quantize: str | None = None,
 ) -> Composition:
     """The composition of a command line; the base is loaded when all else is checked."""
     from ..composition import Composition, Region
@@ -139,7 +143,7 @@ def composition_of(
         adapter, weight = dict(adapters)[name]
         places[name] = Region(adapter, box=box, prompt=words, weight=weight)
     return Composition(
-        load_base(base),
+        load_base(base, quantize=quantize),
         [item for name, item in adapters if name not in places],
         method=method,  # type: ignore[arg-type]  # checked by Composition
         regions="auto" if auto_regions else list(places.values()),

@@ -26,7 +26,7 @@ from .conductor import Conductor, Forward, Voice, in_voices, plainly
 from .making import making_of
 from .one_adapter import joined, observed, refuse_parts
 from .picture import Picture
-from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, unnamed
+from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, subjects_of, unnamed
 from .regional import EMPTY, Isolation, Regional
 from .regions import Region, masks_of
 from .subjects import find_phrase, token_positions, without
@@ -51,9 +51,9 @@ class Composition:
                 "switch"     one adapter at a time, in turn every 5 denoising steps
                 "composite"  the mean of what the U-Net predicts with each adapter alone
                 "regions"    each adapter in its own part of the picture: two subjects that stay themselves
-                None: "regions" when there are any, else "sum"
+                None: "regions" when there are any, or several subjects (adapters with a token); else "sum"
     regions     adapters with their places, or "auto": each of `adapters` that the prompt names, where the U-Net looks
-                for its words
+                for its words. None: "auto" for several subjects when no method is given
     isolate     of regions: "noise" keeps subjects apart, at the cost of a pass for each; "delta" takes about one pass
     start       share of the denoising steps before which all adapters are heard everywhere
     background  prompt of what no region covers; None: the picture's prompt without its subjects
@@ -67,7 +67,7 @@ class Composition:
         adapters: Iterable[Weighted] = (),
         *,
         method: Method | None = None,
-        regions: Sequence[Region] | Literal["auto"] = (),
+        regions: Sequence[Region] | Literal["auto"] | None = None,
         isolate: Isolation = "noise",
         start: float | None = None,
         background: str | None = None,
@@ -75,6 +75,8 @@ class Composition:
     ) -> None:
         self.base = base if isinstance(base, BaseModel) else BaseModel.from_pipeline(base)
         self.adapters = tuple(weighted(item) for item in adapters)
+        self.by_default = method is None and regions is None and len(subjects_of(self.adapters)) > 1
+        regions = "auto" if self.by_default else regions or ()
         self.method: Method = method or ("regions" if regions else "sum")
         if self.method not in METHODS:
             raise SettingsError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
@@ -300,9 +302,13 @@ class Composition:
             voices = [Voice(frozenset({i})) for i in range(len(on))]
             shares = torch.full((len(on), 1, 1, 1), 1 / len(on))
             return partial(in_voices, voices=voices, shares=shares, together=self.together)
-        if self.method == "regions":
+        if self.method == "regions" and not (self.by_default and self._unasked(prompt)):
             return self._regional(prompt, on, weights, pipeline)
         return plainly
+
+    def _unasked(self, prompt: str) -> bool:
+        """The prompt names no subject, so there is none to keep apart."""
+        return all(find_phrase(prompt, adapter) is None for adapter, _ in self.adapters)
 
     def _regional(self, prompt: str, on: Sequence[AttachedAdapter], weights: Sequence[Weight], pipeline: Any) -> Regional:
         regions = None if self.regions == "auto" else list(self.regions)

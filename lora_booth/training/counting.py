@@ -21,6 +21,7 @@ from ..injection import trainable
 from ..latents import Batch
 from ..loss import dreambooth_loss
 from ..memory import Meter, fused_attention, saved_for_backward, storage_bytes
+from ..quantization import quantized_bytes
 from .modes import training_mode
 from .shapes import Shapes, without_weights
 
@@ -45,6 +46,9 @@ class Weights:
     vae: int
     text_encoders: int
     lora: int  # float32
+    linear: int  # of the U-Net, its linear layers
+    widest: int  # the largest of these
+    packed: int  # the U-Net when these are in 4 bits
 
 
 class Counter:
@@ -65,7 +69,8 @@ class Counter:
         if pictures > 2:
             one, two = (asdict(self.step(config, pictures=few, resolution=resolution)) for few in (1, 2))
             return Count(**{name: one[name] + (two[name] - one[name]) * (pictures - 1) for name in one})
-        about = ["step", config.gradient_checkpointing, config.lean, config.min_snr_gamma, pictures, resolution]
+        kernel = counted_attention(config)
+        about = ["step", config.gradient_checkpointing, config.lean, config.min_snr_gamma, kernel, pictures, resolution]
         return self._counted(about, lambda: count_step(self.base, self.lora, config, pictures, resolution))
 
     def encode(self, *, pictures: int, resolution: int) -> Count:
@@ -92,7 +97,7 @@ class Counter:
 
     def _decode(self, rows: int, resolution: int) -> Any:
         latents, _, _ = inputs(self.base, rows, resolution)
-        vae = self.base.vae
+        vae = self.base.shell.vae
         upcast = self.dtype == torch.float16 and vae.config.force_upcast
         try:
             if upcast:  # as the stock pipeline does
@@ -109,7 +114,8 @@ class Counter:
             adapter = storage_bytes(lora.named_parameters().values())
         unet, vae = (storage_bytes([*m.parameters(), *m.buffers()]) for m in (base.unet, base.shell.vae))
         text = sum(storage_bytes([*m.parameters(), *m.buffers()]) for m in base.text_encoders.values())
-        return Weights(unet, vae, text, adapter)
+        linear = [module.weight.nbytes for module in base.unet.modules() if type(module) is nn.Linear]
+        return Weights(unet, vae, text, adapter, sum(linear), max(linear), quantized_bytes(base.unet))
 
     def _counted(self, about: list[Any], work: Callable[[], Count]) -> Count:
         key, names = key_of(of="count", base=self._about, about=about), [one.name for one in fields(Count)]
@@ -119,6 +125,11 @@ class Counter:
             write_entry(KIND, key, {name: torch.tensor(getattr(counted, name)) for name in names})
             return counted
         return Count(**{name: int(value) for name, value in kept.items()})
+
+
+def counted_attention(config: TrainingConfig) -> str:
+    """Every kernel without a matrix of all scores keeps the same. `auto` must be decided before."""
+    return "plain" if config.attention == "plain" else "sdpa"
 
 
 def count(work: Callable[[], Any]) -> Count:
@@ -143,7 +154,7 @@ def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[torch.Tensor, T
 
 def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures: int, resolution: int) -> Count:
     """On a base of any device: one forward and backward pass as training makes it, the gradients being there already."""
-    config = replace(config, attention="sdpa", compile=False)  # every kernel without a matrix of all scores keeps the same
+    config = replace(config, attention=counted_attention(config), compile=False)  # type: ignore[arg-type]  # one of its kernels
     with trainable(base, lora) as adapter, training_mode(base, config):
         for parameter in adapter.named_parameters().values():
             parameter.grad = torch.zeros_like(parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention import fastest_attention
 from ..base_model import BaseModel, default_device, default_dtype
 from ..config import LoraSpec, TrainingConfig
 from ..devices import CUDA_CONTEXT, GB, GPUS, Rates, device_name, free_bytes, gpu_named, measured_rates, published_rates
 from ..errors import SettingsError
 from ..memory import pictures_at_a_time, storage_bytes
+from ..quantization import KINDS, check_kind, is_quantized, tensors_of
 from .counting import Count, Counter
-from .savings import RUNGS
+from .savings import batch_of, choices
 from .settings import settled
 from .shapes import shapes_of
 
@@ -48,7 +50,7 @@ class Machine:
 class Forecast:
     """One way to train, predicted. Bytes and seconds."""
 
-    settings: dict[str, Any]  # of TrainingConfig, beyond what was asked for
+    settings: dict[str, Any]  # of TrainingConfig, beyond what was asked for; and `quantize` of BaseModel.load
     training: dict[str, float]  # what the memory of the loop consists of
     phases: dict[str, float]  # the most memory of each phase
     reserve: float
@@ -79,6 +81,7 @@ class Plan:
     pictures: int  # in a batch
     forecasts: tuple[Forecast, ...]
     remedy: str  # what would fit, when nothing does
+    offered: Forecast | None = None  # with a quantized base: other numbers, so never taken without asking
 
     @property
     def chosen(self) -> Forecast | None:
@@ -114,9 +117,11 @@ class Plan:
                 one.words,
                 f"{one.peak / GB:.2f} GB",
                 f"{shown_seconds(one.seconds)} ({' to '.join(map(shown_seconds, one.seconds_range))})",
-                "chosen" if one is self.chosen else "fits" if one.fits else "does not fit",
+                "chosen"
+                if one is self.chosen
+                else ("fits" if one.fits else "does not fit") + ", if asked for" * (one is self.offered),
             )
-            for one in self.forecasts
+            for one in (*self.forecasts, *filter(None, [self.offered]))
         ]
 
     @property
@@ -152,8 +157,13 @@ class Plan:
             "machine": asdict(self.machine),
             "chosen": None if chosen is None else chosen.settings,
             "remedy": self.remedy,
-            "ways": [{**asdict(one), "seconds_range": list(one.seconds_range), "peak": one.peak} for one in self.forecasts],
+            "ways": [as_json(one) for one in self.forecasts],
+            "offered": None if self.offered is None else as_json(self.offered),
         }
+
+
+def as_json(one: Forecast) -> dict[str, Any]:
+    return {**asdict(one), "seconds_range": list(one.seconds_range), "peak": one.peak}
 
 
 def shown_seconds(seconds: float) -> str:
@@ -170,6 +180,7 @@ def plan(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     photos: int = 5,
+    quantize: str | None = None,
 ) -> Plan:
     """Predict memory and time of a training, counted on the base's structure without its weights.
 
@@ -179,9 +190,13 @@ def plan(
     device   None: the base's own, else as BaseModel.load chooses
     dtype    None: the base's own, else as BaseModel.load chooses
     photos   how many there will be
+    quantize as in BaseModel.load; a base in memory that is quantized is counted so
     Raises BaseModelError, SettingsError; and DoesNotFit where `config` of the plan is asked for and nothing fits.
     """
     lora = lora or LoraSpec()
+    check_kind(quantize)
+    if isinstance(base, BaseModel) and is_quantized(base.structure["unet"]):
+        quantize = quantize or KINDS[0]
     here = torch.device(device) if device is not None else base.device if isinstance(base, BaseModel) else default_device()
     if gpu is None and vram_gb is not None and device is None and here.type != "cuda":
         gpu = GPUS["t4"].label
@@ -200,7 +215,7 @@ def plan(
         machine = Machine(device_name(here), here.type, budget, context, measured_rates(here, precision))
     counter = Counter(shapes_of(base), dtype=precision, lora=lora)
     lazy = not isinstance(base, BaseModel) or base.weights is not None
-    return Planner(counter, machine, settled(config or TrainingConfig(), counter.base, photos), photos, lazy).plan()
+    return Planner(counter, machine, settled(config or TrainingConfig(), counter.base, photos), photos, lazy, quantize).plan()
 
 
 def fitted(
@@ -226,7 +241,7 @@ def in_memory(base: BaseModel | str | Path, device: torch.device) -> int:
     if not isinstance(base, BaseModel):
         return 0
     modules = {name: m for name, m in base.shell.components.items() if isinstance(m, nn.Module) and base.unread(name) is None}
-    return storage_bytes(p for m in modules.values() for p in m.parameters() if p.device.type == device.type)
+    return storage_bytes(t for m in modules.values() for t in tensors_of(m) if t.device.type == device.type)
 
 
 def ceiling(base: BaseModel, config: TrainingConfig) -> int:
@@ -241,28 +256,6 @@ def ceiling(base: BaseModel, config: TrainingConfig) -> int:
     return 2 * whole + pixels + batch_of(config) * layers * side**2 * widest * 4
 
 
-def batch_of(config: TrainingConfig) -> int:
-    return config.batch_size * (2 if config.prior_loss_weight > 0 else 1)
-
-
-def choices(config: TrainingConfig) -> list[list[tuple[str, Any]]]:
-    """For each saving that the user left open, its values; a saving that was asked for is no choice."""
-    found = []
-    for setting, value in RUNGS:
-        if getattr(config, setting) != getattr(TrainingConfig(), setting):
-            continue
-        values = list(halves(batch_of(config))) if setting == "pictures_at_a_time" else [value]
-        if values:
-            found.append([(setting, one) for one in values])
-    return found
-
-
-def halves(pictures: int) -> Iterator[int]:
-    while pictures > 1:
-        pictures //= 2
-        yield pictures
-
-
 @dataclass(frozen=True)
 class Planner:
     counter: Counter
@@ -270,23 +263,35 @@ class Planner:
     config: TrainingConfig  # settled
     photos: int
     lazy: bool  # the base gives back what training does not need
+    quantize: str | None = None
 
     def plan(self) -> Plan:
         base = self.counter.base
-        ways = [[(), *((pair,) for pair in pairs)] for pairs in choices(self.config)]
-        forecasts = [self.forecast(self.config, dict(pair for part in way for pair in part)) for way in product(*ways)]
-        forecasts.sort(key=lambda one: one.seconds * WORTH ** len(one.settings))
+        forecasts = self._ways({})
         least = min(forecasts, key=lambda one: one.peak)
+        offered = None
+        if self.quantize is None and self.machine.type == "cuda":  # slow elsewhere
+            packed = self._ways({"quantize": KINDS[0]})
+            offered = next((one for one in packed if one.fits), min(packed, key=lambda one: one.peak))
         return Plan(
             base=base.name,
             family=base.family.label,
             machine=self.machine,
-            dtype=str(base.dtype).removeprefix("torch."),
+            dtype=str(base.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else ""),
             asked=self.config,
             lora=self.counter.lora,
             pictures=batch_of(self.config),
             forecasts=tuple(forecasts),
-            remedy="" if least.peak <= self.machine.budget else self._remedy(least),
+            remedy="" if least.peak <= self.machine.budget else self._remedy(least, offered),
+            offered=offered,
+        )
+
+    def _ways(self, with_these: dict[str, Any]) -> list[Forecast]:
+        """All that the user left open, the fastest first."""
+        ways = [[(), *((pair,) for pair in pairs)] for pairs in choices(self.config)]
+        every = (with_these | dict(pair for part in way for pair in part) for way in product(*ways))
+        return sorted(
+            (self.forecast(self.config, way) for way in every), key=lambda one: one.seconds * WORTH ** len(one.settings)
         )
 
     @cached_property
@@ -297,16 +302,22 @@ class Planner:
         return max(self.counter.sample(**few).peak, self.counter.decode(**few).peak)
 
     def forecast(self, config: TrainingConfig, settings: dict[str, Any]) -> Forecast:
-        config = replace(config, **settings)
+        quantize = settings.get("quantize", self.quantize)
+        config = replace(config, **{name: value for name, value in settings.items() if name != "quantize"})
         assert config.resolution and config.class_images
         weights, machine, resolution = self.counter.weights, self.machine, config.resolution
         pictures, prior = batch_of(config), config.prior_loss_weight > 0
         size = min(config.pictures_at_a_time or pictures, pictures)
         parts = [size] * (pictures // size) + [pictures % size] * (pictures % size > 0)
+        if config.attention == "auto" and machine.type == "cpu":  # a GPU's kernels all count alike
+            kernel: Any = fastest_attention(self.counter.base, resolution=resolution, pictures=size, device=torch.device("cpu"))
+            config = replace(config, attention=kernel)
         counts = [self.counter.step(config, pictures=part, resolution=resolution) for part in parts]
         largest = max(counts, key=lambda one: one.peak)
-        whole = weights.unet + weights.vae + weights.text_encoders
-        stays = whole if self.counter.lora.text_encoder or (machine.type == "cpu" and not self.lazy) else weights.unet
+        unet = weights.packed if quantize else weights.unet
+        unpacked = weights.widest if quantize else 0  # one layer at a time
+        whole = unet + weights.vae + weights.text_encoders
+        stays = whole if self.counter.lora.text_encoder or (machine.type == "cpu" and not self.lazy) else unet
         cached = self._cache(config)
         training = {
             "weights": float(stays),
@@ -314,7 +325,7 @@ class Planner:
             **self._of_adapter(config),
             "latents and text": float(cached),
             "kept for the backward pass": float(largest.saved),
-            "at work": float(largest.peak - largest.saved),
+            "at work": float(largest.peak - largest.saved + unpacked),
         }
         encode = self.counter.encode(pictures=1, resolution=resolution).peak
         opened = config.class_images if prior else self.photos
@@ -322,9 +333,10 @@ class Planner:
         before = whole if prior else weights.vae + weights.text_encoders
         phases = {"through the VAE": machine.context + before + images + encode}
         if prior:
-            phases["drawing class images"] = machine.context + whole + self._sampling
+            phases["drawing class images"] = machine.context + whole + self._sampling + unpacked
         phases["training"] = sum(training.values())
-        seconds = config.gradient_accumulation * sum(map(self._seconds, counts))
+        more = weights.linear if quantize else 0
+        seconds = config.gradient_accumulation * sum(self._seconds(one, unpacked=more) for one in counts)
         spread, peak = machine.rates.spread, max(phases.values())
         reserve = RESERVE * (peak - min(whole, peak))
         return Forecast(
@@ -344,9 +356,11 @@ class Planner:
         state = lora * ADAM_BYTES[config.optimizer] / 4
         return {"adapter": lora, "gradients": lora, "optimizer": state, "state to go back to": lora + state}
 
-    def _seconds(self, counted: Count) -> float:
+    def _seconds(self, counted: Count, *, unpacked: int) -> float:
+        """unpacked: bytes of packed weights that each pass through the U-Net writes out"""
         rates = self.machine.rates
-        device = counted.flops / rates.flops + counted.moved / rates.bandwidth
+        moved = counted.moved + unpacked * round(counted.flops / max(1, counted.forward_flops))
+        device = counted.flops / rates.flops + moved / rates.bandwidth
         captured = self.machine.type == "cuda" and self.config.capture != "off" and not self.config.compile
         host = 0.0 if captured else counted.kernels * rates.kernel_seconds  # a CUDA graph is started as one
         return device + host if self.machine.type == "cpu" else max(device, host)  # a GPU computes while the host goes on
@@ -360,10 +374,12 @@ class Planner:
         width: int = unet.cross_attention_dim  # type: ignore[union-attr, assignment]
         return int(latents) + 2 * base.tokenizer.model_max_length * width * base.dtype.itemsize
 
-    def _remedy(self, least: Forecast) -> str:
+    def _remedy(self, least: Forecast, offered: Forecast | None) -> str:
         config, resolution = self.config, self.config.resolution
         assert resolution
         offers = []
+        if offered is not None and offered.peak <= self.machine.budget:
+            offers.append(f'a base with quantize="{KINDS[0]}" would need {offered.peak / GB:.1f} GB')
         for side in (one for one in COMMON_SIDES if one < resolution and one % self.counter.base.pixels_per_latent == 0):
             smaller = replace(self, config=replace(config, resolution=side)).forecast(
                 replace(config, resolution=side), least.settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ RUNGS: tuple[tuple[str, Any], ...] = (
     ("pictures_at_a_time", 1),
     ("gradient_checkpointing", True),
 )
-LEFT_TO_TRY = "a smaller resolution or rank, or a base in half precision"  # what nobody does without asking
+LEFT_TO_TRY = 'a smaller resolution or rank, or a base in half precision or with quantize="nf4"'  # nobody does it unasked
 SIGNS = (  # in a RuntimeError, in lower case
     "can't allocate memory",  # PyTorch on a CPU
     "not enough memory",  # the same, on Windows
@@ -43,6 +43,28 @@ def next_rung(config: TrainingConfig, *, pictures: int) -> str | None:
 def rungs_between(config: TrainingConfig, saving: TrainingConfig) -> list[str]:
     """The rungs that lead from the one to the other."""
     return [setting for setting, value in RUNGS if getattr(saving, setting) == value != getattr(config, setting)]
+
+
+def batch_of(config: TrainingConfig) -> int:
+    return config.batch_size * (2 if config.prior_loss_weight > 0 else 1)
+
+
+def choices(config: TrainingConfig) -> list[list[tuple[str, Any]]]:
+    """For each saving that the user left open, its values; a saving that was asked for is no choice."""
+    found = []
+    for setting, value in RUNGS:
+        if getattr(config, setting) != getattr(TrainingConfig(), setting):
+            continue
+        values = list(halves(batch_of(config))) if setting == "pictures_at_a_time" else [value]
+        if values:
+            found.append([(setting, one) for one in values])
+    return found
+
+
+def halves(pictures: int) -> Iterator[int]:
+    while pictures > 1:
+        pictures //= 2
+        yield pictures
 
 
 def climbed(config: TrainingConfig, rungs: Sequence[str]) -> TrainingConfig:
