@@ -96,9 +96,18 @@ def write_folder(
 
 def prune(parent: Path, *, keep: Path | None = None) -> None:
     """Remove older checkpoints and what dead processes left; nobody else writes here, the run's folder is locked."""
-    for old in parent.iterdir():
-        if old != keep and OURS.fullmatch(old.name) and (keep is not None or old.name.startswith(".")):
-            shutil.rmtree(old, ignore_errors=True)
+    for old in list(parent.iterdir()):
+        if old == keep or not OURS.fullmatch(old.name):
+            continue
+        if not old.name.startswith("."):
+            if keep is None:
+                continue
+            aside = parent / f".{old.name}.{os.getpid()}.tmp"  # a name of a checkpoint never stands over half of one
+            try:
+                old = old.replace(aside)
+            except OSError:
+                continue
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_back(folder: Path) -> Checkpoint | None:

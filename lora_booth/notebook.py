@@ -391,4 +391,5 @@ def page(path: str | Path, *, height: int = 640) -> Any:
 
     inside = escape(Path(path).read_text(encoding="utf-8"))
     style = f"width:100%;height:{height}px;border:1px solid #8884"
-    return HTML(f'<div><iframe srcdoc="{inside}" style="{style}" sandbox="allow-scripts allow-downloads"></iframe></div>')
+    allowed = 'sandbox="allow-scripts allow-downloads" allow="clipboard-write *"'
+    return HTML(f'<div><iframe srcdoc="{inside}" style="{style}" {allowed}></iframe></div>')

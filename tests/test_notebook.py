@@ -34,6 +34,7 @@ lb.Subject.from_folder("nothing", token=TOKEN, class_noun=CLASS_NOUN)
 LOST = """
 import shutil
 shutil.rmtree(work)
+MINUTES = None
 """
 
 
@@ -55,7 +56,7 @@ def run(folder: Path) -> Any:
 
     insert("from pathlib import Path", QUICK)  # after the settings, as papermill would
     insert("photos = safe", NO_PHOTOS, "raises-exception")
-    insert("adapter = lb.train(base, subject, **run)", LOST)
+    insert("adapter = lb.train(base, subject, **run", LOST)
     startup = folder / ".ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "first.py").write_text(NO_WIDGETS, encoding="utf-8")

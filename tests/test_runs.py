@@ -19,7 +19,7 @@ from faults import CONFIG, LORA, in_process, run_and_tell, subject, tiny, tiny_r
 from safetensors.torch import load_file
 
 from lora_booth.adapters import Adapter
-from lora_booth.checkpoint import newest
+from lora_booth.checkpoint import newest, publish, read_back
 from lora_booth.errors import SettingsError, TrainingError
 from lora_booth.progress import Step
 from lora_booth.training import train
@@ -319,3 +319,24 @@ def test_a_spike_goes_back_once_and_is_then_told() -> None:
     assert again.rate_share == 0.5
     [said] = again.judge(high, step=200 + len(high), rate=1e-4)
     assert said.startswith("the loss is ") and again.rate_share == 0.5
+
+
+def test_a_kill_while_old_checkpoints_go_leaves_no_half_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by 200 kills: a folder under a checkpoint's name was half removed."""
+    files = {"state.pt": b"x" * 100, "adapter.safetensors": b"y" * 100}
+    first = publish(tmp_path, 5, 1, files)
+
+    def killed(folder: Path, **_: Any) -> None:
+        if Path(folder).exists():  # not the temporary one of another time
+            next(Path(folder).iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 10, 2, files)
+    assert not first.folder.exists()
+    names = [folder for folder in tmp_path.iterdir() if not folder.name.startswith(".")]
+    assert [read_back(folder) is not None for folder in names] == [True]
+    monkeypatch.undo()
+    publish(tmp_path, 15, 3, files)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["000015"]  # the litter is gone too

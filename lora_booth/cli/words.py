@@ -24,7 +24,8 @@ Contexts = Annotated[
     list[str] | None, typer.Option(help="what {context} in a prompt stands for, as 'in the snow'; once for each")
 ]
 Method = Annotated[
-    str | None, typer.Option(help="sum, svd, ssr, switch, composite or regions [regions where there are any or several subjects, else sum]")
+    str | None,
+    typer.Option(help="sum, svd, ssr, switch, composite or regions [regions, given or found, of several subjects; else sum]"),
 ]
 Places = Annotated[
     list[str] | None,

@@ -109,7 +109,10 @@ class TrainingRun(Iterator[Step]):
 
     def __next__(self) -> Step:
         while self.step < (self.config.steps or 0):
+            began = time.monotonic()
             loss = self._update()
+            if self.config.compile and self.step == self.first:
+                self.say(f"compile: the first step took {time.monotonic() - began:.1f} s")
             self.step += 1
             if self._went_well(loss):
                 return self._report(loss)

@@ -48,6 +48,7 @@ def training_mode(base: BaseModel, config: TrainingConfig, *, say: Callable[[str
         if own:
             say(f"note: attention by {', '.join(own)} is left as it is")
         if config.compile:
+            say("compile: the first step compiles the U-Net's blocks, which takes a minute or more")
             stack.enter_context(compiled(base.unet))
         elif config.lean:
             for model in base.structure.values():

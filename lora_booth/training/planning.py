@@ -28,6 +28,7 @@ RESERVE = 0.15  # of what is counted beside the weights: so far off a prediction
 ADAM_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each value of the adapter
 COMMON_SIDES = (1536, 1024, 768, 640, 512, 384, 256, 192, 128, 64)  # pixels
 WORTH = 1.05  # by this a saving must be faster to be taken without need
+FITS = ("does not fit", "fits")
 EASY = 0.25  # of the free memory: what is surely below is not counted
 
 
@@ -117,9 +118,7 @@ class Plan:
                 one.words,
                 f"{one.peak / GB:.2f} GB",
                 f"{shown_seconds(one.seconds)} ({' to '.join(map(shown_seconds, one.seconds_range))})",
-                "chosen"
-                if one is self.chosen
-                else ("fits" if one.fits else "does not fit") + ", if asked for" * (one is self.offered),
+                "chosen" if one is self.chosen else FITS[one.fits] + ", if asked for" * (one is self.offered),
             )
             for one in (*self.forecasts, *filter(None, [self.offered]))
         ]
@@ -309,10 +308,11 @@ class Planner:
         pictures, prior = batch_of(config), config.prior_loss_weight > 0
         size = min(config.pictures_at_a_time or pictures, pictures)
         parts = [size] * (pictures // size) + [pictures % size] * (pictures % size > 0)
+        counted = config
         if config.attention == "auto" and machine.type == "cpu":  # a GPU's kernels all count alike
             kernel: Any = fastest_attention(self.counter.base, resolution=resolution, pictures=size, device=torch.device("cpu"))
-            config = replace(config, attention=kernel)
-        counts = [self.counter.step(config, pictures=part, resolution=resolution) for part in parts]
+            counted = replace(config, attention=kernel)
+        counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]
         largest = max(counts, key=lambda one: one.peak)
         unet = weights.packed if quantize else weights.unet
         unpacked = weights.widest if quantize else 0  # one layer at a time
