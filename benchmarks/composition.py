@@ -221,19 +221,22 @@ def main() -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Share of pictures whose subjects blend against seconds a picture."""
+    """Shares of pictures whose subjects blend, and are told apart, against seconds a picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4))
-    axes = figure.add_subplot()
-    for kind, marker in (("cross", "o"), ("same", "s")):
+    figure = Figure(figsize=(11, 7))
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for line, kind in zip(panels, ("cross", "same"), strict=True):
         own = [row for row in rows if row["kind"] == kind]
-        axes.scatter([r["seconds a picture"] for r in own], [r["blended"] for r in own], marker=marker, label=f"{kind} class")
-        for row in own:
-            axes.annotate(row["method"], (row["seconds a picture"], row["blended"]), fontsize=8)
-    axes.set(xlabel="seconds a picture", ylabel="share blended", ylim=(0, 1))
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+        for axes, measure in zip(line, ("blended", "told apart"), strict=True):
+            axes.scatter([row["seconds a picture"] for row in own], [row[measure] for row in own])
+            for row in own:
+                place = (row["seconds a picture"], row[measure])
+                axes.annotate(row["method"], place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.set(title=f"{measure}, {kind} class", ylim=(0, 1))
+    for axes in panels[1]:
+        axes.set_xlabel("seconds a picture")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 if __name__ == "__main__":
