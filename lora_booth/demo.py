@@ -15,7 +15,7 @@ from .evaluation import Evaluation, evaluate_subject
 from .gallery import Gallery
 from .photos import contact_sheet
 from .subject import Subject
-from .toybox.world import HELD_OUT, Identity, photos_of
+from .toybox.world import HELD_OUT, Identity, photos_of, with_article
 from .training import train
 
 PHOTOS = 5
@@ -51,7 +51,7 @@ def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) 
     for name, token in SUBJECTS.items():
         identity = HELD_OUT[name]
         folder = write_photos(name, out / "photos" / name)
-        say(f"{name}: {PHOTOS} pictures of a {identity.class_noun} that the base never saw; its token is {token!r}")
+        say(f"{name}: {PHOTOS} pictures of {with_article(identity.class_noun)} that the base never saw; its token is {token!r}")
         subject = Subject.from_folder(folder, token=token, class_noun=identity.class_noun)
         adapter = train(base, subject, out=out / "runs" / name)
         file = adapter.save(out / f"{name}.safetensors")
