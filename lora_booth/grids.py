@@ -19,7 +19,7 @@ from .composition.composition import Method, Weighted, weighted
 from .config import check
 from .errors import CompositionWarning, SettingsError, shown
 from .gallery import Gallery
-from .photos.sheet import _wrap as wrapped
+from .photos.sheet import wrapped_lines
 
 MOST = 1_000  # pictures
 SHEET_PIXELS = 80e6  # of a sheet, about
@@ -55,8 +55,8 @@ class Grid:
             width = max((picture.image.width for picture in drawn), default=SIDE[0])
             side = min(SIDE[1], max(SIDE[0], width), math.isqrt(int(SHEET_PIXELS / self.total)))
         font, line = ImageFont.load_default(FONT), FONT + 4
-        top = wrapped(shown(self.title), font, ROW_LABEL + len(self.columns) * (side + GAP)) if self.title else []
-        heads = [wrapped(shown(text), font, side) for text in self.columns]
+        top = wrapped_lines(shown(self.title), font, ROW_LABEL + len(self.columns) * (side + GAP)) if self.title else []
+        heads = [wrapped_lines(shown(text), font, side) for text in self.columns]
         above = GAP + (len(top) * line + GAP if top else 0) + max(map(len, heads)) * line + GAP // 2
         size = (ROW_LABEL + GAP + len(self.columns) * (side + GAP), above + len(self.rows) * (side + GAP))
         sheet = Image.new("RGB", size, "white")
@@ -71,7 +71,7 @@ class Grid:
             write(ROW_LABEL + column * (side + GAP), above - GAP // 2 - len(head) * line, head)
         for row, (label, pictures) in enumerate(zip(self.rows, self.cells, strict=True)):
             y = above + row * (side + GAP)
-            lines = wrapped(shown(label), font, ROW_LABEL - 2 * GAP, most=max(1, side // line))
+            lines = wrapped_lines(shown(label), font, ROW_LABEL - 2 * GAP, most=max(1, side // line))
             write(GAP, y + (side - len(lines) * line) // 2, lines)
             for column, picture in enumerate(pictures):
                 x = ROW_LABEL + column * (side + GAP)

@@ -13,8 +13,7 @@ from typing import Any
 from PIL import Image
 
 from .base_model import BaseModel
-from .cache import cache_folder as cache_folder
-from .cache import drop, own_folder
+from .cache import cache_folder, drop, own_folder
 from .errors import TrainingError
 from .generation import generate_images
 from .marking import save_marked

@@ -25,11 +25,11 @@ from pipelines import make_pipeline, save
 from transformers import CLIPConfig
 
 from lora_booth.base_model import BaseModel
+from lora_booth.cache import cache_folder
 from lora_booth.composition import Composition, Picture
 from lora_booth.config import TrainingConfig
 from lora_booth.gallery import Gallery
 from lora_booth.marking import save_marked
-from lora_booth.prior import cache_folder
 from lora_booth.subject import Subject
 from lora_booth.training import train
 

@@ -20,7 +20,7 @@ def contact_sheet(
     gap, size = 8, 12  # pixels
     line = size + 3
     font = ImageFont.load_default(size)
-    wrapped = [_wrap(shown(label), font, side) for label in labels] if labels is not None else [[] for _ in images]
+    wrapped = [wrapped_lines(shown(label), font, side) for label in labels] if labels is not None else [[] for _ in images]
     columns = max(1, min(columns, len(images)))
     text_height = line * max(len(lines) for lines in wrapped)
     cell = (side + gap, side + text_height + gap)
@@ -40,7 +40,7 @@ def contact_sheet(
     return sheet
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
+def wrapped_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
     """`text` in lines of at most `width` pixels, broken at spaces where there are any; at most `most` lines."""
     lines: list[str] = []
     rest = " ".join(text.split())[:500]
