@@ -79,11 +79,10 @@ class BaseModel:
         place = torch.device(device) if device is not None else default_device()
         if quantize is not None:
             check_quantization(quantize, place)
+        precision = dtype or default_dtype(place, source)
         if str(source) == TOYBOX:
-            precision = dtype or (torch.float32 if place.type == "cpu" else default_dtype(place))
             loaded, name = load_folder(TOYBOX_FOLDER, precision, place), TOYBOX
         else:
-            precision = dtype or default_dtype(place)
             path = Path(source).expanduser()
             if path.is_dir():
                 loaded, name = load_folder(path, precision, place, variant=variant), path.resolve().name
@@ -322,8 +321,10 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the chip computes in it, fp16 on older GPUs, else fp32."""
+def default_dtype(device: torch.device, source: str | Path = "") -> torch.dtype:
+    """bf16 where the chip computes in it, fp16 on older GPUs, else fp32; the toybox on a CPU: fp32."""
+    if device.type == "cpu" and str(source) == TOYBOX:
+        return torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and torch.cpu.is_available() and torch.cpu._is_avx512_bf16_supported():

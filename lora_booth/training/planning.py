@@ -208,7 +208,7 @@ def plan(
         budget = GB * (facts.memory_gb if vram_gb is None else vram_gb)
         machine = Machine(facts.label, "cuda", budget, CUDA_CONTEXT, published_rates(facts, precision))
     else:
-        precision = precision or default_dtype(here)
+        precision = precision or default_dtype(here, "" if isinstance(base, BaseModel) else base)
         budget = vram_gb * GB if vram_gb is not None else free_bytes(here) + in_memory(base, here)
         context = CUDA_CONTEXT if here.type == "cuda" and vram_gb is not None else 0.0
         machine = Machine(device_name(here), here.type, budget, context, measured_rates(here, precision))
