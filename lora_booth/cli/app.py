@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..errors import CompositionWarning, LoraBoothError, OtherBaseWarning, shown
+from ..progress import quiet_about_torchvision
 
 app = typer.Typer(
     help="DreamBooth with LoRA: teach Stable Diffusion one subject from a few photos.",
@@ -35,6 +36,7 @@ INTERRUPTED = 130  # the shell's exit code for it
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point. Leaves with 0, 1 (a token that cannot be used), 2 (a user's mistake) or 130 (interrupted)."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    quiet_about_torchvision()
     try:
         with plain_warnings():
             code = app(args=words or ["--help"], prog_name="lora-booth", standalone_mode=False)
