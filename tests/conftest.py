@@ -72,3 +72,18 @@ def hub() -> Iterator[Callable[[str, Path], str]]:
     yield put
     for cache in caches:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process -> exit code, stdout, stderr."""
+    from lora_booth import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(word) for word in words])
+        told = capsys.readouterr()
+        return int(left.value.code or 0), told.out, told.err
+
+    return run

@@ -10,7 +10,6 @@ import pipelines
 import pytest
 import torch
 
-from lora_booth import cli
 from lora_booth.adapters import Adapter, LoraFactors
 from lora_booth.adapters.difference import difference
 from lora_booth.adapters.merge import concatenated, merge
@@ -322,18 +321,6 @@ def test_what_one_adapter_cannot_be_is_named(sd1):
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(word) for word in words])
-        told = capsys.readouterr()
-        return int(left.value.code or 0), told.out, told.err
-
-    return run
 
 
 def test_commands(call, tmp_path):

@@ -48,20 +48,6 @@ def train_words(photos: Path, tiny: Path, out: Path, *more: str) -> list[str]:
     return [*words, "--steps", "6", "--rank", "2", "--prior-loss-weight", "0", *more]
 
 
-@pytest.fixture
-def call(capsys):
-    """Run a command in this process -> exit code, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(word) for word in words])
-        told = capsys.readouterr()
-        return int(left.value.code or 0), told.out, told.err
-
-    return run
-
-
 def same_tensors(a: Path, b: Path) -> bool:
     return Adapter.load(a).digest() == Adapter.load(b).digest()
 

@@ -50,12 +50,6 @@ class Evaluation:
         """Identity attributes right, as a share of what the judge gives real renders."""
         return self.adapter.identity / max(1e-9, self.ceiling.identity)
 
-    @property
-    def fidelity(self) -> float:
-        """(adapter - floor) / (ceiling - floor) of the identity attributes: 0 = the base knows as much, 1 = real renders."""
-        room = self.ceiling.identity - self.floor.identity
-        return (self.adapter.identity - self.floor.identity) / max(1e-9, room)
-
 
 def evaluate_subject(
     base: BaseModel,
