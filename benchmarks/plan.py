@@ -61,24 +61,24 @@ CASES = {
 }
 
 
-def base_of(case: Case) -> BaseModel:
+def base_of(case: Case, device: str = "cpu") -> BaseModel:
     """Random weights in the case's shapes."""
     known = built_in(case.family, case.family)
     parts = {**known.parts, "unet": {**known.parts["unet"], **dict(case.unet)}, "vae": {**known.parts["vae"], **VAE}}
     base = without_weights(Shapes(case.family, parts), case.dtype)
     for module in (*base.structure.values(), base.shell.vae):
-        module.to_empty(device="cpu")
+        module.to_empty(device=device)
         for name, value in module.state_dict(keep_vars=True).items():
             value = value.detach()
             if not value.is_floating_point():
-                value.copy_(torch.arange(value.numel()).view(value.shape))
+                value.copy_(torch.arange(value.numel(), device=device).view(value.shape))
             elif value.dim() > 1:
                 value.normal_(std=0.02)
             else:
                 value.fill_(float(name.endswith("weight")))
         for value in module.buffers():
             if not value.is_floating_point():
-                value.copy_(torch.arange(value.numel()).view(value.shape))
+                value.copy_(torch.arange(value.numel(), device=device).view(value.shape))
     return base
 
 
@@ -96,8 +96,8 @@ def forget() -> None:
 
 def cache_of(base: BaseModel, config: lb.TrainingConfig) -> LatentCache:
     side, channels = (config.resolution or 0) // base.pixels_per_latent, base.unet.config.in_channels
-    mean = torch.randn(1, 4, channels, side, side)
-    ids = torch.full((4, 6), 512.0) if base.family.time_ids else None
+    mean = torch.randn(1, 4, channels, side, side, device=base.device)
+    ids = torch.full((4, 6), 512.0, device=base.device) if base.family.time_ids else None
     text = {"a photo": base.encode_text(["a photo"])}
     with torch.no_grad():
         return LatentCache(LatentSet(mean, torch.ones_like(mean), ("a photo",) * 4, ids), None, base.scaling_factor, text)

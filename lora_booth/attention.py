@@ -42,6 +42,14 @@ def check_attention(base: BaseModel, name: str) -> None:
         raise SettingsError(f'attention="xformers" needs a CUDA GPU and the base is on {base.device}; use attention="auto"')
 
 
+def kernel_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
+    """What a stock layer of diffusers computes its attention with; None: something of its own."""
+    kind = type(layer.processor).__name__
+    if kind == PROCESSORS["plain"] and (layer.upcast_attention or layer.upcast_softmax):
+        return None
+    return next((KERNELS[name] for name, processor in PROCESSORS.items() if kind == processor), None)
+
+
 @contextmanager
 def attention_kernel(unet: Any, name: str) -> Iterator[list[str]]:
     """Meanwhile the stock layers use this kernel; yields the processors of the user's own, which stay as they are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from .base_model import BaseModel, recognise
 from .config import LoraSpec
 from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError
 from .family import FAMILIES
+from .flat import Flat
 from .quantization import is_quantized, weight_dtype, weight_shape
 
 TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
@@ -177,24 +178,33 @@ def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: floa
 # --- training ------------------------------------------------------------------------------------------------------
 
 
+def layers_of(injections: Mapping[str, Injection]) -> Iterator[tuple[str, Any]]:
+    for component, injection in injections.items():
+        for path, layer in injection.layers.items():
+            yield module_path(component, injection.model, path), layer
+
+
+def named_factors(layers: Iterable[tuple[str, Any]]) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for path, layer in layers:
+        found[f"{path}.down"] = layer.lora_A[NAME].weight
+        found[f"{path}.up"] = layer.lora_B[NAME].weight
+    return found
+
+
 @dataclass
 class TrainableLora:
     """The adapter under training: fp32 factors inside the frozen base."""
 
     injections: dict[str, Injection]  # component -> its layers
+    flat: Flat  # all factors, and their gradients
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         """(path in adapter files, PEFT layer)"""
-        for component, injection in self.injections.items():
-            for path, layer in injection.layers.items():
-                yield module_path(component, injection.model, path), layer
+        return layers_of(self.injections)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        found: dict[str, nn.Parameter] = {}
-        for path, layer in self.layers():
-            found[f"{path}.down"] = layer.lora_A[NAME].weight
-            found[f"{path}.up"] = layer.lora_B[NAME].weight
-        return found
+        return named_factors(self.layers())
 
     def factors(self) -> dict[str, LoraFactors]:
         """A copy of what is learnt so far, on the CPU."""
@@ -208,17 +218,19 @@ class TrainableLora:
         }
 
     def check_gradients(self) -> None:
-        """After the first backward pass: every tensor must have a finite gradient, and the up factors one that is not zero."""
-        silent = [n for n, p in self.named_parameters().items() if p.grad is None]
-        if silent:
-            raise TrainingError(f"no gradient reaches {len(silent)} adapter tensors, first {silent[0]}; please report this")
-        broken = [n for n, p in self.named_parameters().items() if p.grad is not None and not p.grad.isfinite().all()]
+        """After the first backward pass: every gradient must be finite, and that of every up factor not zero."""
+        gradients = {name: p.grad for name, p in self.named_parameters().items() if p.grad is not None}
+        broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         if broken:
             raise TrainingError(
                 f"the first gradient of {broken[0]} is not finite; try another attention= or dtype=torch.float32"
             )
-        if not any(p.grad is not None and p.grad.any() for n, p in self.named_parameters().items() if n.endswith(".up")):
+        ups = [name for name in gradients if name.endswith(".up")]
+        silent = [name for name in ups if not gradients[name].any()]
+        if len(silent) == len(ups):
             raise TrainingError("all gradients are zero at the first step; try another attention= or dtype=torch.float32")
+        if silent:
+            raise TrainingError(f"no gradient reaches {len(silent)} adapter tensors, first {silent[0]}; please report this")
 
 
 @contextmanager
@@ -235,7 +247,7 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
             for layer in injections[component].layers.values():
                 for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
                     factor.to(torch.float32).requires_grad_(True)
-        yield TrainableLora(injections)
+        yield TrainableLora(injections, Flat(list(named_factors(layers_of(injections)).values()), base.dtype))
     finally:
         for injection in injections.values():
             injection.remove()

@@ -12,11 +12,14 @@ from diffusers import UNet2DConditionModel
 from pipelines import KINDS, make_pipeline, state
 from torch import nn
 
-import lora_booth.lean
 from lora_booth.base_model import BaseModel
 from lora_booth.config import LoraSpec
+from lora_booth.flat import Flat
 from lora_booth.injection import TrainableLora, trainable
-from lora_booth.lean import FrozenConv2d, Geglu, LoraLinear, NormSilu, lean
+from lora_booth.lean import lean, products
+from lora_booth.lean.lora import LoraLinears, LoraPiece
+from lora_booth.lean.products import FrozenConv2d
+from lora_booth.lean.recomputed import Geglu, NormBeside, SumAndNorm, SumWithBias
 from lora_booth.memory import saved_for_backward
 
 EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
@@ -40,11 +43,11 @@ def call(base: BaseModel, *, side: int = 8, rows: int = 2) -> torch.Tensor:
 
 
 def gradients(base: BaseModel, adapter: TrainableLora, **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    for parameter in adapter.named_parameters().values():
-        parameter.grad = None
+    adapter.flat.gradient.zero_()
     torch.manual_seed(5)  # dropout
-    loss = call(base, **options)
-    torch.autograd.backward(loss)
+    with adapter.flat.computing():
+        loss = call(base, **options)
+        torch.autograd.backward(loss)
     return loss.item(), {n: p.grad.clone() for n, p in adapter.named_parameters().items() if p.grad is not None}
 
 
@@ -78,7 +81,7 @@ def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_gradients_are_the_stock_ones(
     kind: str, lora: LoraSpec, side: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_booth.lean, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(products, "MANY_WEIGHTS", 0)
     base = base_of(kind)
     weights = state(base.pipeline)
     with trainable(base, lora) as adapter:
@@ -90,7 +93,7 @@ def test_gradients_are_the_stock_ones(
             base.unet.enable_gradient_checkpointing()
             base.unet.train()
         loss, expected = gradients(base, adapter, side=side)
-        with lean(base.unet) as layers:
+        with lean(base.unet, adapter.flat.factors) as layers:
             assert layers > 20
             found = gradients(base, adapter, side=side)
         again = gradients(base, adapter, side=side)
@@ -105,7 +108,7 @@ def test_half_precision_is_as_near_to_float32_as_the_stock_layers(dtype: torch.d
     exact, half = base_of("sd1"), base_of("sd1", dtype)
     found = []
     for base, is_lean in ((exact, False), (half, False), (half, True)):
-        with trainable(base, LoraSpec(rank=4)) as adapter, lean(base.unet) if is_lean else nullcontext():
+        with trainable(base, LoraSpec(rank=4)) as adapter, lean(base.unet, adapter.flat.factors) if is_lean else nullcontext():
             fill_up(adapter)
             found.append(gradients(base, adapter)[1])
     stock, ours = (sum(float((one[n] - found[0][n]).square().sum()) for n in one) ** 0.5 for one in (found[1], found[2]))
@@ -131,8 +134,9 @@ def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
     for layer in injection.layers.values():
         for factor in (layer.lora_A["lora_booth"], layer.lora_B["lora_booth"]):
             factor.to(torch.float32).requires_grad_(True)
+    flat = Flat([p for p in unet.parameters() if p.requires_grad], dtype)
     kept = []
-    for context in (nullcontext(), lean(unet)):
+    for context in (nullcontext(), lean(unet, flat.factors)):
         with context, saved_for_backward(unet) as saved:
             out = unet(torch.randn(1, 4, 16, 16, dtype=dtype), 5, torch.randn(1, 8, 32, dtype=dtype)).sample
             kept.append(saved.bytes)
@@ -160,7 +164,7 @@ def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
 def test_convolutions(
     rows: int, kernel: int, how: dict[str, Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_booth.lean, "MANY_WEIGHTS", 0)  # few pixels: as one product, where there is oneDNN
+    monkeypatch.setattr(products, "MANY_WEIGHTS", 0)  # few pixels: as one product, where there is oneDNN
     torch.manual_seed(0)
     x = torch.randn(rows, 8, *size, requires_grad=True)
     weight, bias = torch.randn(12, 8 // how["groups"], kernel, kernel), torch.randn(12)
@@ -176,22 +180,55 @@ def test_convolutions(
 def test_what_is_computed_again() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8, 3, 3, dtype=torch.float64, requires_grad=True)
-    weight, bias = torch.randn(2, 8, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: NormSilu.apply(x, weight, bias, 4, 1e-5), (x,))
-    assert torch.allclose(NormSilu.apply(x, weight, bias, 4, 1e-5), F.silu(F.group_norm(x, 4, weight, bias, 1e-5)))
+    weight, bias, shift = torch.randn(8).double(), torch.randn(8).double(), torch.randn(2, 8).double()
+    for given, silu in ((None, True), (shift, True), (shift, False)):
+        assert torch.autograd.gradcheck(lambda x: NormBeside.apply(x, given, weight, bias, 4, 1e-5, silu), (x,))  # noqa: B023
+        skip, found = NormBeside.apply(x, given, weight, bias, 4, 1e-5, silu)
+        expected = F.group_norm(x if given is None else x + given[:, :, None, None], 4, weight, bias, 1e-5)
+        assert torch.equal(skip, x) and torch.allclose(found, F.silu(expected) if silu else expected)
     halves = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(Geglu.apply, (halves,))
     values, gates = halves.chunk(2, -1)
     assert torch.allclose(Geglu.apply(halves), values * F.gelu(gates))
 
 
-def test_lora_layer() -> None:
+def test_sums_on_the_way() -> None:
     torch.manual_seed(0)
-    x, down, up = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 6), (2, 6), (5, 2)))
-    weight, bias = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *given: LoraLinear.apply(given[0], weight, bias, *given[1:], 0.7), (x, down, up))
-    expected = F.linear(x, weight, bias) + 0.7 * F.linear(F.linear(x, down), up)
-    assert torch.allclose(LoraLinear.apply(x, weight, bias, down, up, 0.7), expected)
+    x, more = torch.randn(2, 2, 5, 8, dtype=torch.float64).requires_grad_().unbind()
+    weight, bias = torch.randn(2, 8, dtype=torch.float64)
+    for given in (more, None):
+        total, normal = SumAndNorm.apply(x, given, weight, bias, 1e-5)
+        assert torch.equal(total, x if given is None else x + more)
+        assert torch.allclose(normal, F.layer_norm(total, [8], weight, bias, 1e-5))
+    assert torch.autograd.gradcheck(lambda x, more: SumAndNorm.apply(x, more, weight, bias, 1e-5), (x, more))
+    assert torch.autograd.gradcheck(lambda x: SumAndNorm.apply(x, None, weight, bias, 1e-5), (x,))
+    assert torch.autograd.gradcheck(lambda x: SumAndNorm.apply(x, x * 2, weight, bias, 1e-5)[1], (x,))
+    pictures = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64).requires_grad_().unbind()
+    for b in (torch.randn(3, dtype=torch.float64), None):
+        assert torch.autograd.gradcheck(lambda x, y: SumWithBias.apply(x, b, y), pictures)  # noqa: B023
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("biased", [True, False])
+def test_lora_layers(count: int, biased: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    pieces, expected, factors = [], [], []
+    for scale in (0.7, 1.0, -2.0)[:count]:
+        weight, bias = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, dtype=torch.float64) if biased else None
+        down, up = (torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 6), (5, 2)))
+        places = torch.full((2, 6), 3.0).double(), torch.zeros(5, 2).double()
+        pieces.append(LoraPiece(weight, bias, None, down.detach(), up.detach(), scale, places, *places, trigger=down))
+        expected.append(F.linear(x, weight, bias) + scale * F.linear(F.linear(x, down), up))
+        factors += [down, up]
+    found = LoraLinears.apply(x, pieces[0].trigger, pieces)
+    given = [torch.randn_like(one) for one in expected]
+    wanted = torch.autograd.grad(expected, (x, *factors), given)
+    got = torch.autograd.grad(found, x, given)
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.allclose(got[0], wanted[0])
+    places = [place for piece in pieces for place in piece.near_gradients]
+    assert all(torch.allclose(a - b, c) for a, b, c in zip(places, [3.0, 0.0] * count, wanted[1:], strict=True))  # added
 
 
 # --- in and out ----------------------------------------------------------------------------------------------------
@@ -214,7 +251,7 @@ def test_who_has_a_forward_or_hooks_keeps_them() -> None:
         assert sorted(seen) == ["conv_in", "norm", "own"]
         seen.clear()
         mine = vars(own)["forward"]
-        with lean(base.unet):
+        with lean(base.unet, adapter.flat.factors):
             found = gradients(base, adapter)
             assert vars(own)["forward"] is mine
         assert sorted(seen) == ["conv_in", "norm", "own"] and vars(own)["forward"] is mine
@@ -229,8 +266,8 @@ def test_the_layers_come_back_after_an_exception_and_are_stock_without_gradients
     base = base_of("sdxl")
     with torch.no_grad():
         expected = call(base)
-    with trainable(base, LoraSpec(rank=2)):
-        with pytest.raises(KeyboardInterrupt), lean(base.unet):
+    with trainable(base, LoraSpec(rank=2)) as adapter:
+        with pytest.raises(KeyboardInterrupt), lean(base.unet, adapter.flat.factors):
             assert any("forward" in vars(module) for module in base.unet.modules())
             with torch.no_grad():
                 assert torch.equal(call(base), expected)  # up = 0
@@ -240,5 +277,5 @@ def test_the_layers_come_back_after_an_exception_and_are_stock_without_gradients
 
 def test_weights_that_are_trained_are_left_alone() -> None:
     layer = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 3).requires_grad_(False))
-    with lean(layer) as layers:
+    with lean(layer, {}) as layers:
         assert layers == 1 and "forward" not in vars(layer[0]) and "forward" in vars(layer[2])

@@ -28,8 +28,6 @@ def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | N
         return "text encoders are trained: their tokenizer works on the host"
     if lora.dropout:
         return "dropout draws from a generator that is seeded anew for every step"
-    if config.gradient_checkpointing:
-        return "gradient checkpointing keeps the generator's state on the host"
     if config.compile:
         return "compile=True"
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in base.unet.modules()):
@@ -81,7 +79,7 @@ def fill(buffers: Any, inputs: Any) -> None:
 
 
 class StepGraph:
-    """Calls `work(inputs)`, which adds to the gradients of `parameters` and returns a loss (); recorded where that is possible.
+    """Calls `work(inputs)`, which adds to `gradient` and returns a loss (); recorded where that is possible.
 
     inputs  a dataclass of tensors; for each new layout there is one recording
     """
@@ -89,7 +87,7 @@ class StepGraph:
     def __init__(
         self,
         work: Callable[[Any], Tensor],
-        parameters: Sequence[Tensor],
+        gradient: Tensor,
         *,
         reason: str | None,
         wanted: str = "auto",
@@ -97,7 +95,7 @@ class StepGraph:
     ) -> None:
         if wanted == "on" and reason is not None:
             raise SettingsError(f'capture="on" is not possible: {reason}; use capture="auto"')
-        self.work, self.parameters, self.say = work, list(parameters), say
+        self.work, self.gradient, self.say = work, gradient, say
         self.on = wanted != "off" and reason is None
         self._recordings: dict[Any, Recording] = {}
         self._begun: set[Any] = set()
@@ -122,10 +120,7 @@ class StepGraph:
 
     def _record(self, inputs: Any) -> Recording:
         buffers = copied(inputs)
-        kept = [None if p.grad is None else p.grad.clone() for p in self.parameters]
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        kept = self.gradient.clone()
         try:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
@@ -139,10 +134,7 @@ class StepGraph:
             self._pool = graph.pool()
             return Recording(buffers, graph, loss)
         finally:
-            with torch.no_grad():
-                for parameter, gradient in zip(self.parameters, kept, strict=True):
-                    if parameter.grad is not None:
-                        parameter.grad.zero_() if gradient is None else parameter.grad.copy_(gradient)
+            self.gradient.copy_(kept)
 
     def forget(self) -> None:
         """The gradients or the way of computing have changed: record anew."""

@@ -155,9 +155,7 @@ def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[torch.Tensor, T
 def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures: int, resolution: int) -> Count:
     """On a base of any device: one forward and backward pass as training makes it, the gradients being there already."""
     config = replace(config, attention=counted_attention(config), compile=False)  # type: ignore[arg-type]  # one of its kernels
-    with trainable(base, lora) as adapter, training_mode(base, config):
-        for parameter in adapter.named_parameters().values():
-            parameter.grad = torch.zeros_like(parameter)
+    with trainable(base, lora) as adapter, training_mode(base, adapter, config):
         latents, text, time_ids = inputs(base, pictures, resolution)
         batch = Batch(latents, ("",) * pictures, time_ids, photos=pictures)
         times = torch.zeros(pictures, dtype=torch.long, device=base.device)
@@ -165,6 +163,7 @@ def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures
         assert len(alphas)
         with fused_attention(), Meter() as meter:
             with saved_for_backward(*base.structure.values()) as saved:
+                adapter.flat.near.copy_(adapter.flat.values.data)
                 if lora.text_encoder:
                     text = base.encode_text(batch.prompts)
                 loss = dreambooth_loss(

@@ -72,16 +72,12 @@ class TrainingRun(Iterator[Step]):
         try:
             self.lora: TrainableLora = self._stack.enter_context(trainable(base, lora, seed=config.seed))
             self._stack.enter_context(self._modes)
-            self._modes.enter_context(training_mode(base, config, say=say))
-            parameters = self.lora.named_parameters()
-            for name, parameter in parameters.items():
-                if parameter.dtype != torch.float32:
-                    raise TrainingError(f"{name} is {parameter.dtype}; adapter weights must be float32")
-            self.parameters = list(parameters.values())
-            self.optimizer = make_optimizer(self.parameters, config, base.device)
+            self._modes.enter_context(training_mode(base, self.lora, config, say=say))
+            self.flat = self.lora.flat
+            self.optimizer = make_optimizer(self.flat.values, config, base.device)
             self.fused = bool(self.optimizer.defaults.get("fused"))
             reason = obstacle(base, lora, config)
-            self.graph = StepGraph(self._forward_backward, self.parameters, reason=reason, wanted=config.capture, say=say)
+            self.graph = StepGraph(self._forward_backward, self.flat.gradient, reason=reason, wanted=config.capture, say=say)
             self._stack.callback(self.graph.close)
             self.scaler = torch.amp.GradScaler(
                 base.device.type, enabled=base.dtype == torch.float16 and base.device.type == "cuda"
@@ -131,13 +127,13 @@ class TrainingRun(Iterator[Step]):
                     raise
                 reason = first_line(error)
             self._save_memory(reason)  # out here: the exception's traceback holds tensors
-        loss = self.ranks.add_up(loss, self.parameters)
+        loss = self.ranks.add_up(loss, self.flat.gradient)
         self._apply(loss)
         return loss
 
     def _gradients(self) -> Tensor:
         """The loss () and its gradients, of this process's share of the update."""
-        self.optimizer.zero_grad(set_to_none=False)
+        self.flat.gradient.zero_()
         total = torch.zeros((), device=self.base.device)
         for part in range(self.config.gradient_accumulation):
             index = self.step * self.config.gradient_accumulation + part
@@ -155,11 +151,8 @@ class TrainingRun(Iterator[Step]):
         self.savings.append(rung)
         self.config = climbed(self.config, [rung])
         self._modes.close()
-        self._modes.enter_context(training_mode(self.base, self.config))
+        self._modes.enter_context(training_mode(self.base, self.lora, self.config))
         self.graph.forget()
-        self.graph.on = self.graph.on and not self.config.gradient_checkpointing
-        for parameter in self.parameters:
-            parameter.grad = None
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
         self.say(f"out of memory at step {self.step + 1}: going on with {rung}={getattr(self.config, rung)}")
@@ -179,17 +172,18 @@ class TrainingRun(Iterator[Step]):
             yield Inputs(part, text, noise[here], timesteps[here])
 
     def _forward_backward(self, inputs: Inputs) -> Tensor:
-        loss = dreambooth_loss(
-            self.base,
-            inputs.batch,
-            inputs.text,
-            inputs.noise,
-            inputs.timesteps,
-            prior_loss_weight=self.config.prior_loss_weight,
-            min_snr_gamma=self.config.min_snr_gamma,
-        )
-        loss = loss / self.config.gradient_accumulation
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        with self.flat.computing():
+            loss = dreambooth_loss(
+                self.base,
+                inputs.batch,
+                inputs.text,
+                inputs.noise,
+                inputs.timesteps,
+                prior_loss_weight=self.config.prior_loss_weight,
+                min_snr_gamma=self.config.min_snr_gamma,
+            )
+            loss = loss / self.config.gradient_accumulation
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _apply(self, loss: Tensor) -> None:
@@ -197,7 +191,7 @@ class TrainingRun(Iterator[Step]):
         self.scaler.unscale_(self.optimizer)
         if self.step == self.first == 0 and not self.scaler.is_enabled():
             self.lora.check_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.flat.values, self.config.max_grad_norm)
         finite = loss.isfinite() & norm.isfinite()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)

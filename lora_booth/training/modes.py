@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..attention import attention_kernel, check_attention
 from ..base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
 from ..errors import MissingExtraError, SettingsError
-from ..injection import target_paths
-from ..lean import lean
+from ..injection import TrainableLora, target_paths
+from ..lean import channels_last, lean
 
 
 def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> None:
@@ -37,7 +38,9 @@ def modes_kept(base: BaseModel) -> Iterator[None]:
 
 
 @contextmanager
-def training_mode(base: BaseModel, config: TrainingConfig, *, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def training_mode(
+    base: BaseModel, lora: TrainableLora, config: TrainingConfig, *, say: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
     """Dropout on, the attention of `config`, lean layers, gradient checkpointing; all as it was afterwards."""
     check_attention(base, config.attention)
     with ExitStack() as stack:
@@ -53,13 +56,39 @@ def training_mode(base: BaseModel, config: TrainingConfig, *, say: Callable[[str
         elif config.lean:
             for model in base.structure.values():
                 if any(hasattr(module, "lora_A") for module in model.modules()):
-                    stack.enter_context(lean(model))
+                    stack.enter_context(lean(model, lora.flat.factors))
+        if base.device.type == "cuda":
+            stack.enter_context(channels_last(base.unet))
         if config.gradient_checkpointing:
-            if not base.unet.is_gradient_checkpointing:
-                stack.callback(base.unet.disable_gradient_checkpointing)
-            base.unet.enable_gradient_checkpointing()
+            stack.enter_context(checkpointed(base.unet, draws=any(layer_draws(module) for module in base.unet.modules())))
             base.unet.train()  # diffusers checkpoints in training mode only; its U-Nets have no active dropout
         yield
+
+
+def layer_draws(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Dropout) and module.p > 0
+
+
+@contextmanager
+def checkpointed(unet: Any, *, draws: bool) -> Iterator[None]:
+    """Activations are computed again in the backward pass; afterwards as it was.
+
+    draws  its dropout must draw the same again; else the generators' states, which the host would wait for, are let alone
+    """
+    parts = [module for module in unet.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [(part, part.gradient_checkpointing, vars(part).get("_gradient_checkpointing_func")) for part in parts]
+
+    def again(module: Any, *arguments: Any) -> Any:
+        return checkpoint(module.__call__, *arguments, use_reentrant=False, preserve_rng_state=draws)
+
+    try:
+        unet.enable_gradient_checkpointing(again)
+        yield
+    finally:
+        for part, on, function in before:
+            part.gradient_checkpointing, part._gradient_checkpointing_func = on, function
+            if function is None:
+                del part._gradient_checkpointing_func
 
 
 @contextmanager
@@ -86,13 +115,13 @@ def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
         raise SettingsError(f'optimizer="adamw8bit" needs a CUDA GPU and the base is on {device}; use optimizer="adamw"')
 
 
-def make_optimizer(parameters: Sequence[Tensor], config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(parameter: Tensor, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW in one kernel where there is one; or with 8 bits for each value of its state."""
     check_optimizer(config, device)
     rate, decay = config.learning_rate or 0.0, config.weight_decay
     if config.optimizer == "adamw8bit":
         import bitsandbytes  # type: ignore[import-not-found]
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=rate, weight_decay=decay)
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=rate, weight_decay=decay)
         return optimizer
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=device.type != "mps")
+    return torch.optim.AdamW([parameter], lr=rate, weight_decay=decay, fused=device.type != "mps")

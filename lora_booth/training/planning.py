@@ -354,7 +354,8 @@ class Planner:
         """share: of the adapter's rank"""
         lora = share * self.counter.weights.lora
         state = lora * ADAM_BYTES[config.optimizer] / 4
-        return {"adapter": lora, "gradients": lora, "optimizer": state, "state to go back to": lora + state}
+        near = 0.0 if self.counter.dtype == torch.float32 else lora / 2  # a copy for the layers, and places for its gradients
+        return {"adapter": lora + near, "gradients": lora + near, "optimizer": state, "state to go back to": lora + state}
 
     def _seconds(self, counted: Count, *, unpacked: int) -> float:
         """unpacked: bytes of packed weights that each pass through the U-Net writes out"""

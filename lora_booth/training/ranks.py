@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,21 +47,15 @@ class Ranks:
         """Its rows of a batch. Losses of parts add up, so fewer rows than processes do no harm: some have none."""
         return slice(self.rank, None, self.count)
 
-    def add_up(self, loss: Tensor, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-        """Gradients and loss () of all shares, summed in place; the summed loss."""
+    def add_up(self, loss: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient (n,) and loss () of all shares, summed; the gradient in place, the loss returned."""
         if self.count == 1:
             return loss
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
+        both = torch.cat([loss.reshape(1), gradient])
         with lost_is_told():
-            dist.all_reduce(flat, group=self.gradients)
-        summed, *parts = torch.split(flat, [1, *(gradient.numel() for gradient in gradients)])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return summed.reshape(())
+            dist.all_reduce(both, group=self.gradients)
+        gradient.copy_(both[1:])
+        return both[0]
 
     def highest(self, number: int) -> int:
         """The highest number that any process gives: so all of them stop at the same step."""

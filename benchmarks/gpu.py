@@ -1,0 +1,214 @@
+"""The training step on a CUDA GPU, one process: time, share of the measured matrix rate, memory against `plan`'s prediction.
+
+python benchmarks/gpu.py [--cases NAME ...] [--steps 40] [--out DIR]        random weights in the real shapes, made on the GPU
+python benchmarks/gpu.py --cases sd1 --with '{"capture": "off"}' --profile  any field of TrainingConfig; and what the GPU did
+
+Seconds a step are the mean between two waits for the GPU, after ten steps. "used" is what the process holds of the GPU in all,
+CUDA itself included: `torch.cuda.mem_get_info` before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from plan import Case, base_of, cache_of
+
+import lora_booth as lb
+from lora_booth.base_model import BaseModel
+from lora_booth.quantization import quantize
+from lora_booth.training.loop import TrainingRun
+from lora_booth.training.planning import plan
+
+WARM = 10  # steps that are not timed: kernels are compiled, the step is recorded
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    case: Case
+    settings: dict[str, Any] = field(default_factory=dict)
+    quantize: bool = False
+    target: str = ""
+
+
+BF16 = torch.bfloat16
+CASES = {
+    "sd1": GpuCase(Case("sd1", 512, BF16), target="<= 8 ms, <= 3 GB"),
+    "sd1 batch 8": GpuCase(Case("sd1", 512, BF16, batch_size=8), target=">= 50 % of the matrix rate"),
+    "sd1 checkpointed": GpuCase(Case("sd1", 512, BF16, gradient_checkpointing=True)),
+    "sd2": GpuCase(Case("sd2", 768, BF16)),
+    "sdxl": GpuCase(Case("sdxl", 1024, BF16), target="<= 40 ms, <= 10.5 GB"),
+    "sdxl checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True), target="<= 7 GB"),
+    "sdxl nf4 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True), quantize=True, target="<= 3.6 GB"),
+    "sd1 fp16": GpuCase(Case("sd1", 512, torch.float16)),
+    "sdxl fp16": GpuCase(Case("sdxl", 1024, torch.float16)),
+    "sd1 fp32": GpuCase(Case("sd1", 512, torch.float32)),
+}
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large product."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda").to(dtype)
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - began)
+
+
+def prepared(one: GpuCase, device: str = "cuda") -> BaseModel:
+    base = base_of(one.case, device)
+    if one.quantize:
+        quantize(base.unet, None, one.case.dtype)
+    return base
+
+
+def settings_of(one: GpuCase, steps: int, more: dict[str, Any]) -> lb.TrainingConfig:
+    case = one.case
+    config = lb.TrainingConfig(
+        steps=steps,
+        prior_loss_weight=0.0,
+        class_images=1,
+        learning_rate=1e-4,
+        warmup_steps=0,
+        resolution=case.resolution,
+        batch_size=case.batch_size,
+        gradient_checkpointing=case.gradient_checkpointing,
+    )
+    return replace(config, **one.settings, **more)
+
+
+def used() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None) -> dict[str, Any]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = used() - torch.cuda.memory_reserved()  # CUDA itself, and who else is on the GPU
+    base = prepared(one)
+    config, said = settings_of(one, steps, more), []
+    with torch.no_grad():
+        cache = cache_of(base, config)
+    with ExitStack() as stack:
+        stack.enter_context(base.only_unet_on_device())
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        training = TrainingRun(base, cache, lb.LoraSpec(rank=8), config, say=said.append)
+        stack.callback(training.close)
+        losses, marks, first = [], [], 0.0
+        for index in range(steps):
+            if index in (1, WARM):
+                torch.cuda.synchronize()
+                first = first or time.perf_counter() - began
+                marks.append(time.perf_counter())
+            losses.append(next(training).loss_tensor)
+        torch.cuda.synchronize()
+        step = (time.perf_counter() - marks[-1]) / (steps - WARM)
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        recorded = bool(training.graph._recordings)
+        if profile is not None:
+            training.config = replace(training.config, steps=steps + 3)
+            table(training, profile)
+    forecast = plan(base, config=config).forecasts
+    predicted = next(one for one in forecast if not one.settings)
+    del training, base, cache
+    return {
+        "ms": 1e3 * step,
+        "tflops": predicted.flops / step / 1e12,
+        "tflop": predicted.flops / 1e12,
+        "first_step_s": first,
+        "recorded": recorded,
+        "allocated_gb": allocated / 1e9,
+        "used_gb": (reserved + others) / 1e9,
+        "others_gb": others / 1e9,
+        "predicted_gb": predicted.phases["training"] / 1e9,
+        "predicted_ms": 1e3 * predicted.seconds,
+        "loss_first": float(losses[0]),
+        "loss_last": float(losses[-1]),
+        "said": said,
+    }
+
+
+def table(training: TrainingRun, path: Path) -> None:
+    """The kernels of three steps, by their time."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(3):
+            next(training)
+        torch.cuda.synchronize()
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
+    total, count = sum(row.self_device_time_total for row in rows), sum(row.count for row in rows)
+    lines = [f"{total / 3e3:.3f} ms of kernels a step, {count / 3:.0f} kernels"]
+    lines += [f"{row.self_device_time_total / 3e3:9.4f} ms {row.count / 3:7.1f} x  {row.key[:150]}" for row in rows[:70]]
+    path.write_text("\n".join(lines))
+    print("\n".join(line[:110] for line in lines[:25]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--with", dest="more", type=json.loads, default={}, help="fields of TrainingConfig as JSON")
+    parser.add_argument("--cap", type=float, help="GB that PyTorch may take, as on a smaller GPU")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--no-kernels", action="store_true", help="PyTorch's kernels in place of Triton's")
+    parser.add_argument("--out", type=Path, help="folder for JSON lines and profiles")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU here")
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+    if given.cap is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(given.cap * 1e9 / total)
+    if given.no_kernels:
+        from lora_booth.lean import kernels
+
+        kernels.works_on = kernels.products_work_on = lambda device: False  # type: ignore[assignment]
+    rate = {dtype: matrix_rate(dtype) for dtype in (torch.bfloat16, torch.float16)}
+    rate[torch.float32] = rate[torch.bfloat16]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate[BF16] / 1e12:.0f} TFLOP/s bf16", flush=True)
+    for name in given.cases:
+        one = CASES[name]
+        place = given.out / f"{name.replace(' ', '-')}.txt" if given.out is not None and given.profile else None
+        try:
+            found = run(one, given.steps, given.more, place)
+        except Exception as error:  # the other cases are worth their time
+            import traceback
+
+            traceback.print_exc()
+            found = {"error": str(error)[:300]}
+        found |= {"case": name, "with": given.more, "kernels": not given.no_kernels, "target": one.target}
+        if "ms" in found:
+            share = found["tflops"] * 1e12 / rate[one.case.dtype]
+            print(
+                f"{name}: {found['ms']:.2f} ms a step, {found['tflops']:.0f} TFLOP/s ({share:.0%} of the matrix rate), "
+                f"{'recorded' if found['recorded'] else 'not recorded'}, first step {found['first_step_s']:.1f} s, "
+                f"{found['used_gb']:.2f} GB used (CUDA {found['others_gb']:.2f}, allocated {found['allocated_gb']:.2f}), "
+                f"plan {found['predicted_gb']:.2f} GB, {found['predicted_ms']:.1f} ms; "
+                f"loss {found['loss_first']:.3f} -> {found['loss_last']:.3f}; target {one.target or '-'}",
+                flush=True,
+            )
+        if given.out is not None:
+            with open(given.out / "gpu.jsonl", "a") as file:
+                file.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""What of the lean arithmetic one Triton kernel does on a CUDA GPU, where PyTorch has several; `works_on` says where.
+
+Each function here has its twin in plain PyTorch, `lean.recomputed` and `lean.lora`, which is what it is tested against.
+Pictures come and go channels last: (N, C, H, W) with the channels of a pixel side by side in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = (7, 0)  # compute capability that Triton compiles for
+OLDEST_FOR_PRODUCTS = (8, 0)  # and from which on its matrix products use the tensor cores well
+TILE = 2048  # values of a picture that a program holds
+ROWS_AT_ONCE = 8192  # tokens whose products one program adds up; of more, several do a part each
+
+
+@cache
+def obstacle_on(device: torch.device) -> str | None:
+    """Why there are no such kernels on this device; None: there are. Tried once, for they are compiled on the spot."""
+    if device.type != "cuda":
+        return f"they are for CUDA, not {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return "the GPU is too old for Triton"
+    try:
+        x = torch.linspace(-3, 3, 128, device=device).view(4, 32)
+        if torch.allclose(geglu(x), x[:, :16] * torch.nn.functional.gelu(x[:, 16:]), atol=1e-5):
+            return None
+        return "Triton computes other numbers than PyTorch"
+    except Exception as error:  # no C compiler, no place for its files, a driver that it does not know: all raise their own
+        return f"Triton fails ({type(error).__name__})"
+
+
+def works_on(device: torch.device) -> bool:
+    return device.type == "cuda" and obstacle_on(device) is None
+
+
+@cache
+def products_work_on(device: torch.device) -> bool:
+    return works_on(device) and torch.cuda.get_device_capability(device) >= OLDEST_FOR_PRODUCTS
+
+
+def power_of_2(n: int) -> int:
+    """The next one that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def parts_of(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+# --- group norm ------------------------------------------------------------------------------------------------------
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x, its channels side by side: itself, also as a slice of channels of a larger picture; else a copy."""
+    good = x.stride(1) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3))
+    return x if good else x.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the groups of pictures (N, C, H, W) are shared among programs."""
+
+    grid: tuple[int, int]
+    numbers: tuple[int, int, int, int]  # pixels, channels, parts of a group's pixels, channels of a group
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, x: Tensor, groups: int) -> Tiles:
+        rows, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+        width = channels // groups
+        across = power_of_2(width)
+        down = max(1, TILE // across)
+        parts = parts_of(pixels, down)
+        return cls(
+            (rows * groups, parts), (pixels, channels, parts, width), {"GROUPS": groups, "PIXELS": down, "WIDTH": across}
+        )
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {"PARTS": power_of_2(self.grid[1])}
+
+
+def group_norm(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GroupNorm(x + shift), then SiLU if asked for; and mean and 1 / deviation of each group, (N x groups,) float32.
+
+    x (N, C, H, W), shift (N, C) or None
+    """
+    from .triton_kernels import group_moments_kernel, group_norm_kernel
+
+    x, tiles = channels_last(x), Tiles.of(x, groups)
+    means, squares = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
+    mean, rstd = torch.empty((2, tiles.grid[0]), dtype=torch.float32, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    strides, given = (x.stride(0), x.stride(3)), shift if shift is not None else x
+    shifted = {"SHIFTED": shift is not None}
+    group_moments_kernel[tiles.grid](x, given, means, squares, *strides, *tiles.numbers, **shifted, **tiles.sizes)
+    group_norm_kernel[tiles.grid](
+        x, given, weight, bias, means, squares, mean, rstd, y, *strides, *tiles.numbers, eps,
+        **shifted, SILU=silu, **tiles.parts, **tiles.sizes,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def group_norm_backward(
+    gradient: Tensor,
+    skip: Tensor | None,
+    x: Tensor,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    silu: bool,
+) -> Tensor:
+    """The gradient of x in `group_norm`, plus `skip`: its gradient by what else has read x. All like x."""
+    from .triton_kernels import group_norm_backward_kernel, group_sums_kernel
+
+    x, gradient, tiles = channels_last(x), channels_last(gradient), Tiles.of(x, groups)
+    plain, along = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
+    result = torch.empty_like(x, memory_format=torch.channels_last)
+    beside = gradient if skip is None else channels_last(skip)
+    strides = [size for tensor in (x, gradient) for size in (tensor.stride(0), tensor.stride(3))]
+    given, how = shift if shift is not None else x, {"SHIFTED": shift is not None, "SILU": silu}
+    group_sums_kernel[tiles.grid](
+        x, given, weight, bias, gradient, mean, rstd, plain, along, *strides, *tiles.numbers, **how, **tiles.sizes
+    )
+    group_norm_backward_kernel[tiles.grid](
+        x, given, weight, bias, gradient, beside, mean, rstd, plain, along, result,
+        *strides, beside.stride(0), beside.stride(3), *tiles.numbers,
+        **how, SKIP=skip is not None, **tiles.parts, **tiles.sizes,
+    )  # fmt: skip
+    return result
+
+
+# --- layer norm ------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x + more, LayerNorm of that; mean and 1 / deviation of each token (tokens,) float32. x, more (..., C)"""
+    from .triton_kernels import layer_norm_kernel
+
+    x, channels = x.contiguous(), x.shape[-1]
+    tokens = x.numel() // channels
+    more = None if more is None else more.contiguous()
+    total, y = x if more is None else torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = torch.empty((2, tokens), dtype=torch.float32, device=x.device)
+    layer_norm_kernel[(tokens,)](
+        x, x if more is None else more, weight, bias, total, y, mean, rstd, channels, eps,
+        SUM=more is not None, WIDTH=power_of_2(channels),
+    )  # fmt: skip
+    return total, y, mean, rstd
+
+
+def layer_norm_backward(
+    gradient: Tensor, skip: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> Tensor:
+    """The gradient of the sum in `layer_norm`, plus `skip`: its gradient by what else has read it."""
+    from .triton_kernels import layer_norm_backward_kernel
+
+    total, gradient, channels = total.contiguous(), gradient.contiguous(), total.shape[-1]
+    result = torch.empty_like(total)
+    beside = gradient if skip is None else skip.contiguous()
+    layer_norm_backward_kernel[(total.numel() // channels,)](
+        total, gradient, beside, weight, mean, rstd, result, channels, SKIP=skip is not None, WIDTH=power_of_2(channels)
+    )
+    return result
+
+
+# --- element by element ----------------------------------------------------------------------------------------------
+
+
+def geglu(halves: Tensor) -> Tensor:
+    """(..., 2 F) -> (..., F): values x GELU(gates), by the error function"""
+    from .triton_kernels import geglu_kernel
+
+    halves, width = halves.contiguous(), halves.shape[-1] // 2
+    y = halves.new_empty(*halves.shape[:-1], width)
+    block = min(1024, power_of_2(width))
+    geglu_kernel[(y.numel() // width, parts_of(width, block))](halves, y, width, WIDTH=block)
+    return y
+
+
+def geglu_backward(gradient: Tensor, halves: Tensor) -> Tensor:
+    from .triton_kernels import geglu_backward_kernel
+
+    halves, gradient, width = halves.contiguous(), gradient.contiguous(), gradient.shape[-1]
+    result, block = torch.empty_like(halves), min(1024, power_of_2(width))
+    geglu_backward_kernel[(gradient.numel() // width, parts_of(width, block))](halves, gradient, result, width, WIDTH=block)
+    return result
+
+
+def sum_with_bias(x: Tensor, bias: Tensor, more: Tensor) -> Tensor:
+    """x + bias + more; x, more (N, C, H, W), bias (C,)"""
+    from .triton_kernels import sum_with_bias_kernel
+
+    x, more = (one.contiguous(memory_format=torch.channels_last) for one in (x, more))
+    result = torch.empty_like(x)
+    block = 1024
+    sum_with_bias_kernel[(parts_of(x.numel(), block),)](x, bias, more, result, x.numel(), x.shape[1], BLOCK=block)
+    return result
+
+
+# --- linear layers with a LoRA ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sides of the tiles of a matrix product, and how Triton works on one."""
+
+    rows: int
+    outs: int
+    ins: int
+    warps: int = 4
+    stages: int = 4
+
+
+def block_for(rows: int, outs: int, ins: int) -> Block:
+    """For a product (rows, ins) x (ins, outs)."""
+    across = 64 if outs > 32 else 32
+    down = 128 if rows >= 2048 and outs >= 64 else 64 if rows > 32 else 32
+    return Block(down, across, min(64, max(16, power_of_2(ins))))
+
+
+def three(values: Sequence[Any]) -> list[Any]:
+    return [values[min(i, len(values) - 1)] for i in range(3)]
+
+
+def each(pieces: Sequence[Any], *names: str) -> list[Any]:
+    """The kernels' arguments: name by name, each of three layers; where there are fewer the last one stands in."""
+    return [value for name in names for value in three([getattr(piece, name) for piece in pieces])]
+
+
+def ranks_of(pieces: Sequence[Any]) -> dict[str, int]:
+    rank = pieces[0].down.shape[0]
+    return {"COUNT": len(pieces), "RANK": rank, "RANKS": max(16, power_of_2(rank))}
+
+
+def lora_linear(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """y = W x + b + scale B A x and A x of up to three layers of one shape. x (rows, ins); y (rows, outs), A x (rows, rank)"""
+    from .triton_kernels import lora_kernel
+
+    (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
+    results, low = list(x.new_empty(count, rows, outs)), list(x.new_empty(count, rows, pieces[0].down.shape[0]))
+    block, biased = block_for(rows, outs, ins), pieces[0].bias is not None
+    grid = (parts_of(rows, block.rows) * parts_of(outs, block.outs), count)
+    lora_kernel[grid](
+        x, *three(results), *three(low), *three(weights), *(each(pieces, "bias") if biased else [x] * 3),
+        *each(pieces, "down", "up", "scale"), rows, outs, ins, BIAS=biased, **ranks_of(pieces), ROWS=block.rows,
+        OUTS=block.outs, INS=block.ins, EVEN=ins % block.ins == 0, num_warps=block.warps, num_stages=block.stages,
+    )  # fmt: skip
+    return results, low
+
+
+def lora_linear_backward(
+    gradients: Sequence[Tensor],
+    x: Tensor,
+    low: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    pieces: Sequence[Any],
+    *,
+    whole: bool,
+) -> Tensor | None:
+    """The gradient of x, if it is wanted (whole); those of A and B are added to the pieces' `down_gradient`, `up_gradient`.
+
+    gradients (rows, outs), x (rows, ins), low: what `lora_linear` gave
+    """
+    from .triton_kernels import lora_factor_gradient_kernel, lora_input_gradient_kernel
+
+    (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
+    result = x.new_empty(rows, ins) if whole else x
+    back = list(x.new_empty(count, rows, pieces[0].down.shape[0]))
+    sizes, block = ranks_of(pieces), block_for(rows, ins, outs)
+    grid = (parts_of(rows, block.rows) * (parts_of(ins, block.outs) if whole else 1), 1)
+    lora_input_gradient_kernel[grid](
+        *three(gradients), result, *three(back), *three(weights), *each(pieces, "down", "up", "scale"), rows, outs, ins,
+        WHOLE=whole, **sizes, ROWS=block.rows, OUTS=block.ins, INS=block.outs, EVEN=outs % block.ins == 0,
+        num_warps=block.warps, num_stages=block.stages,
+    )  # fmt: skip
+    parts, wide, rank = parts_of(rows, ROWS_AT_ONCE), 32, sizes["RANK"]
+    share = parts_of(rows, parts)
+    if parts == 1:
+        down, up = ([getattr(piece, name) for piece in pieces] for name in ("down_gradient", "up_gradient"))
+    else:
+        apart = torch.empty(parts, count, rank * (ins + outs), dtype=torch.float32, device=x.device)
+        down = [apart[0, i, : rank * ins] for i in range(count)]
+        up = [apart[0, i, rank * ins :] for i in range(count)]
+    lora_factor_gradient_kernel[(parts_of(ins, wide) + parts_of(outs, wide), count, parts)](
+        x, *three(gradients), *three(low), *three(back), *three(down), *three(up), *each(pieces, "scale"),
+        rows, outs, ins, share, count * rank * (ins + outs), ADD=parts == 1, **sizes,
+        ROWS=128 if rows >= 128 else 64, WIDE=wide, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    if parts > 1:
+        for piece, summed in zip(pieces, apart.sum(dim=0), strict=True):
+            piece.down_gradient.add_(summed[: rank * ins].view_as(piece.down_gradient))
+            piece.up_gradient.add_(summed[rank * ins :].view_as(piece.up_gradient))
+    return result if whole else None

@@ -1,0 +1,119 @@
+"""Products with frozen weights: nothing is kept for a gradient that nobody needs, and on a CPU they go to oneDNN, also those
+of small pictures' convolutions, whose weights would otherwise be laid out anew at every call."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.grad import conv2d_input
+
+# On a CPU a convolution is faster as one matrix product (measured on the layers of SD 1.5) when
+FEW_PIXELS = 128  # of a batch at most come out of it and
+MANY_WEIGHTS = 2**20  # at least would be laid out anew for it
+
+
+@cache
+def onednn(dtype: torch.dtype) -> bool:
+    """Whether the CPU's oneDNN can be asked directly. PyTorch gives float32 products to MKL, which is slow on AMD."""
+    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., i), (o, i), (o,) -> (..., o). Outside of autograd."""
+    if x.device.type == "cpu" and onednn(x.dtype) and torch.backends.mkldnn.enabled:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
+    return F.linear(x, weight, bias)
+
+
+class FrozenLinear(Function):
+    """Keeps its weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return product(gradient, weight.t()), None, None
+
+
+class FrozenConv2d(Function):
+    """Keeps its weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: dict[str, Any]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.how = x.shape, how
+        ctx.as_product = as_product(x, weight, how)
+        if ctx.as_product:
+            return convolution(x, weight, bias, how)
+        ctx.on_pixels = (
+            x.device.type == "cuda" and pointwise(weight, how) and x.is_contiguous(memory_format=torch.channels_last)
+        )
+        if ctx.on_pixels:  # a linear layer of the pixels, which adds the bias as well
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, bias, **how)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        if ctx.as_product:
+            return transposed_convolution(gradient, weight, ctx.shape, ctx.how), None, None, None
+        if ctx.on_pixels:
+            return (gradient.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2), None, None, None
+        return conv2d_input(ctx.shape, weight, gradient, **ctx.how), None, None, None  # type: ignore[no-untyped-call]
+
+
+def as_product(x: Tensor, weight: Tensor, how: dict[str, Any]) -> bool:
+    if x.device.type != "cpu" or how["groups"] != 1 or not (onednn(x.dtype) and weight.is_contiguous()):
+        return False
+    pixels = x.shape[0] * (x.shape[2] // how["stride"][0]) * (x.shape[3] // how["stride"][1])
+    few = pixels <= FEW_PIXELS and weight.numel() >= MANY_WEIGHTS
+    return few or (pointwise(weight, how) and x.dtype == torch.float32)
+
+
+def pointwise(weight: Tensor, how: dict[str, Any]) -> bool:
+    return weight.shape[2:] == (1, 1) and how["stride"] == (1, 1) and how["padding"] == (0, 0)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: dict[str, Any]) -> Tensor:
+    """The convolution as one product: patches (N, i k k, pixels) -> (N, o, height, width)."""
+    n, _, height, width = x.shape
+    if pointwise(weight, how):
+        patches = x.flatten(2)
+    else:
+        sizes = {key: how[key] for key in ("stride", "padding", "dilation")}
+        patches = F.unfold(x, weight.shape[2:], **sizes)  # type: ignore[arg-type]
+        height, width = (
+            (size + 2 * pad - spread * (kernel - 1) - 1) // stride + 1
+            for size, pad, spread, kernel, stride in zip(
+                x.shape[2:], how["padding"], how["dilation"], weight.shape[2:], how["stride"], strict=True
+            )
+        )
+    columns = patches[0] if n == 1 else patches.transpose(0, 1).flatten(1)
+    result = product(weight.flatten(1), columns.t())
+    if bias is not None:
+        result += bias[:, None]
+    return result.view(-1, n, height, width).transpose(0, 1).contiguous()
+
+
+def transposed_convolution(gradient: Tensor, weight: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:
+    """The gradient of the convolution's input, of this shape."""
+    rows = gradient.flatten(2).transpose(1, 2)  # (N, pixels, o)
+    patches = product(rows.contiguous(), weight.flatten(1).t()).transpose(1, 2)
+    if pointwise(weight, how):
+        return patches.reshape(shape)
+    sizes = {key: how[key] for key in ("stride", "padding", "dilation")}
+    return F.fold(patches, shape[2:], weight.shape[2:], **sizes)  # type: ignore[arg-type]

@@ -1,0 +1,200 @@
+"""Triton's kernels against plain PyTorch in float64: on a CUDA GPU where there is one, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_booth.lean import kernels
+from lora_booth.lean.lora import LoraPiece, plain_backward, plain_forward
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALVES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]  # numpy, which interprets, has no bf16
+DTYPES = [torch.float32, *HALVES]
+FAR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def drawn(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*size, device=DEVICE).to(dtype)
+
+
+def away(found: Tensor, exact: Tensor) -> float:
+    """Relative to the size of the exact one; NaN never passes."""
+    exact = exact.detach().double()
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def picture(layout: str, rows: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    x = drawn(rows, 2 * channels, height, width, dtype=dtype) + 3  # a mean that is large against the deviation
+    if layout == "slice":  # as the gradient of a concatenation is one
+        return x.contiguous(memory_format=torch.channels_last)[:, channels:]
+    x = x[:, :channels]
+    return x.contiguous(memory_format=torch.channels_last) if layout == "last" else x.contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["last", "slice", "first"])
+@pytest.mark.parametrize(
+    ("channels", "groups", "height", "width"), [(20, 2, 7, 5), (64, 32, 4, 4), (48, 1, 3, 1), (32, 2, 1, 1)]
+)
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("silu", [True, False])
+def test_group_norm(
+    dtype: torch.dtype, layout: str, channels: int, groups: int, height: int, width: int, shifted: bool, silu: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(kernels, "TILE", 64)  # several programs for each group
+    torch.manual_seed(0)
+    x, gradient, skip = (picture(layout, 2, channels, height, width, dtype) for _ in range(3))
+    weight, bias, shift = drawn(channels, dtype=dtype), drawn(channels, dtype=dtype), drawn(2, channels, dtype=dtype)
+    exact = x.double().requires_grad_()
+    moved = exact + shift.double()[:, :, None, None] if shifted else exact
+    expected = F.group_norm(moved, groups, weight.double(), bias.double(), 1e-5)
+    expected = F.silu(expected) if silu else expected
+    (wanted,) = torch.autograd.grad(expected, exact, gradient.double())
+    given = shift if shifted else None
+    y, mean, rstd = kernels.group_norm(x, given, weight, bias, groups, 1e-5, silu=silu)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    assert away(y, expected) < 10 * FAR[dtype]
+    for beside in (None, skip):
+        found = kernels.group_norm_backward(gradient, beside, x, given, mean, rstd, weight, bias, groups, silu=silu)
+        exactly = wanted if beside is None else wanted + skip.double()
+        scale = exactly.norm() if exactly.norm() > 1e-6 else torch.ones((), device=DEVICE)  # one value: no gradient at all
+        assert float((found.double() - exactly).norm() / scale) < 20 * FAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [8, 24])
+def test_layer_norm(dtype: torch.dtype, channels: int) -> None:
+    torch.manual_seed(0)
+    x, more, gradient, skip = (drawn(2, 5, channels, dtype=dtype) for _ in range(4))
+    weight, bias = drawn(channels, dtype=dtype), drawn(channels, dtype=dtype)
+    for given in (more, None):
+        exact = (x.double() + (0 if given is None else given.double())).requires_grad_()
+        expected = F.layer_norm(exact, [channels], weight.double(), bias.double(), 1e-5)
+        (wanted,) = torch.autograd.grad(expected, exact, gradient.double())
+        total, y, mean, rstd = kernels.layer_norm(x, given, weight, bias, 1e-5)
+        assert torch.equal(total, x if given is None else x + more)
+        assert away(y, expected) < FAR[dtype]
+        for beside in (None, skip):
+            found = kernels.layer_norm_backward(gradient, beside, total, mean, rstd, weight)
+            assert away(found, wanted if beside is None else wanted + skip.double()) < 4 * FAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [6, 1300])
+def test_geglu(dtype: torch.dtype, width: int) -> None:
+    torch.manual_seed(0)
+    halves, gradient = drawn(3, 2, 2 * width, dtype=dtype) * 3, drawn(3, 2, width, dtype=dtype)
+    exact = halves.double().requires_grad_()
+    values, gates = exact.chunk(2, -1)
+    expected = values * F.gelu(gates)
+    (wanted,) = torch.autograd.grad(expected, exact, gradient.double())
+    assert away(kernels.geglu(halves), expected) < 2 * FAR[dtype]
+    assert away(kernels.geglu_backward(gradient, halves), wanted) < 2 * FAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_with_bias(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, more = picture("last", 2, 12, 5, 3, dtype), picture("first", 2, 12, 5, 3, dtype)
+    bias = drawn(12, dtype=dtype)
+    expected = x.double() + bias.double()[:, None, None] + more.double()
+    found = kernels.sum_with_bias(x, bias, more)
+    assert away(found, expected) < FAR[dtype] and found.is_contiguous(memory_format=torch.channels_last)
+
+
+def pieces_for(count: int, outs: int, ins: int, rank: int, dtype: torch.dtype, *, biased: bool) -> list[LoraPiece]:
+    found = []
+    for i in range(count):
+        down, up = drawn(rank, ins, dtype=dtype), drawn(outs, rank, dtype=dtype)
+        near = torch.zeros_like(down), torch.zeros_like(up)
+        whole = torch.ones_like(down, dtype=torch.float32), torch.zeros_like(up, dtype=torch.float32)
+        bias = drawn(outs, dtype=dtype) if biased else None
+        weight = drawn(outs, ins, dtype=dtype)
+        found.append(LoraPiece(weight, bias, None, down, up, 0.5 + i, near, *whole, trigger=down))
+    return found
+
+
+def exactly(piece: LoraPiece) -> LoraPiece:
+    """In float64."""
+    down, up = piece.down.double(), piece.up.double()
+    places = torch.zeros_like(down), torch.zeros_like(up)
+    bias = None if piece.bias is None else piece.bias.double()
+    return LoraPiece(piece.weight.double(), bias, None, down, up, piece.scale, places, *places, trigger=down)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("count", "rank", "biased"), [(1, 8, True), (2, 3, False), (3, 20, False), (3, 4, True)])
+@pytest.mark.parametrize(("rows", "outs", "ins"), [(70, 72, 40), (5, 32, 96)])
+@pytest.mark.parametrize("at_once", [8192, 32])
+def test_lora_layers(
+    dtype: torch.dtype, count: int, rank: int, biased: bool, rows: int, outs: int, ins: int, at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    x, gradients = drawn(rows, ins, dtype=dtype), [drawn(rows, outs, dtype=dtype) for _ in range(count)]
+    pieces = pieces_for(count, outs, ins, rank, dtype, biased=biased)
+    exact = [exactly(piece) for piece in pieces]
+    weights, exact_weights = ([piece.weight for piece in some] for some in (pieces, exact))
+    expected, low = plain_forward(x.double(), exact_weights, exact)
+    found, found_low = kernels.lora_linear(x, weights, pieces)
+    assert all(away(a, b) < FAR[dtype] for a, b in zip((*found, *found_low), (*expected, *low), strict=True))
+    wanted = plain_backward([g.double() for g in gradients], x.double(), low, exact_weights, exact, whole=True)
+    for whole in (True, False):
+        for_x = kernels.lora_linear_backward(gradients, x, found_low, weights, pieces, whole=whole)
+        assert (for_x is None) != whole
+        if whole:
+            assert away(for_x, wanted) < 2 * FAR[dtype]
+    for piece, one in zip(pieces, exact, strict=True):  # added twice, to what was there
+        assert away(piece.down_gradient - 1, 2 * one.near_gradients[0]) < 2 * FAR[dtype]
+        assert away(piece.up_gradient, 2 * one.near_gradients[1]) < 2 * FAR[dtype]
+
+
+def test_where_there_are_none() -> None:
+    assert "for CUDA" in str(kernels.obstacle_on(torch.device("cpu"))) and not kernels.works_on(torch.device("cpu"))
+
+
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_unet_with_them_has_the_gradients_of_one_without(
+    kind: str, dtype: torch.dtype, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import make_pipeline
+    from test_lean import fill_up, gradients
+
+    from lora_booth.base_model import BaseModel
+    from lora_booth.config import LoraSpec
+    from lora_booth.injection import trainable
+    from lora_booth.lean import channels_last, lean
+
+    assert kernels.works_on(DEVICE)
+    found: dict[str, Any] = {}
+    for way in ("exact", "stock", "lean"):
+        base = BaseModel.from_pipeline(make_pipeline(kind).to(DEVICE, torch.float32 if way == "exact" else dtype), name="tiny")
+        with trainable(base, LoraSpec(rank=4)) as adapter:
+            fill_up(adapter)
+            if checkpointing:
+                base.unet.enable_gradient_checkpointing()
+                base.unet.train()
+            if way == "lean":
+                with channels_last(base.unet), lean(base.unet, adapter.flat.factors):
+                    found[way] = gradients(base, adapter)[1]
+            else:
+                found[way] = gradients(base, adapter)[1]
+        assert all(p.is_contiguous() for p in base.unet.parameters())
+    off = {way: sum(float((one[n] - found["exact"][n]).square().sum()) for n in one) ** 0.5 for way, one in found.items()}
+    size = sum(float(g.square().sum()) for g in found["exact"].values()) ** 0.5
+    assert off["lean"] < max(1.5 * off["stock"], 1e-5 * size)
