@@ -94,7 +94,7 @@ def used() -> int:
     return total - free
 
 
-def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None) -> dict[str, Any]:
+def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None, *, planned: bool) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     others = used() - torch.cuda.memory_reserved()  # CUDA itself, and who else is on the GPU
@@ -124,20 +124,22 @@ def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None) ->
         if profile is not None:
             training.config = replace(training.config, steps=steps + 3)
             table(training, profile)
-    forecast = plan(base, config=config).forecasts
-    predicted = next(one for one in forecast if not one.settings)
+    prediction = {}
+    if planned:
+        one_way = next(one for one in plan(base, config=config).forecasts if not one.settings)
+        prediction = {
+            "tflops": one_way.flops / step / 1e12,
+            "predicted_gb": one_way.phases["training"] / 1e9,
+            "predicted_ms": 1e3 * one_way.seconds,
+        }
     del training, base, cache
-    return {
+    return prediction | {
         "ms": 1e3 * step,
-        "tflops": predicted.flops / step / 1e12,
-        "tflop": predicted.flops / 1e12,
         "first_step_s": first,
         "recorded": recorded,
         "allocated_gb": allocated / 1e9,
         "used_gb": (reserved + others) / 1e9,
         "others_gb": others / 1e9,
-        "predicted_gb": predicted.phases["training"] / 1e9,
-        "predicted_ms": 1e3 * predicted.seconds,
         "loss_first": float(losses[0]),
         "loss_last": float(losses[-1]),
         "said": said,
@@ -166,7 +168,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--with", dest="more", type=json.loads, default={}, help="fields of TrainingConfig as JSON")
     parser.add_argument("--cap", type=float, help="GB that PyTorch may take, as on a smaller GPU")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="the GPU's kernels by their time")
+    parser.add_argument("--no-plan", action="store_true", help="without the prediction, whose counting takes a while")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN time its ways to compute each convolution")
     parser.add_argument("--no-kernels", action="store_true", help="PyTorch's kernels in place of Triton's")
     parser.add_argument("--out", type=Path, help="folder for JSON lines and profiles")
     given = parser.parse_args()
@@ -181,6 +185,7 @@ def main() -> None:
         from lora_booth.lean import kernels
 
         kernels.works_on = kernels.products_work_on = lambda device: False  # type: ignore[assignment]
+    torch.backends.cudnn.benchmark = given.cudnn_benchmark
     rate = {dtype: matrix_rate(dtype) for dtype in (torch.bfloat16, torch.float16)}
     rate[torch.float32] = rate[torch.bfloat16]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate[BF16] / 1e12:.0f} TFLOP/s bf16", flush=True)
@@ -188,7 +193,7 @@ def main() -> None:
         one = CASES[name]
         place = given.out / f"{name.replace(' ', '-')}.txt" if given.out is not None and given.profile else None
         try:
-            found = run(one, given.steps, given.more, place)
+            found = run(one, given.steps, given.more, place, planned=not given.no_plan)
         except Exception as error:  # the other cases are worth their time
             import traceback
 
@@ -196,12 +201,17 @@ def main() -> None:
             found = {"error": str(error)[:300]}
         found |= {"case": name, "with": given.more, "kernels": not given.no_kernels, "target": one.target}
         if "ms" in found:
-            share = found["tflops"] * 1e12 / rate[one.case.dtype]
+            more = ""
+            if "tflops" in found:
+                share = found["tflops"] * 1e12 / rate[one.case.dtype]
+                more = (
+                    f"{found['tflops']:.0f} TFLOP/s ({share:.0%} of the matrix rate), plan {found['predicted_gb']:.2f} GB and "
+                )
+                more += f"{found['predicted_ms']:.1f} ms, "
             print(
-                f"{name}: {found['ms']:.2f} ms a step, {found['tflops']:.0f} TFLOP/s ({share:.0%} of the matrix rate), "
+                f"{name}: {found['ms']:.2f} ms a step, {more}"
                 f"{'recorded' if found['recorded'] else 'not recorded'}, first step {found['first_step_s']:.1f} s, "
                 f"{found['used_gb']:.2f} GB used (CUDA {found['others_gb']:.2f}, allocated {found['allocated_gb']:.2f}), "
-                f"plan {found['predicted_gb']:.2f} GB, {found['predicted_ms']:.1f} ms; "
                 f"loss {found['loss_first']:.3f} -> {found['loss_last']:.3f}; target {one.target or '-'}",
                 flush=True,
             )
