@@ -256,7 +256,7 @@ def lora_linear(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[Any]) -> 
     from .triton_kernels import lora_kernel
 
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
-    results, low = list(x.new_empty(count, rows, outs)), list(x.new_empty(count, rows, pieces[0].down.shape[0]))
+    results, low = ([x.new_empty(rows, wide) for _ in pieces] for wide in (outs, pieces[0].down.shape[0]))
     block, biased = block_for(rows, outs, ins), pieces[0].bias is not None
     grid = (parts_of(rows, block.rows) * parts_of(outs, block.outs), count)
     lora_kernel[grid](
@@ -284,7 +284,7 @@ def lora_linear_backward(
 
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
     result = x.new_empty(rows, ins) if whole else x
-    back = list(x.new_empty(count, rows, pieces[0].down.shape[0]))
+    back = [x.new_empty(rows, pieces[0].down.shape[0]) for _ in pieces]
     sizes, block = ranks_of(pieces), block_for(rows, ins, outs)
     grid = (parts_of(rows, block.rows) * (parts_of(ins, block.outs) if whole else 1), 1)
     lora_input_gradient_kernel[grid](
