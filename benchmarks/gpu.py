@@ -50,6 +50,8 @@ CASES = {
     "sdxl nf4 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True), quantize=True, target="<= 3.6 GB"),
     "sd1 fp16": GpuCase(Case("sd1", 512, torch.float16)),
     "sdxl fp16": GpuCase(Case("sdxl", 1024, torch.float16)),
+    "sd1 adamw8bit": GpuCase(Case("sd1", 512, BF16), {"optimizer": "adamw8bit"}),
+    "sd1 not recorded": GpuCase(Case("sd1", 512, BF16), {"capture": "off"}),
     "sd1 fp32": GpuCase(Case("sd1", 512, torch.float32)),
 }
 

@@ -6,7 +6,6 @@ python benchmarks/kernels.py [--blocks]    forward and backward pass as recorded
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +40,10 @@ ATTENTION = {  # pictures, heads, queries, keys, width of a head
     "XL 32x32": (1, 20, 1024, 1024, 64),
     "XL 32x32 text": (1, 20, 1024, 77, 64),
 }
+TILES = (  # rows, outs, ins, warps, stages
+    (32, 64, 64, 4, 4), (64, 32, 64, 4, 4), (64, 64, 64, 4, 3), (64, 64, 64, 4, 5), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
+    (128, 64, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 128, 4, 3), (256, 64, 64, 8, 3),
+)  # fmt: skip
 DTYPE = torch.bfloat16
 
 
@@ -48,6 +51,12 @@ def microseconds(work: Callable[[], object]) -> float:
     from triton.testing import do_bench_cudagraph
 
     return 1e3 * float(do_bench_cudagraph(work, rep=10, return_mode="median"))
+
+
+def not_recorded(work: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return 1e3 * float(do_bench(work, warmup=5, rep=30, return_mode="median"))
 
 
 def pieces(outs: int, ins: int, count: int, rank: int = 8) -> list[LoraPiece]:
@@ -89,8 +98,7 @@ def blocks() -> None:
         gradients = [torch.randn(rows, outs, device="cuda").to(DTYPE) for _ in some]
         low = kernels.lora_linear(x, weights, some)[1]
         found: dict[str, list[tuple[float, Block]]] = {"forward": [], "backward": []}
-        sizes = itertools.product((32, 64, 128), (32, 64, 128), (64,), ((4, 3), (4, 4)))
-        for down, across, deep, (warps, stages) in sizes:
+        for down, across, deep, warps, stages in TILES:
             block = Block(down, across, deep, warps, stages)
             kernels.block_for = lambda *_: block  # type: ignore[assignment]  # noqa: B023
             try:
@@ -129,8 +137,8 @@ def attention_times(pictures: int, heads: int, queries: int, keys: int, width: i
     for name, work in ways.items():
         try:
             with torch.no_grad():
-                forward = microseconds(work)
-            both = microseconds(lambda: torch.autograd.grad(work(), (q, k, v), given))  # noqa: B023
+                forward = not_recorded(work)
+            both = not_recorded(lambda: torch.autograd.grad(work(), (q, k, v), given))  # noqa: B023
             found[name.removesuffix("_ATTENTION").lower()] = f"{forward:.0f} + {both - forward:.0f}"
         except Exception as error:
             found[name] = str(error)[:60].replace("\n", " ")
@@ -144,6 +152,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; microseconds, forward + backward")
     if given.blocks:
         blocks()
+    for name, sizes in ATTENTION.items():
+        print(f"attention {name:16s} {attention_times(*sizes)}", flush=True)
+    if given.blocks:
         return
     for name, shape in LAYERS.items():
         triton, triton_back, plain, plain_back, alone, alone_back = layer_times(*shape)
@@ -152,8 +163,6 @@ def main() -> None:
             f"frozen alone {alone:.1f} + {alone_back:.1f}",
             flush=True,
         )
-    for name, sizes in ATTENTION.items():
-        print(f"attention {name:16s} {attention_times(*sizes)}", flush=True)
 
 
 if __name__ == "__main__":

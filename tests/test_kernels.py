@@ -131,14 +131,14 @@ def exactly(piece: LoraPiece) -> LoraPiece:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("count", "rank", "biased"), [(1, 8, True), (2, 3, False), (3, 20, False), (3, 4, True)])
-@pytest.mark.parametrize(("rows", "outs", "ins"), [(70, 72, 40), (5, 32, 96)])
-@pytest.mark.parametrize("at_once", [8192, 32])
+@pytest.mark.parametrize(("count", "rank", "biased"), [(1, 8, True), (2, 12, False), (3, 20, False), (3, 4, True)])
+@pytest.mark.parametrize(("rows", "outs", "ins"), [(300, 72, 40), (5, 32, 96)])
+@pytest.mark.parametrize("fewest", [512, 16])
 def test_lora_layers(
-    dtype: torch.dtype, count: int, rank: int, biased: bool, rows: int, outs: int, ins: int, at_once: int,
+    dtype: torch.dtype, count: int, rank: int, biased: bool, rows: int, outs: int, ins: int, fewest: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(kernels, "FEWEST_ROWS", fewest)  # of tokens that a program adds up
     torch.manual_seed(0)
     x, gradients = drawn(rows, ins, dtype=dtype), [drawn(rows, outs, dtype=dtype) for _ in range(count)]
     pieces = pieces_for(count, outs, ins, rank, dtype, biased=biased)

@@ -33,11 +33,11 @@ def call(base: BaseModel, *, side: int = 8, rows: int = 2) -> torch.Tensor:
     """A loss () of one forward pass, prompts encoded with gradients."""
     generator = torch.Generator().manual_seed(3)
     text = base.encode_text(["a dog", "a photo of sks dog"][:rows])
-    latents = torch.randn(rows, 4, side, side, generator=generator).to(base.dtype)
+    latents = torch.randn(rows, 4, side, side, generator=generator).to(base.device, base.dtype)
     extra = None
     if base.family.time_ids:
-        extra = {"text_embeds": text.pooled, "time_ids": torch.full((rows, 6), 64.0)}
-    times = torch.arange(10, 10 + rows)
+        extra = {"text_embeds": text.pooled, "time_ids": torch.full((rows, 6), 64.0, device=base.device)}
+    times = torch.arange(10, 10 + rows, device=base.device)
     result: torch.Tensor = base.unet(latents, times, text.states, added_cond_kwargs=extra).sample
     return result.float().square().mean() + result.float().sum() / 100
 
@@ -175,6 +175,7 @@ def test_convolutions(
         assert torch.allclose(found, expected, atol=1e-4) and found.is_contiguous()
         (wanted,), (got,) = torch.autograd.grad(expected, x, up), torch.autograd.grad(found, x, up)
         assert torch.allclose(got, wanted, atol=1e-4)
+        assert torch.allclose(products.transposed(up, weight, x.shape, how), wanted, atol=1e-4)  # on a GPU
 
 
 def test_what_is_computed_again() -> None:

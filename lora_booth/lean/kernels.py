@@ -18,7 +18,10 @@ from torch import Tensor
 OLDEST = (7, 0)  # compute capability that Triton compiles for
 OLDEST_FOR_PRODUCTS = (8, 0)  # and from which on its matrix products use the tensor cores well
 TILE = 2048  # values of a picture that a program holds
-ROWS_AT_ONCE = 8192  # tokens whose products one program adds up; of more, several do a part each
+PARTS = 128  # of a group's pixels, at the most; of larger pictures more
+PROGRAMS = 528  # that together add up the products of all tokens: four for each multiprocessor of a large GPU
+FEWEST_ROWS = 512  # tokens that are worth a program
+COUNTERS = 2**14
 
 
 @cache
@@ -87,7 +90,7 @@ class Tiles:
 
     @property
     def parts(self) -> dict[str, int]:
-        return {"PARTS": power_of_2(self.grid[1])}
+        return {"PARTS": max(PARTS, power_of_2(self.grid[1]))}
 
 
 def group_norm(
@@ -104,11 +107,11 @@ def group_norm(
     mean, rstd = torch.empty((2, tiles.grid[0]), dtype=torch.float32, device=x.device)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     strides, given = (x.stride(0), x.stride(3)), shift if shift is not None else x
-    shifted = {"SHIFTED": shift is not None}
-    group_moments_kernel[tiles.grid](x, given, means, squares, *strides, *tiles.numbers, **shifted, **tiles.sizes)
+    shifted = int(shift is not None)
+    group_moments_kernel[tiles.grid](x, given, means, squares, *strides, *tiles.numbers, shifted, **tiles.sizes)
     group_norm_kernel[tiles.grid](
-        x, given, weight, bias, means, squares, mean, rstd, y, *strides, *tiles.numbers, eps,
-        **shifted, SILU=silu, **tiles.parts, **tiles.sizes,
+        x, given, weight, bias, means, squares, mean, rstd, y, *strides, *tiles.numbers, eps, shifted, int(silu),
+        **tiles.parts, **tiles.sizes,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -134,14 +137,14 @@ def group_norm_backward(
     result = torch.empty_like(x, memory_format=torch.channels_last)
     beside = gradient if skip is None else channels_last(skip)
     strides = [size for tensor in (x, gradient) for size in (tensor.stride(0), tensor.stride(3))]
-    given, how = shift if shift is not None else x, {"SHIFTED": shift is not None, "SILU": silu}
+    given, how = shift if shift is not None else x, (int(shift is not None), int(silu))
     group_sums_kernel[tiles.grid](
-        x, given, weight, bias, gradient, mean, rstd, plain, along, *strides, *tiles.numbers, **how, **tiles.sizes
+        x, given, weight, bias, gradient, mean, rstd, plain, along, *strides, *tiles.numbers, *how, **tiles.sizes
     )
     group_norm_backward_kernel[tiles.grid](
         x, given, weight, bias, gradient, beside, mean, rstd, plain, along, result,
-        *strides, beside.stride(0), beside.stride(3), *tiles.numbers,
-        **how, SKIP=skip is not None, **tiles.parts, **tiles.sizes,
+        *strides, beside.stride(0), beside.stride(3), *tiles.numbers, *how, int(skip is not None),
+        **tiles.parts, **tiles.sizes,
     )  # fmt: skip
     return result
 
@@ -162,7 +165,7 @@ def layer_norm(
     mean, rstd = torch.empty((2, tokens), dtype=torch.float32, device=x.device)
     layer_norm_kernel[(tokens,)](
         x, x if more is None else more, weight, bias, total, y, mean, rstd, channels, eps,
-        SUM=more is not None, WIDTH=power_of_2(channels),
+        int(more is not None), WIDTH=power_of_2(channels),
     )  # fmt: skip
     return total, y, mean, rstd
 
@@ -177,7 +180,7 @@ def layer_norm_backward(
     result = torch.empty_like(total)
     beside = gradient if skip is None else skip.contiguous()
     layer_norm_backward_kernel[(total.numel() // channels,)](
-        total, gradient, beside, weight, mean, rstd, result, channels, SKIP=skip is not None, WIDTH=power_of_2(channels)
+        total, gradient, beside, weight, mean, rstd, result, channels, int(skip is not None), WIDTH=power_of_2(channels)
     )
     return result
 
@@ -248,7 +251,7 @@ def each(pieces: Sequence[Any], *names: str) -> list[Any]:
 
 def ranks_of(pieces: Sequence[Any]) -> dict[str, int]:
     rank = pieces[0].down.shape[0]
-    return {"COUNT": len(pieces), "RANK": rank, "RANKS": max(16, power_of_2(rank))}
+    return {"RANK": rank, "RANKS": max(16, power_of_2(rank))}
 
 
 def lora_linear(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -261,7 +264,7 @@ def lora_linear(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[Any]) -> 
     grid = (parts_of(rows, block.rows) * parts_of(outs, block.outs), count)
     lora_kernel[grid](
         x, *three(results), *three(low), *three(weights), *(each(pieces, "bias") if biased else [x] * 3),
-        *each(pieces, "down", "up", "scale"), rows, outs, ins, BIAS=biased, **ranks_of(pieces), ROWS=block.rows,
+        *each(pieces, "down", "up", "scale"), rows, outs, ins, int(biased), **ranks_of(pieces), ROWS=block.rows,
         OUTS=block.outs, INS=block.ins, EVEN=ins % block.ins == 0, num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     return results, low
@@ -289,24 +292,23 @@ def lora_linear_backward(
     grid = (parts_of(rows, block.rows) * (parts_of(ins, block.outs) if whole else 1), 1)
     lora_input_gradient_kernel[grid](
         *three(gradients), result, *three(back), *three(weights), *each(pieces, "down", "up", "scale"), rows, outs, ins,
-        WHOLE=whole, **sizes, ROWS=block.rows, OUTS=block.ins, INS=block.outs, EVEN=outs % block.ins == 0,
+        count, WHOLE=whole, **sizes, ROWS=block.rows, OUTS=block.ins, INS=block.outs, EVEN=outs % block.ins == 0,
         num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
-    parts, wide, rank = parts_of(rows, ROWS_AT_ONCE), 32, sizes["RANK"]
-    share = parts_of(rows, parts)
-    if parts == 1:
-        down, up = ([getattr(piece, name) for piece in pieces] for name in ("down_gradient", "up_gradient"))
-    else:
-        apart = torch.empty(parts, count, rank * (ins + outs), dtype=torch.float32, device=x.device)
-        down = [apart[0, i, : rank * ins] for i in range(count)]
-        up = [apart[0, i, rank * ins :] for i in range(count)]
-    lora_factor_gradient_kernel[(parts_of(ins, wide) + parts_of(outs, wide), count, parts)](
-        x, *three(gradients), *three(low), *three(back), *three(down), *three(up), *each(pieces, "scale"),
-        rows, outs, ins, share, count * rank * (ins + outs), ADD=parts == 1, **sizes,
-        ROWS=128 if rows >= 128 else 64, WIDE=wide, num_warps=4, num_stages=4,
+    wide, deep = 32, 128 if rows >= 128 else 64
+    blocks = parts_of(ins, wide) + parts_of(outs, wide)
+    parts = max(1, min(PROGRAMS // (blocks * count), rows // FEWEST_ROWS)) if blocks * count <= COUNTERS else 1
+    share = parts_of(parts_of(rows, parts), deep) * deep
+    parts = parts_of(rows, share)
+    partials = x.new_empty(blocks * count * parts * sizes["RANKS"] * wide if parts > 1 else 1, dtype=torch.float32)
+    lora_factor_gradient_kernel[(blocks, count, parts)](
+        x, *three(gradients), *three(low), *three(back), *each(pieces, "down_gradient", "up_gradient", "scale"), partials,
+        counters_on(x.device), rows, outs, ins, share, parts, **sizes, ROWS=deep, WIDE=wide, num_warps=4, num_stages=4,
     )  # fmt: skip
-    if parts > 1:
-        for piece, summed in zip(pieces, apart.sum(dim=0), strict=True):
-            piece.down_gradient.add_(summed[: rank * ins].view_as(piece.down_gradient))
-            piece.up_gradient.add_(summed[rank * ins :].view_as(piece.up_gradient))
     return result if whole else None
+
+
+@cache
+def counters_on(device: torch.device) -> Tensor:
+    """Zeros, between two kernels."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

@@ -64,13 +64,13 @@ class LoraLinears(Function):
 
 
 def fusible(rows: Tensor, pieces: Sequence[LoraPiece]) -> bool:
-    """Whether Triton's kernel takes them: half precision, and layers of one shape whose rows are whole 16 bytes."""
+    """Whether Triton's kernel takes them: half precision, and layers of one shape whose rows lie at multiples of some bytes."""
     one = pieces[0]
     alike = all(
         piece.down.shape == one.down.shape and piece.up.shape == one.up.shape and (piece.bias is None) == (one.bias is None)
         for piece in pieces
     )
-    aligned = one.down.shape[1] % 8 == 0 and one.up.shape[0] % 8 == 0
+    aligned = one.down.shape[1] % 8 == 0 and one.up.shape[0] % 8 == 0 and one.down.shape[0] % 4 == 0
     half = rows.dtype in (torch.float16, torch.bfloat16)
     return half and alike and aligned and kernels.products_work_on(rows.device)
 

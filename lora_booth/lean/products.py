@@ -73,7 +73,21 @@ class FrozenConv2d(Function):
             return transposed_convolution(gradient, weight, ctx.shape, ctx.how), None, None, None
         if ctx.on_pixels:
             return (gradient.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2), None, None, None
+        if gradient.device.type == "cuda":  # the same kernels of cuDNN, without an input that nobody reads
+            return transposed(gradient, weight, ctx.shape, ctx.how), None, None, None
         return conv2d_input(ctx.shape, weight, gradient, **ctx.how), None, None, None  # type: ignore[no-untyped-call]
+
+
+def transposed(gradient: Tensor, weight: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:
+    """The gradient of the convolution's input, of this shape."""
+    left = tuple(
+        size - ((out - 1) * stride - 2 * pad + spread * (kernel - 1) + 1)
+        for size, out, stride, pad, spread, kernel in zip(
+            shape[2:], gradient.shape[2:], how["stride"], how["padding"], how["dilation"], weight.shape[2:], strict=True
+        )
+    )
+    options = {name: how[name] for name in ("stride", "padding", "dilation", "groups")}
+    return F.conv_transpose2d(gradient, weight, output_padding=left, **options)
 
 
 def as_product(x: Tensor, weight: Tensor, how: dict[str, Any]) -> bool:

@@ -7,13 +7,17 @@ the precision of the inputs. Sums of many programs are written apart and added i
 import triton
 import triton.language as tl
 
+# Each kernel is compiled for each combination of its constants, and of what Triton sees in its numbers: so few are constants,
+# and at many numbers it does not look.
+
+
 # --- group norm: statistics of a part of a group's pixels, then all of it from all parts' ----------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_row", "x_pixel", "pixels", "channels", "parts", "width", "shifted"])
 def group_moments_kernel(
     x, shift, means, squares, x_row, x_pixel, pixels, channels, parts, width,
-    SHIFTED: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    shifted, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared distances from it, of x + shift, for each (row, group) and part of the pixels."""
     place, part = tl.program_id(0), tl.program_id(1)
@@ -21,7 +25,7 @@ def group_moments_kernel(
     channel, pixel = group * width + tl.arange(0, WIDTH), part * PIXELS + tl.arange(0, PIXELS)
     here = (tl.arange(0, WIDTH) < width)[None, :] & (pixel < pixels)[:, None]
     value = tl.load(x + row * x_row + pixel[:, None] * x_pixel + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    if SHIFTED:
+    if shifted:
         value += tl.load(shift + row * channels + channel, mask=tl.arange(0, WIDTH) < width, other=0.0).to(tl.float32)[None, :]
         value = tl.where(here, value, 0.0)
     count = tl.minimum(PIXELS, pixels - part * PIXELS) * width
@@ -31,10 +35,10 @@ def group_moments_kernel(
     tl.store(squares + place * parts + part, tl.sum(tl.sum(away * away, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_row", "x_pixel", "pixels", "channels", "parts", "width", "shifted", "silu"])
 def group_norm_kernel(
     x, shift, weight, bias, means, squares, mean_out, rstd_out, y, x_row, x_pixel, pixels, channels, parts, width, eps,
-    SHIFTED: tl.constexpr, SILU: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr,
+    shifted, silu, GROUPS: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """y = SiLU?(GroupNorm(x + shift)); the parts' moments are put together as Chan, Golub and LeVeque (1979) do."""
@@ -56,12 +60,12 @@ def group_norm_kernel(
     channel, pixel = group * width + tl.arange(0, WIDTH), part * PIXELS + tl.arange(0, PIXELS)
     here = inside[None, :] & (pixel < pixels)[:, None]
     value = tl.load(x + row * x_row + pixel[:, None] * x_pixel + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    if SHIFTED:
+    if shifted:
         value += tl.load(shift + row * channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = (value - mean) * rstd * scale + offset
-    if SILU:
+    if silu:
         value = value / (1.0 + tl.exp(-value))
     tl.store(y + (row * pixels + pixel[:, None]) * channels + channel[None, :], value.to(y.dtype.element_ty), mask=here)
 
@@ -69,26 +73,28 @@ def group_norm_kernel(
 @triton.jit
 def scaled_gradient(
     x, shift, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel, channels,
-    SHIFTED: tl.constexpr, SILU: tl.constexpr,
+    shifted, silu,
 ):  # fmt: skip
     """The normalised values of a tile, and the gradient of them times their weight."""
     value = tl.load(x + row * x_row + pixel[:, None] * x_pixel + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    if SHIFTED:
+    if shifted:
         value += tl.load(shift + row * channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     normal = tl.where(here, (value - mean) * rstd, 0.0)
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     given = tl.load(gradient + row * g_row + pixel[:, None] * g_pixel + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    if SILU:
+    if silu:
         z = normal * scale + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
         given = given * sigmoid * (1.0 + z * (1.0 - sigmoid))
     return normal, given * scale
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["x_row", "x_pixel", "g_row", "g_pixel", "pixels", "channels", "parts", "width", "shifted", "silu"]
+)
 def group_sums_kernel(
     x, shift, weight, bias, gradient, mean_in, rstd_in, plain, along, x_row, x_pixel, g_row, g_pixel, pixels, channels, parts,
-    width, SHIFTED: tl.constexpr, SILU: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    width, shifted, silu, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sums over a group's part of the gradient, and of it times the normalised values."""
     place, part = tl.program_id(0), tl.program_id(1)
@@ -99,16 +105,32 @@ def group_sums_kernel(
     mean, rstd = tl.load(mean_in + place), tl.load(rstd_in + place)
     normal, given = scaled_gradient(
         x, shift, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel,
-        channels, SHIFTED, SILU,
+        channels, shifted, silu,
     )  # fmt: skip
     tl.store(plain + place * parts + part, tl.sum(tl.sum(given, axis=1), axis=0))
     tl.store(along + place * parts + part, tl.sum(tl.sum(given * normal, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "x_row",
+        "x_pixel",
+        "g_row",
+        "g_pixel",
+        "s_row",
+        "s_pixel",
+        "pixels",
+        "channels",
+        "parts",
+        "width",
+        "shifted",
+        "silu",
+        "skipped",
+    ]
+)
 def group_norm_backward_kernel(
     x, shift, weight, bias, gradient, skip, mean_in, rstd_in, plain, along, out, x_row, x_pixel, g_row, g_pixel, s_row, s_pixel,
-    pixels, channels, parts, width, SHIFTED: tl.constexpr, SILU: tl.constexpr, SKIP: tl.constexpr, GROUPS: tl.constexpr,
+    pixels, channels, parts, width, shifted, silu, skipped, GROUPS: tl.constexpr,
     PARTS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, with that of the skip beside the norm."""
@@ -123,10 +145,10 @@ def group_norm_backward_kernel(
     mean, rstd = tl.load(mean_in + place), tl.load(rstd_in + place)
     normal, given = scaled_gradient(
         x, shift, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel,
-        channels, SHIFTED, SILU,
+        channels, shifted, silu,
     )  # fmt: skip
     value = rstd * (given - (sum_plain + normal * sum_along) / (pixels * width))
-    if SKIP:
+    if skipped:
         beside = skip + row * s_row + pixel[:, None] * s_pixel + channel[None, :]
         value += tl.load(beside, mask=here, other=0.0).to(tl.float32)
     tl.store(out + (row * pixels + pixel[:, None]) * channels + channel[None, :], value.to(out.dtype.element_ty), mask=here)
@@ -135,15 +157,13 @@ def group_norm_backward_kernel(
 # --- layer norm of a sum ---------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def layer_norm_kernel(
-    x, more, weight, bias, total, y, mean_out, rstd_out, channels, eps, SUM: tl.constexpr, WIDTH: tl.constexpr
-):
+@triton.jit(do_not_specialize=["summed"])
+def layer_norm_kernel(x, more, weight, bias, total, y, mean_out, rstd_out, channels, eps, summed, WIDTH: tl.constexpr):
     """total = x + more, y = LayerNorm(total); a program for each token."""
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     here = channel < channels
     value = tl.load(x + row * channels + channel, mask=here, other=0.0).to(tl.float32)
-    if SUM:
+    if summed:
         value += tl.load(more + row * channels + channel, mask=here, other=0.0).to(tl.float32)
         value = value.to(total.dtype.element_ty)
         tl.store(total + row * channels + channel, value, mask=here)
@@ -158,10 +178,8 @@ def layer_norm_kernel(
     tl.store(rstd_out + row, rstd)
 
 
-@triton.jit
-def layer_norm_backward_kernel(
-    total, gradient, skip, weight, mean_in, rstd_in, out, channels, SKIP: tl.constexpr, WIDTH: tl.constexpr
-):
+@triton.jit(do_not_specialize=["skipped"])
+def layer_norm_backward_kernel(total, gradient, skip, weight, mean_in, rstd_in, out, channels, skipped, WIDTH: tl.constexpr):
     """The gradient of the sum, by its norm and, with SKIP, by its other way."""
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     here = channel < channels
@@ -172,7 +190,7 @@ def layer_norm_backward_kernel(
     given = tl.load(gradient + row * channels + channel, mask=here, other=0.0).to(tl.float32) * scale
     plain, along = tl.sum(given, axis=0) / channels, tl.sum(given * normal, axis=0) / channels
     result = rstd * (given - plain - normal * along)
-    if SKIP:
+    if skipped:
         result += tl.load(skip + row * channels + channel, mask=here, other=0.0).to(tl.float32)
     tl.store(out + row * channels + channel, result.to(out.dtype.element_ty), mask=here)
 
@@ -219,21 +237,19 @@ def sum_with_bias_kernel(x, bias, more, out, count, channels, BLOCK: tl.constexp
 # --- linear layers with a LoRA: up to three that read the same input -------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "biased"])
 def lora_kernel(
     x, y0, y1, y2, low0, low1, low2, w0, w1, w2, b0, b1, b2, down0, down1, down2, up0, up1, up2, scale0, scale1, scale2,
-    rows, outs, ins, BIAS: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
-    OUTS: tl.constexpr, INS: tl.constexpr, EVEN: tl.constexpr,
+    rows, outs, ins, biased, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
+    INS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """low = x A^T, y = x W^T + b + scale low B^T. x (rows, ins), W (outs, ins), A (RANK, ins), B (outs, RANK)."""
     which = tl.program_id(1)
     y, low, w, b, down, up, scale = y0, low0, w0, b0, down0, up0, scale0
-    if COUNT > 1:
-        if which == 1:
-            y, low, w, b, down, up, scale = y1, low1, w1, b1, down1, up1, scale1
-    if COUNT > 2:
-        if which == 2:
-            y, low, w, b, down, up, scale = y2, low2, w2, b2, down2, up2, scale2
+    if which == 1:
+        y, low, w, b, down, up, scale = y1, low1, w1, b1, down1, up1, scale1
+    if which == 2:
+        y, low, w, b, down, up, scale = y2, low2, w2, b2, down2, up2, scale2
     across = tl.cdiv(outs, OUTS)
     i, j = tl.program_id(0) // across, tl.program_id(0) % across
     row, out, inner, rank = i * ROWS + tl.arange(0, ROWS), j * OUTS + tl.arange(0, OUTS), tl.arange(0, INS), tl.arange(0, RANKS)
@@ -252,7 +268,7 @@ def lora_kernel(
     changed = change.to(x.dtype.element_ty)
     up_tile = tl.load(up + out[None, :] * RANK + rank[:, None], mask=(out < outs)[None, :] & (rank < RANK)[:, None], other=0.0)
     total += scale * tl.dot(changed, up_tile)
-    if BIAS:
+    if biased:
         total += tl.load(b + out, mask=out < outs, other=0.0).to(tl.float32)[None, :]
     inside = (row < rows)[:, None] & (out < outs)[None, :]
     tl.store(y + row[:, None] * outs + out[None, :], total.to(x.dtype.element_ty), mask=inside)
@@ -260,10 +276,10 @@ def lora_kernel(
         tl.store(low + row[:, None] * RANK + rank[None, :], changed, mask=(row < rows)[:, None] & (rank < RANK)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "count"])
 def lora_input_gradient_kernel(
     g0, g1, g2, out, low0, low1, low2, w0, w1, w2, down0, down1, down2, up0, up1, up2, scale0, scale1, scale2,
-    rows, outs, ins, WHOLE: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
+    rows, outs, ins, count, WHOLE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
     OUTS: tl.constexpr, INS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """low = scale g B of each layer; with WHOLE also out = the sum of g W + low A over the layers. g (rows, outs)."""
@@ -276,7 +292,7 @@ def lora_input_gradient_kernel(
         tl.arange(0, RANKS),
     )
     total = tl.zeros((ROWS, INS), tl.float32)
-    for which in tl.static_range(COUNT):
+    for which in range(count):
         g, low, w, down, up, scale = g0, low0, w0, down0, up0, scale0
         if which == 1:
             g, low, w, down, up, scale = g1, low1, w1, down1, up1, scale1
@@ -306,24 +322,23 @@ def lora_input_gradient_kernel(
         tl.store(out + row[:, None] * ins + inner[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share", "parts"])
 def lora_factor_gradient_kernel(
     x, g0, g1, g2, low0, low1, low2, back0, back1, back2, down0, down1, down2, up0, up1, up2, scale0, scale1, scale2,
-    rows, outs, ins, share, apart, ADD: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr,
+    partials, counters, rows, outs, ins, share, parts, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of A (RANK, ins): back^T x, and of B (outs, RANK): scale g^T low, in float32.
+    """Adds to the gradients of A (RANK, ins): back^T x, and of B (outs, RANK): scale g^T low, in float32.
 
-    ADD: to what is there; else each part of the rows writes its own, `apart` values from the one before
+    Of many rows, several programs take `share` each; the last one to come adds up what all have left in `partials`, in their
+    order. counters: zero for each block of columns, and zero again afterwards
     """
     block, which, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g, low, back, down, up, scale = g0, low0, back0, down0, up0, scale0
-    if COUNT > 1:
-        if which == 1:
-            g, low, back, down, up, scale = g1, low1, back1, down1, up1, scale1
-    if COUNT > 2:
-        if which == 2:
-            g, low, back, down, up, scale = g2, low2, back2, down2, up2, scale2
+    if which == 1:
+        g, low, back, down, up, scale = g1, low1, back1, down1, up1, scale1
+    if which == 2:
+        g, low, back, down, up, scale = g2, low2, back2, down2, up2, scale2
     of_down = tl.cdiv(ins, WIDE)
     left, right, out = back, x, down
     if block >= of_down:
@@ -336,15 +351,22 @@ def lora_factor_gradient_kernel(
     for start in range(part * share, end, ROWS):
         row = start + tl.arange(0, ROWS)
         a = tl.load(left + row[None, :] * RANK + rank[:, None], mask=(row < end)[None, :] & (rank < RANK)[:, None], other=0.0)
-        b = tl.load(
-            right + row[:, None].to(tl.int64) * width + column[None, :],
-            mask=(row < end)[:, None] & (column < width)[None, :],
-            other=0.0,
-        )
-        total = tl.dot(a, b, total)
-    at = out + part * apart + rank[:, None] * by_rank + column[None, :] * by_column
-    inside = (rank < RANK)[:, None] & (column < width)[None, :]
-    total = total * tl.where(block < of_down, 1.0, scale)
-    if ADD:
-        total += tl.load(at, mask=inside, other=0.0)
-    tl.store(at, total, mask=inside)
+        at = right + row[:, None].to(tl.int64) * width + column[None, :]
+        total = tl.dot(a, tl.load(at, mask=(row < end)[:, None] & (column < width)[None, :], other=0.0), total)
+    last = parts == 1
+    if parts > 1:
+        slot = which * tl.num_programs(0) + block
+        tile = partials + slot * parts * RANKS * WIDE + rank[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+        tl.store(tile + part * RANKS * WIDE, total)
+        tl.debug_barrier()  # all of it is there before this program counts itself
+        last = tl.atomic_add(counters + slot, 1, sem="acq_rel") == parts - 1
+        if last:
+            total = tl.zeros((RANKS, WIDE), tl.float32)
+            for one in range(parts):
+                total += tl.load(tile + one * RANKS * WIDE, cache_modifier=".cg")
+            tl.store(counters + slot, 0)
+    if last:
+        place = out + rank[:, None] * by_rank + column[None, :] * by_column
+        inside = (rank < RANK)[:, None] & (column < width)[None, :]
+        total = total * tl.where(block < of_down, 1.0, scale) + tl.load(place, mask=inside, other=0.0)
+        tl.store(place, total, mask=inside)

@@ -121,6 +121,7 @@ class StepGraph:
     def _record(self, inputs: Any) -> Recording:
         buffers = copied(inputs)
         kept = self.gradient.clone()
+        torch.cuda.empty_cache()  # what the step before has left lies where the warm-up does not look
         try:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
