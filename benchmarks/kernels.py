@@ -101,7 +101,7 @@ def blocks() -> None:
         found: dict[str, list[tuple[float, Block]]] = {"forward": [], "backward": []}
         for down, across, deep, warps, stages in TILES:
             block = Block(down, across, deep, warps, stages)
-            kernels.block_for = lambda *_: block  # type: ignore[assignment]  # noqa: B023
+            kernels.block_for = lambda *_, **__: block  # type: ignore[assignment]  # noqa: B023
             try:
                 forward = microseconds(lambda: kernels.lora_linear(x, weights, some))  # noqa: B023
                 backward = microseconds(lambda: kernels.lora_linear_backward(gradients, x, low, weights, some, whole=True))  # noqa: B023

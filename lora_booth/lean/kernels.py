@@ -18,7 +18,7 @@ from torch import Tensor
 OLDEST = (7, 0)  # compute capability that Triton compiles for
 OLDEST_FOR_PRODUCTS = (8, 0)  # and from which on its matrix products use the tensor cores well
 TILE = 2048  # values of a picture that a program holds
-PARTS = 128  # of a group's pixels, at the most; of larger pictures more
+PARTS = (32, 128)  # of a group's pixels, at the most; of larger pictures more
 PROGRAMS = 528  # that together add up the products of all tokens: four for each multiprocessor of a large GPU
 FEWEST_ROWS = 512  # tokens that are worth a program
 COUNTERS = 2**14
@@ -90,7 +90,7 @@ class Tiles:
 
     @property
     def parts(self) -> dict[str, int]:
-        return {"PARTS": max(PARTS, power_of_2(self.grid[1]))}
+        return {"PARTS": next((most for most in PARTS if self.grid[1] <= most), power_of_2(self.grid[1]))}
 
 
 def group_norm(
@@ -229,15 +229,19 @@ class Block:
     rows: int
     outs: int
     ins: int
-    warps: int = 4
-    stages: int = 4
+    warps: int
+    stages: int
 
 
-def block_for(rows: int, outs: int, ins: int) -> Block:
-    """For a product (rows, ins) x (ins, outs)."""
-    across = 64 if outs > 32 else 32
-    down = 128 if rows >= 2048 and outs >= 64 else 64 if rows > 32 else 32
-    return Block(down, across, min(64, max(16, power_of_2(ins))))
+# From the largest: measured on an H100 for the layers of SD 1.x and SDXL (benchmarks/kernels.py --blocks)
+BLOCKS = (Block(128, 128, 64, 8, 3), Block(64, 128, 64, 4, 4), Block(64, 64, 64, 4, 5), Block(64, 32, 64, 4, 4))
+ENOUGH = 80  # blocks, to have work for most of a GPU
+
+
+def block_for(rows: int, outs: int, *, layers: int = 1) -> Block:
+    """For products that give (rows, outs): the largest of which there are enough."""
+    enough = (one for one in BLOCKS if parts_of(rows, one.rows) * parts_of(outs, one.outs) * layers >= ENOUGH)
+    return next(enough, BLOCKS[-1])
 
 
 def three(values: Sequence[Any]) -> list[Any]:
@@ -260,7 +264,7 @@ def lora_linear(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[Any]) -> 
 
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
     results, low = ([x.new_empty(rows, wide) for _ in pieces] for wide in (outs, pieces[0].down.shape[0]))
-    block, biased = block_for(rows, outs, ins), pieces[0].bias is not None
+    block, biased = block_for(rows, outs, layers=count), pieces[0].bias is not None
     grid = (parts_of(rows, block.rows) * parts_of(outs, block.outs), count)
     lora_kernel[grid](
         x, *three(results), *three(low), *three(weights), *(each(pieces, "bias") if biased else [x] * 3),
@@ -288,7 +292,7 @@ def lora_linear_backward(
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
     result = x.new_empty(rows, ins) if whole else x
     back = [x.new_empty(rows, pieces[0].down.shape[0]) for _ in pieces]
-    sizes, block = ranks_of(pieces), block_for(rows, ins, outs)
+    sizes, block = ranks_of(pieces), block_for(rows, ins)
     grid = (parts_of(rows, block.rows) * (parts_of(ins, block.outs) if whole else 1), 1)
     lora_input_gradient_kernel[grid](
         *three(gradients), result, *three(back), *three(weights), *each(pieces, "down", "up", "scale"), rows, outs, ins,

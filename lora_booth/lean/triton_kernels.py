@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 
 # Each kernel is compiled for each combination of its constants, and of what Triton sees in its numbers: so few are constants,
-# and at many numbers it does not look.
+# and at numbers that say nothing of how memory is aligned it does not look.
 
 
 # --- group norm: statistics of a part of a group's pixels, then all of it from all parts' ----------------------------
 
 
-@triton.jit(do_not_specialize=["x_row", "x_pixel", "pixels", "channels", "parts", "width", "shifted"])
+@triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted"])
 def group_moments_kernel(
     x, shift, means, squares, x_row, x_pixel, pixels, channels, parts, width,
     shifted, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
@@ -35,7 +35,7 @@ def group_moments_kernel(
     tl.store(squares + place * parts + part, tl.sum(tl.sum(away * away, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["x_row", "x_pixel", "pixels", "channels", "parts", "width", "shifted", "silu"])
+@triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted", "silu"])
 def group_norm_kernel(
     x, shift, weight, bias, means, squares, mean_out, rstd_out, y, x_row, x_pixel, pixels, channels, parts, width, eps,
     shifted, silu, GROUPS: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr,
@@ -89,9 +89,7 @@ def scaled_gradient(
     return normal, given * scale
 
 
-@triton.jit(
-    do_not_specialize=["x_row", "x_pixel", "g_row", "g_pixel", "pixels", "channels", "parts", "width", "shifted", "silu"]
-)
+@triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted", "silu"])
 def group_sums_kernel(
     x, shift, weight, bias, gradient, mean_in, rstd_in, plain, along, x_row, x_pixel, g_row, g_pixel, pixels, channels, parts,
     width, shifted, silu, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
@@ -111,23 +109,7 @@ def group_sums_kernel(
     tl.store(along + place * parts + part, tl.sum(tl.sum(given * normal, axis=1), axis=0))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "x_row",
-        "x_pixel",
-        "g_row",
-        "g_pixel",
-        "s_row",
-        "s_pixel",
-        "pixels",
-        "channels",
-        "parts",
-        "width",
-        "shifted",
-        "silu",
-        "skipped",
-    ]
-)
+@triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted", "silu", "skipped"])
 def group_norm_backward_kernel(
     x, shift, weight, bias, gradient, skip, mean_in, rstd_in, plain, along, out, x_row, x_pixel, g_row, g_pixel, s_row, s_pixel,
     pixels, channels, parts, width, shifted, silu, skipped, GROUPS: tl.constexpr,

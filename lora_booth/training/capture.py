@@ -130,7 +130,7 @@ class StepGraph:
                     self.work(buffers)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):  # whose workspaces for products are there
                 loss = self.work(buffers)
             self._pool = graph.pool()
             return Recording(buffers, graph, loss)
