@@ -23,8 +23,6 @@ import torch
 from plan import Case, base_of, cache_of
 
 import lora_booth as lb
-from lora_booth.base_model import BaseModel
-from lora_booth.quantization import quantize
 from lora_booth.training.loop import TrainingRun
 from lora_booth.training.planning import plan
 
@@ -35,7 +33,6 @@ WARM = 10  # steps that are not timed: kernels are compiled, the step is recorde
 class GpuCase:
     case: Case
     settings: dict[str, Any] = field(default_factory=dict)
-    quantize: bool = False
     target: str = ""
 
 
@@ -47,9 +44,11 @@ CASES = {
     "sd2": GpuCase(Case("sd2", 768, BF16)),
     "sdxl": GpuCase(Case("sdxl", 1024, BF16), target="<= 40 ms, <= 10.5 GB"),
     "sdxl checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True), target="<= 7 GB"),
-    "sdxl nf4 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True), quantize=True, target="<= 3.6 GB"),
-    "sd1 fp16": GpuCase(Case("sd1", 512, torch.float16)),
-    "sdxl fp16": GpuCase(Case("sdxl", 1024, torch.float16)),
+    "sdxl nf4 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True, quantized=True), target="<= 3.6 GB"),
+    "sd1 fp16 with class images": GpuCase(Case("sd1", 512, torch.float16), {"prior_loss_weight": 1.0}, "in 15 GB"),
+    "sdxl fp16 with class images": GpuCase(
+        Case("sdxl", 1024, torch.float16), {"prior_loss_weight": 1.0, "pictures_at_a_time": 1}, "in 15 GB"
+    ),
     "sd1 adamw8bit": GpuCase(Case("sd1", 512, BF16), {"optimizer": "adamw8bit"}),
     "sd1 not recorded": GpuCase(Case("sd1", 512, BF16), {"capture": "off"}),
     "sd1 fp32": GpuCase(Case("sd1", 512, torch.float32)),
@@ -67,13 +66,6 @@ def matrix_rate(dtype: torch.dtype) -> float:
         a @ b
     torch.cuda.synchronize()
     return 10 * 2 * 8192**3 / (time.perf_counter() - began)
-
-
-def prepared(one: GpuCase, device: str = "cuda") -> BaseModel:
-    base = base_of(one.case, device)
-    if one.quantize:
-        quantize(base.unet, None, one.case.dtype)
-    return base
 
 
 def settings_of(one: GpuCase, steps: int, more: dict[str, Any]) -> lb.TrainingConfig:
@@ -100,7 +92,7 @@ def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None, *,
     gc.collect()
     torch.cuda.empty_cache()
     others = used() - torch.cuda.memory_reserved()  # CUDA itself, and who else is on the GPU
-    base = prepared(one)
+    base = base_of(one.case, "cuda")
     config, said = settings_of(one, steps, more), []
     with torch.no_grad():
         cache = cache_of(base, config)
@@ -161,7 +153,7 @@ def table(training: TrainingRun, path: Path) -> None:
     lines = [f"{total / 3e3:.3f} ms of kernels a step, {count / 3:.0f} kernels"]
     lines += [f"{row.self_device_time_total / 3e3:9.4f} ms {row.count / 3:7.1f} x  {row.key[:150]}" for row in rows[:70]]
     path.write_text("\n".join(lines))
-    print("\n".join(line[:110] for line in lines[:25]))
+    print("\n".join(line[:110] for line in lines[:60]))
 
 
 def main() -> None:
@@ -173,6 +165,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="the GPU's kernels by their time")
     parser.add_argument("--no-plan", action="store_true", help="without the prediction, whose counting takes a while")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN time its ways to compute each convolution")
+    parser.add_argument("--no-cudnn-attention", action="store_true", help="PyTorch's flash attention in place of cuDNN's")
     parser.add_argument("--no-kernels", action="store_true", help="PyTorch's kernels in place of Triton's")
     parser.add_argument("--out", type=Path, help="folder for JSON lines and profiles")
     given = parser.parse_args()
@@ -187,6 +180,7 @@ def main() -> None:
         from lora_booth.lean import kernels
 
         kernels.works_on = kernels.products_work_on = lambda device: False  # type: ignore[assignment]
+    torch.backends.cuda.enable_cudnn_sdp(not given.no_cudnn_attention)
     torch.backends.cudnn.benchmark = given.cudnn_benchmark
     rate = {dtype: matrix_rate(dtype) for dtype in (torch.bfloat16, torch.float16)}
     rate[torch.float32] = rate[torch.bfloat16]

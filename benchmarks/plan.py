@@ -26,9 +26,11 @@ from lora_booth.base_model import BaseModel
 from lora_booth.generation import generate_images
 from lora_booth.latents import LatentCache, LatentSet
 from lora_booth.memory import pictures_at_a_time
+from lora_booth.quantization import put_packed, quantize
 from lora_booth.training import training_steps
 from lora_booth.training.planning import plan
 from lora_booth.training.shapes import Shapes, built_in, without_weights
+from lora_booth.weight_files import put
 
 STEPS = 3
 VAE = {"block_out_channels": (32, 64, 128, 128)}  # narrow, for time
@@ -42,6 +44,7 @@ class Case:
     unet: tuple[tuple[str, Any], ...] = ()  # what differs from the family's own configuration
     batch_size: int = 1
     gradient_checkpointing: bool = False
+    quantized: bool = False
 
 
 NARROW = (("block_out_channels", (96, 192, 384, 384)),)
@@ -66,19 +69,18 @@ def base_of(case: Case, device: str = "cpu") -> BaseModel:
     known = built_in(case.family, case.family)
     parts = {**known.parts, "unet": {**known.parts["unet"], **dict(case.unet)}, "vae": {**known.parts["vae"], **VAE}}
     base = without_weights(Shapes(case.family, parts), case.dtype)
+    if case.quantized:
+        quantize(base.shell.unet, None, case.dtype)
     for module in (*base.structure.values(), base.shell.vae):
-        module.to_empty(device=device)
-        for name, value in module.state_dict(keep_vars=True).items():
-            value = value.detach()
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            made = torch.empty(value.shape, dtype=case.dtype, device=device)
             if not value.is_floating_point():
-                value.copy_(torch.arange(value.numel(), device=device).view(value.shape))
-            elif value.dim() > 1:
-                value.normal_(std=0.02)
+                made = torch.arange(value.numel(), device=device).view(value.shape)
+            elif made.dim() > 1:
+                made.normal_(std=0.02)
             else:
-                value.fill_(float(name.endswith("weight")))
-        for value in module.buffers():
-            if not value.is_floating_point():
-                value.copy_(torch.arange(value.numel(), device=device).view(value.shape))
+                made.fill_(float(name.endswith("weight")))
+            (put_packed if case.quantized else put)(module, name, made)
     return base
 
 
@@ -99,8 +101,8 @@ def cache_of(base: BaseModel, config: lb.TrainingConfig) -> LatentCache:
     mean = torch.randn(1, 4, channels, side, side, device=base.device)
     ids = torch.full((4, 6), 512.0, device=base.device) if base.family.time_ids else None
     text = {"a photo": base.encode_text(["a photo"])}
-    with torch.no_grad():
-        return LatentCache(LatentSet(mean, torch.ones_like(mean), ("a photo",) * 4, ids), None, base.scaling_factor, text)
+    pictures = LatentSet(mean, torch.ones_like(mean), ("a photo",) * 4, ids)
+    return LatentCache(pictures, pictures if config.prior_loss_weight > 0 else None, base.scaling_factor, text)
 
 
 def run(case: Case) -> dict[str, Any]:

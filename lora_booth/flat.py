@@ -33,9 +33,10 @@ class Flat:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
-        starts, end = [], 0
+        self._places: list[tuple[int, torch.Size]] = []
+        end = 0
         for parameter in parameters:
-            starts.append(end)
+            self._places.append((end, parameter.shape))
             end += -(-parameter.numel() // APART) * APART
         device = parameters[0].device
         self.values = nn.Parameter(torch.zeros(end, dtype=torch.float32, device=device))
@@ -44,14 +45,16 @@ class Flat:
         self.near = self.values.data if same else torch.zeros(end, dtype=dtype, device=device)
         self.near_gradient = self.values.grad if same else torch.zeros_like(self.near)
         self.factors: dict[nn.Parameter, Factor] = {}
-        for parameter, start in zip(parameters, starts, strict=True):
-            views = [
-                one[start : start + parameter.numel()].view(parameter.shape)
-                for one in (self.values.data, self.values.grad, self.near, self.near_gradient)
-            ]
-            views[0].copy_(parameter.data)
-            parameter.data, parameter.grad = views[:2]
-            self.factors[parameter] = Factor(views[2], views[3], views[1])
+        tensors = (self.values.data, self.values.grad, self.near, self.near_gradient)
+        for parameter, *views in zip(parameters, *map(self.parts_of, tensors), strict=True):
+            value, gradient, near, near_gradient = views
+            value.copy_(parameter.data)
+            parameter.data, parameter.grad = value, gradient
+            self.factors[parameter] = Factor(near, near_gradient, gradient)
+
+    def parts_of(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor like `values` -> views of it, one for each parameter and in its shape."""
+        return [tensor[start : start + shape.numel()].view(shape) for start, shape in self._places]
 
     @property
     def gradient(self) -> Tensor:

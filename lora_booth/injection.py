@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import Adapter, LoraFactors
 from .base_model import BaseModel, recognise
@@ -178,44 +178,27 @@ def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: floa
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def layers_of(injections: Mapping[str, Injection]) -> Iterator[tuple[str, Any]]:
-    for component, injection in injections.items():
-        for path, layer in injection.layers.items():
-            yield module_path(component, injection.model, path), layer
-
-
-def named_factors(layers: Iterable[tuple[str, Any]]) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
-    for path, layer in layers:
-        found[f"{path}.down"] = layer.lora_A[NAME].weight
-        found[f"{path}.up"] = layer.lora_B[NAME].weight
-    return found
-
-
 @dataclass
 class TrainableLora:
-    """The adapter under training: fp32 factors inside the frozen base."""
+    """The adapter under training: fp32 factors inside the frozen base. What it has learnt stays when it is taken out."""
 
-    injections: dict[str, Injection]  # component -> its layers
-    flat: Flat  # all factors, and their gradients
-
-    def layers(self) -> Iterator[tuple[str, Any]]:
-        """(path in adapter files, PEFT layer)"""
-        return layers_of(self.injections)
+    parameters: dict[str, nn.Parameter]  # path in adapter files + ".down" or ".up"
+    alpha: float
+    flat: Flat  # all of them, and their gradients
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return named_factors(self.layers())
+        return self.parameters
+
+    def copied(self) -> dict[str, Tensor]:
+        """What is learnt so far, under the names of `named_parameters`, on the CPU: one copy from the device."""
+        values = self.flat.values.detach().to("cpu", copy=True)
+        return dict(zip(self.parameters, self.flat.parts_of(values), strict=True))
 
     def factors(self) -> dict[str, LoraFactors]:
         """A copy of what is learnt so far, on the CPU."""
-        return {
-            path: LoraFactors(
-                down=layer.lora_A[NAME].weight.detach().float().cpu().clone(),
-                up=layer.lora_B[NAME].weight.detach().float().cpu().clone(),
-                alpha=float(layer.lora_alpha[NAME]),
-            )
-            for path, layer in self.layers()
-        }
+        learnt = self.copied()
+        paths = dict.fromkeys(name.rpartition(".")[0] for name in learnt)
+        return {path: LoraFactors(learnt[f"{path}.down"], learnt[f"{path}.up"], self.alpha) for path in paths}
 
     def check_gradients(self) -> None:
         """After the first backward pass: every gradient must be finite, and that of every up factor not zero."""
@@ -238,16 +221,18 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
     """Inject a fresh adapter to train; leaving takes it out and the base is what it was, also after an exception."""
     chosen = target_paths(base, lora)
     injections: dict[str, Injection] = {}
+    parameters: dict[str, nn.Parameter] = {}
     try:
         for component, paths in chosen.items():
             with torch.random.fork_rng(devices=[]):  # PEFT draws the down factors from the global generator
                 torch.manual_seed(seed)
                 shapes = dict.fromkeys(paths, (lora.rank, lora.scale_alpha))
                 injections[component] = inject(base.components[component], shapes, dropout=lora.dropout, freeze=True)
-            for layer in injections[component].layers.values():
-                for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
+            for path, layer in injections[component].layers.items():
+                for name, factor in (("down", layer.lora_A[NAME]), ("up", layer.lora_B[NAME])):
                     factor.to(torch.float32).requires_grad_(True)
-        yield TrainableLora(injections, Flat(list(named_factors(layers_of(injections)).values()), base.dtype))
+                    parameters[f"{module_path(component, injections[component].model, path)}.{name}"] = factor.weight
+        yield TrainableLora(parameters, lora.scale_alpha, Flat(list(parameters.values()), base.dtype))
     finally:
         for injection in injections.values():
             injection.remove()

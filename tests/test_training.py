@@ -186,6 +186,7 @@ def test_by_hand_and_stopped_early(rex: Subject) -> None:
     seen = {}
     whole = run(base, rex, ALONE, on_step=lambda s: seen.setdefault(s.index, s.factors()))
     assert list(seen) == [1, 2, 3, 4]
+    assert early.keys() == whole.modules.keys()
     assert all(torch.equal(early[key].up, seen[2][key].up) for key in early)
     assert all(torch.equal(whole.modules[key].up, seen[4][key].up) for key in early)
 

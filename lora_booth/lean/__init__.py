@@ -20,7 +20,7 @@ from ..flat import Factor
 from . import blocks
 
 
-def lean_forward(module: nn.Module, factors: Mapping[nn.Parameter, Factor]) -> Callable[..., Any] | None:
+def lean_forward(module: Any, factors: Mapping[nn.Parameter, Factor]) -> Callable[..., Any] | None:
     """The lean way through this module; None: it has none, or is not the stock module that it should be."""
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention import BasicTransformerBlock

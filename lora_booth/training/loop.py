@@ -270,15 +270,15 @@ class TrainingRun(Iterator[Step]):
         return self._now() | {"good": None if self._good["step"] == self.step else self._good}
 
     def _now(self) -> dict[str, Any]:
-        optimizer = self.optimizer.state_dict()
+        """On the CPU: a GPU's memory is scarcer."""
         return {
             "step": self.step,
-            "lora": {name: p.detach().clone() for name, p in self.lora.named_parameters().items()},
-            "optimizer": optimizer | {"state": {i: cloned(s) for i, s in optimizer["state"].items()}},
+            "lora": self.lora.copied(),
+            "optimizer": on_cpu(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
-            "smoothed": self.smoothed.clone(),
+            "smoothed": on_cpu(self.smoothed),
             "health": self.health.state(),
-            "unread": torch.stack(self._unread) if self._unread else None,
+            "unread": on_cpu(torch.stack(self._unread)) if self._unread else None,
             "savings": list(self.savings),
             "attention": self.config.attention,
         }
@@ -287,8 +287,7 @@ class TrainingRun(Iterator[Step]):
         with torch.no_grad():
             for name, parameter in self.lora.named_parameters().items():
                 parameter.copy_(state["lora"][name])
-        optimizer = state["optimizer"]
-        self.optimizer.load_state_dict(optimizer | {"state": {i: cloned(s) for i, s in optimizer["state"].items()}})
+        self.optimizer.load_state_dict(on_cpu(state["optimizer"]))  # which would otherwise go on in what is kept
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.smoothed = int(state["step"]), state["smoothed"].to(self.base.device)
         self.health = Health.from_state(state["health"])
@@ -303,5 +302,10 @@ def fastest_for(base: BaseModel, cache: LatentCache, config: TrainingConfig, ran
     return ranks.from_main(lambda: fastest_attention(base, resolution=side, pictures=pictures))
 
 
-def cloned(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+def on_cpu(value: Any) -> Any:
+    """A copy, whatever dictionaries and lists the tensors are in."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(one) for key, one in value.items()}
+    return [on_cpu(one) for one in value] if isinstance(value, list) else value

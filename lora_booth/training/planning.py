@@ -24,7 +24,7 @@ from .savings import batch_of, choices
 from .settings import settled
 from .shapes import shapes_of
 
-RESERVE = 0.15  # of what is counted beside the weights: so far off a prediction may be
+RESERVE = 0.15  # of what a phase takes beside its weights: so far off a prediction may be
 ADAM_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each value of the adapter
 COMMON_SIDES = (1536, 1024, 768, 640, 512, 384, 256, 192, 128, 64)  # pixels
 WORTH = 1.05  # by this a saving must be faster to be taken without need
@@ -332,13 +332,14 @@ class Planner:
         images = 0 if machine.type == "cuda" else opened * 3 * resolution**2
         before = whole if prior else weights.vae + weights.text_encoders
         phases = {"through the VAE": machine.context + before + images + encode}
+        loaded = {"through the VAE": before, "drawing class images": whole, "training": stays}
         if prior:
             phases["drawing class images"] = machine.context + whole + self._sampling + unpacked
         phases["training"] = sum(training.values())
         more = weights.linear if quantize else 0
         seconds = config.gradient_accumulation * sum(self._seconds(one, unpacked=more) for one in counts)
         spread, peak = machine.rates.spread, max(phases.values())
-        reserve = RESERVE * (peak - min(whole, peak))
+        reserve = max(size + RESERVE * (size - loaded[name]) for name, size in phases.items()) - peak
         return Forecast(
             settings=settings,
             training=training,
@@ -355,7 +356,8 @@ class Planner:
         lora = share * self.counter.weights.lora
         state = lora * ADAM_BYTES[config.optimizer] / 4
         near = 0.0 if self.counter.dtype == torch.float32 else lora / 2  # a copy for the layers, and places for its gradients
-        return {"adapter": lora + near, "gradients": lora + near, "optimizer": state, "state to go back to": lora + state}
+        found = {"adapter": lora + near, "gradients": lora + near, "optimizer": state}
+        return found if self.machine.type == "cuda" else found | {"state to go back to": lora + state}  # which is on the host
 
     def _seconds(self, counted: Count, *, unpacked: int) -> float:
         """unpacked: bytes of packed weights that each pass through the U-Net writes out"""

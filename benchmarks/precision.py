@@ -1,0 +1,61 @@
+"""Does a precision change what is learnt? The toybox learns a subject in each, with the same draws; another seed is the noise.
+
+python benchmarks/precision.py [--steps 500] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import lora_booth as lb
+from lora_booth.demo import CONTEXTS, write_photos
+from lora_booth.evaluation import evaluate_subject
+from lora_booth.toybox.world import HELD_OUT, photos_of
+
+NAME = "olga"
+WINDOWS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    identity = HELD_OUT[NAME]
+    images = [render.image for render in photos_of(identity, 5, CONTEXTS, seed=500)]
+    curves: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        photos = write_photos(NAME, Path(folder), count=5)
+        subject = lb.Subject.from_folder(photos, token="sks", class_noun=identity.class_noun)
+        for name, dtype, seed in (
+            ("fp32", torch.float32, 0),
+            ("bf16", torch.bfloat16, 0),
+            ("fp16", torch.float16, 0),
+            ("fp32, seed 1", torch.float32, 1),
+        ):
+            base = lb.BaseModel.load("toybox", dtype=dtype, device=given.device)
+            config = replace(lb.TrainingConfig(), steps=given.steps, seed=seed, class_images=20)
+            losses: list[torch.Tensor] = []
+            began = time.perf_counter()
+            adapter = lb.train(base, subject, config=config, progress=False, on_step=lambda s: losses.append(s.loss_tensor))  # noqa: B023
+            seconds = time.perf_counter() - began
+            curve = torch.stack(losses).float().cpu().numpy()
+            curves[name] = np.array([part.mean() for part in np.array_split(curve, WINDOWS)])
+            off = np.abs(curves[name] / curves["fp32"] - 1)
+            scores = evaluate_subject(base, adapter, identity, images, trained_contexts=CONTEXTS, seeds=range(1)).adapter
+            print(
+                f"{name:13s} mean loss {' '.join(f'{value:.4f}' for value in curves[name])}; "
+                f"from fp32 at most {off.max():.1%}; identity {scores.identity:.2f}; {seconds:.1f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
