@@ -15,7 +15,18 @@ from torch import nn
 from ..attention import fastest_attention
 from ..base_model import BaseModel, default_device, default_dtype
 from ..config import LoraSpec, TrainingConfig
-from ..devices import CUDA_CONTEXT, GB, GPUS, Rates, device_name, free_bytes, gpu_named, measured_rates, published_rates
+from ..devices import (
+    CUDA_CONTEXT,
+    CUDA_WORKSPACES,
+    GB,
+    GPUS,
+    Rates,
+    device_name,
+    free_bytes,
+    gpu_named,
+    measured_rates,
+    published_rates,
+)
 from ..errors import SettingsError
 from ..memory import pictures_at_a_time, storage_bytes
 from ..quantization import KINDS, check_kind, is_quantized, tensors_of
@@ -43,7 +54,7 @@ class Machine:
     name: str
     type: str  # "cuda", "cpu", "mps"
     budget: float  # bytes
-    context: float  # bytes that the device itself takes of them
+    context: float  # bytes that the device and its libraries take of them
     rates: Rates
 
 
@@ -206,11 +217,12 @@ def plan(
         facts = gpu_named(gpu)
         precision = precision or (torch.bfloat16 if facts.bf16 else torch.float16)
         budget = GB * (facts.memory_gb if vram_gb is None else vram_gb)
-        machine = Machine(facts.label, "cuda", budget, CUDA_CONTEXT, published_rates(facts, precision))
+        machine = Machine(facts.label, "cuda", budget, CUDA_CONTEXT + CUDA_WORKSPACES, published_rates(facts, precision))
     else:
         precision = precision or default_dtype(here, "" if isinstance(base, BaseModel) else base)
         budget = vram_gb * GB if vram_gb is not None else free_bytes(here) + in_memory(base, here)
-        context = CUDA_CONTEXT if here.type == "cuda" and vram_gb is not None else 0.0
+        context = CUDA_WORKSPACES if here.type == "cuda" else 0.0
+        context += CUDA_CONTEXT if here.type == "cuda" and vram_gb is not None else 0.0
         machine = Machine(device_name(here), here.type, budget, context, measured_rates(here, precision))
     counter = Counter(shapes_of(base), dtype=precision, lora=lora)
     lazy = not isinstance(base, BaseModel) or base.weights is not None
