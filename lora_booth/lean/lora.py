@@ -65,14 +65,14 @@ class LoraLinears(Function):
 
 def fusible(rows: Tensor, pieces: Sequence[LoraPiece]) -> bool:
     """Whether Triton's kernel takes them: half precision, and layers of one shape whose rows lie at multiples of some bytes."""
+    if not kernels.products_work_on(rows.device) or rows.dtype not in (torch.float16, torch.bfloat16):
+        return False
     one = pieces[0]
     alike = all(
         piece.down.shape == one.down.shape and piece.up.shape == one.up.shape and (piece.bias is None) == (one.bias is None)
         for piece in pieces
     )
-    aligned = one.down.shape[1] % 8 == 0 and one.up.shape[0] % 8 == 0 and one.down.shape[0] % 4 == 0
-    half = rows.dtype in (torch.float16, torch.bfloat16)
-    return half and alike and aligned and kernels.products_work_on(rows.device)
+    return alike and one.down.shape[1] % 8 == 0 and one.up.shape[0] % 8 == 0 and one.down.shape[0] % 4 == 0
 
 
 def plain_forward(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[LoraPiece]) -> tuple[list[Tensor], list[Tensor]]:
@@ -91,12 +91,12 @@ def plain_backward(
     """As `kernels.lora_linear_backward`, but for the precision of the gradients of A and B."""
     for_x: Tensor | None = None
     for gradient, one, weight, piece in zip(gradients, low, weights, pieces, strict=True):
-        back = gradient @ (piece.up * piece.scale)
+        back = gradient @ piece.up
         down_gradient, up_gradient = piece.near_gradients
-        down_gradient.addmm_(back.t(), x)
+        down_gradient.addmm_(back.t(), x, alpha=piece.scale)
         up_gradient.t().addmm_(one.t(), gradient, alpha=piece.scale)
         if whole:
             through = product(gradient, weight.t())
             for_x = through if for_x is None else for_x.add_(through)
-            for_x.addmm_(back, piece.down)
+            for_x.addmm_(back, piece.down, alpha=piece.scale)
     return for_x
