@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import shutil
@@ -28,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 from faults import (
     CONFIG,
+    FAULTS,
     LORA,
-    NO_MEMORY,
     failing_disk,
-    failing_forward,
     in_process,
     run_and_tell,
     subject,
     tiny,
     tiny_run,
     told,
+    undisturbed,
+    wrong_with,
 )
 from PIL import Image
 
@@ -48,8 +48,18 @@ from lora_booth.training import train
 
 TESTS = Path(__file__).parents[1] / "tests"
 
-FULL = {"kill": 200, "resume": 50, "seeds": 10, "disk": None, "faults": 40, "twice": 100, "signals": 50, "processes": 1}
-QUICK = {"kill": 8, "resume": 4, "seeds": 2, "disk": 8, "faults": 6, "twice": 4, "signals": 4, "processes": 1}
+FULL = {
+    "kill": 200,
+    "resume": 50,
+    "seeds": 10,
+    "disk": None,
+    "faults": 42,
+    "twice": 100,
+    "signals": 50,
+    "processes": 1,
+    "lost": 1,
+}
+QUICK = {"kill": 8, "resume": 4, "seeds": 2, "disk": 8, "faults": 7, "twice": 4, "signals": 4, "processes": 1, "lost": 1}
 
 
 def photos_in(work: Path) -> Path:
@@ -151,34 +161,15 @@ def seeds(photos: Path, work: Path, count: int) -> dict[str, Any]:
 
 
 def faults(photos: Path, work: Path, count: int) -> dict[str, Any]:
-    """Memory that is not there, NaN and spikes at points all over a run, once or for good."""
-    config = replace(CONFIG, steps=120, checkpoint_every=10)
-    kinds = ("memory", "memory for good", "nan", "nan for good", "spike", "spike for good")
-    dice, outcomes, bad = random.Random(0), {"recovered": 0, "stopped": 0}, 0
+    """No memory, NaN and spikes at points all over a run, once or for good: each must end as tests/faults.py says."""
+    dice, kinds, reference, wrong = random.Random(0), list(FAULTS), undisturbed(photos), {}
     for number in range(count):
-        kind, at, run, base = kinds[number % len(kinds)], dice.randrange(1, 110), work / str(number), tiny()
-
-        def fault(n: int, output: Any, kind: str = kind, at: int = at) -> Any:
-            if n < at or (n > at + 20 and "for good" not in kind):
-                return output
-            if kind.startswith("memory"):
-                if "for good" in kind or (len(output.sample) > 1):
-                    raise RuntimeError(NO_MEMORY)
-                return output
-            return type(output)(sample=output.sample * (math.nan if kind.startswith("nan") else 300.0))
-
-        with failing_forward(base, fault):
-            try:
-                adapter = train(base, subject(photos), lora=LORA, config=config, out=run, progress=False)
-                adapter.save(run / "check.safetensors")  # refuses what is not finite
-                outcomes["recovered"] += 1
-            except LoraBoothError:
-                outcomes["stopped"] += 1
-        found = newest([run / "checkpoints"])
-        bad += torn(run)
-        if found is not None:
-            Adapter.load(found.folder / "adapter.safetensors")
-    return {"faults": count, **outcomes, "corrupt": bad}
+        kind = kinds[number % len(kinds)]
+        at = dice.choice(FAULTS[kind].begins)
+        found = wrong_with(kind, at, photos, work / str(number), reference)
+        if found:
+            wrong[f"{kind} at {at}"] = found
+    return {"faults": count, "kinds": len(kinds), "wrong_outcome": len(wrong)} | ({"wrong": wrong} if wrong else {})
 
 
 def twice(photos: Path, work: Path, count: int) -> dict[str, Any]:
@@ -247,6 +238,39 @@ def processes(photos: Path, work: Path, count: int) -> dict[str, Any]:
     return {"processes": ran, "largest_difference": difference(Adapter.load(out), alone)}
 
 
+def lost(photos: Path, work: Path, count: int) -> dict[str, Any]:
+    """One of two processes is killed, or stopped so that it says nothing more: how long the other goes on, what is left."""
+    from test_processes import CONFIG as SHARED
+    from test_processes import several, wait_for_step
+
+    config, longest, hung, corrupt, continued = replace(SHARED, steps=1000, checkpoint_every=5), 0.0, 0, 0, 0
+    cases = [(rank, number) for rank in (0, 1) for number in (signal.SIGKILL, signal.SIGSTOP)] * count
+    for place, (rank, number) in enumerate(cases):
+        run, results = work / str(place), work / f"results{place}"
+        pair = several(2, photos, results, run, config)
+        wait_for_step(results, 1, 7)
+        os.kill(pair[rank].pid, number)
+        began = time.monotonic()
+        pair[1 - rank].join(60)
+        longest = max(longest, time.monotonic() - began)
+        hung += pair[1 - rank].exitcode in (None, 0)
+        for process in pair:
+            process.kill()
+            process.join()
+        corrupt += torn(run)
+        at = stopped_at(run)
+
+        def on_step(step: Any, at: int = at) -> None:
+            raise Enough if step.index == at + 1 else AssertionError
+
+        try:
+            train(tiny(), subject(photos), lora=LORA, config=config, out=run, on_step=on_step, progress=False)
+        except Enough:
+            continued += at >= 5
+    told = {"longest_seconds": round(longest, 1), "corrupt": corrupt, "continued": continued}
+    return {"lost": len(cases), "not_ended_in_60_s": hung, **told}
+
+
 PARTS: dict[str, Callable[[Path, Path, Any], dict[str, Any]]] = {
     "kill": kill,
     "disk": disk,
@@ -256,6 +280,7 @@ PARTS: dict[str, Callable[[Path, Path, Any], dict[str, Any]]] = {
     "twice": twice,
     "signals": signals,
     "processes": processes,
+    "lost": lost,
 }
 
 if __name__ == "__main__":

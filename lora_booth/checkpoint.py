@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 STATE, ADAPTER, METRICS, RECORD, MANIFEST = "state.pt", "adapter.safetensors", "metrics.jsonl", "run.json", "manifest.json"
 SAMPLES, CROPS, SCORES, REPORT = "samples", "crops", "scores.json", "report.html"  # beside them in the folder of a run
 ROOM = 3  # times a checkpoint's size must be free before one is written
+KEPT = 2  # the newest, and one more, should a disk lose a bit of that
 OURS = re.compile(r"\d{6,}(\.\d+)?|\..+\.tmp")  # names in a folder of checkpoints that pruning may touch
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what some mounted storage answers to fsync
 
@@ -54,13 +55,14 @@ def unpacked_state(content: bytes, device: torch.device) -> dict[str, Any]:
 
 
 def publish(parent: Path, step: int, number: int, contents: Mapping[str, bytes]) -> Checkpoint:
-    """Write `parent/STEP` with `contents` (file name -> bytes) and a manifest of their hashes; older ones go after that.
+    """Write `parent/STEP` with `contents` (file name -> bytes) and a manifest of their hashes; the oldest one goes after that.
 
     Raises OSError, and then the older ones are as they were.
     """
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     manifest = json.dumps({"step": step, "number": number, "sha256": hashes}).encode()
     contents = {**contents, MANIFEST: manifest}
+    make_folder(parent)
     return Checkpoint(write_folder(parent, f"{step:06d}", contents), step, number, contents)
 
 
@@ -68,8 +70,7 @@ def write_folder(
     parent: Path, name: str, contents: Mapping[str, bytes], *, check: Callable[[Path], None] = lambda folder: None
 ) -> Path:
     """`contents` as files of `parent/name`: a temporary folder, every file synced, `check`, renamed, the parent synced; at last
-    the older ones are removed."""
-    parent.mkdir(parents=True, exist_ok=True)
+    the oldest ones are removed."""
     needed, free = ROOM * sum(map(len, contents.values())), shutil.disk_usage(parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"no room: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB wanted")
@@ -90,24 +91,36 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(parent)
-    prune(parent, keep=final)
+    prune(parent)
     return final
 
 
-def prune(parent: Path, *, keep: Path | None = None) -> None:
-    """Remove older checkpoints and what dead processes left; nobody else writes here, the run's folder is locked."""
-    for old in list(parent.iterdir()):
-        if old == keep or not OURS.fullmatch(old.name):
+def prune(parent: Path) -> None:
+    """Remove all but the newest checkpoints, and what dead processes left: the folder is locked, nobody else writes here."""
+    ours = [path for path in parent.iterdir() if OURS.fullmatch(path.name)]
+    written = [folder for folder in in_place(ours) if (folder / MANIFEST).exists()]  # others are of another program
+    for old in sorted(written, key=number_of)[:-KEPT]:
+        aside = parent / f".{old.name}.{os.getpid()}.tmp"  # a name of a checkpoint never stands over half of one
+        try:
+            ours.append(old.replace(aside))
+        except OSError:
             continue
-        if not old.name.startswith("."):
-            if keep is None:
-                continue
-            aside = parent / f".{old.name}.{os.getpid()}.tmp"  # a name of a checkpoint never stands over half of one
-            try:
-                old = old.replace(aside)
-            except OSError:
-                continue
-        shutil.rmtree(old, ignore_errors=True)
+    for litter in ours:
+        if litter.name.startswith("."):
+            shutil.rmtree(litter, ignore_errors=True)
+
+
+def in_place(paths: Iterable[Path]) -> list[Path]:
+    """Those with the name of a checkpoint that was written to its end."""
+    return [path for path in paths if OURS.fullmatch(path.name) and not path.name.startswith(".")]
+
+
+def number_of(folder: Path) -> int:
+    """Of the run's checkpoints, from 1, by the manifest alone; 0: it cannot be read."""
+    try:
+        return int(json.loads((folder / MANIFEST).read_bytes())["number"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def read_back(folder: Path) -> Checkpoint | None:
@@ -122,19 +135,34 @@ def read_back(folder: Path) -> Checkpoint | None:
         return None
 
 
-def newest(parents: Sequence[Path]) -> Checkpoint | None:
-    """The newest whole checkpoint in these folders; torn ones are passed over."""
-    found = []
+def newest(parents: Sequence[Path], *, damaged: list[Path] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint in these folders. Damaged ones are passed over, and added to `damaged`."""
+    found: Checkpoint | None = None
     for parent in parents:
         try:
-            found += [f for f in parent.iterdir() if OURS.fullmatch(f.name) and not f.name.startswith(".")]
+            folders = in_place(parent.iterdir())
         except OSError:
             continue
-    whole = [checkpoint for checkpoint in map(read_back, found) if checkpoint is not None]
-    return max(whole, key=lambda checkpoint: checkpoint.number, default=None)
+        for folder in folders:
+            checkpoint = read_back(folder)
+            if checkpoint is None:
+                if damaged is not None:
+                    damaged.append(folder)
+            elif found is None or checkpoint.number > found.number:
+                found = checkpoint
+    return found
 
 
 # --- files that survive a power cut -------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path) -> None:
+    """With its parents, and so that a power cut does not take their names."""
+    if folder.exists():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -167,7 +195,10 @@ def sync_folder(folder: Path) -> None:
     """So that a new name in it survives too; Windows does it by itself."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # it can be written but not read
+        return
     try:
         sync(descriptor)
     finally:

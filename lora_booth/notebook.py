@@ -41,6 +41,9 @@ SIDE = 256  # pixels of a picture on a sheet, at most
 COLORS = {"raw": "#c3c9d6", "mean": "#3b5bdb"}  # of a curve's lines
 
 
+_began = time.monotonic()  # the session, as far as it is known here
+LEAST = 0.001  # minutes: enough for train to save what it has
+
 # --- the session -----------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +68,15 @@ def begin() -> None:
     print(f"{device_name(device)}, {free_bytes(device) / GB:.1f} GB free")
     if device.type == "cpu":
         print("No GPU: enough for a trial. For the real thing choose one (on Colab: Runtime > Change runtime type > T4 GPU).")
+
+
+def minutes_left(minutes: float | None) -> float | None:
+    """Of the `minutes` that the session may take, what is left for the next `train(time_limit=...)`: services count the
+    session, not the call. When they are over, enough for one more update, which saves and gives back the adapter so far.
+    """
+    if minutes is None:
+        return None
+    return max(LEAST, minutes - (time.monotonic() - _began) / 60)
 
 
 def outdated() -> list[str]:

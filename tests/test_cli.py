@@ -215,7 +215,7 @@ def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos
     assert code == 130
     assert err.splitlines()[-1] == "interrupted; the same command again continues a training"
     assert not out.exists()
-    assert [f.name for f in (tmp_path / "again" / "checkpoints").iterdir()] == ["000004"]
+    assert max(f.name for f in (tmp_path / "again" / "checkpoints").iterdir()) == "000004"
 
     done: list[int] = []
     monkeypatch.setattr("lora_booth.progress.Lines.update", lambda self, step: done.append(step.index))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from nbclient import NotebookClient
 
 import lora_booth as lb
 from lora_booth import notebook
+from lora_booth.demo import write_photos
 from lora_booth.errors import SettingsError
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +123,7 @@ def test_training_goes_on_from_what_is_kept(done):
     record = json.loads((done.folder / "booth/runs/olga/run.json").read_text(encoding="utf-8"))
     assert record["status"] == "finished" and record["step"] == record["steps"] == 4
     assert "continued at step 1" in [event["what"] for event in record["events"]]
-    assert "time is up at step 1 of 4" in text_of(done.made, "time_limit=MINUTES")
+    assert "time is up at step 1 of 4" in text_of(done.made, "restart=RESTART")
     steps = [json.loads(line)["step"] for line in (done.folder / "booth/runs/olga/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
@@ -169,6 +171,31 @@ def displayed(monkeypatch) -> list[Any]:
     shown: list[Any] = []
     monkeypatch.setattr("IPython.display.display", lambda *things, **_: shown.extend(things))
     return shown
+
+
+def test_the_minutes_are_those_of_the_session(monkeypatch):
+    """Cells after the one that ran out of time save what there is, and do not begin another such time."""
+    assert notebook.minutes_left(None) is None
+    monkeypatch.setattr(notebook, "_began", time.monotonic() - 60 * 100)
+    assert 49 < notebook.minutes_left(150) < 50.1
+    assert notebook.minutes_left(90) == notebook.LEAST
+
+
+def test_time_that_is_over_still_gives_a_usable_adapter(tmp_path, monkeypatch):
+    """Run all, and the time ends in the first cell of training: the next one returns at once with what can be saved."""
+    from faults import CONFIG, LORA, subject, tiny
+
+    monkeypatch.setattr(notebook, "_began", time.monotonic() - 60 * 100)
+    write_photos("olga", tmp_path / "photos")
+    run = {"lora": LORA, "config": CONFIG, "out": tmp_path / "run", "mirror": tmp_path / "drive", "progress": False}
+    first, second = (
+        lb.train(tiny(), subject(tmp_path / "photos"), **run, time_limit=notebook.minutes_left(90)) for _ in range(2)
+    )
+    assert (first.card.steps, second.card.steps) == (1, 2)
+    kept = lb.Adapter.load(second.save(tmp_path / "olga.safetensors"))
+    assert kept.card.steps == 2 and any(factors.up.any() for factors in kept.modules.values())
+    newest = max((tmp_path / "drive" / "checkpoints").iterdir()) / "adapter.safetensors"
+    assert lb.Adapter.load(newest).digest() == kept.digest()  # what a lost session leaves
 
 
 def test_stale_modules_are_told(monkeypatch):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,44 @@ def test_nothing_private_in_any_output(house: tuple[Path, str]) -> None:
     assert leaks == {}
     assert secrets_in("\n".join(str(path.relative_to(out)) for path in files).encode()) == set()
     assert "3 photos" in said and secrets_in(said.encode()) == set()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(2, "No such file or directory", "/home/jane/diary"),
+        ValueError("cannot use /home/jane/diary/x.log"),
+        ValueError("in 'C:\\Users\\jane doe\\diary': \x1b[31mno\nway"),
+    ],
+)
+def test_what_others_say_of_paths_is_not_recorded(error: Exception, photos: Path, tmp_path: Path) -> None:
+    """A tracker's error, which is an event of the run, and told as such in its report."""
+    from accelerate.tracking import GeneralTracker
+    from faults import CONFIG, LORA, subject, tiny
+
+    class Broken(GeneralTracker):
+        name, requires_logging_directory, tracker = "broken", False, None
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            raise error
+
+        def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None: ...
+
+    config = replace(CONFIG, steps=2)
+    train(tiny(), subject(photos), lora=LORA, config=config, out=tmp_path, track=Broken(), progress=False)
+    record = (tmp_path / "run.json").read_text()
+    [event] = json.loads(record)["events"]
+    assert event["what"].startswith("tracker broken is left out: ") and event["what"].isprintable()
+    for file in files_of(tmp_path):
+        assert b"jane" not in file.read_bytes() and b"diary" not in file.read_bytes()
+
+
+def test_an_adapter_that_cannot_be_written_is_told_without_its_place(photos: Path, tmp_path: Path) -> None:
+    from lora_booth.errors import AdapterNonFinite
+    from lora_booth.training.folder import why
+
+    assert why(AdapterNonFinite("not finite", tmp_path / "jane\n" / "a.safetensors")) == "not finite"
+    assert why(PermissionError(13, "Permission denied", "/home/jane")) == "Permission denied"
 
 
 def test_the_card_has_token_and_class_only(house: tuple[Path, str]) -> None:

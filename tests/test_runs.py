@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,15 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from faults import CONFIG, LORA, in_process, run_and_tell, subject, tiny, tiny_run, told
+from faults import CONFIG, LORA, failing_disk, in_process, run_and_tell, subject, tiny, tiny_run, told
+from PIL import Image
 from safetensors.torch import load_file
 
+from lora_booth import checkpoint
 from lora_booth.adapters import Adapter
-from lora_booth.checkpoint import newest, publish, read_back
+from lora_booth.checkpoint import Checkpoint, newest, publish, read_back
+from lora_booth.config import TrainingConfig
 from lora_booth.errors import SettingsError, TrainingError
 from lora_booth.progress import Step
 from lora_booth.training import train
 from lora_booth.training.health import BEFORE, RECENT, Health, RollBack
+from lora_booth.training.mirror import Mirror
+from lora_booth.training.stopping import TIME_UP, Stopping
 
 QUICK = replace(CONFIG, steps=6, checkpoint_every=2)
 
@@ -91,7 +97,7 @@ def test_a_checkpoint_holds_the_adapter_so_far(photos: Path, tmp_path: Path) -> 
     seen: dict[int, Any] = {}
     with pytest.raises(Broken):
         tiny_run(photos, tmp_path, config=QUICK, on_step=lambda s: (seen.setdefault(s.index, s.factors()), at(5, broken)(s)))
-    [folder] = (tmp_path / "checkpoints").iterdir()
+    _, folder = sorted((tmp_path / "checkpoints").iterdir())
     assert sorted(path.name for path in folder.iterdir()) == [
         *("adapter.safetensors", "manifest.json", "metrics.jsonl", "run.json", "state.pt"),
     ]
@@ -179,6 +185,141 @@ def test_settings_that_only_round_differently_are_said(whole: tuple[Path, str], 
         assert (factors.delta() - expected.modules[key].delta()).norm() <= 0.01 * expected.modules[key].delta().norm()
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "adapter.safetensors", "run.json", "manifest.json"])
+@pytest.mark.parametrize("which", [("000004",), ("000002",), ("000002", "000004")])
+def test_a_flipped_bit_costs_one_checkpoint_and_is_told(
+    name: str, which: tuple[str, ...], whole: tuple[Path, str], photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Broken):
+        tiny_run(photos, tmp_path, config=QUICK, on_step=at(5, broken))
+    for folder in which:
+        flip(tmp_path / "checkpoints" / folder / name)
+    seen: list[int] = []
+    assert tiny_run(photos, tmp_path, config=QUICK, on_step=lambda s: seen.append(s.index)) == whole[1]
+    left = 0 if len(which) == 2 else 6 - int(which[0])
+    assert seen == list(range(left + 1, 7))
+    said = [f"checkpoint {folder} is damaged: passed over" for folder in which]
+    assert sorted(events(tmp_path)) == sorted([*said, *([f"continued at step {left}"] if left else [])])
+    assert newest([tmp_path / "checkpoints"]).step == 6  # type: ignore[union-attr]
+
+
+def test_a_changed_photo_is_named(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.copytree(photos, tmp_path / "photos")
+    picture = next((tmp_path / "photos").iterdir())
+    with Image.open(picture) as image:
+        image.rotate(180).save(picture)
+    with pytest.raises(TrainingError, match=r"step 6\): 1 of 3 photos were replaced or edited; use another folder"):
+        tiny_run(tmp_path / "photos", tmp_path / "run", config=QUICK)
+
+
+def test_a_moved_or_copied_folder_goes_on(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+    """Copied while its run is at work, as a backup would."""
+    run, copy, moved = tmp_path / "run", tmp_path / "copy", tmp_path / "elsewhere" / "moved"
+
+    def back_up() -> None:
+        shutil.copytree(run, copy)
+        seen: list[int] = []
+        assert tiny_run(photos, copy, config=QUICK, on_step=lambda s: seen.append(s.index)) == whole[1]
+        assert seen == [5, 6]
+
+    with pytest.raises(Broken):
+        tiny_run(photos, run, config=QUICK, on_step=lambda s: (at(4, back_up)(s), at(5, broken)(s)))
+    moved.parent.mkdir()
+    run.rename(moved)
+    assert tiny_run(photos, moved, config=QUICK) == whole[1]
+    assert tiny_run(photos, moved.parent / ".." / "copy", config=QUICK, on_step=lambda s: broken()) == whole[1]
+
+
+def test_another_number_of_threads_is_said(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(Broken):
+        tiny_run(photos, tmp_path, config=QUICK, on_step=at(3, broken))
+    base = tiny()
+    torch.set_num_threads(2)
+    try:
+        adapter = train(base, subject(photos), lora=LORA, config=QUICK, out=tmp_path, progress=False)
+    finally:
+        torch.set_num_threads(1)
+    [said] = events(tmp_path)
+    assert said.startswith("continued at step 2, computed otherwise (threads 1 -> 2")
+    expected = Adapter.load(whole[0] / "adapter.safetensors")
+    for key, factors in adapter.modules.items():
+        assert (factors.delta() - expected.modules[key].delta()).norm() <= 0.01 * expected.modules[key].delta().norm()
+
+
+def test_a_restart_removes_only_what_a_run_has_made(photos: Path, tmp_path: Path) -> None:
+    config, run = replace(QUICK, sample_every=4, sample_prompt="a dog", steps=4), tmp_path / "run"
+    tiny_run(photos, run, config=config)
+    there = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
+    mine = [run / name for name in ("samples/mine.png", "checkpoints/notes.txt", "crops/mine.webp", "mine.safetensors")]
+    for file in mine:
+        file.write_text("a user's own")
+    other = run / "checkpoints" / "000500"  # of another program
+    other.mkdir()
+    with pytest.raises(Broken):
+        tiny_run(photos, run, config=config, restart=True, on_step=at(1, broken))
+    left = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
+    assert all(file.exists() for file in mine)
+    assert {path.parts[0] for path in there & left} == {"lock", "run.json", "metrics.jsonl", "samples", "crops", "report.html"}
+    assert not list(run.glob("checkpoints/[0-9]*/state.pt")) and not (run / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\u202eb", "a'b\"c"])
+def test_a_strange_name_is_a_name_and_is_shown_escaped(
+    name: str, whole: tuple[Path, str], photos: Path, tmp_path: Path
+) -> None:
+    assert tiny_run(photos, tmp_path / name, config=QUICK) == whole[1]
+    with pytest.raises(TrainingError, match="seed 0 -> 1") as other:
+        tiny_run(photos, tmp_path / name, config=replace(QUICK, seed=1))
+    (tmp_path / name / "file").write_text("")
+    with pytest.raises(TrainingError, match="Not a directory") as file:
+        tiny_run(photos, tmp_path / name / "file", config=QUICK)
+    for error in (other, file):
+        assert str(error.value).isprintable() and str(error.value).startswith(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_had_is_one_plain_error(photos: Path, tmp_path: Path) -> None:
+    with failing_disk(tmp_path / "run", 1, times=10**6, error=errno.EROFS):
+        with pytest.raises(TrainingError, match=r"run: cannot be written \(Read-only file system\); give out= another folder"):
+            tiny_run(photos, tmp_path / "run", config=QUICK)
+    with pytest.raises(TrainingError, match="cannot be written .*null"):
+        tiny_run(photos, tmp_path / "a\0b", config=QUICK)
+
+
+def test_a_tilde_is_the_home_folder(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    train(tiny(), subject(photos), lora=LORA, config=QUICK, out="~/run", mirror="~/drive", progress=False)
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["drive", "run"]
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "\xff", '{"identity": 1, "events": null}'])
+def test_a_record_that_cannot_be_read_is_written_anew(text: str, whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(Broken):
+        tiny_run(photos, tmp_path, config=QUICK, on_step=at(3, broken))
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    assert tiny_run(photos, tmp_path, config=QUICK) == whole[1] and events(tmp_path) == ["continued at step 2"]
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    assert tiny_run(photos, tmp_path, config=QUICK) == whole[1] and record(tmp_path)["status"] == "finished"
+
+
+@pytest.mark.parametrize("facts", [None, [1], {"base": {}}, {"base": {"fingerprint": "0", "dtype": 1, "name": "?"}}])
+def test_a_finished_run_of_another_version_is_refused(facts: Any, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "facts": facts}))
+    with pytest.raises(
+        TrainingError, match=r"holds a run with other .*\(step 0\): made by another version; use another folder"
+    ):
+        tiny_run(photos, tmp_path, config=QUICK)
+
+
 # --- one folder, one run -------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +396,69 @@ def test_a_second_signal_acts_at_once(photos: Path, tmp_path: Path) -> None:
         tiny_run(photos, None, config=QUICK, on_step=at(3, lambda: signal.raise_signal(signal.SIGINT)))
 
 
+def test_a_second_sigterm_leaves_with_its_code(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+    """While it saves: what it was writing is gone, what was there is whole."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as left, pytest.MonkeyPatch.context() as patch:
+
+            def slow(path: Path, content: bytes) -> None:
+                if path.parent.name.startswith(".000004"):
+                    signal.raise_signal(signal.SIGTERM)
+                written(path, content)
+
+            written = checkpoint.write_synced
+            patch.setattr(checkpoint, "write_synced", slow)
+            tiny_run(photos, tmp_path, config=QUICK)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143 and record(tmp_path)["status"] == "broken off by SystemExit"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000002"] and (tmp_path / "lock").read_text() == ""
+    assert tiny_run(photos, tmp_path, config=QUICK) == whole[1]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("vae.encoder", []),  # preparation: nothing to save yet, it leaves at once
+        ("unet", []),  # class images
+        ("vae.decoder", ["interrupted at step 3 of 4: saved; the same call continues"]),  # samples, of step 2
+    ],
+)
+def test_ctrl_c_at_any_time_loses_nothing(part: str, said: list[str], photos: Path, tmp_path: Path) -> None:
+    sampling = {"sample_every": 2, "sample_prompt": "a dog"} if said else {}
+    prior = {"prior_loss_weight": 1.0, "class_images": 2} if part == "unet" else {}
+    config: TrainingConfig = replace(QUICK, steps=4, **sampling, **prior)  # type: ignore[arg-type]
+    base, passes = tiny(), []
+
+    def interrupt(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == (2 if said else 1):  # the first samples are those of step 0
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_BOOTH_CACHE", str(tmp_path / "cache"))  # where nothing is encoded yet
+        handle = of(base.pipeline, part).register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(base, subject(photos), lora=LORA, config=config, out=tmp_path / "run", progress=False)
+        handle.remove()
+        assert (events(tmp_path / "run") if said else []) == said
+        assert (tmp_path / "run" / "lock").read_text() == "" and (tmp_path / "run" / "run.json").exists() == bool(said)
+        assert tiny_run(photos, tmp_path / "run", config=config) == tiny_run(photos, None, config=config)
+
+
+def of(pipeline: Any, part: str) -> Any:
+    for name in part.split("."):
+        pipeline = getattr(pipeline, name)
+    return pipeline
+
+
+def test_the_time_for_the_mirror_counts_too() -> None:
+    stopping = Stopping(began=time.monotonic(), time_limit=10)
+    assert stopping.asked() == stopping.asked(copying=200.0) == 0
+    assert stopping.asked(copying=301.0) == TIME_UP
+
+
 def test_a_time_limit_ends_with_a_usable_adapter(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     early = train(tiny(), subject(photos), lora=LORA, config=QUICK, out=out, progress=False, time_limit=1e-6)
@@ -277,7 +481,7 @@ def test_a_lost_folder_goes_on_from_the_mirror(whole: tuple[Path, str], photos: 
     with pytest.raises(KeyboardInterrupt):
         tiny_run(photos, run, config=QUICK, mirror=drive, on_step=at(3, lambda: signal.raise_signal(signal.SIGINT)))
     assert "safe at step 4: copied to the mirror and read back" in events(run)
-    assert [folder.name for folder in (drive / "checkpoints").iterdir()] == ["000004"]
+    assert max(folder.name for folder in (drive / "checkpoints").iterdir()) == "000004"
     shutil.rmtree(run)
     seen: list[int] = []
     assert tiny_run(photos, run, config=QUICK, mirror=drive, on_step=lambda s: seen.append(s.index)) == whole[1]
@@ -293,6 +497,69 @@ def test_a_mirror_that_fails_stops_nothing(whole: tuple[Path, str], photos: Path
     assert events(tmp_path / "run")[-1] == "the mirror has no copy of step 6: Not a directory"
 
 
+def checkpoints_of(parent: Path, identity: str, *steps: int) -> list[Checkpoint]:
+    files = {"state.pt": b"x" * 100, "run.json": json.dumps({"identity": identity}).encode()}
+    return [publish(parent, step, number, files) for number, step in enumerate(steps, 1)]
+
+
+def told_by(mirror: Mirror, checkpoint: Checkpoint) -> str:
+    mirror.copy(checkpoint)
+    mirror.finish()
+    [line] = mirror.news()
+    return line
+
+
+def test_a_drive_that_goes_and_comes_back(tmp_path: Path) -> None:
+    """While it is away nothing is written into the empty place, where it would be called safe and be in the way."""
+    drive, away = tmp_path / "mount" / "drive", tmp_path / "away"
+    mirror = Mirror(drive / "checkpoints")
+    mirror.begin()
+    one, two, three = checkpoints_of(tmp_path / "run", "a", 2, 4, 6)
+    assert told_by(mirror, one) == "safe at step 2: copied to the mirror and read back" and mirror.safe == 2
+    drive.rename(away)
+    assert told_by(mirror, two) == "the mirror has no copy of step 4: No such file or directory" and mirror.safe == 2
+    assert list((tmp_path / "mount").iterdir()) == []
+    away.rename(drive)
+    assert told_by(mirror, three).startswith("safe at step 6") and mirror.safe == 6 and mirror.seconds > 0
+    assert sorted(folder.name for folder in (drive / "checkpoints").iterdir()) == ["000002", "000006"]
+
+
+def test_two_runs_with_one_mirror(photos: Path, tmp_path: Path) -> None:
+    """They do not remove each other's copies, whoever came first."""
+    drive = tmp_path / "drive"
+    [one], [two] = checkpoints_of(tmp_path / "one", "a", 2), checkpoints_of(tmp_path / "two", "b", 2)
+    mine, other = Mirror(drive / "checkpoints"), Mirror(drive / "checkpoints")
+    assert told_by(mine, one).startswith("safe at step 2")
+    assert told_by(other, two) == "the mirror has no copy of step 2: it holds checkpoints of another run"
+    assert [read_back(folder).record() for folder in (drive / "checkpoints").iterdir()] == [{"identity": "a"}]  # type: ignore[union-attr]
+    shutil.rmtree(drive)
+    tiny_run(photos, tmp_path / "run", config=QUICK, mirror=drive)
+    with pytest.raises(TrainingError, match=r"drive: holds a run with other .*seed 0 -> 1"):
+        tiny_run(photos, tmp_path / "another", config=replace(QUICK, seed=1), mirror=drive)
+
+
+def test_a_full_drive_stops_nothing(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+    with failing_disk(tmp_path / "drive", 1, times=10**6):
+        assert tiny_run(photos, tmp_path / "run", config=QUICK, mirror=tmp_path / "drive") == whole[1]
+    said = events(tmp_path / "run")
+    assert said[-1] == "the mirror has no copy of step 6: No space left on device" and not [s for s in said if "safe" in s]
+    assert record(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_drive_that_gives_back_other_bytes_is_found_out(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lossy(path: Path, content: bytes) -> None:
+        written(path, bytes(len(content)) if "drive" in path.parts and path.name == "state.pt" else content)
+
+    written = checkpoint.write_synced
+    monkeypatch.setattr(checkpoint, "write_synced", lossy)
+    tiny_run(photos, tmp_path / "run", config=QUICK, mirror=tmp_path / "drive")
+    said = [line for line in events(tmp_path / "run") if "mirror" in line]
+    assert said[-1] == "the mirror has no copy of step 6: state.pt was read back with other bytes"
+    assert list((tmp_path / "drive" / "checkpoints").iterdir()) == []
+
+
 # --- the losses' own words -----------------------------------------------------------------------------------------------
 
 
@@ -305,15 +572,15 @@ def dreambooth_like(count: int, seed: int = 0) -> list[float]:
 def test_ordinary_losses_are_no_spike() -> None:
     for seed in range(20):
         health = Health()
-        assert health.judge(dreambooth_like(1500, seed), step=1500, rate=1e-4) == []
+        assert list(health.judge(dreambooth_like(1500, seed), step=1500, rate=1e-4)) == []
 
 
 def test_a_spike_goes_back_once_and_is_then_told() -> None:
     health, losses = Health(), dreambooth_like(200)
-    assert health.judge(losses, step=200, rate=1e-4) == [] and health.well
+    assert list(health.judge(losses, step=200, rate=1e-4)) == [] and health.well
     high = [loss * 100 for loss in dreambooth_like(2 * RECENT, 1)]
     with pytest.raises(RollBack, match=r"the loss is \d+ times what it was, at step 2\d\d: the learning rate is halved"):
-        health.judge(high, step=200 + len(high), rate=1e-4)
+        list(health.judge(high, step=200 + len(high), rate=1e-4))
     assert not Health.from_state(Health(losses=losses[-BEFORE:] + high[:8]).state()).well  # no state to go back to
     again = Health.from_state(Health(losses=losses[-BEFORE - RECENT :]).state(), after=health)
     assert again.rate_share == 0.5
@@ -321,10 +588,27 @@ def test_a_spike_goes_back_once_and_is_then_told() -> None:
     assert said.startswith("the loss is ") and again.rate_share == 0.5
 
 
+def test_single_updates_without_a_loss_are_told_ever_more_rarely() -> None:
+    """On a GPU many losses are looked at together: what came before a rollback is told too."""
+    health, told = Health(), []
+    for step in range(1, 2001, 2):
+        told += list(health.judge([math.nan, 1.0], step=step + 1, rate=1e-4))
+    assert len(told) == 10 and health.left_out == 1000 and health.gone_back["not finite"] == 0
+    assert told[0].endswith("at step 1: the update is left out") and told[-1].endswith(
+        "at step 1023: the update is left out (512 so far)"
+    )
+    judged = Health().judge([1.0, math.nan, math.nan, math.nan, 1.0], step=20, rate=1e-4)
+    assert next(judged).endswith("at step 17: the update is left out")
+    assert next(judged).endswith("at step 18: the update is left out (2 so far)")
+    with pytest.raises(RollBack, match="3 times in a row, at step 19"):
+        next(judged)
+
+
 def test_a_kill_while_old_checkpoints_go_leaves_no_half_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by 200 kills: a folder under a checkpoint's name was half removed."""
     files = {"state.pt": b"x" * 100, "adapter.safetensors": b"y" * 100}
     first = publish(tmp_path, 5, 1, files)
+    publish(tmp_path, 10, 2, files)
 
     def killed(folder: Path, **_: Any) -> None:
         if Path(folder).exists():  # not the temporary one of another time
@@ -333,10 +617,38 @@ def test_a_kill_while_old_checkpoints_go_leaves_no_half_of_one(tmp_path: Path, m
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        publish(tmp_path, 10, 2, files)
+        publish(tmp_path, 15, 3, files)
     assert not first.folder.exists()
     names = [folder for folder in tmp_path.iterdir() if not folder.name.startswith(".")]
-    assert [read_back(folder) is not None for folder in names] == [True]
+    assert [read_back(folder) is not None for folder in names] == [True, True]
     monkeypatch.undo()
-    publish(tmp_path, 15, 3, files)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["000015"]  # the litter is gone too
+    publish(tmp_path, 20, 4, files)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["000015", "000020"]  # the litter is gone too
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECTORY"), reason="Windows syncs folders by itself")
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut would keep: the order of syncs and renames."""
+    happened: list[tuple[str, Any]] = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda d: (happened.append(("sync", os.fstat(d).st_ino)), sync(d))[1])
+
+    def renamed(old: Any, new: Any) -> None:
+        files = [*Path(old).rglob("*"), Path(old)]
+        happened.append(("rename", (Path(new).name, [path.stat().st_ino for path in files])))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    parent = tmp_path / "run" / "checkpoints"
+    for number in (1, 2, 3):
+        happened.clear()
+        publish(parent, number, number, {"state.pt": b"x", "adapter.safetensors": b"y"})
+        syncs = [i for i, (what, _) in enumerate(happened) if what == "sync"]
+        final, *aside = [i for i, (what, _) in enumerate(happened) if what == "rename"]
+        name, written = happened[final][1]
+        assert name == f"00000{number}" and len(written) == 4  # two files, their manifest and the folder
+        assert set(written) <= {happened[i][1] for i in syncs if i < final}
+        assert happened[final + 1] == ("sync", parent.stat().st_ino)
+        assert len(aside) == (number == 3)  # the oldest goes last
+        if number == 1:
+            assert {happened[i][1] for i in syncs} >= {tmp_path.stat().st_ino, parent.parent.stat().st_ino}

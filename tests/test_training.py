@@ -423,9 +423,8 @@ def test_torn_checkpoints_are_passed_over(rex: Subject, tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         run(base_of("sd1"), rex, config, out=tmp_path / "run", on_step=keep_and_stop)
-    assert [folder.name for folder in folders.iterdir()] == ["000003"]
+    assert sorted(folder.name for folder in folders.iterdir()) == ["000002", "000003"]
     torn = (tmp_path / "kept" / "000003" / "state.pt").read_bytes()[:-100]
-    shutil.copytree(tmp_path / "kept" / "000002", folders / "000002")
     (folders / "000003" / "state.pt").write_bytes(torn)
     assert continued() == (whole, 3)  # from the older one
     shutil.copytree(tmp_path / "kept" / "000003", folders / "000003")

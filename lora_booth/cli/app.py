@@ -80,5 +80,5 @@ def commands() -> list[str]:
 
 def fail(message: str) -> NoReturn:
     """One line, whatever the message holds."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {shown(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)

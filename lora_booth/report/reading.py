@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import Adapter
-from ..checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES
+from ..checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of
 from ..errors import AdapterError, SettingsError, shown
 from ..training.samples import SAMPLE_LIST
 
@@ -149,7 +149,7 @@ def adapter_in(path: Path, record: Mapping[str, Any]) -> Path | None:
     """The run's own, or the newest checkpoint's."""
     if record.get("status") == "finished" and (path / ADAPTER).is_file():
         return path / ADAPTER
-    return max(path.glob(f"checkpoints/[0-9]*/{ADAPTER}"), default=None)
+    return max(path.glob(f"checkpoints/[0-9]*/{ADAPTER}"), key=lambda file: number_of(file.parent), default=None)
 
 
 def part(record: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -23,6 +24,7 @@ from ..checkpoint import (
     ADAPTER,
     CROPS,
     METRICS,
+    OURS,
     RECORD,
     REPORT,
     SAMPLES,
@@ -30,12 +32,13 @@ from ..checkpoint import (
     STATE,
     Checkpoint,
     newest,
+    number_of,
     packed_state,
     prune,
     publish,
     replace_file,
 )
-from ..errors import AdapterError, LoraBoothError, TrainingError
+from ..errors import AdapterError, LoraBoothError, TrainingError, shown
 from ..progress import Step
 from .identity import changes, differences, identity_of
 from .lock import locked
@@ -43,6 +46,12 @@ from .mirror import Mirror
 from .stopping import stop_words
 
 CHECKPOINTS = "checkpoints"
+OWN = {  # the names that `clear` may remove
+    CHECKPOINTS: OURS,
+    SAMPLES: re.compile(r"\d{6,}(-\d+)?\.(png|safetensors)|samples\.jsonl|\..+\.tmp"),
+    CROPS: re.compile(r"\d{4,}\.webp"),
+}
+PATHS = re.compile(r"'[^']*[/\\][^']*'|\"[^\"]*[/\\][^\"]*\"|(?<!\w)(?:[A-Za-z]:)?[/\\][^\s'\"]+")  # in what others say
 
 
 class RunFolder:
@@ -66,14 +75,19 @@ class RunFolder:
         self._steps: list[Step] = []  # whose losses nobody has read yet
         self._seconds = 0.0  # of the run before this process
         self._found: Checkpoint | None = None
+        self._damaged: list[Path] = []
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Raises TrainingError when another run has it, or it cannot be written."""
         with locked(self.path) as is_locked:
             if not is_locked:
-                self.say(f"note: no locks can be had where {self.path.name} is; let no second run into it")
+                self.say(f"note: no locks can be had where {shown(self.path.name)} is; let no second run into it")
             self.tidy()
+            if self.mirror is not None:
+                self.mirror.begin()
+                if same_storage(self.path, self.mirror.folder):
+                    self.say("note: the mirror is on the same storage as the run's folder, and is lost with it")
             try:
                 yield
             except BaseException as error:
@@ -100,28 +114,38 @@ class RunFolder:
             pass  # it is only litter
 
     def clear(self) -> None:
-        """Forget the run, also in the mirror; what is not of a run stays."""
-        for folder in (*self.checkpoints, self.path / SAMPLES, self.path / CROPS):
-            if folder.is_dir():
-                shutil.rmtree(folder)
-        for name in (RECORD, METRICS, ADAPTER, SCORES, REPORT):
-            (self.path / name).unlink(missing_ok=True)
+        """Forget the run, also in the mirror; what is not of a run stays. Raises TrainingError."""
+        files = [self.path / name for name in (RECORD, METRICS, ADAPTER, SCORES, REPORT)]
+        try:
+            for folder in (*self.checkpoints, self.path / SAMPLES, self.path / CROPS):
+                if folder.is_dir():
+                    files += [path for path in folder.iterdir() if OWN[folder.name].fullmatch(path.name)]
+            for path in files:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                f"{shown(self.path)}: the earlier run cannot be removed ({why(error)}); give out= another folder"
+            ) from error
 
     def find(self, facts: dict[str, Any]) -> Checkpoint | None:
         """The newest whole checkpoint, here or in the mirror. Raises TrainingError when it is of another run."""
-        found = newest(self.checkpoints)
+        found = newest(self.checkpoints, damaged=self._damaged)
         there = self.read_record()
         record = found.record() if found is not None else there if there.get("status") == "finished" else {}
-        before = record.get("facts")
-        if before and identity_of(before) != identity_of(facts):
+        if record and record.get("identity") != identity_of(facts):
             step = found.step if found is not None else 0
+            place = self.path if found is None else found.folder.parent.parent
             raise TrainingError(
-                f"{self.path}: holds a run with other photos, settings or base (step {step}): "
-                f"{'; '.join(differences(before, facts)) or 'made by another version'}; "
+                f"{shown(place)}: holds a run with other photos, settings or base (step {step}): "
+                f"{'; '.join(differences_in(record, facts)) or 'made by another version'}; "
                 "use another folder, or begin anew with restart=True (--restart)"
             )
         if found is not None:
-            self.number, self.saved = found.number, found.step
+            self.saved = found.step
+        self.number = max(0 if found is None else found.number, *map(number_of, self._damaged), 0)
         self._found = found
         return found
 
@@ -148,15 +172,18 @@ class RunFolder:
         found, self._found = self._found, None
         if found is None:
             self.record = {"status": "running", "step": 0, "steps": total, "events": []}
+            self._tell_damage()
         else:
             self.record, there = found.record(), self.read_record()
-            if there.get("identity") == identity_of(facts) and len(there["events"]) > len(self.record["events"]):
-                self.record["events"] = there["events"]  # also of what came after the checkpoint
+            events = there.get("events", [])
+            if there.get("identity") == identity_of(facts) and len(events) > len(self.record["events"]):
+                self.record["events"] = events  # also of what came after the checkpoint
             self._lines = found.contents[METRICS].decode().splitlines()
             self._seconds = json.loads(self._lines[-1])["seconds"] if self._lines else 0.0
             self._written = -1
             others = changes(self.record["surroundings"], where)
             more = f", computed otherwise ({'; '.join(others)}): equal but for rounding" if others else ""
+            self._tell_damage()
             self.event(f"continued at step {found.step}{more}", step=found.step, write=False)
         if self._lines == []:
             self._written = -1  # of a run before this one
@@ -164,9 +191,16 @@ class RunFolder:
         self._write_metrics()
         self._write_record()
 
+    def _tell_damage(self) -> None:
+        for folder in self._damaged:
+            there = "" if folder.parent == self.checkpoints[0] else " in the mirror"
+            self.event(f"checkpoint {folder.name}{there} is damaged: passed over", write=False)
+        self._damaged = []
+
     def event(self, text: str, *, step: int | None = None, write: bool = True) -> None:
-        """One line for the user and for run.json."""
-        self.say(text)
+        """One line for the user and for run.json; into that without the paths that another library may have put in it."""
+        self.say(shown(text))
+        text = PATHS.sub("(a path)", shown(text))
         at = datetime.now(timezone.utc).isoformat(timespec="seconds")
         happened = {"at": at, "step": self.record.get("step", 0) if step is None else step, "what": text}
         self.record.setdefault("events", []).append(happened)
@@ -270,6 +304,7 @@ class RunFolder:
                 self.record["status"] = "finished"
             except (OSError, AdapterError) as error:
                 self.event(f"{ADAPTER} cannot be written ({why(error)}); the same call tries again", step=step)
+                self.record["status"] = f"trained, but for {ADAPTER}"
         else:
             saved = "saved" if self.saved == step else f"not saved, the last checkpoint is of step {self.saved}"
             self.event(f"{stop_words(stop)} at step {step} of {total}: {saved}; the same call continues", step=step)
@@ -287,10 +322,27 @@ class RunFolder:
         self._write_record()
 
 
+def differences_in(record: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """None where the record is not as this version writes it."""
+    try:
+        return differences(record["facts"], facts)
+    except (KeyError, TypeError, AttributeError):
+        return []
+
+
+def same_storage(one: Path, other: Path) -> bool:
+    try:
+        return one.stat().st_dev == other.stat().st_dev
+    except OSError:
+        return False
+
+
 def why(error: BaseException) -> str:
     """Without paths, which hold people's names."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
+    if isinstance(error, AdapterError) and error.path is not None:
+        return str(error).removeprefix(f"{shown(error.path)}: ")
     if isinstance(error, LoraBoothError):
         return str(error)
     return type(error).__name__

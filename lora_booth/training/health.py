@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -22,7 +22,7 @@ class RollBack(Exception):
 
 @dataclass
 class Health:
-    """Reads every loss once. An update that is not finite is skipped; three in a row roll back and halve the rate; again, the
+    """Reads every loss once. An update that is not finite is left out; three in a row roll back and halve the rate; again, the
     training ends.
 
     A spike is told by the median of the last 16 losses: single losses of DreamBooth differ a hundredfold by their timestep,
@@ -30,7 +30,8 @@ class Health:
     rate would lead there again; a second one is only told.
     """
 
-    bad: int = 0  # losses in a row that were not finite
+    bad: int = 0  # updates in a row that were not finite
+    left_out: int = 0  # of these in the whole run
     rate_share: float = 1.0  # of the learning rate that was asked for
     gone_back: dict[str, int] = field(default_factory=lambda: {"not finite": 0, "spike": 0})
     losses: list[float] = field(default_factory=list)  # the last finite ones, at most BEFORE + RECENT
@@ -41,14 +42,19 @@ class Health:
         before, recent = self._parts()
         return self.bad == 0 and (not before or sum(loss > SPIKE * median(before) for loss in recent) < RAISED)
 
-    def judge(self, losses: Sequence[float], *, step: int, rate: float) -> list[str]:
-        """losses: of the updates up to `step`. What is to be told; raises RollBack, or TrainingError."""
-        told = []
+    def judge(self, losses: Sequence[float], *, step: int, rate: float) -> Iterator[str]:
+        """losses: of the updates up to `step`, nan for one with gradients that were not finite. Yields what is to be told;
+        raises RollBack, or TrainingError."""
         for loss, index in zip(losses, range(step - len(losses) + 1, step + 1), strict=True):
             if not math.isfinite(loss):
                 self.bad += 1
+                self.left_out += 1
                 if self.bad == BAD_STEPS:
-                    self._go_back("not finite", f"the loss was not finite {BAD_STEPS} times in a row, at step {index}", rate)
+                    what = f"the loss or its gradients were not finite {BAD_STEPS} times in a row, at step {index}"
+                    self._go_back("not finite", what, rate)
+                elif self.left_out & (self.left_out - 1) == 0:  # 1, 2, 4, 8, ...: nobody reads a thousand lines
+                    so_far = f" ({self.left_out} so far)" if self.left_out > 1 else ""
+                    yield f"the loss or its gradients were not finite at step {index}: the update is left out{so_far}"
                 continue
             self.bad = 0
             self.losses = [*self.losses, loss][-BEFORE - RECENT :]
@@ -56,8 +62,7 @@ class Health:
             if before and median(recent) > SPIKE * median(before):
                 what = f"the loss is {median(recent) / median(before):.0f} times what it was, at step {index}"
                 self.losses = recent  # the new measure, should it stay
-                told.append(self._go_back("spike", what, rate))
-        return told
+                yield self._go_back("spike", what, rate)
 
     def _go_back(self, kind: str, what: str, rate: float) -> str:
         first = self.gone_back[kind] == 0
@@ -84,5 +89,5 @@ class Health:
         """after: the one that had to go back to this state; it keeps what it has learnt from that."""
         health = cls(**state | {"gone_back": dict(state["gone_back"]), "losses": list(state["losses"])})
         if after is not None:
-            health.rate_share, health.gone_back = after.rate_share, dict(after.gone_back)
+            health.rate_share, health.gone_back, health.left_out = after.rate_share, dict(after.gone_back), after.left_out
         return health

@@ -2,61 +2,78 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..checkpoint import make_folder
 from ..errors import TrainingError, shown
 
 LOCK = "lock"
 FAR = 1 << 30  # where Windows locks a byte: behind the text, which others may then read
 
-if os.name == "nt":
+try:
+    import fcntl
+except ImportError:  # Windows
     import msvcrt
 
+    TAKEN = (errno.EACCES, errno.EDEADLK)  # what its runtime says when another handle has the byte
+
     def take(descriptor: int) -> None:
-        os.lseek(descriptor, FAR, os.SEEK_SET)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except PermissionError as error:
-            raise BlockingIOError(*error.args) from error
+        at_lock(descriptor, msvcrt.LK_NBLCK)  # type: ignore[attr-defined]
+
+    def let_go(descriptor: int) -> None:
+        at_lock(descriptor, msvcrt.LK_UNLCK)  # type: ignore[attr-defined]
+
+    def at_lock(descriptor: int, mode: int) -> None:
+        os.lseek(descriptor, FAR, os.SEEK_SET)  # `locking` begins at the file's position
+        msvcrt.locking(descriptor, mode, 1)  # type: ignore[attr-defined]
 
 else:
-    import fcntl
+    TAKEN = (errno.EAGAIN, errno.EACCES)  # the second on some network storage
 
     def take(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def let_go(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Hold the lock of `folder` (it is made). False: there are no locks here. Raises TrainingError: another run has it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise TrainingError(f"{folder}: cannot be written ({error.strerror}); give out= another folder") from error
+    except (OSError, ValueError) as error:  # the second: a name that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); give out= another folder") from error
     try:
         held = True
         try:
             take(descriptor)
-        except BlockingIOError:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            holder = shown(os.read(descriptor, 200).decode("utf-8", "replace").strip()) or "another process"
-            raise TrainingError(
-                f"{folder}: another run is at work in it ({holder}); wait for its end, or give out= another folder"
-            ) from None
-        except OSError:
+        except OSError as error:
+            if error.errno in TAKEN:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                holder = shown(os.read(descriptor, 200).decode("utf-8", "replace").strip()) or "another process"
+                raise TrainingError(
+                    f"{shown(folder)}: another run is at work in it ({holder}); wait for its end, or give out= another folder"
+                ) from None
             held = False
         if held:
             tell(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield held
-        if held:
-            tell(descriptor, "")
+        try:
+            yield held
+        finally:
+            if held:
+                tell(descriptor, "")
+                with suppress(OSError):  # a storage that has gone
+                    let_go(descriptor)  # at once: Windows takes its time after a close, and a forked process keeps a copy open
     finally:
-        os.close(descriptor)  # which lets go of it
+        os.close(descriptor)
 
 
 def tell(descriptor: int, holder: str) -> None:

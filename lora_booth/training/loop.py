@@ -128,8 +128,7 @@ class TrainingRun(Iterator[Step]):
                 reason = first_line(error)
             self._save_memory(reason)  # out here: the exception's traceback holds tensors
         loss = self.ranks.add_up(loss, self.flat.gradient)
-        self._apply(loss)
-        return loss
+        return self._apply(loss)
 
     def _gradients(self) -> Tensor:
         """The loss () and its gradients, of this process's share of the update."""
@@ -186,8 +185,8 @@ class TrainingRun(Iterator[Step]):
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _apply(self, loss: Tensor) -> None:
-        """Clip and update; an update that is not finite leaves everything as it was."""
+    def _apply(self, loss: Tensor) -> Tensor:
+        """Clip and update; an update that is not finite leaves everything as it was. The loss (), nan for such an update."""
         self.scaler.unscale_(self.optimizer)
         if self.step == self.first == 0 and not self.scaler.is_enabled():
             self.lora.check_gradients()
@@ -203,6 +202,8 @@ class TrainingRun(Iterator[Step]):
             self.optimizer.step()
         mean = torch.where(self.smoothed.isnan(), loss, 0.95 * self.smoothed + 0.05 * loss)
         self.smoothed = torch.where(loss.isfinite(), mean, self.smoothed)
+        # gradients that a scaler makes overflow are its own business: it lowers its scale
+        return loss if self.scaler.is_enabled() else torch.where(finite, loss, torch.nan)
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from ..checkpoint import Checkpoint, write_folder
+from ..checkpoint import RECORD, Checkpoint, in_place, make_folder, write_folder
 
 PATIENCE = 120.0  # seconds that the end of a run waits for the last copy
 
@@ -17,6 +20,8 @@ class Mirror:
     """Copies checkpoints to `folder`, reads each back and compares. In a thread: slow or hanging storage holds up no training.
 
     A checkpoint that comes while the one before is still being copied is left out; the last one is waited for.
+    Storage that is gone (a drive that was unmounted) fails until it is back: its folder is made at the beginning only, else
+    the copies would go into the empty place where it was, and be called safe.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,7 +29,21 @@ class Mirror:
         self._thread: threading.Thread | None = None
         self._waiting: Checkpoint | None = None
         self._news: list[str] = []
+        self._made = False
         self.safe = 0  # the newest step that was read back
+        self.seconds = 0.0  # of the longest copy
+
+    def begin(self) -> None:
+        """Make its folder. What fails is told by the copies."""
+        try:
+            self._make()
+        except OSError:
+            pass
+
+    def _make(self) -> None:
+        if not self._made:
+            make_folder(self.folder)
+            self._made = True
 
     def copy(self, checkpoint: Checkpoint) -> None:
         if self._thread is not None and self._thread.is_alive():
@@ -51,13 +70,24 @@ class Mirror:
             yield self._news.pop(0)
 
     def _copy(self, checkpoint: Checkpoint) -> None:
+        began = time.monotonic()
         try:
+            self._make()
+            if self._of_another_run(checkpoint):
+                raise OSError(errno.EEXIST, "it holds checkpoints of another run")
             write_folder(self.folder, f"{checkpoint.step:06d}", checkpoint.contents, check=self._compare(checkpoint))
-        except OSError as error:
-            self._news.append(f"the mirror has no copy of step {checkpoint.step}: {error.strerror or type(error).__name__}")
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            self._news.append(f"the mirror has no copy of step {checkpoint.step}: {reason}")
         else:
             self.safe = checkpoint.step
             self._news.append(f"safe at step {checkpoint.step}: copied to the mirror and read back")
+        self.seconds = max(self.seconds, time.monotonic() - began)
+
+    def _of_another_run(self, checkpoint: Checkpoint) -> bool:
+        """Two runs with one mirror would remove each other's copies. (Locks mean little on mounted storage.)"""
+        own = checkpoint.record().get("identity")
+        return any(identity_in(folder) not in (None, own) for folder in in_place(self.folder.iterdir()))
 
     def _compare(self, checkpoint: Checkpoint) -> Callable[[Path], None]:
         def check(written: Path) -> None:
@@ -66,6 +96,13 @@ class Mirror:
                     raise OSError(errno.EIO, f"{name} was read back with other bytes")
 
         return check
+
+
+def identity_in(checkpoint: Path) -> Any:
+    try:
+        return json.loads((checkpoint / RECORD).read_bytes()).get("identity")
+    except (OSError, ValueError, AttributeError):
+        return None  # damaged: nobody's
 
 
 def uncached(path: Path) -> bytes:

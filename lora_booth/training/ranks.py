@@ -171,20 +171,29 @@ def next_call() -> int:
 
 
 def watch(rank: int, count: int, call: int, done: threading.Event) -> None:
-    """Beat, and end this process when another has stopped beating."""
-    seen = {other: (-1, time.monotonic()) for other in range(count) if other != rank}
+    """End this process when another has not been heard for LOST seconds. The listening is in a thread of its own: it waits for
+    ever where the process that keeps the store has stopped without closing its connections."""
+    heard = {other: time.monotonic() for other in range(count) if other != rank}
+    gone = threading.Event()
+    threading.Thread(target=listen, args=(rank, call, heard, done, gone), daemon=True).start()
+    while not (done.wait(BEAT) or gone.is_set() or time.monotonic() - min(heard.values()) > LOST):
+        pass
+    if not done.is_set() and not done.wait(2 * BEAT):  # the error in the loop is the better one to end by
+        print("error: another process of this run was lost; the same command continues it", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def listen(rank: int, call: int, heard: dict[int, float], done: threading.Event, gone: threading.Event) -> None:
+    """Beat, and keep in `heard` when each of the others has last done so. gone: the store cannot be reached any more"""
+    beats = dict.fromkeys(heard, -1)
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LOST))  # type: ignore[attr-defined]
         while not done.wait(BEAT):
             store.add(f"lora_booth/{call}/{rank}", 1)
-            for other, (beats, when) in seen.items():
+            for other in heard:
                 now = store.add(f"lora_booth/{call}/{other}", 0)
-                if now != beats:
-                    seen[other] = (now, time.monotonic())
-                elif time.monotonic() - when > LOST:
-                    raise ConnectionError
-    except (RuntimeError, ConnectionError):
-        if not done.wait(2 * BEAT):  # the error in the loop is the better one to end by
-            print("error: another process of this run was lost; the same command continues it", file=sys.stderr, flush=True)
-            os._exit(1)
+                if now != beats[other]:
+                    beats[other], heard[other] = now, time.monotonic()
+    except RuntimeError:
+        gone.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -97,18 +98,19 @@ def train(
         raise SettingsError("no subject to train on; give one, as Subject.from_folder(...)")
     if out is None and (mirror is not None or restart):
         raise SettingsError("mirror and restart are for a run with a folder; give out= one")
+    out, mirror = (None if place is None else Path(os.path.expanduser(place)) for place in (out, mirror))
     check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
     lora = lora or LoraSpec()
     config = settled(config or TrainingConfig(), base, sum(len(s.photos) for s in subjects))
     check_feasible(base, lora, config)
-    trackers = trackers_of(track, None if out is None else Path(out))
+    trackers = trackers_of(track, out)
     job, ranks = Job(base, subjects, lora, config), joined(base.device)
     with ExitStack() as stack:
         stack.enter_context(ranks.watched())
         shown = stack.enter_context(display(progress and ranks.main))
         folder: RunFolder | None = None  # the main process's
         if out is not None and ranks.main:
-            folder = RunFolder(Path(out), mirror=None if mirror is None else Path(mirror), say=shown.say)
+            folder = RunFolder(out, mirror=mirror, say=shown.say)
             stack.callback(leave_report, folder)  # below all that holds the folder: its last word is in it
         tell = shown.say if folder is None else folder.event
 
@@ -194,7 +196,8 @@ def loop(
         if folder is not None and config.sample_every and steps.step == 0:
             try_samples(job, folder, tracking, 0, None)
         for step in steps:
-            stop, last = ranks.highest(stopping.asked()), step.index == job.total
+            copying = 0.0 if folder is None or folder.mirror is None else folder.mirror.seconds
+            stop, last = ranks.highest(stopping.asked(copying=copying)), step.index == job.total
             if folder is not None:
                 folder.note(step)
                 if stop or last or folder.due(step.index, every=config.checkpoint_every, minutes=config.checkpoint_minutes):

@@ -43,13 +43,13 @@ class Stopping:
             leave(number)
         self.signal = number
 
-    def asked(self) -> int:
-        """After an update: 0, TIME_UP or a signal's number."""
+    def asked(self, *, copying: float = 0.0) -> int:
+        """After an update: 0, TIME_UP or a signal's number. copying: seconds that the end will take besides, for the mirror"""
         now = time.monotonic()
         self.longest, self._last = max(self.longest, now - self._last), now
         if self.signal:
             return self.signal
-        return TIME_UP if self.ends is not None and now + MARGIN * self.longest >= self.ends else 0
+        return TIME_UP if self.ends is not None and now + MARGIN * (self.longest + copying) >= self.ends else 0
 
 
 def leave(number: int) -> NoReturn:
