@@ -20,7 +20,9 @@ from PIL import Image
 from .. import __version__
 from ..errors import AdapterError, PhotoError, SettingsError, first_line, shown
 from ..photos import crop_and_resize
-from ..photos.opening import Unusable, opened, upright_rgb
+from ..photos.copies import rgb_copy
+from ..photos.opening import opened
+from ..photos.photo import Unusable
 from .adapter import Adapter, Dtype, Layout, file_stem
 from .model_card import model_card
 
@@ -50,14 +52,14 @@ def pixels_of(image: Image.Image | str | Path) -> Image.Image:
     """Upright RGB in sRGB, without EXIF, comments and profiles."""
     if isinstance(image, Image.Image):
         try:
-            return upright_rgb(image)
+            return rgb_copy(image)
         except (Unusable, OSError) as error:
             raise PhotoError(f"the picture cannot be used: {first_line(error)}") from None
     if not isinstance(image, str | Path):
         raise SettingsError(f"a {type(image).__name__} is no picture; give a PIL image or the path of one")
     try:
         with opened(Path(image)) as (found, _, _):
-            return upright_rgb(found)
+            return rgb_copy(found)
     except Unusable as error:
         raise PhotoError(f"{shown(image)}: {error}") from None
 

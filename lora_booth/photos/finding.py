@@ -16,12 +16,14 @@ from PIL import Image
 
 from ..errors import PhotoError, shown
 from .beside import CROPS_FILE, caption_of, fractions, read_crops
-from .cropping import Cropping, check_cropping, focus_of, without_black_bars
+from .copies import rgb_copy, row_strips, upright_size
+from .cropping import BAR_COPY, Cropping, check_cropping, focus_of, without_black_bars
 from .masks import MASK_ENDING, MaskSource, find_mask, is_mask_name, mask_greys
-from .opening import FORMATS, Unusable, begins_like_a_photo, opened, row_strips, upright_rgb
-from .photo import Photo, PhotoSet, Region, Skipped, box
+from .opening import FORMATS, begins_like_a_photo, opened
+from .photo import Photo, PhotoSet, Region, Skipped, Unusable, box
 
 MAX_ASPECT = 4.0  # long side / short side
+ENOUGH = 2 * BAR_COPY  # pixels of the long side of the copy that is looked at, at least; the whole photo was decoded for it
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 LONELY_MASK = f"a mask without a photo of that name (photo{MASK_ENDING} is for photo.jpg)"
 
@@ -183,8 +185,8 @@ def _check(path: Path, told: Told, first_with: dict[str, str]) -> Photo:
         if file_key in first_with:
             raise Unusable(f"the same file as {first_with[file_key]}")
         several = bool(getattr(image, "is_animated", False)) and kind != "JPEG"  # JPEG: a preview or a second lens
-        rgb = upright_rgb(image)
-    width, height = rgb.size
+        rgb = rgb_copy(image, max(1, max(image.size) // ENOUGH))
+        width, height = upright_size(image)
     crop = None if region is None else fractions(path, region, width, height)
     unfit = _unfit_size(width, height, crop, told.min_side)
     if unfit is not None and crop is not None:

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import PhotoError, shown
-from .opening import Unusable, grey_on_black, opened
-from .photo import Mask, Photo, Region, box, square_box
+from .copies import grey_copy
+from .opening import opened
+from .photo import Mask, Photo, Region, Unusable, box, square_box
 
 MASK_ENDING = ".mask.png"
 WHITE = 128  # of 255; a mask that has nothing as bright is no mask
@@ -88,8 +89,8 @@ def _read(source: Path | Image.Image, name: str) -> tuple[Image.Image, str]:
     try:
         if isinstance(source, Path):
             with opened(source) as (image, _, digest):
-                return grey_on_black(image), digest
-        greys = grey_on_black(source)
+                return grey_copy(image), digest
+        greys = grey_copy(source)
     except Unusable as error:
         raise PhotoError(f"mask {name}: {error}") from None
     return greys, hashlib.sha256(repr(greys.size).encode() + np.asarray(greys).tobytes()).hexdigest()

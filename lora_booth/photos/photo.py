@@ -41,6 +41,10 @@ class Photo:
         return shown(self.path.name)
 
 
+class Unusable(Exception):
+    """One file cannot be used; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A file that is not used, and why."""

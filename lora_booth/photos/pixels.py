@@ -15,6 +15,8 @@ from .photo import Point, Region, box, square_box
 if TYPE_CHECKING:
     from torch import Tensor
 
+AREA_FIRST = 2.0  # times the resolution: how far a large square is averaged before it is resampled
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -40,20 +42,25 @@ def crop_and_resize(
     so that its short side is `resolution`. So a 1000 x 800 (w x h) photo at 512 is 640 x 512 when resized, and its
     square begins at (0, 64). With a crop, the crop is the picture: what lies outside was never shown.
     """
-    x0, y0, x1, y1 = box(image.width, image.height, crop)
-    width, height = x1 - x0, y1 - y0
     left, top, side = square_box(image.width, image.height, crop, focus)
     # Cut first: resampling inside a larger picture would let pixels from outside the square bleed in at its edge.
     square = image.crop((left, top, left + side, top + side))
     if side != resolution:
-        square = square.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        square = square.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=AREA_FIRST)
+    return square, crop_of(image.width, image.height, resolution, crop, focus)
+
+
+def crop_of(width: int, height: int, resolution: int, crop: Region | None, focus: Point | None) -> Crop:
+    """What `crop_and_resize` says of a picture of this width and height (pixels)."""
+    x0, y0, x1, y1 = box(width, height, crop)
+    left, top, side = square_box(width, height, crop, focus)
     if focus is not None:
         corner = round((top - y0) * resolution / side), round((left - x0) * resolution / side)
     else:
-        resized_width = resolution * width // side
-        resized_height = resolution * height // side
+        resized_width = resolution * (x1 - x0) // side
+        resized_height = resolution * (y1 - y0) // side
         corner = round((resized_height - resolution) / 2), round((resized_width - resolution) / 2)
-    return square, Crop(top=corner[0], left=corner[1], original_size=(height, width))
+    return Crop(top=corner[0], left=corner[1], original_size=(y1 - y0, x1 - x0))
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

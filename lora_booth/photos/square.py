@@ -8,8 +8,8 @@ from PIL import Image
 
 from .masks import square_mask
 from .opening import open_photo
-from .photo import Photo
-from .pixels import Crop, crop_and_resize
+from .photo import Photo, square_box
+from .pixels import AREA_FIRST, Crop, crop_and_resize, crop_of
 
 
 @dataclass(frozen=True)
@@ -23,5 +23,8 @@ class Square:
 
 def training_square(photo: Photo, resolution: int) -> Square:
     """Open a photo, crop it to its square and resize it to `resolution` pixels; likewise its mask. Raises PhotoError."""
-    image, crop = crop_and_resize(open_photo(photo), resolution, photo.crop, focus=photo.focus)
+    _, _, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
+    smaller = max(1, int(side / (AREA_FIRST * resolution)))  # averaged while it is opened, in less memory
+    image, _ = crop_and_resize(open_photo(photo, smaller=smaller), resolution, photo.crop, focus=photo.focus)
+    crop = crop_of(photo.width, photo.height, resolution, photo.crop, photo.focus)
     return Square(image, crop, square_mask(photo, resolution))
