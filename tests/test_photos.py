@@ -814,6 +814,15 @@ def test_a_white_studio_is_not_too_bright(tmp_path: Path) -> None:
     assert notes_of(tmp_path / "a.png") == ()
 
 
+def test_bright_colours_lose_a_channel_first(tmp_path: Path) -> None:
+    """Yellow cloth turned (255, 255, 140) by too much light is spoilt; a drawing in pure red and blue is not."""
+    for name, colour in (("cloth", (255, 255, 140)), ("red", (255, 0, 0)), ("blue", (0, 0, 255)), ("orange", (255, 120, 0))):
+        image = scene(300, 300, (150, 80), 60)
+        image.paste(colour, (0, 160, 300, 300))
+        image.save(tmp_path / f"{name}.png")
+        assert ("too bright" in notes_of(tmp_path / f"{name}.png")) == (name == "cloth"), name
+
+
 def test_small_and_cut_subjects(tmp_path: Path) -> None:
     scene(300, 300, (150, 150), 20).save(tmp_path / "a.png")  # 1.4 % of it, before a calm wall
     scene(300, 300, (150, 150), 70, seed=1, grey=160).save(tmp_path / "b.png")

@@ -20,11 +20,12 @@ JUDGED_SIDE = 512  # pixels; sharpness and light are judged on squares of this s
 BLURRED = 120.0
 # 99th percentile of the light, of 255. Real photos 153 to 255; three stops darker at most 92.
 DARK = 110.0
-# Clipped shares, of the mask or of the square. Real photos: white at most 0.03; two stops brighter, three in four have
-# more than 0.25. A square with a white frame is a subject before a white wall, or was transparent: no fault.
+# Clipped shares. White, of the mask or of the square: real photos at most 0.03; two stops brighter, 29 of 31 more than 0.2.
+# A bright colour is spoilt when one of its channels is clipped; a pure one that is not bright, as drawn red, is not.
+# A square with a white frame is a subject before a white wall, or was transparent: it counts where the subject seems to be.
 # Black, where the subject seems to be: at most 0.13.
-WHITE_CLIPPED, BLACK_CLIPPED, WHITE_FRAME = 0.25, 0.35, 0.7
-WHITE_LEVEL, BLACK_LEVEL = 250, 8  # of 255
+WHITE_CLIPPED, BLACK_CLIPPED, WHITE_FRAME = 0.2, 0.35, 0.7
+CLIPPED, BRIGHT, WHITE_LEVEL, BLACK_LEVEL = 254, 150, 250, 8  # of 255; the first of a channel, the others of the light
 # Difference of the 99th and 1st percentile. Real photos 153 to 237.
 LITTLE_CONTRAST = 40.0
 
@@ -47,7 +48,7 @@ class Measures:
     sharpness: float  # variance of the Laplacian where it is sharpest; below 120 is blurred
     brightest: float  # 0..255, 99th percentile
     contrast: float  # 0..255, 99th less 1st percentile
-    white: float  # clipped share, of the mask if there is one; 0 before a white wall
+    white: float  # clipped share of the mask, else of the square; before a white wall, of what seems to be the subject
     black: float  # clipped share where the subject is, or seems to be
     subject: float | None  # share of the square; None: cannot be told
 
@@ -65,7 +66,7 @@ class Likeness:
 
 def measure(square: Image.Image, mask: Image.Image | None) -> Measures:
     light = np.asarray(square.convert("L"), dtype=np.float32)
-    clipped = light >= WHITE_LEVEL
+    clipped = (np.asarray(square).max(axis=-1) >= CLIPPED) & (light >= BRIGHT)
     if mask is not None:
         where = np.asarray(mask, dtype=np.float32) / 255
         subject: float | None = float(where.mean())
@@ -74,7 +75,8 @@ def measure(square: Image.Image, mask: Image.Image | None) -> Measures:
         found = saliency(square)
         subject = stands_alone(found)
         where = np.asarray(Image.fromarray(found).resize(square.size))
-        white = 0.0 if _frame(clipped).mean() >= WHITE_FRAME else float(clipped.mean())
+        before_white = _frame(light >= WHITE_LEVEL).mean() >= WHITE_FRAME
+        white = float((where * clipped).sum() / max(float(where.sum()), 1e-6)) if before_white else float(clipped.mean())
     where = where / max(float(where.sum()), 1e-6)
     low, high = (float(value) for value in np.percentile(light, (1, 99)))
     return Measures(
