@@ -1,11 +1,15 @@
 """How often the audit of photos is right, and what smart crops keep, on real photos.
 
-    python benchmarks/photo_audit.py --photos FOLDER_OF_FOLDERS [--sheets OUT]
+    python benchmarks/photo_audit.py --photos FOLDER_OF_FOLDERS [--sheets OUT] [--faces FACES.npy]
 
 Every folder is one subject. The photos as they are count false alarms; spoilt by this script they count what is found.
 Crops are judged where somebody drew a box around the subject (BOXES, for six subjects of the DreamBooth data set): from
 each photo 18 windows are cut, wide and tall, with the subject in the middle or at one end; the share of the box that a
 crop keeps is counted against the best square there is.
+
+Masks are made for every photo (needs `lora-booth[vision]`), drawn with --sheets, and the box around each is compared with
+the box drawn by hand. --faces: grey faces, (N, H, W) in 0..1, as scikit-image's `lfw_subset.npy` (of which the second half
+are none), pasted into the photos; the photos themselves show nobody, so a face found there is a false alarm.
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lora_booth.photos import audit_photos, find_photos, open_photo
+from lora_booth.photos import audit_photos, contact_sheet, find_photos, open_photo
 from lora_booth.photos.cropping import focus_of
+from lora_booth.photos.faces import face_of
 from lora_booth.photos.measures import alike_behind, likeness, nearly_the_same
-from lora_booth.photos.photo import square_box
+from lora_booth.photos.photo import Region, square_box
+from lora_booth.photos.segmenting import grabcut
 
 BOXES = {  # folder -> photo -> x0, y0, x1, y1 of the subject in percent of the photo, by eye
     "backpack_dog": {
@@ -133,6 +139,66 @@ def before_one_wall(wall: Image.Image, seed: int) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
+def in_common(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Intersection over union of two boxes."""
+    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, across) * max(0.0, down)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def judge_masks(subjects: dict[str, dict[str, Image.Image]], sheets: Path | None) -> None:
+    made: dict[str, Image.Image] = {}
+    agreements, seconds, count = [], 0.0, 0
+    for subject, photos in subjects.items():
+        for stem, image in photos.items():
+            started = time.process_time()
+            mask = grabcut(image)
+            seconds, count = seconds + time.process_time() - started, count + 1
+            if mask is None:
+                continue
+            made[f"{subject} {stem}"] = Image.composite(image, Image.new("RGB", image.size, (160, 0, 160)), mask)
+            bounds = mask.point(lambda level: 255 if level >= 128 else 0).getbbox()
+            if bounds is not None and (drawn := BOXES.get(subject, {}).get(stem)) is not None:
+                agreements.append(in_common(tuple(100 * v / SIDE for v in bounds), drawn))
+    print(f"masks: made for {len(made)} of {count} photos, {seconds / count:.1f} s each: {', '.join(made)}")
+    if agreements:
+        print(
+            f"  their boxes and those drawn by hand: {np.mean(agreements):.2f} in common, at least {min(agreements):.2f} "
+            f"({len(agreements)} photos)"
+        )
+    if sheets is not None and made:
+        contact_sheet(list(made.values()), labels=list(made), columns=5, side=256).save(sheets / "masks.png")
+
+
+def judge_faces(images: list[Image.Image], faces: np.ndarray | None) -> None:
+    false = sum(face_of(image) is not None for image in images)
+    print(f"faces: {false} found in {len(images)} photos of nobody")
+    if faces is None:
+        return
+    rng = np.random.default_rng(0)
+    found, kept_shares = 0, {"center": [], "smart": [], "face": []}
+    faces = faces[: len(faces) // 2]
+    for i, values in enumerate(faces):
+        wide = images[i % len(images)].crop((0, 100, SIDE, 100 + SIDE * 9 // 16))
+        side = int(rng.integers(100, 200))
+        face = Image.fromarray((values * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        left, top = int(rng.integers(0, wide.width - side)), int(rng.integers(0, wide.height - side))
+        wide.paste(face.convert("RGB"), (left, top))
+        place: Region | None = face_of(wide)
+        if place is not None:
+            x, y = (place[0] + place[2]) / 2 * wide.width, (place[1] + place[3]) / 2 * wide.height
+            found += left < x < left + side and top < y < top + side
+        inside = (left, top, left + side, top + side)
+        for crop, focus in (
+            ("center", None),
+            ("smart", focus_of(wide, None, None)),
+            ("face", focus_of(wide, None, None, place)),
+        ):
+            kept_shares[crop].append(kept(wide, inside, focus))
+    print(f"  {found} of {len(faces)} pasted faces found; crops keep of them: ", end="")
+    print(", ".join(f"{crop} {np.mean(shares):.3f}" for crop, shares in kept_shares.items()))
+
+
 def notes_of(image: Image.Image, folder: Path) -> tuple[str, ...]:
     path = folder / "one.png"
     image.save(path)
@@ -143,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--sheets", type=Path, help="folder for the contact sheets")
+    parser.add_argument("--faces", type=Path, help="file of grey faces (.npy)")
     arguments = parser.parse_args()
     subjects = {}
     print("as they are:")
@@ -205,6 +272,8 @@ def main() -> None:
             f"{np.mean(shares[crop, True]):.3f} at one end); less than 0.7 of it in {np.mean(np.array(both) < 0.7):.3f} "
             f"of {len(both)} crops"
         )
+    judge_masks(subjects, arguments.sheets)
+    judge_faces(images, None if arguments.faces is None else np.load(arguments.faces))
 
 
 if __name__ == "__main__":

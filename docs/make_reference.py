@@ -19,7 +19,7 @@ HEAD = """# Python
 side is a `LoraBoothError` whose message says cause, value and remedy.
 """
 GROUPS = {
-    "Photos and subjects": ("Subject", "Photo", "check_token", "propose_tokens"),
+    "Photos and subjects": ("Subject", "Photo", "make_masks", "check_token", "propose_tokens"),
     "Bases": ("BaseModel",),
     "Training": ("train", "training_steps", "prepare", "Step", "LoraSpec", "TrainingConfig"),
     "Adapter files": ("Adapter", "Card", "LoraFactors", "merge", "resize", "difference", "bake", "extract", "attached"),

@@ -36,6 +36,7 @@ _HOMES = {
     "grid_steps": "grids",
     "attached": "injection",
     "Photo": "photos",
+    "make_masks": "photos",
     "Step": "progress",
     "PROMPT_SETS": "prompts",
     "fill_prompts": "prompts",
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from .gallery import Gallery
     from .grids import Grid, before_after, grid, grid_steps
     from .injection import attached
-    from .photos import Photo
+    from .photos import Photo, make_masks
     from .progress import Step
     from .prompts import PROMPT_SETS, fill_prompts, read_prompts
     from .report import write_report

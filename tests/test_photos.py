@@ -643,7 +643,7 @@ def test_a_square_photo_and_an_empty_one_are_cut_in_the_middle(tmp_path: Path) -
 
 
 def test_an_unknown_crop_is_a_mistake(folder: Path) -> None:
-    with pytest.raises(PhotoError, match="crop 'middle' is unknown; allowed: smart, center"):
+    with pytest.raises(PhotoError, match="crop 'middle' is unknown; allowed: smart, face, center"):
         find_photos(folder, crop="middle")  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from ..errors import SettingsError
 from .app import Base, Photos, app, say
 from .words import Quantize, check_adapter_file, check_layout, load_base
 
-Crop = Annotated[str, typer.Option(help="smart (the square that keeps the subject, no black bars) or center")]
+Crop = Annotated[str, typer.Option(help="smart (keeps the subject, no black bars), face (also a face) or center")]
 
 
 @app.command()
@@ -30,15 +30,21 @@ def photos(
     resolution: Annotated[int, typer.Option(min=8, help="side of the training pictures, in pixels")] = 512,
     sheet: Annotated[Path | None, typer.Option(help="where to write a contact sheet of the crops (.png, .jpg, .webp)")] = None,
     crop: Crop = "smart",
+    make_masks: Annotated[
+        bool, typer.Option(help="first write NAME.mask.png beside photos that have none, where it is sure")
+    ] = False,
     json: Annotated[bool, typer.Option(help="print everything as JSON")] = False,
 ) -> None:
     """Show which photos will be used, which not and why, and what speaks against them."""
     from json import dumps
 
     from ..photos import audit_photos, find_photos
+    from ..photos import make_masks as write_masks
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise SettingsError(f"{sheet}: contact sheets are saved as .png, .jpg or .webp")
+    if make_masks:
+        write_masks(folder, say=lambda line: print(f"mask     {line}", file=sys.stderr if json else sys.stdout, flush=True))
     found = find_photos(folder, crop=crop, minimum=1, maximum=1000)  # type: ignore[arg-type]  # checked by it
     audit = audit_photos(found.photos, found.skipped, resolution=resolution)
     if json:

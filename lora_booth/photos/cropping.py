@@ -8,11 +8,13 @@ import numpy as np
 from PIL import Image
 
 from ..errors import PhotoError, shown
+from .faces import check_faces
 from .photo import Point, Region, box
 from .saliency import LONG_SIDE, Values, saliency, small_copy
 
-Cropping = Literal["smart", "center"]
+Cropping = Literal["smart", "face", "center"]
 
+AROUND_FACE = 0.3  # of a face's side: what is kept around it, as hair and chin
 CENTRE_PREFERENCE = 0.05  # how much of all saliency a square at the edge must win to be taken for the middle one
 BAR_LEVEL = 16  # of 255; darker than this is black, with the noise of a JPEG
 BAR_COPY = 512  # pixels; the long side of the copy that bars are looked for in
@@ -23,9 +25,11 @@ EDGE_SHARE = 0.75  # of the first line after a bar that is not black
 def check_cropping(crop: str) -> None:
     if crop not in get_args(Cropping):
         raise PhotoError(f"crop {shown(crop)!r} is unknown; allowed: {', '.join(get_args(Cropping))}")
+    if crop == "face":
+        check_faces()
 
 
-def focus_of(image: Image.Image, crop: Region | None, mask: Image.Image | None) -> Point | None:
+def focus_of(image: Image.Image, crop: Region | None, mask: Image.Image | None, face: Region | None = None) -> Point | None:
     """The centre of the square that keeps most of the subject: of its mask, else of what is salient.
 
     The square slides along the long side; near ties go to the middle. None: the photo (or its crop) is a square already,
@@ -33,6 +37,7 @@ def focus_of(image: Image.Image, crop: Region | None, mask: Image.Image | None) 
 
     image  the upright photo
     mask   greys in the photo's shape, of any size
+    face   fractions 0..1 of the photo; the square keeps it whole, with something around it, before all else
     """
     x0, y0, x1, y1 = box(image.width, image.height, crop)
     if x1 - x0 == y1 - y0:
@@ -41,7 +46,7 @@ def focus_of(image: Image.Image, crop: Region | None, mask: Image.Image | None) 
         found = np.asarray(small_copy(mask, LONG_SIDE, box(mask.width, mask.height, crop)), dtype=np.float32)
     else:
         found = saliency(image, (x0, y0, x1, y1))
-    place = _best_place(found)
+    place = _best_place(found, _along(face, (x0, y0, x1, y1), image.size))
     if place is None:
         return None
     side = min(x1 - x0, y1 - y0)
@@ -50,18 +55,36 @@ def focus_of(image: Image.Image, crop: Region | None, mask: Image.Image | None) 
     return ((x0 + x1) / 2 / image.width, (y0 + place * (y1 - y0 - side) + side / 2) / image.height)
 
 
-def _best_place(found: Values) -> float | None:
-    """Where along the long side, 0..1, the square holds most; None: everywhere alike."""
+def _along(face: Region | None, part: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[float, float] | None:
+    """Where along the long side of a picture's part (pixels) a face lies, with something around it: from, to, 0..1."""
+    if face is None:
+        return None
+    axis = 0 if part[2] - part[0] >= part[3] - part[1] else 1
+    low, high = face[axis] * size[axis], face[axis + 2] * size[axis]
+    around = AROUND_FACE * (high - low)
+    start, length = part[axis], part[axis + 2] - part[axis]
+    return max(0.0, (low - around - start) / length), min(1.0, (high + around - start) / length)
+
+
+def _best_place(found: Values, keep: tuple[float, float] | None = None) -> float | None:
+    """Where along the long side, 0..1, the square holds most; None: everywhere alike.
+
+    keep  from, to along the long side, 0..1: what it must hold, or as much as goes in
+    """
     height, width = found.shape
     side = min(height, width)
     along = found.sum(axis=0 if width >= height else 1)
     total = float(along.sum())
-    if total <= 0 or len(along) == side:
+    if len(along) == side or (total <= 0 and keep is None):
         return None
     sums = np.concatenate([[0.0], np.cumsum(along)])
-    held = (sums[side:] - sums[:-side]) / total
+    held = (sums[side:] - sums[:-side]) / max(total, 1e-6)
+    places = np.arange(len(held))
     middle = (len(held) - 1) / 2
-    held = held - CENTRE_PREFERENCE * np.abs(np.arange(len(held)) - middle) / middle
+    held = held - CENTRE_PREFERENCE * np.abs(places - middle) / middle
+    if keep is not None:
+        low, high = (place * len(along) for place in keep)
+        held -= 2 * (np.maximum(places - low, 0) + np.maximum(high - places - side, 0))  # more than all that is salient
     return float(np.argmax(held)) / (len(held) - 1)
 
 

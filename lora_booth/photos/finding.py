@@ -18,6 +18,7 @@ from ..errors import PhotoError, shown
 from .beside import CROPS_FILE, caption_of, fractions, read_crops
 from .copies import rgb_copy, row_strips, upright_size
 from .cropping import BAR_COPY, Cropping, check_cropping, focus_of, without_black_bars
+from .faces import face_of
 from .masks import MASK_ENDING, MaskSource, find_mask, is_mask_name, mask_greys
 from .opening import FORMATS, begins_like_a_photo, opened
 from .photo import Photo, PhotoSet, Region, Skipped, Unusable, box
@@ -51,7 +52,8 @@ def find_photos(
     """Find the usable photos of a folder (or of a list of files), and say of every other file why it is not used.
 
     source     a folder: its files in natural order (img2 before img10), subfolders not entered; or files, in their order
-    crop       "smart": the square that keeps the subject, black bars cut away; "center": the one in the middle.
+    crop       "smart": the square that keeps the subject, black bars cut away; "face": likewise, and the largest face of
+               a person whole in it (needs OpenCV: `lora-booth[vision]`); "center": the one in the middle.
                A photo with a crop of its own (below) is cut there, in the middle.
     crops      file name -> (x0, y0, x1, y1), fractions 0..1 of the upright photo, or pixels if any value is above 1.
                They come before those of a `crops.json` in the folder, which has the same form.
@@ -199,14 +201,16 @@ def _check(path: Path, told: Told, first_with: dict[str, str]) -> Photo:
     caption, notes = caption_of(path), []
     if several:
         notes.append("several pages: first one only" if kind in ("TIFF", "HEIC") else "animated: first frame only")
-    if told.crop == "smart" and crop is None and (inner := without_black_bars(rgb)) is not None:
+    if told.crop != "center" and crop is None and (inner := without_black_bars(rgb)) is not None:
         if _unfit_size(width, height, inner, told.min_side) is None:
             crop = inner
             notes.append("black bars cut away")
     mask = find_mask(path, told.masks, width, height, crop)
-    focus = None
-    if told.crop == "smart" and region is None:
-        focus = focus_of(rgb, crop, None if mask is None else mask_greys(mask, shown(path.name)))
+    focus = face = None
+    if told.crop == "face" and region is None and mask is None and (face := face_of(rgb, crop)) is None:
+        notes.append("no face found")
+    if told.crop != "center" and region is None:
+        focus = focus_of(rgb, crop, None if mask is None else mask_greys(mask, shown(path.name)), face)
     first_with[file_key] = first_with[pixel_key] = shown(path.name)
     return Photo(path, width, height, caption, crop, digest, "; ".join(notes) or None, focus, mask)
 
