@@ -6,8 +6,10 @@ read in pieces into its final place, so a module costs its own size and a few MB
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -131,17 +133,19 @@ class Place:
         self.file.read(self.start, found)
         return found
 
-    def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor, as `dtype` when it has floats."""
+    def read(self, dtype: torch.dtype, device: torch.device, scratch: Tensor | None = None) -> Tensor:
+        """The tensor, as `dtype` when it has floats. scratch: PIECE bytes; one for all tensors leaves no holes between them."""
         count = self.numel
         wanted = dtype if self.dtype.is_floating_point else self.dtype
         found = torch.empty(count, dtype=wanted, device=device)
         straight = wanted == self.dtype and device.type == "cpu"
         step = PIECE // self.dtype.itemsize
-        scratch = torch.empty(0 if straight else min(count, step), dtype=self.dtype)
+        if scratch is None:
+            scratch = torch.empty(0 if straight else min(count, step) * self.dtype.itemsize, dtype=torch.uint8)
+        pieces = scratch.view(self.dtype)
         for begin in range(0, count, step):
             end = min(begin + step, count)
-            piece = found[begin:end] if straight else scratch[: end - begin]
+            piece = found[begin:end] if straight else pieces[: end - begin]
             self.file.read(self.start + begin * self.dtype.itemsize, piece)
             if not straight:
                 found[begin:end].copy_(piece)
@@ -164,8 +168,9 @@ class LazyModule:
         for file in {place.file for place in self.places.values()}:
             file.check_unchanged()
         shapes = {key: value.shape for key, value in self.module.state_dict().items()}
+        scratch = torch.empty(PIECE, dtype=torch.uint8)
         for key, place in self.places.items():
-            self.put(self.module, key, place.read(self.dtype, self.device).view(shapes[key]))
+            self.put(self.module, key, place.read(self.dtype, self.device, scratch).view(shapes[key]))
         for key, buffer in list(self.module.named_buffers()):
             put(self.module, key, buffer.to(self.device))  # those that no file holds, as position ids
         self.is_read = True
@@ -201,10 +206,18 @@ class LazyWeights:
             for name in names:
                 if name in self.parts:
                     self.parts[name].drop()
+            return_to_system()
 
     def unread(self, name: str) -> LazyModule | None:
         part = self.parts.get(name)
         return None if part is None or part.is_read else part
+
+
+def return_to_system() -> None:
+    """What was freed on the host goes back to the system: glibc would keep what lies below something in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def put(module: nn.Module, key: str, value: Tensor) -> None:

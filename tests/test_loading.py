@@ -278,6 +278,45 @@ def test_reading_half_precision_from_a_full_file_takes_little_more_than_the_resu
     assert result <= more < result + 64 * 2**20  # a mapped file would bring all its 256 MiB
 
 
+RESIDENT = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from lora_booth.weight_files import LazyModule, LazyWeights, WeightFile
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+sizes = {sizes!r}
+
+def part():
+    model = nn.ModuleList([nn.Linear(size, size, device="meta") for size in sizes]).to(torch.bfloat16)
+    return LazyModule(model, WeightFile(Path({file!r})).places, torch.bfloat16, torch.device("cpu"))
+
+torch.zeros(2**24, dtype=torch.bfloat16).float().bfloat16()  # its code is loaded
+weights = LazyWeights(dict(vae=part(), unet=part()))
+before = resident()
+weights.fill()
+both = resident() - before
+weights.drop(["vae"])
+print(both, resident() - before, sum(t.nbytes for t in weights.parts["unet"].module.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux tells it")
+def test_a_module_takes_its_own_size_and_gives_it_back(tmp_path: Path) -> None:
+    sizes = [(320, 2560, 640, 1280)[i % 4] for i in range(48)]
+    tensors = {f"{i}.weight": torch.ones(size, size) for i, size in enumerate(sizes)}
+    save_file(tensors | {f"{i}.bias": torch.ones(size) for i, size in enumerate(sizes)}, tmp_path / "m.safetensors")
+    code = RESIDENT.format(file=str(tmp_path / "m.safetensors"), sizes=sizes)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    both, one, result = map(int, done.stdout.split())
+    assert 2 * result <= both < 2 * result + 24 * 2**20  # no more than the room for pieces
+    assert one < result + 24 * 2**20
+
+
 def test_transposed_and_partial_places(tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -31,7 +31,7 @@ LEAST_SHARE, MOST_SHARE = 0.005, 0.95  # of the photo; a mask of less or more sa
 CUT_SIDE = 256  # pixels; the long side of what GrabCut works on
 MARGINS = (0.04, 0.08, 0.12, 0.17)  # of each side: the frames outside which there is background for certain
 # How alike the least alike of the four cuts is to what most of them say (intersection over union). Measured by
-# benchmarks/photo_audit.py on real photos: 13 of 31 are above, all of them right to the eye; the first wrong one has 0.81.
+# benchmarks/photo_audit.py on real photos: 12 of 31 are above, all of them right to the eye; the first wrong one has 0.81.
 SURE = 0.82
 MOST_HOLE = 0.1  # of the subject; smaller holes in it are filled
 
