@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from test_photos import swapped_profile
 
 from lora_booth.photos import crop_and_resize, find_photos, open_photo, training_square
 from lora_booth.photos.copies import STRIP, grey_copy, rgb_copy, row_strips, upright_size
@@ -63,13 +64,17 @@ def test_hidden_colours_stay_hidden() -> None:
 
 
 def test_a_profile_is_kept_to_in_every_strip() -> None:
+    """In one whose red is blue and whose blue is red, black and white are where they were and the colours are not."""
     image = Image.fromarray(noise(3))
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))  # not RGB: taken as sRGB
-    image.info["icc_profile"] = profile.tobytes()
-    assert np.array_equal(np.asarray(rgb_copy(image)), noise(3))
-    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-    image.info["icc_profile"] = swapped.tobytes()
-    assert np.abs(np.asarray(rgb_copy(image)).astype(int) - noise(3)).max() <= 1
+    plain = np.asarray(image)
+    image.info["icc_profile"] = swapped_profile()
+    source, srgb = ImageCms.ImageCmsProfile(BytesIO(swapped_profile())), ImageCms.createProfile("sRGB")
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    whole = ImageCms.profileToProfile(image, source, srgb, ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB", flags=flags)
+    assert np.abs(np.asarray(whole).astype(int) - plain).mean() > 30
+    assert np.array_equal(np.asarray(rgb_copy(image)), np.asarray(whole))
+    image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # of other colours
+    assert np.array_equal(np.asarray(rgb_copy(image)), plain)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -812,6 +812,8 @@ def test_a_white_studio_is_not_too_bright(tmp_path: Path) -> None:
     image.paste(scene(150, 150, (75, 75), 60), (75, 75))
     image.save(tmp_path / "a.png")
     assert notes_of(tmp_path / "a.png") == ()
+    image.point(lambda value: min(255, value * 3)).save(tmp_path / "b.png")  # the subject is spoilt, not only the wall white
+    assert "too bright" in notes_of(tmp_path / "b.png")
 
 
 def test_bright_colours_lose_a_channel_first(tmp_path: Path) -> None:

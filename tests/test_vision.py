@@ -289,7 +289,7 @@ def test_a_segmenter_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [(image.mode, image.size) for image in seen] == [("RGB", (420, 320))] * 3
     with Image.open(tmp_path / "0.mask.png") as mask:
         assert mask.size == (420, 320) and mask.getpixel((200, 150)) == 255 and mask.getpixel((20, 20)) == 0
-    with pytest.raises(PhotoError, match=r"^mask of 1\.png: the segmenter made 50x50 px of a picture of 420x320"):
+    with pytest.raises(PhotoError, match=r"^mask of 1\.png: 50x50 px for 420x320; it must have the shape"):
         make_masks(tmp_path, segmenter=lambda image: Image.new("L", (50, 50), 255))
 
 

@@ -26,9 +26,14 @@ def is_mask_name(path: Path) -> bool:
     return path.name.lower().endswith(MASK_ENDING)
 
 
+def mask_path(path: Path) -> Path:
+    """Where the mask of a photo lies, if it has one."""
+    return path.with_name(path.stem + MASK_ENDING)
+
+
 def mask_beside(path: Path) -> Path | None:
     """The mask file of a photo; None without one."""
-    beside = path.with_name(path.stem + MASK_ENDING)
+    beside = mask_path(path)
     if not os.path.isfile(beside):  # Path.is_file raises where the name is too long for the file system
         return None
     if beside.is_symlink() and path.parent.resolve() not in beside.resolve().parents:
@@ -50,13 +55,8 @@ def find_mask(path: Path, given: Mapping[str, MaskSource], width: int, height: i
     if not isinstance(source, (Path, Image.Image)):
         raise PhotoError(f"mask of {shown(path.name)}: a {type(source).__name__}; give a file or a PIL image")
     name = shown(source.name) if isinstance(source, Path) else f"of {shown(path.name)}"
-    greys, digest = _read(source, name)
-    fits = greys.width * height / width
-    if abs(greys.height - fits) > max(1, SHAPE_TOLERANCE * fits):
-        raise PhotoError(
-            f"mask {name}: {greys.width}x{greys.height} px for a photo of {width}x{height}; "
-            "it must have the shape of the upright photo"
-        )
+    greys, digest = read_mask(source, name)
+    check_shape(greys, name, width, height, "the upright photo")
     part = greys.crop(box(greys.width, greys.height, crop))
     if not (np.asarray(part) >= WHITE).any():
         where = "no white" if crop is None else "no white inside the photo's crop"
@@ -66,7 +66,7 @@ def find_mask(path: Path, given: Mapping[str, MaskSource], width: int, height: i
 
 def mask_greys(mask: Mask, name: str) -> Image.Image:
     """The mask as greys (L), of its own size. Raises PhotoError if it is gone or changed since it was found."""
-    greys, digest = _read(mask.source, name)
+    greys, digest = read_mask(mask.source, name)
     if digest != mask.sha256:
         raise PhotoError(f"mask {name}: it changed since it was checked; start again")
     return greys
@@ -85,7 +85,15 @@ def square_mask(photo: Photo, resolution: int) -> Image.Image | None:
     return greys.resize((resolution, resolution), method, box=region)
 
 
-def _read(source: Path | Image.Image, name: str) -> tuple[Image.Image, str]:
+def check_shape(greys: Image.Image, name: str, width: int, height: int, of: str) -> None:
+    """Raises PhotoError if a mask has not the shape of a picture of this size (pixels)."""
+    fits = greys.width * height / width
+    if abs(greys.height - fits) > max(1, SHAPE_TOLERANCE * fits):
+        raise PhotoError(f"mask {name}: {greys.width}x{greys.height} px for {width}x{height}; it must have the shape of {of}")
+
+
+def read_mask(source: Path | Image.Image, name: str) -> tuple[Image.Image, str]:
+    """A mask as greys (L), and its digest. Raises PhotoError."""
     try:
         if isinstance(source, Path):
             with opened(source) as (image, _, digest):

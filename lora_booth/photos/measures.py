@@ -70,20 +70,18 @@ def measure(square: Image.Image, mask: Image.Image | None) -> Measures:
     if mask is not None:
         where = np.asarray(mask, dtype=np.float32) / 255
         subject: float | None = float(where.mean())
-        white = float((where * clipped).sum() / max(float(where.sum()), 1e-6))
     else:
         found = saliency(square)
         subject = stands_alone(found)
         where = np.asarray(Image.fromarray(found).resize(square.size))
-        before_white = _frame(light >= WHITE_LEVEL).mean() >= WHITE_FRAME
-        white = float((where * clipped).sum() / max(float(where.sum()), 1e-6)) if before_white else float(clipped.mean())
     where = where / max(float(where.sum()), 1e-6)
+    of_subject = mask is not None or _frame(light >= WHITE_LEVEL).mean() >= WHITE_FRAME
     low, high = (float(value) for value in np.percentile(light, (1, 99)))
     return Measures(
         sharpness=_sharpness(light),
         brightest=high,
         contrast=high - low,
-        white=white,
+        white=float((where * clipped).sum() if of_subject else clipped.mean()),
         black=float((where * (light <= BLACK_LEVEL)).sum()),
         subject=subject,
     )
