@@ -18,7 +18,7 @@ from lora_booth.flat import Flat
 from lora_booth.injection import TrainableLora, trainable
 from lora_booth.lean import lean, products
 from lora_booth.lean.lora import LoraLinears, LoraPiece
-from lora_booth.lean.products import FrozenConv2d
+from lora_booth.lean.products import ConvOptions, FrozenConv2d
 from lora_booth.lean.recomputed import Geglu, NormBeside, SumAndNorm, SumWithBias
 from lora_booth.memory import saved_for_backward
 
@@ -152,24 +152,23 @@ def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
 @pytest.mark.parametrize(
     ("kernel", "how"),
     [
-        (3, {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}),
-        (3, {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}),
-        (3, {"stride": (1, 2), "padding": (0, 2), "dilation": (2, 1), "groups": 1}),
-        (1, {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}),
-        (1, {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1}),
-        (3, {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 4}),
+        (3, ConvOptions(padding=(1, 1))),
+        (3, ConvOptions(stride=(2, 2), padding=(1, 1))),
+        (3, ConvOptions(stride=(1, 2), padding=(0, 2), dilation=(2, 1))),
+        (1, ConvOptions()),
+        (1, ConvOptions(stride=(2, 2))),
+        (3, ConvOptions(padding=(1, 1), groups=4)),
     ],
 )
 @pytest.mark.parametrize("size", [(6, 5), (33, 20)])
-def test_convolutions(
-    rows: int, kernel: int, how: dict[str, Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_convolutions(rows: int, kernel: int, how: ConvOptions, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "MANY_WEIGHTS", 0)  # few pixels: as one product, where there is oneDNN
+    monkeypatch.setattr(products, "way_on_cpu", products.way_on_cpu.__wrapped__)
     torch.manual_seed(0)
     x = torch.randn(rows, 8, *size, requires_grad=True)
-    weight, bias = torch.randn(12, 8 // how["groups"], kernel, kernel), torch.randn(12)
+    weight, bias = torch.randn(12, 8 // how.groups, kernel, kernel), torch.randn(12)
     for b in (bias, None):
-        expected = F.conv2d(x, weight, b, **how)
+        expected = F.conv2d(x, weight, b, *how)
         found = FrozenConv2d.apply(x, weight, b, how)
         up = torch.randn_like(expected)
         assert torch.allclose(found, expected, atol=1e-4) and found.is_contiguous()

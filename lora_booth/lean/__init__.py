@@ -18,9 +18,10 @@ from torch import nn
 
 from ..flat import Factor
 from . import blocks
+from .lora import LoraPieces
 
 
-def lean_forward(module: Any, factors: Mapping[nn.Parameter, Factor]) -> Callable[..., Any] | None:
+def lean_forward(module: Any, pieces: LoraPieces) -> Callable[..., Any] | None:
     """The lean way through this module; None: it has none, or is not the stock module that it should be."""
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention import BasicTransformerBlock
@@ -40,7 +41,7 @@ def lean_forward(module: Any, factors: Mapping[nn.Parameter, Factor]) -> Callabl
     if kind is GEGLU:
         return partial(blocks.lean_geglu, module)
     if kind is PeftLinear or (kind.__name__ == "Linear4bit" and isinstance(module, LoraLayer)):
-        return partial(blocks.lean_lora, module, factors) if blocks.plain_lora(module) else None
+        return partial(blocks.lean_lora, module, pieces) if blocks.plain_lora(module) else None
     for stock, is_plain, forward in (
         (ResnetBlock2D, blocks.plain_resnet, blocks.lean_resnet),
         (Attention, blocks.plain_attention, blocks.lean_attention),
@@ -59,8 +60,9 @@ def lean(model: nn.Module, factors: Mapping[nn.Parameter, Factor]) -> Iterator[i
     factors  of the adapter under training, as in `Flat.factors`
     """
     patched: list[nn.Module] = []
+    pieces = LoraPieces(factors)
     try:
-        chosen = [(module, lean_forward(module, factors)) for module in model.modules() if "forward" not in vars(module)]
+        chosen = [(module, lean_forward(module, pieces)) for module in model.modules() if "forward" not in vars(module)]
         for module, forward in chosen:
             if forward is not None:
                 patched.append(module)

@@ -5,7 +5,6 @@ They call the modules inside, so hooks and adapters there do what they always do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import kernel_of
-from ..flat import Factor
 from ..quantization import is_packed
-from .lora import LoraLinears, LoraPiece
-from .products import FrozenConv2d, FrozenLinear
+from .lora import LoraLinears, LoraPiece, LoraPieces
+from .products import ConvOptions, FrozenConv2d, FrozenLinear
 from .recomputed import Geglu, NormBeside, SumAndNorm, SumWithBias
 
 
@@ -65,7 +63,7 @@ def lean_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def convolved(layer: nn.Conv2d, x: Tensor, bias: Tensor | None) -> Tensor:
-    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+    how = ConvOptions(layer.stride, layer.padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
     return FrozenConv2d.apply(x, layer.weight, bias, how)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -97,39 +95,12 @@ def lean_geglu(layer: Any, x: Tensor) -> Tensor:
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-def lean_lora(layer: Any, factors: Mapping[nn.Parameter, Factor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def lean_lora(layer: Any, pieces: LoraPieces, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A PEFT layer around a frozen linear layer, with one adapter, switched on and not merged."""
-    piece = None if args or kwargs or stock(x) else piece_of(layer, factors, x)
+    piece = None if args or kwargs or stock(x) else pieces.of(layer, x)
     if piece is None:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     return projected(x, [piece])[0]
-
-
-def piece_of(layer: Any, factors: Mapping[nn.Parameter, Factor], x: Tensor) -> LoraPiece | None:
-    """What `LoraLinears` computes with; None: as the layer is set now, it cannot."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) != 1 or layer.disable_adapters or layer.merged:
-        return None
-    (name,), base = names, layer.base_layer
-    parameters = layer.lora_A[name].weight, layer.lora_B[name].weight
-    packing = base.weight.quant_state if is_packed(base) else None
-    if any(one not in factors for one in parameters) or (packing is not None and packing.dtype != x.dtype):
-        return None
-    down, up = (factors[one] for one in parameters)
-    if down.value.dtype != x.dtype:
-        return None
-    return LoraPiece(
-        weight=base.weight,
-        bias=base.bias,
-        packing=packing,
-        down=down.value,
-        up=up.value,
-        scale=layer.scaling[name],
-        near_gradients=(down.gradient, up.gradient),
-        down_gradient=down.whole_gradient,
-        up_gradient=up.whole_gradient,
-        trigger=parameters[0],
-    )
 
 
 def projected(x: Tensor, pieces: list[LoraPiece]) -> tuple[Tensor, ...]:
@@ -173,7 +144,7 @@ def together(layers: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
     """What these layers make of x, in one step where all of them are lean LoRA layers."""
     pieces = []
     for layer in layers:
-        piece = piece_of(layer, vars(layer)["forward"].args[1], x) if leads_to(layer, lean_lora) else None
+        piece = vars(layer)["forward"].args[1].of(layer, x) if leads_to(layer, lean_lora) else None
         if piece is None:
             return tuple(layer(x) for layer in layers)
         pieces.append(piece)

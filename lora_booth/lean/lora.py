@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..quantization import whole
+from ..flat import Factor
+from ..quantization import is_packed, whole
 from . import kernels
 from .products import product
 
@@ -33,6 +34,52 @@ class LoraPiece:
     @property
     def whole(self) -> Tensor:
         return whole(self.weight, self.packing)
+
+
+class LoraPieces:
+    """The pieces of an adapter under training, each made once for every way that its layer is set.
+
+    factors  as in `Flat.factors`
+    """
+
+    def __init__(self, factors: Mapping[nn.Parameter, Factor]) -> None:
+        self.factors = factors
+        self._made: dict[tuple[Any, ...], LoraPiece | None] = {}
+
+    def of(self, layer: Any, x: Tensor) -> LoraPiece | None:
+        """What `LoraLinears` computes with for this PEFT layer; None: as it is set now, or in this precision, it cannot."""
+        if layer.disable_adapters or layer.merged:
+            return None
+        setting = layer, *layer.active_adapters, *layer.scaling.values()
+        if setting not in self._made:
+            self._made[setting] = self._make(layer)
+        piece = self._made[setting]
+        return piece if piece is not None and piece.down.dtype == x.dtype else None
+
+    def _make(self, layer: Any) -> LoraPiece | None:
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if len(names) != 1:
+            return None
+        (name,), base = names, layer.base_layer
+        parameters = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if any(one not in self.factors for one in parameters):
+            return None
+        down, up = (self.factors[one] for one in parameters)
+        packing = base.weight.quant_state if is_packed(base) else None
+        if packing is not None and packing.dtype != down.value.dtype:
+            return None
+        return LoraPiece(
+            weight=base.weight,
+            bias=base.bias,
+            packing=packing,
+            down=down.value,
+            up=up.value,
+            scale=layer.scaling[name],
+            near_gradients=(down.gradient, up.gradient),
+            down_gradient=down.whole_gradient,
+            up_gradient=up.whole_gradient,
+            trigger=parameters[0],
+        )
 
 
 class LoraLinears(Function):

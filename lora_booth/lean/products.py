@@ -4,7 +4,7 @@ of small pictures' convolutions, whose weights would otherwise be laid out anew 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ FEW_PIXELS = 128  # of a batch at most come out of it and
 MANY_WEIGHTS = 2**20  # at least would be laid out anew for it; or, in float32, when
 FEWEST_PIXELS = 16  # at most come out. Else oneDNN is faster than the way that PyTorch takes for
 SMALL_INPUT = 20480  # values of a picture at most (its own limit)
-SMALL_PRODUCT = 2**20  # multiply-adds in float32, below which the call of oneDNN costs more than it gains
+SMALL_PRODUCT = 3 * 2**19  # multiply-adds in float32, below which the call of oneDNN costs more than it gains
 
 
 @cache
@@ -53,86 +53,93 @@ class FrozenLinear(Function):
         return product(gradient, weight.t()), None, None
 
 
+class ConvOptions(NamedTuple):
+    """Height, width; in the order of `F.conv2d`."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
 class FrozenConv2d(Function):
     """Keeps its weight alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: dict[str, Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: ConvOptions) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.how = x.shape, how
-        ctx.as_product = as_product(x, weight, how)
-        if ctx.as_product:
+        ctx.shape, ctx.how, ctx.way = x.shape, how, way_through(x, weight, how)
+        if ctx.way == "product":
             return convolution(x, weight, bias, how)
-        ctx.on_pixels = (
-            x.device.type == "cuda" and pointwise(weight, how) and x.is_contiguous(memory_format=torch.channels_last)
-        )
-        if ctx.on_pixels:  # a linear layer of the pixels, which adds the bias as well
+        if ctx.way == "pixels":  # a linear layer, which adds the bias as well
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        ctx.by_onednn = by_onednn(x, weight, how)
-        if ctx.by_onednn:
-            result: Tensor = torch.mkldnn_convolution(x, weight, bias, how["padding"], how["stride"], how["dilation"], 1)
+        if ctx.way == "onednn":
+            result: Tensor = torch.mkldnn_convolution(x, weight, bias, how.padding, how.stride, how.dilation, 1)
             return result
-        return F.conv2d(x, weight, bias, **how)
+        return F.conv2d(x, weight, bias, *how)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        if ctx.as_product:
-            return transposed_convolution(gradient, weight, ctx.shape, ctx.how), None, None, None
-        if ctx.on_pixels:
+        (weight,), how = ctx.saved_tensors, ctx.how
+        if ctx.way == "product":
+            return transposed_convolution(gradient, weight, ctx.shape, how), None, None, None
+        if ctx.way == "pixels":
             return (gradient.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2), None, None, None
-        if ctx.by_onednn and set(ctx.how["stride"]) == {1}:
+        if ctx.way == "onednn" and how.stride == (1, 1):
             turned = torch.ops.mkldnn._convolution_transpose_pointwise
-            padding, stride, dilation = (ctx.how[name] for name in ("padding", "stride", "dilation"))
-            return turned(gradient, weight, None, padding, (0, 0), stride, dilation, 1, "none", [], ""), None, None, None
+            options = how.padding, (0, 0), how.stride, how.dilation, 1
+            return turned(gradient, weight, None, *options, "none", [], ""), None, None, None
         if gradient.device.type == "cuda":  # the same kernels of cuDNN, without an input that nobody reads
-            return transposed(gradient, weight, ctx.shape, ctx.how), None, None, None
-        return conv2d_input(ctx.shape, weight, gradient, **ctx.how), None, None, None  # type: ignore[no-untyped-call]
+            return transposed(gradient, weight, ctx.shape, how), None, None, None
+        return conv2d_input(ctx.shape, weight, gradient, *how), None, None, None  # type: ignore[no-untyped-call]
 
 
-def transposed(gradient: Tensor, weight: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:
+def transposed(gradient: Tensor, weight: Tensor, shape: torch.Size, how: ConvOptions) -> Tensor:
     """The gradient of the convolution's input, of this shape."""
     left = tuple(
         size - ((out - 1) * stride - 2 * pad + spread * (kernel - 1) + 1)
         for size, out, stride, pad, spread, kernel in zip(
-            shape[2:], gradient.shape[2:], how["stride"], how["padding"], how["dilation"], weight.shape[2:], strict=True
+            shape[2:], gradient.shape[2:], how.stride, how.padding, how.dilation, weight.shape[2:], strict=True
         )
     )
-    options = {name: how[name] for name in ("stride", "padding", "dilation", "groups")}
-    return F.conv_transpose2d(gradient, weight, output_padding=left, **options)
+    return F.conv_transpose2d(gradient, weight, output_padding=left, **how._asdict())
 
 
-def as_product(x: Tensor, weight: Tensor, how: dict[str, Any]) -> bool:
-    if x.device.type != "cpu" or how["groups"] != 1 or not (onednn(x.dtype) and weight.is_contiguous()):
-        return False
-    pixels = x.shape[0] * (x.shape[2] // how["stride"][0]) * (x.shape[3] // how["stride"][1])
+def way_through(x: Tensor, weight: Tensor, how: ConvOptions) -> str:
+    """What computes it: "product" of patches or of "pixels", "onednn", or "stock", which is PyTorch's choice."""
+    if x.device.type == "cpu":
+        return way_on_cpu(x.dtype, x.shape, weight.shape, weight.is_contiguous(), how, torch.backends.mkldnn.enabled)
+    last = x.device.type == "cuda" and pointwise(weight.shape, how) and x.is_contiguous(memory_format=torch.channels_last)
+    return "pixels" if last else "stock"
+
+
+@cache
+def way_on_cpu(dtype: torch.dtype, x: torch.Size, weight: torch.Size, plain: bool, how: ConvOptions, enabled: bool) -> str:
+    if how.groups != 1 or not onednn(dtype):
+        return "stock"
+    pixels = x[0] * (x[2] // how.stride[0]) * (x[3] // how.stride[1])
     few = pixels <= FEW_PIXELS and weight.numel() >= MANY_WEIGHTS
-    return few or (x.dtype == torch.float32 and (pixels <= FEWEST_PIXELS or pointwise(weight, how)))
+    if plain and (few or (dtype == torch.float32 and (pixels <= FEWEST_PIXELS or pointwise(weight, how)))):
+        return "product"
+    small = x[0] == 1 and x.numel() <= SMALL_INPUT
+    return "onednn" if small and dtype == torch.float32 and enabled else "stock"
 
 
-def by_onednn(x: Tensor, weight: Tensor, how: dict[str, Any]) -> bool:
-    """Whether oneDNN has to be asked for, as PyTorch would not."""
-    small = x.shape[0] == 1 and x.numel() <= SMALL_INPUT and how["groups"] == 1
-    here = x.device.type == "cpu" and x.dtype == torch.float32
-    return bool(small and here and onednn(x.dtype) and torch.backends.mkldnn.enabled)
+def pointwise(weight: torch.Size, how: ConvOptions) -> bool:
+    return weight[2:] == (1, 1) and how.stride == (1, 1) and how.padding == (0, 0)
 
 
-def pointwise(weight: Tensor, how: dict[str, Any]) -> bool:
-    return weight.shape[2:] == (1, 1) and how["stride"] == (1, 1) and how["padding"] == (0, 0)
-
-
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: dict[str, Any]) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: ConvOptions) -> Tensor:
     """The convolution as one product: patches (N, i k k, pixels) -> (N, o, height, width)."""
     n, _, height, width = x.shape
-    if pointwise(weight, how):
+    if pointwise(weight.shape, how):
         patches = x.flatten(2)
     else:
-        sizes = {key: how[key] for key in ("stride", "padding", "dilation")}
-        patches = F.unfold(x, weight.shape[2:], **sizes)  # type: ignore[arg-type]
+        patches = F.unfold(x, weight.shape[2:], how.dilation, how.padding, how.stride)  # type: ignore[arg-type]
         height, width = (
             (size + 2 * pad - spread * (kernel - 1) - 1) // stride + 1
             for size, pad, spread, kernel, stride in zip(
-                x.shape[2:], how["padding"], how["dilation"], weight.shape[2:], how["stride"], strict=True
+                x.shape[2:], how.padding, how.dilation, weight.shape[2:], how.stride, strict=True
             )
         )
     columns = patches[0] if n == 1 else patches.transpose(0, 1).flatten(1)
@@ -142,11 +149,10 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: dict[str, A
     return result.view(-1, n, height, width).transpose(0, 1).contiguous()
 
 
-def transposed_convolution(gradient: Tensor, weight: Tensor, shape: torch.Size, how: dict[str, Any]) -> Tensor:
+def transposed_convolution(gradient: Tensor, weight: Tensor, shape: torch.Size, how: ConvOptions) -> Tensor:
     """The gradient of the convolution's input, of this shape."""
     rows = gradient.flatten(2).transpose(1, 2)  # (N, pixels, o)
     patches = product(rows.contiguous(), weight.flatten(1).t()).transpose(1, 2)
-    if pointwise(weight, how):
+    if pointwise(weight.shape, how):
         return patches.reshape(shape)
-    sizes = {key: how[key] for key in ("stride", "padding", "dilation")}
-    return F.fold(patches, shape[2:], weight.shape[2:], **sizes)  # type: ignore[arg-type]
+    return F.fold(patches, shape[2:], weight.shape[2:], how.dilation, how.padding, how.stride)  # type: ignore[arg-type]
