@@ -14,6 +14,7 @@ from .cache import key_of, read_entry, write_entry
 from .errors import SettingsError
 
 GB = 1e9  # bytes
+CPU_CONTEXT = 0.07 * GB  # compiled kernels of oneDNN and the like, beyond the imports
 CUDA_CONTEXT = 0.75 * GB  # what CUDA itself takes of a GPU; 0.72 to 0.90 on an H100 with PyTorch 2.11
 CUDA_WORKSPACES = 0.2 * GB  # what PyTorch keeps for matrix products of its streams; 0.2 to 0.4 there
 

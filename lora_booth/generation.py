@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .weight_files import return_to_system
+
 
 @torch.no_grad()
 def generate_images(
@@ -42,11 +44,19 @@ def generate_images(
                 height=size,
                 width=size,
                 generator=[torch.Generator().manual_seed(seed) for seed in part],
+                callback_on_step_end=make_room,
             )
             images += result.images
             if on_image is not None:
                 on_image(len(images))
     return images
+
+
+def make_room(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """After the last step, for the VAE: what the U-Net has left between its tensors would stay beside the VAE's."""
+    if step + 1 == pipeline.num_timesteps and pipeline.device.type == "cpu":
+        return_to_system()
+    return tensors
 
 
 @contextmanager

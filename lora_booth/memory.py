@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,18 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 PIXELS_AT_A_TIME = 4 * 512 * 512  # through VAE or sampler on a GPU of 15 GB, in fp32
 MOST_AT_A_TIME = 8
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Python looks for cycles of garbage later: while libraries are imported it would look at all of them, again and again."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def pictures_at_a_time(resolution: int) -> int:
@@ -63,6 +76,7 @@ FLOPS: dict[Any, Any] = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
+LAID_OUT_ANEW = {aten.convolution: (0, 1), aten.convolution_backward: (0, 2)}  # arguments that oneDNN copies into its order
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -74,6 +88,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0  # bytes of new storages
+        self.peak_on_cpu = 0  # and with the copies that a CPU's convolutions work on
         self.flops = 0  # of matrix products, convolutions and attention
         self.moved = 0  # bytes read and written by all other kernels
         self.kernels = 0
@@ -90,6 +105,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known and storage._cdata not in inputs:
                 self._born(storage)
+        copies = sum(args[i].nbytes for i in LAID_OUT_ANEW.get(func._overloadpacket, ()))
+        self.peak_on_cpu = max(self.peak_on_cpu, self.peak, self.live + copies)
         if not is_view(func):
             self.kernels += 1
             formula = FLOPS.get(func._overloadpacket)

@@ -23,7 +23,7 @@ from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.flat import APART
 from lora_booth.memory import Meter, saved_for_backward, storage_bytes
 from lora_booth.training import planning
-from lora_booth.training.counting import Counter, count_step, inputs
+from lora_booth.training.counting import Counter, count, count_step, inputs
 from lora_booth.training.planning import RESERVE, DoesNotFit, Machine, Plan, Planner, fitted, plan
 from lora_booth.training.settings import settled
 from lora_booth.training.shapes import Shapes, shapes_of, without_weights
@@ -147,6 +147,23 @@ def test_saved_bytes_are_those_of_the_graph() -> None:
     assert saved.bytes == 0 and meter.live == 0 and meter.peak >= 4040
 
 
+def test_convolutions_of_a_cpu_work_on_copies() -> None:
+    x, weight = torch.empty(2, 8, 16, 16, device="meta"), torch.empty(4, 8, 3, 3, device="meta", requires_grad=True)
+    with Meter() as meter:
+        y = torch.conv2d(x, weight, padding=1)
+        assert (meter.peak, meter.peak_on_cpu) == (y.nbytes, y.nbytes + x.nbytes + weight.nbytes)
+        y.sum().backward()
+    gradients = y.nbytes + weight.nbytes
+    assert meter.peak_on_cpu >= y.nbytes + gradients + weight.nbytes > meter.peak
+
+
+def test_the_weights_are_no_work() -> None:
+    shapes, options = shapes_of(base_of("sd1")), {"pictures": 1, "resolution": 128}
+    found = Counter(shapes, dtype=torch.float64, lora=LORA).sample(**options)  # nothing is kept of this one
+    counter = Counter(shapes, dtype=torch.float64, lora=LORA)
+    assert counter.base and found == count(lambda: counter._denoise(2, 128))
+
+
 def test_more_pictures_are_on_a_line() -> None:
     counter = counter_of("sd1")
     five = counter.step(CONFIG, pictures=5, resolution=64)
@@ -157,8 +174,11 @@ def test_more_pictures_are_on_a_line() -> None:
 def test_a_count_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, options = shapes_of(base_of("sd1")), {"pictures": 1, "resolution": 64}
     first = Counter(shapes, dtype=torch.float32, lora=LORA).step(CONFIG, **options)
+    weights = Counter(shapes, dtype=torch.float32, lora=LORA).weights
     monkeypatch.setattr("lora_booth.training.counting.count_step", None)
-    assert Counter(shapes, dtype=torch.float32, lora=LORA).step(CONFIG, **options) == first
+    monkeypatch.setattr("lora_booth.training.counting.count_weights", None)
+    again = Counter(shapes, dtype=torch.float32, lora=LORA)
+    assert again.step(CONFIG, **options) == first and again.weights == weights
 
 
 # --- bases that are not loaded -------------------------------------------------------------------------------------
@@ -181,9 +201,9 @@ def test_folders_the_hub_and_memory_have_the_same_shapes(
 
 def test_families_are_built_in() -> None:
     published = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}  # parameters of the U-Nets
-    for family, count in published.items():
+    for family, size in published.items():
         base = without_weights(shapes_of(family), torch.float16)
-        assert base.family.name == family and sum(p.numel() for p in base.unet.parameters()) == count
+        assert base.family.name == family and sum(p.numel() for p in base.unet.parameters()) == size
     with pytest.raises(BaseModelError, match="sd1, sd2, sdxl"):
         shapes_of("sd7")
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -31,6 +31,7 @@ class Count:
     """One forward pass, or one forward and backward pass."""
 
     peak: int  # bytes at once beyond what was there before
+    peak_on_cpu: int  # where convolutions work on copies
     saved: int  # bytes that the forward pass keeps for the backward pass
     forward_flops: int
     flops: int  # forward and backward
@@ -49,6 +50,9 @@ class Weights:
     linear: int  # of the U-Net, its linear layers
     widest: int  # the largest of these
     packed: int  # the U-Net when these are in 4 bits
+
+
+Counted = TypeVar("Counted", Count, Weights)
 
 
 class Counter:
@@ -71,7 +75,7 @@ class Counter:
             return Count(**{name: one[name] + (two[name] - one[name]) * (pictures - 1) for name in one})
         kernel = counted_attention(config)
         about = ["step", config.gradient_checkpointing, config.lean, config.min_snr_gamma, kernel, pictures, resolution]
-        return self._counted(about, lambda: count_step(self.base, self.lora, config, pictures, resolution))
+        return self._counted(about, lambda: count_step(self.base, self.lora, config, pictures, resolution), Count)
 
     def encode(self, *, pictures: int, resolution: int) -> Count:
         """Photos through the VAE."""
@@ -79,15 +83,16 @@ class Counter:
         def work() -> Any:
             return self.base.encode_images(torch.empty(pictures, 3, resolution, resolution, device="meta"))
 
-        return self._counted(["encode", pictures, resolution], lambda: count(work))
+        return self._counted(["encode", pictures, resolution], lambda: count(work), Count)
 
     def sample(self, *, pictures: int, resolution: int) -> Count:
         """One step of the sampler with classifier-free guidance; then the VAE's decoder, whose memory is its own."""
         about = ["sample", pictures, resolution]
-        return self._counted([*about, "unet"], lambda: count(lambda: self._denoise(2 * pictures, resolution)))
+        return self._counted([*about, "unet"], lambda: count(lambda: self._denoise(2 * pictures, resolution)), Count)
 
     def decode(self, *, pictures: int, resolution: int) -> Count:
-        return self._counted(["decode", pictures, resolution], lambda: count(lambda: self._decode(pictures, resolution)))
+        about = ["decode", pictures, resolution]
+        return self._counted(about, lambda: count(lambda: self._decode(pictures, resolution)), Count)
 
     def _denoise(self, rows: int, resolution: int) -> Any:
         latents, text, time_ids = inputs(self.base, rows, resolution)
@@ -109,22 +114,17 @@ class Counter:
 
     @cached_property
     def weights(self) -> Weights:
-        base = self.base
-        with trainable(base, self.lora) as lora:
-            adapter = storage_bytes(lora.named_parameters().values())
-        unet, vae = (storage_bytes([*m.parameters(), *m.buffers()]) for m in (base.unet, base.shell.vae))
-        text = sum(storage_bytes([*m.parameters(), *m.buffers()]) for m in base.text_encoders.values())
-        linear = [module.weight.nbytes for module in base.unet.modules() if type(module) is nn.Linear]
-        return Weights(unet, vae, text, adapter, sum(linear), max(linear), quantized_bytes(base.unet))
+        return self._counted(["weights"], lambda: count_weights(self.base, self.lora), Weights)
 
-    def _counted(self, about: list[Any], work: Callable[[], Count]) -> Count:
-        key, names = key_of(of="count", base=self._about, about=about), [one.name for one in fields(Count)]
+    def _counted(self, about: list[Any], work: Callable[[], Counted], kind: type[Counted]) -> Counted:
+        key, names = key_of(of="count", base=self._about, about=about), [one.name for one in fields(kind)]
         kept = read_entry(KIND, key)
         if kept is None or kept.keys() != set(names):
+            _ = self.base  # is not to be counted
             counted = work()
             write_entry(KIND, key, {name: torch.tensor(getattr(counted, name)) for name in names})
             return counted
-        return Count(**{name: int(value) for name, value in kept.items()})
+        return kind(**{name: int(value) for name, value in kept.items()})
 
 
 def counted_attention(config: TrainingConfig) -> str:
@@ -136,7 +136,16 @@ def count(work: Callable[[], Any]) -> Count:
     """Without gradients."""
     with torch.no_grad(), fused_attention(), Meter() as meter:
         work()
-    return Count(meter.peak, 0, meter.flops, meter.flops, meter.moved, meter.kernels)
+    return Count(meter.peak, meter.peak_on_cpu, 0, meter.flops, meter.flops, meter.moved, meter.kernels)
+
+
+def count_weights(base: BaseModel, lora: LoraSpec) -> Weights:
+    with trainable(base, lora) as adapter:
+        factors = storage_bytes(adapter.named_parameters().values())
+    unet, vae = (storage_bytes([*m.parameters(), *m.buffers()]) for m in (base.unet, base.shell.vae))
+    text = sum(storage_bytes([*m.parameters(), *m.buffers()]) for m in base.text_encoders.values())
+    linear = [module.weight.nbytes for module in base.unet.modules() if type(module) is nn.Linear]
+    return Weights(unet, vae, text, factors, sum(linear), max(linear), quantized_bytes(base.unet))
 
 
 def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[torch.Tensor, TextConditions, torch.Tensor | None]:
@@ -177,4 +186,4 @@ def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures
                 )
                 kept, forward = saved.bytes, meter.flops
             torch.autograd.backward(loss)
-        return Count(meter.peak, kept, forward, meter.flops, meter.moved, meter.kernels)
+        return Count(meter.peak, meter.peak_on_cpu, kept, forward, meter.flops, meter.moved, meter.kernels)

@@ -16,6 +16,7 @@ from ..attention import fastest_attention
 from ..base_model import BaseModel, default_device, default_dtype
 from ..config import LoraSpec, TrainingConfig
 from ..devices import (
+    CPU_CONTEXT,
     CUDA_CONTEXT,
     CUDA_WORKSPACES,
     GB,
@@ -221,7 +222,7 @@ def plan(
     else:
         precision = precision or default_dtype(here, "" if isinstance(base, BaseModel) else base)
         budget = vram_gb * GB if vram_gb is not None else free_bytes(here) + in_memory(base, here)
-        context = CUDA_WORKSPACES if here.type == "cuda" else 0.0
+        context = CUDA_WORKSPACES if here.type == "cuda" else CPU_CONTEXT
         context += CUDA_CONTEXT if here.type == "cuda" and vram_gb is not None else 0.0
         machine = Machine(device_name(here), here.type, budget, context, measured_rates(here, precision))
     counter = Counter(shapes_of(base), dtype=precision, lora=lora)
@@ -310,7 +311,10 @@ class Planner:
         """The most memory while class images are drawn, beside all weights."""
         assert self.config.resolution
         few = {"pictures": pictures_at_a_time(self.config.resolution), "resolution": self.config.resolution}
-        return max(self.counter.sample(**few).peak, self.counter.decode(**few).peak)
+        return max(self._peak(self.counter.sample(**few)), self._peak(self.counter.decode(**few)))
+
+    def _peak(self, count: Count) -> int:
+        return count.peak_on_cpu if self.machine.type == "cpu" else count.peak
 
     def forecast(self, config: TrainingConfig, settings: dict[str, Any]) -> Forecast:
         quantize = settings.get("quantize", self.quantize)
@@ -325,7 +329,7 @@ class Planner:
             kernel: Any = fastest_attention(self.counter.base, resolution=resolution, pictures=size, device=torch.device("cpu"))
             counted = replace(config, attention=kernel)
         counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]
-        largest = max(counts, key=lambda one: one.peak)
+        largest = max(counts, key=self._peak)
         unet = weights.packed if quantize else weights.unet
         unpacked = weights.widest if quantize else 0  # one layer at a time
         whole = unet + weights.vae + weights.text_encoders
@@ -337,9 +341,9 @@ class Planner:
             **self._of_adapter(config),
             "latents and text": float(cached),
             "kept for the backward pass": float(largest.saved),
-            "at work": float(largest.peak - largest.saved + unpacked),
+            "at work": float(self._peak(largest) - largest.saved + unpacked),
         }
-        encode = self.counter.encode(pictures=1, resolution=resolution).peak
+        encode = self._peak(self.counter.encode(pictures=1, resolution=resolution))
         opened = config.class_images if prior else self.photos
         images = 0 if machine.type == "cuda" else opened * 3 * resolution**2
         before = whole if prior else weights.vae + weights.text_encoders
