@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from .diffusers_folder import load_folder
 from .errors import BaseModelError
 from .family import FAMILIES, Family, labels
+from .memory import without_collections
 from .quantization import check_quantization, is_quantized
 from .quantization import quantize as quantize_unet
+from .quiet import quiet_about_torchvision
 from .single_file import has_vocabulary, load_single_file
 from .toybox import RARE_TOKENS
 from .weight_files import LazyModule, LazyWeights
@@ -53,6 +55,7 @@ class BaseModel:
     quantized: str | None = None  # how the U-Net's linear layers were packed: "nf4"; None: not by this library
 
     @classmethod
+    @without_collections()
     def load(
         cls,
         source: str | Path,
@@ -76,6 +79,7 @@ class BaseModel:
         Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError and
         MissingExtraError where it cannot be quantized.
         """
+        quiet_about_torchvision()
         place = torch.device(device) if device is not None else default_device()
         if quantize is not None:
             check_quantization(quantize, place)
@@ -108,6 +112,11 @@ class BaseModel:
     def from_pipeline(cls, pipeline: Any, *, name: str = "custom") -> BaseModel:
         """Recognise a pipeline that is loaded already; its modules are shared, not copied."""
         return cls(pipeline, recognise(pipeline), name)
+
+    def __repr__(self) -> str:
+        packed = f", {self.quantized}" if self.quantized else ""
+        precision = str(self.dtype).removeprefix("torch.")
+        return f"BaseModel({self.name!r}: {self.family.label}, {precision}{packed}, {self.device})"
 
     @property
     def pipeline(self) -> Any:

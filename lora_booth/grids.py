@@ -36,6 +36,13 @@ class Grid:
     cells: tuple[tuple[Picture | None, ...], ...]  # cells[row][column]; None: not drawn (yet)
     title: str = ""
 
+    def __repr__(self) -> str:
+        return f"Grid({self.title!r}: {len(self.pictures)} of {self.total} pictures)"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows."""
+        return self.sheet()._repr_png_()
+
     @property
     def pictures(self) -> list[Picture]:
         """What is drawn, row by row."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LoraBoothError, SettingsError, first_line, shown
-from .progress import quiet_about_torchvision
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,7 +51,6 @@ def begin() -> None:
 
     Raises SettingsError if the session still has older versions in memory than those that are installed.
     """
-    quiet_about_torchvision()
     LoraBoothError._render_traceback_ = lambda error: [f"{type(error).__name__}: {error}"]  # type: ignore[attr-defined]
     stale = outdated()
     if stale:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,12 +41,6 @@ class Step:
     def factors(self) -> dict[str, LoraFactors]:
         """A copy of what is learnt so far, by module path."""
         return self.lora.factors()
-
-
-def quiet_about_torchvision() -> None:
-    """transformers advises to install it, at every start; nothing here uses it, and its wheels break a torch for the CPU."""
-    logger = logging.getLogger("transformers.utils.import_utils")
-    logger.addFilter(lambda record: "requires torchvision" not in record.getMessage())
 
 
 class Display:

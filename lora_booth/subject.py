@@ -67,6 +67,12 @@ class Subject:
         if "{token}" in self.class_template:
             raise SubjectError(f"class template {shown(self.class_template)!r} names the token; it is for the bare class")
 
+    def __repr__(self) -> str:
+        """Without the paths of the photos."""
+        masks = sum(photo.mask is not None for photo in self.photos)
+        more = (f", {masks} with masks" if masks else "") + (f", {len(self.skipped)} files skipped" if self.skipped else "")
+        return f"Subject({self.token!r}, {article(self.class_noun)} {self.class_noun}: {len(self.photos)} photos{more})"
+
     @classmethod
     def from_folder(
         cls,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BaseModelError
+from .quiet import without_bars
 
 DTYPES = {
     "F64": torch.float64,
@@ -178,8 +179,9 @@ class LazyModule:
     @torch.no_grad()
     def drop(self) -> None:
         if self.is_read:
+            weights = self.module.state_dict()
             for key in self.places:
-                put(self.module, key, torch.empty_like(self.module.state_dict()[key], device="meta"))
+                put(self.module, key, torch.empty_like(weights.pop(key), device="meta"))
             self.is_read = False
 
     def stamp(self) -> str:
@@ -236,7 +238,8 @@ def assemble(
 ) -> tuple[Any, LazyWeights]:
     """The stock pipeline of a folder: `parts` are read later, the stock loader reads the others. given: more for it."""
     modules = {component: part.module for component, part in parts.items()}
-    pipeline = cls.from_pretrained(folder, dtype=dtype, **modules, **given)
+    with without_bars():  # nothing is downloaded here
+        pipeline = cls.from_pretrained(folder, dtype=dtype, **modules, **given)
     for component, module in pipeline.components.items():
         if isinstance(module, nn.Module) and component not in parts:
             module.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -19,11 +20,27 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_booth import single_file
 from lora_booth.base_model import BaseModel, default_device, default_dtype, is_hub_id
 from lora_booth.errors import BaseModelError
+from lora_booth.memory import without_collections
 
 FAMILY = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sd2-zsnr": "sd2", "sdxl": "sdxl"}
 PREDICTION = {"sd1": "epsilon", "sd2": "epsilon", "sd2-v": "v_prediction", "sd2-zsnr": "v_prediction", "sdxl": "epsilon"}
 ORIGINAL = ("sd1", "sd2-v", "sdxl")  # one for each naming of original checkpoints
 PROMPTS = ["a photo of sks dog", "a dog"]
+
+
+def test_garbage_is_looked_for_again_after_loading(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert gc.isenabled()
+    BaseModel.load(folders["sd1"], device="cpu")
+    assert gc.isenabled()
+    with pytest.raises(BaseModelError):
+        BaseModel.load(tmp_path / "none.safetensors")
+    assert gc.isenabled()
+    with without_collections():
+        assert not gc.isenabled()
+        with without_collections():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 # --- recognised and loaded -----------------------------------------------------------------------------------------

@@ -35,6 +35,34 @@ def test_importing_it_imports_nothing_heavy():
     assert int(more) < 30  # modules; torch alone brings over a thousand
 
 
+def test_loading_says_nothing_and_names_say_who_they_are(photos: Path):
+    """No bar, no advice of other libraries; and at the end of a notebook's cell no screenful of numbers, and no path."""
+    code = f"""
+import lora_booth as lb
+from diffusers.utils.logging import is_progress_bar_enabled
+base = lb.BaseModel.load("toybox", device="cpu")
+rex = lb.Subject.from_folder({str(photos)!r}, token="sks", class_noun="otter", minimum=1)
+config = lb.TrainingConfig(steps=1, prior_loss_weight=0)
+steps = lb.training_steps(base, lb.prepare(base, [rex], lora=lb.LoraSpec(), config=config), config=config)
+factors = next(steps).factors()
+steps.close()
+adapter = lb.Adapter(factors, lb.Card(token="sks", base_model="toybox"))
+weighted = [(adapter, 0.5)]
+print(base, rex, repr(rex.audit()), adapter, next(iter(factors.values())), lb.Composition(base, weighted), sep="\\n")
+assert is_progress_bar_enabled()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    found = done.stdout.splitlines()
+    assert found[0] == "BaseModel('toybox': Stable Diffusion 1.x, float32, cpu)"
+    assert re.fullmatch(r"Subject\('sks', an otter: \d+ photos(, \d+ files skipped)?\)", found[1])
+    assert found[2].startswith("Audit(") and re.fullmatch(
+        r"Adapter\('sks' for toybox: rank 8, 56 modules, 0\.\d MB\)", found[3]
+    )
+    assert found[4] == "LoraFactors(rank 8, alpha 8, (8, 64) and (64, 8))"
+    assert found[5:] == ["Composition(toybox, sum: sks 0.5)"]
+
+
 def test_light_names_stay_light():
     assert loaded("from lora_booth import LoraSpec, TrainingConfig, LoraBoothError, Card", HEAVY) == []
 
@@ -130,6 +158,8 @@ def test_imports_go_one_way():
 ORDER = (  # from the foundation to the roof; each imports only from those before it
     *(
         "errors",
+        "quiet",
+        "memory",
         "cache",
         "family",
         "config",
@@ -150,7 +180,6 @@ ORDER = (  # from the foundation to the roof; each imports only from those befor
         "attention",
         "lean",
         "baking",
-        "memory",
         "devices",
     ),
     *("generation", "prior", "kept", "latents", "loss", "checkpoint", "progress", "training", "extraction"),

@@ -39,6 +39,9 @@ class LoraFactors:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def __repr__(self) -> str:
+        return f"LoraFactors(rank {self.rank}, alpha {self.alpha:g}, {tuple(self.down.shape)} and {tuple(self.up.shape)})"
+
     def delta(self) -> Tensor:
         """The change of the weight, float32: (out, in) or (out, in, kh, kw)."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
@@ -101,6 +104,11 @@ class Adapter:
     card: Card = field(default_factory=Card)
     stem: str = ""  # of the file it came from
     thumbnail: str | None = None  # for the file: a small picture as a data URL; `load` does not read one
+
+    def __repr__(self) -> str:
+        ranks = "/".join(map(str, sorted({factors.rank for factors in self.modules.values()})))
+        base = self.card.base_model or self.card.family or "an unknown base"
+        return f"Adapter({self.name!r} for {base}: rank {ranks}, {len(self.modules)} modules, {self.nbytes / 1e6:.1f} MB)"
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..errors import CompositionWarning, LoraBoothError, OtherBaseWarning, shown
-from ..progress import quiet_about_torchvision
+from ..quiet import quiet_about_torchvision
 
 app = typer.Typer(
     help="DreamBooth with LoRA: teach Stable Diffusion one subject from a few photos.",

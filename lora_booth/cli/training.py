@@ -47,16 +47,7 @@ def photos(
         write_masks(folder, say=lambda line: print(f"mask     {line}", file=sys.stderr if json else sys.stdout, flush=True))
     found = find_photos(folder, crop=crop, minimum=1, maximum=1000)  # type: ignore[arg-type]  # checked by it
     audit = audit_photos(found.photos, found.skipped, resolution=resolution)
-    if json:
-        say(dumps(audit.as_dict(), indent=2))
-    else:
-        for photo, notes in ((report.photo, report.notes) for report in audit.photos):
-            say(f"used     {photo.name}  {photo.width} x {photo.height}" + (f"  ({'; '.join(notes)})" if notes else ""))
-        for skipped in audit.skipped:
-            say(f"skipped  {skipped.name}  {skipped.reason}")
-        for line in audit.advice:
-            say(f"advice   {line}")
-        say(f"{len(audit.photos)} used, {len(audit.skipped)} skipped")
+    say(dumps(audit.as_dict(), indent=2) if json else str(audit))
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         audit.sheet().save(sheet)

@@ -37,22 +37,11 @@ Isolate = Annotated[str, typer.Option(help="of regions: noise (a pass for each) 
 
 
 def load_base(source: str, *, exact: bool = False, quantize: str | None = None) -> BaseModel:
-    """Without the bars that diffusers and transformers show while loading; those of a download stay.
-
-    exact: in fp32 on the CPU, for sums and differences of weights
-    """
+    """exact: in fp32 on the CPU, for sums and differences of weights"""
     import torch
-    from diffusers.utils.logging import disable_progress_bar as quiet_diffusers
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils.logging import disable_progress_bar as quiet_transformers
 
     from ..base_model import BaseModel
 
-    no_bars = are_progress_bars_disabled()
-    quiet_diffusers()
-    quiet_transformers()  # also turns off the Hub's
-    if not no_bars:
-        enable_progress_bars()
     if exact:
         return BaseModel.load(source, dtype=torch.float32, device="cpu")
     return BaseModel.load(source, quantize=quantize)  # type: ignore[arg-type]  # checked by it

@@ -96,6 +96,10 @@ class Composition:
         self._seen: dict[str, Seen] | None = None  # the calibration of "ssr"
         self._one: Adapter | None = None  # what "svd" and "ssr" attach
 
+    def __repr__(self) -> str:
+        names = ", ".join(f"{adapter.name} {weight}" for adapter, weight in self.everyone()) or "no adapter"
+        return f"Composition({self.base.name}, {self.method}: {names})"
+
     # --- pictures
 
     def generate(

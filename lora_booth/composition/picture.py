@@ -27,6 +27,10 @@ class Picture:
     guidance: float = 0.0
     making: Making | None = None  # None: not known
 
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows."""
+        return self.image._repr_png_()
+
     def save(self, path: str | Path) -> Path:
         """PNG or, by its ending, JPEG or WebP; marked as made by a model (IPTC), without anything else."""
         return save_marked(self.image, Path(path))

@@ -34,6 +34,9 @@ class Gallery:
             raise SettingsError("a gallery without pictures; generate some first")
         self.pictures, self.title = list(pictures), title
 
+    def __repr__(self) -> str:
+        return f"Gallery({self.title!r}: {len(self.pictures)} pictures)"
+
     def save(self, path: str | Path) -> Path:
         path = Path(path)
         if path.suffix.lower() in (".html", ".htm"):

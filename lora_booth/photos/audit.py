@@ -45,6 +45,20 @@ class Audit:
     alike_backgrounds: tuple[str, ...]  # file names of the largest such group, if it is most of the photos
     advice: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """A line for each photo, skipped file and advice, as `lora-booth photos` prints it."""
+        lines = []
+        for photo, notes in ((report.photo, report.notes) for report in self.photos):
+            told = f"  ({'; '.join(notes)})" if notes else ""
+            lines.append(f"used     {photo.name}  {photo.width} x {photo.height}{told}")
+        lines += [f"skipped  {one.name}  {one.reason}" for one in self.skipped]
+        lines += [f"advice   {line}" for line in self.advice]
+        return "\n".join([*lines, f"{len(self.photos)} used, {len(self.skipped)} skipped"])
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.photos)} photos at {self.resolution} px, {len(self.skipped)} files skipped"
+        return f"Audit({counts}, {len(self.advice)} lines of advice; print it)"
+
     def sheet(self, *, columns: int = 5) -> Image.Image:
         """A contact sheet of the training squares: what training sees, in small."""
         labels = ["; ".join([report.photo.name, *report.notes]) for report in self.photos]
