@@ -266,9 +266,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     names = [row["run"] for row in rows]
     colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
     for axis, key, title in ((axes[0], "step", "seconds a step"), (axes[1], "peak_gib", "process peak, GiB")):
-        axis.barh(names, [row[key] or 0 for row in rows], color=colours)
+        bars = axis.barh(names, [row[key] or 0 for row in rows], color=colours)
+        axis.bar_label(bars, fmt=" %.2f")
+        axis.margins(x=0.15)
         axis.set_title(title)
-        axis.invert_yaxis() if axis is axes[0] else None
+    axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -204,7 +204,23 @@ def plan(
     quantize as in BaseModel.load; a base in memory that is quantized is counted so
     Raises BaseModelError, SettingsError; and DoesNotFit where `config` of the plan is asked for and nothing fits.
     """
-    lora = lora or LoraSpec()
+    asked = {"vram_gb": vram_gb, "gpu": gpu, "device": device, "dtype": dtype, "quantize": quantize}
+    return planner_for(base, lora or LoraSpec(), config, photos=photos, **asked).plan()  # type: ignore[arg-type]
+
+
+def planner_for(
+    base: BaseModel | str | Path,
+    lora: LoraSpec,
+    config: TrainingConfig | None,
+    *,
+    photos: int,
+    vram_gb: float | None = None,
+    gpu: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+) -> Planner:
+    """What makes the `plan`."""
     check_kind(quantize)
     if isinstance(base, BaseModel) and is_quantized(base.structure["unet"]):
         quantize = quantize or KINDS[0]
@@ -227,7 +243,7 @@ def plan(
         machine = Machine(device_name(here), here.type, budget, context, measured_rates(here, precision))
     counter = Counter(shapes_of(base), dtype=precision, lora=lora)
     lazy = not isinstance(base, BaseModel) or base.weights is not None
-    return Planner(counter, machine, settled(config or TrainingConfig(), counter.base, photos), photos, lazy, quantize).plan()
+    return Planner(counter, machine, settled(config or TrainingConfig(), counter.base, photos), photos, lazy, quantize)
 
 
 def fitted(
@@ -237,7 +253,10 @@ def fitted(
     budget = free_bytes(base.device) + in_memory(base, base.device)
     if not any(choices(config)) or ceiling(base, config) < EASY * budget:
         return config
-    found = plan(base, lora=lora, config=config, photos=photos)
+    planner = planner_for(base, lora, config, photos=photos)
+    if planner.forecast(config, {}).fits:  # nothing is faster, so the other ways need not be counted
+        return config
+    found = planner.plan()
     chosen = found.config
     if chosen != config:
         asked = next(one for one in found.forecasts if not one.settings)
