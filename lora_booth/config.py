@@ -56,7 +56,7 @@ class TrainingConfig:
     attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"  # auto: the fastest here, found by a short measurement
     gradient_checkpointing: bool = False  # less memory, about a third slower
     lean: bool = True  # frozen layers keep nothing that only a gradient of their weights would need
-    capture: Literal["auto", "on", "off"] = "auto"  # forward and backward pass as one CUDA graph; auto: where it can be
+    capture: Literal["auto", "on", "off"] = "auto"  # record a step and play it again; auto: where it can be and pays
     compile: bool = False  # the U-Net's repeated blocks by torch.compile: the first step then takes a minute or more
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits for its state, by bitsandbytes
     checkpoint_every: int = 50  # updates between two savings of the run's state, when it has a folder

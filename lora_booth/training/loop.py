@@ -19,7 +19,7 @@ from ..injection import TrainableLora, trainable
 from ..latents import Batch, LatentCache, conditions, draw, step_seed
 from ..loss import dreambooth_loss
 from ..progress import Step
-from .capture import StepGraph, obstacle
+from .capture import WORTH_A_TAPE, StepGraph, obstacle
 from .health import Health, RollBack
 from .modes import make_optimizer, training_mode
 from .ranks import ALONE, Ranks
@@ -76,13 +76,16 @@ class TrainingRun(Iterator[Step]):
             self.flat = self.lora.flat
             self.optimizer = make_optimizer(self.flat.values, config, base.device)
             self.fused = bool(self.optimizer.defaults.get("fused"))
+            self.step = 0 if resume is None else int(resume["step"])
+            few = base.device.type == "cpu" and (config.steps or 0) - self.step < WORTH_A_TAPE
+            wanted = "off" if config.capture == "auto" and few else config.capture
             reason = obstacle(base, lora, config)
-            self.graph = StepGraph(self._forward_backward, self.flat.gradient, reason=reason, wanted=config.capture, say=say)
+            self.graph = StepGraph(self._forward_backward, self.flat.gradient, reason=reason, wanted=wanted, say=say)
             self._stack.callback(self.graph.close)
             self.scaler = torch.amp.GradScaler(
                 base.device.type, enabled=base.dtype == torch.float16 and base.device.type == "cuda"
             )
-            self.step, self.started = 0, time.monotonic()
+            self.started = time.monotonic()
             self.look_every = 1 if base.device.type == "cpu" else LOOK_EVERY
             self.smoothed = torch.full((), torch.nan, device=base.device)
             self.health = Health()
