@@ -23,6 +23,7 @@ from .family import Family
 from .injection import placements
 from .original_naming import original_weights
 from .quantization import refuse_quantized
+from .quiet import without_bars
 
 LATENT_CHANNELS = 4  # of every published SD 1.x, 2.x and XL
 PRIVATE = ("_name_or_path", "name_or_path")  # where a configuration was loaded from: often somebody's folder
@@ -104,7 +105,8 @@ def changed(module: nn.Module, name: str, changes: Mapping[str, Tensor], dtype: 
 
 def save_folder(pipeline: Any, folder: Path) -> None:
     """As diffusers does it, without the place that the pipeline came from."""
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    with without_bars():
+        pipeline.save_pretrained(folder, safe_serialization=True)
     for file in folder.rglob("*.json"):
         values = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(values, dict) and any(key in values for key in PRIVATE):
