@@ -238,7 +238,7 @@ def assemble(
 ) -> tuple[Any, LazyWeights]:
     """The stock pipeline of a folder: `parts` are read later, the stock loader reads the others. given: more for it."""
     modules = {component: part.module for component, part in parts.items()}
-    with without_bars():  # nothing is downloaded here
+    with without_bars():
         pipeline = cls.from_pretrained(folder, dtype=dtype, **modules, **given)
     for component, module in pipeline.components.items():
         if isinstance(module, nn.Module) and component not in parts:

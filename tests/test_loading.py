@@ -22,6 +22,7 @@ from lora_booth import prior
 from lora_booth.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError
+from lora_booth.quiet import without_bars
 from lora_booth.subject import Subject
 from lora_booth.training import train
 from lora_booth.weight_files import WeightFile
@@ -252,6 +253,7 @@ PEAK = """
 import sys
 import torch
 from pathlib import Path
+from lora_booth.quiet import without_bars
 from lora_booth.weight_files import WeightFile
 
 def high():
@@ -283,6 +285,7 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
+from lora_booth.quiet import without_bars
 from lora_booth.weight_files import LazyModule, LazyWeights, WeightFile
 
 def resident():
@@ -328,3 +331,25 @@ def test_transposed_and_partial_places(tmp_path: Path) -> None:
     assert [places["a"].third(i).read(torch.float32, cpu).tolist() for i in range(3)] == value.view(3, 2, 4).tolist()
     assert places["n"].read(torch.bfloat16, cpu).dtype == torch.int64
     assert places["a"].start_of(5).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("downloads", [True, False])
+def test_bars_come_back_and_those_of_downloads_stay(downloads: bool) -> None:
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    def now() -> tuple[bool, bool, bool]:
+        others = of_diffusers.is_progress_bar_enabled(), of_transformers.is_progress_bar_enabled()
+        return not are_progress_bars_disabled(), *others
+
+    try:
+        if not downloads:
+            disable_progress_bars()
+        before = now()
+        with pytest.raises(KeyboardInterrupt), without_bars():
+            assert now() == (downloads, False, False)
+            raise KeyboardInterrupt
+        assert now() == before == (downloads, True, True)
+    finally:
+        enable_progress_bars()

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import EvaluationError, first_line, shown
+from ..quiet import without_bars
 
 T = TypeVar("T")
 
@@ -135,12 +136,13 @@ def at_hand(source: str | Path, what: str, load: Callable[[], T]) -> T:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' list of the weights that are not used."""
+    """Without transformers' bar, and its list of the weights that are not used."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         logging.set_verbosity(before)
