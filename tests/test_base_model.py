@@ -17,7 +17,7 @@ from pipelines import KINDS, make_pipeline, random_adapter, same_state, save, st
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_booth import single_file
+from lora_booth import base_model, single_file
 from lora_booth.base_model import BaseModel, default_device, default_dtype, is_hub_id
 from lora_booth.errors import BaseModelError
 from lora_booth.memory import without_collections
@@ -28,10 +28,15 @@ ORIGINAL = ("sd1", "sd2-v", "sdxl")  # one for each naming of original checkpoin
 PROMPTS = ["a photo of sks dog", "a dog"]
 
 
-def test_garbage_is_looked_for_again_after_loading(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_garbage_is_not_looked_for_while_loading_but_again_afterwards(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[bool] = []
+    stock = base_model.load_folder
+    monkeypatch.setattr(base_model, "load_folder", lambda *a, **k: looked.append(gc.isenabled()) or stock(*a, **k))  # type: ignore[func-returns-value]
     assert gc.isenabled()
     BaseModel.load(folders["sd1"], device="cpu")
-    assert gc.isenabled()
+    assert looked == [False] and gc.isenabled()
     with pytest.raises(BaseModelError):
         BaseModel.load(tmp_path / "none.safetensors")
     assert gc.isenabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import warnings
 
@@ -115,6 +116,15 @@ COLORS = [[(200, 0, 0), (0, 200, 0), (0, 0, 200)], [(200, 200, 0), (0, 200, 200)
 def colored(**facts) -> Grid:
     cells = tuple(tuple(None if c is None else Picture(Image.new("RGB", (128, 128), c), "x", 0) for c in row) for row in COLORS)
     return Grid(**{"rows": ("one", "two"), "columns": ("a", "b", "c"), "cells": cells, "title": "title"} | facts)
+
+
+def test_a_notebook_shows_grids_and_pictures() -> None:
+    shown = colored()
+    assert repr(shown) == "Grid('title': 5 of 6 pictures)"
+    drawn = Image.open(io.BytesIO(shown._repr_png_() or b""))
+    assert drawn.tobytes() == shown.sheet().tobytes()
+    one = shown.pictures[0]
+    assert Image.open(io.BytesIO(one._repr_png_() or b"")).tobytes() == one.image.tobytes()
 
 
 def cells_of(sheet: Image.Image, side: int = 128) -> list[list[tuple[int, ...]]]:

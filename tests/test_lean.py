@@ -262,6 +262,36 @@ def test_who_has_a_forward_or_hooks_keeps_them() -> None:
     assert not any("forward" in vars(module) for module in base.unet.modules())
 
 
+def test_layers_that_are_set_anew_compute_as_they_are_set() -> None:
+    base = base_of("sd1")
+    with trainable(base, LoraSpec(rank=2)) as adapter:
+        fill_up(adapter)
+        layers = [module for module in base.unet.modules() if hasattr(module, "lora_A")]
+        name = layers[0].active_adapters[0]
+
+        def scaled(factor: float) -> None:
+            for layer in layers:
+                layer.scaling[name] *= factor
+
+        def switched(on: bool) -> None:
+            for layer in layers:
+                layer.enable_adapters(on)
+
+        wanted = {1.0: gradients(base, adapter)}
+        scaled(0.5)
+        wanted[0.5] = gradients(base, adapter)
+        assert wanted[0.5][0] != pytest.approx(wanted[1.0][0], rel=1e-3)
+        with lean(base.unet, adapter.flat.factors):
+            assert far(gradients(base, adapter)[1], wanted[0.5][1]) < 5e-6
+            scaled(2.0)
+            assert far(gradients(base, adapter)[1], wanted[1.0][1]) < 5e-6
+            with_it = call(base).item()
+            switched(False)
+            assert call(base).item() != pytest.approx(with_it, rel=1e-3)
+            switched(True)
+            assert call(base).item() == with_it == pytest.approx(wanted[1.0][0], rel=1e-5)
+
+
 def test_the_layers_come_back_after_an_exception_and_are_stock_without_gradients() -> None:
     base = base_of("sdxl")
     with torch.no_grad():

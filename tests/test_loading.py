@@ -253,7 +253,6 @@ PEAK = """
 import sys
 import torch
 from pathlib import Path
-from lora_booth.quiet import without_bars
 from lora_booth.weight_files import WeightFile
 
 def high():
@@ -285,7 +284,6 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from lora_booth.quiet import without_bars
 from lora_booth.weight_files import LazyModule, LazyWeights, WeightFile
 
 def resident():

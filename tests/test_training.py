@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ldm_naming import save_checkpoint
 from PIL import Image
 from pipelines import KINDS, make_pipeline, same_state, state
 
+from lora_booth import generation
 from lora_booth.adapters import Adapter
 from lora_booth.base_model import BaseModel
 from lora_booth.composition import Composition
@@ -555,6 +557,16 @@ def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not list(tmp_path.rglob("*.tmp"))
     for other in ({"prompt": "a cat"}, {"seed": 1}):
         assert (made(2, **other)[0] != first[0]).any() and sum(drawn) == 2
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_memory_is_given_back_between_the_unet_and_the_vae(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, order = make_pipeline(kind), []
+    pipeline.unet.register_forward_hook(lambda *_: order.append("unet"))
+    pipeline.vae.decoder.register_forward_hook(lambda *_: order.append("vae"))
+    monkeypatch.setattr(generation, "return_to_system", lambda: order.append("room"))
+    generation.generate_images(pipeline, "a dog", [1, 2], steps=3, size=64)
+    assert [name for name, _ in groupby(order)] == ["unet", "room", "vae"] * 2
 
 
 class Censor(torch.nn.Module):

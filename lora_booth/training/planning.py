@@ -220,7 +220,7 @@ def planner_for(
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
 ) -> Planner:
-    """What makes the `plan`."""
+    """Of the arguments of `plan`, which says what they are."""
     check_kind(quantize)
     if isinstance(base, BaseModel) and is_quantized(base.structure["unet"]):
         quantize = quantize or KINDS[0]
@@ -238,7 +238,7 @@ def planner_for(
     else:
         precision = precision or default_dtype(here, "" if isinstance(base, BaseModel) else base)
         budget = vram_gb * GB if vram_gb is not None else free_bytes(here) + in_memory(base, here)
-        context = CUDA_WORKSPACES if here.type == "cuda" else CPU_CONTEXT
+        context = {"cuda": CUDA_WORKSPACES, "cpu": CPU_CONTEXT}.get(here.type, 0.0)
         context += CUDA_CONTEXT if here.type == "cuda" and vram_gb is not None else 0.0
         machine = Machine(device_name(here), here.type, budget, context, measured_rates(here, precision))
     counter = Counter(shapes_of(base), dtype=precision, lora=lora)
