@@ -22,7 +22,7 @@ from adapter_mutations import Judge, mutants, small_file
 from hostile_adapters import hostile_files
 from safetensors.torch import save_file
 
-from lora_booth.adapters import Adapter
+from lora_booth.adapters.adapter import Adapter
 from lora_booth.errors import AdapterError
 
 HANGS = 300  # seconds; then the traceback is printed and the run ends

@@ -11,8 +11,8 @@ from collections import Counter
 
 import torch
 
-from lora_booth.attention import KERNELS, Shape, attention_shapes, candidates, seconds_of
-from lora_booth.training.shapes import shapes_of, without_weights
+from lora_booth.kernels.attention import KERNELS, Shape, attention_shapes, candidates, seconds_of
+from lora_booth.planning.shapes import shapes_of, without_weights
 
 
 def main() -> None:

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 import lora_booth as lb
-from lora_booth.composition import Composition
-from lora_booth.demo import CONTEXTS as PHOTO_CONTEXTS
+from lora_booth.cli.demo import CONTEXTS as PHOTO_CONTEXTS
 from lora_booth.errors import CompositionWarning
-from lora_booth.photos import contact_sheet
+from lora_booth.photos.sheet import contact_sheet
+from lora_booth.pictures.composition import Composition
 from lora_booth.toybox.judge import Verdict, judge
-from lora_booth.toybox.world import CONTEXTS, HELD_OUT, Identity, Scene, draw, look_of, named_looks, photos_of
+from lora_booth.toybox.scenery import CONTEXTS
+from lora_booth.toybox.world import HELD_OUT, Identity, Scene, draw, look_of, named_looks, photos_of
 
 # second subjects of a class, with looks that have no name
 TWINS = {

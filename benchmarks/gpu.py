@@ -23,8 +23,8 @@ import torch
 from plan import Case, base_of, cache_of
 
 import lora_booth as lb
+from lora_booth.planning.planning import plan
 from lora_booth.training.loop import TrainingRun
-from lora_booth.training.planning import plan
 
 WARM = 10  # steps that are not timed: kernels are compiled, the step is recorded
 
@@ -177,7 +177,7 @@ def main() -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(given.cap * 1e9 / total)
     if given.no_kernels:
-        from lora_booth.lean import kernels
+        from lora_booth.kernels import dispatch as kernels
 
         kernels.works_on = kernels.products_work_on = lambda device: False  # type: ignore[assignment]
     torch.backends.cuda.enable_cudnn_sdp(not given.no_cudnn_attention)

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hostile_photos import HostilePhoto, good_folder, hostile_photos
 
 from lora_booth.errors import PhotoError
-from lora_booth.photos import audit_photos, find_photos
+from lora_booth.photos.audit import audit_photos
+from lora_booth.photos.finding import find_photos
 
 MOST_SECONDS, MOST_MIB = 1.0, 1024
 

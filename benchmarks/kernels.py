@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_booth.lean import kernels
-from lora_booth.lean.kernels import Block
-from lora_booth.lean.lora import LoraPiece, plain_backward, plain_forward
+from lora_booth.kernels import dispatch as kernels
+from lora_booth.kernels.dispatch import Block
+from lora_booth.kernels.lora import LoraPiece, plain_backward, plain_forward
 
 LAYERS = {  # rows, outs, ins, layers that read the same input
     "SD 64x64 q k v": (4096, 320, 320, 3),

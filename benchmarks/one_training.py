@@ -130,14 +130,14 @@ def random_base(family: str, folder: Path) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from lora_booth.family import FAMILIES
-    from lora_booth.single_file import write_config
+    from lora_booth.base.families import FAMILIES
+    from lora_booth.base.single_file import write_config
 
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     if family == "toybox":
-        from lora_booth.base_model import TOYBOX_FOLDER
+        from lora_booth.base.base_model import TOYBOX_FOLDER
 
         shutil.copytree(TOYBOX_FOLDER, unfinished, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     else:
@@ -193,7 +193,7 @@ def class_pictures() -> dict[str, Any]:
     from PIL import Image
 
     import lora_booth as lb
-    from lora_booth.prior import class_image_folder
+    from lora_booth.training.prior import class_image_folder
 
     base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]))
     ours_ = class_image_folder(base, "a photo of a dog", resolution=JOB["resolution"], seed=0)

@@ -24,12 +24,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lora_booth.photos import audit_photos, contact_sheet, find_photos, open_photo
+from lora_booth.photos.audit import audit_photos
 from lora_booth.photos.cropping import focus_of
 from lora_booth.photos.faces import face_of
+from lora_booth.photos.finding import find_photos
 from lora_booth.photos.measures import alike_behind, likeness, nearly_the_same
+from lora_booth.photos.opening import open_photo
 from lora_booth.photos.photo import Region, square_box
 from lora_booth.photos.segmenting import grabcut
+from lora_booth.photos.sheet import contact_sheet
 
 BOXES = {  # folder -> photo -> x0, y0, x1, y1 of the subject in percent of the photo, by eye
     "backpack_dog": {

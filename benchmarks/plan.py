@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 import lora_booth as lb
-from lora_booth.base_model import BaseModel
-from lora_booth.generation import generate_images
-from lora_booth.latents import LatentCache, LatentSet
-from lora_booth.memory import pictures_at_a_time
-from lora_booth.quantization import put_packed, quantize
-from lora_booth.training import training_steps
-from lora_booth.training.planning import plan
-from lora_booth.training.shapes import Shapes, built_in, without_weights
-from lora_booth.weight_files import put
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.generation import generate_images
+from lora_booth.base.memory import pictures_at_a_time
+from lora_booth.base.quantization import put_packed, quantize
+from lora_booth.base.weight_files import put
+from lora_booth.planning.planning import plan
+from lora_booth.planning.shapes import Shapes, built_in, without_weights
+from lora_booth.run import training_steps
+from lora_booth.training.latents import LatentCache, LatentSet
 
 STEPS = 3
 VAE = {"block_out_channels": (32, 64, 128, 128)}  # narrow, for time

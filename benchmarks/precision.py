@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import lora_booth as lb
-from lora_booth.demo import CONTEXTS, write_photos
-from lora_booth.evaluation import evaluate_subject
+from lora_booth.cli.demo import CONTEXTS, write_photos
+from lora_booth.evaluation.toybox import evaluate_subject
 from lora_booth.toybox.world import HELD_OUT, photos_of
 
 NAME = "olga"

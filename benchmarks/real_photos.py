@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 import lora_booth as lb
-from lora_booth.photos import contact_sheet, crop_and_resize, open_photo
+from lora_booth.photos.opening import open_photo
+from lora_booth.photos.pixels import crop_and_resize
+from lora_booth.photos.sheet import contact_sheet
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from pipelines import make_pipeline, same_state, state  # noqa: E402

@@ -41,10 +41,10 @@ from faults import (
 )
 from PIL import Image
 
-from lora_booth.adapters import Adapter
-from lora_booth.checkpoint import newest, read_back
+from lora_booth.adapters.adapter import Adapter
 from lora_booth.errors import LoraBoothError
-from lora_booth.training import train
+from lora_booth.run import train
+from lora_booth.training.checkpoint import newest, read_back
 
 TESTS = Path(__file__).parents[1] / "tests"
 
@@ -213,7 +213,7 @@ from pathlib import Path
 from faults import tiny, subject, LORA
 from test_processes import CONFIG
 from lora_booth.training import train
-from lora_booth.training.ranks import is_main
+from lora_booth.training.distributed import is_main
 adapter = train(tiny(), subject(Path({photos!r})), lora=LORA, config=CONFIG, out=Path({run!r}), progress=False)
 if is_main():
     adapter.save(Path({out!r}), dtype="fp32")

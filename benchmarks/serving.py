@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import lora_booth as lb
-from lora_booth.adapters import Adapter, Card, LoraFactors
-from lora_booth.base_model import BaseModel
+from lora_booth.adapters.adapter import Adapter, Card, LoraFactors
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.injection import module_path, target_paths
 

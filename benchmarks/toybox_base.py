@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lora_booth.base_model import BaseModel
-from lora_booth.generation import generate_images, quiet
-from lora_booth.photos import contact_sheet
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.generation import generate_images, quiet
+from lora_booth.photos.sheet import contact_sheet
 from lora_booth.toybox.judge import judge
-from lora_booth.toybox.world import CLASSES, COLORS, CONTEXTS, Scene, draw, random_identity
+from lora_booth.toybox.scenery import CONTEXTS
+from lora_booth.toybox.world import CLASSES, COLORS, Scene, draw, random_identity
 
 
 def prompts(count: int, objects: int) -> list[Scene]:

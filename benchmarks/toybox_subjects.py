@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import lora_booth as lb
-from lora_booth.demo import CONTEXTS, write_photos
-from lora_booth.evaluation import Scores, evaluate_subject
-from lora_booth.photos import contact_sheet
+from lora_booth.cli.demo import CONTEXTS, write_photos
+from lora_booth.evaluation.toybox import Scores, evaluate_subject
+from lora_booth.photos.sheet import contact_sheet
 from lora_booth.toybox.world import HELD_OUT, photos_of
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_booth.cli import app
+from lora_booth.cli.app import app
 
 TARGET = Path(__file__).parent / "cli.md"
 HEAD = """# The command line

@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 import lora_booth as lb
-from lora_booth.demo import write_photos
-from lora_booth.marking import save_marked
+from lora_booth.base.ai_mark import save_marked
+from lora_booth.cli.demo import write_photos
 
 IMAGES = Path(__file__).parent / "images"
 TOKEN, NOUN = "sks", "owl"

@@ -8,72 +8,79 @@ __version__ = "0.1.0"
 
 # where each public name lives; nothing heavy is imported before it is used
 _HOMES = {
-    "Adapter": "adapters",
-    "Card": "adapters",
-    "LoraFactors": "adapters",
-    "difference": "adapters.difference",
-    "merge": "adapters.merge",
-    "resize": "adapters.resize",
-    "bake": "baking",
-    "BaseModel": "base_model",
-    "Composition": "composition",
-    "Picture": "composition",
-    "Recipe": "composition",
-    "Region": "composition",
-    "Request": "composition",
-    "Serving": "composition",
-    "Weight": "composition",
-    "preview": "composition",
+    "Adapter": "adapters.adapter",
+    "Card": "adapters.adapter",
+    "LoraFactors": "adapters.adapter",
+    "difference": "adapters.tools.difference",
+    "merge": "adapters.tools.merge",
+    "resize": "adapters.tools.resize",
+    "bake": "adapters.tools.bake",
+    "BaseModel": "base.base_model",
+    "Composition": "pictures.composition",
+    "Picture": "pictures.picture",
+    "Recipe": "pictures.recipe",
+    "Region": "pictures.regions",
+    "Request": "pictures.serving",
+    "Serving": "pictures.serving",
+    "Weight": "pictures.weights",
+    "preview": "pictures.regions",
     "LoraSpec": "config",
     "TrainingConfig": "config",
     "LoraBoothError": "errors",
-    "evaluate": "evaluation",
-    "extract": "extraction",
-    "Gallery": "gallery",
-    "Grid": "grids",
-    "before_after": "grids",
-    "grid": "grids",
-    "grid_steps": "grids",
+    "evaluate": "evaluation.protocol",
+    "extract": "adapters.tools.extract",
+    "Gallery": "pictures.gallery",
+    "Grid": "pictures.grids",
+    "before_after": "pictures.grids",
+    "grid": "pictures.grids",
+    "grid_steps": "pictures.grids",
     "attached": "injection",
-    "Photo": "photos",
-    "make_masks": "photos",
-    "Step": "progress",
-    "PROMPT_SETS": "prompts",
-    "fill_prompts": "prompts",
-    "read_prompts": "prompts",
-    "write_report": "report",
-    "Subject": "subject",
-    "check_token": "subject",
-    "propose_tokens": "subject",
-    "plan": "training.planning",
-    "prepare": "training",
-    "train": "training",
-    "training_steps": "training",
+    "Photo": "photos.photo",
+    "make_masks": "photos.segmenting",
+    "Step": "training.progress",
+    "PROMPT_SETS": "pictures.prompts",
+    "fill_prompts": "pictures.prompts",
+    "read_prompts": "pictures.prompts",
+    "write_report": "report.report",
+    "Subject": "subject.subject",
+    "check_token": "subject.subject",
+    "propose_tokens": "subject.subject",
+    "plan": "planning.planning",
+    "prepare": "training.preparation",
+    "train": "run",
+    "training_steps": "run",
 }
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .adapters import Adapter, Card, LoraFactors
-    from .adapters.difference import difference
-    from .adapters.merge import merge
-    from .adapters.resize import resize
-    from .baking import bake
-    from .base_model import BaseModel
-    from .composition import Composition, Picture, Recipe, Region, Request, Serving, Weight, preview
+    from .adapters.adapter import Adapter, Card, LoraFactors
+    from .adapters.tools.bake import bake
+    from .adapters.tools.difference import difference
+    from .adapters.tools.extract import extract
+    from .adapters.tools.merge import merge
+    from .adapters.tools.resize import resize
+    from .base.base_model import BaseModel
     from .config import LoraSpec, TrainingConfig
     from .errors import LoraBoothError
-    from .evaluation import evaluate
-    from .extraction import extract
-    from .gallery import Gallery
-    from .grids import Grid, before_after, grid, grid_steps
+    from .evaluation.protocol import evaluate
     from .injection import attached
-    from .photos import Photo, make_masks
-    from .progress import Step
-    from .prompts import PROMPT_SETS, fill_prompts, read_prompts
-    from .report import write_report
-    from .subject import Subject, check_token, propose_tokens
-    from .training import prepare, train, training_steps
-    from .training.planning import plan
+    from .photos.photo import Photo
+    from .photos.segmenting import make_masks
+    from .pictures.composition import Composition
+    from .pictures.gallery import Gallery
+    from .pictures.grids import Grid, before_after, grid, grid_steps
+    from .pictures.picture import Picture
+    from .pictures.prompts import PROMPT_SETS, fill_prompts, read_prompts
+    from .pictures.recipe import Recipe
+    from .pictures.regions import Region, preview
+    from .pictures.serving import Request, Serving
+    from .pictures.weights import Weight
+    from .planning.planning import plan
+    from .report.report import write_report
+    from .run import train, training_steps
+    from .subject.subject import Subject, check_token, propose_tokens
+    from .training.preparation import prepare
+    from .training.progress import Step
 
 
 def __getattr__(name: str) -> object:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, LoraFactors
-from .base_model import BaseModel, recognise
+from .adapters.adapter import Adapter, LoraFactors
+from .base.base_model import BaseModel, recognise
+from .base.families import FAMILIES
+from .base.quantization import is_quantized, weight_dtype, weight_shape
 from .config import LoraSpec
 from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError
-from .family import FAMILIES
-from .flat import Flat
-from .quantization import is_quantized, weight_dtype, weight_shape
+from .kernels.flat_parameters import Flat
 
 TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
 NAME = "lora_booth"  # of our adapter in its PEFT layers

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from good_adapters import PEFT, diffusers_metadata, loha, lokr, lora, lycoris, same, text, unet
 
-from lora_booth.adapters import Adapter
+from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.checks import MAX_RANK, MAX_SCALE, MAX_VALUE
 from lora_booth.errors import AdapterError
 

@@ -24,15 +24,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 from pipelines import make_pipeline  # noqa: E402
 
-from lora_booth.adapters import Adapter  # noqa: E402
-from lora_booth.base_model import BaseModel  # noqa: E402
-from lora_booth.checkpoint import ADAPTER, STATE, newest, read_back, unpacked_state  # noqa: E402
+from lora_booth.adapters.adapter import Adapter  # noqa: E402
+from lora_booth.base.base_model import BaseModel  # noqa: E402
 from lora_booth.config import LoraSpec, TrainingConfig  # noqa: E402
 from lora_booth.errors import TrainingError  # noqa: E402
-from lora_booth.subject import Subject  # noqa: E402
-from lora_booth.training import loop, train  # noqa: E402,F401
+from lora_booth.run import train  # noqa: E402,F401
+from lora_booth.subject.subject import Subject  # noqa: E402
+from lora_booth.training.checkpoint import ADAPTER, STATE, newest, read_back, unpacked_state  # noqa: E402
 from lora_booth.training.health import RAISED, RECENT  # noqa: E402
-from lora_booth.training.savings import RUNGS  # noqa: E402
+from lora_booth.training.memory_ladder import RUNGS  # noqa: E402
 from lora_booth.training.settings import learning_rate, settled  # noqa: E402
 
 LORA = LoraSpec(rank=2)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_booth.family import FAMILIES
-from lora_booth.original_naming import original_weights
+from lora_booth.base.families import FAMILIES
+from lora_booth.base.original_naming import original_weights
 
 
 def checkpoint(pipeline: Any) -> dict[str, Tensor]:

@@ -15,15 +15,15 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
 import lora_booth as lb
-from lora_booth.adapters import Adapter, Card, LoraFactors
-from lora_booth.adapters.convert import convert
-from lora_booth.adapters.inspection import inspect_adapter
-from lora_booth.adapters.spectrum import spectrum, spectrum_of
-from lora_booth.base_model import BaseModel
+from lora_booth.adapters.adapter import Adapter, Card, LoraFactors
+from lora_booth.adapters.tools.convert import convert
+from lora_booth.adapters.tools.inspection import inspect_adapter
+from lora_booth.adapters.tools.spectrum import spectrum, spectrum_of
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.generation import quiet
+from lora_booth.base.original_naming import original_weights, unet_weights, vae_weights
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, BaseModelError, LoraBoothError, SettingsError
-from lora_booth.generation import quiet
-from lora_booth.original_naming import original_weights, unet_weights, vae_weights
 
 PROMPT = "a photo of sks dog"
 EVERYTHING = (
@@ -310,7 +310,7 @@ def test_original_names_are_those_of_the_published_models():
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-    from lora_booth.single_file import CONFIGS
+    from lora_booth.base.single_file import CONFIGS
 
     spots = {
         "sd1": {"output_blocks.8.2.conv.weight", "output_blocks.2.1.conv.bias", "input_blocks.3.0.op.weight"},

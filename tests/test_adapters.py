@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_booth import errors as E
-from lora_booth.adapters import Adapter, Card, LoraFactors
+from lora_booth.adapters.adapter import Adapter, Card, LoraFactors
 from lora_booth.adapters.layouts import kohya_names, understood
-from lora_booth.adapters.merge import concatenated
-from lora_booth.family import FAMILIES
+from lora_booth.adapters.tools.merge import concatenated
+from lora_booth.base.families import FAMILIES
 
 TEXT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 CROSS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -556,8 +556,8 @@ def test_a_rank_8_adapter_of_sd15_is_under_3_4_megabytes(tmp_path):
     from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
+    from lora_booth.base.single_file import CONFIGS
     from lora_booth.config import ATTENTION_TARGETS
-    from lora_booth.single_file import CONFIGS
 
     config = json.loads((CONFIGS / "sd1.json").read_text())["unet"]
     with init_empty_weights():

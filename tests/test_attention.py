@@ -12,9 +12,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from pipelines import KINDS, make_pipeline
 
-import lora_booth.attention as attention
-from lora_booth.attention import KERNELS, attention_kernel, attention_shapes, candidates, fastest_attention
-from lora_booth.base_model import BaseModel
+import lora_booth.kernels.attention as attention
+from lora_booth.base.base_model import BaseModel
+from lora_booth.kernels.attention import KERNELS, attention_kernel, attention_shapes, candidates, fastest_attention
 
 
 def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseModel:

@@ -17,10 +17,10 @@ from pipelines import KINDS, make_pipeline, random_adapter, same_state, save, st
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_booth import base_model, single_file
-from lora_booth.base_model import BaseModel, default_device, default_dtype, is_hub_id
+from lora_booth.base import base_model, single_file
+from lora_booth.base.base_model import BaseModel, default_device, default_dtype, is_hub_id
+from lora_booth.base.memory import without_collections
 from lora_booth.errors import BaseModelError
-from lora_booth.memory import without_collections
 
 FAMILY = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sd2-zsnr": "sd2", "sdxl": "sdxl"}
 PREDICTION = {"sd1": "epsilon", "sd2": "epsilon", "sd2-v": "v_prediction", "sd2-zsnr": "v_prediction", "sdxl": "epsilon"}

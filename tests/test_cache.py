@@ -15,25 +15,18 @@ import pytest
 import torch
 from pipelines import make_pipeline, tokenizer
 
-from lora_booth import cache, prior
-from lora_booth.base_model import BaseModel
-from lora_booth.cache import (
-    cache_folder,
-    cache_size,
-    clear_cache,
-    key_of,
-    place_of,
-    prune_cache,
-    read_entry,
-    write_entry,
-)
+from lora_booth import cache
+from lora_booth.base.base_model import BaseModel
+from lora_booth.cache import cache_folder, cache_size, clear_cache, key_of, place_of, prune_cache, read_entry, write_entry
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.injection import trainable
-from lora_booth.kept import TextCache, VaeCache, digest_of, digest_on_disk
-from lora_booth.latents import LatentCache
-from lora_booth.prior import class_image_folder, class_images
-from lora_booth.subject import Subject
-from lora_booth.training import prepare, train
+from lora_booth.run import train
+from lora_booth.subject.subject import Subject
+from lora_booth.training import prior
+from lora_booth.training.encoding_cache import TextCache, VaeCache, digest_of, digest_on_disk
+from lora_booth.training.latents import LatentCache
+from lora_booth.training.preparation import prepare
+from lora_booth.training.prior import class_image_folder, class_images
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=2, class_images=2, warmup_steps=0, flip=True)
@@ -346,7 +339,7 @@ def test_class_images_count_and_are_cleared(rex: Subject, folders: dict[str, Pat
 
 
 def test_the_command_says_how_much_is_kept_and_deletes_it(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lora_booth.cli import main
+    from lora_booth.cli.app import main
 
     write_entry("latents", "0" * 64, TENSORS)
     for words in (["cache"], ["cache", "--clear"], ["cache"]):

@@ -10,17 +10,20 @@ import pipelines
 import pytest
 import torch
 
-from lora_booth.adapters import Adapter, LoraFactors
-from lora_booth.adapters.difference import difference
-from lora_booth.adapters.merge import concatenated, merge
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Region, Weight, calibration
-from lora_booth.composition.calibration import Fits, Seen, calibrated, joint_rows, outputs, routed, routed_module, ups_on
-from lora_booth.composition.one_adapter import by_block
+from lora_booth.adapters.adapter import Adapter, LoraFactors
+from lora_booth.adapters.tools.difference import difference
+from lora_booth.adapters.tools.merge import concatenated, merge
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.generation import quiet
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, SettingsError
-from lora_booth.generation import quiet
 from lora_booth.injection import attached
+from lora_booth.pictures import calibration
+from lora_booth.pictures.calibration import Fits, Seen, calibrated, joint_rows, outputs, routed, routed_module, ups_on
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.one_adapter import by_block
+from lora_booth.pictures.regions import Region
+from lora_booth.pictures.weights import Weight
 
 EVERYTHING = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2", "time_emb_proj")
 PROMPT = "sks dog, do owl"

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from pipelines import make_pipeline
 
-from lora_booth.base_model import BaseModel, TextConditions
+from lora_booth.base.base_model import BaseModel, TextConditions
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError
-from lora_booth.latents import Batch
-from lora_booth.subject import Subject
-from lora_booth.training import prepare
-from lora_booth.training.capture import WORTH_A_TAPE, StepGraph, copied, fill, layout_of, obstacle, tensors_of
+from lora_booth.kernels.capture import WORTH_A_TAPE, StepGraph, copied, fill, layout_of, obstacle, tensors_of
+from lora_booth.subject.subject import Subject
+from lora_booth.training.latents import Batch
 from lora_booth.training.loop import Inputs, TrainingRun
+from lora_booth.training.preparation import prepare
 
 CONFIG = TrainingConfig(steps=6, class_images=2, warmup_steps=0, learning_rate=1e-3)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

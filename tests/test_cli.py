@@ -13,13 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import lora_booth.composition
-import lora_booth.training
 from lora_booth import cli
-from lora_booth.adapters import Adapter
-from lora_booth.adapters.difference import difference
-from lora_booth.adapters.merge import merge
-from lora_booth.base_model import BaseModel
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.tools.difference import difference
+from lora_booth.adapters.tools.merge import merge
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError
 
@@ -166,7 +164,8 @@ def test_without_a_weight_the_cards_own_is_taken(call, rex, tiny, tmp_path, monk
     loaded = Adapter.load(rex)
     half = replace(loaded, card=replace(loaded.card, weight=0.5)).save(tmp_path / "half.safetensors")
     seen = []
-    monkeypatch.setattr(lora_booth.composition.Composition, "generate", lambda self, *_, **__: seen.append(self.adapters) or [])
+    generate = lambda self, *_, **__: seen.append(self.adapters) or []  # noqa: E731
+    monkeypatch.setattr("lora_booth.pictures.composition.Composition.generate", generate)
     code, _, err = call("generate", half, f"{half}:0.25", "--prompt", "x", "--base", tiny)
     assert [weight.value for _, weight in seen[0]] == [0.5, 0.25]
     assert code == 2 and "gallery without pictures" in err
@@ -210,7 +209,7 @@ def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("lora_booth.progress.Lines.update", stop)
+        patched.setattr("lora_booth.training.progress.Lines.update", stop)
         code, _, err = call(*train_words(photos, tiny, out))
     assert code == 130
     assert err.splitlines()[-1] == "interrupted; the same command again continues a training"
@@ -218,7 +217,7 @@ def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos
     assert max(f.name for f in (tmp_path / "again" / "checkpoints").iterdir()) == "000004"
 
     done: list[int] = []
-    monkeypatch.setattr("lora_booth.progress.Lines.update", lambda self, step: done.append(step.index))
+    monkeypatch.setattr("lora_booth.training.progress.Lines.update", lambda self, step: done.append(step.index))
     code, said, _ = call(*train_words(photos, tiny, out))
     assert code == 0 and said.startswith(f"wrote {out} (")
     assert done == [5, 6]
@@ -267,7 +266,7 @@ def test_photos_says_why_one_is_not_used(call, photos, tmp_path):
 
 
 def test_tokens_are_proposed(call, tiny, monkeypatch):
-    monkeypatch.setattr("lora_booth.base_model.rare_tokens", lambda base: ("sks",))
+    monkeypatch.setattr("lora_booth.base.base_model.rare_tokens", lambda base: ("sks",))
     assert call("token", "--base", tiny) == (0, "sks\n", "")
 
 

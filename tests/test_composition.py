@@ -12,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_booth.adapters import Adapter
-from lora_booth.adapters.merge import concatenated
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Picture, Region, attention_maps
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.tools.merge import concatenated
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.generation import quiet
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, SettingsError
-from lora_booth.generation import quiet
+from lora_booth.pictures import attention_maps
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.picture import Picture
+from lora_booth.pictures.regions import Region
 
 PROMPT = "a photo of sks dog"
 QUICK = {"steps": 2, "guidance": 2.0}

@@ -10,8 +10,11 @@ import pytest
 from PIL import Image, ImageCms
 from test_photos import swapped_profile
 
-from lora_booth.photos import crop_and_resize, find_photos, open_photo, training_square
-from lora_booth.photos.copies import STRIP, grey_copy, rgb_copy, row_strips, upright_size
+from lora_booth.photos.finding import find_photos
+from lora_booth.photos.opening import open_photo
+from lora_booth.photos.pixels import crop_and_resize
+from lora_booth.photos.square import training_square
+from lora_booth.photos.to_srgb import STRIP, grey_copy, rgb_copy, row_strips, upright_size
 
 WIDTH, HEIGHT = 203, 2 * STRIP + 53  # neither a multiple of what they are made smaller by, nor of a strip
 
@@ -49,7 +52,7 @@ def test_strips_change_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> No
     for copy in (rgb_copy, grey_copy):
         in_strips = np.asarray(copy(image))
         with monkeypatch.context() as patch:
-            patch.setattr("lora_booth.photos.copies.row_strips", lambda image, rows=0: iter([image]))
+            patch.setattr("lora_booth.photos.to_srgb.row_strips", lambda image, rows=0: iter([image]))
             assert np.array_equal(np.asarray(copy(image)), in_strips), copy.__name__
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from pipelines import make_pipeline
 
-from lora_booth.base_model import BaseModel
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
-from lora_booth.latents import LatentCache
-from lora_booth.subject import Subject
-from lora_booth.training import prepare, train
+from lora_booth.run import train
+from lora_booth.subject.subject import Subject
+from lora_booth.training.latents import LatentCache
 from lora_booth.training.loop import LOOK_EVERY, TrainingRun
+from lora_booth.training.preparation import prepare
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -62,7 +62,7 @@ RUN = {page: [b for b in blocks_of(page) if b.language in ("python", "bash") and
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     """The reader's folder: photos/rex with five photos."""
-    from lora_booth.demo import write_photos
+    from lora_booth.cli.demo import write_photos
 
     write_photos("rex", tmp_path / "photos" / "rex")
     monkeypatch.chdir(tmp_path)

@@ -17,19 +17,23 @@ from pipelines import make_pipeline, random_adapter, tokenizer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
 
 from lora_booth import cli
-from lora_booth.adapters import Adapter, Card
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition
+from lora_booth.adapters.adapter import Adapter, Card
+from lora_booth.base.base_model import BaseModel
+from lora_booth.cli.demo import write_photos
 from lora_booth.config import LoraSpec
-from lora_booth.demo import write_photos
 from lora_booth.errors import EvaluationError, SettingsError
-from lora_booth.evaluation import Candidate, Comparison, Metric, Row, candidates_of, evaluate, scores_file
 from lora_booth.evaluation.cases import bare, cases_of
 from lora_booth.evaluation.encoders import FOR_CLIP, FOR_DINO, Clip, Dino
 from lora_booth.evaluation.measures import drawn_subject
+from lora_booth.evaluation.protocol import Candidate, evaluate
+from lora_booth.evaluation.results import Comparison, Metric, Row
+from lora_booth.evaluation.runs import candidates_of, scores_file
 from lora_booth.evaluation.statistics import score
-from lora_booth.photos import find_photos, training_square
-from lora_booth.toybox.world import CONTEXTS, HELD_OUT, photos_of
+from lora_booth.photos.finding import find_photos
+from lora_booth.photos.square import training_square
+from lora_booth.pictures.composition import Composition
+from lora_booth.toybox.scenery import CONTEXTS
+from lora_booth.toybox.world import HELD_OUT, photos_of
 
 SKS_DOG = Card(token="sks", class_noun="dog")
 

@@ -32,12 +32,12 @@ from faults import (
     wrong_with,
 )
 
-from lora_booth.adapters import Adapter
-from lora_booth.checkpoint import newest, read_back
+from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import TrainingConfig
 from lora_booth.errors import LoraBoothError, TrainingError
-from lora_booth.training import train
-from lora_booth.training.savings import RUNGS, climbed, next_rung, says_out_of_memory
+from lora_booth.run import train
+from lora_booth.training.checkpoint import newest, read_back
+from lora_booth.training.memory_ladder import RUNGS, climbed, next_rung, says_out_of_memory
 
 QUICK = replace(CONFIG, steps=6, checkpoint_every=2)
 

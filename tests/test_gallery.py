@@ -19,13 +19,16 @@ import pytest
 from PIL import Image
 
 from lora_booth import cli
-from lora_booth.adapters import Adapter
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Picture, Region, Weight
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.errors import SettingsError
-from lora_booth.gallery import Gallery
-from lora_booth.gallery.reproduction import command_of, python_of
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.gallery import Gallery
+from lora_booth.pictures.picture import Picture
+from lora_booth.pictures.regions import Region
+from lora_booth.pictures.reproduction import command_of, python_of
+from lora_booth.pictures.weights import Weight
 
 NASTY = """<script>alert(1)</script> & "quotes" 'single' </figure>"""
 VOID = {"meta", "img", "br", "link", "input", "hr"}

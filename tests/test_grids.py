@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 from lora_booth import cli
-from lora_booth.adapters import Adapter
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Picture
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.errors import CompositionWarning, SettingsError
-from lora_booth.grids import Grid, before_after, grid, grid_steps
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.grids import Grid, before_after, grid, grid_steps
+from lora_booth.pictures.picture import Picture
 
 QUICK = {"steps": 2, "guidance": 2.0, "size": 32}
 

@@ -9,7 +9,10 @@ from hostile_photos import HostilePhoto, good_folder, hostile_photos
 from PIL import Image
 
 from lora_booth.errors import PhotoError
-from lora_booth.photos import audit_photos, find_photos, open_photo, training_square
+from lora_booth.photos.audit import audit_photos
+from lora_booth.photos.finding import find_photos
+from lora_booth.photos.opening import open_photo
+from lora_booth.photos.square import training_square
 
 ALL = hostile_photos()
 QUICK = [photo for photo in ALL if not photo.large]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_booth.lean import kernels
-from lora_booth.lean.lora import LoraPiece, plain_backward, plain_forward
+from lora_booth.kernels import dispatch as kernels
+from lora_booth.kernels.lora import LoraPiece, plain_backward, plain_forward
 
 pytest.importorskip("triton")
 
@@ -174,10 +174,10 @@ def test_a_unet_with_them_has_the_gradients_of_one_without(
     from pipelines import make_pipeline
     from test_lean import fill_up, gradients
 
-    from lora_booth.base_model import BaseModel
+    from lora_booth.base.base_model import BaseModel
     from lora_booth.config import LoraSpec
     from lora_booth.injection import trainable
-    from lora_booth.lean import channels_last, lean
+    from lora_booth.kernels.lean import channels_last, lean
 
     assert kernels.works_on(torch.device("cuda", 0))
     for place in (torch.backends.cudnn, torch.backends.cuda.matmul):

@@ -12,15 +12,16 @@ from diffusers import UNet2DConditionModel
 from pipelines import KINDS, make_pipeline, state
 from torch import nn
 
-from lora_booth.base_model import BaseModel
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.memory import saved_for_backward
 from lora_booth.config import LoraSpec
-from lora_booth.flat import Flat
 from lora_booth.injection import TrainableLora, trainable
-from lora_booth.lean import lean, products
-from lora_booth.lean.lora import LoraLinears, LoraPiece
-from lora_booth.lean.products import ConvOptions, FrozenConv2d
-from lora_booth.lean.recomputed import Geglu, NormBeside, SumAndNorm, SumWithBias
-from lora_booth.memory import saved_for_backward
+from lora_booth.kernels import products
+from lora_booth.kernels.flat_parameters import Flat
+from lora_booth.kernels.lean import lean
+from lora_booth.kernels.lora import LoraLinears, LoraPiece
+from lora_booth.kernels.products import ConvOptions, FrozenConv2d
+from lora_booth.kernels.recomputed import Geglu, NormBeside, SumAndNorm, SumWithBias
 
 EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
 

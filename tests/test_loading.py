@@ -18,14 +18,14 @@ from pipelines import KINDS, make_pipeline, same_state, state
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from lora_booth import prior
-from lora_booth.base_model import BaseModel
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.library_logging import without_bars
+from lora_booth.base.weight_files import WeightFile
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError
-from lora_booth.quiet import without_bars
-from lora_booth.subject import Subject
-from lora_booth.training import train
-from lora_booth.weight_files import WeightFile
+from lora_booth.run import train
+from lora_booth.subject.subject import Subject
+from lora_booth.training import prior
 
 ALONE = TrainingConfig(steps=2, prior_loss_weight=0.0, warmup_steps=0)
 LORA = LoraSpec(rank=2)
@@ -253,7 +253,7 @@ PEAK = """
 import sys
 import torch
 from pathlib import Path
-from lora_booth.weight_files import WeightFile
+from lora_booth.base.weight_files import WeightFile
 
 def high():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -284,7 +284,7 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from lora_booth.weight_files import LazyModule, LazyWeights, WeightFile
+from lora_booth.base.weight_files import LazyModule, LazyWeights, WeightFile
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024

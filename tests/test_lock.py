@@ -19,9 +19,9 @@ from types import ModuleType
 import pytest
 
 import lora_booth.training.lock
-from lora_booth import checkpoint
-from lora_booth.checkpoint import publish, read_back
 from lora_booth.errors import TrainingError
+from lora_booth.training import checkpoint
+from lora_booth.training.checkpoint import publish, read_back
 
 fcntl = pytest.importorskip("fcntl")
 if not hasattr(fcntl, "F_OFD_SETLK"):

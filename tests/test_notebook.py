@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 
 import lora_booth as lb
 from lora_booth import notebook
-from lora_booth.demo import write_photos
+from lora_booth.cli.demo import write_photos
 from lora_booth.errors import SettingsError
 
 ROOT = Path(__file__).parent.parent

@@ -16,22 +16,14 @@ import pytest
 from PIL import Image, ImageChops, ImageCms, ImageFile, ImageFilter, features
 
 from lora_booth.errors import PhotoError, shown
-from lora_booth.photos import (
-    Crop,
-    Photo,
-    PhotoSet,
-    audit_photos,
-    contact_sheet,
-    crop_and_resize,
-    find_photos,
-    finding,
-    note_enlarged,
-    open_photo,
-    to_images,
-    to_tensor,
-    training_square,
-)
-from lora_booth.photos.photo import square_box
+from lora_booth.photos import finding
+from lora_booth.photos.audit import audit_photos
+from lora_booth.photos.finding import find_photos, note_enlarged
+from lora_booth.photos.opening import open_photo
+from lora_booth.photos.photo import Photo, PhotoSet, square_box
+from lora_booth.photos.pixels import Crop, crop_and_resize, to_images, to_tensor
+from lora_booth.photos.sheet import contact_sheet
+from lora_booth.photos.square import training_square
 
 REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
 

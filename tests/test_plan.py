@@ -15,18 +15,18 @@ from pipelines import make_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth import cli
-from lora_booth.attention import attention_shapes
-from lora_booth.base_model import BaseModel
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.memory import Meter, saved_for_backward, storage_bytes
 from lora_booth.config import LoraSpec, TrainingConfig
-from lora_booth.devices import GPUS, Rates, free_bytes, gpu_named, measured_rates
 from lora_booth.errors import BaseModelError, SettingsError
-from lora_booth.flat import APART
-from lora_booth.memory import Meter, saved_for_backward, storage_bytes
-from lora_booth.training import planning
-from lora_booth.training.counting import Counter, count, count_step, inputs
-from lora_booth.training.planning import RESERVE, DoesNotFit, Machine, Plan, Planner, fitted, plan
+from lora_booth.kernels.attention import attention_shapes
+from lora_booth.kernels.flat_parameters import APART
+from lora_booth.planning import planning
+from lora_booth.planning.counting import Counter, count, count_step, inputs
+from lora_booth.planning.devices import GPUS, Rates, free_bytes, gpu_named, measured_rates
+from lora_booth.planning.planning import RESERVE, DoesNotFit, Machine, Plan, Planner, fitted, plan
+from lora_booth.planning.shapes import Shapes, shapes_of, without_weights
 from lora_booth.training.settings import settled
-from lora_booth.training.shapes import Shapes, shapes_of, without_weights
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=4, batch_size=2, prior_loss_weight=0.0)
@@ -175,8 +175,8 @@ def test_a_count_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, options = shapes_of(base_of("sd1")), {"pictures": 1, "resolution": 64}
     first = Counter(shapes, dtype=torch.float32, lora=LORA).step(CONFIG, **options)
     weights = Counter(shapes, dtype=torch.float32, lora=LORA).weights
-    monkeypatch.setattr("lora_booth.training.counting.count_step", None)
-    monkeypatch.setattr("lora_booth.training.counting.count_weights", None)
+    monkeypatch.setattr("lora_booth.planning.counting.count_step", None)
+    monkeypatch.setattr("lora_booth.planning.counting.count_weights", None)
     again = Counter(shapes, dtype=torch.float32, lora=LORA)
     assert again.step(CONFIG, **options) == first and again.weights == weights
 

@@ -26,14 +26,15 @@ from PIL import Image, ImageCms, PngImagePlugin
 from pipelines import make_pipeline, save
 from transformers import CLIPConfig
 
-from lora_booth.base_model import BaseModel
+from lora_booth.base.ai_mark import save_marked
+from lora_booth.base.base_model import BaseModel
 from lora_booth.cache import cache_folder
-from lora_booth.composition import Composition, Picture
 from lora_booth.config import TrainingConfig
-from lora_booth.gallery import Gallery
-from lora_booth.marking import save_marked
-from lora_booth.subject import Subject
-from lora_booth.training import train
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.gallery import Gallery
+from lora_booth.pictures.picture import Picture
+from lora_booth.run import train
+from lora_booth.subject.subject import Subject
 
 MARK = b"trainedAlgorithmicMedia"
 GPS_SECONDS = (714_285_713, 1_000_003)  # a fraction that nothing else has
@@ -247,14 +248,14 @@ def test_what_others_say_of_paths_is_not_recorded(error: Exception, photos: Path
 
 def test_an_adapter_that_cannot_be_written_is_told_without_its_place(photos: Path, tmp_path: Path) -> None:
     from lora_booth.errors import AdapterNonFinite
-    from lora_booth.training.folder import why
+    from lora_booth.training.run_folder import why
 
     assert why(AdapterNonFinite("not finite", tmp_path / "jane\n" / "a.safetensors")) == "not finite"
     assert why(PermissionError(13, "Permission denied", "/home/jane")) == "Permission denied"
 
 
 def test_the_card_has_token_and_class_only(house: tuple[Path, str]) -> None:
-    from lora_booth.adapters import Adapter
+    from lora_booth.adapters.adapter import Adapter
 
     card = Adapter.load(house[0] / "kohya.safetensors").card
     assert (card.token, card.class_noun, card.prompt, card.base_model) == ("sks", "dog", "sks dog", "tiny")

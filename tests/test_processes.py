@@ -14,13 +14,13 @@ import pytest
 import torch
 from faults import LORA, in_process, subject, tiny
 
-from lora_booth.adapters import Adapter
-from lora_booth.checkpoint import newest, read_back
+from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import TrainingConfig
 from lora_booth.errors import LoraBoothError
-from lora_booth.progress import Step
-from lora_booth.training import train
-from lora_booth.training.ranks import is_main
+from lora_booth.run import train
+from lora_booth.training.checkpoint import newest, read_back
+from lora_booth.training.distributed import is_main
+from lora_booth.training.progress import Step
 
 CONFIG = TrainingConfig(
     steps=4,

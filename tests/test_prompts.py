@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 import lora_booth as lb
-from lora_booth.adapters import Adapter, Card
+from lora_booth.adapters.adapter import Adapter, Card
 from lora_booth.errors import SettingsError
-from lora_booth.prompts import MAX_PROMPTS, PROMPT_SETS, fill_prompts, prompts_for, read_prompts
+from lora_booth.pictures.prompts import MAX_PROMPTS, PROMPT_SETS, fill_prompts, prompts_for, read_prompts
 
 
 def test_the_papers_prompts():

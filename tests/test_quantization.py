@@ -13,26 +13,26 @@ import torch
 from pipelines import make_pipeline, random_adapter, same_state, state
 from torch import nn
 
-import lora_booth.quantization as quantization
-from lora_booth.baking import baked
-from lora_booth.base_model import BaseModel
+import lora_booth.base.quantization as quantization
+from lora_booth.adapters.tools.bake import baked
+from lora_booth.adapters.tools.extract import extract
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.generation import generate_images
+from lora_booth.base.memory import storage_bytes
+from lora_booth.base.quantization import is_packed, packed_bytes, quantized_bytes, tensors_of, whole
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError, MissingExtraError, SettingsError
-from lora_booth.extraction import extract
-from lora_booth.generation import generate_images
 from lora_booth.injection import attached, trainable
-from lora_booth.latents import Batch
-from lora_booth.loss import dreambooth_loss
-from lora_booth.memory import storage_bytes
-from lora_booth.prior import class_image_folder
-from lora_booth.quantization import is_packed, packed_bytes, quantized_bytes, tensors_of, whole
-from lora_booth.subject import Subject
-from lora_booth.training import train
-from lora_booth.training.counting import inputs
+from lora_booth.planning.counting import inputs
+from lora_booth.planning.planning import DoesNotFit, in_memory, plan
+from lora_booth.planning.shapes import shapes_of, without_weights
+from lora_booth.run import train
+from lora_booth.subject.subject import Subject
 from lora_booth.training.identity import run_facts
+from lora_booth.training.latents import Batch
+from lora_booth.training.loss import dreambooth_loss
 from lora_booth.training.modes import training_mode
-from lora_booth.training.planning import DoesNotFit, in_memory, plan
-from lora_booth.training.shapes import shapes_of, without_weights
+from lora_booth.training.prior import class_image_folder
 
 LORA = LoraSpec(rank=2, target_modules=("to_q", "to_v", "to_out.0", "ff.net.2"))
 CONFIG = TrainingConfig(steps=3, class_images=2, warmup_steps=0, learning_rate=1e-2, resolution=64, prior_loss_weight=0.0)

@@ -13,11 +13,12 @@ from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
 
 from lora_booth import errors as E
-from lora_booth.adapters import Adapter, Card, LoraFactors, readers, writing
+from lora_booth.adapters import readers, writing
+from lora_booth.adapters.adapter import Adapter, Card, LoraFactors
 from lora_booth.adapters.layouts import RARE, kohya_names, understood
 from lora_booth.adapters.programs import original_name
-from lora_booth.family import FAMILIES
-from lora_booth.single_file import CONFIGS
+from lora_booth.base.families import FAMILIES
+from lora_booth.base.single_file import CONFIGS
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMER = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")

@@ -11,12 +11,16 @@ import pipelines
 import pytest
 from PIL import Image
 
-from lora_booth.adapters import Adapter
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Picture, Recipe, Region, Weight, calibration
-from lora_booth.composition.recipe import file_hash
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, SettingsError
+from lora_booth.pictures import calibration
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.picture import Picture
+from lora_booth.pictures.recipe import Recipe, file_hash
+from lora_booth.pictures.regions import Region
+from lora_booth.pictures.weights import Weight
 
 PROMPT = "sks dog, do owl"
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_booth.adapters import Adapter
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Region, Weight, composition, preview
-from lora_booth.composition.regions import Masks, masks_of
-from lora_booth.composition.subjects import token_positions, without
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.generation import quiet
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, SettingsError
-from lora_booth.generation import quiet
+from lora_booth.pictures import composition
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.regions import Masks, Region, masks_of, preview
+from lora_booth.pictures.subjects import token_positions, without
+from lora_booth.pictures.weights import Weight
 
 PROMPT = "sks dog, do dog"
 FULL = (0.0, 0.0, 1.0, 1.0)

@@ -21,17 +21,17 @@ from pipelines import make_pipeline
 from test_gallery import Page
 
 from lora_booth import cli
-from lora_booth.adapters import Adapter
-from lora_booth.base_model import BaseModel
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError
-from lora_booth.photos import training_square
-from lora_booth.report import write_report
+from lora_booth.photos.square import training_square
 from lora_booth.report.advice import advice
 from lora_booth.report.charts import MOST_POINTS, chart, smoothed, thinned, ticks
 from lora_booth.report.reading import read_run
-from lora_booth.subject import Subject
-from lora_booth.training import train
+from lora_booth.report.report import write_report
+from lora_booth.run import train
+from lora_booth.subject.subject import Subject
 
 NASTY = """<script>alert(1)</script> & "quotes" 'single' </section>"""
 CONFIG = TrainingConfig(

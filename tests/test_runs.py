@@ -20,15 +20,15 @@ from faults import CONFIG, LORA, failing_disk, in_process, run_and_tell, subject
 from PIL import Image
 from safetensors.torch import load_file
 
-from lora_booth import checkpoint
-from lora_booth.adapters import Adapter
-from lora_booth.checkpoint import Checkpoint, newest, publish, read_back
+from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import TrainingConfig
 from lora_booth.errors import SettingsError, TrainingError
-from lora_booth.progress import Step
-from lora_booth.training import train
+from lora_booth.run import train
+from lora_booth.training import checkpoint
+from lora_booth.training.checkpoint import Checkpoint, newest, publish, read_back
 from lora_booth.training.health import BEFORE, RECENT, Health, RollBack
 from lora_booth.training.mirror import Mirror
+from lora_booth.training.progress import Step
 from lora_booth.training.stopping import TIME_UP, Stopping
 
 QUICK = replace(CONFIG, steps=6, checkpoint_every=2)

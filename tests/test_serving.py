@@ -9,12 +9,13 @@ import pipelines
 import pytest
 import torch
 
-from lora_booth.adapters import Adapter
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition, Request, Serving
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.base.base_model import BaseModel
+from lora_booth.base.generation import quiet
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, SettingsError
-from lora_booth.generation import quiet
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.serving import Request, Serving
 
 PROMPT = "sks dog"
 

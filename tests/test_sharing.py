@@ -24,17 +24,18 @@ from PIL import Image, PngImagePlugin
 from pipelines import make_pipeline, random_adapter
 from safetensors import safe_open
 
-from lora_booth.adapters import Adapter, Card, LoraFactors
-from lora_booth.adapters.adapter import CONSENT, file_stem
+from lora_booth.adapters.adapter import CONSENT, Adapter, Card, LoraFactors, file_stem
 from lora_booth.adapters.model_card import HUB_LICENSES, STATEMENTS, code, fenced, on_hub
 from lora_booth.adapters.sharing import MAX_THUMBNAIL, MOST_FILES, REMEDIES
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import AI_MARK, Composition, Picture
+from lora_booth.base.ai_mark import AI_MARK
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import AdapterError, PhotoError, SettingsError
 from lora_booth.injection import attached
-from lora_booth.subject import Subject
-from lora_booth.training import train
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.picture import Picture
+from lora_booth.run import train
+from lora_booth.subject.subject import Subject
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 FACTS: dict[str, Any] = {

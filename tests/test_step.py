@@ -17,14 +17,14 @@ from pipelines import make_pipeline
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_booth import latents
-from lora_booth.base_model import BaseModel
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError
-from lora_booth.latents import LatentCache
-from lora_booth.subject import Subject
-from lora_booth.training import prepare
+from lora_booth.subject.subject import Subject
+from lora_booth.training import latents
+from lora_booth.training.latents import LatentCache
 from lora_booth.training.loop import LOOK_EVERY, TrainingRun
+from lora_booth.training.preparation import prepare
 
 CONFIG = TrainingConfig(steps=40, class_images=2, warmup_steps=0, learning_rate=1e-3, resolution=64)
 LORA = LoraSpec(rank=2)

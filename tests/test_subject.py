@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lora_booth.errors import PhotoError, SubjectError
-from lora_booth.photos import Photo
-from lora_booth.subject import Subject, article, check_token, propose_tokens
+from lora_booth.photos.photo import Photo
+from lora_booth.subject.subject import Subject, article, check_token, propose_tokens
 
 
 def photo(index: int = 0, caption: str | None = None) -> Photo:

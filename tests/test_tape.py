@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lora_booth.memory import Meter
-from lora_booth.training.tape import CannotRecord, Tape
+from lora_booth.base.memory import Meter
+from lora_booth.kernels.tape import CannotRecord, Tape
 
 WEIGHT = torch.linspace(-1, 1, 48).view(8, 6).requires_grad_()
 KEPT = torch.zeros(8, 6)  # what is added to, as the gradients of a training

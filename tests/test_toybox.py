@@ -18,13 +18,14 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from lora_booth.base_model import TOYBOX_FOLDER, BaseModel
+from lora_booth.base.base_model import TOYBOX_FOLDER, BaseModel
 from lora_booth.toybox import RARE_TOKENS, world
-from lora_booth.toybox.build import __main__ as build
-from lora_booth.toybox.build import judge as judge_stage
-from lora_booth.toybox.build import pictures, stages, text, unet, vae
 from lora_booth.toybox.judge import IDENTITY_PARTS, OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge, judge_loss, labels, read
-from lora_booth.toybox.world import CLASSES, COLORS, CONTEXTS, HELD_OUT, STYLES, Identity, Scene, draw, random_scene
+from lora_booth.toybox.scenery import CONTEXTS
+from lora_booth.toybox.world import CLASSES, COLORS, HELD_OUT, STYLES, Identity, Scene, draw, random_scene
+from tools.toybox import __main__ as build
+from tools.toybox import judge as judge_stage
+from tools.toybox import pictures, stages, text, unet, vae
 
 ROOT = Path(__file__).parent.parent
 
@@ -352,7 +353,7 @@ def test_a_build_exports_what_the_stock_pipeline_loads_and_resumes_exactly(built
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    assert (TOYBOX_FOLDER / "model_index.json").is_file(), "python -m lora_booth.toybox.build --work DIR makes it"
+    assert (TOYBOX_FOLDER / "model_index.json").is_file(), "python -m tools.toybox --work DIR makes it"
     return TOYBOX_FOLDER
 
 

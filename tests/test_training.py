@@ -20,18 +20,19 @@ from ldm_naming import save_checkpoint
 from PIL import Image
 from pipelines import KINDS, make_pipeline, same_state, state
 
-from lora_booth import generation
-from lora_booth.adapters import Adapter
-from lora_booth.base_model import BaseModel
-from lora_booth.composition import Composition
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.base import generation
+from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError, TrainingError
-from lora_booth.latents import LatentCache, LatentSet, conditions, draw, rows
-from lora_booth.loss import dreambooth_loss
-from lora_booth.prior import class_images
-from lora_booth.progress import Step
-from lora_booth.subject import Subject
-from lora_booth.training import prepare, train, training_steps
+from lora_booth.pictures.composition import Composition
+from lora_booth.run import train, training_steps
+from lora_booth.subject.subject import Subject
+from lora_booth.training.latents import LatentCache, LatentSet, conditions, draw, rows
+from lora_booth.training.loss import dreambooth_loss
+from lora_booth.training.preparation import prepare
+from lora_booth.training.prior import class_images
+from lora_booth.training.progress import Step
 from lora_booth.training.settings import learning_rate, settled
 
 LORA = LoraSpec(rank=2)

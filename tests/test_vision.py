@@ -13,13 +13,15 @@ from PIL import Image, ImageDraw, ImageFilter
 from typer.testing import CliRunner
 
 import lora_booth as lb
-from lora_booth.cli import app
+from lora_booth.cli.app import app
 from lora_booth.errors import PhotoError
-from lora_booth.photos import faces, find_photos, make_masks, photo, training_square
+from lora_booth.photos import faces, photo
 from lora_booth.photos.cropping import focus_of
 from lora_booth.photos.faces import face_of
+from lora_booth.photos.finding import find_photos
 from lora_booth.photos.opencv import load_opencv
-from lora_booth.photos.segmenting import grabcut
+from lora_booth.photos.segmenting import grabcut, make_masks
+from lora_booth.photos.square import training_square
 
 REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
 

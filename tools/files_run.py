@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lora_booth as lb
-from lora_booth.toybox.world import CONTEXTS, HELD_OUT, photos_of
+from lora_booth.toybox.scenery import CONTEXTS
+from lora_booth.toybox.world import HELD_OUT, photos_of
 
 PACKAGE = Path(lb.__file__).parent
 

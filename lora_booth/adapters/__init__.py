@@ -1,5 +1,1 @@
-"""Adapters: LoRA factors and their card, read from and written to one safetensors file."""
-
-from .adapter import Adapter, Card, LoraFactors
-
-__all__ = ["Adapter", "Card", "LoraFactors"]
+"""Adapter and its file: layouts, reading, writing, checks, what other programs read."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and this file only calls met
     from PIL import Image
     from torch import Tensor
 
-    from ..composition import Picture
+    from ..pictures.picture import Picture
 
 Layout = Literal["kohya", "peft"]
 Dtype = Literal["fp16", "bf16", "fp32"]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..family import FAMILIES
+from ..base.families import FAMILIES
 from .adapter import CONSENT, Adapter, Card, Layout, file_stem
 from .layouts import component_of
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from ..base.families import FAMILIES, labels
 from ..errors import AdapterBaseMismatch, AdapterError, AdapterTargetError
-from ..family import FAMILIES, labels
 
 Role = str  # of a tensor in its module: down, up, mid, alpha, or one of LYCORIS
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..family import FAMILIES
+from ..base.families import FAMILIES
 from .adapter import CONSENT, Adapter, Card, Layout, file_stem
 
 if TYPE_CHECKING:
-    from ..composition import Picture
+    from ..pictures.picture import Picture
 
 # the identifiers that the Hub knows (huggingface.co/docs/hub/repositories-licenses); every other licence is "other" there
 HUB_LICENSES = frozenset(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..family import FAMILIES
+from ..base.families import FAMILIES
 from .layouts import RARE
 
 # How names are made of a module's path below its component: {path} as it is, {original} as the original code calls it,

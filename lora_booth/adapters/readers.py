@@ -16,9 +16,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from ..base.families import FAMILIES
 from ..config import TEXT_TARGETS
 from ..errors import AdapterScaleError, AdapterTargetError, first_line
-from ..family import FAMILIES
 from .adapter import Adapter, Layout
 from .files import find
 from .header import PEFT_KEY

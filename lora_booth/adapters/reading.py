@@ -11,14 +11,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import (
-    AdapterBaseMismatch,
-    AdapterDtypeError,
-    AdapterFormatError,
-    AdapterIncomplete,
-    AdapterTooLarge,
-)
-from ..family import labels
+from ..base.families import labels
+from ..errors import AdapterBaseMismatch, AdapterDtypeError, AdapterFormatError, AdapterIncomplete, AdapterTooLarge
 from . import lycoris
 from .adapter import Adapter, LoraFactors
 from .checks import check_scale, check_shapes, check_values

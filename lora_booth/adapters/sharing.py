@@ -19,15 +19,15 @@ from PIL import Image
 
 from .. import __version__
 from ..errors import AdapterError, PhotoError, SettingsError, first_line, shown
-from ..photos import crop_and_resize
-from ..photos.copies import rgb_copy
 from ..photos.opening import opened
 from ..photos.photo import Unusable
+from ..photos.pixels import crop_and_resize
+from ..photos.to_srgb import rgb_copy
 from .adapter import Adapter, Dtype, Layout, file_stem
 from .model_card import model_card
 
 if TYPE_CHECKING:
-    from ..composition import Picture
+    from ..pictures.picture import Picture
 
 # ModelSpec recommends 256 x 256; a busy picture is made coarser, then smaller, until it is short enough
 THUMBNAIL_SIDES = (256, 192, 128, 64)  # pixels

@@ -2,7 +2,7 @@
 
 from . import training, planning, evaluation, pictures, grids, adapters  # isort: skip  # in the order of the help
 from .app import app, commands, fail, main
-from .words import file_and_weight, parse_seeds
+from .arguments import file_and_weight, parse_seeds
 
 __all__ = [
     "adapters",

@@ -11,20 +11,11 @@ import typer
 
 from ..errors import SettingsError, shown
 from .app import app, say
-from .words import (
-    by_file,
-    calibrating,
-    check_adapter_file,
-    check_dtype,
-    check_layout,
-    composition_of,
-    load_base,
-    weighted,
-)
+from .arguments import by_file, calibrating, check_adapter_file, check_dtype, check_layout, composition_of, load_base, weighted
 
 if TYPE_CHECKING:
-    from ..adapters.inspection import Inspection
-    from ..adapters.spectrum import Truncations
+    from ..adapters.tools.inspection import Inspection
+    from ..adapters.tools.spectrum import Truncations
 
 AdapterFile = Annotated[Path, typer.Argument(help="adapter file")]
 Weighted = Annotated[list[str], typer.Argument(help="adapter files, each with an optional :WEIGHT")]
@@ -41,9 +32,9 @@ MOST_NAMED = 8  # modules in one line
 @app.command()
 def show(adapter: AdapterFile, modules: Modules = False, json: Json = False) -> None:
     """Print an adapter's card, ranks, size, where its change is, what changes nothing, and what each program will read."""
-    from ..adapters import Adapter
-    from ..adapters.inspection import inspect_adapter
+    from ..adapters.adapter import Adapter
     from ..adapters.readers import report
+    from ..adapters.tools.inspection import inspect_adapter
 
     found = inspect_adapter(Adapter.load(adapter))
     readings = report(adapter).readings
@@ -77,7 +68,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32 [the file's own, fp32 if that would lose]")] = None,
 ) -> None:
     """Rewrite an adapter in another naming, without loss."""
-    from ..adapters.convert import convert as rewrite
+    from ..adapters.tools.convert import convert as rewrite
 
     check_layout(layout)
     if dtype is not None:
@@ -100,7 +91,7 @@ def share(
     thumbnail: Annotated[Path | None, typer.Option(help="a picture for the file's header")] = None,
 ) -> None:
     """Make a folder ready for the Hub, or upload it."""
-    from ..adapters import Adapter
+    from ..adapters.adapter import Adapter
 
     check_layout(layout)
     if (out is None) == (push is None):
@@ -131,7 +122,7 @@ def merge(
     modules: Modules = False,
 ) -> None:
     """Write several adapters as one: the weighted sum of their changes, or what comes nearest to each alone (ssr)."""
-    from ..adapters.merge import merge as merged
+    from ..adapters.tools.merge import merge as merged
 
     check_output(out, layout, dtype)
     if (method == "ssr") != (base is not None):
@@ -157,8 +148,8 @@ def resize(
     modules: Modules = False,
 ) -> None:
     """Write the nearest adapter of a lower rank."""
-    from ..adapters import Adapter
-    from ..adapters.resize import resize as resized
+    from ..adapters.adapter import Adapter
+    from ..adapters.tools.resize import resize as resized
 
     check_output(out, layout, dtype)
     smaller, report = resized(Adapter.load(adapter), rank=rank, energy=energy)
@@ -180,8 +171,8 @@ def extract(
     modules: Modules = False,
 ) -> None:
     """Write the difference of a fine-tuned model and its base as an adapter."""
-    from ..adapters.spectrum import keep
-    from ..extraction import extract as extracted
+    from ..adapters.tools.extract import extract as extracted
+    from ..adapters.tools.spectrum import keep
 
     check_output(out, layout, dtype)
     keep(rank, energy)  # is checked before gigabytes are read
@@ -202,7 +193,7 @@ def bake(
     dtype: Dtype = "fp16",
 ) -> None:
     """Write a base with adapters in its weights, as a checkpoint that needs no adapter."""
-    from ..baking import bake as baked
+    from ..adapters.tools.bake import bake as baked
 
     check_dtype(dtype)
     tell_file(baked(load_base(base, exact=True), weighted(adapters), out, dtype=dtype))  # type: ignore[arg-type]
@@ -216,8 +207,8 @@ def diff(
     json: Json = False,
 ) -> None:
     """Say how two adapters differ and overlap."""
-    from ..adapters import Adapter
-    from ..adapters.difference import difference
+    from ..adapters.adapter import Adapter
+    from ..adapters.tools.difference import difference
 
     found = difference(Adapter.load(a), Adapter.load(b))
     if json:
@@ -255,7 +246,7 @@ def tell_json(report: dict[str, Any]) -> None:
 
 
 def tell_truncations(report: Truncations, modules: bool) -> None:
-    from ..composition.calibration import Fits
+    from ..pictures.calibration import Fits
 
     what, (low, high) = "the change", report.ranks
     if isinstance(report, Fits):

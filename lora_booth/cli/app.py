@@ -11,8 +11,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ..base.library_logging import quiet_about_torchvision
 from ..errors import CompositionWarning, LoraBoothError, OtherBaseWarning, shown
-from ..quiet import quiet_about_torchvision
 
 app = typer.Typer(
     help="DreamBooth with LoRA: teach Stable Diffusion one subject from a few photos.",

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .app import Base, app, say
-from .words import Contexts, Prompt, Prompts, PromptSet, file_and_weight, load_base, parse_seeds, prompts_asked_for
+from .arguments import Contexts, Prompt, Prompts, PromptSet, file_and_weight, load_base, parse_seeds, prompts_asked_for
 
 if TYPE_CHECKING:
-    from ..evaluation import Candidate, Comparison
+    from ..evaluation.protocol import Candidate
+    from ..evaluation.results import Comparison
 
 
 @app.command()
@@ -40,9 +41,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="folder for scores.json and a gallery of the pictures [none]")] = None,
 ) -> None:
     """Score adapters, or all that a run has kept, on new pictures: subject, prompt, prior, copies; and say which is best."""
-    from ..evaluation import evaluate as compared
     from ..evaluation.cases import TEMPLATE
     from ..evaluation.encoders import CLIP, DINO
+    from ..evaluation.protocol import evaluate as compared
 
     given = any(one is not None for one in (prompt, prompts, prompt_set))
     asked_for = prompts_asked_for(prompt, prompts, prompt_set) if given else (TEMPLATE,)
@@ -82,7 +83,7 @@ def report(
     photos: Annotated[bool, typer.Option(help="show small copies of the photos; without, the page can be passed on")] = True,
 ) -> None:
     """Write a run's report.html anew, from what its folder holds."""
-    from ..report import write_report
+    from ..report.report import write_report
 
     say(f"wrote {write_report(run, photos=photos)}")
 
@@ -96,9 +97,9 @@ def has_run(text: str) -> bool:
 def candidates(text: str, token: str | None, class_noun: str | None) -> Iterator[Candidate]:
     from dataclasses import replace
 
-    from ..adapters import Adapter
-    from ..evaluation import Candidate, candidates_of
-    from ..evaluation.runs import is_run
+    from ..adapters.adapter import Adapter
+    from ..evaluation.protocol import Candidate
+    from ..evaluation.runs import candidates_of, is_run
 
     path, weight = file_and_weight(text)
     for found in candidates_of(path) if is_run(path) else [Candidate(Adapter.load(path), path.stem)]:
@@ -108,9 +109,9 @@ def candidates(text: str, token: str | None, class_noun: str | None) -> Iterator
 
 
 def written(made: Comparison, runs: list[Path], out: Path | None) -> Iterator[Path]:
-    from ..evaluation import scores_file
-    from ..gallery import Gallery
-    from ..report import write_report
+    from ..evaluation.runs import scores_file
+    from ..pictures.gallery import Gallery
+    from ..report.report import write_report
 
     if len(runs) == 1:
         yield scores_file(runs[0], made)

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import SettingsError
 from .app import Base, app, say
-from .words import Contexts, Prompt, Prompts, PromptSet, load_base, parse_seeds, parse_weights, prompts_asked_for, weighted
+from .arguments import Contexts, Prompt, Prompts, PromptSet, load_base, parse_seeds, parse_weights, prompts_asked_for, weighted
 
 
 @app.command()
@@ -35,8 +35,8 @@ def grid(
     method: Annotated[str | None, typer.Option(help="how several adapters are heard, as in generate")] = None,
 ) -> None:
     """Draw the same prompts and seeds at several weights, on one labelled sheet."""
-    from ..grids import before_after_of, check_output, grid_steps
-    from ..prompts import prompts_for
+    from ..pictures.grids import before_after_of, check_output, grid_steps
+    from ..pictures.prompts import prompts_for
 
     asked_for = prompts_asked_for(prompt, prompts, prompt_set)
     if before_after and weights is not None:

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import CompositionWarning, SettingsError
 from .app import Base, app, say
-from .words import (
+from .arguments import (
     AutoRegions,
     Contexts,
     Isolate,
@@ -32,7 +32,7 @@ from .words import (
 )
 
 if TYPE_CHECKING:
-    from ..composition import Picture
+    from ..pictures.picture import Picture
 
 Out = Annotated[Path, typer.Option(help="folder for the pictures")]
 
@@ -61,11 +61,11 @@ def generate(
     quantize: Quantize = None,
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
-    from ..composition import Recipe
-    from ..composition import preview as drawn
-    from ..gallery import Gallery
-    from ..marking import save_marked
-    from ..prompts import prompts_for
+    from ..base.ai_mark import save_marked
+    from ..pictures.gallery import Gallery
+    from ..pictures.prompts import prompts_for
+    from ..pictures.recipe import Recipe
+    from ..pictures.regions import preview as drawn
 
     asked_for = prompts_asked_for(prompt, prompts, prompt_set)
     wanted = parse_seeds(seeds)
@@ -134,8 +134,8 @@ def replay(
     out: Out = Path("pictures"),
 ) -> None:
     """Draw the pictures of a recipe again."""
-    from ..adapters import Adapter
-    from ..composition import Recipe
+    from ..adapters.adapter import Adapter
+    from ..pictures.recipe import Recipe
 
     written = Recipe.load(recipe)
     changes: dict[str, Any] = {} if seeds is None else {"seeds": parse_seeds(seeds)}
@@ -164,7 +164,7 @@ def heard_once(*, again: bool) -> Iterator[None]:
 
 
 def save(pictures: Sequence[Picture], out: Path, *, title: str) -> None:
-    from ..gallery import Gallery
+    from ..pictures.gallery import Gallery
 
     for picture in pictures:
         say(str(picture.save(out / f"{picture.seed:06d}.png")))

@@ -9,10 +9,10 @@ import typer
 
 from ..errors import SettingsError
 from .app import Base, app, say
-from .words import Quantize, check_dtype
+from .arguments import Quantize, check_dtype
 
 if TYPE_CHECKING:
-    from ..training.planning import Plan
+    from ..planning.planning import Plan
 
 
 @app.command()
@@ -35,8 +35,8 @@ def plan(
     json: Annotated[bool, typer.Option(help="everything, in bytes and seconds")] = False,
 ) -> None:
     """Predict memory and time of a training and choose the fastest settings that fit (exit code 2: none does)."""
+    from ..base.families import FAMILIES
     from ..config import LoraSpec, TrainingConfig
-    from ..family import FAMILIES
 
     if family is not None and family not in FAMILIES:
         raise SettingsError(f"family {family!r} is unknown; allowed: {', '.join(FAMILIES)}")
@@ -51,7 +51,7 @@ def plan(
     lora = LoraSpec(rank=rank, text_encoder=text_encoder)
     import torch
 
-    from ..training.planning import plan as make_plan
+    from ..planning.planning import plan as make_plan
 
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype or "")
     found = make_plan(

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import SettingsError
 from .app import Base, Photos, app, say
-from .words import Quantize, check_adapter_file, check_layout, load_base
+from .arguments import Quantize, check_adapter_file, check_layout, load_base
 
 Crop = Annotated[str, typer.Option(help="smart (keeps the subject, no black bars), face (also a face) or center")]
 
@@ -18,7 +18,7 @@ Crop = Annotated[str, typer.Option(help="smart (keeps the subject, no black bars
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="folder for everything that it makes")] = Path("demo")) -> None:
     """The whole job on the embedded base, offline: train two subjects, compare before and after, print scores."""
-    from ..demo import run_demo
+    from .demo import run_demo
 
     run_demo(load_base("toybox"), out, say=say)
     say(f"look at {out}/before_after.png, {out}/together.png and {out}/gallery.html")
@@ -38,8 +38,9 @@ def photos(
     """Show which photos will be used, which not and why, and what speaks against them."""
     from json import dumps
 
-    from ..photos import audit_photos, find_photos
-    from ..photos import make_masks as write_masks
+    from ..photos.audit import audit_photos
+    from ..photos.finding import find_photos
+    from ..photos.segmenting import make_masks as write_masks
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise SettingsError(f"{sheet}: contact sheets are saved as .png, .jpg or .webp")
@@ -61,8 +62,8 @@ def token(
     count: Annotated[int, typer.Option(min=1, help="how many to propose")] = 8,
 ) -> None:
     """Propose rare tokens of a base, or judge one (exit code 1: it cannot be used)."""
-    from ..base_model import rare_tokens
-    from ..subject import check_token, propose_tokens
+    from ..base.base_model import rare_tokens
+    from ..subject.subject import check_token, propose_tokens
 
     loaded = load_base(base)
     if check is None:
@@ -124,9 +125,9 @@ def train(
 ) -> None:
     """Train an adapter on a folder of photos. The same command again continues an interrupted run."""
     from ..config import LoraSpec, TrainingConfig
-    from ..subject import Subject
-    from ..training import train as train_adapter
-    from ..training.ranks import is_main, own_gpu
+    from ..run import train as train_adapter
+    from ..subject.subject import Subject
+    from ..training.distributed import is_main, own_gpu
 
     check_layout(layout)
     check_adapter_file(out)

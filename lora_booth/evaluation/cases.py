@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..adapters import Card
+from ..adapters.adapter import Card
 from ..errors import SettingsError, shown
-from ..prompts import fill_prompts
-from ..subject import CLASS_TEMPLATE, article
-from ..toybox.world import CONTEXTS
+from ..pictures.prompts import fill_prompts
+from ..subject.subject import CLASS_TEMPLATE, article
+from ..toybox.scenery import CONTEXTS
 
 TEMPLATE = "a photo of {token} {class_noun} {context}"
 # words after which a noun needs an article of its own: "a photo of sks dog" -> "a photo of a dog"

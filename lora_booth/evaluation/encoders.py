@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..base.library_logging import without_bars
 from ..errors import EvaluationError, first_line, shown
-from ..quiet import without_bars
 
 T = TypeVar("T")
 

@@ -8,15 +8,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..adapters import Adapter
-from ..base_model import TOYBOX, BaseModel
-from ..composition import Composition, Picture
+from ..adapters.adapter import Adapter
+from ..base.base_model import TOYBOX, BaseModel
+from ..base.memory import pictures_at_a_time
 from ..config import check
 from ..errors import EvaluationError
-from ..memory import pictures_at_a_time
-from ..photos import find_photos, training_square
-from ..prompts import SHARED
-from ..toybox.world import CONTEXTS
+from ..photos.finding import find_photos
+from ..photos.square import training_square
+from ..pictures.composition import Composition
+from ..pictures.picture import Picture
+from ..pictures.prompts import SHARED
+from ..toybox.scenery import CONTEXTS
 from .cases import TEMPLATE, Case, cases_of, class_prompt
 from .encoders import CLIP, DINO, Clip, Dino
 from .measures import Measure, PhotoMeasure, ToyboxMeasure, contexts_shown, drawn_subject

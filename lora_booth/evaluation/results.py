@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..composition import Picture
+from ..pictures.picture import Picture
 from .statistics import EDGES, Score, Values, draws, score
 
 BARELY, WELL = 0.25, 0.6  # shares of the way from the base to the photos

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter
-from ..checkpoint import ADAPTER, RECORD, SAMPLES, SCORES, replace_file
+from ..adapters.adapter import Adapter
 from ..errors import EvaluationError, shown
+from ..training.checkpoint import ADAPTER, RECORD, SAMPLES, SCORES, replace_file
 from .protocol import Candidate
 from .results import Comparison
 

@@ -13,11 +13,13 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from ..adapters import Adapter
-from ..base_model import BaseModel
-from ..composition import Composition, Picture
+from ..adapters.adapter import Adapter
+from ..base.base_model import BaseModel
+from ..pictures.composition import Composition
+from ..pictures.picture import Picture
 from ..toybox.judge import IDENTITY_PARTS, Verdict, judge, to_pixels
-from ..toybox.world import CONTEXTS, Identity, Scene, draw
+from ..toybox.scenery import CONTEXTS
+from ..toybox.world import Identity, Scene, draw
 
 Report = Callable[[int, int], None]  # pictures done, pictures in all
 

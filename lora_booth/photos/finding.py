@@ -15,13 +15,13 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import PhotoError, shown
-from .beside import CROPS_FILE, caption_of, fractions, read_crops
-from .copies import rgb_copy, row_strips, upright_size
 from .cropping import BAR_COPY, Cropping, check_cropping, focus_of, without_black_bars
 from .faces import face_of
 from .masks import MASK_ENDING, MaskSource, find_mask, is_mask_name, mask_greys
 from .opening import FORMATS, begins_like_a_photo, opened
 from .photo import Photo, PhotoSet, Region, Skipped, Unusable, box
+from .sidecars import CROPS_FILE, caption_of, fractions, read_crops
+from .to_srgb import rgb_copy, row_strips, upright_size
 
 MAX_ASPECT = 4.0  # long side / short side
 ENOUGH = 2 * BAR_COPY  # pixels of the long side of the copy that is looked at, at least; the whole photo was decoded for it

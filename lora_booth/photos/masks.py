@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import PhotoError, shown
-from .copies import grey_copy
 from .opening import opened
 from .photo import Mask, Photo, Region, Unusable, box, square_box
+from .to_srgb import grey_copy
 
 MASK_ENDING = ".mask.png"
 WHITE = 128  # of 255; a mask that has nothing as bright is no mask

@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image, ImageFile
 
 from ..errors import PhotoError, shown
-from .copies import rgb_copy
 from .photo import Photo, Unusable
+from .to_srgb import rgb_copy
 
 # What a file begins with decides what it is, never its name: Pillow is then allowed that one decoder only.
 DECODERS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WEBP", "AVIF": "AVIF", "HEIC": "HEIF", "TIFF": "TIFF", "BMP": "BMP"}

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter
-from ..checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of
+from ..adapters.adapter import Adapter
 from ..errors import AdapterError, SettingsError, shown
+from ..training.checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of
 from ..training.samples import SAMPLE_LIST
 
 

@@ -14,11 +14,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ..checkpoint import CROPS, REPORT, replace_file
 from ..config import LoraSpec, TrainingConfig
 from ..errors import shown
-from ..gallery.gallery import SMALL, data_url, source_hash
-from ..progress import clock
+from ..pictures.gallery import SMALL, data_url, source_hash
+from ..training.checkpoint import CROPS, REPORT, replace_file
+from ..training.progress import clock
 from .advice import advice, counted, memory_of
 from .charts import Chart, chart, smoothed, usual_top
 from .reading import Run, Sample, number, part, read_run, whole

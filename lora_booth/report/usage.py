@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters import Adapter
-from ..adapters.adapter import file_stem
+from ..adapters.adapter import Adapter, file_stem
 from ..adapters.model_card import on_hub, one_line, quoted, words
-from ..gallery.reproduction import quoted as shell
+from ..pictures.reproduction import quoted as shell
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .world import ACCESSORIES, CLASSES, COLORS, CONTEXTS, PATTERNS, STYLES, Identity, Scene
+from .scenery import CONTEXTS
+from .world import ACCESSORIES, CLASSES, COLORS, PATTERNS, STYLES, Identity, Scene
 
 NONE = "none"
 # what is read for each object (left to right; a single object is the first)

@@ -1,6 +1,1 @@
-"""Training: photos -> `LatentCache` -> optimizer updates -> Adapter."""
-
-from .preparation import prepare
-from .run import train, training_steps
-
-__all__ = ["prepare", "train", "training_steps"]
+"""Training: photos -> `LatentCache` -> the loop of optimizer updates -> what a run keeps."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..adapters import Card
-from ..base_model import BaseModel
+from ..adapters.adapter import Card
+from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
-from ..subject import Subject
+from ..subject.subject import Subject
 
 
 def card_facts(base: BaseModel) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..base_model import BaseModel
+from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
-from ..latents import LatentCache
-from ..photos import Photo
-from ..subject import Subject
+from ..photos.photo import Photo
+from ..subject.subject import Subject
+from .latents import LatentCache
 
 # settings that may be others when a run goes on: those that the adapter does not depend on, and those that round differently
 FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_seeds")

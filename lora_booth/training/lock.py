@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..checkpoint import make_folder
 from ..errors import TrainingError, shown
+from .checkpoint import make_folder
 
 LOCK = "lock"
 FAR = 1 << 30  # where Windows locks a byte: behind the text, which others may then read

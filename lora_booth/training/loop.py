@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import fastest_attention
-from ..base_model import BaseModel, TextConditions
+from ..base.base_model import BaseModel, TextConditions
 from ..config import LoraSpec, TrainingConfig
 from ..errors import TrainingError, first_line
 from ..injection import TrainableLora, trainable
-from ..latents import Batch, LatentCache, conditions, draw, step_seed
-from ..loss import dreambooth_loss
-from ..progress import Step
-from .capture import WORTH_A_TAPE, StepGraph, obstacle
+from ..kernels.attention import fastest_attention
+from ..kernels.capture import WORTH_A_TAPE, StepGraph, obstacle
+from .distributed import ALONE, Ranks
 from .health import Health, RollBack
+from .latents import Batch, LatentCache, conditions, draw, step_seed
+from .loss import dreambooth_loss
+from .memory_ladder import LEFT_TO_TRY, climbed, next_rung, says_out_of_memory
 from .modes import make_optimizer, training_mode
-from .ranks import ALONE, Ranks
-from .savings import LEFT_TO_TRY, climbed, next_rung, says_out_of_memory
+from .progress import Step
 from .settings import learning_rate
 
 LOOK_EVERY = 16  # updates on a GPU between two looks at the losses: each look waits for the GPU

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import attention_kernel, check_attention
-from ..base_model import BaseModel
+from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
 from ..errors import MissingExtraError, SettingsError
 from ..injection import TrainableLora, target_paths
-from ..lean import channels_last, lean
+from ..kernels.attention import attention_kernel, check_attention
+from ..kernels.lean import channels_last, lean
 
 
 def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> None:

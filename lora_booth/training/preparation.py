@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from PIL import Image
 
-from ..base_model import BaseModel, rare_tokens
+from ..base.base_model import BaseModel, rare_tokens
 from ..cache import prune_cache
 from ..config import LoraSpec, TrainingConfig
-from ..latents import LatentCache, encode, encode_prompts
-from ..photos import training_square
-from ..prior import class_images
-from ..progress import Display
-from ..subject import Subject, check_token
+from ..photos.square import training_square
+from ..subject.subject import Subject, check_token
+from .latents import LatentCache, encode, encode_prompts
+from .prior import class_images
+from .progress import Display
 from .settings import settled
 
 

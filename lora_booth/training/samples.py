@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..adapters import Adapter
+from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
-from ..base_model import BaseModel
-from ..checkpoint import replace_file
+from ..base.ai_mark import save_marked
+from ..base.base_model import BaseModel
+from ..base.generation import generate_images
 from ..config import TrainingConfig
-from ..generation import generate_images
-from ..marking import save_marked
-from ..subject import Subject
+from ..subject.subject import Subject
+from .checkpoint import replace_file
 from .modes import modes_kept
 
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ..base_model import BaseModel
+from ..base.base_model import BaseModel
 from ..config import TrainingConfig
 from ..errors import SettingsError
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ..errors import MissingExtraError, SettingsError, first_line
-from ..progress import Step
+from .progress import Step
 from .samples import Row
 
 EXTRAS = {"tensorboard": "tensorboard"}  # tracker -> our extra that brings its package

@@ -1,0 +1,1 @@
+"""Tools on adapters: merge, resize, difference, convert, extract, bake."""

@@ -1,0 +1,140 @@
+"""Adapters inside a base for good: one checkpoint that needs no adapter, for programs that take only those."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...base.base_model import BaseModel, recognise
+from ...base.families import Family
+from ...base.library_logging import without_bars
+from ...base.original_naming import original_weights
+from ...base.quantization import refuse_quantized
+from ...errors import BaseModelError, SettingsError
+from ...injection import placements
+from ..adapter import Adapter, Dtype
+from ..writing import DTYPES
+
+LATENT_CHANNELS = 4  # of every published SD 1.x, 2.x and XL
+PRIVATE = ("_name_or_path", "name_or_path")  # where a configuration was loaded from: often somebody's folder
+
+
+def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: str | Path, *, dtype: Dtype = "fp16") -> Path:
+    """Write `base` with the weighted sum of `adapters` in its weights, whole or not at all; `base` is not touched.
+
+    base   a BaseModel or any compatible diffusers pipeline; best loaded in fp32, else its own rounding goes along
+    out    a name that ends with .safetensors: one file in the original naming, for A1111, ComfyUI and all others;
+           any other: a new diffusers folder
+    dtype  of the written weights; sums are taken in float32
+    Raises AdapterBaseMismatch when an adapter was made for another base.
+    """
+    path = Path(out)
+    single = path.suffix.lower() == ".safetensors"
+    if dtype not in DTYPES:
+        raise SettingsError(f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or give the name of a folder")
+    if path.is_dir() and (single or any(path.iterdir())) or (path.exists() and not single and not path.is_dir()):
+        raise SettingsError(f"{path}: is there already; give the name of a new folder, or of a .safetensors file")
+    channels = (base.pipeline if isinstance(base, BaseModel) else base).unet.config.in_channels
+    if single and channels != LATENT_CHANNELS:
+        raise BaseModelError(f"its latents have {channels} channels, which no program takes from a single file; bake a folder")
+    pipeline = baked(base, adapters, dtype=DTYPES[dtype])
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if single:
+            name = base.name if isinstance(base, BaseModel) else "base"
+            title = " + ".join([name, *(f"{adapter.name} {weight:g}" for adapter, weight in adapters)])
+            save_single_file(pipeline, temporary, title=title)
+        else:
+            save_folder(pipeline, temporary)
+            if path.is_dir():
+                path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    return path
+
+
+@torch.no_grad()
+def baked(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype) -> Any:
+    """A copy of the pipeline on the CPU, in `dtype`, with the weighted sum of `adapters` in its weights."""
+    pipeline = base.pipeline if isinstance(base, BaseModel) else base
+    refuse_quantized(pipeline.unet, base.name if isinstance(base, BaseModel) else "this pipeline", "baking")
+    plan = placements(base, adapters)
+    result = copy.copy(pipeline)
+    for name, module in pipeline.components.items():
+        if not isinstance(module, nn.Module):
+            continue
+        changes: dict[str, Tensor] = {}
+        for _, weight, parts in plan:
+            for path, factors in parts.get(name, {}).items():
+                change = factors.delta().cpu() * weight
+                key = f"{path}.weight"
+                changes[key] = changes[key] + change if key in changes else change
+        setattr(result, name, changed(module, name, changes, dtype))
+    return result
+
+
+def changed(module: nn.Module, name: str, changes: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A copy of a module with `changes` added to its weights. Nothing is in memory twice in the old precision."""
+    memo: dict[int, Any] = {}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if any(".lora_" in key for key, _ in tensors):
+        raise BaseModelError(f"its {name} has adapters of its own; call unload_lora_weights() on the pipeline before")
+    for key, tensor in tensors:
+        value = tensor.detach().cpu()
+        if value.is_floating_point():
+            value = (value.float() + changes[key] if key in changes else value).to(dtype)
+            if not value.isfinite().all():
+                raise BaseModelError(f"{name}.{key} is not finite as {str(dtype).removeprefix('torch.')}; try dtype fp32")
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(module, memo)  # takes what is in the memo for a copy of the tensor
+
+
+def save_folder(pipeline: Any, folder: Path) -> None:
+    """As diffusers does it, without the place that the pipeline came from."""
+    with without_bars():
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    for file in folder.rglob("*.json"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and any(key in values for key in PRIVATE):
+            kept = {key: value for key, value in values.items() if key not in PRIVATE}
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_single_file(pipeline: Any, path: Path, *, title: str) -> None:
+    """One safetensors file in the original naming; its header says family and prediction type (ModelSpec)."""
+    from safetensors.torch import save_file
+
+    family = recognise(pipeline)
+    modules = {name: module.state_dict() for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    weights = original_weights(pipeline, family, modules)
+    tensors = {key: value.contiguous() for key, value in sorted(weights.items())}
+    save_file(tensors, path, metadata_of(pipeline, family, title))
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def metadata_of(pipeline: Any, family: Family, title: str) -> dict[str, str]:
+    prediction = str(pipeline.scheduler.config.prediction_type)
+    size = family.resolution[prediction]
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": family.modelspec[prediction].removesuffix("/lora"),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
+    }

@@ -1,0 +1,118 @@
+"""An adapter out of a fine-tuned model: what it is more than its base, cut to a rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import __version__
+from ...base.base_model import BaseModel
+from ...base.quantization import refuse_quantized
+from ...errors import AdapterTargetError, BaseModelError
+from ...injection import adaptable, module_path, unread_layers
+from ...training.card import card_facts
+from ..adapter import Adapter, Card, LoraFactors
+from ..layouts import RARE, checked_path
+from .spectrum import Truncation, Truncations, keep, one_rank, spectrum_of, truncated
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What of a fine-tuned model is in the adapter, and what is not."""
+
+    truncations: Truncations  # of the layers that the adapter changes
+    left_out: dict[str, float]  # other tensors that were fine-tuned (biases, norms, ...) -> Frobenius norm of their change
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error against everything that was fine-tuned in the models that were compared."""
+        lost = (self.truncations.error * self.truncations.norm) ** 2 + self.norm_left_out**2
+        whole = self.truncations.norm**2 + self.norm_left_out**2
+        return math.sqrt(lost / whole) if whole else 0.0
+
+    @property
+    def norm_left_out(self) -> float:
+        return math.sqrt(sum(norm**2 for norm in self.left_out.values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.truncations.as_dict() | {"error_with_left_out": self.error, "left_out": self.left_out}
+
+
+@torch.no_grad()
+def extract(
+    tuned: BaseModel, base: BaseModel, *, rank: int | None = None, energy: float | None = None, text_encoder: bool = False
+) -> tuple[Adapter, Extraction]:
+    """The adapter of at most `rank` that brings `base` nearest to `tuned`, and what it does not bring. alpha = rank.
+
+    tuned, base   both of one architecture, best loaded in fp32: the rounding of half precision is as large as a weak change
+    rank, energy  as in `resize`
+    text_encoder  compare the text encoders as well
+    Every linear layer and convolution that adapters change is compared; one that is equal in both is left out.
+    """
+    chosen = keep(rank, energy)
+    if tuned.family != base.family:
+        raise BaseModelError(f"{tuned.name} is {tuned.family.label} and {base.name} is {base.family.label}; give its own base")
+    for one in (tuned, base):
+        refuse_quantized(one.structure["unet"], one.name, "extraction")
+    modules: dict[str, LoraFactors] = {}
+    lost: list[Truncation] = []
+    left_out: dict[str, float] = {}
+    for component in ("unet", *(base.text_encoders if text_encoder else ())):
+        model, unread = base.components[component], unread_layers(base, component)
+        changes = changed_weights(tuned, base, component)
+        for name, layer in model.named_modules():
+            path = module_path(component, layer, name)
+            if f"{name}.weight" not in changes or not adaptable(layer) or not travels(path):
+                continue
+            change = changes.pop(f"{name}.weight")
+            if any(f".{layer_name}." in name for layer_name in unread):
+                continue  # conditions nothing
+            shape = tuple(change.shape)
+            modules[path], loss = truncated(path, spectrum_of(change), shape, min(shape[0], change[0].numel()), chosen)
+            lost.append(loss)
+        left_out |= {f"{component}.{key}": float(change.norm()) for key, change in changes.items()}
+    if not modules:
+        raise BaseModelError(f"{tuned.name} and {base.name} are equal in every layer that adapters change; nothing to extract")
+    modules = {path: modules[path] for path in sorted(modules)}
+    common = one_rank(modules)
+    card = Card(
+        **card_facts(base),
+        rank=common,
+        alpha=None if common is None else float(common),
+        library_version=__version__,
+        title=f"{tuned.name} minus {base.name}",
+    )
+    return Adapter(modules, card), Extraction(Truncations(tuple(lost)), left_out)
+
+
+def changed_weights(tuned: BaseModel, base: BaseModel, component: str) -> dict[str, Tensor]:
+    """tuned - base for every tensor that differs, float32, on the base's device."""
+    one, other = (model.components[component].state_dict() for model in (tuned, base))
+    shapes = [{key: tuple(value.shape) for key, value in weights.items()} for weights in (one, other)]
+    if shapes[0] != shapes[1]:
+        key = next(k for k in sorted({*shapes[0], *shapes[1]}) if shapes[0].get(k) != shapes[1].get(k))
+        raise BaseModelError(
+            f"{component}.{key} is {shapes[0].get(key, 'not there')} in {tuned.name} and "
+            f"{shapes[1].get(key, 'not there')} in {base.name}; one is not made from the other"
+        )
+    changes = {}
+    for key, value in other.items():
+        if value.is_floating_point():
+            change = one[key].to(value.device).float() - value.float()
+            if not change.isfinite().all():
+                raise BaseModelError(f"{component}.{key} is not finite in {tuned.name} or {base.name}")
+            if change.any():
+                changes[key] = change
+    return changes
+
+
+def travels(path: str) -> bool:
+    """Whether a module may be in an adapter file that every reader takes."""
+    try:
+        return checked_path(path) not in RARE
+    except AdapterTargetError:
+        return False

@@ -1,0 +1,82 @@
+"""Several adapters as one: the weighted sum of their changes, exactly or cut to a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from ...errors import AdapterBaseMismatch, AdapterError, AdapterIncomplete, SettingsError
+from ..adapter import Adapter, Card, LoraFactors
+from .resize import resize
+from .spectrum import Truncation, Truncations, one_rank, spectrum
+
+Method = Literal["sum", "svd"]
+
+
+def merge(
+    adapters: Sequence[tuple[Adapter, float]], *, method: Method = "sum", rank: int | None = None
+) -> tuple[Adapter, Truncations]:
+    """One adapter that changes what all of them change, each times its weight; and what was lost on the way.
+
+    method  "sum": exact, with the ranks added up; "svd": the nearest to that sum with less rank
+    rank    of the svd; None: the largest of the inputs
+    """
+    if method not in ("sum", "svd"):
+        raise SettingsError(f"method {method!r} is unknown; allowed: sum (exact), svd (to a rank)")
+    if method == "sum":
+        if rank is not None:
+            raise SettingsError(f"rank {rank} with method sum, which keeps every rank; take method svd")
+        joined = concatenated(adapters)
+        kept = [Truncation(name, f.rank, f.rank, spectrum(f).norm, 0.0) for name, f in joined.modules.items()]
+        return joined, Truncations(tuple(kept))
+    joined = concatenated(adapters)
+    largest = max(factors.rank for adapter, _ in adapters for factors in adapter.modules.values())
+    return resize(joined, rank=largest if rank is None else rank)
+
+
+def concatenated(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """sum of weight * change, with the ranks joined end to end; weights and alphas are folded in, so alpha = rank.
+
+    A sum of more ranks than a module can have is written with that module's full rank.
+    """
+    if not adapters:
+        raise AdapterError("nothing to merge; name at least one adapter")
+    families = {adapter.card.family for adapter, _ in adapters} - {None}
+    if len(families) > 1:
+        raise AdapterBaseMismatch(f"adapters for {' and '.join(sorted(map(str, families)))} cannot be merged")
+    names = sorted({name for adapter, _ in adapters for name in adapter.modules})
+    modules = {
+        name: _joined(name, [(a.modules[name], weight) for a, weight in adapters if name in a.modules]) for name in names
+    }
+    return Adapter(modules, _joint_card([adapter.card for adapter, _ in adapters], modules))
+
+
+def _joined(name: str, parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
+    shapes = {(tuple(f.down.shape[1:]), f.up.shape[0]) for f, _ in parts}
+    if len(shapes) > 1:
+        raise AdapterIncomplete(f"{name}: the adapters have other widths here; they are for other bases")
+    down = torch.cat([f.down.float() for f, _ in parts])
+    up = torch.cat([f.up.float() * (f.scale * weight) for f, weight in parts], dim=1)
+    rank, inner, outer = down.shape[0], down[0].numel(), up.shape[0]
+    if rank > min(inner, outer):
+        change = up.flatten(1) @ down.flatten(1)  # (out, in * kh * kw)
+        if outer <= inner:
+            down, up = change.reshape(outer, *down.shape[1:]), torch.eye(outer).reshape(outer, outer, *up.shape[2:])
+        else:
+            down, up = torch.eye(inner).reshape(inner, *down.shape[1:]), change.reshape(outer, inner, *up.shape[2:])
+        rank = min(inner, outer)
+    return LoraFactors(down, up, float(rank))
+
+
+def _joint_card(cards: Sequence[Card], modules: dict[str, LoraFactors]) -> Card:
+    """What all cards agree on; the rest is not known of the sum."""
+    first = cards[0]
+    shared = ("prediction_type", "base_model", "base_hash", "resolution", "license", "consent", "library_version")
+    same = {name: getattr(first, name) for name in shared if len({getattr(card, name) for card in cards}) == 1}
+    rank = one_rank(modules)
+    title = " + ".join(card.title or card.token or "adapter" for card in cards)
+    family = next((card.family for card in cards if card.family is not None), None)
+    return replace(Card(**same), family=family, rank=rank, alpha=rank, title=title)

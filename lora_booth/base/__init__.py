@@ -1,0 +1,1 @@
+"""BaseModel: families, loading, weights, quantization; what it draws by itself."""

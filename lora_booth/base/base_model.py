@@ -1,0 +1,390 @@
+"""BaseModel: a frozen Stable Diffusion pipeline and the few things that training asks of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BaseModelError
+from ..toybox import RARE_TOKENS
+from .diffusers_folder import load_folder
+from .families import FAMILIES, Family, labels
+from .library_logging import quiet_about_torchvision
+from .memory import without_collections
+from .quantization import check_quantization, is_quantized
+from .quantization import quantize as quantize_unet
+from .single_file import has_vocabulary, load_single_file
+from .weight_files import LazyModule, LazyWeights
+
+TOYBOX = "toybox"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOYBOX_FOLDER = Path(__file__).parent.parent / "toybox" / "model"
+
+
+@dataclass(frozen=True)
+class TextConditions:
+    """What the text encoders tell the U-Net about N prompts."""
+
+    states: Tensor  # (N, tokens, d); d = the U-Net's cross_attention_dim
+    pooled: Tensor | None = None  # (N, p), SDXL only
+
+    def __getitem__(self, rows: Tensor) -> TextConditions:
+        return TextConditions(self.states[rows], None if self.pooled is None else self.pooled[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A stock diffusers pipeline, recognised. The pipeline owns the modules; nothing here changes their weights.
+
+    What `load` has found on disk is read when it is needed, and training gives the VAE and text encoders back while it does
+    not need them. Whoever asks for `pipeline`, `vae`, `text_encoders` or `components` gets modules that stay.
+    """
+
+    shell: Any  # the stock pipeline; some of its modules may not be read yet
+    family: Family
+    name: str  # for cards and people: a Hub id, a folder's or file's bare name; never a path
+    weights: LazyWeights | None = None  # of the modules that are read when they are needed
+    quantized: str | None = None  # how the U-Net's linear layers were packed: "nf4"; None: not by this library
+
+    @classmethod
+    @without_collections()
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        config: str | Path | None = None,
+        prediction_type: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        quantize: Literal["nf4"] | None = None,
+    ) -> BaseModel:
+        """Load `"toybox"`, a Hub id, a diffusers folder or a single `.safetensors` checkpoint.
+
+        dtype            None: bf16 or fp16 on CUDA, bf16 on a CPU that has it, else fp32; the toybox: fp32 on a CPU
+        device           None: CUDA, Apple's MPS or the CPU, the first there is
+        config           for a single file: a diffusers folder of its family, instead of the built-in configuration
+        prediction_type  for a single SD 2.x file that does not say: "epsilon" or "v_prediction"
+        variant          as in diffusers, e.g. "fp16"
+        quantize         "nf4": the U-Net's linear layers in 4 bits by bitsandbytes; less memory, other numbers, slower
+        Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError and
+        MissingExtraError where it cannot be quantized.
+        """
+        quiet_about_torchvision()
+        place = torch.device(device) if device is not None else default_device()
+        if quantize is not None:
+            check_quantization(quantize, place)
+        precision = dtype or default_dtype(place, source)
+        if str(source) == TOYBOX:
+            loaded, name = load_folder(TOYBOX_FOLDER, precision, place), TOYBOX
+        else:
+            path = Path(source).expanduser()
+            if path.is_dir():
+                loaded, name = load_folder(path, precision, place, variant=variant), path.resolve().name
+            elif path.is_file():
+                loaded = load_single_file(path, precision, place, config=config, prediction_type=prediction_type)
+                name = path.stem
+            elif is_hub_id(str(source)):
+                name = str(source)
+                loaded = load_folder(name, precision, place, revision=revision, variant=variant)
+            else:
+                raise BaseModelError(
+                    f"{source}: no such folder or file; give 'toybox', a Hub id (owner/name), a diffusers folder "
+                    "or a .safetensors checkpoint"
+                )
+        pipeline, weights = loaded
+        base = cls(pipeline, recognise(pipeline), name, weights, quantize)
+        if quantize is not None:
+            _ = base.fingerprint  # of the weights as they lie in their file, and kept: it is the plain base's
+            quantize_unet(pipeline.unet, weights.parts.get("unet"), precision)
+        return base
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any, *, name: str = "custom") -> BaseModel:
+        """Recognise a pipeline that is loaded already; its modules are shared, not copied."""
+        return cls(pipeline, recognise(pipeline), name)
+
+    def __repr__(self) -> str:
+        packed = f", {self.quantized}" if self.quantized else ""
+        precision = str(self.dtype).removeprefix("torch.")
+        return f"BaseModel({self.name!r}: {self.family.label}, {precision}{packed}, {self.device})"
+
+    @property
+    def pipeline(self) -> Any:
+        """The stock pipeline, complete."""
+        self._keep(*self._lazy)
+        return self.shell
+
+    @property
+    def unet(self) -> Any:
+        self._fill("unet")
+        return self.shell.unet
+
+    @property
+    def vae(self) -> Any:
+        self._keep("vae")
+        return self.shell.vae
+
+    @property
+    def text_encoders(self) -> Mapping[str, Any]:
+        """Under their names in the pipeline, which are also their names in adapter files."""
+        return Parts(self, TEXT_ENCODERS[: self.family.text_encoders])
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.shell.tokenizer
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """One for each text encoder."""
+        return [getattr(self.shell, name) for name in ("tokenizer", "tokenizer_2")[: self.family.text_encoders]]
+
+    @property
+    def scheduler(self) -> Any:
+        return self.shell.scheduler
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        """Every module that an adapter can change."""
+        return Parts(self, ("unet", *TEXT_ENCODERS[: self.family.text_encoders]))
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """The same modules for who looks at their layers and modes only: some may not have their weights yet."""
+        return {name: getattr(self.shell, name) for name in self.components}
+
+    @property
+    def _lazy(self) -> tuple[str, ...]:
+        return tuple(self.weights.parts) if self.weights is not None else ()
+
+    def _fill(self, *names: str) -> list[str]:
+        """Read what is not there yet; returns what was read."""
+        return self.weights.fill(names) if self.weights is not None else []
+
+    def _keep(self, *names: str) -> None:
+        """Read these for somebody who may hold them: nothing is given back from now on, but the U-Net never is."""
+        self._fill(*names)
+        if self.weights is not None and any(name != "unet" for name in names):
+            self.weights.kept = True
+
+    def unread(self, name: str) -> LazyModule | None:
+        """A module that is still on disk; None: it is in memory."""
+        return self.weights.unread(name) if self.weights is not None else None
+
+    @property
+    def device(self) -> torch.device:
+        unread = self.unread("unet")
+        return unread.device if unread is not None else next(self.shell.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.shell.unet.parameters()).dtype
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return int(2 ** (len(self.shell.vae.config.block_out_channels) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures that this base was made for, in pixels."""
+        size = self.shell.unet.config.sample_size
+        return int(size if isinstance(size, int) else size[0]) * self.pixels_per_latent
+
+    @property
+    def prediction_type(self) -> str:
+        return str(self.scheduler.config.prediction_type)
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """(1000,) float32: the share of signal left at each timestep of the training schedule."""
+        from diffusers import DDPMScheduler
+
+        schedule = DDPMScheduler.from_config(self.scheduler.config)
+        return schedule.alphas_cumprod.float().to(self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which weights these are, whatever precision they were loaded in: sha256 of the signs of every tensor's start.
+
+        A pipeline that came here quantized has rounded some signs away: it has one of its own, longer than others.
+        """
+        digest = hashlib.sha256()
+        unread = self.unread("unet")
+        for name, value in sorted(self.shell.unet.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            start = value.flatten()[:256] if unread is None else unread.places[name].start_of(256)
+            digest.update(torch.signbit(start).cpu().numpy().tobytes())
+        return digest.hexdigest()[: 64 if is_quantized(self.shell.unet) else 16]
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) in -1..1 -> mean and standard deviation of the latents, each (N, C, H/f, W/f) float32, unscaled.
+
+        A VAE in fp16 computes in fp32 meanwhile: SDXL's overflows in fp16. (The stock pipeline decodes in the same way.)
+        """
+        self._fill("vae")
+        vae = self.shell.vae
+        kept = vae.dtype
+        upcast = kept == torch.float16 and vae.config.force_upcast
+        try:
+            if upcast:
+                nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of every change of precision
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            return posterior.mean.float(), posterior.std.float()
+        finally:
+            if upcast:
+                nn.Module.to(vae, kept)
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.shell.vae.config.scaling_factor)
+
+    def encode_text(self, prompts: Sequence[str]) -> TextConditions:
+        """As the stock pipeline does it. Gradients flow when they are enabled (text-encoder LoRA)."""
+        self._fill(*TEXT_ENCODERS)
+        encoded = self.shell.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return TextConditions(encoded[0], encoded[2] if self.family.time_ids else None)
+
+    def time_ids(self, original_size: tuple[int, int], crop: tuple[int, int], resolution: int) -> Tensor | None:
+        """SDXL's (6,) size conditions: original height and width, crop top and left, target height and width (pixels).
+
+        float32 whatever the base's precision: bf16 would round a photo's size to multiples of 8 or 16.
+        """
+        if not self.family.time_ids:
+            return None
+        return torch.tensor([*original_size, *crop, resolution, resolution], dtype=torch.float32, device=self.device)
+
+    @contextmanager
+    def only_unet_on_device(self) -> Iterator[None]:
+        """Meanwhile all but the U-Net is given back, or kept in the host's memory when it cannot be read again."""
+        if self.weights is not None:
+            self.weights.drop(name for name in self._lazy if name != "unet")
+        with moved(self._others, torch.device("cpu")):
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            yield
+
+    @contextmanager
+    def all_on_device(self) -> Iterator[Any]:
+        """Also inside `only_unet_on_device`: the whole pipeline where the U-Net is, for a picture."""
+        read = self._fill(*self._lazy)
+        try:
+            with moved(self._others, self.device):
+                yield self.shell
+        finally:
+            if self.weights is not None:
+                self.weights.drop(name for name in read if name != "unet")
+
+    @property
+    def _others(self) -> list[nn.Module]:
+        """The modules in memory, without the U-Net."""
+        modules = {name: m for name, m in self.shell.components.items() if isinstance(m, nn.Module) and name != "unet"}
+        return [module for name, module in modules.items() if self.unread(name) is None]
+
+
+class Parts(Mapping[str, Any]):
+    """Modules by name, each read when it is taken out."""
+
+    def __init__(self, base: BaseModel, names: Sequence[str]) -> None:
+        self._base, self._names = base, tuple(names)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        self._base._keep(name)
+        return getattr(self._base.shell, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextmanager
+def moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    homes = [next(module.parameters()).device for module in modules]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
+
+
+def default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device, source: str | Path = "") -> torch.dtype:
+    """bf16 where the chip computes in it, fp16 on older GPUs, else fp32; the toybox on a CPU: fp32."""
+    if device.type == "cpu" and str(source) == TOYBOX:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and torch.cpu.is_available() and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def rare_tokens(base: BaseModel) -> tuple[str, ...]:
+    """Tokens that are known to mean nothing to this base; () where nobody has told."""
+    return RARE_TOKENS if base.name == TOYBOX else ()
+
+
+def is_hub_id(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) == 2 and all(
+        p and not p.startswith(".") and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts
+    )
+
+
+def recognise(pipeline: Any) -> Family:
+    """The family of a loaded pipeline, from its modules. Raises BaseModelError for what cannot be trained."""
+    what = type(pipeline).__name__
+    unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
+    if unet is None or vae is None:
+        raise BaseModelError(f"{what} has no U-Net and VAE; lora_booth trains {labels()}")
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise BaseModelError(
+            f"its U-Net takes {unet.config.in_channels} channels and the VAE gives {vae.config.latent_channels}: "
+            "an inpainting or editing model; take the text-to-image model of the same family"
+        )
+    encoders = [e for e in (getattr(pipeline, n, None) for n in ("text_encoder", "text_encoder_2")) if e is not None]
+    time_ids = unet.config.addition_embed_type == "text_time"
+    linear = bool(unet.config.use_linear_projection)
+    widths = sum(e.config.hidden_size for e in encoders)
+    for family in FAMILIES.values():
+        if (len(encoders), time_ids, linear) == (family.text_encoders, family.time_ids, family.linear_projection):
+            break
+    else:
+        raise BaseModelError(
+            f"{what} with {len(encoders)} text encoder(s) is not {labels()} "
+            "(an SDXL refiner cannot be trained; take the SDXL base)"
+        )
+    if widths != unet.config.cross_attention_dim:
+        raise BaseModelError(
+            f"the text encoder gives {widths} values a token, the U-Net wants {unet.config.cross_attention_dim}: "
+            "the parts are of different models"
+        )
+    for name in ("tokenizer", "tokenizer_2")[: family.text_encoders]:
+        if not has_vocabulary(getattr(pipeline, name)):
+            raise BaseModelError(f"its {name} has no vocabulary; are the files in its {name} folder complete?")
+    prediction = pipeline.scheduler.config.get("prediction_type")
+    if prediction not in family.modelspec:
+        raise BaseModelError(f"prediction type {prediction!r} is not supported; {' or '.join(family.modelspec)} is")
+    return family

@@ -1,0 +1,173 @@
+"""A pipeline's weights under the names of the original (LDM, A1111) checkpoints: what the stock single-file loader undoes.
+
+The names are those of CompVis/latent-diffusion (`ldm/modules/diffusionmodules`), Stability-AI/generative-models for SDXL
+and mlfoundations/open_clip for the text encoders that come from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .families import Family
+
+Weights = dict[str, Tensor]
+Renames = Iterable[tuple[str, str]]  # how a name begins, or a part of it -> what that becomes
+
+UNET = (
+    ("time_embedding.linear_1.", "time_embed.0."),
+    ("time_embedding.linear_2.", "time_embed.2."),
+    ("add_embedding.linear_1.", "label_emb.0.0."),
+    ("add_embedding.linear_2.", "label_emb.0.2."),
+    ("conv_in.", "input_blocks.0.0."),
+    ("conv_norm_out.", "out.0."),
+    ("conv_out.", "out.2."),
+    ("mid_block.resnets.0.", "middle_block.0."),
+    ("mid_block.attentions.0.", "middle_block.1."),
+    ("mid_block.resnets.1.", "middle_block.2."),
+)
+UNET_RESNET = (
+    ("norm1.", "in_layers.0."),
+    ("conv1.", "in_layers.2."),
+    ("time_emb_proj.", "emb_layers.1."),
+    ("norm2.", "out_layers.0."),
+    ("conv2.", "out_layers.3."),
+    ("conv_shortcut.", "skip_connection."),
+)
+VAE_MIDDLE = (
+    ("mid_block.resnets.0.", "mid.block_1."),
+    ("mid_block.resnets.1.", "mid.block_2."),
+    ("mid_block.attentions.0.group_norm.", "mid.attn_1.norm."),
+    ("mid_block.attentions.0.to_q.", "mid.attn_1.q."),
+    ("mid_block.attentions.0.to_k.", "mid.attn_1.k."),
+    ("mid_block.attentions.0.to_v.", "mid.attn_1.v."),
+    ("mid_block.attentions.0.to_out.0.", "mid.attn_1.proj_out."),
+    ("conv_norm_out.", "norm_out."),
+)
+OPEN_CLIP = (
+    ("encoder.layers.", "transformer.resblocks."),
+    ("final_layer_norm.", "ln_final."),
+    ("embeddings.token_embedding.", "token_embedding."),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+)
+OPEN_CLIP_LAYER = (
+    ("layer_norm1.", "ln_1."),
+    ("layer_norm2.", "ln_2."),
+    ("mlp.fc1.", "mlp.c_fc."),
+    ("mlp.fc2.", "mlp.c_proj."),
+    ("self_attn.out_proj.", "attn.out_proj."),
+)
+
+
+def original_weights(pipeline: Any, family: Family, weights: Mapping[str, Mapping[str, Tensor]]) -> Weights:
+    """weights: component -> its state dict, under diffusers' and transformers' names. The pipeline tells the configuration."""
+    named = _prefixed("model.diffusion_model.", unet_weights(weights["unet"], pipeline.unet.config))
+    named |= _prefixed("first_stage_model.", vae_weights(weights["vae"], pipeline.vae.config))
+    for component, (prefix, renamed) in TEXT[family.name].items():
+        named |= _prefixed(prefix, renamed(weights[component]))
+    scheduler = pipeline.scheduler.config
+    if family.name == "sdxl" and scheduler.get("prediction_type") == "v_prediction":
+        # how SDXL files say it: ComfyUI looks for these names (comfy/supported_models.py)
+        named["v_pred"] = torch.empty(0)
+        if scheduler.get("rescale_betas_zero_snr"):
+            named["ztsnr"] = torch.empty(0)
+    return named
+
+
+def unet_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
+    """One numbering over all resolutions: each has its layers, then the way to the next one."""
+    step = config.layers_per_block + 1
+    renames = list(UNET)
+    for i in range(len(config.down_block_types)):
+        for j in range(step - 1):
+            place = 1 + i * step + j
+            renames.append((f"down_blocks.{i}.resnets.{j}.", f"input_blocks.{place}.0."))
+            renames.append((f"down_blocks.{i}.attentions.{j}.", f"input_blocks.{place}.1."))
+        renames.append((f"down_blocks.{i}.downsamplers.0.conv.", f"input_blocks.{(i + 1) * step}.0.op."))
+    for i, kind in enumerate(config.up_block_types):
+        for j in range(step):
+            renames.append((f"up_blocks.{i}.resnets.{j}.", f"output_blocks.{i * step + j}.0."))
+            renames.append((f"up_blocks.{i}.attentions.{j}.", f"output_blocks.{i * step + j}.1."))
+        place = 2 if "CrossAttn" in kind else 1  # after the resnet, and after the attention where there is one
+        renames.append((f"up_blocks.{i}.upsamplers.0.conv.", f"output_blocks.{(i + 1) * step - 1}.{place}.conv."))
+    named = {}
+    for key, value in weights.items():
+        new = _begun(key, renames)
+        named[_with(new, UNET_RESNET) if ".resnets." in key else new] = value
+    return named
+
+
+def vae_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
+    """The decoder's blocks are counted from the picture, and linear layers were 1x1 convolutions."""
+    last = len(config.up_block_types) - 1
+    renames: list[tuple[str, str]] = []
+    for i in range(last + 1):
+        for j in range(config.layers_per_block + 1):  # one less in the encoder
+            renames.append((f"encoder.down_blocks.{i}.resnets.{j}.", f"encoder.down.{i}.block.{j}."))
+            renames.append((f"decoder.up_blocks.{i}.resnets.{j}.", f"decoder.up.{last - i}.block.{j}."))
+        renames.append((f"encoder.down_blocks.{i}.downsamplers.0.", f"encoder.down.{i}.downsample."))
+        renames.append((f"decoder.up_blocks.{i}.upsamplers.0.", f"decoder.up.{last - i}.upsample."))
+    for half in ("encoder.", "decoder."):
+        renames += [(half + old, half + new) for old, new in VAE_MIDDLE]
+    named = {}
+    for key, value in weights.items():
+        convolution = ".attentions." in key and key.endswith(".weight") and value.ndim == 2
+        named[_with(_begun(key, renames), [("conv_shortcut.", "nin_shortcut.")])] = (
+            value[:, :, None, None] if convolution else value
+        )
+    return named
+
+
+def clip_weights(weights: Mapping[str, Tensor]) -> Weights:
+    """transformers' names before release 5, which had one level more."""
+    named = {}
+    for key, value in weights.items():
+        named[key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"] = value
+    return named
+
+
+def open_clip_weights(weights: Mapping[str, Tensor]) -> Weights:
+    """One input projection for query, key and value, and the final projection the other way round."""
+    named: Weights = {}
+    joint: dict[str, dict[str, Tensor]] = {}
+    for key, value in weights.items():
+        key = _begun(key.removeprefix("text_model."), OPEN_CLIP)
+        layer, part, rest = key.partition(".self_attn.")
+        if part and rest[:7] in ("q_proj.", "k_proj.", "v_proj."):
+            joint.setdefault(f"{layer}.attn.in_proj_{rest[7:]}", {})[rest[0]] = value
+        elif key == "text_projection.weight":
+            named["text_projection"] = value.T
+        else:
+            named[_with(key, OPEN_CLIP_LAYER)] = value
+    named |= {key: torch.cat([parts[letter] for letter in "qkv"]) for key, parts in joint.items()}
+    if "text_projection" not in named:  # readers take the width from it; SD 2.x does not use it
+        embedding = named["token_embedding.weight"]
+        named["text_projection"] = torch.eye(embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
+    return named
+
+
+TEXT: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Tensor]], Weights]]]] = {
+    "sd1": {"text_encoder": ("cond_stage_model.transformer.", clip_weights)},
+    "sd2": {"text_encoder": ("cond_stage_model.model.", open_clip_weights)},
+    "sdxl": {
+        "text_encoder": ("conditioner.embedders.0.transformer.", clip_weights),
+        "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_weights),
+    },
+}
+
+
+def _prefixed(prefix: str, weights: Weights) -> Weights:
+    return {prefix + key: value for key, value in weights.items()}
+
+
+def _begun(key: str, renames: Renames) -> str:
+    """`key` with another beginning; each name has at most one that fits."""
+    return next((new + key.removeprefix(old) for old, new in renames if key.startswith(old)), key)
+
+
+def _with(key: str, renames: Renames) -> str:
+    """`key` with another part in the middle."""
+    return next((key.replace(f".{old}", f".{new}") for old, new in renames if f".{old}" in key), key)

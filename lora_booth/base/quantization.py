@@ -1,0 +1,178 @@
+"""A base in 4 bits: the U-Net's linear layers as NF4 by bitsandbytes, made one tensor at a time while it is read.
+
+They compute in the base's precision from values that are rounded to 16 levels in blocks of 64. Convolutions, norms, the VAE
+and the text encoders stay as they are. An adapter that was trained on such a base fits the plain one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BaseModelError, MissingExtraError, SettingsError, first_line
+from .weight_files import LazyModule, put
+
+KINDS = ("nf4",)
+BLOCK = 64  # values that share a scale
+BLOCK_OF_SCALES = 256  # scales that share a scale of their own
+TABLES = (16 + 256) * 4  # bytes: what the 4 bits and the scales' 8 bits stand for, kept with every layer
+
+
+def check_kind(kind: str | None) -> None:
+    if kind is not None and kind not in KINDS:
+        raise SettingsError(f"quantize {kind!r} is out of range; allowed: {', '.join(KINDS)}")
+
+
+def check_quantization(kind: str, device: torch.device) -> None:
+    """Raises SettingsError or MissingExtraError when a U-Net cannot be kept so on this device."""
+    check_kind(kind)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f'quantize="{kind}"', "quant")
+    try:
+        packed, state = packed_and_state(torch.ones(BLOCK, BLOCK, device=device))
+        works = bool(torch.isfinite(whole(packed, state)).all())
+        reason = "its numbers are not finite"
+    except Exception as error:  # what a library without a kernel for the device raises is its own affair
+        works, reason = False, first_line(error)
+    if not works:
+        version = importlib.metadata.version("bitsandbytes")
+        raise SettingsError(
+            f'quantize="{kind}" does not work on {device} with bitsandbytes {version} ({reason}); load the base without it'
+        )
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """A linear layer of bitsandbytes in 4 bits: ours, or of a pipeline that the user has quantized."""
+    return type(layer).__name__ == "Linear4bit" and isinstance(layer, nn.Linear)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return any(map(is_packed, module.modules()))
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """(out, in) of a linear layer, also of a packed one; (out, in, height, width) of a convolution."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape)
+
+
+def weight_dtype(layer: nn.Module) -> torch.dtype:
+    """What the layer computes in."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_floating_point():
+        return weight.dtype
+    computed = getattr(layer, "compute_dtype", None)
+    return computed if isinstance(computed, torch.dtype) else torch.float32
+
+
+def refuse_quantized(module: nn.Module, name: str, what: str) -> None:
+    """Raises BaseModelError where sums and differences of weights are asked for and there are only rounded ones."""
+    if is_quantized(module):
+        raise BaseModelError(f"the U-Net of {name} is quantized, and {what} needs its weights; load it without quantize=")
+
+
+# --- packing -------------------------------------------------------------------------------------------------------
+
+
+def packed_and_state(weight: Tensor) -> tuple[Tensor, Any]:
+    """(out, in) -> two values a byte, and what gives them back (a QuantState); the scales are quantized as well."""
+    from bitsandbytes.functional import quantize_4bit  # type: ignore[import-not-found]
+
+    packed, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    return packed, state
+
+
+def whole(weight: Tensor, state: Any) -> Tensor:
+    """The inverse, but for rounding: (out, in) in the precision that was packed. Without a state `weight` itself."""
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    result: Tensor = dequantize_4bit(weight, state)
+    return result
+
+
+def quantize(unet: nn.Module, lazy: LazyModule | None, dtype: torch.dtype) -> None:
+    """Pack the linear layers of `unet`: now, or where it is still to be read, each tensor as it comes from its file."""
+    for name, layer in list(unet.named_modules()):
+        if type(layer) is nn.Linear:
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, packed_layer(layer, dtype))
+    if lazy is not None:
+        lazy.put = put_packed
+
+
+def packed_layer(layer: nn.Linear, dtype: torch.dtype) -> Any:
+    """In place of `layer`, whose weight is packed when it is there."""
+    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[import-not-found]
+
+    size = (layer.in_features, layer.out_features)
+    made = Linear4bit(*size, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta")
+    made.bias = layer.bias
+    made.train(layer.training)
+    # bitsandbytes lays the weights out anew for a CPU's pictures, in a form that has no gradient
+    made.support_avx512bf16_for_cpu = False
+    if layer.weight.is_meta:
+        made.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=made)
+    else:
+        pack_into(made, layer.weight.detach())
+    return made
+
+
+def pack_into(layer: Any, weight: Tensor) -> None:
+    from bitsandbytes.nn import Params4bit
+
+    packed, state = packed_and_state(weight)
+    layer.weight = Params4bit(
+        packed, requires_grad=False, quant_state=state, quant_type="nf4", module=layer, bnb_quantized=True
+    )
+    layer.quant_state = state
+
+
+def put_packed(module: nn.Module, key: str, value: Tensor) -> None:
+    """As `put`, but a linear layer's weight is packed."""
+    above, _, name = key.rpartition(".")
+    layer = module.get_submodule(above)
+    if name == "weight" and is_packed(layer):
+        pack_into(layer, value)
+    else:
+        put(module, key, value)
+
+
+# --- how large -----------------------------------------------------------------------------------------------------
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, and the scales of packed layers."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for layer in module.modules():
+        state = getattr(layer, "quant_state", None) if is_packed(layer) else None
+        if state is not None:
+            inner = state.state2
+            parts = (state.absmax, state.code, state.offset, *((inner.absmax, inner.code) if inner is not None else ()))
+            yield from (part for part in parts if isinstance(part, Tensor))
+
+
+def packed_bytes(layer: nn.Linear) -> int:
+    """What a layer's weight takes when it is packed, with its scales."""
+    count = layer.in_features * layer.out_features
+    blocks = -(-count // BLOCK)
+    return -(-count // 2) + blocks + 4 * -(-blocks // BLOCK_OF_SCALES) + 4 + TABLES
+
+
+def quantized_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights if its linear layers were packed; it may be on the "meta" device."""
+    linear = [layer for layer in module.modules() if type(layer) is nn.Linear]
+    full = sum(layer.weight.nbytes for layer in linear)
+    everything = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return everything - full + sum(map(packed_bytes, linear))

@@ -1,0 +1,186 @@
+"""What words on the command line mean: files with weights, seeds, bases."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import SettingsError
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
+    from ..base.base_model import BaseModel
+    from ..pictures.composition import Composition
+
+Prompt = Annotated[str | None, typer.Option(help="what to draw; the adapter's token belongs in it")]
+Prompts = Annotated[Path | None, typer.Option(help="instead: a text file of prompts, one a line, # before a remark")]
+PromptSet = Annotated[str | None, typer.Option(help="instead: object or live, the 25 prompts of the DreamBooth paper")]
+Contexts = Annotated[
+    list[str] | None, typer.Option(help="what {context} in a prompt stands for, as 'in the snow'; once for each")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help="sum, svd, ssr, switch, composite or regions [regions, given or found, of several subjects; else sum]"),
+]
+Places = Annotated[
+    list[str] | None,
+    typer.Option(help="place of an adapter, as NAME:x0,y0,x1,y1 or NAME:x0,y0,x1,y1:PROMPT; NAME of its file; once for each"),
+]
+AutoRegions = Annotated[bool, typer.Option(help="find the place of each adapter that the prompt names")]
+Quantize = Annotated[str | None, typer.Option(help="nf4: the U-Net in 4 bits (bitsandbytes): less memory, other numbers")]
+Isolate = Annotated[str, typer.Option(help="of regions: noise (a pass for each) or delta (about one pass)")]
+
+
+def load_base(source: str, *, exact: bool = False, quantize: str | None = None) -> BaseModel:
+    """exact: in fp32 on the CPU, for sums and differences of weights"""
+    import torch
+
+    from ..base.base_model import BaseModel
+
+    if exact:
+        return BaseModel.load(source, dtype=torch.float32, device="cpu")
+    return BaseModel.load(source, quantize=quantize)  # type: ignore[arg-type]  # checked by it
+
+
+def check_layout(layout: str) -> None:
+    if layout not in ("kohya", "peft"):
+        raise SettingsError(f"layout {layout!r} is unknown; allowed: kohya, peft")
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in ("fp16", "bf16", "fp32"):
+        raise SettingsError(f"dtype {dtype!r} is unknown; allowed: fp16, bf16, fp32")
+
+
+def check_adapter_file(out: Path) -> None:
+    """Before the work, not after it."""
+    if out.suffix.lower() != ".safetensors":
+        raise SettingsError(f"{out}: adapters are written as .safetensors; give --out {out.name}.safetensors")
+    if out.is_dir():
+        raise SettingsError(f"{out}: is a folder; give --out the name of a file")
+
+
+def file_and_weight(text: str) -> tuple[Path, float | None]:
+    """ "ink.safetensors:0.6" -> path and weight; without a weight None, for the one that the adapter's card suggests."""
+    path, colon, weight = text.rpartition(":")
+    drive = len(path) == 1 and weight[:1] in ("\\", "/")  # C:\ink.safetensors
+    if not colon or drive or Path(text).exists():
+        return Path(text), None
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not path or not math.isfinite(number):
+        raise SettingsError(f"{text}: {weight!r} is no weight; write FILE:0.6")
+    return Path(path), number
+
+
+def weighted(texts: list[str]) -> list[tuple[Adapter, float]]:
+    """The adapters of such words, with their weights."""
+    from ..adapters.adapter import Adapter
+
+    files = [file_and_weight(text) for text in texts]
+    loaded = [(Adapter.load(path), weight) for path, weight in files]
+    return [(adapter, adapter.card.weight if weight is None else weight) for adapter, weight in loaded]
+
+
+def prompts_asked_for(prompt: str | None, file: Path | None, prompt_set: str | None) -> Sequence[str]:
+    """The one prompt, those of the file, or a known set; their placeholders are not filled yet."""
+    from ..pictures.prompts import PROMPT_SETS, read_prompts
+
+    if sum(given is not None for given in (prompt, file, prompt_set)) != 1:
+        raise SettingsError("what shall be drawn? give one of --prompt TEXT, --prompts FILE and --prompt-set object or live")
+    if prompt_set is not None:
+        if prompt_set not in PROMPT_SETS:
+            raise SettingsError(f"prompt set {prompt_set!r} is unknown; allowed: {', '.join(PROMPT_SETS)}")
+        return PROMPT_SETS[prompt_set]
+    return [prompt] if prompt is not None else read_prompts(file or "")
+
+
+def by_file(texts: list[str]) -> list[tuple[str, tuple[Adapter, float]]]:
+    """The same, each with its file's name, by which a region calls it."""
+    return list(zip([file_and_weight(text)[0].stem for text in texts], weighted(texts), strict=True))
+
+
+def composition_of(
+    adapters: Sequence[tuple[str, tuple[Adapter, float]]],
+    base: str,
+    *,
+    method: str | None,
+    region: Sequence[str] | None = None,
+    auto_regions: bool = False,
+    isolate: str = "noise",
+    quantize: str | None = None,
+) -> Composition:
+    """The composition of a command line; the base is loaded when all else is checked."""
+    from ..pictures.composition import Composition
+    from ..pictures.regions import Region
+
+    if region and auto_regions:
+        raise SettingsError("--region and --auto-regions exclude each other; give one of them")
+    names = [name for name, _ in adapters]
+    if region and len(set(names)) < len(names):
+        raise SettingsError("two of the adapter files have one name; rename one, so that regions can tell them apart")
+    places: dict[str, Region] = {}
+    for text in region or []:
+        name, box, words = region_words(text)
+        if name not in names:
+            raise SettingsError(f"region {text!r}: no adapter {name!r}; given: {', '.join(names)}")
+        adapter, weight = dict(adapters)[name]
+        places[name] = Region(adapter, box=box, prompt=words, weight=weight)
+    return Composition(
+        load_base(base, quantize=quantize),
+        [item for name, item in adapters if name not in places],
+        method=method,  # type: ignore[arg-type]  # checked by Composition
+        regions="auto" if auto_regions else list(places.values()),
+        isolate=isolate,  # type: ignore[arg-type]
+    )
+
+
+def calibrating(done: int, total: int) -> None:
+    print(f"calibration draw {done}/{total}", file=sys.stderr, flush=True)
+
+
+MOST_SEEDS = 10_000
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-3" or "1,5,8" -> seeds, each once."""
+    seeds: dict[int, None] = {}
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            span = range(int(first), int(last) + 1) if dash else range(int(first), int(first) + 1)
+            if not 0 < len(span) <= MOST_SEEDS or len(seeds) + len(span) > MOST_SEEDS:
+                raise SettingsError(f"seeds {text!r} are {len(span)} pictures; allowed: 1 to {MOST_SEEDS}, as 0-3")
+            seeds.update(dict.fromkeys(span))
+    except (ValueError, OverflowError):
+        raise SettingsError(f"seeds {text!r}; write them as 0-3 or 1,5,8") from None
+    return list(seeds)
+
+
+def parse_weights(text: str) -> list[float]:
+    """ "0,0.4,1" -> factors."""
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(math.isfinite(weight) for weight in weights):
+        raise SettingsError(f"weights {text!r}; write them as 0,0.4,0.8,1")
+    return weights
+
+
+def region_words(text: str) -> tuple[str, tuple[float, float, float, float], str | None]:
+    """ "rex:0,0,0.5,1:a dog" -> name, box, prompt; without a prompt None."""
+    name, _, rest = text.partition(":")
+    numbers, colon, prompt = rest.partition(":")
+    try:
+        x0, y0, x1, y1 = (float(number) for number in numbers.split(","))
+    except ValueError:
+        raise SettingsError(f"region {text!r}; write it as NAME:0,0,0.5,1 or NAME:0,0,0.5,1:PROMPT") from None
+    return name, (x0, y0, x1, y1), prompt.strip('"') if colon else None

@@ -1,0 +1,202 @@
+"""Which kernel computes the U-Net's attention: the fastest one here, found by a short measurement that is remembered.
+
+Fused attention (sdpa) keeps no matrix of scores. On a CPU in bf16 its gradient is slow, and plain attention is two to seven
+times faster on small pictures; it keeps all scores, so it is never chosen where these would be large.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base.base_model import BaseModel
+from ..cache import cache_folder, key_of
+from ..errors import MissingExtraError, SettingsError
+
+PROCESSORS = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor", "xformers": "XFormersAttnProcessor"}  # of diffusers
+MOST_SCORES = 2**28  # bytes that plain attention may keep for the backward pass
+FEWEST_SCORES = 2**20  # multiply-adds of one head's widest layer's scores, below which no kernel is worth a measurement
+CLEARLY = 1.2  # times faster than sdpa must be what replaces it: noise decides nothing
+
+Shape = tuple[int, int, int, int]  # heads, query tokens, key tokens, channels of a head
+
+
+def check_attention(base: BaseModel, name: str) -> None:
+    """Raises MissingExtraError or SettingsError when this kernel cannot be had here."""
+    if name != "xformers":
+        return
+    if importlib.util.find_spec("xformers") is None:
+        raise MissingExtraError('attention="xformers"', "xformers")
+    if base.device.type != "cuda":
+        raise SettingsError(f'attention="xformers" needs a CUDA GPU and the base is on {base.device}; use attention="auto"')
+
+
+def kernel_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
+    """What a stock layer of diffusers computes its attention with; None: something of its own."""
+    kind = type(layer.processor).__name__
+    if kind == PROCESSORS["plain"] and (layer.upcast_attention or layer.upcast_softmax):
+        return None
+    return next((KERNELS[name] for name, processor in PROCESSORS.items() if kind == processor), None)
+
+
+@contextmanager
+def attention_kernel(unet: Any, name: str) -> Iterator[list[str]]:
+    """Meanwhile the stock layers use this kernel; yields the processors of the user's own, which stay as they are."""
+    from diffusers.models import attention_processor
+
+    before = unet.attn_processors
+    kinds = {name: getattr(attention_processor, kind) for name, kind in PROCESSORS.items()}
+    stock, kind = tuple(kinds.values()), kinds[name]
+    own = sorted({type(processor).__name__ for processor in before.values() if type(processor) not in stock})
+    changed = {path: kind() if type(p) in stock and type(p) is not kind else p for path, p in before.items()}
+    if all(changed[path] is processor for path, processor in before.items()):
+        yield own
+        return
+    unet.set_attn_processor(changed)
+    try:
+        yield own
+    finally:
+        unet.set_attn_processor(dict(before))
+
+
+def attention_shapes(base: BaseModel, resolution: int) -> Counter[Shape]:
+    """What the stock U-Net's attention computes for one picture (pixels): shape -> how many layers."""
+    unet = base.shell.unet
+    side, levels = resolution // base.pixels_per_latent, len(unet.config.block_out_channels)
+    found: Counter[Shape] = Counter()
+    for path, layer in unet.named_modules():
+        if not hasattr(layer, "to_q") or not hasattr(layer, "heads"):
+            continue
+        part, number = (*path.split("."), "0")[:2]
+        halvings = {"down_blocks": int(number) if number.isdigit() else 0, "mid_block": levels - 1}.get(part)
+        if halvings is None:
+            halvings = levels - 1 - int(number)  # up_blocks
+        queries = math.ceil(side / 2**halvings) ** 2
+        keys = base.tokenizer.model_max_length if layer.is_cross_attention else queries
+        found[layer.heads, queries, keys, layer.inner_dim // layer.heads] += 1
+    return found
+
+
+def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int, device: torch.device | None = None) -> list[str]:
+    """Kernels that may be the fastest on the device (None: the base's); sdpa first."""
+    found, kind = ["sdpa"], (device or base.device).type
+    scores = sum(heads * queries * keys * count for (heads, queries, keys, _), count in shapes.items()) * pictures
+    if kind == "cpu" and scores * base.dtype.itemsize <= MOST_SCORES:
+        found.append("plain")
+    if kind == "cuda" and base.dtype != torch.float32 and importlib.util.find_spec("xformers") is not None:
+        found.append("xformers")
+    return found
+
+
+def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device: torch.device | None = None) -> str:
+    """The kernel for so many pictures (pixels) in one forward pass: measured once on a device, then read from the cache.
+
+    device: where a base without weights shall be; None: the base's own
+    """
+    device = base.device if device is None else device
+    shapes = attention_shapes(base, resolution)
+    names = candidates(base, shapes, pictures, device)
+    widest = max((queries * keys * width for _, queries, keys, width in shapes), default=0)
+    if len(names) == 1 or widest * pictures < FEWEST_SCORES:
+        return "sdpa"
+    key = key_of(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        dtype=str(base.dtype),
+        shapes=sorted(shapes.items()),
+        pictures=pictures,
+        kernels=names,
+    )
+    path = cache_folder() / "attention" / f"{key[:24]}.json"
+    try:
+        seconds = json.loads(path.read_text(encoding="utf-8"))
+        if set(seconds) != set(names):
+            raise ValueError(path)
+    except (OSError, ValueError, TypeError):
+        seconds = {name: seconds_of(name, shapes, pictures, base.dtype, device) for name in names}
+        remember(path, seconds)
+    best = min(names, key=lambda name: seconds[name])
+    return best if seconds[best] * CLEARLY <= seconds["sdpa"] else "sdpa"
+
+
+def remember(path: Any, seconds: dict[str, float]) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(seconds), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # measured anew the next time
+
+
+def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Forward and backward pass of all layers; infinite when the kernel does not take them."""
+    total = 0.0
+    for (heads, queries, keys, width), count in shapes.items():
+        sizes = ((pictures, tokens, heads * width) for tokens in (queries, keys, keys))
+        q, k, v = (torch.randn(*size, device=device).to(dtype).requires_grad_() for size in sizes)
+        try:
+            total += count * seconds_for(lambda: KERNELS[name](q, k, v, heads), device)  # noqa: B023  # called at once
+        except (RuntimeError, NotImplementedError, ValueError):
+            return math.inf
+    return total
+
+
+def seconds_for(kernel: Callable[[], Tensor], device: torch.device, *, times: int = 4) -> float:
+    """The shortest of some; the first is not counted."""
+    best = math.inf
+    for i in range(times + 1):
+        began = now(device)
+        result = kernel()
+        result.backward(torch.ones_like(result))  # type: ignore[no-untyped-call]
+        if i:
+            best = min(best, now(device) - began)
+    return best
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# --- as diffusers' processors compute it: (N, tokens, heads x width) each -> (N, query tokens, heads x width)
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """(N, tokens, heads x width) -> (N, heads, tokens, width)"""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (split(x, heads) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (split(x, heads).flatten(0, 1) for x in (q, k, v))
+    scores = torch.bmm(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5
+    return torch.bmm(scores.softmax(dim=-1), v).view(-1, heads, *q.shape[1:]).transpose(1, 2).flatten(2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+
+    q, k, v = (split(x, heads).flatten(0, 1).contiguous() for x in (q, k, v))
+    result: Tensor = memory_efficient_attention(q, k, v)
+    return result.view(-1, heads, *q.shape[1:]).transpose(1, 2).flatten(2)
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {"sdpa": sdpa, "plain": plain, "xformers": xformers}

@@ -1,0 +1,173 @@
+"""Forward and backward pass recorded once and played again: a CUDA graph, handed to the GPU as a whole; on a CPU a `Tape`.
+
+Shapes are the same in every step, so a step's inputs are copied into buffers that stay, and the recorded kernels are
+played again. What cannot be recorded is computed in the usual way, and the reason is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.base_model import BaseModel
+from ..config import LoraSpec, TrainingConfig
+from ..errors import SettingsError, first_line
+from .tape import CannotRecord, Tape
+
+WARM_UPS = 3  # passes before a recording, in which cuDNN, cuBLAS and autograd make what they make only once
+WORTH_A_TAPE = 50  # updates: one takes up to three to make, and gains 8 to 22 % of each
+
+
+def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | None:
+    """Why the step cannot be recorded; None: it can."""
+    if base.device.type not in ("cuda", "cpu"):
+        return f"the base is on {base.device.type}"
+    if lora.text_encoder:
+        return "text encoders are trained: their tokenizer works on the host"
+    if lora.dropout:
+        return "dropout draws from a generator that is seeded anew for every step"
+    if config.compile:
+        return "compile=True"
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, kind) for module in base.unet.modules() for kind in kinds):
+        return "the U-Net has hooks, which would be called once only"
+    return None
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors of a tree of dataclasses, in a fixed order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        return [tensor for field in fields(value) for tensor in tensors_of(getattr(value, field.name))]
+    return []
+
+
+def copied(value: Any) -> Any:
+    """The tree with every tensor copied."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: copied(getattr(value, field.name)) for field in fields(value)})
+    return value
+
+
+def layout_of(value: Any, *, apart: Sequence[str] = ("prompts",)) -> Any:
+    """What a recording depends on: sizes, precisions and plain values, but for the words."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if is_dataclass(value):
+        return tuple(layout_of(getattr(value, field.name)) for field in fields(value) if field.name not in apart)
+    return value
+
+
+@dataclass
+class Recording:
+    inputs: Any  # the buffers that it reads
+    start: Callable[[], Tensor]  # returns the loss
+
+    def play(self, inputs: Any) -> Tensor:
+        fill(self.inputs, inputs)
+        return self.start()
+
+
+def fill(buffers: Any, inputs: Any) -> None:
+    torch._foreach_copy_(tensors_of(buffers), tensors_of(inputs), non_blocking=True)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+class StepGraph:
+    """Calls `work(inputs)`, which adds to `gradient` and returns a loss (); recorded where that is possible.
+
+    inputs  a dataclass of tensors; for each new layout there is one recording
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Any], Tensor],
+        gradient: Tensor,
+        *,
+        reason: str | None,
+        wanted: str = "auto",
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        if wanted == "on" and reason is not None:
+            raise SettingsError(f'capture="on" is not possible: {reason}; use capture="auto"')
+        self.work, self.gradient, self.say = work, gradient, say
+        self.on = wanted != "off" and reason is None
+        self._recordings: dict[Any, Recording] = {}
+        self._begun: set[Any] = set()
+        self._pool: Any = None
+
+    def __call__(self, inputs: Any) -> Tensor:
+        if not self.on:
+            return self.work(inputs)
+        layout = layout_of(inputs)
+        if layout not in self._begun:  # the first pass is looked at: by the check of the gradients
+            self._begun.add(layout)
+            return self.work(inputs)
+        if layout not in self._recordings:
+            try:
+                record = self._graph_of if self.gradient.is_cuda else self._tape_of
+                self._recordings[layout] = record(copied(inputs))
+            except RuntimeError as error:
+                reason = first_line(error)
+                self.close()
+                self.say(f"the step is not recorded ({reason}); going on without")
+                return self.work(inputs)
+        return self._recordings[layout].play(inputs)
+
+    def _tape_of(self, buffers: Any) -> Recording:
+        kept = self.gradient.clone()
+        try:
+            with Tape() as tape:
+                loss = self.work(buffers)
+            start, gradient = tape.player(loss), self.gradient.clone()
+            self.gradient.copy_(kept)
+            if not (same_bits(start(), loss) and same_bits(self.gradient, gradient)):
+                raise CannotRecord("played again it gives other numbers")
+            return Recording(buffers, start)
+        finally:
+            self.gradient.copy_(kept)
+
+    def _graph_of(self, buffers: Any) -> Recording:
+        kept = self.gradient.clone()
+        torch.cuda.empty_cache()  # what the step before has left lies where the warm-up does not look
+        try:
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self.work(buffers)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):  # whose workspaces for products are there
+                loss = self.work(buffers)
+            self._pool = graph.pool()
+
+            def start() -> Tensor:
+                graph.replay()
+                return loss.clone()
+
+            return Recording(buffers, start)
+        finally:
+            self.gradient.copy_(kept)
+
+    def forget(self) -> None:
+        """The gradients or the way of computing have changed: record anew."""
+        self._recordings, self._begun, self._pool = {}, set(), None
+
+    def close(self) -> None:
+        """Give the memory back."""
+        had = bool(self._recordings)
+        self.forget()
+        self.on = False
+        if had and self.gradient.is_cuda:
+            torch.cuda.empty_cache()

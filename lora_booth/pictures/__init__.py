@@ -1,0 +1,1 @@
+"""Pictures: Composition, prompts, grids, gallery, recipes."""

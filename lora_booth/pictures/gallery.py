@@ -1,0 +1,146 @@
+"""Pictures with what made them, as a page to look through or a sheet to look at."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from ..base.ai_mark import AI_MARK
+from ..errors import SettingsError
+from ..photos.sheet import contact_sheet
+from .picture import Picture
+from .reproduction import command_of, number, python_of
+
+SHEET_SIDE = 256  # pixels of a picture on a sheet, at most
+THUMBNAIL = 384  # pixels of a picture on the page, at most
+THUMBNAIL_QUALITY, FULL_QUALITY = 78, 92  # WebP
+SMALL = 128  # pixels: pictures up to this are kept exactly
+
+
+class Gallery:
+    """Pictures with what made them. `save` writes by the path's ending: .html, .png, .jpg or .webp."""
+
+    def __init__(self, pictures: Sequence[Picture], *, title: str = "lora_booth") -> None:
+        if not pictures:
+            raise SettingsError("a gallery without pictures; generate some first")
+        self.pictures, self.title = list(pictures), title
+
+    def __repr__(self) -> str:
+        return f"Gallery({self.title!r}: {len(self.pictures)} pictures)"
+
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        if path.suffix.lower() in (".html", ".htm"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.html(), encoding="utf-8", newline="\n", errors="replace")
+            return path
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise SettingsError(f"{path}: a gallery is saved as .html, .png, .jpg or .webp")
+        return self.sheet(path)
+
+    def sheet(self, path: Path, *, columns: int = 4) -> Path:
+        """A contact sheet with seed and prompt under each picture; a long prompt is cut at three lines."""
+        labels = [f"seed {p.seed}: {p.prompt}" for p in self.pictures]
+        images = [p.image for p in self.pictures]
+        grid = contact_sheet(
+            images, labels=labels, columns=min(columns, len(images)), side=max(128, min(SHEET_SIDE, images[0].width))
+        )
+        return Picture(grid, self.title, 0).save(path)
+
+    def html(self) -> str:
+        """One page that needs nothing else and may ask for nothing else; every text is escaped.
+
+        It holds a thumbnail of each picture and the picture in full, as WebP. Without JavaScript it is the same pictures with
+        what made them under each.
+        """
+        adapters = list(dict.fromkeys(name for picture in self.pictures for name, _ in picture.adapters))
+        bases = {picture.base for picture in self.pictures}
+        style, script = part("page.css"), part("page.js")
+        page = Environment(autoescape=True, undefined=StrictUndefined).from_string(part("page.html"))
+        return page.render(
+            title=self.title,
+            style=Markup(style),  # our own files: nothing of the pictures is in them
+            script=Markup(script),
+            hash=source_hash,
+            pixelated=max(p.image.width for p in self.pictures) <= SMALL,
+            adapters=adapters,
+            entries=[entry(i, picture, adapters, bases) for i, picture in enumerate(self.pictures, 1)],
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture as the page shows it."""
+
+    picture: Picture
+    file: str  # the name under which a browser saves it
+    full: str  # data URLs
+    thumbnail: str
+    width: int  # of the thumbnail
+    height: int
+    adapters: tuple[int, ...]  # places in the page's list
+    summary: str
+    facts: tuple[tuple[str, str], ...]
+    command: str | None
+    python: str | None
+
+
+def entry(index: int, picture: Picture, adapters: Sequence[str], bases: Collection[str]) -> Entry:
+    small = picture.image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    worn = ", ".join(f"{name} {number(weight)}" for name, weight in picture.adapters)
+    return Entry(
+        picture=picture,
+        file=f"picture-{index:03d}-seed-{picture.seed}.webp",
+        full=data_url(picture.image, FULL_QUALITY),
+        thumbnail=data_url(small, THUMBNAIL_QUALITY),
+        width=small.width,
+        height=small.height,
+        adapters=tuple(adapters.index(name) for name, _ in picture.adapters),
+        summary=" · ".join(filter(None, (f"seed {picture.seed}", worn, picture.base if len(bases) > 1 else ""))),
+        facts=tuple(facts_of(picture, worn)),
+        command=command_of(picture),
+        python=python_of(picture),
+    )
+
+
+def facts_of(picture: Picture, worn: str) -> Iterator[tuple[str, str]]:
+    yield "seed", str(picture.seed)
+    if worn:
+        yield "adapters", worn
+    if picture.negative_prompt:
+        yield "negative", picture.negative_prompt
+    if picture.base:
+        yield "base", picture.base
+    if picture.steps:
+        yield "steps", str(picture.steps)
+        yield "guidance", number(picture.guidance)
+    yield "size", f"{picture.image.width} x {picture.image.height}"
+    if picture.making is not None and picture.making.method != "sum":
+        yield "method", picture.making.method
+    if picture.making is not None and picture.making.beyond is not None:
+        yield "note", f"made with {picture.making.beyond}, which only a recipe keeps"
+
+
+def data_url(image: Image.Image, quality: int) -> str:
+    content = io.BytesIO()
+    image.save(content, format="WEBP", quality=quality, lossless=image.width <= SMALL, xmp=AI_MARK.encode())
+    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def part(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def source_hash(text: str) -> str:
+    """How a content security policy names a style or script that it lets through."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,213 @@
+"""Grids: one prompt or several by weights and seeds, on one labelled sheet; strips without and with an adapter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..adapters.adapter import Adapter
+from ..base.base_model import BaseModel
+from ..config import check
+from ..errors import CompositionWarning, SettingsError, shown
+from ..photos.sheet import wrapped_lines
+from .composition import Composition, Method, Weighted, weighted
+from .gallery import Gallery
+from .picture import Picture
+from .weights import Weight
+
+MOST = 1_000  # pictures
+SHEET_PIXELS = 80e6  # of a sheet, about
+SIDE = (128, 512)  # of a picture on it
+GAP, FONT, ROW_LABEL = 8, 14, 150  # pixels
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pictures by row and column. `save` writes by the path's ending: a sheet (.png, .jpg, .webp) or a page (.html)."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[tuple[Picture | None, ...], ...]  # cells[row][column]; None: not drawn (yet)
+    title: str = ""
+
+    def __repr__(self) -> str:
+        return f"Grid({self.title!r}: {len(self.pictures)} of {self.total} pictures)"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows."""
+        return self.sheet()._repr_png_()
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """What is drawn, row by row."""
+        return [picture for picture in chain(*self.cells) if picture is not None]
+
+    @property
+    def total(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    def transposed(self) -> Grid:
+        return Grid(self.columns, self.rows, tuple(zip(*self.cells, strict=True)), self.title)
+
+    def sheet(self, *, side: int | None = None) -> Image.Image:
+        """All pictures with a label for each row and column; a cell that is not drawn stays grey. side: in pixels"""
+        drawn = self.pictures
+        if side is None:
+            width = max((picture.image.width for picture in drawn), default=SIDE[0])
+            side = min(SIDE[1], max(SIDE[0], width), math.isqrt(int(SHEET_PIXELS / self.total)))
+        font, line = ImageFont.load_default(FONT), FONT + 4
+        top = wrapped_lines(shown(self.title), font, ROW_LABEL + len(self.columns) * (side + GAP)) if self.title else []
+        heads = [wrapped_lines(shown(text), font, side) for text in self.columns]
+        above = GAP + (len(top) * line + GAP if top else 0) + max(map(len, heads)) * line + GAP // 2
+        size = (ROW_LABEL + GAP + len(self.columns) * (side + GAP), above + len(self.rows) * (side + GAP))
+        sheet = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(sheet)
+
+        def write(x: int, y: int, lines: Sequence[str]) -> None:
+            for i, text in enumerate(lines):
+                draw.text((x, y + i * line), text, fill=(30, 30, 30), font=font)
+
+        write(GAP, GAP, top)
+        for column, head in enumerate(heads):
+            write(ROW_LABEL + column * (side + GAP), above - GAP // 2 - len(head) * line, head)
+        for row, (label, pictures) in enumerate(zip(self.rows, self.cells, strict=True)):
+            y = above + row * (side + GAP)
+            lines = wrapped_lines(shown(label), font, ROW_LABEL - 2 * GAP, most=max(1, side // line))
+            write(GAP, y + (side - len(lines) * line) // 2, lines)
+            for column, picture in enumerate(pictures):
+                x = ROW_LABEL + column * (side + GAP)
+                if picture is None:
+                    draw.rectangle((x, y, x + side - 1, y + side - 1), fill=(232, 232, 232))
+                    continue
+                scale = side / max(picture.image.size)
+                fitted = (max(1, round(picture.image.width * scale)), max(1, round(picture.image.height * scale)))
+                small = picture.image.convert("RGB").resize(fitted, Image.Resampling.LANCZOS, reducing_gap=2.0)
+                sheet.paste(small, (x + (side - fitted[0]) // 2, y + (side - fitted[1]) // 2))
+        return sheet
+
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        if path.suffix.lower() in (".html", ".htm"):
+            return Gallery(self.pictures, title=self.title or "grid").save(path)
+        return Picture(self.sheet(), self.title, 0).save(path)
+
+
+def check_output(path: Path) -> None:
+    """Before the work, not after it."""
+    if path.suffix.lower() not in (".html", ".htm", ".png", ".jpg", ".jpeg", ".webp"):
+        raise SettingsError(f"{path}: a grid is saved as .html, .png, .jpg or .webp")
+
+
+def grid(base: BaseModel | Any, adapters: Weighted | Sequence[Weighted], prompt: str | Sequence[str], **settings: Any) -> Grid:
+    """Every prompt and seed (rows) at every weight (columns); settings as of `grid_steps`."""
+    for made in grid_steps(base, adapters, prompt, **settings):
+        whole = made
+    return whole
+
+
+def grid_steps(
+    base: BaseModel | Any,
+    adapters: Weighted | Sequence[Weighted],
+    prompt: str | Sequence[str],
+    *,
+    weights: Sequence[float] = (0, 0.4, 0.8, 1),
+    seeds: Sequence[int] = range(4),
+    method: Method | None = None,
+    negative_prompt: str | None = None,
+    steps: int = 25,
+    guidance: float = 5.0,
+    size: int | None = None,
+    batch_size: int = 1,
+) -> Iterator[Grid]:
+    """Yield the grid so far, after every `batch_size` pictures, so stopping early loses nothing.
+
+    weights  factors on the weight of each adapter; 0 is the base alone
+    others   as of `Composition` and its `generate`
+    """
+    prompts, everyone = [prompt] if isinstance(prompt, str) else list(prompt), several(adapters)
+    asked = [(text, seed) for text in prompts for seed in seeds]
+    for factor in weights:
+        check(math.isfinite(factor), f"weight {factor}", "any finite number; 0 to 1 is usual")
+    total = len(asked) * len(weights)
+    check(1 <= total <= MOST, f"a grid of {total} pictures", f"1 to {MOST}; at least one prompt, seed and weight")
+    check(batch_size >= 1, f"batch_size {batch_size}", "at least 1")
+    columns = tuple(weight_label(everyone, factor) for factor in weights)
+    cells: list[list[Picture | None]] = [[None] * len(columns) for _ in asked]
+    rows, title = labels_of(prompts, seeds)
+    heard = False
+    for column, factor in enumerate(weights):
+        studio = Composition(base, [(a, replace(w, value=w.value * factor)) for a, w in everyone], method=method)
+        for start, text, part in batches(prompts, seeds, batch_size):
+            with warnings.catch_warnings():
+                if heard:  # the same adapters give the same warning for every picture
+                    warnings.simplefilter("ignore", CompositionWarning)
+                made = studio.generate(
+                    text,
+                    seeds=part,
+                    negative_prompt=negative_prompt,
+                    steps=steps,
+                    guidance=guidance,
+                    size=size,
+                    batch_size=batch_size,
+                )
+            heard = heard or factor != 0
+            for row, picture in enumerate(made, start):
+                cells[row][column] = picture
+            yield Grid(rows, columns, tuple(map(tuple, cells)), title)
+
+
+def before_after(
+    base: BaseModel | Any,
+    adapters: Weighted | Sequence[Weighted],
+    prompt: str | Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    **settings: Any,
+) -> Grid:
+    """Two rows: the base alone, and the same prompts and seeds with the adapters; settings as of `grid_steps`."""
+    return before_after_of(grid(base, adapters, prompt, weights=(0, 1), seeds=seeds, **settings))
+
+
+def before_after_of(made: Grid) -> Grid:
+    """A grid of the weights 0 and 1 as a strip."""
+    return replace(made.transposed(), rows=("without", "with"))
+
+
+def several(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, Weight]]:
+    """One adapter, one with its weight, or a sequence of such."""
+    if isinstance(adapters, Adapter):
+        return [weighted(adapters)]
+    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], int | float | Weight):
+        return [weighted(adapters)]  # type: ignore[arg-type]
+    if not adapters:
+        raise SettingsError("a grid without adapters; give at least one")
+    return [weighted(item) for item in adapters]  # type: ignore[arg-type]
+
+
+def weight_label(everyone: Sequence[tuple[Adapter, Weight]], factor: float) -> str:
+    if len(everyone) == 1:
+        return f"weight {everyone[0][1].value * factor:.3g}"
+    return f"weights x {factor:.3g}"
+
+
+def labels_of(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...], str]:
+    """Of the rows, and what all have in common."""
+    if len(prompts) == 1:
+        return tuple(f"seed {seed}" for seed in seeds), prompts[0]
+    if len(seeds) == 1:
+        return tuple(prompts), f"seed {seeds[0]}"
+    return tuple(f"{text}, seed {seed}" for text in prompts for seed in seeds), ""
+
+
+def batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator[tuple[int, str, list[int]]]:
+    """Row of the first picture, prompt, seeds."""
+    for i, text in enumerate(prompts):
+        for first in range(0, len(seeds), size):
+            yield i * len(seeds) + first, text, list(seeds[first : first + size])

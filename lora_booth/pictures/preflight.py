@@ -1,0 +1,119 @@
+"""What a composition will do, said before its first step: whose words clash, what it costs, what would serve better."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import combinations
+
+from ..adapters.adapter import Adapter
+from ..adapters.tools.difference import Difference, difference
+from ..base.base_model import BaseModel
+from ..errors import AdapterBaseMismatch, OtherBaseWarning
+from ..injection import placements
+from .subjects import find_phrase, phrase_of
+from .weights import Weight
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two of the adapters, by name, and what they have in common."""
+
+    first: str
+    second: str
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The report of `Composition.preflight`; `str()` gives it as lines.
+
+    passes      rows that the U-Net computes for each of a plain picture's
+    seconds     for one picture, from a trial of a few steps; None: not tried
+    peak_bytes  of memory on the GPU in the trial; None: not tried, or no GPU
+    loss        what methods that make one adapter lose, in words; of "ssr" after a trial
+    """
+
+    method: str
+    passes: int
+    adapter_bytes: int
+    overlaps: tuple[Overlap, ...]
+    warnings: tuple[str, ...]
+    recommended: str
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    loss: str | None = None
+
+    def __str__(self) -> str:
+        cost = f"{self.passes} pass{'es' if self.passes > 1 else ''} a step"
+        if self.seconds is not None:
+            cost += f", about {self.seconds:.1f} s a picture"
+        if self.peak_bytes is not None:
+            cost += f", {self.peak_bytes / 1e9:.1f} GB on the GPU"
+        lines = [f"method {self.method}: {cost}; adapters {self.adapter_bytes / 1e6:.1f} MB"]
+        lines += [self.loss] if self.loss else []
+        lines += [f"{o.first} and {o.second}: {o.difference}" for o in self.overlaps]
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join([*lines, f"recommended: {self.recommended}"])
+
+
+def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
+    """Those with a token and a class: a style has neither."""
+    return [adapter for adapter, weight in adapters if adapter.card.token and weight.value]
+
+
+def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str) -> list[str]:
+    """What speaks against this composition, one line each."""
+    subjects = subjects_of(adapters)
+    found = []
+    for a, b in combinations(subjects, 2):
+        if a.card.token == b.card.token:
+            found.append(
+                f"two adapters share the token {a.card.token!r}: the prompt cannot tell them apart; "
+                "give each its region and prompt, or train one again with another token"
+            )
+        elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
+            found.append(
+                f"{phrase_of(a)!r} and {phrase_of(b)!r} are both a {a.card.class_noun}: they will blend; "
+                'use regions with isolate="noise"'
+            )
+    if len(subjects) > 1 and method in ("sum", "svd", "ssr"):
+        found.append(f"method {method} of {len(subjects)} subjects blends them; regions keep each itself")
+    if method == "ssr" and len(subjects) < 2 <= len(adapters):
+        found.append("method ssr tells adapters apart by the tokens on their cards; with less than two of these it is the sum")
+    return found
+
+
+def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str]:
+    """Subjects that a prompt leaves out, which may be meant: "a dog" shows what is left of the class."""
+    missing = [phrase_of(subject) for subject in subjects_of(adapters) if find_phrase(prompt, subject) is None]
+    return [f"the prompt does not name {phrase!r}" for phrase in missing] if prompt else []
+
+
+def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ...]:
+    found = []
+    for a, b in combinations([adapter for adapter, _ in adapters], 2):
+        with suppress(AdapterBaseMismatch):  # of two bases; `misfits` says which is wrong here
+            found.append(Overlap(a.name, b.name, difference(a, b)))
+    return tuple(found)
+
+
+def misfits(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[list[str], list[str]]:
+    """What cannot be put on this base; and what can, but was made for another one of its family."""
+    refused = []
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always", OtherBaseWarning)
+        for adapter, weight in adapters:
+            try:
+                placements(base, [(adapter, weight.value)])
+            except AdapterBaseMismatch as error:
+                refused.append(str(error))
+    return refused, [str(note.message) for note in noted if issubclass(note.category, OtherBaseWarning)]
+
+
+def recommendation(adapters: Sequence[tuple[Adapter, Weight]]) -> str:
+    if len(subjects_of(adapters)) < 2:
+        return 'method "sum": one subject, and styles'
+    return 'regions="auto", or regions=[Region(adapter, box=...), ...] where you know the places'

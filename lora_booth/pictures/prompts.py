@@ -1,0 +1,127 @@
+"""Prompts by the list: files of them, placeholders in them, and the DreamBooth paper's 25 for each kind of subject."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..adapters.adapter import Adapter
+from ..errors import SettingsError, shown
+from ..subject.subject import article
+
+# The prompts of the DreamBooth paper's evaluation (arXiv 2208.12242, supplementary material), as in the file
+# dataset/prompts_and_classes.txt of github.com/google/dreambooth: what follows or changes "a {token} {class_noun}".
+SHARED = (
+    "in the jungle",
+    "in the snow",
+    "on the beach",
+    "on a cobblestone street",
+    "on top of pink fabric",
+    "on top of a wooden floor",
+    "with a city in the background",
+    "with a mountain in the background",
+    "with a blue house in the background",
+    "on top of a purple rug in a forest",
+)
+OBJECT = (
+    "with a wheat field in the background",
+    "with a tree and autumn leaves in the background",
+    "with the Eiffel Tower in the background",
+    "floating on top of water",
+    "floating in an ocean of milk",
+    "on top of green grass with sunflowers around it",
+    "on top of a mirror",
+    "on top of the sidewalk in a crowded street",
+    "on top of a dirt road",
+    "on top of a white rug",
+)
+LIVE = (
+    "wearing a red hat",
+    "wearing a santa hat",
+    "wearing a rainbow scarf",
+    "wearing a black top hat and a monocle",
+    "in a chef outfit",
+    "in a firefighter outfit",
+    "in a police outfit",
+    "wearing pink glasses",
+    "wearing a yellow shirt",
+    "in a purple wizard outfit",
+)
+PROPERTIES = ("red", "purple", "shiny", "wet", "cube shaped")
+
+
+def paper_prompts(contexts: Sequence[str]) -> tuple[str, ...]:
+    return (
+        *(f"a {{token}} {{class_noun}} {context}" for context in (*SHARED, *contexts)),
+        *(f"a {word} {{token}} {{class_noun}}" for word in PROPERTIES),
+    )
+
+
+PROMPT_SETS = {"object": paper_prompts(OBJECT), "live": paper_prompts(LIVE)}  # 25 each
+
+PLACEHOLDERS = ("token", "class_noun", "a", "context")
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")  # other braces mean something to other tools, and are left alone
+MAX_BYTES, MAX_PROMPTS, MAX_LENGTH = 2**20, 1_000, 2_000  # of a file of prompts; characters of one
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines and lines that begin with # are left out.
+
+    Raises SettingsError for what is not such a file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"{shown(path)}: {error.strerror}; give a text file with one prompt a line") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{shown(path)}: no UTF-8 text at byte {error.start}; save it as UTF-8") from error
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_LENGTH or not line.replace("\t", " ").isprintable():
+            raise SettingsError(
+                f"{shown(path)}:{number}: '{shown(line[:40])}' has more than {MAX_LENGTH} characters, or control characters"
+            )
+    prompts = [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
+    if not 1 <= len(prompts) <= MAX_PROMPTS or len(content) > MAX_BYTES:
+        raise SettingsError(f"{shown(path)}: {len(prompts)} prompts; allowed: 1 to {MAX_PROMPTS}, one a line")
+    return prompts
+
+
+def fill_prompts(
+    prompts: Sequence[str], *, token: str | None = None, class_noun: str | None = None, contexts: Sequence[str] = ()
+) -> list[str]:
+    """Each prompt with its placeholders filled: "a {token} {class_noun} {context}" -> a prompt for each context.
+
+    {token}, {class_noun}  of the subject;  {a}  "a" or "an", by the class noun's sound;  {context}  each in turn
+    Raises SettingsError for a placeholder that is unknown or that nothing is given for.
+    """
+    noun = class_noun or ""
+    words = {"token": token, "class_noun": class_noun, "a": article(noun) if noun else None}
+    filled: dict[str, None] = {}  # each once
+    for prompt in prompts:
+        names = {match[1] for match in PLACEHOLDER.finditer(prompt)}
+        for name in sorted(names):
+            if name not in PLACEHOLDERS:
+                allowed = ", ".join(f"{{{word}}}" for word in PLACEHOLDERS)
+                raise SettingsError(f"prompt {shown(prompt)!r}: {{{name}}} is unknown; allowed: {allowed}")
+            if name != "context" and words[name] is None:
+                raise SettingsError(
+                    f"prompt {shown(prompt)!r}: no word for {{{name}}}, which no adapter's card names; write the word itself"
+                )
+        if "context" in names and not contexts:
+            raise SettingsError(f"prompt {shown(prompt)!r}: no contexts for {{context}}; give some, as 'in the snow'")
+        for context in contexts if "context" in names else ("",):
+            given = words | {"context": context}
+            filled[PLACEHOLDER.sub(lambda match, given=given: str(given[match[1]]), prompt)] = None  # type: ignore[misc]
+    return list(filled)
+
+
+def prompts_for(adapters: Sequence[Adapter], prompts: Sequence[str], *, contexts: Sequence[str] = ()) -> list[str]:
+    """`fill_prompts` with token and class noun of the first adapter whose card has a token."""
+    card = next((adapter.card for adapter in adapters if adapter.card.token), None)
+    token, noun = (card.token, card.class_noun) if card is not None else (None, None)
+    return fill_prompts(prompts, token=token, class_noun=noun, contexts=contexts)

@@ -1,0 +1,173 @@
+"""Recipe: everything that made some pictures, but the weights, as a small JSON file that replays to the same pictures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import __version__
+from ..adapters.adapter import Adapter
+from ..adapters.writing import packed
+from ..base.base_model import BaseModel
+from ..errors import AdapterBaseMismatch, SettingsError, first_line, shown
+from .composition import Composition
+from .picture import Picture
+from .regions import Region
+from .weights import Weight
+
+FORMAT = 1
+MAX_BYTES = 16 * 2**20
+PICTURES: dict[str, tuple[type, ...]] = {  # what a recipe can ask of `generate`
+    "prompt": (str,),
+    "negative_prompt": (str, type(None)),
+    "seeds": (list,),
+    "steps": (int,),
+    "guidance": (int, float),
+    "size": (int, type(None)),
+    "batch_size": (int,),
+}
+
+
+def file_hash(adapter: Adapter) -> str:
+    """sha256 of the tensors as `adapter.save` writes them: other tools show it too, as sshs_model_hash."""
+    content, _ = packed(adapter, "kohya", torch.float16, Path("recipe"))
+    header = int.from_bytes(content[:8], "little")
+    return hashlib.sha256(content[8 + header :]).hexdigest()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A composition and what was asked of it. Adapters are named by the hash of their tensors.
+
+    composition  keyword arguments of Composition, with adapters as indices
+    pictures     keyword arguments of generate, prompt included
+    """
+
+    base: str
+    base_hash: str
+    adapters: tuple[dict[str, Any], ...]  # name, hash, weight
+    composition: dict[str, Any]
+    pictures: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, studio: Composition, prompt: str, **pictures: Any) -> Recipe:
+        """What `studio.generate(prompt, **pictures)` makes."""
+        import diffusers
+
+        regions: Any = "auto" if isinstance(studio.regions, str) else [region_entry(region) for region in studio.regions]
+        composition = {
+            "method": studio.method,
+            "regions": regions,
+            "isolate": studio.isolate,
+            "start": studio.start,
+            "background": studio.background,
+        }
+        pictures = pictures | {"seeds": list(pictures.get("seeds", (0,)))}
+        return cls(
+            base=studio.base.name,
+            base_hash=studio.base.fingerprint,
+            adapters=tuple(
+                {"name": adapter.name, "hash": file_hash(adapter), "weight": asdict(weight)}
+                for adapter, weight in studio.adapters
+            ),
+            composition=composition,
+            pictures={"prompt": prompt, **pictures},
+            versions={"lora_booth": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        )
+
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        path = Path(path)
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise SettingsError(f"{path}: larger than {MAX_BYTES} bytes, so no recipe")
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            if entries.pop("format") != FORMAT:
+                raise SettingsError(f"{path}: a recipe of another format; update lora_booth")
+            entries["adapters"] = tuple(entries["adapters"])
+            for name, value in entries["pictures"].items():
+                if not isinstance(value, PICTURES.get(name, ())) or isinstance(value, bool):
+                    raise SettingsError(f"{path}: a recipe cannot ask for {shown(name)} {shown(value)[:60]}")
+            if not all(type(seed) is int for seed in entries["pictures"].get("seeds", ())):
+                raise SettingsError(f"{path}: its seeds are no whole numbers")
+            return cls(**entries)
+        except OSError as error:
+            raise SettingsError(f"{path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise SettingsError(f"{path}: not a recipe ({first_line(error)})") from error
+
+    def studio(self, base: BaseModel | Any, adapters: Sequence[Adapter]) -> Composition:
+        """The composition again, with adapters loaded from their files in any order.
+
+        Raises AdapterBaseMismatch for another base, SettingsError for an adapter that is missing.
+        """
+        base = base if isinstance(base, BaseModel) else BaseModel.from_pipeline(base)
+        if base.fingerprint != self.base_hash:
+            raise AdapterBaseMismatch(f"the recipe was made with {self.base}; {base.name} has other weights")
+        by_hash = {file_hash(adapter): adapter for adapter in adapters}
+
+        def found(entry: dict[str, Any]) -> Adapter:
+            if entry["hash"] not in by_hash:
+                raise SettingsError(
+                    f"the recipe needs {entry['name']} (hash {entry['hash'][:12]}), which is not among the adapters"
+                )
+            return by_hash[entry["hash"]]
+
+        settings = dict(self.composition)
+        try:
+            if settings["regions"] != "auto":
+                settings["regions"] = [region_from(entry, found(entry)) for entry in settings["regions"]]
+            everywhere = [(found(entry), Weight(**entry["weight"])) for entry in self.adapters]
+            return Composition(base, everywhere, **settings)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SettingsError(f"the recipe cannot be read ({first_line(error)})") from error
+
+    def generate(self, base: BaseModel | Any, adapters: Sequence[Adapter], **changes: Any) -> list[Picture]:
+        """The same pictures; with `changes`, others (as seeds=range(8))."""
+        return self.studio(base, adapters).generate(**self.pictures | changes)
+
+
+def region_entry(region: Region) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": region.adapter.name, "hash": file_hash(region.adapter)}
+    entry |= {"prompt": region.prompt, "feather": region.feather, "box": region.box}
+    entry["weight"] = asdict(region.weight) if isinstance(region.weight, Weight) else region.weight
+    if region.mask is not None:
+        content = io.BytesIO()
+        Image.fromarray(np.array(region.mask.convert("L"))).save(content, "PNG")  # pixels only: nothing of the mask's file
+        entry["mask"] = base64.b64encode(content.getvalue()).decode("ascii")
+    return entry
+
+
+def region_from(entry: dict[str, Any], adapter: Adapter) -> Region:
+    mask = None
+    if entry.get("mask") is not None:
+        with Image.open(io.BytesIO(base64.b64decode(entry["mask"], validate=True)), formats=["PNG"]) as opened:
+            if max(opened.size) > 4096:
+                raise SettingsError(f"a mask of {opened.width} x {opened.height} pixels; allowed: up to 4096")
+            mask = opened.convert("L")
+    weight = entry["weight"]
+    return Region(
+        adapter,
+        box=None if entry["box"] is None else tuple(entry["box"]),
+        mask=mask,
+        prompt=entry["prompt"],
+        weight=Weight(**weight) if isinstance(weight, dict) else weight,
+        feather=entry["feather"],
+    )

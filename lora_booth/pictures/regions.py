@@ -1,0 +1,123 @@
+"""Region: one adapter's place in the picture, and the masks that regions make together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..config import check
+from ..errors import SettingsError
+from .weights import Weight
+
+SIDE = 512  # of a drawn mask; it is reduced to the size of each layer
+COLORS = ("#e4572e", "#2e86ab", "#f2b134", "#56a3a6", "#a05195", "#76b041")  # of a preview
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Where one adapter is heard.
+
+    box      (x0, y0, x1, y1) as shares of width and height, 0 to 1, from the top left
+    mask     instead of a box: a picture of any size, white where the subject shall be
+    prompt   what this region shows; None: the picture's prompt, with every other subject reduced to its class
+    weight   of the adapter inside; None: what its card suggests
+    feather  softness of the edge, as a share of the picture's side
+    """
+
+    adapter: Adapter
+    box: tuple[float, float, float, float] | None = None
+    mask: Image.Image | None = None
+    prompt: str | None = None
+    weight: float | Weight | None = None
+    feather: float = 0.04
+
+    def __post_init__(self) -> None:
+        if (self.box is None) == (self.mask is None):
+            raise SettingsError(f"the region of {self.adapter.name} needs either a box or a mask")
+        if self.box is not None:
+            x0, y0, x1, y1 = self.box
+            check(0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, f"box {self.box}", "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
+        check(0 <= self.feather <= 0.5, f"feather {self.feather:g}", "0 to 0.5 of the picture's side")
+
+    def mask_image(self) -> Image.Image:
+        """Mode "L", SIDE x SIDE, with soft edges."""
+        if self.mask is not None:
+            drawn = self.mask.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+        else:
+            assert self.box is not None
+            drawn = Image.new("L", (SIDE, SIDE))
+            x0, y0, x1, y1 = (round(SIDE * edge) for edge in self.box)
+            ImageDraw.Draw(drawn).rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
+        return feathered(drawn, self.feather)
+
+
+def feathered(mask: Image.Image, feather: float) -> Image.Image:
+    """Softened inside and outside the edge; what touches the picture's border stays full there."""
+    if not feather:
+        return mask
+    radius = feather * SIDE
+    values = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None]
+    reach = int(2 * radius) | 1
+    grid = torch.arange(reach, dtype=torch.float32) - reach // 2
+    kernel = torch.exp(-0.5 * (grid / max(radius / 2, 1e-3)) ** 2)
+    kernel /= kernel.sum()
+    padded = F.pad(values, [reach // 2] * 4, mode="replicate")
+    soft = F.conv2d(F.conv2d(padded, kernel[None, None, None]), kernel[None, None, :, None])
+    return Image.fromarray(soft[0, 0].round().clamp(0, 255).byte().numpy())
+
+
+@dataclass
+class Masks:
+    """(N, P, H, W) float32 in 0..1: N subjects; P pictures of the batch, or 1 for all. Reduced to any layer's size."""
+
+    full: Tensor
+
+    def __post_init__(self) -> None:
+        self._sizes: dict[tuple[int, int], Tensor] = {}
+
+    def at(self, height: int, width: int) -> Tensor:
+        """(N, P, height, width), the area mean."""
+        if (height, width) not in self._sizes:
+            # by height and width, never by their product: 8 x 32 and 16 x 16 have as many tokens
+            self._sizes[height, width] = F.interpolate(self.full, (height, width), mode="area")
+        return self._sizes[height, width]
+
+    @property
+    def background(self) -> Tensor:
+        """(P, H, W): what no subject has."""
+        return (1 - self.full.sum(0)).clamp(0, 1)
+
+    def to(self, device: torch.device) -> Masks:
+        return Masks(self.full.to(device))
+
+
+def masks_of(regions: Sequence[Region]) -> Masks:
+    drawn = [np.array(region.mask_image(), dtype=np.float32) / 255 for region in regions]
+    for region, mask in zip(regions, drawn, strict=True):
+        if mask.max() <= 0:
+            raise SettingsError(f"the region of {region.adapter.name} is empty: no pixel of its mask is white")
+    return Masks(torch.from_numpy(np.stack(drawn))[:, None])
+
+
+def preview(regions: Sequence[Region], picture: Image.Image | None = None, *, side: int = 384) -> Image.Image:
+    """The regions as coloured areas with their names, over a picture if there is one."""
+    canvas = (picture or Image.new("RGB", (side, side), "#808080")).convert("RGB").resize((side, side))
+    font = ImageFont.load_default(max(10, side // 24))
+    for i, region in enumerate(regions):
+        mask = region.mask_image().resize((side, side))
+        tint = Image.new("RGB", canvas.size, COLORS[i % len(COLORS)])
+        canvas = Image.composite(Image.blend(canvas, tint, 0.55), canvas, mask)
+        inside = np.argwhere(np.asarray(mask) > 127)
+        if len(inside):
+            y, x = inside.mean(0)
+            ImageDraw.Draw(canvas).text(
+                (x, y), region.adapter.name, fill="white", anchor="mm", font=font, stroke_width=2, stroke_fill="black"
+            )
+    return canvas

@@ -1,0 +1,160 @@
+"""Serving: many adapters on one live pipeline, switched without a reload, and requests with different ones in one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..base.base_model import BaseModel, TextConditions
+from ..base.generation import quiet
+from ..config import check
+from ..errors import SettingsError
+from ..injection import AttachedAdapter, attached_layers
+from .picture import Picture
+from .unet_hook import Conductor, Forward, Gate
+from .weights import Weight
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: prompt, seed, and the loaded adapters that it wants, by name."""
+
+    prompt: str
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    negative_prompt: str | None = None
+
+
+@dataclass
+class Loaded:
+    on: AttachedAdapter
+    stack: ExitStack  # takes the adapter off
+
+
+class Serving:
+    """A base with adapters that come and go: `with lb.Serving(base) as live:`. Leaving restores the base.
+
+    live.load("rex", adapter)
+    live.use({"rex": 0.8})          # for calls of your own of `live.pipeline`
+    live.generate([Request("a photo of sks dog", {"rex": 1.0}), Request("a mug", seed=1)])
+    live.unload("rex")
+    """
+
+    def __init__(self, base: BaseModel | Any) -> None:
+        self.base = base if isinstance(base, BaseModel) else BaseModel.from_pipeline(base)
+        self.loaded: dict[str, Loaded] = {}
+
+    @property
+    def pipeline(self) -> Any:
+        return self.base.pipeline
+
+    def __enter__(self) -> Serving:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for name in list(self.loaded):
+            self.unload(name)
+
+    def load(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter on the base, silent until it is used. Raises AdapterBaseMismatch."""
+        if name in self.loaded:
+            raise SettingsError(f"{name!r} is loaded already; unload it first, or choose another name")
+        stack = ExitStack()
+        [on] = stack.enter_context(attached_layers(self.base, [(adapter, 1.0)]))
+        self.loaded[name] = Loaded(on, stack)
+        set_weight(on, 0.0)
+
+    def unload(self, name: str) -> None:
+        self._known(name)
+        self.loaded.pop(name).stack.close()
+
+    def use(self, weights: Mapping[str, float]) -> None:
+        """From now on these adapters are heard, with these weights, and no others."""
+        for name, weight in weights.items():
+            self._known(name)
+            check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
+        for name, loaded in self.loaded.items():
+            set_weight(loaded.on, weights.get(name, 0.0))
+
+    def _known(self, name: str) -> None:
+        if name not in self.loaded:
+            raise SettingsError(f"{name!r} is not loaded; loaded: {', '.join(self.loaded) or 'nothing'}")
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[Request], *, steps: int = 25, guidance: float = 5.0, size: int | None = None
+    ) -> list[Picture]:
+        """All requests in one batch, each with its own adapters: the pictures that each alone would give."""
+        if not requests:
+            raise SettingsError("no requests; give one for each picture")
+        for request in requests:
+            for name in request.adapters:
+                self._known(name)
+        names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
+        heard = {name: self.loaded[name].on for name in self.loaded}
+        before = {name: on.weight for name, on in heard.items()}
+        prompts = [self._text(request, request.prompt) for request in requests]
+        negatives = [self._negative(request) for request in requests]
+        try:
+            self.use(dict.fromkeys(names, 1.0))
+            rows = {n: torch.tensor([float(r.adapters.get(n, 0.0)) for r in requests]) for n in names}
+
+            def call(conductor: Conductor, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                assert conductor.moment is not None
+                repeats = 2 if conductor.moment.guided else 1
+                conductor.gates = [Gate(rows=rows[n].repeat(repeats).to(self.base.device)) for n in names]
+                return forward(*args, **kwargs)
+
+            conductor = Conductor(self.pipeline, [heard[n] for n in names], [Weight() for _ in names])
+            with conductor.conducting(call), quiet(self.pipeline):
+                images = self.pipeline(
+                    **text_arguments(prompts, negatives),
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    height=size,
+                    width=size,
+                    generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+                ).images
+        finally:
+            self.use(before)
+        return [
+            Picture(image, r.prompt, r.seed, tuple(r.adapters.items()), self.base.name, r.negative_prompt, steps, guidance)
+            for image, r in zip(images, requests, strict=True)
+        ]
+
+    def _text(self, request: Request, prompt: str) -> TextConditions:
+        self.use(request.adapters)  # a text encoder may have an adapter too
+        return self.base.encode_text([prompt])
+
+    def _negative(self, request: Request) -> TextConditions:
+        text = self._text(request, request.negative_prompt or "")
+        if request.negative_prompt is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL
+            assert text.pooled is not None
+            return TextConditions(torch.zeros_like(text.states), torch.zeros_like(text.pooled))
+        return text
+
+
+def set_weight(on: AttachedAdapter, weight: float) -> None:
+    on.weight = weight
+    for path, layer in on.layers.items():
+        layer._disable_adapters = weight == 0  # PEFT then computes the plain layer only
+        on.scale(path, weight)
+
+
+def text_arguments(prompts: Sequence[TextConditions], negatives: Sequence[TextConditions]) -> dict[str, Any]:
+    """What a pipeline takes instead of prompts."""
+    given = {
+        "prompt_embeds": torch.cat([text.states for text in prompts]),
+        "negative_prompt_embeds": torch.cat([text.states for text in negatives]),
+    }
+    if prompts[0].pooled is not None:
+        given["pooled_prompt_embeds"] = torch.cat([text.pooled for text in prompts if text.pooled is not None])
+        given["negative_pooled_prompt_embeds"] = torch.cat([text.pooled for text in negatives if text.pooled is not None])
+    return given

@@ -1,0 +1,1 @@
+"""Planning: what fits, from counted memory."""

@@ -1,0 +1,189 @@
+"""What each phase of a training takes, counted on a base without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+from torch import nn
+
+from .. import __version__
+from ..base.base_model import BaseModel, TextConditions
+from ..base.memory import Meter, fused_attention, saved_for_backward, storage_bytes
+from ..base.quantization import quantized_bytes
+from ..cache import key_of, read_entry, write_entry
+from ..config import LoraSpec, TrainingConfig
+from ..injection import trainable
+from ..training.latents import Batch
+from ..training.loss import dreambooth_loss
+from ..training.modes import training_mode
+from .devices import KIND
+from .shapes import Shapes, without_weights
+
+
+@dataclass(frozen=True)
+class Count:
+    """One forward pass, or one forward and backward pass."""
+
+    peak: int  # bytes at once beyond what was there before
+    peak_on_cpu: int  # where convolutions work on copies
+    saved: int  # bytes that the forward pass keeps for the backward pass
+    forward_flops: int
+    flops: int  # forward and backward
+    moved: int  # bytes that kernels without such arithmetic read and write
+    kernels: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes."""
+
+    unet: int
+    vae: int
+    text_encoders: int
+    lora: int  # float32
+    linear: int  # of the U-Net, its linear layers
+    widest: int  # the largest of these
+    packed: int  # the U-Net when these are in 4 bits
+
+
+Counted = TypeVar("Counted", Count, Weights)
+
+
+class Counter:
+    """Counts for one base, adapter and precision. What was counted once is kept on disk."""
+
+    def __init__(self, shapes: Shapes, *, dtype: torch.dtype, lora: LoraSpec) -> None:
+        self.shapes, self.dtype, self.lora = shapes, dtype, lora
+        facts = [torch.__version__, diffusers.__version__, __version__, str(dtype), asdict(lora)]
+        parts = {name: part for name, part in shapes.parts.items() if name != "classes"}
+        self._about = json.dumps([*facts, parts], sort_keys=True, default=str)
+
+    @cached_property
+    def base(self) -> BaseModel:
+        return without_weights(self.shapes, self.dtype)
+
+    def step(self, config: TrainingConfig, *, pictures: int, resolution: int) -> Count:
+        """Forward and backward pass over so many pictures of a batch. More than two are on the line through one and two."""
+        if pictures > 2:
+            one, two = (asdict(self.step(config, pictures=few, resolution=resolution)) for few in (1, 2))
+            return Count(**{name: one[name] + (two[name] - one[name]) * (pictures - 1) for name in one})
+        kernel = counted_attention(config)
+        about = ["step", config.gradient_checkpointing, config.lean, config.min_snr_gamma, kernel, pictures, resolution]
+        return self._counted(about, lambda: count_step(self.base, self.lora, config, pictures, resolution), Count)
+
+    def encode(self, *, pictures: int, resolution: int) -> Count:
+        """Photos through the VAE."""
+
+        def work() -> Any:
+            return self.base.encode_images(torch.empty(pictures, 3, resolution, resolution, device="meta"))
+
+        return self._counted(["encode", pictures, resolution], lambda: count(work), Count)
+
+    def sample(self, *, pictures: int, resolution: int) -> Count:
+        """One step of the sampler with classifier-free guidance; then the VAE's decoder, whose memory is its own."""
+        about = ["sample", pictures, resolution]
+        return self._counted([*about, "unet"], lambda: count(lambda: self._denoise(2 * pictures, resolution)), Count)
+
+    def decode(self, *, pictures: int, resolution: int) -> Count:
+        about = ["decode", pictures, resolution]
+        return self._counted(about, lambda: count(lambda: self._decode(pictures, resolution)), Count)
+
+    def _denoise(self, rows: int, resolution: int) -> Any:
+        latents, text, time_ids = inputs(self.base, rows, resolution)
+        extra = None if time_ids is None else {"text_embeds": text.pooled, "time_ids": time_ids}
+        times = torch.zeros(rows, dtype=torch.long, device="meta")
+        return self.base.unet(latents.to(self.dtype), times, text.states, added_cond_kwargs=extra).sample
+
+    def _decode(self, rows: int, resolution: int) -> Any:
+        latents, _, _ = inputs(self.base, rows, resolution)
+        vae = self.base.shell.vae
+        upcast = self.dtype == torch.float16 and vae.config.force_upcast
+        try:
+            if upcast:  # as the stock pipeline does
+                nn.Module.to(vae, torch.float32)
+            return vae.decode(latents.to(vae.dtype)).sample
+        finally:
+            if upcast:
+                nn.Module.to(vae, self.dtype)
+
+    @cached_property
+    def weights(self) -> Weights:
+        return self._counted(["weights"], lambda: count_weights(self.base, self.lora), Weights)
+
+    def _counted(self, about: list[Any], work: Callable[[], Counted], kind: type[Counted]) -> Counted:
+        key, names = key_of(of="count", base=self._about, about=about), [one.name for one in fields(kind)]
+        kept = read_entry(KIND, key)
+        if kept is None or kept.keys() != set(names):
+            _ = self.base  # is not to be counted
+            counted = work()
+            write_entry(KIND, key, {name: torch.tensor(getattr(counted, name)) for name in names})
+            return counted
+        return kind(**{name: int(value) for name, value in kept.items()})
+
+
+def counted_attention(config: TrainingConfig) -> str:
+    """Every kernel without a matrix of all scores keeps the same. `auto` must be decided before."""
+    return "plain" if config.attention == "plain" else "sdpa"
+
+
+def count(work: Callable[[], Any]) -> Count:
+    """Without gradients."""
+    with torch.no_grad(), fused_attention(), Meter() as meter:
+        work()
+    return Count(meter.peak, meter.peak_on_cpu, 0, meter.flops, meter.flops, meter.moved, meter.kernels)
+
+
+def count_weights(base: BaseModel, lora: LoraSpec) -> Weights:
+    with trainable(base, lora) as adapter:
+        factors = storage_bytes(adapter.named_parameters().values())
+    unet, vae = (storage_bytes([*m.parameters(), *m.buffers()]) for m in (base.unet, base.shell.vae))
+    text = sum(storage_bytes([*m.parameters(), *m.buffers()]) for m in base.text_encoders.values())
+    linear = [module.weight.nbytes for module in base.unet.modules() if type(module) is nn.Linear]
+    return Weights(unet, vae, text, factors, sum(linear), max(linear), quantized_bytes(base.unet))
+
+
+def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[torch.Tensor, TextConditions, torch.Tensor | None]:
+    """latents (N, C, H/f, W/f) float32, conditions and time_ids (N, 6) of the right shapes, on the base's device."""
+    side, unet, device = resolution // base.pixels_per_latent, base.unet.config, base.device
+    latents = torch.zeros(rows, unet.in_channels, side, side, device=device)
+    tokens = base.tokenizer.model_max_length
+    states = torch.zeros(rows, tokens, unet.cross_attention_dim, dtype=base.dtype, device=device)
+    if not base.family.time_ids:
+        return latents, TextConditions(states), None
+    width = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+    pooled = torch.zeros(rows, width, dtype=base.dtype, device=device)
+    return latents, TextConditions(states, pooled), torch.zeros(rows, 6, device=device)
+
+
+def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures: int, resolution: int) -> Count:
+    """On a base of any device: one forward and backward pass as training makes it, the gradients being there already."""
+    config = replace(config, attention=counted_attention(config), compile=False)  # type: ignore[arg-type]  # one of its kernels
+    with trainable(base, lora) as adapter, training_mode(base, adapter, config):
+        latents, text, time_ids = inputs(base, pictures, resolution)
+        batch = Batch(latents, ("",) * pictures, time_ids, photos=pictures)
+        times = torch.zeros(pictures, dtype=torch.long, device=base.device)
+        alphas = base.alphas_cumprod  # made once for a base
+        assert len(alphas)
+        with fused_attention(), Meter() as meter:
+            with saved_for_backward(*base.structure.values()) as saved:
+                adapter.flat.near.copy_(adapter.flat.values.data)
+                if lora.text_encoder:
+                    text = base.encode_text(batch.prompts)
+                loss = dreambooth_loss(
+                    base,
+                    batch,
+                    text,
+                    torch.zeros_like(latents),
+                    times,
+                    prior_loss_weight=1.0,
+                    min_snr_gamma=config.min_snr_gamma,
+                )
+                kept, forward = saved.bytes, meter.flops
+            torch.autograd.backward(loss)
+        return Count(meter.peak, meter.peak_on_cpu, kept, forward, meter.flops, meter.moved, meter.kernels)

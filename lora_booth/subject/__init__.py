@@ -1,0 +1,1 @@
+"""Subject: its photos, token and prompts."""
