@@ -85,7 +85,7 @@ def test_single_file_with_a_config_folder(kind: str, folders: dict[str, Path], t
     assert not any(module.training for module in base.components.values())
     stock = make_pipeline(kind)
     same = BaseModel.from_pipeline(stock)
-    assert torch.equal(base.encode_text(PROMPTS).states, same.encode_text(PROMPTS).states)
+    torch.testing.assert_close(base.encode_text(PROMPTS).states, same.encode_text(PROMPTS).states)
     assert base.fingerprint == same.fingerprint
 
 
@@ -168,16 +168,17 @@ def test_text_conditions(kind: str) -> None:
     pipeline = make_pipeline(kind)
     text = BaseModel.from_pipeline(pipeline).encode_text(PROMPTS)
     stock = pipeline.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
-    assert torch.equal(text.states, stock[0])
+    torch.testing.assert_close(text.states, stock[0])
     assert text.states.shape == (2, 16, pipeline.unet.config.cross_attention_dim)
     ids = pipeline.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     if kind == "sdxl":
-        assert text.pooled is not None and torch.equal(text.pooled, stock[2]) and text.pooled.shape == (2, 24)
+        assert text.pooled is not None and text.pooled.shape == (2, 24)
+        torch.testing.assert_close(text.pooled, stock[2])
         hidden = pipeline.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
-        assert torch.equal(text.states[..., :16], hidden)
+        torch.testing.assert_close(text.states[..., :16], hidden)
     else:
         assert text.pooled is None
-        assert torch.equal(text.states, pipeline.text_encoder(ids)[0])
+        torch.testing.assert_close(text.states, pipeline.text_encoder(ids)[0])
 
 
 def test_text_conditions_carry_gradients_only_when_enabled() -> None:
@@ -204,7 +205,8 @@ def test_latents(kind: str) -> None:
     mean, std = base.encode_images(pixels)
     assert mean.shape == std.shape == (2, 4, 8, 8) and not mean.requires_grad
     posterior = pipeline.vae.encode(pixels).latent_dist
-    assert torch.equal(mean, posterior.mean) and torch.equal(std, posterior.std)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(std, posterior.std)
     stock = posterior.sample(generator=torch.Generator().manual_seed(3))
     ours = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(ours, stock, atol=1e-6)
@@ -230,7 +232,8 @@ def test_fp16_vae_that_overflows_computes_in_fp32() -> None:
     before = state(base.pipeline)
     mean, std = base.encode_images(pixels)
     posterior = exact.encode(pixels).latent_dist
-    assert torch.equal(mean, posterior.mean) and torch.equal(std, posterior.std)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(std, posterior.std)
     assert base.vae.dtype == torch.float16 and same_state(state(base.pipeline), before)
 
 
