@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, no trace outside a temporary folder, and a folder of photos."""
+"""What every test shares: no network, one thread, no trace outside a temporary folder, and what is slow to build."""
 
 from __future__ import annotations
 
@@ -18,15 +18,28 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+
+MOST_PROCESSES = 4  # chosen: each takes 1.5 GB
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process for each CPU; none besides this one when files are named, so that a few tests answer at once."""
+    if any(Path(argument.partition("::")[0]).is_file() for argument in config.args):
+        return 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cpus == 1 else min(cpus, MOST_PROCESSES)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread_and_no_trace() -> Iterator[None]:
+def one_thread() -> None:
+    import torch  # takes seconds, and with several processes the first one needs none
+
     torch.set_num_threads(1)
-    yield
-    shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
