@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from .regions import Masks
+from .regions import Masks, blurred
 
 if TYPE_CHECKING:
     from .unet_hook import Conductor
@@ -83,16 +83,6 @@ class AttentionMaps:
         winner = smooth.argmax(0)  # (P, side, side)
         owned = torch.stack([(winner == n).float() for n in range(len(smooth))])
         return Masks(blurred(owned, SOFTNESS * side / 2).clamp(0, 1))
-
-
-def blurred(maps: Tensor, sigma: float) -> Tensor:
-    """Gaussian, edges repeated. (N, P, H, W)"""
-    reach = max(1, round(2 * sigma))
-    grid = torch.arange(-reach, reach + 1, device=maps.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (grid / max(sigma, 1e-3)) ** 2)
-    kernel /= kernel.sum()
-    flat = F.pad(maps.flatten(0, 1)[:, None], [reach] * 4, mode="replicate")
-    return F.conv2d(F.conv2d(flat, kernel[None, None, None]), kernel[None, None, :, None]).reshape(maps.shape)
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:

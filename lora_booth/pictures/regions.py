@@ -62,15 +62,19 @@ def feathered(mask: Image.Image, feather: float) -> Image.Image:
     """Softened inside and outside the edge; what touches the picture's border stays full there."""
     if not feather:
         return mask
-    radius = feather * SIDE
     values = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None]
-    reach = int(2 * radius) | 1
-    grid = torch.arange(reach, dtype=torch.float32) - reach // 2
-    kernel = torch.exp(-0.5 * (grid / max(radius / 2, 1e-3)) ** 2)
-    kernel /= kernel.sum()
-    padded = F.pad(values, [reach // 2] * 4, mode="replicate")
-    soft = F.conv2d(F.conv2d(padded, kernel[None, None, None]), kernel[None, None, :, None])
+    soft = blurred(values, feather * SIDE / 2)
     return Image.fromarray(soft[0, 0].round().clamp(0, 255).byte().numpy())
+
+
+def blurred(maps: Tensor, sigma: float) -> Tensor:
+    """A Gaussian blur, cut off at two sigmas, with edges repeated. (N, P, H, W); sigma in pixels"""
+    reach = max(1, round(2 * sigma))
+    grid = torch.arange(-reach, reach + 1, device=maps.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (grid / max(sigma, 1e-3)) ** 2)
+    kernel /= kernel.sum()
+    flat = F.pad(maps.flatten(0, 1)[:, None], [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(flat, kernel[None, None, None]), kernel[None, None, :, None]).reshape(maps.shape)
 
 
 @dataclass
