@@ -17,7 +17,8 @@ from ..pictures.gallery import Gallery
 from ..pictures.picture import Picture
 from ..run import train
 from ..subject.subject import Subject
-from ..toybox.world import HELD_OUT, Identity, photos_of, with_article
+from ..subject.wording import with_article
+from ..toybox.world import HELD_OUT, Identity, photos_of
 
 PHOTOS = 5
 CONTEXTS = ("in a meadow", "in the kitchen", "on the beach")  # the photos' contexts; scores are for the seven others

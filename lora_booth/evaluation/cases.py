@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from ..adapters.adapter import Card
 from ..errors import SettingsError, shown
 from ..pictures.prompts import fill_prompts
-from ..subject.subject import CLASS_TEMPLATE, article
+from ..subject.subject import CLASS_TEMPLATE
+from ..subject.wording import article, without_subject
 from ..toybox.scenery import CONTEXTS
 
 TEMPLATE = "a photo of {token} {class_noun} {context}"
-# words after which a noun needs an article of its own: "a photo of sks dog" -> "a photo of a dog"
-OPENERS = ("", "of", "with", "and", "by", "on", "in", "under", "near", "beside", "behind", "at", "from", "to", "for")
 
 
 @dataclass(frozen=True)
@@ -52,22 +51,8 @@ def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ())
         for context in contextual:
             template = templated.replace("{context}", context)
             filled = fill_prompts([template], token=token, class_noun=noun)[0]
-            found[filled] = Case(template, bare(filled, token, noun))
+            found[filled] = Case(template, without_subject(filled, token, noun))
     return list(found.values())
-
-
-def bare(prompt: str, token: str, class_noun: str) -> str:
-    """ "a photo of sks dog" -> "a photo of a dog"; "a red sks owl" -> "a red owl"; "a sks owl" -> "an owl"."""
-    one = f"{article(class_noun)} {class_noun}"
-
-    def replaced(match: re.Match[str]) -> str:
-        before = match["before"] or ""
-        if before.lower() in ("a", "an"):
-            return one
-        return f"{before} {one if before.lower() in OPENERS else class_noun}".lstrip()
-
-    phrase = rf"(?:(?<!\w)(?P<before>\w+)\s+)?(?<!\w){re.escape(token)}(?:\s+{re.escape(class_noun)})?(?!\w)"
-    return re.sub(phrase, replaced, prompt, flags=re.IGNORECASE)
 
 
 def class_prompt(class_noun: str) -> str:

@@ -13,6 +13,7 @@ from ..adapters.tools.difference import Difference, difference
 from ..base.base_model import BaseModel
 from ..errors import AdapterBaseMismatch, OtherBaseWarning
 from ..injection import placements
+from ..subject.wording import with_article
 from .subjects import find_phrase, phrase_of
 from .weights import Weight
 
@@ -76,7 +77,7 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: st
             )
         elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
             found.append(
-                f"{phrase_of(a)!r} and {phrase_of(b)!r} are both a {a.card.class_noun}: they will blend; "
+                f"{phrase_of(a)!r} and {phrase_of(b)!r} are both {with_article(a.card.class_noun)}: they will blend; "
                 'use regions with isolate="noise"'
             )
     if len(subjects) > 1 and method in ("sum", "svd", "ssr"):

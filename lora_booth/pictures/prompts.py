@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..errors import SettingsError, shown
-from ..subject.subject import article
+from ..subject.wording import article
 
 # The prompts of the DreamBooth paper's evaluation (arXiv 2208.12242, supplementary material), as in the file
 # dataset/prompts_and_classes.txt of github.com/google/dreambooth: what follows or changes "a {token} {class_noun}".

@@ -1,4 +1,4 @@
-"""Which words of a prompt are whose: the phrase of each subject, its tokens, and prompts without it."""
+"""Where a prompt names the subjects of adapters, and the prompt without them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import SettingsError
+from ..subject.wording import subject_pattern, without_subject
 
 
 def phrase_of(adapter: Adapter) -> str | None:
@@ -16,24 +17,18 @@ def phrase_of(adapter: Adapter) -> str | None:
     return " ".join(filter(None, (card.token, card.class_noun))) if card.token else None
 
 
-def patterns(adapter: Adapter) -> list[re.Pattern[str]]:
-    """Token and class noun, and the token alone."""
-    words = [phrase_of(adapter), adapter.card.token]
-    return [re.compile(rf"(?<!\w){re.escape(w)}(?!\w)", re.IGNORECASE) for w in words if w]
-
-
 def find_phrase(prompt: str, adapter: Adapter) -> re.Match[str] | None:
-    """Where a prompt names the subject."""
-    return next((found for pattern in patterns(adapter) if (found := pattern.search(prompt))), None)
+    """Where a prompt names the subject: token and class noun, or the token alone."""
+    if adapter.card.token is None:
+        return None
+    return re.search(subject_pattern(adapter.card.token, adapter.card.class_noun), prompt, re.IGNORECASE)
 
 
 def without(prompt: str, others: Collection[Adapter]) -> str:
     """The prompt with these subjects reduced to their class: "sks dog and zwx mug" -> "sks dog and a mug"."""
-    for other in others:
-        noun = other.card.class_noun or "object"
-        plain = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-        for pattern in patterns(other):
-            prompt = pattern.sub(lambda _, plain=plain: plain, prompt)  # type: ignore[misc]
+    for card in (other.card for other in others):
+        if card.token is not None:
+            prompt = without_subject(prompt, card.token, card.class_noun)
     return prompt
 
 
@@ -41,12 +36,14 @@ def token_positions(prompt: str, adapter: Adapter, tokenizer: Any) -> list[int]:
     """Positions of the subject's phrase in the tokenized prompt. Raises SettingsError when the prompt does not name it."""
     found = find_phrase(prompt, adapter)
     if found is None:
-        words = phrase_of(adapter)
-        said = f"the prompt {prompt!r} does not name {words!r}" if words else f"{adapter.name} has no token on its card"
-        raise SettingsError(f"{said}; name every subject in the prompt, or give its region a box and a prompt")
+        phrase = phrase_of(adapter)
+        cause = f"the prompt {prompt!r} does not name {phrase!r}" if phrase else f"{adapter.name} has no token on its card"
+        raise SettingsError(f"{cause}; name every subject in the prompt, or give its region a box and a prompt")
     ids = tokenizer(prompt, truncation=True).input_ids
     wanted = tokenizer(found.group(), add_special_tokens=False).input_ids
     for first in range(len(ids) - len(wanted) + 1):
         if ids[first : first + len(wanted)] == wanted:
             return list(range(first, first + len(wanted)))
-    raise SettingsError(f"{found.group()!r} lies beyond the {len(ids)} tokens that this base reads of a prompt; shorten it")
+    raise SettingsError(
+        f"{found.group()!r} is beyond the {len(ids)} tokens that this base reads of a prompt; shorten the prompt"
+    )

@@ -19,6 +19,7 @@ from ..photos.cropping import Cropping
 from ..photos.finding import find_photos
 from ..photos.masks import MaskSource
 from ..photos.photo import Photo, PhotoSet, Region, Skipped
+from .wording import article, with_article
 
 INSTANCE_TEMPLATE = "a photo of {token} {class_noun}"
 CLASS_TEMPLATE = "a photo of {a} {class_noun}"  # {a}: "a" or "an", by the class noun's sound
@@ -75,7 +76,7 @@ class Subject:
         """Without the paths of the photos."""
         masks = sum(photo.mask is not None for photo in self.photos)
         more = (f", {masks} with masks" if masks else "") + (f", {len(self.skipped)} files skipped" if self.skipped else "")
-        return f"Subject({self.token!r}, {article(self.class_noun)} {self.class_noun}: {len(self.photos)} photos{more})"
+        return f"Subject({self.token!r}, {with_article(self.class_noun)}: {len(self.photos)} photos{more})"
 
     @classmethod
     def from_folder(
@@ -150,16 +151,6 @@ class Subject:
         words = {"token": self.token, "class_noun": self.class_noun, "a": article(self.class_noun)}
         # Not str.format: a caption may hold any braces, and "{token.__class__}" is nobody's business.
         return re.sub(r"\{(token|class_noun|a)\}", lambda match: words[match[1]], template)
-
-
-def article(noun: str) -> str:
-    """ "an" before a vowel's sound, else "a": an elephant, an hourglass, a unicorn."""
-    word = noun.lower()
-    if word.startswith(("hour", "honest", "heir", "honor", "honour")):
-        return "an"
-    if word.startswith(("uni", "use", "usb", "ute", "eu", "one", "ukulele")) and not word.startswith(("unin", "unim")):
-        return "a"
-    return "an" if word[:1] in tuple("aeiou") else "a"
 
 
 def _whole_word(words: str) -> str:

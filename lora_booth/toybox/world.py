@@ -21,6 +21,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..subject.wording import with_article
 from .drawing import RGB, Canvas, Shape, arc, box, ellipse
 from .scenery import CONTEXTS as CONTEXTS  # also a name of this module
 from .scenery import SCENERY
@@ -85,10 +86,6 @@ class Render:
     image: Image.Image  # RGB, size x size
     masks: np.ndarray  # (number of objects, size, size) bool: what each object covers
     scene: Scene
-
-
-def with_article(phrase: str) -> str:
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def random_identity(rng: random.Random, class_noun: str | None = None) -> Identity:
