@@ -18,9 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from adapter_mutations import Judge, mutants, small_file
+from adapter_judge import Judge
+from good_adapters import small_files
 from hostile_adapters import hostile_files
 from safetensors.torch import save_file
+from spoilt import mutants
 
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.errors import AdapterError
@@ -36,7 +38,7 @@ def peak() -> float:
 
 
 def run_mutants(folder: Path, count: int, seed: int) -> bool:
-    files = small_file(folder)
+    files = small_files(folder)
     judge, slow, large = Judge(folder / "mutant.safetensors"), 0, 0
     for content in files:
         judge.load(content)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from spoilt import put_together, saved, taken_apart
 from torch import Tensor
 
 Meant = dict[str, Tensor]  # canonical module -> float64 change
@@ -201,37 +201,31 @@ def lora(
             meant[module] = (scale * up.double().flatten(1) @ down.double().flatten(1)).reshape(out, inner, *kernel)
             tensors[ends[0].format(stem)] = down.flatten(1) if flat_down else down
             tensors[ends[1].format(stem)] = up.flatten(1) if flat_up else up
-        path = folder / file
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
-        if config is not None:
-            (folder / "adapter_config.json").write_text(json.dumps(config))
-        return (path if config is None and file == "adapter.safetensors" else folder), meant
+        written = saved(folder / file, tensors, metadata, config=config)
+        return (written if file == "adapter.safetensors" else folder), meant
 
     return Good(name, write)
 
 
-def rearranged(name: str, good: Good, change: Callable[[bytes, dict[str, object]], bytes]) -> Good:
-    """The same file with its bytes laid out otherwise. change: (tensor data, parsed header) -> whole file"""
+def rearranged(name: str, good: Good, change: Callable[[dict[str, object]], bytes]) -> Good:
+    """The same file with its header written otherwise."""
 
     def write(folder: Path) -> tuple[Path, Meant]:
         path, meant = good.write(folder)
-        content = path.read_bytes()
-        length = int.from_bytes(content[:8], "little")
-        path.write_bytes(change(content[8 + length :], json.loads(content[8 : 8 + length])))
+        header, data = taken_apart(path.read_bytes())
+        path.write_bytes(put_together(change(header), data))
         return path, meant
 
     return Good(name, write)
 
 
-def padded(data: bytes, header: dict[str, object]) -> bytes:
-    text = json.dumps(header, indent=2).encode() + b" " * 1000
-    return len(text).to_bytes(8, "little") + text + data
+def padded(header: dict[str, object]) -> bytes:
+    return json.dumps(header, indent=2).encode() + b" " * 1000
 
 
-def unaligned(data: bytes, header: dict[str, object]) -> bytes:
+def unaligned(header: dict[str, object]) -> bytes:
     text = json.dumps(dict(sorted(header.items(), reverse=True)), separators=(",", ":")).encode()
-    text += b" " * (1 + -len(text) % 2)
-    return len(text).to_bytes(8, "little") + text + data
+    return text + b" " * (1 + -len(text) % 2)
 
 
 def linked(name: str, good: Good, *, hub: bool) -> Good:
@@ -341,15 +335,12 @@ def lycoris(
         tensors, meant = {}, {}
         for module, ((parts, change), alpha, scale) in made.items():
             for role, tensor in parts.items():
-                tensors[f"{naming(module)}.{role}"] = tensor.to(dtype).contiguous()
+                tensors[f"{naming(module)}.{role}"] = tensor.to(dtype)
             if alpha is not None:
                 tensors[f"{naming(module)}.alpha"] = torch.tensor(alpha)
             meant[module] = change * scale
-        path = folder / ("adapter.safetensors" if config is None else "adapter_model.safetensors")
-        save_file(tensors, path, metadata={"format": "pt"})
-        if config is not None:
-            (folder / "adapter_config.json").write_text(json.dumps(config))
-        return (path if config is None else folder), meant
+        file = "adapter.safetensors" if config is None else "adapter_model.safetensors"
+        return saved(folder / file, tensors, {"format": "pt"}, config=config), meant
 
     return Good(name, write)
 
@@ -559,3 +550,16 @@ def good_files() -> list[Good]:
             config={"peft_type": "LOKR", "r": 16, "alpha": 32},
         ),
     ]
+
+
+def small_files(folder: Path) -> list[bytes]:
+    """Good files of 10 to 60 KB: kohya, PEFT with metadata, LoHa and LoKr."""
+    q, v = (f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_v"))
+    kinds = {q: (loha((16, 16), 2), 2.0, 1.0), v: (lokr((16, 16), 4, rank1=None, rank2=2), 1.0, 0.5)}
+    patterns = diffusers_metadata(r=4, lora_alpha=16, alpha_pattern={"to_v": 2}, rank_pattern={"to_k": 8})
+    goods = (
+        lora("", unet("sd1", 16) | text(width=16), metadata={"ss_v2": "False", "ss_network_dim": "4"}),
+        lora("", unet("sd2", 16, kinds="attention projections"), same, PEFT, alphas=(None,), metadata=patterns),
+        lycoris("", kinds),
+    )
+    return [good.write(folder)[0].read_bytes() for good in goods]

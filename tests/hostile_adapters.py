@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from good_adapters import BOMB
-from safetensors.torch import save_file
+from spoilt import put_together, saved
 from torch import Tensor
 
 from lora_booth import errors as E
@@ -44,16 +43,12 @@ def pair(rank: int = 4, width: int = 16, out: int = 16, dtype: torch.dtype = tor
 
 
 def written(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    path = folder / "hostile.safetensors"
-    save_file({key: value.clone().contiguous() for key, value in tensors.items()}, path, metadata=metadata)
-    return path
+    return saved(folder / "hostile.safetensors", tensors, metadata)
 
 
 def raw(folder: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
-    """header: bytes, or what becomes JSON; length: what the first 8 bytes say, if not the truth"""
     path = folder / "hostile.safetensors"
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    path.write_bytes(put_together(header, data, length=length))
     return path
 
 
@@ -539,7 +534,7 @@ def places() -> list[Hostile]:
 
     def sparse(folder: Path) -> Path:
         with open(folder / "x.safetensors", "wb") as file:
-            file.write(struct.pack("<Q", 2) + b"{}")
+            file.write(put_together({}))
             file.truncate(2**30 + 1)
         return folder / "x.safetensors"
 

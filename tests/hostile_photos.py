@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageCms
+from spoilt import cut_at, flipped
 
 Outcome = Literal["used", "skipped", "refused"]  # refused: a PhotoError for the whole folder, as the file is the user's word
 WIDTH, HEIGHT = 96, 80
@@ -268,7 +269,7 @@ def hostile_photos() -> list[HostilePhoto]:
         case("no more than AVIF's first bytes", "x.avif", lambda: b"\0\0\0\x18ftypavif\0\0\0\0mif1avif", "skipped"),
         # broken
         *(
-            case(f"{kind} cut at {part} %", f"x.{kind.lower()}", lambda k=kind, p=part: cut_at(k, p), "skipped", cut)
+            case(f"{kind} cut at {part} %", f"x.{kind.lower()}", lambda k=kind, p=part: cut_at(encoded(k), p), "skipped", cut)
             for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
             for part in (30, 95)
         ),
@@ -379,15 +380,6 @@ def hostile_photos() -> list[HostilePhoto]:
             ),
         ]
     return cases
-
-
-def cut_at(kind: str, percent: int) -> bytes:
-    whole = encoded(kind)
-    return whole[: len(whole) * percent // 100]
-
-
-def flipped(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
 
 
 def is_red(image: Image.Image) -> bool:

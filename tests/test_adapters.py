@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from spoilt import header_end, put_together, saved, taken_apart
 
 from lora_booth import errors as E
 from lora_booth.adapters.adapter import Adapter, Card, LoraFactors
@@ -158,7 +158,7 @@ def test_header_for_other_programs(unets, tmp_path):
     content = path.read_bytes()
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
-    start = 8 + struct.unpack("<Q", content[:8])[0]
+    start = header_end(content)
     assert metadata["sshs_model_hash"] == hashlib.sha256(content[start:]).hexdigest()
     assert metadata["sshs_legacy_hash"] == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0" and metadata["ss_v2"] == "False"
@@ -303,8 +303,7 @@ def pair(rank=4, width=32, out=32, dtype=torch.float32):
 
 def foreign(tmp_path, tensors, metadata=None):
     path = tmp_path / "foreign.safetensors"
-    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path, metadata=metadata)
-    return path
+    return saved(path, tensors, metadata)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -431,11 +430,10 @@ def test_a_length_that_looks_like_a_pickle_is_fine(tmp_path):
     down, up = pair()
     for first in (0x4B50, 0x0280):  # "PK", and a pickle's protocol 2
         path = foreign(tmp_path, {KD: down, KU: up})
-        content = path.read_bytes()
-        length = struct.unpack("<Q", content[:8])[0]
-        header = content[8 : 8 + length].ljust(first)
-        assert len(header) == first
-        path.write_bytes(struct.pack("<Q", first) + header + content[8 + length :])
+        header, data = taken_apart(path.read_bytes())
+        text = json.dumps(header).encode().ljust(first)
+        assert len(text) == first
+        path.write_bytes(put_together(text, data))
         assert Adapter.load(path).modules[Q].rank == 4
 
 

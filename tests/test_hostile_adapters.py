@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_mutations import Judge, mutants, small_file
-from good_adapters import Good, good_files, loha, lokr
+from adapter_judge import Judge
+from good_adapters import Good, good_files, loha, lokr, small_files
 from hostile_adapters import KD, KU, Hostile, configurations, headers, hostile_files, lycoris, pair, written
 from pipelines import make_pipeline
+from spoilt import mutants
 from torch import Tensor, nn
 
 from lora_booth import errors as E
@@ -262,7 +263,7 @@ def test_mutants(tmp_path: Path) -> None:
     """300 of the 10,000 of benchmarks/adapter_mutants.py: loaded within the limits, or refused by name."""
     judge = Judge(tmp_path / "mutant.safetensors")
     with no_hang():
-        for mutant in mutants(small_file(tmp_path), count=300, seed=1):
+        for mutant in mutants(small_files(tmp_path), count=300, seed=1):
             judge.load(mutant)
     assert not judge.faults and judge.loaded and sum(judge.refused.values()) > 100
     assert judge.loaded + sum(judge.refused.values()) == 300 and len(judge.refused) >= 5

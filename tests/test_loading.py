@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from ldm_naming import checkpoint, save_checkpoint
 from pipelines import KINDS, make_pipeline, same_state, state
 from safetensors.torch import load_file, save_file
+from spoilt import put_together, taken_apart
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from lora_booth.base.base_model import BaseModel
@@ -228,19 +228,17 @@ def test_a_damaged_file_is_one_plain_error(spoil: str, folders: dict[str, Path],
     shutil.copytree(folders["sd1"], folder)
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
+    header, data = taken_apart(content)
     if spoil == "dtype":
         header["encoder.conv_in.bias"]["dtype"] = "F77"
     if spoil == "overlap":
         header["encoder.conv_in.bias"]["data_offsets"][1] += 4
-    changed = json.dumps(header).encode()
     damaged = {
         "cut": content[:-10],
         "long": content + b"more",
-        "header": (2**40).to_bytes(8, "little") + content[8:],
-        "no json": content[:8] + b"x" * length + content[8 + length :],
-    }.get(spoil, len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+        "header": put_together(header, data, length=2**40),
+        "no json": put_together(b"x" * 1000, data),
+    }.get(spoil, put_together(header, data))
     file.write_bytes(damaged)
     with pytest.raises(BaseModelError) as caught:
         _ = load(folder).vae

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from pipelines import make_pipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from spoilt import saved
 
 from lora_booth import errors as E
 from lora_booth.adapters import readers, writing
@@ -66,11 +67,6 @@ def small(*modules, family="sd1", alpha=1.0) -> Adapter:
 
 def text(*names, component="text_encoder") -> list[str]:
     return [f"{component}.{TEXT_LAYER}.{name}" for name in names]
-
-
-def stored(path, tensors, metadata=None) -> Path:
-    save_file({key: value.clone().contiguous() for key, value in tensors.items()}, path, metadata=metadata)
-    return path
 
 
 def named(adapter, name_of, ends=(".lora_down.weight", ".lora_up.weight"), alpha=True) -> dict[str, torch.Tensor]:
@@ -186,7 +182,7 @@ def test_another_strength_is_not_written(tmp_path):
     """diffusers gives the commonest alpha to all attention: exactly why `save` folds alphas into one."""
     modules = {Q.replace("to_q", name): factors(alpha=alpha) for name, alpha in (("to_q", 2.0), ("to_k", 1.0), ("to_v", 1.0))}
     adapter = Adapter(modules, Card(family="sd1"))
-    path = stored(tmp_path / "a.safetensors", named(adapter, kohya_names(modules, "sd1").get))
+    path = saved(tmp_path / "a.safetensors", named(adapter, kohya_names(modules, "sd1").get))
     reading = readers.report(path).readings["diffusers"]
     assert reading.rescaled == (Q,) and reading.scales[Q] == 0.5
     assert str(reading) == "diffusers: reads 3 of 3 modules, 1 of them with another strength"
@@ -291,7 +287,7 @@ def test_diffusers_reads_as_we_say(tiny, family, naming, tmp_path):
     else:
         tensors = named(adapter, lambda module: module, ends, alpha=False)
         metadata = peft_metadata(adapter) if "metadata" in naming else None
-    path = stored(tmp_path / "a.safetensors", tensors, (metadata or {}) | {"lora_booth.card": json.dumps({"family": family})})
+    path = saved(tmp_path / "a.safetensors", tensors, (metadata or {}) | {"lora_booth.card": json.dumps({"family": family})})
     said = readers.report(path).readings["diffusers"]
     assert said.refusal is None
     assert said.scales == pytest.approx(loaded_scales(make_pipeline(family), path))
@@ -322,7 +318,7 @@ def test_diffusers_refuses_what_we_say(tiny, modules, ends, metadata, tmp_path):
     kohya = ends[0] == ".lora_down.weight"
     tensors = named(adapter, kohya_names(shapes, "sdxl").get if kohya else lambda module: module, ends, alpha=kohya)
     entries = {} if metadata is None else {"lora_adapter_metadata": json.dumps(metadata)}
-    path = stored(tmp_path / "a.safetensors", tensors, entries | {"ss_base_model_version": "sdxl_base_v1-0"})
+    path = saved(tmp_path / "a.safetensors", tensors, entries | {"ss_base_model_version": "sdxl_base_v1-0"})
     reading = readers.report(path).readings["diffusers"]
     assert reading.refusal and str(reading).startswith("diffusers: refuses the file (")
     with pytest.raises((RuntimeError, ValueError, KeyError)):
@@ -335,7 +331,7 @@ def test_diffusers_refuses_what_we_say(tiny, modules, ends, metadata, tmp_path):
 def test_old_diffusers_naming_is_read_by_comfyui(tmp_path):
     adapter = small(*(Q.replace("to_q", name) for name in ATTENTION))
     tensors = named(adapter, old_diffusers_name, ("_lora.down.weight", "_lora.up.weight"), alpha=False)
-    readings = readers.report(stored(tmp_path / "a.safetensors", tensors)).readings
+    readings = readers.report(saved(tmp_path / "a.safetensors", tensors)).readings
     assert readings["ComfyUI"].complete and readings["diffusers"].complete and not readings["A1111"].scales
 
 
@@ -343,14 +339,14 @@ def test_diffusers_names_in_an_sdxl_file(tmp_path):
     """A1111 places them as in SD 1.x, where this sampler stands elsewhere; everyone else reads them all."""
     sampler = "unet.up_blocks.0.upsamplers.0.conv"
     tensors = named(small(Q, sampler), lambda module: "lora_unet_" + module[5:].replace(".", "_"))
-    readings = readers.report(stored(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sdxl_base_v1-0"})).readings
+    readings = readers.report(saved(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sdxl_base_v1-0"})).readings
     assert readings["A1111"].dropped == (sampler,) and tuple(readings["A1111"].scales) == (Q,)
     assert all(reading.complete for reader, reading in readings.items() if reader != "A1111")
 
 
 def test_comfyui_names_choke_a1111(tmp_path):
     tensors = named(small(Q), lambda module: "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q")
-    readings = readers.report(stored(tmp_path / "a.safetensors", tensors)).readings
+    readings = readers.report(saved(tmp_path / "a.safetensors", tensors)).readings
     assert readings["ComfyUI"].complete and readings["A1111"].refusal
 
 
@@ -359,7 +355,7 @@ def test_loha_is_read_by_those_who_know_lycoris(tmp_path):
     tensors = {
         f"{name}.hada_w{i}_{side}": torch.ones(shape) for i in (1, 2) for side, shape in (("a", (32, 2)), ("b", (2, 32)))
     }
-    path = stored(tmp_path / "a.safetensors", tensors | {f"{name}.alpha": torch.tensor(1.0)})
+    path = saved(tmp_path / "a.safetensors", tensors | {f"{name}.alpha": torch.tensor(1.0)})
     readings = readers.report(path).readings
     assert readings["ComfyUI"].complete and readings["A1111"].complete
     assert readings["diffusers"].refusal and readings["sd-scripts"].dropped == (Q,)
@@ -370,7 +366,7 @@ def test_alphas_that_only_peft_metadata_holds(tmp_path):
     tensors = named(small(module), lambda module: module, (".lora_A.weight", ".lora_B.weight"), alpha=False)
     fields = {"text_encoder.r": 2, "text_encoder.lora_alpha": 8, "text_encoder.target_modules": ["q_proj"]}
     metadata = {"lora_adapter_metadata": json.dumps(fields)}
-    readings = readers.report(stored(tmp_path / "a.safetensors", tensors, metadata)).readings
+    readings = readers.report(saved(tmp_path / "a.safetensors", tensors, metadata)).readings
     assert readings["diffusers"].scales == {module: 4.0} and readings["diffusers"].complete
     assert readings["ComfyUI"].rescaled == (module,) and readings["ComfyUI"].scales == {module: 1.0}
 
@@ -379,7 +375,7 @@ def test_a_folder_of_peft_is_nothing_for_diffusers(tmp_path):
     tensors = named(
         small(Q), lambda module: f"base_model.model.{module[5:]}", (".lora_A.weight", ".lora_B.weight"), alpha=False
     )
-    stored(tmp_path / "adapter_model.safetensors", tensors)
+    saved(tmp_path / "adapter_model.safetensors", tensors)
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4, "peft_type": "LORA"}')
     assert all(not reading.scales for reading in readers.report(tmp_path).readings.values())
 
@@ -404,7 +400,7 @@ def test_a_header_without_kohya_entries_hides_a_file_in_a1111(family, tmp_path):
     path = small(Q, Q.replace("attn1.to_q", "attn2.to_k"), family=family).save(tmp_path / "a.safetensors")
     assert readers.report(path).readings["A1111"].notes == ()
     card = {"format": "pt", "lora_booth.card": json.dumps({"family": family})}
-    notes = readers.report(stored(tmp_path / "b.safetensors", load_file(path), card)).readings["A1111"].notes
+    notes = readers.report(saved(tmp_path / "b.safetensors", load_file(path), card)).readings["A1111"].notes
     assert notes == (
         () if family == "sd1" else ("takes it for Stable Diffusion 1.x, and hides it while another base is loaded",)
     )

@@ -25,7 +25,8 @@ except ImportError:
 if atheris is not None and __name__ == "__main__":
     with atheris.instrument_imports(include=["lora_booth.adapters"]):
         from lora_booth.adapters import checks, files, header, layouts, lycoris, peft_config, reading, safetensors_header  # noqa: F401
-from adapter_mutations import beyond, mutants  # noqa: E402
+from adapter_judge import beyond  # noqa: E402
+from spoilt import byte, mutants  # noqa: E402
 
 from lora_booth.adapters import reading  # noqa: E402, F811
 from lora_booth.errors import AdapterError  # noqa: E402
@@ -60,11 +61,7 @@ def run_without_atheris(count: int, seed: int = 0) -> int:
     good = [content for content in corpus if try_one(content)]
     rng = random.Random(seed)
     for i, content in enumerate(mutants(good, count=count, seed=seed)):
-        if i % 2 and content:
-            changed = bytearray(content)
-            changed[rng.randrange(len(changed))] = rng.randrange(256)
-            content = bytes(changed)
-        test_one(content)
+        test_one(byte(content, rng) if i % 2 and content else content)
     return len(corpus) + count
 
 

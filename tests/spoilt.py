@@ -1,47 +1,69 @@
-"""Good adapter files with something changed at random, and a judge of what loading them does."""
+"""Files for tests, made and spoilt: a safetensors file taken apart and put together, bytes changed at random, files cut off."""
 
 from __future__ import annotations
 
 import json
-import math
 import random
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from good_adapters import PEFT, diffusers_metadata, loha, lokr, lora, lycoris, same, text, unet
+from safetensors.torch import save
+from torch import Tensor
 
-from lora_booth.adapters.adapter import Adapter
-from lora_booth.adapters.checks import MAX_RANK, MAX_SCALE, MAX_VALUE
-from lora_booth.errors import AdapterError
-
-
-def small_file(folder: Path) -> list[bytes]:
-    """Good files of 10 to 60 KB: kohya, PEFT with metadata, LoHa and LoKr."""
-    q, v = (f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_v"))
-    kinds = {q: (loha((16, 16), 2), 2.0, 1.0), v: (lokr((16, 16), 4, rank1=None, rank2=2), 1.0, 0.5)}
-    patterns = diffusers_metadata(r=4, lora_alpha=16, alpha_pattern={"to_v": 2}, rank_pattern={"to_k": 8})
-    goods = (
-        lora("", unet("sd1", 16) | text(width=16), metadata={"ss_v2": "False", "ss_network_dim": "4"}),
-        lora("", unet("sd2", 16, kinds="attention projections"), same, PEFT, alphas=(None,), metadata=patterns),
-        lycoris("", kinds),
-    )
-    return [good.write(folder)[0].read_bytes() for good in goods]
+# --- a safetensors file and its parts --------------------------------------------------------------------------------
 
 
-# --- ways to change bytes ------------------------------------------------------------------------------------------
+def taken_apart(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header, and the tensors' bytes."""
+    end = header_end(content)
+    return json.loads(content[8:end]), content[end:]
 
 
-def _header_end(content: bytes) -> int:
+def put_together(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """header: bytes, or what becomes JSON; length: what the first 8 bytes say, if not the truth."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def header_end(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
+
+
+def saved(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    *,
+    config: dict[str, object] | None = None,
+) -> Path:
+    """Write a file, or with `config` a folder of PEFT's: what is to be loaded."""
+    header, data = taken_apart(save({key: value.clone().contiguous() for key, value in tensors.items()}, metadata))
+    text = json.dumps(header | ({"__metadata__": metadata} if metadata else {})).encode()  # whose order changes in each process
+    path.write_bytes(put_together(text + b" " * (-len(text) % 8), data))
+    if config is None:
+        return path
+    path.with_name("adapter_config.json").write_text(json.dumps(config))
+    return path.parent
+
+
+# --- bytes of any file -----------------------------------------------------------------------------------------------
+
+
+def cut_at(content: bytes, percent: int) -> bytes:
+    return content[: len(content) * percent // 100]
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
+# --- a good safetensors file with something changed at random ----------------------------------------------------------
 
 
 def _place(content: bytes, rng: random.Random) -> int:
     """Half of all changes are in the header, where every byte matters."""
-    return rng.randrange(_header_end(content) if rng.random() < 0.5 else len(content))
+    return rng.randrange(min(header_end(content), len(content)) if rng.random() < 0.5 else len(content))
 
 
 def bits(content: bytes, rng: random.Random) -> bytes:
@@ -85,8 +107,7 @@ def length(content: bytes, rng: random.Random) -> bytes:
 
 def edited(content: bytes, rng: random.Random) -> bytes:
     """The header parsed, one thing in it changed, and written again with its right length."""
-    end = _header_end(content)
-    header = json.loads(content[8:end])
+    header, data = taken_apart(content)
     names = [name for name in header if name != "__metadata__"]
     name = rng.choice(names)
     odd = rng.choice((0, -1, 1.5, 2**40, 2**63, 10**400, 1e300, None, True, "x", [], {}, [[]]))
@@ -116,14 +137,13 @@ def edited(content: bytes, rng: random.Random) -> bytes:
         words[rng.choice((*words, "lora_adapter_metadata", "lora_booth.card"))] = rng.choice(
             ("", "{", "[]", '{"unet.r": 1e9}', '{"family": 3}', "\x1b[2J", "x" * 70_000, "[" * 5000, 5, None)
         )
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    return put_together(header, data)
 
 
 def mixed(content: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randrange(2, 6)):
         content = rng.choice((bits, byte, spliced, dropped))(content, rng) or b"\0"
-        if _header_end(content) > len(content):
+        if header_end(content) > len(content):
             break
     return content
 
@@ -136,50 +156,3 @@ def mutants(files: list[bytes], *, count: int, seed: int) -> Iterator[bytes]:
     for i in range(count):
         rng = random.Random(f"{seed} {i}")
         yield WAYS[i % len(WAYS)](rng.choice(files), rng)
-
-
-# --- what loading them does ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Judge:
-    """Loads one file after the other and counts what happens."""
-
-    path: Path  # where each is written
-    loaded: int = 0
-    refused: Counter[str] = field(default_factory=Counter)  # by the name of the error
-    faults: list[str] = field(default_factory=list)  # any other exception, or a load beyond the limits
-    slowest: float = 0.0  # seconds of this process; other work on the machine does not count
-
-    def load(self, content: bytes) -> None:
-        self.path.write_bytes(content)
-        start = time.process_time()
-        try:
-            adapter = Adapter.load(self.path)
-        except AdapterError as error:
-            self.refused[type(error).__name__] += 1
-            if not str(error).isprintable():
-                self.faults.append(f"not printable: {error!r}")
-        except Exception as error:
-            self.faults.append(f"{type(error).__name__}: {ascii(str(error))[:200]}")
-        else:
-            self.loaded += 1
-            self.faults += beyond(adapter)
-        self.slowest = max(self.slowest, time.process_time() - start)
-
-
-def beyond(adapter: Adapter) -> Iterator[str]:
-    """Where a loaded adapter is outside the limits, found in another way than the loader's."""
-    for module, factors in adapter.modules.items():
-        values = torch.cat([factors.down.float().flatten(), factors.up.float().flatten()])
-        if not torch.isfinite(values).all() or values.abs().max() > MAX_VALUE:
-            yield f"{module}: values"
-        if not math.isfinite(factors.alpha) or abs(factors.scale) > MAX_SCALE * (1 + 1e-6):
-            yield f"{module}: alpha {factors.alpha}"
-        if factors.rank > min(MAX_RANK, factors.up.shape[0], factors.down[0].numel()):
-            yield f"{module}: rank {factors.rank}"
-        if not module.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
-            yield f"{module!r}: no module"
-    for name, value in vars(adapter.card).items():
-        if isinstance(value, str) and not value.isprintable():
-            yield f"card: {name}"
