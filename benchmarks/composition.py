@@ -57,10 +57,6 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     boxes = [lb.Region(adapter, box=box) for adapter, box in zip(adapters, (LEFT, RIGHT), strict=False)]
     settings: dict[str, dict[str, Any]] = {
         "sum": {"adapters": adapters, "method": "sum"},
-        "svd": {"adapters": adapters, "method": "svd"},
-        "ssr": {"adapters": adapters, "method": "ssr"},
-        "switch": {"adapters": adapters, "method": "switch"},
-        "composite": {"adapters": adapters, "method": "composite"},
         "delta": {"regions": boxes, "isolate": "delta"},
         "noise": {"regions": boxes, "isolate": "noise"},
         "auto delta": {"adapters": adapters, "regions": "auto", "isolate": "delta"},
@@ -71,7 +67,7 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     return Composition(base, **settings[method])
 
 
-METHODS = ("sum", "svd", "ssr", "switch", "composite", "delta", "noise", "noise from .15", "auto delta", "auto noise")
+METHODS = ("sum", "delta", "noise", "noise from .15", "auto delta", "auto noise")
 
 
 def likeness(found: Identity, subject: Identity) -> float:
@@ -172,7 +168,7 @@ class Bench:
     def asked(
         self, method: str, names: tuple[str, str], pair: tuple[Identity, Identity], context: str, number: int
     ) -> tuple[tuple[Identity, Identity], str, Composition]:
-        """Who shall be seen, the prompt, and who draws."""
+        """The subjects to show, the prompt, and the composition that draws."""
         nouns = [subject.class_noun for subject in pair]
         prompt = f"a photo of {TOKENS[0]} {nouns[0]} and {TOKENS[1]} {nouns[1]} {context}"
         plain = composition(self.base, "none", [])

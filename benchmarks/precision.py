@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 import lora_booth as lb
-from lora_booth.cli.demo import CONTEXTS, write_photos
-from lora_booth.evaluation.toybox import evaluate_subject
-from lora_booth.toybox.world import HELD_OUT, photos_of
+from lora_booth.cli.demo import score, write_photos
+from lora_booth.toybox.world import HELD_OUT
 
 NAME = "olga"
 WINDOWS = 5
@@ -28,12 +27,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    identity = HELD_OUT[NAME]
-    images = [render.image for render in photos_of(identity, 5, CONTEXTS, seed=500)]
     curves: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
         photos = write_photos(NAME, Path(folder), count=5)
-        subject = lb.Subject.from_folder(photos, token="sks", class_noun=identity.class_noun)
+        subject = lb.Subject.from_folder(photos, token="sks", class_noun=HELD_OUT[NAME].class_noun)
         for name, dtype, seed in (
             ("fp32", torch.float32, 0),
             ("bf16", torch.bfloat16, 0),
@@ -49,10 +46,10 @@ def main() -> None:
             curve = torch.stack(losses).float().cpu().numpy()
             curves[name] = np.array([part.mean() for part in np.array_split(curve, WINDOWS)])
             off = np.abs(curves[name] / curves["fp32"] - 1)
-            scores = evaluate_subject(base, adapter, identity, images, trained_contexts=CONTEXTS, seeds=range(1)).adapter
+            identity_right = score(base, adapter, NAME, seeds=range(1)).best.mean("identity")
             print(
                 f"{name:13s} mean loss {' '.join(f'{value:.4f}' for value in curves[name])}; "
-                f"from fp32 at most {off.max():.1%}; identity {scores.identity:.2f}; {seconds:.1f} s",
+                f"from fp32 at most {off.max():.1%}; identity {identity_right:.2f}; {seconds:.1f} s",
                 flush=True,
             )
 

@@ -11,20 +11,22 @@ import itertools
 import json
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import lora_booth as lb
-from lora_booth.cli.demo import CONTEXTS, write_photos
-from lora_booth.evaluation.toybox import Scores, evaluate_subject
+from lora_booth.cli.demo import of_ceiling, score, write_photos
+from lora_booth.evaluation.results import Metric, Row
 from lora_booth.photos.sheet import contact_sheet
-from lora_booth.toybox.world import HELD_OUT, photos_of
+from lora_booth.toybox.world import HELD_OUT
 
 
-def mean(scores: list[Scores]) -> dict[str, float]:
-    return {key: round(float(np.mean([asdict(s)[key] for s in scores])), 3) for key in asdict(scores[0])}
+def means(metrics: Sequence[Metric], rows: Sequence[Row]) -> dict[str, float]:
+    """By metric, over the subjects; without those that the rows do not have."""
+    found = {metric.key: [row.mean(metric.key) for row in rows] for metric in metrics}
+    return {key: round(float(np.mean(values)), 3) for key, values in found.items() if None not in values}
 
 
 def bootstrap(values: list[float]) -> tuple[float, float]:
@@ -66,26 +68,22 @@ def main() -> None:
                 started = time.perf_counter()
                 adapter = lb.train(base, subject, lora=lora, config=config, progress=False)
                 seconds.append(time.perf_counter() - started)
-            images = [r.image for r in photos_of(identity, arguments.photos, CONTEXTS, seed=500)]
-            evaluations.append(
-                evaluate_subject(base, adapter, identity, images, trained_contexts=CONTEXTS, seeds=range(arguments.seeds))
-            )
-            row = {"subject": name} | {k: round(v, 3) for k, v in asdict(evaluations[-1].adapter).items()}
-            print(json.dumps(row | {"seconds": round(seconds[-1], 1)}), flush=True)
+            evaluations.append(score(base, adapter, name, count=arguments.photos, seeds=range(arguments.seeds)))
+            row = means(evaluations[-1].metrics, [evaluations[-1].best])
+            print(json.dumps({"subject": name, **row, "seconds": round(seconds[-1], 1)}), flush=True)
         setting = {"steps": steps, "rate": rate, "rank": rank, "batch": batch, "prior": prior, "min_snr": min_snr}
         print(json.dumps({"setting": setting, "seconds": round(float(np.mean(seconds)), 1)}))
         for row_name, scores in (
             ("base", [e.floor for e in evaluations]),
-            ("adapter", [e.adapter for e in evaluations]),
+            ("adapter", [e.best for e in evaluations]),
             ("renders", [e.ceiling for e in evaluations]),
         ):
-            print(json.dumps({row_name: mean(scores)}))
-        shares = [e.identity_of_ceiling for e in evaluations]
-        codes = [e.adapter.code / max(1e-9, e.ceiling.code) for e in evaluations]
+            print(json.dumps({row_name: means(evaluations[0].metrics, scores)}))
+        shares, codes = ([of_ceiling(e, key) for e in evaluations] for key in ("identity", "code"))
         print(json.dumps({"identity of the ceiling": round(float(np.mean(shares)), 3), "95 %": bootstrap(shares)}))
         print(json.dumps({"whole code of the ceiling": round(float(np.mean(codes)), 3), "95 %": bootstrap(codes)}), flush=True)
     if arguments.sheet:
-        every = [p for e in evaluations for p in e.pictures[:: arguments.seeds]]
+        every = [p for e in evaluations for p in e.best.pictures[:: arguments.seeds]]
         contact_sheet([p.image for p in every], labels=[p.prompt for p in every], columns=7, side=128).save(arguments.sheet)
 
 

@@ -22,19 +22,20 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.cli.demo import write_photos
 from lora_booth.config import LoraSpec
 from lora_booth.errors import EvaluationError, SettingsError
-from lora_booth.evaluation.cases import cases_of
+from lora_booth.evaluation.cases import TEMPLATE, cases_of
 from lora_booth.evaluation.encoders import FOR_CLIP, FOR_DINO, Clip, Dino
-from lora_booth.evaluation.measures import drawn_subject
+from lora_booth.evaluation.measures import ToyboxMeasure, drawn_subject
 from lora_booth.evaluation.protocol import Candidate, evaluate
-from lora_booth.evaluation.results import Comparison, Metric, Row
+from lora_booth.evaluation.results import CHANCE, Comparison, Metric, Row
 from lora_booth.evaluation.runs import candidates_of, scores_file
 from lora_booth.evaluation.statistics import score
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.square import training_square
 from lora_booth.pictures.composition import Composition
 from lora_booth.subject.wording import without_subject
+from lora_booth.toybox.judge import judge
 from lora_booth.toybox.scenery import CONTEXTS
-from lora_booth.toybox.world import HELD_OUT, photos_of
+from lora_booth.toybox.world import HELD_OUT, Scene, draw, photos_of
 
 SKS_DOG = Card(token="sks", class_noun="dog")
 
@@ -134,7 +135,7 @@ def test_cases_of_prompts_and_contexts() -> None:
     assert [case.prompt_for(SKS_DOG) for case in found] == [
         *("a photo of sks dog on the moon", "a photo of sks dog underwater", "my sks dog"),
     ]
-    assert [case.bare for case in found] == ["a photo of a dog on the moon", "a photo of a dog underwater", "my dog"]
+    assert [case.plain for case in found] == ["a photo of a dog on the moon", "a photo of a dog underwater", "my dog"]
     assert [case.context for case in found] == ["on the moon", "underwater", None]
     assert found[2].prompt_for(replace(SKS_DOG, token="zwx")) == "my zwx dog"
     for prompts, words in ((["a dog"], "does not name"), (["{token} {context}"], "no contexts")):
@@ -170,14 +171,14 @@ def comparison(**subject: list[float]) -> Comparison:
     metrics = (Metric("dino", "DINO", of="subject"), Metric("clip_t", "CLIP-T", of="prompt"), Metric("pres", "PRES", "lower"))
 
     def row(name: str, values: list[float], text: float = 0.3, pres: float = 0.4) -> Row:
-        return Row(name, {"dino": [[v] for v in values], "clip_t": [[text]] * 4, "pres": [[pres]]})
+        scores = {"dino": [[v] for v in values], "clip_t": [[text]] * 4, "pres": [[pres]], CHANCE: [[0.2]] * 4}
+        return Row(name, scores)
 
     return Comparison(
         metrics=metrics,
         adapters=tuple(row(name, values) for name, values in subject.items()),
         floor=row("base alone", [0.4] * 4),
         ceiling=Row("photos", {"dino": [[0.8, 0.8]], "pres": [[0.8, 0.8]]}),
-        prompt_chance=0.2,
         described="",
         photos=2,
         prompts=("a", "b", "c", "d"),
@@ -189,7 +190,7 @@ def comparison(**subject: list[float]) -> Comparison:
 
 def test_the_best_and_whether_it_is_clear() -> None:
     clear = comparison(weak=[0.5, 0.5, 0.52, 0.5], strong=[0.7, 0.72, 0.7, 0.7])
-    assert clear.best.name == "strong" and clear.advice()[0] == "The best is strong, clearly before weak."
+    assert clear.best.name == "strong" and clear.advice()[0] == "The best is strong, clearly ahead of weak."
     assert clear.subject_share(clear.best) == pytest.approx(0.7625) and clear.prompt_share(clear.best) == pytest.approx(1)
     assert clear.overall(clear.best) == pytest.approx(0.7625)
     lead = clear.lead
@@ -200,8 +201,8 @@ def test_the_best_and_whether_it_is_clear() -> None:
     deaf = replace(clear, adapters=(replace(strong, values={**strong.values, "clip_t": [[0.22]] * 4}), clear.adapters[0]))
     assert deaf.best.name == "weak"  # who no longer follows prompts is not the best
     drifted = replace(clear, adapters=(replace(strong, values={**strong.values, "pres": [[0.7]]}),))
-    assert drifted.drift(drifted.best) == pytest.approx(0.75) and any("bare class" in line for line in drifted.advice())
-    deaf_base = replace(clear, prompt_chance=0.3)
+    assert drifted.drift(drifted.best) == pytest.approx(0.75) and any("plain class" in line for line in drifted.advice())
+    deaf_base = replace(clear, floor=replace(clear.floor, values={**clear.floor.values, CHANCE: [[0.3]] * 4}))
     assert deaf_base.prompt_share(strong) is None and deaf_base.overall(strong) == clear.subject_share(strong)
     assert any("base itself" in line for line in deaf_base.advice())
     flat = replace(clear, ceiling=Row("photos", {"dino": [[0.4]]}))
@@ -286,6 +287,27 @@ def test_photos_of_the_drawn_world_are_recognised(name: str) -> None:
     assert drawn_subject(pictures(4)) is None
 
 
+def test_the_judges_figures_are_as_written() -> None:
+    def renders(name: str, context: str, count: int) -> list[Image.Image]:
+        return [draw(Scene((HELD_OUT[name],), context, "photo", 40 + seed)).image for seed in range(count)]
+
+    photos = [render.image for render in photos_of(HELD_OUT["olga"], 4, CONTEXTS[:3], seed=500, size=64)]
+    measure = ToyboxMeasure(photos)
+    cases = cases_of(Card(token="sks", class_noun="owl"), [TEMPLATE], ["in the jungle", "on a stage"])
+    drawn = [renders("olga", "in the jungle", 2), [photos[0], *renders("brew", "on a stage", 1)]]
+    found = measure.of_subject(cases, drawn)
+    assert found["context"] == [[1, 1], [0, 1]] and found[CHANCE] == [[0, 0], [0, 0]]  # photos[0] is on the moon
+    assert found["identity"][0] == [1, 1] and found["code"] == [[1, 1], [1, 0]] and found["identity"][1][1] < 0.7
+    assert found["copies"] == [[0, 0], [1, 0]]
+    of_class = [*renders("olga", "in the city", 1), *renders("brew", "in the city", 1)]
+    a, b = (verdict.feature for verdict in judge(of_class))
+    other = measure.of_class(of_class)
+    assert other["pres"] == [[1, 0]] and other["class_div"] == [[pytest.approx(1 - a @ b)]]
+    ceiling = measure.of_photos(cases, 3)
+    assert [len(group) for group in ceiling["identity"]] == [3, 3] and np.mean(ceiling["identity"]) > 0.9
+    assert np.mean(ceiling["context"]) == np.mean(ceiling["pres"]) == 1 and np.mean(ceiling["copies"]) == 0
+
+
 @pytest.fixture(scope="module")
 def toybox() -> BaseModel:
     return BaseModel.load("toybox")
@@ -321,7 +343,8 @@ def test_evaluate_on_the_command_line(desk: Path, capsys: pytest.CaptureFixture[
     found = json.loads(said.out)
     assert "the subject is rex" in found["measured_with"] and found["best"] == "rex"
     assert found["prompts"] == ["a photo of sks dog on the moon", "a photo of sks dog in the snow"]
-    assert {m["key"] for m in found["metrics"]} == {"identity", "code", "cosine", "context", "pres", "div", "copies"}
+    keys = {"identity", "code", "cosine", "context", "pres", "div", "class_div", "copies"}
+    assert {m["key"] for m in found["metrics"]} == keys
     assert 0 <= found["adapters"][0]["scores"]["identity"]["mean"] <= 1 == found["photos"]["scores"]["identity"]["count"] / 2
     assert found["photos"]["scores"]["identity"]["mean"] > 0.8
     assert json.loads((desk / "scored" / "scores.json").read_text()) == found and (desk / "scored" / "gallery.html").is_file()

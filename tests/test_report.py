@@ -26,9 +26,8 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError
 from lora_booth.photos.square import training_square
-from lora_booth.report.advice import advice
-from lora_booth.report.charts import MOST_POINTS, chart, smoothed, thinned, ticks
-from lora_booth.report.reading import read_run
+from lora_booth.report.charts import BOTTOM, MOST_POINTS, TOP, chart, smoothed, thinned, ticks
+from lora_booth.report.reading import advice, read_run
 from lora_booth.report.report import write_report
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
@@ -156,10 +155,12 @@ def test_how_to_use_the_file_names_the_file(run: Path) -> None:
     texts = ["".join(parsed.text["pre"])]
     assert 'weight_name="adapter.safetensors")' in texts[0] and 'load_lora_weights("rex & co"' in texts[0]
     assert "a photo of sks dog <lora:sks_dog:1>" in texts[0]
-    assert '"rex & co/adapter.safetensors"' in texts[0]  # quoted for a shell
+    assert 'Adapter.load("rex & co/adapter.safetensors")' in texts[0]
     assert {"diffusers", "ComfyUI", "A1111"} <= set(parsed.text["summary"])
-    [script] = [t for t in parsed.text["pre"] if "load_lora_weights" in t]
-    compile(script, "script", "exec")
+    scripts = [t for t in parsed.text["pre"] if "import" in t]
+    assert len(scripts) == 2
+    for script in scripts:
+        compile(script, "script", "exec")
 
 
 def test_it_is_made_anew_with_scores(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +198,7 @@ def test_it_is_made_anew_with_scores(run: Path, tmp_path: Path, capsys: pytest.C
     (run / "scores.json").write_text(json.dumps(scores | {"identity": "of another run"}))
     write_report(run, photos=False)
     text, parsed = page_of(run)
-    assert "Subject and prompt fidelity" not in text and "What it learnt from" not in text
+    assert "Subject and prompt fidelity" not in text and "<h2>Photos</h2>" not in text
     assert {image["alt"] for image in parsed.all("img")} == {"before", "step 3", "step 6"}
     with pytest.raises(SystemExit) as left:
         cli.main(["report", str(tmp_path)])
@@ -234,7 +235,7 @@ def test_an_interrupted_run_has_a_page_so_far(base: BaseModel, rex: Subject, tmp
         train(base, rex, lora=LoraSpec(rank=2), config=config, out=tmp_path, on_step=stop, progress=False)
     text, parsed = page_of(tmp_path)
     said = " ".join(parsed.text["li"])
-    assert "of 6 steps" in said and "continues where it stopped" in said and "No samples were drawn" in said
+    assert "of 6 steps" in said and "again to continue" in said and "No samples were drawn" in said
     assert 'weight_name="checkpoints/000002/adapter.safetensors"' in "".join(parsed.text["pre"])
     train(base, rex, lora=LoraSpec(rank=2), config=config, out=tmp_path, progress=False)
     text, parsed = page_of(tmp_path)
@@ -289,13 +290,19 @@ def test_advice_follows_the_figures(tmp_path: Path) -> None:
     losses = [0.1] * 200 + [0.5] * 200
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": x}) + "\n" for i, x in enumerate(losses, 1)))
     said = " ".join(one.text for one in advice(read_run(tmp_path)))
-    for words in ("not finite", "3 photos: some more", "seen 533 times: many", "rose from 0.100 to 0.500", "No samples"):
+    for words in (
+        "not finite",
+        "3 photos: a few more",
+        "seen 533 times, which is many",
+        "rose from 0.100 to 0.500",
+        "No samples",
+    ):
         assert words in said
     record |= {"step": 10, "steps": 10, "events": []}
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "metrics.jsonl").write_text("")
     said = " ".join(one.text for one in advice(read_run(tmp_path)))
-    assert "seen 13 times: few" in said and "rose" not in said and "not finite" not in said
+    assert "seen 13 times, which is few" in said and "rose" not in said and "not finite" not in said
 
 
 # --- charts --------------------------------------------------------------------------------------------------------
@@ -318,8 +325,11 @@ def test_long_lines_keep_their_spikes_and_the_mean_has_no_pull() -> None:
     assert len(mean) == 5000 and mean[0][1] == mean[100][1] == pytest.approx(1.0) and mean[1234][1] > 1.02
     found = chart("label", [("raw", points)], top=2.0)
     assert found is not None and chart("nothing", [("raw", [])]) is None
-    heights = [float(pair.split()[1]) for pair in found.lines[0].path.lstrip("M").split("L")]
-    assert min(heights) >= found.top and max(heights) <= found.floor  # what is above the top ends at the edge
+    [path] = re.findall(r'class="raw" d="M([^"]+)"', found)
+    heights = [float(pair.split()[1]) for pair in path.split("L")]
+    assert len(heights) > 100 and min(heights) == TOP and max(heights) <= 240 - BOTTOM  # what is above the top ends at the edge
+    said = chart(NASTY, [("raw", points)], marks=[(3, NASTY)])
+    assert said is not None and "<script" not in said and said.count("&lt;script&gt;") == 2
 
 
 # --- trackers ------------------------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
-"""The whole job on the embedded base, offline: two subjects that it never saw, learnt from five pictures each."""
+"""The whole job on the embedded base, offline: two subjects that it has never seen, learnt from five pictures each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
-from ..evaluation.toybox import Evaluation, evaluate_subject
+from ..evaluation.protocol import evaluate
+from ..evaluation.results import Comparison
 from ..photos.sheet import contact_sheet
 from ..pictures.composition import Composition
 from ..pictures.gallery import Gallery
@@ -18,100 +20,97 @@ from ..pictures.picture import Picture
 from ..run import train
 from ..subject.subject import Subject
 from ..subject.wording import with_article
-from ..toybox.world import HELD_OUT, Identity, photos_of
+from ..toybox.scenery import CONTEXTS as EVERY_CONTEXT
+from ..toybox.world import HELD_OUT, Render, photos_of
 
 PHOTOS = 5
-CONTEXTS = ("in a meadow", "in the kitchen", "on the beach")  # the photos' contexts; scores are for the seven others
+CONTEXTS = ("in a meadow", "in the kitchen", "on the beach")  # of the photos
+NEW_CONTEXTS = tuple(context for context in EVERY_CONTEXT if context not in CONTEXTS)  # of the scores
 SUBJECTS = {"olga": "sks", "brew": "zwx"}  # name in toybox/world.py -> token
 SHOWN = ("on the moon", "underwater", "in the snow", "in the jungle")
-STEPS, GUIDANCE = 20, 4.0  # of the sampler
+SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 4.0}
 
 
 @dataclass(frozen=True)
 class DemoSubject:
     name: str
-    identity: Identity
     adapter: Adapter
-    file: Path
-    evaluation: Evaluation
+    scores: Comparison
+
+
+def drawn_photos(name: str, count: int = PHOTOS, contexts: Sequence[str] = CONTEXTS) -> list[Render]:
+    """A held-out subject as a user's photos would show it, 256 x 256 pixels."""
+    return photos_of(HELD_OUT[name], count, contexts, seed=500)
 
 
 def write_photos(name: str, folder: Path, *, count: int = PHOTOS, contexts: Sequence[str] = CONTEXTS) -> Path:
-    """Draw a held-out subject as a user's photos would be: PNG files of 256 x 256."""
+    """`drawn_photos` as PNG files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, render in enumerate(photos_of(HELD_OUT[name], count, contexts, seed=500)):
+    for i, render in enumerate(drawn_photos(name, count, contexts)):
         render.image.save(folder / f"{name}{i + 1}.png")
     return folder
 
 
-def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> list[DemoSubject]:
-    """Photos, training, files, before and after, scores, a picture of both. Everything is written under `out`.
+def score(base: BaseModel, adapter: Adapter, name: str, *, count: int = PHOTOS, seeds: Sequence[int] = range(4)) -> Comparison:
+    """The adapter of a held-out subject in the contexts that its photos do not show. count: of the photos"""
+    images = [render.image for render in drawn_photos(name, count)]
+    return evaluate(base, adapter, images, contexts=NEW_CONTEXTS, seeds=seeds, batch_size=8, **SAMPLER)
 
-    base  the toybox: the subjects are of its world
+
+def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> list[DemoSubject]:
+    """Photos, training, files, before and after, scores, both in one picture. Everything is written to `out`.
+
+    base  the toybox: the subjects are from its world
     """
     done: list[DemoSubject] = []
     for name, token in SUBJECTS.items():
-        identity = HELD_OUT[name]
+        noun = HELD_OUT[name].class_noun
         folder = write_photos(name, out / "photos" / name)
-        say(f"{name}: {PHOTOS} pictures of {with_article(identity.class_noun)} that the base never saw; its token is {token!r}")
-        subject = Subject.from_folder(folder, token=token, class_noun=identity.class_noun)
+        say(f"{name}: {PHOTOS} pictures of {with_article(noun)} that the base has never seen; its token is {token!r}")
+        subject = Subject.from_folder(folder, token=token, class_noun=noun)
         adapter = train(base, subject, out=out / "runs" / name)
         file = adapter.save(out / f"{name}.safetensors")
-        say(f"{file} ({file.stat().st_size / 1e6:.2f} MB); drawing and judging pictures")
-        photos = [render.image for render in photos_of(identity, PHOTOS, CONTEXTS, seed=500)]
-        evaluation = evaluate_subject(base, adapter, identity, photos, trained_contexts=CONTEXTS, seeds=range(2))
-        done.append(DemoSubject(name, identity, adapter, file, evaluation))
+        say(f"{file} ({file.stat().st_size / 1e6:.2f} MB); drawing and scoring pictures")
+        done.append(DemoSubject(name, adapter, score(base, adapter, name, seeds=range(2))))
     before_after(base, done, out)
     together(base, done, out)
-    Gallery([p for subject in done for p in subject.evaluation.pictures], title="lora_booth demo").save(out / "gallery.html")
+    Gallery([p for one in done for p in one.scores.best.pictures], title="lora_booth demo").save(out / "gallery.html")
     for line in table(done):
         say(line)
     return done
 
 
 def before_after(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> Path:
-    """A row of photos, a row without and a row with the adapter, for each subject."""
+    """For each subject a row of photos, a row without the adapter and a row with it."""
     images, labels = [], []
-    for subject in subjects:
-        card = subject.adapter.card
-        shown = photos_of(subject.identity, len(SHOWN), CONTEXTS, seed=500)
-        images += [render.image for render in shown]
-        labels += [f"photo {i + 1} of {subject.name}" for i in range(len(shown))]
-        for title, adapters in (("before", []), ("after", [(subject.adapter, 1.0)])):
+    for one in subjects:
+        images += [render.image for render in drawn_photos(one.name, len(SHOWN))]
+        labels += [f"photo {i + 1} of {one.name}" for i in range(len(SHOWN))]
+        for title, adapters in (("before", []), ("after", [one.adapter])):
             for context in SHOWN:
-                prompt = f"a photo of {card.token} {card.class_noun} {context}"
-                made = Composition(base, adapters).generate(prompt, seeds=[1], steps=STEPS, guidance=GUIDANCE)
-                images.append(made[0].image)
+                prompt = f"a photo of {one.adapter.card.token} {one.adapter.card.class_noun} {context}"
+                images.append(Composition(base, adapters).generate(prompt, seeds=[1], **SAMPLER)[0].image)
                 labels.append(f"{title}: {prompt}")
     sheet = contact_sheet(images, labels=labels, columns=len(SHOWN), side=192)
     return Picture(sheet, "", 0).save(out / "before_after.png")
 
 
 def together(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> Path:
-    """Both subjects in one picture, each adapter where the U-Net looks for its words."""
-    names = " and ".join(f"{s.adapter.card.token} {s.adapter.card.class_noun}" for s in subjects)
-    studio = Composition(base, [(s.adapter, 1.0) for s in subjects], regions="auto")
-    pictures = studio.generate(f"a photo of {names} in the snow", seeds=range(4), steps=STEPS, guidance=GUIDANCE)
+    """Both subjects in one picture, each adapter where the U-Net attends to its words."""
+    names = " and ".join(f"{one.adapter.card.token} {one.adapter.card.class_noun}" for one in subjects)
+    studio = Composition(base, [one.adapter for one in subjects], regions="auto")
+    pictures = studio.generate(f"a photo of {names} in the snow", seeds=range(4), **SAMPLER)
     return Gallery(pictures, title="together").save(out / "together.png")
 
 
-def table(subjects: Sequence[DemoSubject]) -> list[str]:
-    """The scores as text lines: floor (the base alone), adapter, ceiling (real renders)."""
-    rows = [
-        ("subject fidelity: identity attributes right", "identity"),
-        ("whole identity right", "code"),
-        ("prompt fidelity: context right (untrained contexts)", "context"),
-        ("prior: bare class shows the subject (lower is better)", "leak"),
-        ("prior: diversity of the bare class", "diversity"),
-        ("copies of training photos (lower is better)", "copies"),
-    ]
-    lines = [f"{'':54}{'base':>8}{'adapter':>9}{'renders':>9}"]
-    for subject in subjects:
-        e = subject.evaluation
-        lines.append(f"{subject.name} ({subject.identity.class_noun})")
-        for label, key in rows:
-            values = (getattr(e.floor, key), getattr(e.adapter, key), getattr(e.ceiling, key))
-            lines.append(f"  {label:52}{values[0]:8.2f}{values[1]:9.2f}{values[2]:9.2f}")
-    share = float(np.mean([s.evaluation.identity_of_ceiling for s in subjects]))
-    lines.append(f"identity right, of the ceiling: {share:.2f}")
-    return lines
+def table(subjects: Sequence[DemoSubject]) -> Iterator[str]:
+    for one in subjects:
+        yield ""
+        yield from one.scores.lines()
+    share = np.mean([of_ceiling(one.scores) for one in subjects])
+    yield f"\nidentity attributes right, as a share of those in real renders: {share:.2f}"
+
+
+def of_ceiling(scores: Comparison, key: str = "identity") -> float:
+    """The adapter's score as a share of what real renders get."""
+    return (scores.best.mean(key) or 0.0) / max(1e-9, scores.ceiling.mean(key) or 0.0)

@@ -1,1 +1,1 @@
-"""How well adapters know their subject: DreamBooth's protocol with DINO and CLIP, or with the toybox's judge."""
+"""How well adapters know their subject: DreamBooth's protocol, measured by DINO and CLIP or by the toybox's judge."""

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: each with an adapter's token, and without it for the base and for CLIP."""
+"""The prompts of an evaluation: with the adapter's token, and without it for the base and for CLIP."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ class Case:
     """One prompt of the evaluation."""
 
     template: str  # with {token}
-    bare: str  # without the token: what the base draws, and what CLIP compares pictures with
+    plain: str  # without the token: what the base draws, and what CLIP compares pictures with
 
     @property
     def context(self) -> str | None:
-        """The toybox's context that it asks for."""
-        return next((context for context in CONTEXTS if context in self.bare), None)
+        """The context of the toybox that it asks for."""
+        return next((context for context in CONTEXTS if context in self.plain), None)
 
     def prompt_for(self, card: Card) -> str:
         return fill_prompts([self.template], token=card.token, class_noun=card.class_noun)[0]
 
 
 def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ()) -> list[Case]:
-    """One for each prompt, or for each context of a prompt that has {context}. A prompt may also hold the card's token itself.
+    """One for each prompt, or for each context of a prompt with {context}. A prompt may also hold the card's token itself.
 
     Raises SettingsError for a prompt that does not name the subject, and for a card without token or class noun.
     """
     if not (card.token and card.class_noun):
-        raise SettingsError("the adapter's card has no token or class noun; give --token and --class-noun, or with_card(...)")
+        raise SettingsError(
+            "the adapter's card has no token or class noun; give --token and --class-noun, or use with_card(...)"
+        )
     token, noun = card.token, card.class_noun
     found: dict[str, Case] = {}
     for text in templates:
@@ -47,7 +49,7 @@ def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ())
             raise SettingsError(f"prompt {shown(text)!r} does not name the subject; write {{token}} or {token!r} into it")
         contextual = contexts if "{context}" in templated else ("",)
         if not contextual:
-            raise SettingsError(f"prompt {shown(text)!r}: no contexts for {{context}}; give some, as 'in the snow'")
+            raise SettingsError(f"prompt {shown(text)!r}: no contexts for {{context}}; give some, e.g. 'in the snow'")
         for context in contextual:
             template = templated.replace("{context}", context)
             filled = fill_prompts([template], token=token, class_noun=noun)[0]
@@ -55,5 +57,6 @@ def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ())
     return list(found.values())
 
 
-def class_prompt(class_noun: str) -> str:
-    return CLASS_TEMPLATE.format(a=article(class_noun), class_noun=class_noun)
+def class_prompt(card: Card) -> str:
+    """ "a photo of a dog"."""
+    return fill_prompts([CLASS_TEMPLATE], class_noun=card.class_noun)[0]

@@ -1,51 +1,48 @@
-"""The two measures: DINO and CLIP for pictures of the world, the toybox's judge for the drawn one."""
+"""What is read off the pictures: by DINO and CLIP for pictures of the world, by the toybox's judge for drawn ones."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from ..toybox.judge import IDENTITY_PARTS, Verdict, judge
+from ..toybox.judge import IDENTITY_PARTS, Verdict, judge, to_pixels
+from ..toybox.scenery import CONTEXTS
 from ..toybox.world import HELD_OUT, Identity, Scene, draw
 from .cases import Case
 from .encoders import Clip, Dino
-from .results import Metric, by_prompt
+from .results import CHANCE, Metric
 from .statistics import Values
-from .toybox import attributes_right, copies, diversity, shows
 
-Drawn = Sequence[Sequence[Image.Image]]  # by prompt
+Groups = Sequence[Sequence[Image.Image]]  # by prompt
+RENDER_SEED = 77_000  # chosen: far from the seeds of the photos, so that the ceiling shows other poses
 
 
 class Measure(Protocol):
     metrics: tuple[Metric, ...]
     described: str
 
-    def of_drawn(self, cases: Sequence[Case], drawn: Drawn) -> dict[str, Values]:
-        """Of the pictures of each case."""
+    def of_subject(self, cases: Sequence[Case], drawn: Groups) -> dict[str, Values]:
+        """Of the pictures of each case. CHANCE is their fidelity to the prompts of the other cases."""
         ...
 
     def of_class(self, pictures: Sequence[Image.Image]) -> dict[str, Values]:
-        """Of pictures of the bare class."""
+        """Of pictures of the plain class."""
         ...
 
     def of_photos(self, cases: Sequence[Case], seeds: int) -> dict[str, Values]:
         """The ceiling."""
         ...
 
-    def prompt_chance(self, cases: Sequence[Case], drawn: Drawn) -> float:
-        """Prompt fidelity to prompts that the pictures were not drawn for."""
-        ...
-
 
 class PhotoMeasure:
-    """arXiv 2208.12242, sec. 4.2: DINO and CLIP-I, mean cosine of each picture with every photo; CLIP-T, cosine of prompt and
-    picture; PRES, DINO of the bare class's pictures with the photos. DIV is 1 - DINO among the pictures of a prompt here, and
-    LPIPS in the paper. The prompt of CLIP-T has the class noun without the token, whose sound is no meaning.
+    """arXiv 2208.12242, sec. 4.2: DINO and CLIP-I, the mean cosine of each picture with every photo; CLIP-T, the cosine of
+    picture and prompt; PRES, DINO of the plain class's pictures with the photos. DIV is 1 - DINO among the pictures of one
+    prompt here, and LPIPS in the paper. For CLIP-T the prompt has the class noun without the token, which CLIP does not know.
     """
 
     metrics: tuple[Metric, ...] = (
@@ -65,23 +62,20 @@ class PhotoMeasure:
         )
         self.photo_dino = dino.of_images(photos).numpy()
         self.photo_clip = clip.of_images(photos).numpy()
+        self.closest = max(a @ b for a, b in combinations(self.photo_dino, 2))  # cosine of the two most alike
 
-    def of_drawn(self, cases: Sequence[Case], drawn: Drawn) -> dict[str, Values]:
-        images, counts = [image for group in drawn for image in group], [len(group) for group in drawn]
-        seen, clip = self.dino.of_images(images).numpy(), self.clip.of_images(images).numpy()
-        texts = self.clip.of_texts([case.bare for case in cases]).numpy()
-        asked = np.repeat(texts, counts, axis=0)
-        to_photos = seen @ self.photo_dino.T
-        between = [a @ b for a, b in combinations(self.photo_dino, 2)]
-        copied = (to_photos.max(axis=1) > max(between)).astype(float)
-        ends = np.cumsum(counts)
-        groups = [seen[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    def of_subject(self, cases: Sequence[Case], drawn: Groups) -> dict[str, Values]:
+        texts = self.clip.of_texts([case.plain for case in cases]).numpy()
+        seen = [self.dino.of_images(group).numpy() for group in drawn]
+        clip = [self.clip.of_images(group).numpy() for group in drawn]
+        to_photos, to_texts = [group @ self.photo_dino.T for group in seen], [group @ texts.T for group in clip]
         return {
-            "dino": by_prompt(to_photos.mean(axis=1), counts),
-            "clip_i": by_prompt((clip @ self.photo_clip.T).mean(axis=1), counts),
-            "clip_t": by_prompt((clip * asked).sum(axis=1), counts),
-            "div": [[float(np.mean([1 - a @ b for a, b in combinations(group, 2)]))] for group in groups if len(group) > 1],
-            "copies": by_prompt(copied, counts),
+            "dino": [cosines.mean(axis=1).tolist() for cosines in to_photos],
+            "clip_i": [(group @ self.photo_clip.T).mean(axis=1).tolist() for group in clip],
+            "clip_t": [cosines[:, index].tolist() for index, cosines in enumerate(to_texts)],
+            CHANCE: [np.delete(cosines, index, axis=1).flatten().tolist() for index, cosines in enumerate(to_texts)],
+            "div": [diversity(group) for group in seen],
+            "copies": [(cosines.max(axis=1) > self.closest).astype(float).tolist() for cosines in to_photos],
         }
 
     def of_class(self, pictures: Sequence[Image.Image]) -> dict[str, Values]:
@@ -91,85 +85,76 @@ class PhotoMeasure:
         dino = to_others(self.photo_dino)
         return {"dino": [dino], "clip_i": [to_others(self.photo_clip)], "pres": [dino]}
 
-    def prompt_chance(self, cases: Sequence[Case], drawn: Drawn) -> float:
-        texts = self.clip.of_texts([case.bare for case in cases]).numpy()
-        others = []
-        for index, group in enumerate(drawn):
-            cosines = self.clip.of_images(group).numpy() @ np.delete(texts, index, axis=0).T
-            others += cosines.flatten().tolist()
-        return float(np.mean(others)) if others else 0.0
-
 
 class ToyboxMeasure:
-    """The judge's reading of each picture. With `identity`, one of the drawn world's, its attributes are counted and the
-    ceiling is real renders in the prompts' contexts; without, its features stand for DINO and the ceiling is the photos."""
+    """The judge's reading of each picture. Where the photos show a subject of the drawn world, its attributes are counted
+    and the ceiling is real renders in the prompts' contexts; else its features stand in for DINO and the ceiling is the photos.
+    """
 
-    def __init__(self, photos: Sequence[Image.Image], identity: Identity | None, name: str = "") -> None:
-        self.photos, self.identity = list(photos), identity
-        self.seen = features(judge(self.photos))
-        of_features: Any = None if identity is not None else "subject"
+    def __init__(self, photos: Sequence[Image.Image]) -> None:
+        found = drawn_subject(photos)
+        self.identity = None if found is None else found[1]
+        self.photo_features = features(judge(photos))
+        self.photo_pixels = to_pixels(photos).flatten(1)  # (photos, 3 x 64 x 64)
+        self.closest = min(float((a - b).abs().mean()) for a, b in combinations(self.photo_pixels, 2))
         self.metrics: tuple[Metric, ...] = (
-            *([Metric("identity", "identity", of="subject"), Metric("code", "whole identity")] if identity is not None else []),
-            Metric("cosine", "judge cosine", of=of_features),
+            *((Metric("identity", "identity", of="subject"), Metric("code", "whole identity")) if found else ()),
+            Metric("cosine", "judge cosine", of=None if found else "subject"),
             Metric("context", "context", of="prompt"),
             Metric("pres", "PRES", "lower"),
             Metric("div", "DIV (judge)"),
+            Metric("class_div", "DIV of class"),
             Metric("copies", "copies", "lower"),
         )
-        who = f"the subject is {name}" if identity is not None else "features in place of DINO"
+        who = f"the subject is {found[0]}" if found else "features in place of DINO"
         self.described = f"the toybox's judge ({who}); not comparable with a paper's figures"
 
-    def of_drawn(self, cases: Sequence[Case], drawn: Drawn) -> dict[str, Values]:
+    def of_subject(self, cases: Sequence[Case], drawn: Groups) -> dict[str, Values]:
         verdicts = [judge(group) for group in drawn]
+        contexts = [case.context for case in cases if case.context]
+        asked = [(case.context, group) for case, group in zip(cases, verdicts, strict=True) if case.context]
         found: dict[str, Values] = {
-            "cosine": [(features(group) @ self.seen.T).mean(axis=1).tolist() for group in verdicts],
-            "context": [
-                [float(verdict.context == case.context) for verdict in group]
+            "cosine": [self.to_photos(group) for group in verdicts],
+            "context": [[float(verdict.context == context) for verdict in group] for context, group in asked],
+            CHANCE: [
+                [float(verdict.context == other) for verdict in group for other in contexts if other != case.context]
                 for case, group in zip(cases, verdicts, strict=True)
-                if case.context
             ],
-            "div": [[diversity(group)] for group in verdicts if len(group) > 1],
-            "copies": [[copies([image], self.photos) for image in group] for group in drawn],
+            "div": [diversity(features(group)) for group in verdicts],
+            "copies": [self.copies(group) for group in drawn],
         }
-        return found | self._of_identity(verdicts)
-
-    def _of_identity(self, verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Values]:
-        identity = self.identity
-        if identity is None:
-            return {}
-        shares = [[attributes_right(verdict, identity) for verdict in group] for group in verdicts]
-        return {"identity": shares, "code": [[float(share == 1.0) for share in group] for group in shares]}
+        if self.identity is not None:
+            shares = [[attributes_right(verdict, self.identity) for verdict in group] for group in verdicts]
+            found |= {"identity": shares, "code": [[float(share == 1.0) for share in group] for group in shares]}
+        return found
 
     def of_class(self, pictures: Sequence[Image.Image]) -> dict[str, Values]:
-        verdicts = judge(pictures)
-        if self.identity is not None:
-            return {"pres": [[float(shows(verdict, self.identity)) for verdict in verdicts]]}
-        return {"pres": [(features(verdicts) @ self.seen.T).mean(axis=1).tolist()]}
+        verdicts, who = judge(pictures), self.identity
+        shown = self.to_photos(verdicts) if who is None else [float(shows(verdict, who)) for verdict in verdicts]
+        return {"pres": [shown], "class_div": [diversity(features(verdicts))]}
 
     def of_photos(self, cases: Sequence[Case], seeds: int) -> dict[str, Values]:
         if self.identity is None:
-            near = to_others(self.seen)
+            near = to_others(self.photo_features)
             return {"cosine": [near], "pres": [near]}
-        drawn = [
-            [draw(Scene((self.identity,), case.context, "photo", 77_000 + 100 * i + seed)).image for seed in range(seeds)]
-            for i, case in enumerate(cases)
-            if case.context
-        ] or [self.photos]
-        verdicts = [judge(group) for group in drawn]
-        found = self._of_identity(verdicts)
-        found["cosine"] = [(features(group) @ self.seen.T).mean(axis=1).tolist() for group in verdicts]
-        found["pres"] = [[float(shows(verdict, self.identity)) for group in verdicts for verdict in group]]
-        return found
-
-    def prompt_chance(self, cases: Sequence[Case], drawn: Drawn) -> float:
-        others = [
-            float(verdict.context == other.context)
-            for case, group in zip(cases, drawn, strict=True)
-            for verdict in judge(group)
-            for other in cases
-            if other.context and other.context != case.context
+        contexts = [case.context or CONTEXTS[index % len(CONTEXTS)] for index, case in enumerate(cases)]
+        renders = [
+            [draw(Scene((self.identity,), context, "photo", RENDER_SEED + 100 * i + seed)).image for seed in range(seeds)]
+            for i, context in enumerate(contexts)
         ]
-        return float(np.mean(others)) if others else 0.0
+        pres = self.of_class([image for group in renders for image in group])["pres"]
+        return self.of_subject(cases, renders) | {"pres": pres}
+
+    def to_photos(self, verdicts: Sequence[Verdict]) -> list[float]:
+        """Mean cosine of each with the photos."""
+        cosines: list[float] = (features(verdicts) @ self.photo_features.T).mean(axis=1).tolist()
+        return cosines
+
+    def copies(self, images: Sequence[Image.Image]) -> list[float]:
+        """1 for a picture that is nearer to a photo, in pixels, than any two photos are to each other."""
+        made = to_pixels(images).flatten(1)
+        nearest = [min(float((one - photo).abs().mean()) for photo in self.photo_pixels) for one in made]
+        return [float(distance < self.closest) for distance in nearest]
 
 
 def features(verdicts: Sequence[Verdict]) -> np.ndarray:
@@ -177,12 +162,35 @@ def features(verdicts: Sequence[Verdict]) -> np.ndarray:
     return np.stack([verdict.feature for verdict in verdicts])
 
 
+def diversity(vectors: np.ndarray) -> list[float]:
+    """Mean of 1 - cosine over all pairs; empty for a single one. vectors: (N, d), each of length 1"""
+    distances = [1 - a @ b for a, b in combinations(vectors, 2)]
+    return [float(np.mean(distances))] if distances else []
+
+
 def to_others(vectors: np.ndarray) -> list[float]:
-    """Mean cosine of each with all others; empty for a single one."""
+    """Mean cosine of each with all others; empty for a single one. vectors: (N, d), each of length 1"""
     if len(vectors) < 2:
         return []
     cosines = vectors @ vectors.T
     return ((cosines.sum(axis=1) - cosines.diagonal()) / (len(vectors) - 1)).tolist()
+
+
+# --- the drawn world
+
+
+def attributes_right(verdict: Verdict, identity: Identity) -> float:
+    """Share of the identity's attributes that the first object has; 0 when there is no object."""
+    if not verdict.objects:
+        return 0.0
+    return float(np.mean([getattr(verdict.objects[0], part) == getattr(identity, part) for part in IDENTITY_PARTS]))
+
+
+def shows(verdict: Verdict, identity: Identity) -> bool:
+    """The subject itself: its class, its two body colours and its pattern."""
+    return bool(verdict.objects) and all(
+        getattr(verdict.objects[0], part) == getattr(identity, part) for part in ("class_noun", "color", "second", "pattern")
+    )
 
 
 def drawn_subject(photos: Sequence[Image.Image]) -> tuple[str, Identity] | None:
@@ -195,6 +203,7 @@ def drawn_subject(photos: Sequence[Image.Image]) -> tuple[str, Identity] | None:
     return next(((name, held_out) for name, held_out in HELD_OUT.items() if held_out == found), None)
 
 
-def contexts_shown(photos: Sequence[Image.Image]) -> set[str]:
-    """Contexts of the drawn world that the photos were taken in."""
-    return {verdict.context for verdict in judge(photos)}
+def unseen_contexts(photos: Sequence[Image.Image]) -> list[str]:
+    """The drawn world's contexts that the photos do not show; all of them where none is left."""
+    seen = {verdict.context for verdict in judge(photos)}
+    return [context for context in CONTEXTS if context not in seen] or list(CONTEXTS)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -18,13 +19,12 @@ from ..photos.square import training_square
 from ..pictures.composition import Composition
 from ..pictures.picture import Picture
 from ..pictures.prompts import SHARED
-from ..toybox.scenery import CONTEXTS
 from .cases import TEMPLATE, Case, cases_of, class_prompt
 from .encoders import CLIP, DINO, Clip, Dino
-from .measures import Measure, PhotoMeasure, ToyboxMeasure, contexts_shown, drawn_subject
+from .measures import Measure, PhotoMeasure, ToyboxMeasure, unseen_contexts
 from .results import Comparison, Row
 
-PHOTO_SIDE = 512  # pixels of the photos' squares; every encoder takes less
+PHOTO_SIDE = 512  # pixels of the photos' squares; the encoders take less
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Candidate:
     adapter: Adapter
     name: str = ""  # of the row; "": the adapter's own
     weight: float | None = None  # None: the one that its card suggests
-    step: int | None = None  # of a run
+    step: int | None = None  # optimizer updates, of an adapter of a run
 
 
 def evaluate(
@@ -56,13 +56,17 @@ def evaluate(
 ) -> Comparison:
     """Score adapters of one class by DreamBooth's protocol, on the same prompts and seeds as the base alone.
 
-    photos       of the subject: a folder, or pictures
+    photos       of the subject: a folder, or two or more pictures
     prompts      with {token} and {class_noun}, and with {context} for each of `contexts`
-    contexts     None: the ten that both prompt sets of the paper have; of the toybox, its own that the photos do not show
-    class_seeds  of pictures of the bare class, for PRES
-    batch_size   pictures at a time; None: as many as a usual GPU bears
-    dino, clip   Hub ids or folders; not used on the toybox, whose judge needs nothing
-    on_progress  pictures done, pictures in all
+    contexts     None: the ten that both prompt sets of the paper share; on the toybox, its own that the photos do not show
+    seeds        one picture each of every prompt
+    class_seeds  one picture each of the plain class ("a photo of a dog"), for PRES
+    steps        denoising steps
+    guidance     classifier-free guidance scale
+    size         side in pixels; None: the base's own
+    batch_size   pictures at a time; None: as many as fit on a usual GPU
+    dino, clip   Hub ids or folders; not used on the toybox, which brings its own judge
+    on_progress  called with the pictures done and the pictures in all
     Raises EvaluationError, SettingsError, PhotoError.
     """
     candidates = [
@@ -70,34 +74,35 @@ def evaluate(
     ]
     nouns = {candidate.adapter.card.class_noun for candidate in candidates}
     if len(nouns) != 1:
-        raise EvaluationError(f"adapters of {len(nouns)} classes; give one adapter at least, and those of one class at a time")
-    check(len(seeds) > 0 and len(class_seeds) > 0, "no seeds", "at least one of each, as seeds=range(4)")
-    images = opened(photos)
+        raise EvaluationError(f"adapters of {len(nouns)} classes; give at least one adapter, all of the same class")
+    check(len(seeds) > 0 and len(class_seeds) > 0, "no seeds", "at least one of each, e.g. seeds=range(4)")
+    images, toybox = opened(photos), base.name == TOYBOX
     card = candidates[0].adapter.card
     if contexts is None:
-        contexts = unseen_contexts(images) if base.name == TOYBOX else SHARED
+        contexts = unseen_contexts(images) if toybox else SHARED
     cases = cases_of(card, prompts, contexts)
-    measure = measure_for(base, images, dino, clip)
+    measure: Measure = (
+        ToyboxMeasure(images)
+        if toybox
+        else PhotoMeasure(images, Dino(dino, device=base.device), Clip(clip, device=base.device))
+    )
     many = pictures_at_a_time(size or base.resolution) if batch_size is None else batch_size
-    drawing = Drawing(base, seeds, class_seeds, steps, guidance, size, many, on_progress)
-    drawing.total = (len(cases) * len(seeds) + len(class_seeds)) * (1 + len(candidates))
-    bare = class_prompt(str(card.class_noun))
-    floor = drawing.row(measure, "base alone", None, cases, bare)
-    rows = [
-        drawing.row(measure, name, candidate, cases, bare)
-        for candidate, name in zip(candidates, names_of(candidates), strict=True)
-    ]
+    sampler = {"steps": steps, "guidance": guidance, "size": size, "batch_size": many}
+    plain = class_prompt(card)
+    total = (len(cases) * len(seeds) + len(class_seeds)) * (1 + len(candidates))
+    drawing = Drawing(base, measure, cases, plain, seeds, class_seeds, sampler, on_progress, total)
+    floor = drawing.row("base alone", None)
+    rows = [drawing.row(name, candidate) for candidate, name in zip(candidates, names_of(candidates), strict=True)]
     return Comparison(
         metrics=measure.metrics,
         adapters=tuple(rows),
         floor=floor,
         ceiling=Row("photos", measure.of_photos(cases, len(seeds))),
-        prompt_chance=measure.prompt_chance(cases, drawing.by_case(floor.pictures)),
         described=measure.described,
         photos=len(images),
         prompts=tuple(case.prompt_for(card) for case in cases),
         seeds=len(seeds),
-        class_prompt=bare,
+        class_prompt=plain,
         class_pictures=len(class_seeds),
         settings={"base": base.name, "steps": steps, "guidance": guidance, "size": size or base.resolution},
     )
@@ -105,63 +110,48 @@ def evaluate(
 
 @dataclass
 class Drawing:
-    """Draws the pictures of a row, and counts them."""
+    """Draws and measures one row after the other, and counts the pictures."""
 
     base: BaseModel
+    measure: Measure
+    cases: Sequence[Case]
+    class_prompt: str
     seeds: Sequence[int]
     class_seeds: Sequence[int]
-    steps: int
-    guidance: float
-    size: int | None
-    batch_size: int
+    sampler: Mapping[str, Any]
     on_progress: Callable[[int, int], None] | None
+    total: int
     done: int = 0
-    total: int = 0
 
-    def row(self, measure: Measure, name: str, candidate: Candidate | None, cases: Sequence[Case], bare: str) -> Row:
-        """candidate: None is the base alone."""
-        pictures = []
-        for case in cases:
-            prompt = case.bare if candidate is None else case.prompt_for(candidate.adapter.card)
-            pictures += self.pictures(candidate, prompt, self.seeds)
-        plain = self.pictures(candidate, bare, self.class_seeds)
-        values = measure.of_drawn(cases, self.by_case(pictures))
-        values |= measure.of_class([picture.image for picture in plain])
-        adapter = None if candidate is None else candidate.adapter
-        step = None if candidate is None else candidate.step
-        return Row(name, values, step, None if adapter is None else adapter.digest(), tuple(pictures))
+    def row(self, name: str, candidate: Candidate | None) -> Row:
+        """candidate: None is the base alone"""
+        if candidate is None:
+            studio, prompts = Composition(self.base, []), [case.plain for case in self.cases]
+        else:
+            adapter, weight = candidate.adapter, candidate.weight
+            studio = Composition(self.base, [adapter if weight is None else (adapter, weight)])
+            prompts = [case.prompt_for(adapter.card) for case in self.cases]
+        groups = [self.pictures(studio, prompt, self.seeds) for prompt in prompts]
+        of_class = self.pictures(studio, self.class_prompt, self.class_seeds)
+        values = self.measure.of_subject(self.cases, [[picture.image for picture in group] for group in groups])
+        values |= self.measure.of_class([picture.image for picture in of_class])
+        pictures = tuple(picture for group in groups for picture in group)
+        if candidate is None:
+            return Row(name, values, pictures=pictures)
+        return Row(name, values, candidate.step, candidate.adapter.digest(), pictures)
 
-    def pictures(self, candidate: Candidate | None, prompt: str, seeds: Sequence[int]) -> list[Picture]:
-        adapters = [] if candidate is None else [weighted(candidate)]
-        before = self.done
-
-        def told(count: int) -> None:
-            self.done = before + count
+    def pictures(self, studio: Composition, prompt: str, seeds: Sequence[int]) -> list[Picture]:
+        def on_image(count: int) -> None:
             if self.on_progress is not None:
-                self.on_progress(self.done, self.total)
+                self.on_progress(self.done + count, self.total)
 
-        return Composition(self.base, adapters).generate(
-            prompt,
-            seeds=seeds,
-            steps=self.steps,
-            guidance=self.guidance,
-            size=self.size,
-            batch_size=self.batch_size,
-            on_image=told,
-        )
-
-    def by_case(self, pictures: Sequence[Picture]) -> list[list[Image.Image]]:
-        count, images = len(self.seeds), [picture.image for picture in pictures]
-        return [images[first : first + count] for first in range(0, len(images), count)]
-
-
-def weighted(candidate: Candidate) -> tuple[Adapter, float]:
-    weight = candidate.weight
-    return candidate.adapter, candidate.adapter.card.weight if weight is None else weight
+        made = studio.generate(prompt, seeds=seeds, on_image=on_image, **self.sampler)
+        self.done += len(made)
+        return made
 
 
 def names_of(candidates: Sequence[Candidate]) -> list[str]:
-    """Each another: equal ones are numbered."""
+    """Each a different one: equal ones are numbered."""
     names: list[str] = []
     for candidate in candidates:
         name = candidate.name or candidate.adapter.stem or candidate.adapter.name
@@ -177,17 +167,5 @@ def opened(photos: str | Path | Sequence[Image.Image]) -> list[Image.Image]:
     else:
         images = [training_square(photo, PHOTO_SIDE).image for photo in find_photos(photos, minimum=1).photos]
     if len(images) < 2:
-        raise EvaluationError(f"{len(images)} photo; at least 2 are needed, since photos against each other are the ceiling")
+        raise EvaluationError(f"{len(images)} photo; give at least 2: photos compared with each other are the ceiling")
     return images
-
-
-def measure_for(base: BaseModel, photos: Sequence[Image.Image], dino: str | Path, clip: str | Path) -> Measure:
-    if base.name == TOYBOX:
-        name, identity = drawn_subject(photos) or ("", None)
-        return ToyboxMeasure(photos, identity, name)
-    return PhotoMeasure(photos, Dino(dino, device=base.device), Clip(clip, device=base.device))
-
-
-def unseen_contexts(photos: Sequence[Image.Image]) -> list[str]:
-    seen = contexts_shown(photos)
-    return [context for context in CONTEXTS if context not in seen] or list(CONTEXTS)

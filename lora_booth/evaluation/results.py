@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -11,9 +11,13 @@ import numpy as np
 from ..pictures.picture import Picture
 from .statistics import EDGES, Score, Values, draws, score
 
+# chosen, not measured: where the advice changes its words
 BARELY, WELL = 0.25, 0.6  # shares of the way from the base to the photos
-FOLLOWED = 0.8  # of the base's own way of following prompts
-MANY_COPIES = 0.2  # of the pictures
+FOLLOWED = 0.8  # share of the base's prompt fidelity
+MANY_COPIES = 0.2  # share of the pictures
+ROOM = 1e-3  # below this, floor and ceiling are the same
+
+CHANCE = "chance"  # key of a row's prompt fidelity to prompts that the pictures were not drawn for
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,6 @@ class Comparison:
     adapters: tuple[Row, ...]
     floor: Row
     ceiling: Row
-    prompt_chance: float  # prompt fidelity of the base's pictures to prompts that are not theirs
     described: str  # what it was measured with
     photos: int
     prompts: tuple[str, ...]  # of the first adapter
@@ -59,39 +62,41 @@ class Comparison:
     class_pictures: int
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the sampler
 
-    def _key(self, of: str) -> str | None:
-        return next((metric.key for metric in self.metrics if metric.of == of), None)
+    @property
+    def prompt_chance(self) -> float:
+        """Prompt fidelity of the base's pictures to prompts that they were not drawn for."""
+        return self.floor.mean(CHANCE) or 0.0
 
     def _shares(self, row: Row, chosen: np.ndarray | None = None) -> np.ndarray | None:
-        """(rounds, 2): subject and prompt fidelity, each 0 at the bottom and 1 at the top of what can be; (rounds, 1) where the
+        """(rounds, 2): subject and prompt fidelity, each from 0, the lowest to expect, to 1, the highest; (rounds, 1) where the
         base itself does not follow the prompts; None where the photos are no nearer to each other than the base's pictures.
-        chosen: (rounds, prompts), which prompts count how often; None: each once."""
+        chosen: (rounds, prompts), which prompts count how often; None: each once"""
+        floor, ceiling = self._mean(self.floor, "subject"), self._mean(self.ceiling, "subject")
+        scales = [("subject", floor, ceiling)]
+        if self._base_follows:
+            scales.append(("prompt", self.prompt_chance, self._mean(self.floor, "prompt")))
         shares = []
-        for of, low, high in (
-            ("subject", self._mean(self.floor, "subject"), self._mean(self.ceiling, "subject")),
-            ("prompt", self.prompt_chance, self._mean(self.floor, "prompt")),
-        ):
-            key = self._key(of)
-            groups = [] if key is None else [np.mean(group) for group in row.values.get(key, ()) if len(group)]
-            if of == "prompt" and (not groups or not self._base_follows):
-                continue
-            if not groups or low is None or high is None or high - low < 1e-3:
+        for of, low, high in scales:
+            means = np.array([np.mean(group) for group in row.values.get(self._key(of), ()) if len(group)])
+            if not len(means) or low is None or high is None or high - low < ROOM:
                 return None
-            if chosen is not None and chosen.shape[1] != len(groups):
+            if chosen is not None and chosen.shape[1] != len(means):
                 return None
-            means = np.array(groups)[None] if chosen is None else np.array(groups)[chosen]
+            means = means[None] if chosen is None else means[chosen]
             shares.append(((means.mean(axis=1) - low) / (high - low)).clip(0, 1))
         return np.stack(shares, axis=1)
 
     @property
     def _base_follows(self) -> bool:
-        """There is room between prompts that are not its pictures' own, and those that are."""
+        """The base's pictures fit their own prompts better than others."""
         own = self._mean(self.floor, "prompt")
-        return own is not None and own - self.prompt_chance >= 1e-3
+        return own is not None and own - self.prompt_chance >= ROOM
+
+    def _key(self, of: str) -> str:
+        return next((metric.key for metric in self.metrics if metric.of == of), "")
 
     def _mean(self, row: Row, of: str) -> float | None:
-        key = self._key(of)
-        return None if key is None else row.mean(key)
+        return row.mean(self._key(of))
 
     def subject_share(self, row: Row) -> float | None:
         """Subject fidelity from the base alone (0) to the photos (1)."""
@@ -104,7 +109,7 @@ class Comparison:
         return None if shares is None or shares.shape[1] < 2 else float(shares[0, 1])
 
     def overall(self, row: Row) -> float | None:
-        """Both shares multiplied, so that neither makes up for the other: of pictures that show the subject as prompted."""
+        """Both shares multiplied, so that neither makes up for the other: how far pictures show the subject as prompted."""
         shares = self._shares(row)
         return None if shares is None else float(shares[0].prod())
 
@@ -115,7 +120,7 @@ class Comparison:
 
     @property
     def lead(self) -> tuple[Row, float, float] | None:
-        """The adapter nearest to the best, and the 95 % interval of what the best is above it; None: there is no such."""
+        """The runner-up, and the 95 % interval of the best one's lead over it; None for a single adapter or prompt."""
         others = [row for row in self.adapters if row is not self.best]
         if not others:
             return None
@@ -130,51 +135,53 @@ class Comparison:
     # --- in words
 
     def advice(self) -> list[str]:
-        """What the scores of the best adapter speak for, in plain sentences."""
+        """What the scores of the best adapter suggest, in plain sentences."""
         row, said = self.best, []
         if self._shares(row) is None:
-            return ["The photos are no nearer to each other than the base's pictures: are they all of one subject?"]
+            return ["The photos are no more alike than the base's pictures are like them: do they all show one subject?"]
         if len(self.adapters) > 1:
             said.append(self._which())
         subject, prompt = self.subject_share(row) or 0.0, self.prompt_share(row)
         copies, drift = row.mean("copies") or 0.0, self.drift(row)
         if subject < BARELY:
-            said.append("The subject is hardly learnt yet: train longer, or check that the photos show it well.")
+            said.append("The subject is hardly learnt yet: train longer, or check that the photos show it clearly.")
         elif subject < WELL:
-            said.append("The subject is learnt in part: more steps, more photos or a higher rank may bring it nearer.")
+            said.append("The subject is partly learnt: more steps, more photos or a higher rank may help.")
         else:
             said.append("The subject is learnt well.")
         if prompt is not None and prompt < FOLLOWED:
-            said.append("Prompts are followed less than by the base: use a weight below 1, or an adapter of fewer steps.")
-        if self._key("prompt") and not self._base_follows:
-            said.append("The base itself does not follow these prompts: use others, to see what the adapter does to that.")
+            said.append(
+                "Prompts are followed less closely than by the base: use a weight below 1, or an adapter with fewer steps."
+            )
+        if not self._base_follows:
+            said.append("The base itself does not follow these prompts: use others to measure prompt fidelity.")
         if copies > MANY_COPIES:
-            said.append(f"{copies:.0%} of the pictures are copies of photos: fewer steps, or photos in more places.")
+            said.append(f"{copies:.0%} of the pictures are copies of photos: use fewer steps, or photos taken in more places.")
         if drift is not None and drift > BARELY:
-            said.append("The bare class has begun to look like the subject: train with prior preservation, or fewer steps.")
+            said.append(
+                "The plain class has begun to look like the subject: train with prior preservation, or for fewer steps."
+            )
         return said
 
     def drift(self, row: Row) -> float | None:
-        """How far pictures of the bare class went from the base's (0) to the photos (1)."""
+        """How far pictures of the plain class have moved from the base's (0) to the photos (1)."""
         now, before = row.mean("pres"), self.floor.mean("pres")
         top = self.ceiling.mean("pres")
-        if now is None or before is None or top is None or top - before < 1e-3:
+        if now is None or before is None or top is None or top - before < ROOM:
             return None
         return float(np.clip((now - before) / (top - before), 0, 1))
 
     def _which(self) -> str:
-        lead = self.lead
-        if lead is None or lead[1] <= 0:
-            other = "" if lead is None else f", but not clearly before {lead[0].name}"
-            return f"The best is {self.best.name}{other}."
-        return f"The best is {self.best.name}, clearly before {lead[0].name}."
+        if self.lead is None:
+            return f"The best is {self.best.name}."
+        second, low, _ = self.lead
+        return f"The best is {self.best.name}, {'clearly' if low > 0 else 'but not clearly'} ahead of {second.name}."
 
     def lines(self) -> Iterator[str]:
-        """A table: a row for the photos, the base and each adapter, means and half of their 95 % intervals; what it means."""
+        """A table: photos, base and adapters with their means and half of the 95 % intervals; then the advice."""
         yield self.described
-        prompts = f"{len(self.prompts)} prompt{'' if len(self.prompts) == 1 else 's'}"
-        seeds = f"{self.seeds} seed{'' if self.seeds == 1 else 's'}"
-        yield f"{prompts} x {seeds}; {self.class_pictures} pictures of {self.class_prompt!r}; {self.photos} photos"
+        drawn = f"{len(self.prompts)} x {self.seeds} pictures (prompts x seeds), {self.class_pictures} of {self.class_prompt!r}"
+        yield f"{drawn}, {self.photos} photos"
         rows = [self.ceiling, self.floor, *self.adapters]
         wide = max(len(row.name) for row in rows) + 2
         columns = [m for m in self.metrics if any(row.score(m.key) is not None for row in rows)]
@@ -218,12 +225,3 @@ class Comparison:
             "prompt_chance": self.prompt_chance,
             "settings": dict(self.settings),
         }
-
-
-def by_prompt(values: np.ndarray, counts: Sequence[int]) -> list[list[float]]:
-    """Values of pictures in their order, in groups of so many."""
-    groups, first = [], 0
-    for count in counts:
-        groups.append([float(value) for value in values[first : first + count]])
-        first += count
-    return groups

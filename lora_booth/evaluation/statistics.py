@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ROUNDS = 2000
+ROUNDS = 2000  # chosen; 1,000 is the usual minimum for percentile intervals
 EDGES = (0.025, 0.975)
 
 Values = Sequence[Sequence[float]]  # by prompt, by picture
@@ -15,7 +15,7 @@ Values = Sequence[Sequence[float]]  # by prompt, by picture
 
 @dataclass(frozen=True)
 class Score:
-    """A mean and its 95 % interval; None: there is only one value to know it from."""
+    """A mean and its 95 % interval, which a single value does not have."""
 
     mean: float
     low: float | None
@@ -24,16 +24,13 @@ class Score:
 
     def __str__(self) -> str:
         """The mean and half of its interval."""
-        return (
-            f"{self.mean:.3f}"
-            if self.low is None or self.high is None
-            else f"{self.mean:.3f} ±{(self.high - self.low) / 2:.3f}"
-        )
+        around = "" if self.low is None or self.high is None else f" ±{(self.high - self.low) / 2:.3f}"
+        return f"{self.mean:.3f}{around}"
 
 
 def score(values: Values) -> Score | None:
-    """Of values in groups. Whole groups are drawn again, since pictures of one prompt resemble each other; the values of a
-    single group one by one. None: there are no values."""
+    """Resamples whole prompts, since pictures of one prompt resemble each other; of a single prompt, its pictures. None: no
+    values."""
     groups = [list(group) for group in values if len(group)]
     if not groups:
         return None

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..pictures.composition import Weighted
     from ..pictures.grids import Grid
     from ..pictures.picture import Picture
-    from ..report.charts import Chart
     from ..training.progress import Step
 
 # what notebook services import before the first cell, so that an installation changes it too late
@@ -37,7 +36,10 @@ DRIVE = Path("/content/drive")  # where Colab shows a Google Drive
 FOLDER = "booth"  # in it
 MOST_COLUMNS = 8  # of a strip of samples
 SIDE = 256  # pixels of a picture on a sheet, at most
-COLORS = {"raw": "#c3c9d6", "mean": "#3b5bdb"}  # of a curve's lines
+CHART = (  # how a curve looks outside of the report's page
+    ".lb{background:#fff}.lb path{fill:none}.lb text{font:12px sans-serif;fill:#3a3f4b}.lb .grid{stroke:#e6e8ee}"
+    ".lb .raw{stroke:#c3c9d6}.lb .mean{stroke:#3b5bdb;stroke-width:1.5}.lb .mark{stroke:#e8590c;stroke-dasharray:3 3}"
+)
 
 
 _began = time.monotonic()  # the session, as far as it is known here
@@ -236,9 +238,9 @@ def watch(run: str | Path, *, every: float = 5.0) -> Callable[[Step], None]:
             return  # reading a loss waits for the GPU
         drawn = now
         points.append((float(step.index), step.smoothed_loss))
-        found = chart(f"step {step.index} of {step.total}", [("mean", points)], last=float(step.total), height=160)
+        found = chart(f"step {step.index} of {step.total}", [("mean", points)], last=step.total, height=160, style=CHART)
         words = f"step {step.index} of {step.total}: {described(step)}, {clock(step.seconds_left)} left"
-        place.update(HTML(f"<p>{words}</p>{'' if found is None else svg(found)}{newest_samples(Path(run))}"))
+        place.update(HTML(f"<p>{words}</p>{found or ''}{newest_samples(Path(run))}"))
 
     return on_step
 
@@ -270,32 +272,11 @@ def loss_curve(run: str | Path) -> Any:
     from ..report.reading import read_run
     from ..report.report import loss_chart
 
-    found = loss_chart(read_run(Path(run)))
+    found = loss_chart(read_run(Path(run)), style=CHART)
     if found is None:
         print("No step to show.")
         return None
-    return SVG(svg(found))
-
-
-def svg(chart: Chart) -> str:
-    """A chart of the report as a picture of its own, which brings its colours along."""
-    parts = [f'<rect width="{chart.width}" height="{chart.height}" fill="white"/>']
-    for y, text in chart.y_ticks:
-        parts.append(f'<path d="M{chart.left} {y}H{chart.right}" stroke="#e6e8ee"/>')
-        parts.append(f'<text x="{chart.left - 8}" y="{y}" dy=".32em" text-anchor="end">{escape(text)}</text>')
-    parts += [f'<text x="{x}" y="{chart.height - 6}" text-anchor="middle">{escape(text)}</text>' for x, text in chart.x_ticks]
-    parts += [
-        f'<path d="M{x} {chart.top}V{chart.floor}" stroke="#e8590c" stroke-dasharray="3 3"><title>{escape(text)}</title></path>'
-        for x, text in chart.marks
-    ]
-    for line in chart.lines:
-        color = COLORS.get(line.kind, COLORS["mean"])
-        parts.append(f'<path d="{line.path}" fill="none" stroke="{color}" stroke-width="1.5" stroke-linejoin="round"/>')
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {chart.width} {chart.height}" width="{chart.width}" '
-        f'height="{chart.height}" role="img" font-family="sans-serif" font-size="12" fill="#3a3f4b">'
-        f"<title>{escape(chart.label)}</title>{''.join(parts)}</svg>"
-    )
+    return SVG(found)
 
 
 def samples(run: str | Path, *, side: int = 160) -> Image.Image | None:

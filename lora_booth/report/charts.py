@@ -1,41 +1,16 @@
-"""Charts as geometry: lines and ticks in the pixels of an SVG, which the page draws."""
+"""Line charts as SVG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from html import escape
 
 Point = tuple[float, float]
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 58, 22, 10, 26  # pixels
-MOST_POINTS = 600  # of one line
-HIGHEST = 0.98  # of the raw losses that are in the picture; a few lie far above
-
-
-@dataclass(frozen=True)
-class Line:
-    kind: str  # the class that the page's style knows
-    path: str  # of an SVG
-    dots: tuple[tuple[str, str, str], ...] = ()  # x, y, what it is
-
-
-@dataclass(frozen=True)
-class Chart:
-    label: str  # what it shows, for who cannot see it
-    height: int
-    x_ticks: tuple[tuple[str, str], ...]  # pixel, text
-    y_ticks: tuple[tuple[str, str], ...]
-    lines: tuple[Line, ...]
-    marks: tuple[tuple[str, str], ...] = ()  # pixel, text: vertical lines
-    width: int = WIDTH
-    left: int = LEFT
-    right: int = WIDTH - RIGHT
-    top: int = TOP
-
-    @property
-    def floor(self) -> int:
-        return self.height - BOTTOM
+MOST_POINTS = 600  # of one line; chosen: about one for each pixel
+HIGHEST = 0.98  # share of the raw losses that the chart must show, since a few lie far above; chosen
 
 
 def chart(
@@ -47,39 +22,53 @@ def chart(
     dots: bool = False,
     marks: Sequence[tuple[float, str]] = (),
     last: float | None = None,
-) -> Chart | None:
-    """lines: kind and points, by x. top, last: ends of the axes; None: those of the points. None: nothing to show."""
+    style: str = "",
+) -> str | None:
+    """An SVG element, with every text escaped; None where there is no point to show.
+
+    label      what it shows, for screen readers
+    lines      CSS class and points, by x
+    top, last  ends of the axes; None: those of the points
+    dots       a dot at each point, which says its values
+    marks      x and text of vertical lines
+    style      CSS for svg.lb that makes it a picture of its own; "": the page around it has the style
+    """
     everything = [point for _, points in lines for point in points]
     if not everything:
         return None
-    first_x, last_x = 0.0, max(1.0, last or 0.0, *(x for x, _ in everything))
+    last_x = max(1.0, last or 0.0, *(x for x, _ in everything))
     highest = top if top is not None else max(y for _, y in everything)
-    y_steps = ticks(0.0, highest or 1.0, max(1, height // 60))
-    highest = max(highest, y_steps[-1])
-    span_x, span_y = last_x - first_x, highest or 1.0
+    y_ticks = ticks(0.0, highest or 1.0, max(1, height // 60))
+    highest = max(highest, y_ticks[-1])
+    right, floor = WIDTH - RIGHT, height - BOTTOM
 
-    def place(point: Point) -> tuple[float, float]:
-        x, y = point
-        across = (x - first_x) / span_x * (WIDTH - LEFT - RIGHT)
-        up = min(max(y, 0.0), highest) / span_y * (height - TOP - BOTTOM)
-        return LEFT + across, height - BOTTOM - up
+    def across(x: float) -> str:
+        return f"{LEFT + x / last_x * (right - LEFT):.1f}"
 
-    def one(kind: str, points: Sequence[Point]) -> Line:
-        spots = [place(point) for point in thinned(points)]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots) if spots else ""
-        told = [f"step {x:g}: {y:.3g}" for x, y in points] if dots else []
-        placed = [place(point) for point in points] if dots else []
-        return Line(kind, path, tuple((f"{x:.1f}", f"{y:.1f}", text) for (x, y), text in zip(placed, told, strict=True)))
+    def up(y: float) -> str:
+        return f"{floor - min(max(y, 0.0), highest) / highest * (floor - TOP):.1f}"
 
-    x_steps = [x for x in ticks(first_x, last_x, 6) if first_x <= x <= last_x and float(x).is_integer()]
-    return Chart(
-        label,
-        height,
-        tuple((f"{place((x, 0))[0]:.1f}", f"{x:g}") for x in x_steps),
-        tuple((f"{place((0, y))[1]:.1f}", short(y)) for y in y_steps),
-        tuple(one(kind, points) for kind, points in lines if points),
-        tuple((f"{place((x, 0))[0]:.1f}", text) for x, text in marks if first_x <= x <= last_x),
-    )
+    x_ticks = [x for x in ticks(0.0, last_x, 6) if x <= last_x and x.is_integer()]
+    title = f'aria-label="{escape(label)}"'
+    alone = f'xmlns="http://www.w3.org/2000/svg" class="lb" width="{WIDTH}" height="{height}" ' if style else ""
+    parts = [f'<svg {alone}viewBox="0 0 {WIDTH} {height}" role="img" {title}>', f"<style>{style}</style>" if style else ""]
+    for y in y_ticks:
+        parts.append(f'<path class="grid" d="M{LEFT} {up(y)}H{right}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{up(y)}" dy=".32em" text-anchor="end">{short(y)}</text>')
+    for x in x_ticks:
+        text = f"{x:g}" if x else "step 0"
+        parts.append(f'<text x="{across(x)}" y="{height - 6}" text-anchor="middle">{text}</text>')
+    for x, text in marks:
+        if 0 <= x <= last_x:
+            parts.append(f'<path class="mark" d="M{across(x)} {TOP}V{floor}"><title>{escape(text)}</title></path>')
+    for kind, points in lines:
+        if points:
+            path = "L".join(f"{across(x)} {up(y)}" for x, y in thinned(points))
+            parts.append(f'<path class="{kind}" d="M{path}"/>')
+        for x, y in points if dots else ():
+            place = f'cx="{across(x)}" cy="{up(y)}" r="4"'
+            parts.append(f'<circle class="{kind}" {place}><title>step {x:g}: {y:.3g}</title></circle>')
+    return "".join([*parts, "</svg>"])
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -96,7 +85,7 @@ def short(value: float) -> str:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most about MOST_POINTS: of each stretch its lowest and highest, so that spikes stay."""
+    """At most about MOST_POINTS: the lowest and the highest of each stretch, so that spikes stay."""
     if len(points) <= MOST_POINTS:
         return list(points)
     size, kept = math.ceil(2 * len(points) / MOST_POINTS), []
@@ -107,19 +96,16 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Exponential mean over a twentieth of the points, at least over 20, without the pull of its beginning."""
+    """Exponential mean over a twentieth of the points, and over 20 at least (chosen), not drawn towards its first value."""
     keep = 1 - 2 / (max(20, len(points) / 20) + 1)
-    return list(running(points, keep))
-
-
-def running(points: Sequence[Point], keep: float) -> Iterator[Point]:
-    total = weight = 0.0
+    total, weight, means = 0.0, 0.0, []
     for x, y in points:
         total, weight = keep * total + y, keep * weight + 1
-        yield x, total / weight
+        means.append((x, total / weight))
+    return means
 
 
 def usual_top(values: Sequence[float]) -> float:
-    """Where a chart of noisy values may end."""
+    """Where the axis of noisy values may end."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(HIGHEST * len(ordered)))] if ordered else 1.0

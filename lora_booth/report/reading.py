@@ -1,4 +1,4 @@
-"""What a run's folder tells. Whatever is missing or torn is left out: a report says what there is."""
+"""What a run's folder holds, and what its figures suggest. What is missing or damaged is left out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError, SettingsError, shown
 from ..training.checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of
 from ..training.samples import SAMPLE_LIST
+
+# chosen, not measured: where the advice changes its words
+FEW_PHOTOS = 4
+FEW_STEPS, MANY_STEPS = 50, 250  # times that each photo was seen
+DRIFTED = 2.0  # times the loss of the first tenth
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder as it was read."""
+    """A run's folder, as read."""
 
     path: Path
     record: Mapping[str, Any]
     updates: tuple[Update, ...]
     samples: tuple[Sample, ...]  # by step
     crops: tuple[Path, ...]
-    scores: Mapping[str, Any] = field(default_factory=dict)  # of this very run
+    scores: Mapping[str, Any] = field(default_factory=dict)  # empty where they are of another run
     adapter_file: Path | None = None
 
     @cached_property
@@ -87,15 +92,13 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Raises SettingsError for a folder that is not of a run."""
+    """Raises SettingsError for a folder that no run has written."""
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = None
     if not isinstance(record, dict):
-        raise SettingsError(
-            f"{shown(path)}: no {RECORD} that can be read, so not the folder of a run; give that of train(out=...)"
-        )
+        raise SettingsError(f"{shown(path)}: no {RECORD} that can be read; give the folder of a run, from train(out=...)")
     return Run(
         path,
         record,
@@ -115,7 +118,7 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:
             found = json.loads(line)
-        except ValueError:  # half of a line, by a power cut
+        except ValueError:  # half a line, from a power cut
             continue
         if isinstance(found, dict):
             yield found
@@ -128,7 +131,7 @@ def updates(path: Path) -> Iterator[Update]:
 
 
 def samples(folder: Path) -> list[Sample]:
-    """The last of those that went into one file."""
+    """The last one of each file."""
     found = {}
     for line in lines_of(folder / SAMPLE_LIST):
         file = folder / Path(str(line.get("file"))).name
@@ -146,7 +149,7 @@ def scores_of(path: Path, identity: Any) -> dict[str, Any]:
 
 
 def adapter_in(path: Path, record: Mapping[str, Any]) -> Path | None:
-    """The run's own, or the newest checkpoint's."""
+    """The finished one, or that of the newest checkpoint."""
     if record.get("status") == "finished" and (path / ADAPTER).is_file():
         return path / ADAPTER
     return max(path.glob(f"checkpoints/[0-9]*/{ADAPTER}"), key=lambda file: number_of(file.parent), default=None)
@@ -165,3 +168,85 @@ def number(value: Any) -> float | None:
 
 def whole(value: Any) -> int:
     return int(number(value) or 0)
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+# --- advice
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One sentence about what the run's figures suggest."""
+
+    kind: Literal["good", "note", "warning"]
+    text: str
+
+
+def advice(run: Run) -> Iterator[Advice]:
+    yield from of_status(run)
+    yield from of_events(run)
+    scores = run.scores.get("advice")
+    for text in scores if isinstance(scores, list) else ():
+        yield Advice("good" if "learnt well" in str(text) else "note", str(text))
+    yield from of_exposure(run)
+    yield from of_losses(run)
+    if not run.samples:
+        yield Advice("note", "No samples were drawn: sample_every=100 (--sample-every 100) shows how the subject develops.")
+    elif not scores:
+        yield Advice("note", "Compare the samples: the best step shows the subject and still follows the prompt.")
+    if run.config.get("prior_loss_weight") == 0:
+        yield Advice("note", "Without prior preservation, the plain class may come to look like the subject.")
+
+
+def of_status(run: Run) -> Iterator[Advice]:
+    if run.finished:
+        yield Advice("good", f"Finished: {run.step} steps on {counted(run.photos, 'photo')}.")
+    elif run.total:
+        words = f"{run.step} of {run.total} steps so far ({run.record.get('status', 'running')})."
+        yield Advice("warning", f"{words} Run the same call or command again to continue.")
+
+
+def of_events(run: Run) -> Iterator[Advice]:
+    said = [str(event.get("what", "")) for event in run.events]
+    if any("not finite" in text for text in said):
+        yield Advice("warning", "The loss was not finite for a while: use a lower learning rate, or the base in fp32.")
+    elif any("learning rate is halved" in text for text in said):
+        yield Advice("warning", "The loss jumped and the learning rate was halved: start with a lower one next time.")
+    if any("out of memory" in text for text in said):
+        yield Advice(
+            "note",
+            "Memory ran out, and a setting that saves memory was switched on: see the events, and set it from the start.",
+        )
+    if any(text.startswith("no checkpoint") for text in said):
+        yield Advice("warning", "A checkpoint could not be written: see the events, and free disk space before the next run.")
+
+
+def of_exposure(run: Run) -> Iterator[Advice]:
+    photos = run.photos
+    if not photos:
+        return
+    if photos < FEW_PHOTOS:
+        yield Advice(
+            "note", f"{counted(photos, 'photo')}: a few more, in other places and light, let the subject appear in new scenes."
+        )
+    batch = number(run.config.get("batch_size")) or 1
+    seen = run.step * batch * (number(run.config.get("gradient_accumulation")) or 1) / photos
+    words = f"Each photo was seen {seen:.0f} times"
+    if run.finished and seen < FEW_STEPS:
+        yield Advice("note", f"{words}, which is few. If it does not look like the subject yet, train for more steps.")
+    elif seen > MANY_STEPS:
+        more = "If pictures repeat the photos or ignore the prompt, use fewer steps or a lower weight."
+        yield Advice("note", f"{words}, which is many. {more}")
+
+
+def of_losses(run: Run) -> Iterator[Advice]:
+    losses = [update.loss for update in run.updates if update.loss is not None]
+    tenth = len(losses) // 10
+    if tenth < 10:
+        return
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    if last > DRIFTED * first:
+        yield Advice("warning", f"The loss rose from {first:.3f} to {last:.3f}: the learning rate is too high.")

@@ -1,4 +1,4 @@
-"""report.html: what a run did, for who wants to know whether it worked and what to do now."""
+"""report.html: whether a run worked, what it did, and what to do next."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from ..adapters.adapter import Adapter, file_stem
+from ..adapters.model_card import on_hub, one_line, quoted, words
 from ..config import LoraSpec, TrainingConfig
 from ..errors import shown
 from ..pictures.gallery import SMALL, data_url, source_hash
 from ..training.checkpoint import CROPS, REPORT, replace_file
 from ..training.progress import clock
-from .advice import advice, counted, memory_of
-from .charts import Chart, chart, smoothed, usual_top
-from .reading import Run, Sample, number, part, read_run, whole
-from .usage import ways
+from .charts import chart, smoothed, usual_top
+from .reading import Run, Sample, advice, counted, number, part, read_run, whole
 
 THUMBNAIL = 256  # pixels of a picture on the page, at most
 QUALITY = 80  # WebP
-MOST_COLUMNS = 24  # of a strip of samples; of more steps, so many are shown
-TIMES = {"preparing": "preparing", "training": "training", "sampling": "of that samples", "saving": "of that saving"}
-SHARES = (("subject_share", "subject", 0.0), ("prompt_share", "prompt", 1.0))  # and what the base alone has of it
+MOST_COLUMNS = 24  # pictures of a row of samples, at most; chosen
+TIMES = {"preparing": "preparing", "training": "training", "sampling": "of which sampling", "saving": "of which saving"}
+MEMORY = {"host": "peak memory of the process", "device": "peak memory of the GPU"}
+SHARES = (("subject_share", "subject", 0.0), ("prompt_share", "prompt", 1.0))  # with the base's own share, at step 0
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,15 @@ class Shown:
     url: str
     width: int
     height: int
-    text: str  # below it, and for who cannot see it
+    text: str  # caption and alternative text
     pixelated: bool
-
-
-@dataclass(frozen=True)
-class Strip:
-    """Samples of one prompt and seed over time."""
-
-    prompt: str
-    seed: int
-    pictures: tuple[Shown, ...]
-
-
-@dataclass(frozen=True)
-class Setting:
-    name: str
-    value: str
-    usual: str  # the default
 
 
 def write_report(run: str | Path, *, photos: bool = True) -> Path:
     """Write `report.html` into the folder of a run, from what the folder holds.
 
-    photos  show the small copies of the photos; without them the page can be passed on
-    Raises SettingsError for a folder that is not of a run.
+    photos  show small copies of the photos; leave them out of a page that you pass on
+    Raises SettingsError for a folder that no run has written.
     """
     found = read_run(Path(run))
     path = found.path / REPORT
@@ -71,7 +56,7 @@ def write_report(run: str | Path, *, photos: bool = True) -> Path:
 
 
 def try_report(run: Path, tell: Callable[[str], None]) -> None:
-    """A page is no reason to lose a run: what stands in the way is told."""
+    """`write_report`, where no failure may end a training: `tell` gets a line about it."""
     try:
         write_report(run)
     except Exception as error:
@@ -89,23 +74,26 @@ def keep_crop(run: Path, number: int, square: Image.Image) -> None:
 
 
 def html(run: Run, *, photos: bool = True) -> str:
-    """One page that needs nothing else and may ask for nothing else; every text is escaped."""
+    """One page that loads nothing from anywhere else; every text is escaped."""
     style = file("page.css")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    adapter, card = run.adapter, {}
-    if adapter is not None:
-        card = {k: v for k, v in asdict(adapter.card).items() if v is not None}
+    adapter = run.adapter
+    card = {} if adapter is None else {k: v for k, v in asdict(adapter.card).items() if v is not None}
     changed, chosen, usual = settings(run)
+    fidelity, losses, rates = (
+        None if one is None else Markup(one) for one in (fidelity_chart(run), loss_chart(run), rate_chart(run))
+    )
     return page.from_string(file("page.html")).render(
-        style=Markup(style),  # our own file: nothing of the run is in it
+        style=Markup(style),  # our own file; charts escape what is in them
         hash=source_hash,
         title=title_of(run),
         summary=summary(run),
         advice=list(advice(run)),
         strips=strips(run),
         ways=[] if adapter is None or run.adapter_file is None else list(ways(adapter, run.adapter_file, run.path)),
-        curves=[curve for curve in (loss_chart(run), rate_chart(run)) if curve is not None],
-        fidelity=fidelity_chart(run),
+        losses=losses,
+        rates=rates,
+        fidelity=fidelity,
         scores=scores_table(run),
         crops=[picture(path, f"photo {i}") for i, path in enumerate(run.crops if photos else (), 1)],
         mirrored=bool(run.config.get("flip")),
@@ -149,12 +137,13 @@ def summary(run: Run) -> list[str]:
 # --- pictures
 
 
-def strips(run: Run) -> list[Strip]:
+def strips(run: Run) -> list[tuple[str, int, list[Shown]]]:
+    """The samples of one prompt and seed over time, for each prompt and seed."""
     rows: dict[tuple[str, int], list[Sample]] = {}
     for sample in run.samples:
         rows.setdefault((sample.prompt, sample.seed), []).append(sample)
     return [
-        Strip(prompt, seed, tuple(picture(s.file, f"step {s.step}" if s.step else "before") for s in spread(row)))
+        (prompt, seed, [picture(s.file, f"step {s.step}" if s.step else "before") for s in spread(row)])
         for (prompt, seed), row in rows.items()
     ]
 
@@ -167,7 +156,7 @@ def spread(row: Sequence[Sample]) -> list[Sample]:
 
 
 def picture(path: Path, text: str) -> Shown:
-    """A picture that cannot be read is a blank one."""
+    """Grey where the file cannot be read."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -181,28 +170,28 @@ def picture(path: Path, text: str) -> Shown:
 # --- curves
 
 
-def loss_chart(run: Run) -> Chart | None:
+def loss_chart(run: Run, *, style: str = "") -> str | None:
     points = [(float(u.step), u.loss) for u in run.updates if u.loss is not None]
     mean = smoothed(points)
     label = f"Loss by step; its mean went from {mean[0][1]:.3g} to {mean[-1][1]:.3g}" if mean else ""
     top = max(usual_top([y for _, y in points]), max((y for _, y in mean), default=0.0))
     marks = [(number(e.get("step")) or 0.0, str(e.get("what"))) for e in run.events]
-    return chart(label, [("raw", points), ("mean", mean)], top=top, marks=marks, last=float(run.total or 0) or None)
+    return chart(label, [("raw", points), ("mean", mean)], top=top, marks=marks, last=run.total, style=style)
 
 
-def rate_chart(run: Run) -> Chart | None:
+def rate_chart(run: Run) -> str | None:
     points = [(float(u.step), u.rate) for u in run.updates]
-    return chart("Learning rate by step", [("rate", points)], height=120, last=float(run.total or 0) or None)
+    return chart("Learning rate by step", [("rate", points)], height=120, last=run.total)
 
 
-def fidelity_chart(run: Run) -> Chart | None:
+def fidelity_chart(run: Run) -> str | None:
     rows = [row for row in rows_of(run) if row.get("step") is not None]
     lines = [
         (kind, [(float(whole(row["step"])), value) for row in rows if (value := number(row.get(key))) is not None])
         for key, kind, _ in SHARES
     ]
     lines = [(kind, [(0.0, start), *points]) for (kind, points), (_, _, start) in zip(lines, SHARES, strict=True) if points]
-    return chart("Subject and prompt fidelity by step", lines, top=1.0, dots=True, last=float(run.total or 0) or None)
+    return chart("Subject and prompt fidelity by step", lines, top=1.0, dots=True, last=run.total)
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
@@ -238,6 +227,9 @@ def scores_table(run: Run) -> dict[str, Any] | None:
 # --- facts
 
 
+Setting = tuple[str, str, str]  # name, value, default
+
+
 def settings(run: Run) -> tuple[list[Setting], list[Setting], list[Setting]]:
     """Other than the default; without a fixed default (given, or chosen from the photos and the base); as the default."""
     changed: list[Setting] = []
@@ -247,17 +239,14 @@ def settings(run: Run) -> tuple[list[Setting], list[Setting], list[Setting]]:
         for one in fields(spec):
             if one.name not in values:
                 continue
-            value = values[one.name]
-            default = None if one.default is MISSING else one.default
-            setting = Setting(one.name, words_of(value), words_of(default))
-            if default is None and value is not None:
-                chosen.append(setting)
-            else:
-                (usual if words_of(value) == words_of(default) else changed).append(setting)
+            value, default = values[one.name], None if one.default is MISSING else one.default
+            same = text_of(value) == text_of(default)
+            group = usual if same else chosen if default is None else changed
+            group.append((one.name, text_of(value), text_of(default)))
     return changed, chosen, usual
 
 
-def words_of(value: Any) -> str:
+def text_of(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if value is None or value == [] or value == ():
@@ -272,10 +261,43 @@ def timings(run: Run) -> list[tuple[str, str]]:
     found = [(TIMES.get(name, name), clock(value)) for name in {**TIMES, **took} if (value := took.get(name)) is not None]
     each = [b.seconds - a.seconds for a, b in pairwise(run.updates)]
     if each:
-        found.append(("a step, mostly", f"{median(each):.2f} s"))
-    return found + memory_of(run)
+        found.append(("a step, median", f"{median(each):.2f} s"))
+    peaks = part(run.record, "peak_memory")
+    return found + [(text, f"{peaks[name] / 2**30:.1f} GiB") for name, text in MEMORY.items() if number(peaks.get(name))]
 
 
 def event_words(event: dict[str, Any]) -> tuple[str, str, str]:
     at = str(event.get("at", "")).replace("T", " ").removesuffix("+00:00")
     return at, f"step {whole(event.get('step'))}", str(event.get("what", ""))
+
+
+# --- how to use the file
+
+Way = tuple[str, list[str], str]  # program, sentences, code
+
+
+def ways(adapter: Adapter, file: Path, run: Path) -> Iterator[Way]:
+    """One for each program. file: in the run's folder, of which the page gives the name and not the place"""
+    card = adapter.card
+    prompt, weight = one_line(card.prompt or words(card) or "a photo"), f"{card.weight:g}"
+    base = card.base_model or "the base"
+    folder, name, stem = one_line(run.resolve().name), file.relative_to(run).as_posix(), file_stem(adapter.name)
+    here = f"From the folder above {folder}:"
+    load = (
+        f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({quoted(base)})"
+        if on_hub(card.base_model)
+        else f"import lora_booth as lb\n\npipe = lb.BaseModel.load({quoted(base)}).pipeline  # or the place of this base"
+    )
+    used = f"pipe.load_lora_weights({quoted(folder)}, weight_name={quoted(name)})\nimage = pipe({quoted(prompt)}).images[0]"
+    yield "diffusers", [here], f"{load}\n{used}"
+    copy = f"Copy {name} to models/{{}}/ under a name of its own, e.g. {stem}.safetensors."
+    node = f"Add a Load LoRA node between the checkpoint and the prompts, set both strengths to {weight}, and write:"
+    yield "ComfyUI", [copy.format("loras"), node], prompt
+    yield "A1111", [copy.format("Lora"), "Then write:"], f"{prompt} <lora:{stem}:{weight}>"
+    script = (
+        f"import lora_booth as lb\n\nbase = lb.BaseModel.load({quoted(base)})\n"
+        f"adapter = lb.Adapter.load({quoted(f'{folder}/{name}')})\n"
+        f"pictures = lb.Composition(base, [adapter]).generate({quoted(f'{prompt} in the snow')}, seeds=range(4))\n"
+        'lb.Gallery(pictures).save("gallery.html")'
+    )
+    yield "lora_booth", [here, "`lora-booth evaluate` scores every adapter that the run has kept."], script

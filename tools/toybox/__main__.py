@@ -1,4 +1,4 @@
-"""`python -m lora_booth.toybox.build`: every stage in turn, then the export."""
+"""`python -m tools.toybox`: every stage in turn, then the export."""
 
 from __future__ import annotations
 
