@@ -10,7 +10,7 @@ from ..adapters.adapter import Card
 from ..errors import SettingsError, shown
 from ..pictures.prompts import fill_prompts
 from ..subject.subject import CLASS_TEMPLATE
-from ..subject.wording import article, without_subject
+from ..subject.wording import without_subject
 from ..toybox.scenery import CONTEXTS
 
 TEMPLATE = "a photo of {token} {class_noun} {context}"
