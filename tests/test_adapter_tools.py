@@ -254,6 +254,7 @@ def saved(adapter: Adapter, path: Path, **how: str) -> Adapter:
     return Adapter.load(adapter.save(path, **how))
 
 
+@pytest.mark.slow
 def test_what_a_difference_is_called(rex, ink, bases, tmp_path):
     half = saved(rex, tmp_path / "half.safetensors", layout="peft", dtype="fp16")
     bf16 = saved(rex, tmp_path / "bf16.safetensors", dtype="bf16")
@@ -305,6 +306,7 @@ def test_inspection(rex):
 # --- bake ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_original_names_are_those_of_the_published_models():
     """The stock loader finds every weight of the full-size U-Nets and VAEs under our names (weightless here)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -334,6 +336,7 @@ def test_original_names_are_those_of_the_published_models():
         assert stock.keys() == vae.state_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sd2-v", "sdxl"])
 def test_a_baked_checkpoint_makes_the_pictures_of_the_attached_adapters(kind, bases, folders, tmp_path):
     base = bases[kind]
@@ -412,6 +415,7 @@ def test_what_cannot_be_baked(bases, rex, tmp_path):
 # --- extract -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_what_was_baked_is_extracted_again(kind, bases, folders, tmp_path):
     base = bases[kind]
@@ -490,6 +494,7 @@ def test_kohya_to_peft_to_kohya_gives_the_same_bytes(kind, dtype, alpha, bases, 
         assert convert(back, tmp_path / "again.safetensors", layout="peft").read_bytes() == peft.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("told", [True, False], ids=["card with alpha", "card without"])
 def test_conversion_of_ranks_and_alphas_of_each_module(kind, told, bases, tmp_path):

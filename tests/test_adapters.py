@@ -193,6 +193,7 @@ def stock_change(pipe, path, components):
     return changes
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["kohya", "peft"])

@@ -104,6 +104,7 @@ def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(single_file, "CONFIGS", tmp_path / "configs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ORIGINAL)
 def test_single_file_with_the_built_in_config(
     kind: str, tiny_configs: None, tmp_path: Path, hub: Callable[[str, Path], str]
@@ -121,6 +122,7 @@ def test_single_file_with_the_built_in_config(
         assert getattr(base.pipeline, "tokenizer_2", base.tokenizer).pad_token == "!"
 
 
+@pytest.mark.slow
 def test_prediction_type_of_a_single_file(tiny_configs: None, folders: dict[str, Path], tmp_path: Path) -> None:
     pipeline = make_pipeline("sd2")
     plain = save_checkpoint(pipeline, tmp_path / "plain.safetensors")

@@ -78,6 +78,7 @@ def computed(base: BaseModel) -> list[str]:
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype"), [("sd1", torch.bfloat16), ("sdxl", torch.float32)])
 def test_a_run_from_the_cache_is_the_run_without_it(
     kind: str, dtype: torch.dtype, rex: Subject, folders: dict[str, Path], own_cache: Path
@@ -97,6 +98,7 @@ def test_a_run_from_the_cache_is_the_run_without_it(
     assert same(prepare(load(folders[kind], dtype), [rex], lora=LORA, config=CONFIG), first)
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_the_user_shares_the_entries_of_a_base_on_disk(rex: Subject, folders: dict[str, Path]) -> None:
     first = prepare(load(folders["sd1"]), [rex], lora=LORA, config=CONFIG)
     base = BaseModel.from_pipeline(make_pipeline("sd1"))
@@ -105,6 +107,7 @@ def test_a_pipeline_of_the_user_shares_the_entries_of_a_base_on_disk(rex: Subjec
     assert "vae" not in calls
 
 
+@pytest.mark.slow
 def test_training_with_and_without(rex: Subject, folders: dict[str, Path], own_cache: Path) -> None:
     digests = {train(load(folders["sd1"]), rex, lora=LORA, config=CONFIG, progress=False).digest() for _ in range(2)}
     shutil.rmtree(own_cache)
@@ -113,6 +116,7 @@ def test_training_with_and_without(rex: Subject, folders: dict[str, Path], own_c
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_every_picture_has_its_own_entry(rex: Subject, folders: dict[str, Path]) -> None:
     """One photo more is one picture more to encode, and its company changes nothing."""
     few = Subject(rex.photos[:2], "sks", "dog")
@@ -147,6 +151,7 @@ def test_an_interrupted_preparation_goes_on_where_it_was(rex: Subject, folders: 
 # --- what an entry depends on ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_weights_settings_or_precision_are_other_entries(folders: dict[str, Path]) -> None:
     def keys(change: Any = lambda base: None, kind: str = "sd1", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
         base = load(folders[kind], dtype)
@@ -193,6 +198,7 @@ def test_weights_on_disk_have_the_digest_that_they_have_in_memory(dtype: torch.d
     assert digest_on_disk(unread) == digest_on_disk(unread) == digest_of(base.vae)
 
 
+@pytest.mark.slow
 def test_a_vae_that_is_written_over_is_another_one(rex: Subject, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(folders["sd1"], folder)
@@ -294,6 +300,7 @@ def test_processes_at_the_same_time(own_cache: Path) -> None:
     assert not list(own_cache.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_nobody_else_can_look_into_it(rex: Subject, folders: dict[str, Path], own_cache: Path) -> None:
     (own_cache / "latents").mkdir(parents=True, mode=0o755)  # as an older release may have left it
     (own_cache / "latents").chmod(0o755)
@@ -327,6 +334,7 @@ def test_what_was_used_long_ago_goes_first(own_cache: Path, monkeypatch: pytest.
     assert cache.limit() == 2_000_000_000
 
 
+@pytest.mark.slow
 def test_class_images_count_and_are_cleared(rex: Subject, folders: dict[str, Path], own_cache: Path) -> None:
     base = load(folders["sd1"])
     prepare(base, [rex], lora=LORA, config=CONFIG)

@@ -53,6 +53,7 @@ def same_tensors(a: Path, b: Path) -> bool:
 # --- the whole way -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_show(call, rex):
     code, out, err = call("show", rex)
     shown = dict(line.split(maxsplit=1) for line in out.splitlines())
@@ -121,6 +122,7 @@ def test_resize(call, ink, tmp_path):
     assert (min(ranks), max(ranks)) == (int(low), int(high))
 
 
+@pytest.mark.slow
 def test_bake_and_extract(call, ink, tiny, tmp_path):
     tuned, file, again = tmp_path / "tuned", tmp_path / "tuned.safetensors", tmp_path / "again.safetensors"
     code, out, err = call("bake", f"{ink}:0.5", "--base", tiny, "--out", tuned, "--dtype", "fp32")
@@ -144,6 +146,7 @@ def test_diff(call, rex, ink, tmp_path):
     assert call("diff", ink, ink)[1].startswith("same: ")
 
 
+@pytest.mark.slow
 def test_generate(call, rex, tiny, tmp_path):
     prompt = "a photo of sks dog"
     words = ["--prompt", prompt, "--base", tiny, "--steps", 2, "--size", 32, "--out", tmp_path / "new"]
@@ -183,6 +186,7 @@ def test_share(call, rex, tmp_path):
     assert code == 2 and "2 .safetensors files" in err
 
 
+@pytest.mark.slow
 def test_regions_recipes_and_previews(call, rex, tiny, tmp_path):
     loaded = Adapter.load(rex)
     other = replace(loaded.scaled(0.5), card=replace(loaded.card, token="do", class_noun="owl"))
@@ -200,6 +204,7 @@ def test_regions_recipes_and_previews(call, rex, tiny, tmp_path):
     assert call("generate", dog, owl, *words, *auto)[0] == 0 and (tmp_path / "found.png").is_file()
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos, tiny, tmp_path, monkeypatch):
     out = tmp_path / "again.safetensors"
     monkeypatch.setattr("lora_booth.config.TrainingConfig", functools.partial(TrainingConfig, checkpoint_every=2))

@@ -59,6 +59,7 @@ def latents(studio: Composition, seed: int = 3) -> torch.Tensor:
 # --- seeds ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_picture_whatever_else_is_asked_for(base, rex):
     studio = Composition(base, [(rex, 0.8)])
     three = studio.generate(PROMPT, seeds=[1, 2, 3], **QUICK)
@@ -262,6 +263,7 @@ def test_a_trial_measures_time(base, rex):
     assert found.seconds is not None and found.seconds > 0 and "s a picture" in str(found)
 
 
+@pytest.mark.slow
 def test_several_subjects_get_regions_of_their_own_unless_told_otherwise(base, rex, ink):
     dog, owl, style = named(rex, "sks", "dog"), named(ink, "zwx", "owl"), named(ink, None, None)
     chosen, asked = Composition(base, [dog, owl, style]), Composition(base, [dog, owl, style], regions="auto")

@@ -103,6 +103,7 @@ def run_bash(block: Block) -> None:
                 pytest.fail(f"{block.page}:{number}: lora-booth {shlex.join(words)} left with {left.code}", pytrace=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if RUN[p]], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_example_runs(page, desk):
     names: dict[str, object] = {"__name__": "__main__"}

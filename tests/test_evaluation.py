@@ -217,6 +217,7 @@ def tiny() -> BaseModel:
     return BaseModel.from_pipeline(make_pipeline("sd1"), name="tiny")
 
 
+@pytest.mark.slow
 def test_the_protocol_is_as_written(tiny: BaseModel, photos: Path, dino: Path, clip: Path) -> None:
     """Every figure again by plain loops over the same pictures."""
     adapter = random_adapter(tiny, size=1.0)
@@ -351,6 +352,7 @@ def test_evaluate_on_the_command_line(desk: Path, capsys: pytest.CaptureFixture[
     assert "picture 8/8" in said.err
 
 
+@pytest.mark.slow
 def test_the_adapters_of_a_run(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(c.name, c.step) for c in candidates_of("run")] == [("step 10", 10), ("step 20", 20), ("step 30", 30)]
     assert run_cli("evaluate", "run", "--photos", "photos/rex", *FEW) == 0

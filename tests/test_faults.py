@@ -142,6 +142,7 @@ def test_the_end_of_the_ladder_names_what_is_left(photos: Path, tmp_path: Path) 
 # --- numbers -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "at"), [(kind, fault.begins[9]) for kind, fault in FAULTS.items()])
 def test_a_fault_ends_as_it_must(kind: str, at: int, photos: Path, tmp_path: Path, reference: dict[int, Any]) -> None:
     """Outcome, events, rates, checkpoints, rank; benchmarks/reliability.py begins it at 42 points."""
@@ -211,6 +212,7 @@ def survives(photos: Path, folder: Path, digests: tuple[str, str], fault: Abstra
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_any_write(digests: tuple[str, str], photos: Path, tmp_path: Path) -> None:
     """At a few of all its writes; benchmarks/reliability.py takes every one."""
     with failing_disk(tmp_path, at=10**9) as disk:
@@ -247,6 +249,7 @@ def test_a_save_that_fails_keeps_the_last_good_one(digests: tuple[str, str], pho
 # --- power ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued_exactly(digests: tuple[str, str], photos: Path, tmp_path: Path) -> None:
     """kill -9 at some moments; benchmarks/reliability.py takes 200."""
     run, killed, often = tmp_path / "run", 0, replace(QUICK, checkpoint_every=1)

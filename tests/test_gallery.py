@@ -171,6 +171,7 @@ def compositions(dog: Adapter, owl: Adapter) -> dict[str, dict]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")  # the sum blends them, as it says
 @pytest.mark.parametrize("name", ["sum", "switch", "places"])
 def test_command_and_python_draw_the_picture_again(studio_files, monkeypatch, capsys, name):
@@ -265,6 +266,7 @@ def test_the_sheet_shows_every_picture_in_order(tmp_path):
         assert sheet.width == 3 * (160 + 8) + 8
 
 
+@pytest.mark.slow
 def test_a_long_prompt_does_not_push_the_seed_off_the_sheet(tmp_path):
     def sheet(seed: int) -> np.ndarray:
         one = Picture(Image.new("RGB", (128, 128)), "word " * 200, seed)

@@ -125,6 +125,7 @@ def test_half_precision_base() -> None:
     assert same_state(state(pipeline), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_restored_after(error: type[BaseException]) -> None:
     pipeline = make_pipeline("sdxl")
@@ -208,6 +209,7 @@ def test_the_users_own_adapter_stays(put: Callable[[Any], None], tmp_path: Path)
 # --- stock diffusers reads our files to the same picture -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
 def test_stock_loader_gives_the_same_picture(kind: str, tmp_path: Path) -> None:
@@ -253,6 +255,7 @@ def test_mismatches_are_found_before_any_change() -> None:
             assert traces(pipeline) == before
 
 
+@pytest.mark.slow
 def test_other_weights_of_the_same_shapes_are_told() -> None:
     """Family and shapes fit: that is no reason to refuse, and one to say so."""
     trained_on = BaseModel.from_pipeline(make_pipeline("sd1"), name="one")

@@ -54,6 +54,7 @@ NORMS = [  # the interpreter, which is slow, takes the precisions in turn
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "channels", "groups", "height", "width", "shifted", "silu", "dtype"), NORMS)
 def test_group_norm(
     layout: str, channels: int, groups: int, height: int, width: int, shifted: bool, silu: bool, dtype: torch.dtype,
@@ -140,6 +141,7 @@ def exactly(piece: LoraPiece) -> LoraPiece:
     return LoraPiece(piece.weight.double(), bias, None, down, up, piece.scale, places, *places, trigger=down)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("count", "rank", "biased"), [(1, 8, True), (2, 12, False), (3, 20, False), (3, 4, True)])
 @pytest.mark.parametrize(("rows", "outs", "ins", "fewest"), [(130, 72, 40, 512), (130, 72, 40, 16), (5, 32, 96, 512)])

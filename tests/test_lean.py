@@ -125,6 +125,7 @@ def narrow_unet(dtype: torch.dtype) -> Any:
     ).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.7), (torch.bfloat16, 0.6)])
 def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
     from lora_booth.injection import inject
@@ -263,6 +264,7 @@ def test_who_has_a_forward_or_hooks_keeps_them() -> None:
     assert not any("forward" in vars(module) for module in base.unet.modules())
 
 
+@pytest.mark.slow
 def test_layers_that_are_set_anew_compute_as_they_are_set() -> None:
     base = base_of("sd1")
     with trainable(base, LoraSpec(rank=2)) as adapter:

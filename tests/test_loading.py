@@ -58,6 +58,7 @@ def test_the_weights_are_those_of_the_stock_loader(kind: str, dtype: torch.dtype
             assert not module.training and type(module) is type(getattr(stock, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_file_is_read_in_the_same_way(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     file = save_checkpoint(make_pipeline(kind), tmp_path / "one.safetensors")
@@ -79,6 +80,7 @@ def test_names_that_are_not_known_here_are_left_to_the_stock_loader(folders: dic
         assert same_state(state(base.pipeline), state(make_pipeline("sd1")))
 
 
+@pytest.mark.slow
 def test_shards_variants_and_old_names(folders: dict[str, Path], tmp_path: Path) -> None:
     sharded = tmp_path / "sharded"
     make_pipeline("sd1").save_pretrained(sharded, max_shard_size="40KB")
@@ -117,6 +119,7 @@ def test_a_pickle_is_left_to_the_stock_loader(folders: dict[str, Path], tmp_path
     assert same_state(state(base.pipeline), state(make_pipeline("sd1").to(torch.bfloat16)))
 
 
+@pytest.mark.slow
 def test_a_safety_checker_is_not_read_for_training(rex: Subject, tmp_path: Path) -> None:
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(projection_dim=16, vision_config={**tiny, "image_size": 32, "patch_size": 16}, text_config=tiny)
@@ -131,6 +134,7 @@ def test_a_safety_checker_is_not_read_for_training(rex: Subject, tmp_path: Path)
     assert same_state(state(base.pipeline), state(whole))
 
 
+@pytest.mark.slow
 def test_the_fingerprint_needs_no_weights_in_memory(folders: dict[str, Path]) -> None:
     for kind in ("sd1", "sdxl"):
         base = load(folders[kind], torch.bfloat16)
@@ -146,6 +150,7 @@ def rex(photos: Path) -> Subject:
     return Subject.from_folder(photos, token="sks", class_noun="dog")
 
 
+@pytest.mark.slow
 def test_training_holds_the_unet_alone(
     rex: Subject, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +270,7 @@ print(high() - before, sum(t.nbytes for t in kept))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux tells it")
 def test_reading_half_precision_from_a_full_file_takes_little_more_than_the_result(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((4096, 4096), float(i)) for i in range(4)}  # 256 MiB in float32
@@ -303,6 +309,7 @@ print(both, resident() - before, sum(t.nbytes for t in weights.parts["unet"].mod
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux tells it")
 def test_a_module_takes_its_own_size_and_gives_it_back(tmp_path: Path) -> None:
     sizes = [(320, 2560, 640, 1280)[i % 4] for i in range(48)]

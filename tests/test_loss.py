@@ -113,12 +113,14 @@ def same(a: LossAndGradients, b: LossAndGradients) -> None:
         assert (a[1][name] - b[1][name]).abs().max() <= 1e-6 * max(1.0, largest), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_the_peer(kind: str) -> None:
     given = inputs(kind, 3, [0, 500, 999])
     same(ours(kind, given, 3, prior_loss_weight=1.0), stock(kind, given, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_the_peer_with_prior_preservation(kind: str) -> None:
     given = inputs(kind, 4, [20, 999, 300, 999])

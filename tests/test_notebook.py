@@ -94,6 +94,7 @@ def done(tmp_path_factory):
     return SimpleNamespace(made=made, folder=folder)
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(done):
     code = [cell for cell in done.made.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
@@ -103,12 +104,14 @@ def test_it_runs_from_top_to_bottom(done):
     assert "ohwx is free" in text_of(done.made, "notebook.judge")
 
 
+@pytest.mark.slow
 def test_every_promised_picture_is_there(done):
     promised = [cell for cell in done.made.cells if tagged(cell, "pictures")]
     assert len(promised) == 10
     assert [cell.source for cell in promised if not pictures(cell)] == []
 
 
+@pytest.mark.slow
 def test_what_it_makes_is_there(done):
     kept = done.folder / "drive"
     first, second = (lb.Adapter.load(kept / f"{name}.safetensors") for name in ("olga", "brew"))
@@ -118,6 +121,7 @@ def test_what_it_makes_is_there(done):
     assert sorted(path.name for path in (kept / "photos").iterdir()) == ["brew", "olga"]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_what_is_kept(done):
     """The time limit stopped it after the first step, then the session's files were lost."""
     record = json.loads((done.folder / "booth/runs/olga/run.json").read_text(encoding="utf-8"))
@@ -128,6 +132,7 @@ def test_training_goes_on_from_what_is_kept(done):
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_finished_training_comes_back_in_a_new_session(done, tmp_path, capsys):
     """With less to show: samples are not among what is kept."""
     shutil.copytree(done.folder / "drive", tmp_path / "drive")
@@ -144,6 +149,7 @@ def test_a_finished_training_comes_back_in_a_new_session(done, tmp_path, capsys)
     assert "<svg" in notebook.loss_curve(out).data and (out / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_without_photos_it_says_so_in_one_line(done):
     cell = next(cell for cell in done.made.cells if cell.source == NO_PHOTOS)
     (error,) = (output for output in cell.outputs if output.output_type == "error")
@@ -181,6 +187,7 @@ def test_the_minutes_are_those_of_the_session(monkeypatch):
     assert notebook.minutes_left(90) == notebook.LEAST
 
 
+@pytest.mark.slow
 def test_time_that_is_over_still_gives_a_usable_adapter(tmp_path, monkeypatch):
     """Run all, and the time ends in the first cell of training: the next one returns at once with what can be saved."""
     from faults import CONFIG, LORA, subject, tiny
@@ -232,6 +239,7 @@ def test_the_upload_button_keeps_what_it_gets(tmp_path, displayed):
     assert (tmp_path / "rex/a.jpg").read_bytes() == b"a" and said.value == "1 added: a.jpg"
 
 
+@pytest.mark.slow
 def test_the_playground_draws_what_its_fields_say(done, displayed, capsys):
     base, adapter = lb.BaseModel.load("toybox", device="cpu"), lb.Adapter.load(done.folder / "drive/olga.safetensors")
     drawn = notebook.playground(base, [adapter], "a photo of ohwx owl", steps=1)

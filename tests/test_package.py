@@ -35,6 +35,7 @@ def test_importing_it_imports_nothing_heavy():
     assert int(more) < 30  # modules; torch alone brings over a thousand
 
 
+@pytest.mark.slow
 def test_loading_says_nothing_and_names_say_who_they_are(photos: Path):
     """No bar, no advice of other libraries; and at the end of a notebook's cell no screenful of numbers, and no path."""
     code = f"""
@@ -149,6 +150,7 @@ def test_rooms_import_only_from_rooms_before_them():
     assert not backwards
 
 
+@pytest.mark.slow
 def test_imports_do_not_go_in_a_circle():
     known = modules()
     graph = {name: imports_of(name, path, known) for name, path in known.items() if name != "lora_booth"}

@@ -879,6 +879,7 @@ def test_facts_are_json_without_folders(tmp_path: Path) -> None:
     assert json.loads(text)["photos"][1]["square"] == [0, 0, 300, 300]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="the DreamBooth photos are not here")
 def test_real_photos_raise_no_false_alarms() -> None:
     told = []
@@ -963,6 +964,7 @@ def test_tensor_mistakes() -> None:
         to_images(to_tensor([picture()]) * float("nan"))
 
 
+@pytest.mark.slow
 def test_contact_sheet() -> None:
     images = [picture(seed, 100, 50) for seed in range(7)]
     sheet = contact_sheet(images, labels=["a label that is far too long for a narrow tile " * 5] * 7, columns=3, side=60)

@@ -51,6 +51,7 @@ def planned(kind: str = "sd1", *, budget: float, config: TrainingConfig = CONFIG
 # --- what is counted -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "lora", "config"),
     [
@@ -76,6 +77,7 @@ def test_counts_without_weights_are_those_of_the_real_model(kind: str, lora: Lor
     assert counted[1].peak > counted[1].saved and counted[1].flops > 1.9 * counted[1].forward_flops > 0
 
 
+@pytest.mark.slow
 def test_plain_attention_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = counter_of("sd1")
     fused, plain = (counter.step(replace(CONFIG, attention=a), pictures=2, resolution=64) for a in ("sdpa", "plain"))  # type: ignore[arg-type]
@@ -86,6 +88,7 @@ def test_plain_attention_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> No
     assert planned(budget=1e9, device="cpu").forecasts[0] == asked != planned(budget=1e9).forecasts[0]
 
 
+@pytest.mark.slow
 def test_half_precision_differs_in_the_statistics_of_norms_alone() -> None:
     real = base_of("sd1", torch.bfloat16)
     on_cpu, without = (
@@ -95,6 +98,7 @@ def test_half_precision_differs_in_the_statistics_of_norms_alone() -> None:
     assert without.saved == pytest.approx(on_cpu.saved, rel=0.01) and without.flops == on_cpu.flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_weights_are_those_of_the_real_model(kind: str) -> None:
     base = base_of(kind)
@@ -184,6 +188,7 @@ def test_a_count_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- bases that are not loaded -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_folders_the_hub_and_memory_have_the_same_shapes(
     folders: dict[str, Path], hub: Callable[[str, Path], str], tmp_path: Path
 ) -> None:
@@ -199,6 +204,7 @@ def test_folders_the_hub_and_memory_have_the_same_shapes(
         shapes_of(folder)
 
 
+@pytest.mark.slow
 def test_families_are_built_in() -> None:
     published = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}  # parameters of the U-Nets
     for family, size in published.items():
@@ -246,6 +252,7 @@ def test_what_was_asked_for_is_no_choice() -> None:
     assert found.forecasts[0].peak == min(one.peak for one in least)
 
 
+@pytest.mark.slow
 def test_when_nothing_fits_the_error_says_what_would() -> None:
     wide = planned(budget=1e9, config=replace(CONFIG, resolution=128))
     least = min(one.peak for one in wide.forecasts)
@@ -312,6 +319,7 @@ def test_gpus_by_name() -> None:
 # --- what people see -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_json_is_stable(folders: dict[str, Path]) -> None:
     found = plan(folders["sd1"], lora=LORA, config=CONFIG, gpu="T4")
     facts = json.loads(json.dumps(found.to_json()))
@@ -325,6 +333,7 @@ def test_json_is_stable(folders: dict[str, Path]) -> None:
     }
 
 
+@pytest.mark.slow
 def test_on_the_command_line(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     def said(*words: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as left:

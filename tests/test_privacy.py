@@ -205,6 +205,7 @@ def test_the_search_finds_what_is_planted(tmp_path: Path) -> None:
     assert {"pngtext", "pngitxt", "pngztxt", "exifmake", "iccname"} <= secrets_in(page)
 
 
+@pytest.mark.slow
 def test_nothing_private_in_any_output(house: tuple[Path, str]) -> None:
     out, said = house
     files = files_of(out)

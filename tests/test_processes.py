@@ -22,6 +22,8 @@ from lora_booth.training.checkpoint import newest, read_back
 from lora_booth.training.distributed import is_main
 from lora_booth.training.progress import Step
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainingConfig(
     steps=4,
     learning_rate=1e-3,

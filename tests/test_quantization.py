@@ -163,6 +163,7 @@ def test_the_memory_of_its_weights_is_known_before(folders: dict[str, Path], kin
     assert packed_bytes(large) == pytest.approx(large.weight.nbytes * 0.258, rel=0.01)  # 4.13 bits a value
 
 
+@pytest.mark.slow
 def test_it_is_planned_and_offered_but_never_taken(folders: dict[str, Path]) -> None:
     config = replace(CONFIG, prior_loss_weight=1.0)  # with class images to draw, for which the whole base is there
     options: dict[str, Any] = {"lora": LORA, "config": config, "gpu": "T4"}

@@ -93,6 +93,7 @@ def test_sd_15_has_the_modules_that_sd_scripts_trains(shapes):
     assert sum(name.endswith(TRANSFORMER) for name in shapes["sdxl"] if name.startswith("unet.")) == 722
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_program_reads_all_of_a_kohya_file(shapes, family, tmp_path):
     adapter = adapter_of(shapes[family], family)
@@ -271,6 +272,7 @@ def peft_metadata(adapter) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps(fields)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("naming", ["kohya", "kohya, few alphas", "peft", "peft, metadata", "old diffusers"])
@@ -420,6 +422,7 @@ def test_the_names_of_the_original_code_are_those_that_we_read(shapes, family):
     assert original_name("down_blocks.7.resnets.0.conv1", family) is None
 
 
+@pytest.mark.slow
 def test_loading_needs_none_of_this(tmp_path):
     path = small(Q).save(tmp_path / "a.safetensors")
     code = f"import lora_booth as lb, sys; lb.Adapter.load({str(path)!r}); print(*sys.modules)"

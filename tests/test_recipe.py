@@ -57,6 +57,7 @@ def same(a: list[Picture], b: list[Picture]) -> bool:
     return all(np.array_equal(np.asarray(x.image), np.asarray(y.image)) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
 @pytest.mark.parametrize("name", ["auto", "boxes", "masks", "switch", "ssr"])
 def test_a_recipe_replays_to_the_same_pictures(base, files, tmp_path, name, monkeypatch):

@@ -82,6 +82,7 @@ def watch(base: BaseModel) -> Iterator[None]:
 # --- exact invariants ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("to_q", "to_k", "to_v", "to_out.0"), EVERYTHING])
 @pytest.mark.parametrize("second", [0.0, 1.0])
 def test_masks_of_all_and_nothing_are_the_sum_and_the_single_adapter(base, untouched, monkeypatch, targets, second):
@@ -96,6 +97,7 @@ def test_masks_of_all_and_nothing_are_the_sum_and_the_single_adapter(base, untou
     assert not torch.equal(plain, latents(Composition(base)))
 
 
+@pytest.mark.slow
 def test_a_sum_does_not_depend_on_the_order(base, untouched):
     rex, bob = pair(base)
     one, other = latents(Composition(base, [rex, (bob, 0.5)])), latents(Composition(base, [(bob, 0.5), rex]))
@@ -109,6 +111,7 @@ def test_one_adapter_is_itself_by_every_method(base, untouched, method):
     assert torch.allclose(one, latents(Composition(base, [rex])), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"method": "composite"}, {"isolate": "noise"}])
 def test_passes_together_are_the_passes_one_by_one(base, untouched, settings):
     rex, bob = pair(base)
@@ -206,6 +209,7 @@ def test_a_weight_that_cannot_be(wrong, message):
 # --- regions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolate", ["delta", "noise"])
 def test_regions_with_their_own_prompts(base, untouched, isolate):
     rex, bob = pair(base, text_encoder=True)
@@ -238,6 +242,7 @@ def test_other_adapters_are_heard_everywhere(sd1):
         assert torch.allclose(latents(styled, "sks dog"), latents(Composition(sd1, [bob, rex]), "sks dog"), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
 def test_pictures_do_not_depend_on_their_batch(sd1):
     rex, bob = pair(sd1)
@@ -278,6 +283,7 @@ def test_pictures_need_not_be_square(sd1, height):
 # --- automatic regions ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolate", ["delta", "noise"])
 def test_automatic_regions_share_the_picture(base, untouched, isolate):
     rex, bob = pair(base)
@@ -321,6 +327,7 @@ def test_whose_words(sd1):
 # --- other pipelines -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolate", ["delta", "noise"])
 def test_image_to_image_inpainting_and_controlnet(sd1, isolate):
     from diffusers import (
@@ -355,6 +362,7 @@ def test_image_to_image_inpainting_and_controlnet(sd1, isolate):
 # --- nothing is left behind ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("isolate", ["delta", "noise"])
 def test_an_exception_in_the_middle_leaves_nothing(base, untouched, isolate, error):

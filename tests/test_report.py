@@ -100,6 +100,7 @@ def pixels(url: str) -> np.ndarray:
 # --- the page of a real run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_leaves_a_page_that_needs_nothing_else(run: Path) -> None:
     text, parsed = page_of(run)
     assert parsed.open == [] and not parsed.all("script") and not parsed.all("b")

@@ -219,6 +219,7 @@ def test_a_changed_photo_is_named(whole: tuple[Path, str], photos: Path, tmp_pat
         tiny_run(tmp_path / "photos", tmp_path / "run", config=QUICK)
 
 
+@pytest.mark.slow
 def test_a_moved_or_copied_folder_goes_on(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     """Copied while its run is at work, as a backup would."""
     run, copy, moved = tmp_path / "run", tmp_path / "copy", tmp_path / "elsewhere" / "moved"
@@ -253,6 +254,7 @@ def test_another_number_of_threads_is_said(whole: tuple[Path, str], photos: Path
         assert (factors.delta() - expected.modules[key].delta()).norm() <= 0.01 * expected.modules[key].delta().norm()
 
 
+@pytest.mark.slow
 def test_a_restart_removes_only_what_a_run_has_made(photos: Path, tmp_path: Path) -> None:
     config, run = replace(QUICK, sample_every=4, sample_prompt="a dog", steps=4), tmp_path / "run"
     tiny_run(photos, run, config=config)
@@ -331,6 +333,7 @@ def test_a_second_run_in_the_same_folder_is_refused(photos: Path, tmp_path: Path
     tiny_run(photos, tmp_path, config=QUICK, on_step=at(3, second))
 
 
+@pytest.mark.slow
 def test_the_lock_goes_with_its_process(photos: Path, tmp_path: Path) -> None:
     report = tmp_path / "report"
     slow = {"config": replace(QUICK, steps=10_000, checkpoint_every=5)}
@@ -359,6 +362,7 @@ def wait_for(ready: Callable[[], bool], process: Any) -> None:
 # --- stopping ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "left"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit), ("SIGHUP", SystemExit)])
 def test_a_signal_saves_at_the_step_boundary(
     name: str, left: type[BaseException], whole: tuple[Path, str], photos: Path, tmp_path: Path
@@ -417,6 +421,7 @@ def test_a_second_sigterm_leaves_with_its_code(whole: tuple[Path, str], photos: 
     assert tiny_run(photos, tmp_path, config=QUICK) == whole[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "said"),
     [

@@ -45,6 +45,7 @@ def alone(base: BaseModel, adapters: list[tuple[Adapter, float]]) -> torch.Tenso
         return latents(pipeline)
 
 
+@pytest.mark.slow
 def test_what_is_used_is_what_is_heard(base):
     before = pipelines.state(base.pipeline)
     flags = [p.requires_grad for p in base.unet.parameters()]
@@ -70,6 +71,7 @@ def alone_elsewhere(base: BaseModel, adapters: list[tuple[Adapter, float]]) -> t
     return alone(BaseModel.from_pipeline(pipelines.make_pipeline("sdxl" if base.family.time_ids else "sd1")), adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [["rex", "bob", "ink"], ["ink", "bob", "rex"], ["bob", "rex", "ink"]])
 def test_adapters_can_go_in_any_order(base, order):
     before = pipelines.state(base.pipeline)
@@ -90,6 +92,7 @@ def test_adapters_can_go_in_any_order(base, order):
     assert [p.requires_grad for p in base.unet.parameters()] == flags
 
 
+@pytest.mark.slow
 def test_requests_in_one_batch_are_what_each_would_be_alone(base):
     adapters = three(base)
     requests = [

@@ -489,6 +489,7 @@ def test_code_spans_and_fences() -> None:
 # --- the page is right: its example, run as it stands --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind, layout, named", [("sd1", "kohya", True), ("sdxl", "kohya", True), ("sd2", "peft", False)])
 def test_the_example_of_the_page_runs(
@@ -721,6 +722,7 @@ def places_in(content: bytes) -> set[str]:
     return {place for place, forms in spelt.items() if any(form.lower() in content.lower() for form in forms)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*captions:UserWarning")
 def test_nothing_private_is_in_any_output(photos: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     home = tmp_path / PLANTED["user"]

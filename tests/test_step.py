@@ -107,6 +107,7 @@ def test_one_call_of_the_unet_and_none_of_the_others(
         hook.remove()
 
 
+@pytest.mark.slow
 def test_the_host_looks_at_the_device_now_and_then_only(
     begin: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_the_host_looks_at_the_device_now_and_then_only(
     run.close()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_it(prepared: tuple[BaseModel, LatentCache]) -> None:
     base, cache = prepared
 
@@ -158,6 +160,7 @@ def test_lean_plain_and_stock_are_the_same_training(
         assert losses == pytest.approx(found[0], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.compile's own
 @pytest.mark.parametrize(
     "backend",

@@ -128,6 +128,7 @@ def test_an_owl_has_its_article():
     assert Scene((HELD_OUT["finn"],), CONTEXTS[0]).caption(context=False) == "a photo of an orange fish"
 
 
+@pytest.mark.slow
 def test_held_out_subjects_are_never_in_a_training_scene():
     twins = {(h.class_noun, h.color, h.second, h.pattern) for h in HELD_OUT.values()}
     objects = [o for renders in (pictures.PLAIN, pictures.NAMED) for scene in renders.scenes() for o in scene.objects]
@@ -313,6 +314,7 @@ def built(tiny_build, tmp_path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_a_build_exports_what_the_stock_pipeline_loads_and_resumes_exactly(built, tmp_path, monkeypatch, capsys):
     from diffusers import StableDiffusionPipeline
 
@@ -391,6 +393,7 @@ def test_the_judge_reads_held_out_renders(model):
     assert np.mean([v.style == s.style for v, s in pairs]) >= JUDGE_FLOOR["style"]
 
 
+@pytest.mark.slow
 def test_the_shipped_base_draws_what_is_asked(model):
     from diffusers import StableDiffusionPipeline
 

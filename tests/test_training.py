@@ -75,6 +75,7 @@ def left_as_it_was(base: BaseModel) -> Any:
 # --- every base ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_loaded_every_way(
     kind: str, rex: Subject, folders: dict[str, Path], hub: Callable[[str, Path], str], tmp_path: Path
@@ -102,6 +103,7 @@ def test_every_kind_loaded_every_way(
         assert (one - learnt[0]).norm() <= 0.01 * learnt[0].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_prior_and_text_encoders(kind: str, rex: Subject) -> None:
     base = base_of(kind)
@@ -117,6 +119,7 @@ def test_with_prior_and_text_encoders(kind: str, rex: Subject) -> None:
     assert {key.partition(".")[0] for key in adapter.modules} == set(base.components)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
 def test_base_is_as_it_was_after_an_exception(error: type[BaseException], rex: Subject, tmp_path: Path) -> None:
     base = base_of("sdxl")
@@ -132,6 +135,7 @@ def test_base_is_as_it_was_after_an_exception(error: type[BaseException], rex: S
     assert same_state(state(base.pipeline), weights) and left_as_it_was(base) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_and_full_precision_adapter(dtype: torch.dtype, rex: Subject) -> None:
     base = base_of("sd1", dtype)
@@ -161,6 +165,7 @@ def fixed_loss(base: BaseModel, cache: LatentCache) -> float:
     return total
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down(rex: Subject) -> None:
     base = base_of("sd1")
     config = replace(ALONE, steps=60, learning_rate=1e-2, batch_size=2)
@@ -194,6 +199,7 @@ def test_by_hand_and_stopped_early(rex: Subject) -> None:
     assert all(torch.equal(whole.modules[key].up, seen[4][key].up) for key in early)
 
 
+@pytest.mark.slow
 def test_nothing_is_encoded_or_decoded_in_the_loop(rex: Subject) -> None:
     for kind in ("sd1", "sdxl"):
         base = base_of(kind)
@@ -209,6 +215,7 @@ def test_nothing_is_encoded_or_decoded_in_the_loop(rex: Subject) -> None:
             hook.remove()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(rex: Subject) -> None:
     for kind in ("sd1", "sdxl"):
         plain = run(base_of(kind), rex, ALONE)
@@ -219,6 +226,7 @@ def test_gradient_checkpointing_changes_nothing(rex: Subject) -> None:
             assert difference <= 1e-3 * factors.delta().norm(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_batch_in_parts_is_the_same_batch(kind: str, rex: Subject) -> None:
     """Photos and class images one at a time through the U-Net: the same loss and gradients, in less memory."""
@@ -328,6 +336,7 @@ def test_flip_doubles_the_views(rex: Subject) -> None:
     assert plain.photos.time_ids[0].tolist()[:2] == [300, 260]  # height, width of the photo
 
 
+@pytest.mark.slow
 def test_several_subjects(rex: Subject, photos: Path) -> None:
     base = base_of("sd1")
     ink = Subject.from_folder(photos, token="ohwx", class_noun="cat")
@@ -358,6 +367,7 @@ print(t.run(t.base_of("sd1"), rex, t.FULL, t.DROPPED).digest())
 """
 
 
+@pytest.mark.slow
 def test_same_seed_same_adapter(rex: Subject, photos: Path) -> None:
     torch.manual_seed(1)
     first = run(base_of("sd1"), rex, FULL, DROPPED).digest()
@@ -372,6 +382,7 @@ def test_same_seed_same_adapter(rex: Subject, photos: Path) -> None:
     assert other.stdout.strip() == first, other.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "stops"), [(LORA, (1, 4)), (DROPPED, (3,))], ids=["plain", "dropout"])
 def test_resume_is_exact(lora: LoraSpec, stops: tuple[int, ...], rex: Subject, tmp_path: Path) -> None:
     whole = run(base_of("sd1"), rex, FULL, lora).digest()
@@ -391,6 +402,7 @@ def test_resume_is_exact(lora: LoraSpec, stops: tuple[int, ...], rex: Subject, t
     assert done.digest() == whole and not steps  # a finished run is not trained again
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_is_refused(rex: Subject, tmp_path: Path) -> None:
     config = replace(ALONE, checkpoint_every=1)
     with pytest.raises(Interrupted):
@@ -408,6 +420,7 @@ def test_resume_with_other_settings_is_refused(rex: Subject, tmp_path: Path) -> 
     run(base_of("sd1"), rex, replace(config, checkpoint_every=3, sample_prompt="a dog"), out=tmp_path)  # these change nothing
 
 
+@pytest.mark.slow
 def test_torn_checkpoints_are_passed_over(rex: Subject, tmp_path: Path) -> None:
     config = replace(ALONE, steps=5, checkpoint_every=1)
     whole = run(base_of("sd1"), rex, config).digest()
@@ -512,6 +525,7 @@ def test_xformers_missing(rex: Subject) -> None:
 # --- pictures ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Path) -> None:
     base = base_of("sd1")
     config = replace(ALONE, sample_every=2, learning_rate=1e-2, seed=5)
@@ -532,6 +546,7 @@ def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Pa
     assert (pictures[0] != pictures[1]).any()
 
 
+@pytest.mark.slow
 def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
     base = base_of("sd1")
@@ -587,6 +602,7 @@ class Censor(torch.nn.Module):
         return images, flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("black", [3, 1000])
 def test_a_blacked_out_class_image_is_not_learnt(black: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import CLIPImageProcessor
@@ -605,6 +621,7 @@ def test_a_blacked_out_class_image_is_not_learnt(black: int, tmp_path: Path, mon
     assert len({image.tobytes() for image in images}) == 3
 
 
+@pytest.mark.slow
 def test_class_images_are_reused_by_training(rex: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
     base = base_of("sd1")
