@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,21 +71,18 @@ def write_entry(kind: str, key: str, tensors: Mapping[str, Tensor]) -> bool:
     from safetensors.torch import save_file
 
     path = place_of(kind, key)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         own_folder(kind)
         path.parent.mkdir(exist_ok=True, mode=0o700)
-        save_file(whole, temporary, {"key": key, "sha256": checksum(whole)})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(whole, temporary, {"key": key, "sha256": checksum(whole)})
     except OSError:
         return False
     except Exception as error:  # safetensors tells a full disk in an error of its own
         if type(error).__name__ != "SafetensorError":
             raise
         return False
-    finally:
-        drop(temporary)
     return True
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import lora_booth.training.lock
 from lora_booth.errors import TrainingError
-from lora_booth.training import checkpoint
+from lora_booth.files import write_file
 from lora_booth.training.checkpoint import publish, read_back
 
 fcntl = pytest.importorskip("fcntl")
@@ -159,6 +159,6 @@ def test_checkpoints_without_a_sync_of_folders(tmp_path: Path, monkeypatch: pyte
     looked_at.clear()
     publish(parent, 2, 5, files)  # the same step again, after a rollback
     assert sorted(path.name for path in parent.iterdir()) == ["000002.1", "000004"]
-    checkpoint.replace_file(tmp_path / "run" / "run.json", b"{}")
-    checkpoint.replace_file(tmp_path / "run" / "run.json", b"{ }")
+    write_file(tmp_path / "run" / "run.json", b"{}")
+    write_file(tmp_path / "run" / "run.json", b"{ }")
     assert (tmp_path / "run" / "run.json").read_bytes() == b"{ }"

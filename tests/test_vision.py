@@ -301,7 +301,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_booth.photos.segmenting.os.replace", full)
+    monkeypatch.setattr("lora_booth.files.os.replace", full)
     with pytest.raises(PhotoError, match=r"a\.mask\.png: cannot be written \(No space left on device\)"):
         make_masks(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

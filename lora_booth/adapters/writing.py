@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
-import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite
+from ..files import replacing
 from .adapter import Adapter, Dtype, Layout, LoraFactors
 from .checks import MAX_SCALE, check_scale, check_shapes, check_values
 from .files import PICKLE_SUFFIXES
@@ -44,31 +43,12 @@ def save(adapter: Adapter, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
     content, meant = packed(replace(adapter, stem=""), layout, DTYPES[dtype], path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, content, lambda written: _verify(written, adapter.modules, meant, layout, path))
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+            _verify(temporary, adapter.modules, meant, layout, path)
     except OSError as error:
         raise AdapterError(f"cannot be written: {error.strerror}; nothing was changed", path) from error
     return path
-
-
-def _write_whole(path: Path, content: bytes, check: Callable[[Path], None]) -> None:
-    """`content` under its name once `check` had nothing against the file."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part.safetensors")
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        check(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself must survive a power cut too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _verify(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
 from ..errors import SettingsError
+from ..files import write_file
 
 # IPTC's mark for pictures made by a trained model, which picture agencies and platforms read
 AI_MARK = (
@@ -18,22 +20,23 @@ AI_MARK = (
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def save_marked(image: Image.Image, path: Path, *, kind: str | None = None) -> Path:
+def save_marked(image: Image.Image, path: Path) -> Path:
     """Save as PNG, JPEG or WebP: the pixels and the mark, without anything else that the picture carries.
 
-    kind  "PNG", "JPEG" or "WEBP"; None: by the path's ending
     Raises SettingsError for another ending.
     """
-    kind = kind or KINDS.get(path.suffix.lower())
+    kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise SettingsError(f"{path}: pictures are saved as .png, .jpg or .webp")
     path.parent.mkdir(parents=True, exist_ok=True)
     clean = image.copy()
     clean.info = {}  # of which Pillow writes comments and colour profiles
+    content = io.BytesIO()  # Pillow overlooks a disk that takes only part of a JPEG
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("XML:com.adobe.xmp", AI_MARK)
-        clean.save(path, kind, pnginfo=info)
+        clean.save(content, kind, pnginfo=info)
     else:
-        clean.save(path, kind, xmp=AI_MARK.encode(), quality=95)
+        clean.save(content, kind, xmp=AI_MARK.encode(), quality=95)
+    write_file(path, content.getvalue())
     return path

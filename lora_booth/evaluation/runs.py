@@ -10,7 +10,8 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import EvaluationError, shown
-from ..training.checkpoint import ADAPTER, RECORD, SAMPLES, SCORES, replace_file
+from ..files import write_file
+from ..training.checkpoint import ADAPTER, RECORD, SAMPLES, SCORES
 from .protocol import Candidate
 from .results import Comparison
 
@@ -54,5 +55,5 @@ def scores_file(run: str | Path, made: Comparison) -> Path:
     """Write the scores into the run's folder, where its report finds them as long as the run is the same."""
     path = Path(run) / SCORES
     content = made.as_dict() | {"identity": record_of(Path(run)).get("identity")}
-    replace_file(path, (json.dumps(content, indent=1) + os.linesep).encode())
+    write_file(path, (json.dumps(content, indent=1) + os.linesep).encode())
     return path

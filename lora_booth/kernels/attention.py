@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch import Tensor
 from ..base.base_model import BaseModel
 from ..cache import cache_folder, key_of
 from ..errors import MissingExtraError, SettingsError
+from ..files import write_file
 
 PROCESSORS = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor", "xformers": "XFormersAttnProcessor"}  # of diffusers
 MOST_SCORES = 2**28  # bytes that plain attention may keep for the backward pass
@@ -132,13 +132,11 @@ def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device
 
 
 def remember(path: Any, seconds: dict[str, float]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(seconds), encoding="utf-8")
-        os.replace(temporary, path)
+        write_file(path, json.dumps(seconds).encode())
     except OSError:
-        temporary.unlink(missing_ok=True)  # measured anew the next time
+        pass  # measured again the next time
 
 
 def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import PhotoError, shown
+from ..files import replacing
 from .finding import find_photos
 from .masks import WHITE, check_shape, mask_path, read_mask
 from .opencv import load_opencv
@@ -102,14 +103,9 @@ def _make_mask(photo: Photo, segmenter: Segmenter, *, alone: bool) -> MadeMask:
 
 
 def _write(mask: Image.Image, path: Path) -> None:
-    """Save a mask whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
+        with replacing(path) as temporary:
             mask.save(temporary, "PNG")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise PhotoError(
             f"{shown(path)}: cannot be written ({error.strerror or type(error).__name__}); masks lie beside their photos"

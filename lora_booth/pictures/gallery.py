@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..base.ai_mark import AI_MARK
 from ..errors import SettingsError
+from ..files import write_file
 from ..photos.sheet import contact_sheet
 from .picture import Picture
 from .reproduction import command_of, number, python_of
@@ -41,7 +42,7 @@ class Gallery:
         path = Path(path)
         if path.suffix.lower() in (".html", ".htm"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.html(), encoding="utf-8", newline="\n", errors="replace")
+            write_file(path, self.html().encode("utf-8", "replace"))
             return path
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise SettingsError(f"{path}: a gallery is saved as .html, .png, .jpg or .webp")

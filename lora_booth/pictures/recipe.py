@@ -20,6 +20,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
 from ..base.base_model import BaseModel
 from ..errors import AdapterBaseMismatch, SettingsError, first_line, shown
+from ..files import write_file
 from .composition import Composition
 from .picture import Picture
 from .regions import Region
@@ -89,7 +90,7 @@ class Recipe:
     def save(self, path: str | Path) -> Path:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        write_file(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
         return path
 
     @classmethod

@@ -18,8 +18,9 @@ from ..adapters.adapter import Adapter, file_stem
 from ..adapters.model_card import on_hub, one_line, quoted, words
 from ..config import LoraSpec, TrainingConfig
 from ..errors import shown
+from ..files import write_file
 from ..pictures.gallery import SMALL, data_url, source_hash
-from ..training.checkpoint import CROPS, REPORT, replace_file
+from ..training.checkpoint import CROPS, REPORT
 from ..training.progress import clock
 from .charts import chart, smoothed, usual_top
 from .reading import Run, Sample, advice, counted, number, part, read_run, whole
@@ -51,7 +52,7 @@ def write_report(run: str | Path, *, photos: bool = True) -> Path:
     """
     found = read_run(Path(run))
     path = found.path / REPORT
-    replace_file(path, html(found, photos=photos).encode("utf-8", "replace"))
+    write_file(path, html(found, photos=photos).encode("utf-8", "replace"))
     return path
 
 

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
+from ..files import make_folder, sync_folder, write_synced
+
 STATE, ADAPTER, METRICS, RECORD, MANIFEST = "state.pt", "adapter.safetensors", "metrics.jsonl", "run.json", "manifest.json"
 SAMPLES, CROPS, SCORES, REPORT = "samples", "crops", "scores.json", "report.html"  # beside them in the folder of a run
 ROOM = 3  # times a checkpoint's size must be free before one is written
 KEPT = 2  # the newest, and one more, should a disk lose a bit of that
 OURS = re.compile(r"\d{6,}(\.\d+)?|\..+\.tmp")  # names in a folder of checkpoints that pruning may touch
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what some mounted storage answers to fsync
 
 
 @dataclass(frozen=True)
@@ -151,55 +152,3 @@ def newest(parents: Sequence[Path], *, damaged: list[Path] | None = None) -> Che
             elif found is None or checkpoint.number > found.number:
                 found = checkpoint
     return found
-
-
-# --- files that survive a power cut -------------------------------------------------------------------------------------
-
-
-def make_folder(folder: Path) -> None:
-    """With its parents, and so that a power cut does not take their names."""
-    if folder.exists():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        sync(file.fileno())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """`content` as `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_synced(temporary, content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NO_SYNC:
-            raise
-
-
-def sync_folder(folder: Path) -> None:
-    """So that a new name in it survives too; Windows does it by itself."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # it can be written but not read
-        return
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import TrainingError, shown
-from .checkpoint import make_folder
+from ..files import make_folder
 
 LOCK = "lock"
 FAR = 1 << 30  # where Windows locks a byte: behind the text, which others may then read

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import RECORD, Checkpoint, in_place, make_folder, write_folder
+from ..files import make_folder
+from .checkpoint import RECORD, Checkpoint, in_place, write_folder
 
 PATIENCE = 120.0  # seconds that the end of a run waits for the last copy
 

@@ -16,7 +16,7 @@ from ..base.ai_mark import save_marked
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
 from ..base.memory import pictures_at_a_time
-from ..cache import cache_folder, drop, own_folder
+from ..cache import cache_folder, own_folder
 from ..errors import TrainingError
 
 SAMPLER_STEPS = 20
@@ -101,12 +101,10 @@ def opened(path: Path) -> Image.Image | None:
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save it whole, or not at all when the disk does not take it."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    """Save it. A disk that is full or cannot be written is no obstacle: the next run draws the picture again."""
     try:
         own_folder("class_images")
         path.parent.mkdir(exist_ok=True, mode=0o700)
-        save_marked(image, temporary, kind="PNG")
-        os.replace(temporary, path)
+        save_marked(image, path)
     except OSError:
-        drop(temporary)
+        pass

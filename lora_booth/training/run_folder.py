@@ -21,6 +21,7 @@ import torch
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
 from ..errors import AdapterError, LoraBoothError, TrainingError, shown
+from ..files import write_file
 from .checkpoint import (
     ADAPTER,
     CROPS,
@@ -37,7 +38,6 @@ from .checkpoint import (
     packed_state,
     prune,
     publish,
-    replace_file,
 )
 from .identity import changes, differences, identity_of
 from .lock import locked
@@ -108,7 +108,7 @@ class RunFolder:
             for folder in self.checkpoints:
                 if folder.is_dir():
                     prune(folder)
-            for litter in (*self.path.glob(".*.tmp"), *self.path.glob(".*.part.safetensors")):
+            for litter in self.path.glob(".*.tmp"):
                 litter.unlink()
         except OSError:
             pass  # it is only litter
@@ -238,7 +238,7 @@ class RunFolder:
     def _write_metrics(self) -> None:
         try:
             if self._written < 0:
-                replace_file(self.path / METRICS, self._metrics())
+                write_file(self.path / METRICS, self._metrics())
             elif self._written < len(self._lines):
                 with open(self.path / METRICS, "ab") as file:
                     file.write(self._metrics(self._written))
@@ -249,7 +249,7 @@ class RunFolder:
     def _write_record(self) -> None:
         self.record["peak_memory"] = peak_memory()
         try:
-            replace_file(self.path / RECORD, json.dumps(self.record, indent=1).encode())
+            write_file(self.path / RECORD, json.dumps(self.record, indent=1).encode())
         except OSError:
             pass  # the event itself has been told, and the next checkpoint holds the record
 

@@ -16,8 +16,8 @@ from ..base.ai_mark import save_marked
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
 from ..config import TrainingConfig
+from ..files import write_file
 from ..subject.subject import Subject
-from .checkpoint import replace_file
 from .modes import modes_kept
 
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file
@@ -55,4 +55,4 @@ def keep(folder: Path, step: int, rows: Sequence[Row], images: Sequence[Image.Im
         written.writelines(lines)
     if adapter is not None:
         content, _ = packed(replace(adapter, stem=""), "kohya", torch.float16, Path(f"{step:06d}.safetensors"))
-        replace_file(folder / f"{step:06d}.safetensors", content)
+        write_file(folder / f"{step:06d}.safetensors", content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from ...base.library_logging import without_bars
 from ...base.original_naming import original_weights
 from ...base.quantization import refuse_quantized
 from ...errors import BaseModelError, SettingsError
+from ...files import replacing
 from ...injection import placements
 from ..adapter import Adapter, Dtype
 from ..writing import DTYPES
@@ -49,20 +49,21 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
     if single and channels != LATENT_CHANNELS:
         raise BaseModelError(f"its latents have {channels} channels, which no program takes from a single file; bake a folder")
     pipeline = baked(base, adapters, dtype=DTYPES[dtype])
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if single:
+        name = base.name if isinstance(base, BaseModel) else "base"
+        title = " + ".join([name, *(f"{adapter.name} {weight:g}" for adapter, weight in adapters)])
+        with replacing(path) as file:
+            save_single_file(pipeline, file, title=title)
+        return path
+    folder = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        if single:
-            name = base.name if isinstance(base, BaseModel) else "base"
-            title = " + ".join([name, *(f"{adapter.name} {weight:g}" for adapter, weight in adapters)])
-            save_single_file(pipeline, temporary, title=title)
-        else:
-            save_folder(pipeline, temporary)
-            if path.is_dir():
-                path.rmdir()
-        os.replace(temporary, path)
+        save_folder(pipeline, folder)
+        if path.is_dir():
+            path.rmdir()
+        folder.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return path
 
 
@@ -122,8 +123,6 @@ def save_single_file(pipeline: Any, path: Path, *, title: str) -> None:
     weights = original_weights(pipeline, family, modules)
     tensors = {key: value.contiguous() for key, value in sorted(weights.items())}
     save_file(tensors, path, metadata_of(pipeline, family, title))
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def metadata_of(pipeline: Any, family: Family, title: str) -> dict[str, str]:

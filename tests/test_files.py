@@ -1,0 +1,101 @@
+"""Every file is written completely or not at all: what a full disk, an error or a network drive leaves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lora_booth as lb
+from lora_booth.errors import AdapterError
+from lora_booth.files import replacing, write_file
+from lora_booth.pictures.picture import Picture
+
+Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+resource = pytest.importorskip("resource")  # Windows has none
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file can grow beyond `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def fsync_of_folders(answer: int) -> Callable[[int], None]:
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(answer, os.strerror(answer))
+        sync(descriptor)
+
+    return fsync
+
+
+def adapter() -> lb.Adapter:
+    factors = lb.LoraFactors(torch.randn(2, 320), torch.randn(320, 2), 2.0)
+    return lb.Adapter({Q: factors}, lb.Card(family="sd1", token="sks"))
+
+
+def picture() -> Picture:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    return Picture(Image.fromarray(pixels), "a dog", 0)
+
+
+@pytest.mark.parametrize("answer", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_storage_that_cannot_sync_folders_takes_files(answer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network drives: the file is there, so nothing has failed."""
+    monkeypatch.setattr(os, "fsync", fsync_of_folders(answer))
+    path = adapter().save(tmp_path / "a.safetensors")
+    assert lb.Adapter.load(path).modules.keys() == {Q}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_other_errors_of_fsync_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", fsync_of_folders(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_file(tmp_path / "a", b"x")
+
+
+SAVERS: dict[str, Callable[[Path], object]] = {
+    "a.safetensors": lambda path: adapter().save(path),
+    "a.png": lambda path: picture().save(path),
+    "a.jpg": lambda path: picture().save(path),
+    "a.html": lambda path: lb.Gallery([picture()]).save(path),
+    "a.json": lambda path: lb.Recipe("toybox", "0" * 16, (), {}, {"prompt": "a dog " * 1000, "seeds": [0]}, {}).save(path),
+}
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_a_full_disk_leaves_the_old_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    with full_disk(600), pytest.raises((OSError, AdapterError)):
+        SAVERS[name](path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    SAVERS[name](path)
+    assert path.stat().st_size > 600 and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_in_the_block_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_file(path, b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+        raise KeyboardInterrupt
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass  # nothing was written
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
