@@ -68,10 +68,3 @@ def open_regular(path: Path) -> BinaryIO:
 def _cannot_open(path: Path, error: Exception) -> AdapterError:
     reason = error.strerror if isinstance(error, OSError) else error
     return AdapterError(f"cannot be opened: {reason}; check the name", path)
-
-
-def exactly(handle: BinaryIO, count: int, path: Path) -> bytes:
-    content = handle.read(count)
-    if len(content) != count:
-        raise AdapterFormatError("shorter than its header says; download it again", path)
-    return content

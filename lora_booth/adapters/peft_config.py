@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..base.safetensors_header import KEY_CHARACTERS, parse_json
 from ..errors import AdapterFormatError, AdapterScaleError, AdapterTargetError, AdapterTooLarge
 from .checks import MAX_RANK
 from .files import open_regular
 from .layouts import component_of
-from .safetensors_header import KEY_CHARACTERS, parse_json
 
 MAX_CONFIG = 2**20  # bytes of adapter_config.json
 NUMBER_LENGTH = 40  # characters of a wrong number that are shown

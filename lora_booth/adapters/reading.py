@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base.families import labels
+from ..base.safetensors_header import ADAPTER, FACTOR_DTYPES, Header, read_header
 from ..errors import AdapterBaseMismatch, AdapterDtypeError, AdapterFormatError, AdapterIncomplete, AdapterTooLarge
 from . import lycoris
 from .adapter import Adapter, LoraFactors
@@ -20,7 +21,6 @@ from .files import find, open_regular
 from .header import PEFT_KEY, card_from, clean
 from .layouts import SGM_KEYS, Role, are_pair, understood
 from .peft_config import PeftConfig
-from .safetensors_header import FACTOR_DTYPES, MAX_FILE, Header, read_header
 
 TORCH_DTYPES = {
     "F16": torch.float16,
@@ -53,8 +53,8 @@ def read(
     named = _named(header, allow, path)
     plans = {module: _plan(module, keys, header, path) for module, keys in named.items()}
     expanded = sum(4 * (math.prod(p.down) + math.prod(p.up)) for p in plans.values() if p.kind != lycoris.LORA)
-    if expanded > MAX_FILE:
-        raise AdapterTooLarge(f"its LoHa or LoKr has {expanded} bytes as LoRA; allowed: {MAX_FILE}", path)
+    if expanded > ADAPTER.file:
+        raise AdapterTooLarge(f"its LoHa or LoKr has {expanded} bytes as LoRA; allowed: {ADAPTER.file}", path)
     peft = PeftConfig.read(header.metadata.get(PEFT_KEY), config, path)
     modules, shapes = {}, {}
     for module, keys in sorted(named.items()):

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError
+from ..errors import AdapterError, BaseModelError
 from .library_logging import without_bars
+from .safetensors_header import CHECKPOINT, read_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,7 +34,6 @@ DTYPES = {
     "U8": torch.uint8,
 }
 PIECE = 2**24  # bytes read at a time
-MAX_HEADER = 2**26  # bytes
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a module's weights
 MODULES = {  # component -> the classes that are read here; all others are left to the stock loader
     "unet": {"UNet2DConditionModel": "diffusers"},
@@ -54,7 +54,7 @@ OTHER_NAMES = (  # a name now -> in files of another release of diffusers or tra
 
 
 class UnreadableError(Exception):
-    """Not a safetensors file as it should be: the stock loader finds the words for it."""
+    """Not a well-formed safetensors file; the stock loader says what is wrong with it."""
 
 
 class WeightFile:
@@ -62,35 +62,22 @@ class WeightFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
+        handle = open(path, "rb")
+        weakref.finalize(self, handle.close)
+        self.descriptor = handle.fileno()
         self.stamp = self._stamp()
-        self.places = self._header()
+        try:
+            header = read_header(handle, self.stamp[2], path, CHECKPOINT)
+            self.places = {
+                key: Place(self, DTYPES[entry.dtype], entry.shape, header.data_start + entry.start)
+                for key, entry in header.tensors.items()
+            }
+        except (AdapterError, KeyError) as error:
+            raise UnreadableError(f"{path}: {error}") from error
 
     def _stamp(self) -> tuple[int, int, int, int]:
         status = os.fstat(self.descriptor)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-    def _header(self) -> dict[str, Place]:
-        size = self.stamp[2]
-        length = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise UnreadableError(f"header of {length} bytes")
-        try:
-            entries = json.loads(os.pread(self.descriptor, length, 8))
-            entries.pop("__metadata__", None)
-            places, end = {}, 0
-            for key, entry in entries.items():
-                dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-                places[key] = Place(self, dtype, shape, 8 + length + start)
-                if stop - start != places[key].numel * dtype.itemsize or start < 0:
-                    raise UnreadableError(f"{key}: {stop - start} bytes")
-                end = max(end, stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnreadableError(f"header: {error}") from error
-        if 8 + length + end != size:
-            raise UnreadableError(f"{size} bytes, described are {8 + length + end}")
-        return places
 
     def read(self, start: int, into: Tensor) -> None:
         """Bytes from `start` on, into a flat tensor on the CPU."""

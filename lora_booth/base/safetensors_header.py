@@ -1,4 +1,4 @@
-"""The header of a safetensors file, parsed under limits of our own: it may come from anyone."""
+"""The header of a safetensors file, read under limits: the file may come from anyone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,28 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import AdapterDtypeError, AdapterFormatError, AdapterTooLarge, UnsafeFormat
-from .files import exactly
 
-MAX_FILE = 2**30  # bytes
-MAX_HEADER = 4 * 2**20  # bytes
-MAX_METADATA = 64 * 2**10  # characters, keys and values
-MAX_TENSORS = 4096
-MAX_KEY = 256  # characters
-MAX_BRACKETS = 100_000  # lists and tables, and those in strings too; a million would take seconds
+KEY_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may have. All were chosen: far above every good file that is known, and cheap to reach."""
+
+    file: int = 2**30  # bytes
+    header: int = 4 * 2**20  # bytes
+    metadata: int = 64 * 2**10  # characters, keys and values
+    tensors: int = 4096
+    key: int = 256  # characters of a tensor's name
+    key_characters: frozenset[str] | None = KEY_CHARACTERS  # None: any
+    brackets: int = 100_000  # lists and tables, counting those in strings; a million take seconds
+    empty: bool = False  # whether a tensor may have no elements
+
+
+ADAPTER = Limits()
+CHECKPOINT = Limits(
+    file=2**40, header=2**26, metadata=2**26, tensors=2**20, key=2**20, key_characters=None, brackets=2**26, empty=True
+)
 MAX_EXTENT = 2**40  # of a dimension or an offset
 
 # Training logs, settings and pictures that other tools put into good files, often more than MAX_METADATA. We never read them.
@@ -28,7 +42,6 @@ BULK = frozenset(
         *("ot_config", "prompt", "workflow"),
     )
 )
-KEY_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.")
 ITEM_SIZE = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -54,27 +67,30 @@ class Header:
     data_start: int  # bytes
 
 
-def read_header(handle: BinaryIO, size: int, path: Path) -> Header:
-    """Parse and check the header of a file of `size` bytes; the handle stays open for the tensors."""
+def read_header(handle: BinaryIO, size: int, path: Path, limits: Limits = ADAPTER) -> Header:
+    """Read and check the header of a file of `size` bytes; the handle stays open for the tensors.
+
+    Raises a kind of AdapterError; UnsafeFormat for a pickle.
+    """
     first = exactly(handle, min(size, 9), path)
     length = int.from_bytes(first[:8], "little")
-    if length > MAX_HEADER or first[8:] != b"{":
+    if length > limits.header or first[8:] != b"{":
         if first[:2] == b"PK" or first[:1] == b"\x80":  # a header's length can begin so too, but not with that size or text
             raise UnsafeFormat("a pickle under another name; it could run its code; ask for a .safetensors file", path)
         if size >= 9 and first[8:] == b"{" and 8 + length <= size:
-            raise AdapterTooLarge(f"its header has {length} bytes; allowed: {MAX_HEADER}", path)
+            raise AdapterTooLarge(f"its header has {length} bytes; allowed: {limits.header}", path)
         raise AdapterFormatError(f"not a safetensors file (header length {length}, file {size} bytes)", path)
     if length < 2:
         raise AdapterFormatError(f"header length {length}: not a safetensors file", path)
-    if size > MAX_FILE:
-        raise AdapterTooLarge(f"{size} bytes; allowed: {MAX_FILE}", path)
+    if size > limits.file:
+        raise AdapterTooLarge(f"{size} bytes; allowed: {limits.file}", path)
     if 8 + length > size:
         raise AdapterFormatError(f"header length {length} is more than the file has ({size} bytes); download it again", path)
-    content = parse_json(first[8:] + exactly(handle, length - 1, path), path)
-    metadata = _metadata(content.pop("__metadata__", {}), path)
-    if len(content) > MAX_TENSORS:
-        raise AdapterTooLarge(f"{len(content)} tensors; allowed: {MAX_TENSORS}", path)
-    tensors = {_key(key, path): _entry(key, value, path) for key, value in content.items()}
+    content = parse_json(first[8:] + exactly(handle, length - 1, path), path, brackets=limits.brackets)
+    metadata = _metadata(content.pop("__metadata__", {}), path, limits)
+    if len(content) > limits.tensors:
+        raise AdapterTooLarge(f"{len(content)} tensors; allowed: {limits.tensors}", path)
+    tensors = {_key(key, path, limits): _entry(key, value, path, limits) for key, value in content.items()}
     end = 0
     for key, entry in sorted(tensors.items(), key=lambda item: item[1].start):
         if entry.start != end:
@@ -86,7 +102,14 @@ def read_header(handle: BinaryIO, size: int, path: Path) -> Header:
     return Header(tensors, metadata, 8 + length)
 
 
-def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+def exactly(handle: BinaryIO, count: int, path: Path) -> bytes:
+    content = handle.read(count)
+    if len(content) != count:
+        raise AdapterFormatError("shorter than its header says; download it again", path)
+    return content
+
+
+def parse_json(content: bytes, path: Path, *, brackets: int = ADAPTER.brackets) -> dict[str, Any]:
     """An object whose keys are unique; an AdapterError for anything else, however deep or long."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,11 +119,11 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
         return result
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
-    brackets = content.count(b"[") + content.count(b"{")
-    if brackets > MAX_BRACKETS:
-        raise AdapterTooLarge(f"{brackets} lists and tables in its JSON; allowed: {MAX_BRACKETS}", path)
+    found = content.count(b"[") + content.count(b"{")
+    if found > brackets:
+        raise AdapterTooLarge(f"{found} lists and tables in its JSON; allowed: {brackets}", path)
     try:
         parsed = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
@@ -111,30 +134,31 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _metadata(metadata: Any, path: Path) -> dict[str, str]:
+def _metadata(metadata: Any, path: Path, limits: Limits) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterFormatError("__metadata__ is not a table of strings", path)
     kept = {key: value for key, value in metadata.items() if key not in BULK}
     size = sum(len(key) + len(value) for key, value in kept.items())
-    if size > MAX_METADATA:
-        raise AdapterTooLarge(f"{size} characters of metadata; allowed: {MAX_METADATA}", path)
+    if size > limits.metadata:
+        raise AdapterTooLarge(f"{size} characters of metadata; allowed: {limits.metadata}", path)
     return kept
 
 
-def _key(key: str, path: Path) -> str:
-    if not 0 < len(key) <= MAX_KEY or not KEY_CHARACTERS.issuperset(key):
-        raise AdapterFormatError(f"tensor name {ascii(key[:60])}; allowed: A-Z a-z 0-9 _ . up to {MAX_KEY}", path)
+def _key(key: str, path: Path, limits: Limits) -> str:
+    characters = limits.key_characters
+    if not 0 < len(key) <= limits.key or (characters is not None and not characters.issuperset(key)):
+        raise AdapterFormatError(f"tensor name {ascii(key[:60])}; allowed: A-Z a-z 0-9 _ . up to {limits.key}", path)
     return key
 
 
-def _entry(key: str, value: Any, path: Path) -> Entry:
+def _entry(key: str, value: Any, path: Path, limits: Limits) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise AdapterFormatError(f"{key}: not a tensor's entry (dtype, shape, data_offsets)", path)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     numbers = isinstance(shape, list) and isinstance(offsets, list) and all(type(n) is int and n >= 0 for n in shape + offsets)
     if not isinstance(dtype, str) or not numbers or len(offsets) != 2 or len(shape) > 8:
         raise AdapterFormatError(f"{key}: dtype, shape or data_offsets malformed", path)
-    if 0 in shape or any(n > MAX_EXTENT for n in shape + offsets):
+    if (0 in shape and not limits.empty) or any(n > MAX_EXTENT for n in shape + offsets):
         raise AdapterFormatError(f"{key}: impossible shape or offsets", path)
     if dtype not in ITEM_SIZE:
         raise AdapterDtypeError(f"{key}: dtype {ascii(dtype[:20])}; allowed: {', '.join(FACTOR_DTYPES)}", path)
