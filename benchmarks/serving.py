@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 import lora_booth as lb
-from lora_booth.adapters.adapter import Adapter, Card, LoraFactors
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import Card, LoraFactors
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.injection import module_path, target_paths

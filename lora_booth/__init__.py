@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 # where each public name lives; nothing heavy is imported before it is used
 _HOMES = {
     "Adapter": "adapters.adapter",
-    "Card": "adapters.adapter",
-    "LoraFactors": "adapters.adapter",
+    "Card": "adapters.contents",
+    "LoraFactors": "adapters.contents",
     "difference": "adapters.tools.difference",
     "merge": "adapters.tools.merge",
     "resize": "adapters.tools.resize",
@@ -53,7 +53,8 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .adapters.adapter import Adapter, Card, LoraFactors
+    from .adapters.adapter import Adapter
+    from .adapters.contents import Card, LoraFactors
     from .adapters.tools.bake import bake
     from .adapters.tools.difference import difference
     from .adapters.tools.extract import extract

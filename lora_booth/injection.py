@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.adapter import Adapter, LoraFactors
+from .adapters.adapter import Adapter
+from .adapters.contents import LoraFactors
 from .base.base_model import BaseModel, recognise
 from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape

@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from .adapters.adapter import Adapter, LoraFactors
+from .adapters.adapter import Adapter
+from .adapters.contents import LoraFactors
 from .base.base_model import BaseModel
 from .config import LoraSpec, TrainingConfig, check
 from .errors import AdapterError, SettingsError, TrainingError

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lora_booth.adapters.adapter import Adapter
-from lora_booth.adapters.checks import MAX_RANK, MAX_SCALE, MAX_VALUE
+from lora_booth.adapters.contents import MAX_RANK, MAX_SCALE, MAX_VALUE
 from lora_booth.errors import AdapterError
 
 

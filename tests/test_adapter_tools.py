@@ -15,7 +15,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
 import lora_booth as lb
-from lora_booth.adapters.adapter import Adapter, Card, LoraFactors
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import Card, LoraFactors
 from lora_booth.adapters.tools.convert import convert
 from lora_booth.adapters.tools.inspection import inspect_adapter
 from lora_booth.adapters.tools.spectrum import spectrum, spectrum_of

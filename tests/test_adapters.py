@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from spoilt import header_end, put_together, saved, taken_apart
 
 from lora_booth import errors as E
-from lora_booth.adapters.adapter import Adapter, Card, LoraFactors
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import Card, LoraFactors
 from lora_booth.adapters.layouts import kohya_names, understood
 from lora_booth.adapters.tools.merge import concatenated
 from lora_booth.base.families import FAMILIES

@@ -10,7 +10,8 @@ import pipelines
 import pytest
 import torch
 
-from lora_booth.adapters.adapter import Adapter, LoraFactors
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import LoraFactors
 from lora_booth.adapters.tools.difference import difference
 from lora_booth.adapters.tools.merge import concatenated, merge
 from lora_booth.base.base_model import BaseModel

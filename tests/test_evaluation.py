@@ -17,7 +17,8 @@ from pipelines import make_pipeline, random_adapter, tokenizer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
 
 from lora_booth import cli
-from lora_booth.adapters.adapter import Adapter, Card
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import Card
 from lora_booth.base.base_model import BaseModel
 from lora_booth.cli.demo import write_photos
 from lora_booth.config import LoraSpec

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora_booth import errors as E
 from lora_booth.adapters.adapter import Adapter
-from lora_booth.adapters.checks import MAX_RANK
+from lora_booth.adapters.contents import MAX_RANK
 from lora_booth.injection import attached
 
 HANGS = 300  # seconds; a hang, not a measure of speed
@@ -192,7 +192,7 @@ def test_files_of_another_shape_of_projection_fit() -> None:
 
 
 def written_factors(width: int) -> Any:
-    from lora_booth.adapters.adapter import LoraFactors
+    from lora_booth.adapters.contents import LoraFactors
 
     down, up = pair(4, width, width)
     return LoraFactors(down[:, :, None, None], up[:, :, None, None], 4.0)

@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import KINDS, make_pipeline, random_adapter, same_state, state
 from torch import Tensor, nn
 
-from lora_booth.adapters.adapter import Adapter, LoraFactors
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import LoraFactors
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 import lora_booth as lb
-from lora_booth.adapters.adapter import Adapter, Card
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import Card
 from lora_booth.errors import SettingsError
 from lora_booth.pictures.prompts import MAX_PROMPTS, PROMPT_SETS, fill_prompts, prompts_for, read_prompts
 

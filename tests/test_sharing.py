@@ -25,7 +25,8 @@ from pipelines import make_pipeline, random_adapter
 from safetensors import safe_open
 from spoilt import taken_apart
 
-from lora_booth.adapters.adapter import CONSENT, Adapter, Card, LoraFactors, file_stem
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import CONSENT, Card, LoraFactors, file_stem
 from lora_booth.adapters.model_card import HUB_LICENSES, STATEMENTS, code, fenced, on_hub
 from lora_booth.adapters.sharing import MAX_THUMBNAIL, MOST_FILES, REMEDIES
 from lora_booth.base.ai_mark import AI_MARK

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lora_booth.adapters.adapter import Adapter, Card
+from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.contents import Card
 from lora_booth.pictures.subjects import without
 from lora_booth.subject.wording import article, with_article, without_subject
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from ..base.families import FAMILIES, labels
+from ..base.original_naming import OUTSIDE, RESNET, UNetNames
 from ..errors import AdapterBaseMismatch, AdapterError, AdapterTargetError
 
 Role = str  # of a tensor in its module: down, up, mid, alpha, or one of LYCORIS
@@ -19,26 +20,21 @@ ATTENTION = (
     "transformer_blocks.#.ff.net.0.proj",
     "transformer_blocks.#.ff.net.2",
 )
-RESNET = {"conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1", "conv_shortcut": "skip_connection"}
+RESNET_MODULES = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
 BLOCKS = ("down_blocks.#", "mid_block", "up_blocks.#")
 UNET = (
     *(f"{block}.attentions.#.{m}" for block in BLOCKS for m in ATTENTION),
-    *(f"{block}.resnets.#.{m}" for block in BLOCKS for m in RESNET),
+    *(f"{block}.resnets.#.{m}" for block in BLOCKS for m in RESNET_MODULES),
     "down_blocks.#.downsamplers.0.conv",
     "up_blocks.#.upsamplers.0.conv",
 )
 TEXT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 TEXT = tuple(f"text_model.encoder.layers.#.{m}" for m in TEXT_MODULES)
-RARE = {  # understood, but refused unless allowed by name; with the names in the original code
-    "unet.conv_in": "input_blocks_0_0",
-    "unet.conv_out": "out_2",
-    "unet.time_embedding.linear_1": "time_embed_0",
-    "unet.time_embedding.linear_2": "time_embed_2",
-    "unet.add_embedding.linear_1": "label_emb_0_0",
-    "unet.add_embedding.linear_2": "label_emb_0_2",
-    "text_encoder.text_projection": "text_projection",
-    "text_encoder_2.text_projection": "text_projection",
-}
+RARE = (  # understood, but refused unless allowed by name
+    *(f"unet.{name}" for name in OUTSIDE if not name.endswith("norm_out")),
+    "text_encoder.text_projection",
+    "text_encoder_2.text_projection",
+)
 COMPONENTS = {
     "unet": (*UNET, *(name.removeprefix("unet.") for name in RARE if name.startswith("unet."))),
     "text_encoder": (*TEXT, "text_projection"),
@@ -99,7 +95,8 @@ REMEDIES = {
     "a bundled embedding": "learned tokens belong in a file of their own; ask for the file without it",
 }
 SGM_KEYS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
-LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the sgm numbering counts with it
+LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the original numbering counts with it
+MOST_BLOCKS = 34  # as many as two digits number
 
 
 def _shape(parts: Iterable[str]) -> tuple[str, ...]:
@@ -120,8 +117,11 @@ _DOTTED = {component: _table(templates, ".") for component, templates in COMPONE
 _UNDERSCORED = {component: _table(templates, "_") for component, templates in COMPONENTS.items()}
 _STEMS = tuple(KOHYA_PREFIXES)
 _ATTENTION = _table(ATTENTION, "_")
-_RESNET = {tuple(sgm.split("_")): name for name, sgm in RESNET.items()}
-_RARE_SGM = {sgm: name.removeprefix("unet.") for name, sgm in RARE.items() if name.startswith("unet.")}
+_RESNET = {RESNET[name].replace(".", "_"): name for name in RESNET_MODULES}
+_SGM = [UNetNames(LAYERS, MOST_BLOCKS, attended) for attended in ((), range(MOST_BLOCKS))]
+_SGM_BLOCKS = {name.replace(".", "_"): path for path, name in _SGM[0].blocks.items()}
+_SGM_MODULES = {name.replace(".", "_"): path for names in _SGM for path, name in names.modules.items()}
+del _SGM_MODULES["out_0"]  # a norm
 
 
 def _filled(template: str, parts: list[str], separator: str) -> str | None:
@@ -144,63 +144,15 @@ def _matched(table: Table, parts: list[str], separator: str) -> str | None:
 
 def _from_sgm(name: str) -> str | None:
     """`input_blocks_4_1_proj_in` -> `down_blocks.1.attentions.0.proj_in`."""
-    if name in _RARE_SGM:
-        return _RARE_SGM[name]
+    if name in _SGM_MODULES:
+        return _SGM_MODULES[name]
     parts = name.split("_")
-    place, middle = "_".join(parts[:2]), parts[:2] == ["middle", "block"]
-    numbers, rest = parts[2 : 3 if middle else 4], parts[3 if middle else 4 :]
-    if not all(n.isdigit() and len(n) <= 2 and str(int(n)) == n for n in numbers) or not rest:
+    size = 3 if parts[0] == "middle" else 4
+    block, rest = _SGM_BLOCKS.get("_".join(parts[:size])), parts[size:]
+    if block is None:
         return None
-    if middle:
-        blocks = {"0": ("resnets", 0), "1": ("attentions", 0), "2": ("resnets", 1)}
-        if numbers[0] not in blocks:
-            return None
-        kind, index = blocks[numbers[0]]
-        owner, inner = "mid_block", 1 if kind == "attentions" else 0
-    elif place == "input_blocks" and len(numbers) == 2 and numbers[0] != "0":
-        block, index = divmod(int(numbers[0]) - 1, LAYERS + 1)
-        owner, inner = f"down_blocks.{block}", int(numbers[1])
-        if index == LAYERS:
-            return f"{owner}.downsamplers.0.conv" if inner == 0 and rest == ["op"] else None
-    elif place == "output_blocks" and len(numbers) == 2:
-        block, index = divmod(int(numbers[0]), LAYERS + 1)
-        owner, inner = f"up_blocks.{block}", int(numbers[1])
-        if rest == ["conv"]:  # after the attention, or after the resnet where there is no attention
-            return f"{owner}.upsamplers.0.conv" if index == LAYERS and inner in (1, 2) else None
-    else:
-        return None
-    if inner == 0:
-        module = _RESNET.get(tuple(rest))
-        return None if module is None else f"{owner}.resnets.{index}.{module}"
-    if inner == 1:
-        module = _matched(_ATTENTION, rest, "_")
-        return None if module is None else f"{owner}.attentions.{index}.{module}"
-    return None
-
-
-def _to_sgm(module: str, attended: Collection[str]) -> str | None:
-    """The inverse of `_from_sgm`; `attended` are the up blocks that are known to have attentions."""
-    if f"unet.{module}" in RARE:
-        return RARE[f"unet.{module}"]
-    parts = module.split(".")
-    middle = parts[0] == "mid_block"
-    block, kind, index, rest = (
-        ("0", parts[1], int(parts[2]), parts[3:]) if middle else (parts[1], parts[2], int(parts[3]), parts[4:])
-    )
-    suffix = RESNET[rest[0]] if kind == "resnets" else "_".join(rest).replace(".", "_")
-    inner = 0 if kind == "resnets" else 1
-    if middle:
-        place = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}.get((kind, index))
-        return None if place is None else f"middle_block_{place}_{suffix}"
-    if kind == "downsamplers":
-        return f"input_blocks_{int(block) * (LAYERS + 1) + LAYERS + 1}_0_op"
-    if kind == "upsamplers":
-        return f"output_blocks_{int(block) * (LAYERS + 1) + LAYERS}_{2 if block in attended else 1}_conv"
-    down = parts[0] == "down_blocks"
-    if index >= (LAYERS if down else LAYERS + 1):
-        return None
-    number = int(block) * (LAYERS + 1) + index + (1 if down else 0)
-    return f"{'input' if down else 'output'}_blocks_{number}_{inner}_{suffix}"
+    module = _RESNET.get("_".join(rest)) if ".resnets." in block else _matched(_ATTENTION, rest, "_")
+    return None if module is None else f"{block}.{module}"
 
 
 def _kohya_module(stem: str) -> str | None:
@@ -323,22 +275,21 @@ def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
         sgm = False
     else:
         prefixes, sgm = FAMILIES[family].kohya_text_prefixes, FAMILIES[family].kohya_sgm
-    attended = {m.split(".")[2] for m in modules if m.startswith("unet.up_blocks.") and ".attentions." in m}
-    if family == "sdxl":
-        attended |= {"0", "1"}
+    attended = {int(m.split(".")[2]) for m in modules if m.startswith("unet.up_blocks.") and ".attentions." in m}
+    original = UNetNames(LAYERS, MOST_BLOCKS, attended | {0, 1})  # sgm is SDXL, whose first two blocks up have attention
     names: dict[str, str] = {}
     sgm_names: dict[str, str | None] = {}
     for module in modules:
         component, name = module.split(".", 1)
         if component == "unet":
             names[module] = "lora_unet_" + name.replace(".", "_")
-            sgm_names[module] = _to_sgm(name, attended) if sgm else None
+            sgm_names[module] = original.original(name) if sgm else None
         elif component in texts[: len(prefixes)]:
             names[module] = f"{prefixes[texts.index(component)]}_{name.replace('.', '_')}"
         else:
             raise AdapterTargetError(f"{module}: {family or 'this family'} has no such component")
     if all(sgm_names.values()):  # all or none: diffusers drops the sgm names of a file that has both kinds
-        names.update({module: f"lora_unet_{name}" for module, name in sgm_names.items()})
+        names.update({module: f"lora_unet_{name.replace('.', '_')}" for module, name in sgm_names.items() if name})
     return names
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .. import __version__
 from ..base.families import FAMILIES
-from .adapter import CONSENT, Adapter, Card, Layout, file_stem
+from .contents import CONSENT, AdapterContents, Card, Layout, file_stem
 
 if TYPE_CHECKING:
-    from ..pictures.picture import Picture
+    from PIL import Image
 
 # the identifiers that the Hub knows (huggingface.co/docs/hub/repositories-licenses); every other licence is "other" there
 HUB_LICENSES = frozenset(
@@ -47,7 +47,29 @@ STATEMENTS = dict(
 MOST_TEXT = 2000  # characters of one text on the page
 
 
-def model_card(adapter: Adapter, file: str, layout: Layout, pictures: Sequence[tuple[str, Picture]], source: str) -> str:
+class SharedPicture(Protocol):
+    """What the page says of a picture: a Picture of `Composition.generate`, or anything with these attributes."""
+
+    @property
+    def image(self) -> Image.Image: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def negative_prompt(self) -> str | None: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def guidance(self) -> float: ...
+    @property
+    def adapters(self) -> Sequence[tuple[str, float]]: ...
+
+
+Placed = Sequence[tuple[str, SharedPicture]]  # the path in the folder, and the picture
+
+
+def model_card(adapter: AdapterContents, file: str, layout: Layout, pictures: Placed, source: str) -> str:
     """The page.
 
     file      name of the adapter's file
@@ -108,7 +130,7 @@ def fenced(text: str, language: str) -> str:
 # --- the parts of the page -----------------------------------------------------------------------------------------
 
 
-def front_matter(adapter: Adapter, pictures: Sequence[tuple[str, Picture]]) -> str:
+def front_matter(adapter: AdapterContents, pictures: Placed) -> str:
     card = adapter.card
     lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
     if on_hub(card.base_model):  # the Hub refuses the name of a base that it does not have
@@ -139,7 +161,7 @@ def words(card: Card) -> str:
     return " ".join(filter(None, (card.token, card.class_noun)))
 
 
-def sample_pictures(pictures: Sequence[tuple[str, Picture]]) -> str:
+def sample_pictures(pictures: Placed) -> str:
     lines = []
     for number, (path, picture) in enumerate(pictures, 1):
         said = [f"![picture {number}]({path})", code(picture.prompt), f"seed {picture.seed}"]
@@ -150,7 +172,7 @@ def sample_pictures(pictures: Sequence[tuple[str, Picture]]) -> str:
     return "\n".join(["## Pictures", "", *lines])
 
 
-def usage(adapter: Adapter, file: str, layout: Layout, source: str) -> str:
+def usage(adapter: AdapterContents, file: str, layout: Layout, source: str) -> str:
     card = adapter.card
     prompt = card.prompt or words(card) or "a photo"
     name, stem = file_stem(adapter.name), file.removesuffix(".safetensors")
@@ -185,7 +207,7 @@ def usage(adapter: Adapter, file: str, layout: Layout, source: str) -> str:
     return "\n\n".join(parts)
 
 
-def facts(adapter: Adapter) -> str:
+def facts(adapter: AdapterContents) -> str:
     card = adapter.card
     ranks = sorted({f.rank for f in adapter.modules.values()})
     known = {

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base.safetensors_header import KEY_CHARACTERS, parse_json
+from ..base.safetensors_header import KEY_CHARACTERS
 from ..errors import AdapterFormatError, AdapterScaleError, AdapterTargetError, AdapterTooLarge
-from .checks import MAX_RANK
-from .files import open_regular
+from .contents import MAX_RANK
 from .layouts import component_of
 
-MAX_CONFIG = 2**20  # bytes of adapter_config.json
 NUMBER_LENGTH = 40  # characters of a wrong number that are shown
 
 # Fields that make something else of the same tensors (peft/tuners/lora/config.py and variants.py); False, None and [] do not.
@@ -30,7 +28,7 @@ BASE_CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": 
 
 
 class PeftConfig:
-    """The header entry or adapter_config.json of a PEFT file; without either, alpha = rank."""
+    """The fields of a PEFT file's header entry or adapter_config.json; without any, alpha = rank."""
 
     def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
         self.path = path
@@ -51,21 +49,6 @@ class PeftConfig:
                         "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
                         path,
                     )
-
-    @classmethod
-    def read(cls, entry: str | None, config: Path | None, path: Path) -> PeftConfig:
-        """From the header's entry, else from the file beside the tensors."""
-        if entry is not None:
-            if not entry.isascii():
-                raise AdapterFormatError("PEFT's metadata are not ASCII", path)
-            return cls(parse_json(entry.encode("ascii"), path), path)
-        if config is None:
-            return cls({}, path)
-        with open_regular(config) as handle:
-            content = handle.read(MAX_CONFIG + 1)
-        if len(content) > MAX_CONFIG:
-            raise AdapterTooLarge(f"more than {MAX_CONFIG} bytes", config)
-        return cls(parse_json(content, config), config)
 
     def _check_rank(self, rank: Any) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:

@@ -1,6 +1,7 @@
 """What other programs read of an adapter file: which modules, how strongly, and what they drop without a word.
 
-diffusers answers for itself: its own conversion runs on the file. For the others the tables of `programs` do.
+diffusers answers for itself: its own conversion runs on the file. The rules of the others stand in tables, written from the
+sources that they name; they hold for the published shapes of each family.
 """
 
 from __future__ import annotations
@@ -17,14 +18,98 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..base.families import FAMILIES
+from ..base.original_naming import UNetNames
 from ..config import TEXT_TARGETS
 from ..errors import AdapterScaleError, AdapterTargetError, first_line
-from .adapter import Adapter, Layout
-from .files import find
-from .header import PEFT_KEY
+from .contents import AdapterContents, Layout
 from .layouts import LAYERS, RARE, component_of
-from .programs import PROGRAMS, Program, names_of
-from .reading import load
+from .metadata import PEFT_KEY
+from .reading import find, load
+
+# How names are made of a module's path below its component: {path} as it is, {original} as the original code calls it,
+# {path_} and {original_} with underscores for dots, {processor} as diffusers wrote attention before it knew PEFT.
+UNET = {"unet": ("lora_unet_{original_}", "lora_unet_{path_}")}
+TEXT = {"text_encoder": ("lora_te_{path_}",)}
+TEXTS = {"text_encoder": ("lora_te1_{path_}",), "text_encoder_2": ("lora_te2_{path_}",)}
+NO_PROJECTION: dict[str, tuple[str, ...]] = {"text_encoder.text_projection": (), "text_encoder_2.text_projection": ()}
+KOHYA_ENDS = (".lora_down.weight", ".lora_up.weight")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program looks for a name that it knows of a module, with one of the pairs of endings.
+
+    The scale is `<name>.alpha` / rank, and 1 where there is no such tensor.
+    """
+
+    source: str  # what the tables were written from
+    names: Mapping[str, Mapping[str, tuple[str, ...]]]  # family -> module, or else its component -> names
+    ends: tuple[tuple[str, str], ...]  # of the down and the up factor
+    lycoris: bool = False  # it reads LoHa, LoKr and LoRA with a middle factor as well, by LyCORIS's formulas
+    joined: Mapping[str, str] | None = None  # family -> component where it takes all four projections of a layer, or none
+
+
+PROGRAMS = {
+    "ComfyUI": Program(
+        source="Comfy-Org/ComfyUI a125cd84: comfy/lora.py, comfy/utils.py (unet_to_diffusers), comfy/weight_adapter",
+        names={
+            name: {
+                "unet": (
+                    *UNET["unet"],
+                    *("diffusion_model.{original}", "lycoris_{path_}", "unet.{processor}", "{processor}"),
+                ),
+                "text_encoder": ("lora_te_{path_}", "lora_te1_{path_}", "text_encoder.{path}", clip + "{path}"),
+                "text_encoder_2": ("lora_te2_{path_}", "text_encoder_2.{path}", "text_encoders.clip_g.transformer.{path}"),
+                "text_encoder.text_projection": (clip + "{path}",) if name == "sd2" else ("lora_te1_{path_}", clip + "{path}"),
+                "text_encoder_2.text_projection": ("lora_te2_{path_}", "text_encoders.clip_g.transformer.{path}"),
+            }
+            for name in FAMILIES
+            for clip in ["text_encoders.clip_h.transformer." if name == "sd2" else "text_encoders.clip_l.transformer."]
+        },
+        ends=(
+            KOHYA_ENDS,
+            ("_lora.down.weight", "_lora.up.weight"),
+            (".lora_A.weight", ".lora_B.weight"),
+            (".lora.down.weight", ".lora.up.weight"),
+            (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+            (".lora_A.default.weight", ".lora_B.default.weight"),
+        ),
+        lycoris=True,
+    ),
+    "A1111": Program(
+        source="AUTOMATIC1111/stable-diffusion-webui 82a973c0 (1.10.1): extensions-builtin/Lora, networks.py and network*.py",
+        names={
+            "sd1": UNET | {"text_encoder": ("lora_te_{path_}", "lora_te1_{path_}")} | NO_PROJECTION,
+            "sd2": UNET | TEXT | NO_PROJECTION,
+            "sdxl": UNET
+            | TEXTS
+            | NO_PROJECTION
+            # of diffusers' names it knows those of SD 1.x, which has no such embedding, and no attention before this sampler
+            | {
+                f"unet.{path}": ("lora_unet_{original_}",)
+                for path in ("add_embedding.linear_1", "add_embedding.linear_2", "up_blocks.0.upsamplers.0.conv")
+            },
+        },
+        ends=(KOHYA_ENDS,),
+        lycoris=True,
+        joined={"sd2": "text_encoder", "sdxl": "text_encoder_2"},  # OpenCLIP's, which have torch's MultiheadAttention
+    ),
+    "sd-scripts": Program(
+        source="kohya-ss/sd-scripts 48d368fa: networks/lora.py, library/original_unet.py, library/sdxl_original_unet.py",
+        names={  # it adapts transformers, resnets, samplers and text layers, nothing else
+            "sd1": {"unet": ("lora_unet_{path_}",)} | TEXT | dict.fromkeys(RARE, ()),
+            "sd2": {"unet": ("lora_unet_{path_}",)} | TEXT | dict.fromkeys(RARE, ()),
+            "sdxl": UNET | TEXTS | dict.fromkeys(RARE, ()),
+        },
+        ends=(KOHYA_ENDS,),
+    ),
+}
+
+PUBLISHED = {
+    "sd1": UNetNames(LAYERS, 4, {1, 2, 3}),
+    "sd2": UNetNames(LAYERS, 4, {1, 2, 3}),
+    "sdxl": UNetNames(LAYERS, 3, {0, 1}),
+}
 
 READERS = ("diffusers", *PROGRAMS)
 MUST_READ = {"kohya": READERS, "peft": ("diffusers",)}  # layout -> who has to read all that `save` writes
@@ -52,10 +137,6 @@ class Reading:
     rescaled: tuple[str, ...]  # modules that it reads with another strength than the file means
     notes: tuple[str, ...] = ()  # why, and what else happens
     refusal: str | None = None  # the error with which it refuses the file
-
-    @property
-    def complete(self) -> bool:
-        return not (self.dropped or self.rescaled or self.refusal)
 
     def __str__(self) -> str:
         if self.refusal is not None:
@@ -86,7 +167,7 @@ def report(path: str | Path) -> Report:
     return Report(file.family, {reader: read_as(reader, file) for reader in READERS})
 
 
-def opened(path: Path, adapter: Adapter) -> OpenFile:
+def opened(path: Path, adapter: AdapterContents) -> OpenFile:
     """path: a file that `load` has checked; adapter: what it found there."""
     with safe_open(path, "pt") as content:
         tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118  (no dictionary)
@@ -155,6 +236,21 @@ def by_table(program: Program, file: OpenFile) -> dict[str, float]:
             for projection in projections:
                 scales.pop(projection, None)
     return scales
+
+
+def names_of(module: str, family: str, program: Program) -> list[str]:
+    """The names under which `program` looks for a module, with a base of `family`."""
+    component, _, path = module.partition(".")
+    forms = {"path": path}
+    if component == "unet":
+        original = PUBLISHED[family].original(path)
+        if original is None:
+            return []
+        forms |= {"original": original, "original_": original.replace(".", "_")}
+        forms["processor"] = path.replace(".to_", ".processor.to_").replace(".to_out.0", ".to_out")
+    forms["path_"] = path.replace(".", "_")
+    table = program.names[family]
+    return [template.format_map(forms) for template in table.get(module, table.get(component, ()))]
 
 
 # --- diffusers, by its own functions -------------------------------------------------------------------------------

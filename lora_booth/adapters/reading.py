@@ -1,9 +1,11 @@
-"""Adapter files from strangers: everything is checked, under limits of our own, before anyone gets a tensor."""
+"""Reading adapter files, which may come from anyone: everything is checked before a tensor is handed out."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -12,14 +14,21 @@ import torch
 from torch import Tensor
 
 from ..base.families import labels
-from ..base.safetensors_header import ADAPTER, FACTOR_DTYPES, Header, read_header
-from ..errors import AdapterBaseMismatch, AdapterDtypeError, AdapterFormatError, AdapterIncomplete, AdapterTooLarge
+from ..base.safetensors_header import ADAPTER, FACTOR_DTYPES, Header, parse_json, read_header
+from ..errors import (
+    AdapterBaseMismatch,
+    AdapterDtypeError,
+    AdapterError,
+    AdapterFormatError,
+    AdapterIncomplete,
+    AdapterTooLarge,
+    UnsafeFormat,
+    UnsafePath,
+)
 from . import lycoris
-from .adapter import Adapter, LoraFactors
-from .checks import check_scale, check_shapes, check_values
-from .files import find, open_regular
-from .header import PEFT_KEY, card_from, clean
+from .contents import AdapterContents, LoraFactors, check_scale, check_shapes, check_values
 from .layouts import SGM_KEYS, Role, are_pair, understood
+from .metadata import PEFT_KEY, card_from, clean
 from .peft_config import PeftConfig
 
 TORCH_DTYPES = {
@@ -31,8 +40,13 @@ TORCH_DTYPES = {
     "I32": torch.int32,  # some tools save alpha so
 }
 
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+CONFIG_FILE = "adapter_config.json"  # PEFT's, beside the first of them
+MAX_CONFIG = 2**20  # bytes of it
 
-def load(path: Path, *, allow: Collection[str] = (), stem: str | None = None) -> Adapter:
+
+def load(path: Path, *, allow: Collection[str] = (), stem: str | None = None) -> AdapterContents:
     """The adapter in a file or folder; see `Adapter.load`."""
     file, config = find(path)
     with open_regular(file) as handle:
@@ -47,7 +61,7 @@ def read(
     config: Path | None = None,
     allow: Collection[str] = (),
     stem: str | None = None,
-) -> Adapter:
+) -> AdapterContents:
     """The adapter in `size` bytes, read once from start to end. path: for messages and the adapter's name."""
     header = read_header(handle, size, path)
     named = _named(header, allow, path)
@@ -55,13 +69,28 @@ def read(
     expanded = sum(4 * (math.prod(p.down) + math.prod(p.up)) for p in plans.values() if p.kind != lycoris.LORA)
     if expanded > ADAPTER.file:
         raise AdapterTooLarge(f"its LoHa or LoKr has {expanded} bytes as LoRA; allowed: {ADAPTER.file}", path)
-    peft = PeftConfig.read(header.metadata.get(PEFT_KEY), config, path)
+    peft = _peft_config(header.metadata.get(PEFT_KEY), config, path)
     modules, shapes = {}, {}
     for module, keys in sorted(named.items()):
         modules[module] = _read_module(module, keys, plans[module], header, handle, peft, path)
         shapes[module] = tuple(modules[module].down.shape)
     sgm = any(key.startswith(SGM_KEYS) for key in header.tensors)
-    return Adapter(modules, card_from(header.metadata, shapes, sgm=sgm), clean(path.stem if stem is None else stem))
+    return AdapterContents(modules, card_from(header.metadata, shapes, sgm=sgm), clean(path.stem if stem is None else stem))
+
+
+def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConfig:
+    """From the header's entry, else from the file beside the tensors."""
+    if entry is not None:
+        if not entry.isascii():
+            raise AdapterFormatError("PEFT's metadata are not ASCII", path)
+        return PeftConfig(parse_json(entry.encode("ascii"), path), path)
+    if config is None:
+        return PeftConfig({}, path)
+    with open_regular(config) as handle:
+        content = handle.read(MAX_CONFIG + 1)
+    if len(content) > MAX_CONFIG:
+        raise AdapterTooLarge(f"more than {MAX_CONFIG} bytes", config)
+    return PeftConfig(parse_json(content, config), config)
 
 
 def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict[Role, str]]:
@@ -124,3 +153,61 @@ def _tensor(header: Header, key: str, handle: BinaryIO, path: Path) -> Tensor:
     if handle.readinto(content) != len(content):  # type: ignore[attr-defined]  # of a buffered reader
         raise AdapterFormatError("became shorter while it was read", path)
     return torch.frombuffer(content, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+# --- which file, and only a regular one ---------------------------------------------------------------------------
+
+
+def find(path: Path) -> tuple[Path, Path | None]:
+    """The tensors' file, and a PEFT folder's configuration. A file that is named itself may be a link."""
+    try:
+        if not path.is_dir():
+            return path, None
+        names = {child.name for child in path.iterdir()}
+    except (OSError, ValueError) as error:
+        raise _cannot_open(path, error) from None
+    for name in FOLDER_FILES:
+        if name in names:
+            config = name == FOLDER_FILES[0] and CONFIG_FILE in names
+            return _inside(path, name), _inside(path, CONFIG_FILE) if config else None
+    own = [name for name in sorted(names) if name.endswith(".safetensors") and not name.startswith(".")]
+    if len(own) == 1:  # as `Adapter.save_folder` and many repositories on the Hub have it
+        return _inside(path, own[0]), None
+    if own:
+        raise AdapterError(f"{len(own)} .safetensors files in this folder; name the adapter's file", path)
+    if any(name.endswith(PICKLE_SUFFIXES) for name in names):
+        raise UnsafeFormat("only pickles in this folder, and those could run their code; ask for a .safetensors file", path)
+    raise AdapterError(f"no {' or '.join(FOLDER_FILES)} in this folder; name the adapter's file", path)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder; a link only within it or, as the Hub's cache is built, to the `blobs` of a folder above it."""
+    path = folder / name
+    try:
+        home, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise _cannot_open(path, error) from None
+    blob = target.parent.name == "blobs" and target.parent.parent in home.parents
+    if target != home / name and not blob and not target.is_relative_to(home):
+        raise UnsafePath("a link that leads out of its folder; name the file that you mean", path)
+    return path
+
+
+def open_regular(path: Path) -> BinaryIO:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise UnsafeFormat(f"a {path.suffix} file is a pickle and could run its code; ask for a .safetensors file", path)
+    try:  # not blocking: a named pipe would never answer
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENXIO, errno.ENODEV):  # a socket or a dead device
+            raise AdapterFormatError("not a regular file", path) from None
+        raise _cannot_open(path, error) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AdapterFormatError("not a regular file", path)
+    return os.fdopen(descriptor, "rb")
+
+
+def _cannot_open(path: Path, error: Exception) -> AdapterError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return AdapterError(f"cannot be opened: {reason}; check the name", path)

@@ -13,21 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from .. import __version__
+from ..base.ai_mark import save_marked
 from ..errors import AdapterError, PhotoError, SettingsError, first_line, shown
 from ..photos.opening import opened
 from ..photos.photo import Unusable
 from ..photos.pixels import crop_and_resize
 from ..photos.to_srgb import rgb_copy
-from .adapter import Adapter, Dtype, Layout, file_stem
-from .model_card import model_card
-
-if TYPE_CHECKING:
-    from ..pictures.picture import Picture
+from .contents import AdapterContents, Dtype, Layout, file_stem
+from .model_card import SharedPicture, model_card
+from .writing import save
 
 # ModelSpec recommends 256 x 256; a busy picture is made coarser, then smaller, until it is short enough
 THUMBNAIL_SIDES = (256, 192, 128, 64)  # pixels
@@ -75,9 +73,9 @@ def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
 
 
 def save_folder(
-    adapter: Adapter,
+    adapter: AdapterContents,
     folder: Path,
-    pictures: Sequence[Picture],
+    pictures: Sequence[SharedPicture],
     *,
     layout: Layout,
     dtype: Dtype,
@@ -100,32 +98,36 @@ def save_folder(
 
 
 def fill(
-    adapter: Adapter,
+    adapter: AdapterContents,
     folder: Path,
-    pictures: Sequence[Picture],
+    pictures: Sequence[SharedPicture],
     *,
     layout: Layout,
     dtype: Dtype,
     thumbnail: Image.Image | str | Path | None,
 ) -> None:
     """Everything but the page."""
-    adapter.save(folder / file_name(adapter), layout=layout, dtype=dtype, thumbnail=thumbnail)
+    if thumbnail is not None:
+        adapter = replace(adapter, thumbnail=thumbnail_url(thumbnail))
+    save(adapter, folder / file_name(adapter), layout=layout, dtype=dtype)
     for path, picture in paths_of(pictures):
         if not hasattr(picture, "prompt"):
             raise SettingsError(f"a {type(picture).__name__} has no prompt and seed; share pictures of Composition.generate")
-        replace(picture, image=pixels_of(picture.image)).save(folder / path)
+        save_marked(pixels_of(picture.image), folder / path)
 
 
-def write_page(adapter: Adapter, folder: Path, pictures: Sequence[Picture], *, layout: Layout, source: str) -> None:
+def write_page(
+    adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPicture], *, layout: Layout, source: str
+) -> None:
     page = model_card(adapter, file_name(adapter), layout, paths_of(pictures), source) + "\n"
     (folder / README).write_text(page + mark(folder, page), encoding="utf-8", newline="\n")
 
 
-def file_name(adapter: Adapter) -> str:
+def file_name(adapter: AdapterContents) -> str:
     return f"{file_stem(adapter.name)}.safetensors"
 
 
-def paths_of(pictures: Sequence[Picture]) -> list[tuple[str, Picture]]:
+def paths_of(pictures: Sequence[SharedPicture]) -> list[tuple[str, SharedPicture]]:
     return [(f"pictures/{number:02d}.png", picture) for number, picture in enumerate(pictures, 1)]
 
 
@@ -190,9 +192,9 @@ REMEDIES = {  # HTTP status -> what it means here, and what helps
 
 
 def push_to_hub(
-    adapter: Adapter,
+    adapter: AdapterContents,
     repo_id: str,
-    pictures: Sequence[Picture],
+    pictures: Sequence[SharedPicture],
     *,
     private: bool,
     token: str | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 from collections import Counter
@@ -14,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import bytes_of
 from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite
 from ..files import replacing
-from .adapter import Adapter, Dtype, Layout, LoraFactors
-from .checks import MAX_SCALE, check_scale, check_shapes, check_values
-from .files import PICKLE_SUFFIXES
-from .header import PEFT_KEY, metadata_of
+from .contents import MAX_SCALE, AdapterContents, Dtype, Layout, LoraFactors, check_scale, check_shapes, check_values
 from .layouts import checked_path, component_of, kohya_names, tail_of
+from .metadata import PEFT_KEY, metadata_of
 from .readers import check_readers, opened
-from .reading import load
+from .reading import PICKLE_SUFFIXES, load
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -30,7 +28,7 @@ LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000  # the part of a file that kohy
 MAX_PEFT_ENTRY = 32 * 2**10  # characters
 
 
-def save(adapter: Adapter, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
+def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
     """See `Adapter.save`."""
     if path.suffix != ".safetensors":
         what = "a pickle's name" if path.suffix in PICKLE_SUFFIXES else "not an adapter's name"
@@ -92,7 +90,7 @@ def _scaled(factors: LoraFactors) -> tuple[Tensor, Tensor]:
     return up * factors.scale, down
 
 
-def packed(adapter: Adapter, layout: Layout, dtype: torch.dtype, path: Path) -> tuple[bytes, dict[str, LoraFactors]]:
+def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: Path) -> tuple[bytes, dict[str, LoraFactors]]:
     """A file's bytes, and the factors that a reader shall find in them."""
     for module, factors in adapter.modules.items():
         checked_path(module)
@@ -114,7 +112,7 @@ def packed(adapter: Adapter, layout: Layout, dtype: torch.dtype, path: Path) -> 
         alpha = float(Counter(f.rank for f in meant.values()).most_common(1)[0][0])
     # widest dtype first, as the safetensors library does, so that every tensor lies aligned; then by name
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    data = b"".join(tensor_bytes(tensor) for _, tensor in ordered)
+    data = b"".join(bytes_of(tensor) for _, tensor in ordered)
     metadata = metadata_of(adapter, layout, alpha, hashlib.sha256(data).hexdigest())
     if layout == "peft":
         metadata |= _peft_entry(meant)
@@ -179,8 +177,3 @@ def _header_bytes(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]
     text = json.dumps(entries, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    kept = tensor.detach().cpu().contiguous()
-    return ctypes.string_at(kept.data_ptr(), kept.numel() * kept.element_size())

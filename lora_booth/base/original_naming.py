@@ -6,7 +6,7 @@ and mlfoundations/open_clip for the text encoders that come from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,26 +17,28 @@ from .families import Family
 Weights = dict[str, Tensor]
 Renames = Iterable[tuple[str, str]]  # how a name begins, or a part of it -> what that becomes
 
-UNET = (
-    ("time_embedding.linear_1.", "time_embed.0."),
-    ("time_embedding.linear_2.", "time_embed.2."),
-    ("add_embedding.linear_1.", "label_emb.0.0."),
-    ("add_embedding.linear_2.", "label_emb.0.2."),
-    ("conv_in.", "input_blocks.0.0."),
-    ("conv_norm_out.", "out.0."),
-    ("conv_out.", "out.2."),
-    ("mid_block.resnets.0.", "middle_block.0."),
-    ("mid_block.attentions.0.", "middle_block.1."),
-    ("mid_block.resnets.1.", "middle_block.2."),
-)
-UNET_RESNET = (
-    ("norm1.", "in_layers.0."),
-    ("conv1.", "in_layers.2."),
-    ("time_emb_proj.", "emb_layers.1."),
-    ("norm2.", "out_layers.0."),
-    ("conv2.", "out_layers.3."),
-    ("conv_shortcut.", "skip_connection."),
-)
+OUTSIDE = {  # the U-Net's modules outside of its blocks
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+MIDDLE = {
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 VAE_MIDDLE = (
     ("mid_block.resnets.0.", "mid.block_1."),
     ("mid_block.resnets.1.", "mid.block_2."),
@@ -78,26 +80,46 @@ def original_weights(pipeline: Any, family: Family, weights: Mapping[str, Mappin
 
 
 def unet_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
-    """One numbering over all resolutions: each has its layers, then the way to the next one."""
-    step = config.layers_per_block + 1
-    renames = list(UNET)
-    for i in range(len(config.down_block_types)):
-        for j in range(step - 1):
-            place = 1 + i * step + j
-            renames.append((f"down_blocks.{i}.resnets.{j}.", f"input_blocks.{place}.0."))
-            renames.append((f"down_blocks.{i}.attentions.{j}.", f"input_blocks.{place}.1."))
-        renames.append((f"down_blocks.{i}.downsamplers.0.conv.", f"input_blocks.{(i + 1) * step}.0.op."))
-    for i, kind in enumerate(config.up_block_types):
-        for j in range(step):
-            renames.append((f"up_blocks.{i}.resnets.{j}.", f"output_blocks.{i * step + j}.0."))
-            renames.append((f"up_blocks.{i}.attentions.{j}.", f"output_blocks.{i * step + j}.1."))
-        place = 2 if "CrossAttn" in kind else 1  # after the resnet, and after the attention where there is one
-        renames.append((f"up_blocks.{i}.upsamplers.0.conv.", f"output_blocks.{(i + 1) * step - 1}.{place}.conv."))
+    attended = {i for i, kind in enumerate(config.up_block_types) if "CrossAttn" in kind}
+    names = UNetNames(config.layers_per_block, len(config.down_block_types), attended)
     named = {}
     for key, value in weights.items():
-        new = _begun(key, renames)
-        named[_with(new, UNET_RESNET) if ".resnets." in key else new] = value
+        module, _, kind = key.rpartition(".")
+        named[f"{names.original(module) or module}.{kind}"] = value
     return named
+
+
+class UNetNames:
+    """The original names of a U-Net's modules: one numbering over all resolutions, each with its layers and its sampler.
+
+    layers    resnets in a block on the way down
+    count     resolutions
+    attended  those that have attention on the way up, from 0
+    """
+
+    def __init__(self, layers: int, count: int, attended: Collection[int]) -> None:
+        step = layers + 1
+        self.blocks = dict(MIDDLE)  # path -> original name
+        self.modules = dict(OUTSIDE)
+        for i in range(count):
+            for inner, kind in enumerate(("resnets", "attentions")):
+                for j in range(layers):
+                    self.blocks[f"down_blocks.{i}.{kind}.{j}"] = f"input_blocks.{1 + i * step + j}.{inner}"
+                for j in range(step):
+                    self.blocks[f"up_blocks.{i}.{kind}.{j}"] = f"output_blocks.{i * step + j}.{inner}"
+        for i in range(count - 1):  # the last has no sampler
+            self.modules[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * step}.0.op"
+            after = 2 if i in attended else 1  # the resnet, and the attention where there is one
+            self.modules[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{(i + 1) * step - 1}.{after}.conv"
+
+    def original(self, path: str) -> str | None:
+        """The name of the module at `path` (below the U-Net); None: such a U-Net has no such module."""
+        if path in self.modules:
+            return self.modules[path]
+        parts = path.split(".")
+        size = 3 if parts[0] == "mid_block" else 4
+        block, inner = self.blocks.get(".".join(parts[:size])), ".".join(parts[size:])
+        return None if block is None else f"{block}.{RESNET.get(inner, inner)}"
 
 
 def vae_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..adapters.adapter import Card
+from ..adapters.contents import Card
 from ..errors import SettingsError, shown
 from ..pictures.prompts import fill_prompts
 from ..subject.subject import CLASS_TEMPLATE

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, LoraFactors
+from ..adapters.adapter import Adapter
+from ..adapters.contents import LoraFactors
 from ..adapters.tools.spectrum import Spectrum, Truncation, Truncations, shape_of
 from ..base.base_model import BaseModel
 from ..base.generation import quiet

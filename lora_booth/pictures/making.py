@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..adapters.adapter import file_stem
+from ..adapters.contents import file_stem
 
 if TYPE_CHECKING:
     from .composition import Composition

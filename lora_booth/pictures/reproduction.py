@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
-from ..adapters.adapter import file_stem
+from ..adapters.contents import file_stem
 from .making import Making
 from .picture import Picture
 

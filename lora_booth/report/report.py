@@ -14,7 +14,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ..adapters.adapter import Adapter, file_stem
+from ..adapters.adapter import Adapter
+from ..adapters.contents import file_stem
 from ..adapters.model_card import on_hub, one_line, quoted, words
 from ..config import LoraSpec, TrainingConfig
 from ..errors import shown

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from .. import __version__
-from ..adapters.adapter import Card
+from ..adapters.contents import Card
+from ..adapters.metadata import card_facts
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
 from ..subject.subject import Subject
-
-
-def card_facts(base: BaseModel) -> dict[str, Any]:
-    """What a card says about the base."""
-    return {
-        "family": base.family.name,
-        "prediction_type": base.prediction_type,
-        "base_model": base.name,
-        "base_hash": base.fingerprint,
-    }
 
 
 def make_card(base: BaseModel, subjects: Sequence[Subject], lora: LoraSpec, config: TrainingConfig) -> Card:

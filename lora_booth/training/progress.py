@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..adapters.adapter import LoraFactors
+    from ..adapters.contents import LoraFactors
     from ..injection import TrainableLora
 
 

@@ -21,7 +21,8 @@ from ...base.quantization import refuse_quantized
 from ...errors import BaseModelError, SettingsError
 from ...files import replacing
 from ...injection import placements
-from ..adapter import Adapter, Dtype
+from ..adapter import Adapter
+from ..contents import Dtype
 from ..writing import DTYPES
 
 LATENT_CHANNELS = 4  # of every published SD 1.x, 2.x and XL

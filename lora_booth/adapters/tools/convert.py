@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterNonFinite
-from ..adapter import Adapter, Dtype, Layout, LoraFactors
-from ..checks import MAX_SCALE
+from ..adapter import Adapter
+from ..contents import MAX_SCALE, Dtype, Layout, LoraFactors
 from ..writing import DTYPES, packed
 
 ROUNDING = 2.0**-23  # of float32, relative

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...errors import AdapterBaseMismatch
-from ..adapter import Adapter, LoraFactors
+from ..adapter import Adapter
+from ..contents import LoraFactors
 from .spectrum import cores, shape_of, spectrum
 
 USED = 1e-3  # of a change's largest singular value: smaller ones may be the rounding of half precision

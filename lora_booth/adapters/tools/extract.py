@@ -14,9 +14,10 @@ from ...base.base_model import BaseModel
 from ...base.quantization import refuse_quantized
 from ...errors import AdapterTargetError, BaseModelError
 from ...injection import adaptable, module_path, unread_layers
-from ...training.card import card_facts
-from ..adapter import Adapter, Card, LoraFactors
+from ..adapter import Adapter
+from ..contents import Card, LoraFactors
 from ..layouts import RARE, checked_path
+from ..metadata import card_facts
 from .spectrum import Truncation, Truncations, keep, one_rank, spectrum_of, truncated
 
 

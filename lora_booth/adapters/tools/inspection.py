@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..adapter import Adapter, Card
+from ..adapter import Adapter
+from ..contents import Card
 from .difference import length, norm
 from .spectrum import shape_of
 

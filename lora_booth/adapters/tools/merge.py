@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from ...errors import AdapterBaseMismatch, AdapterError, AdapterIncomplete, SettingsError
-from ..adapter import Adapter, Card, LoraFactors
+from ..adapter import Adapter
+from ..contents import Card, LoraFactors
 from .resize import resize
 from .spectrum import Truncation, Truncations, one_rank, spectrum
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SettingsError
-from ..adapter import LoraFactors
-from ..checks import MAX_RANK
+from ..contents import MAX_RANK, LoraFactors
 
 NOTHING = 1e-6  # of the largest singular value; below it there is only rounding
 

@@ -6,11 +6,14 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..base.families import FAMILIES
-from .adapter import CONSENT, Adapter, Card, Layout, file_stem
+from .contents import CONSENT, AdapterContents, Card, Layout, file_stem
 from .layouts import component_of
+
+if TYPE_CHECKING:
+    from ..base.base_model import BaseModel
 
 CARD_KEY = "lora_booth.card"
 PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
@@ -19,7 +22,7 @@ FIELD_LENGTH = 500  # characters; longer text of a stranger is cut
 MAX_WEIGHT = 10.0  # a stranger's suggestion beyond it is ignored: it is used where the user names none
 
 
-def metadata_of(adapter: Adapter, layout: Layout, alpha: float, data_sha256: str) -> dict[str, str]:
+def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha256: str) -> dict[str, str]:
     """Every entry of a header but the ones that need the finished file. No date: equal adapters give equal bytes."""
     card = adapter.card
     ranks = Counter(f.rank for f in adapter.modules.values())
@@ -66,6 +69,16 @@ def metadata_of(adapter: Adapter, layout: Layout, alpha: float, data_sha256: str
         }
     # half a character, as of a file's name that is no UTF-8, would make the header unreadable for the safetensors library
     return {key: value.encode("utf-8", "replace").decode() for key, value in entries.items() if value is not None}
+
+
+def card_facts(base: BaseModel) -> dict[str, Any]:
+    """What a card says about the base that the adapter is for."""
+    return {
+        "family": base.family.name,
+        "prediction_type": base.prediction_type,
+        "base_model": base.name,
+        "base_hash": base.fingerprint,
+    }
 
 
 def summary(card: Card, trigger: str | None) -> str:

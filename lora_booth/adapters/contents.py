@@ -1,0 +1,157 @@
+"""What an adapter is made of: the low-rank factors of each module, the card that describes them, and their limits."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..cache import bytes_of
+from ..errors import AdapterIncomplete, AdapterNonFinite, AdapterScaleError, AdapterTooLarge, SettingsError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and this file only calls methods of its tensors
+    from torch import Tensor
+
+Layout = Literal["kohya", "peft"]
+Dtype = Literal["fp16", "bf16", "fp32"]
+
+CONSENT = ("not stated", "self", "consenting person", "object", "own art", "licensed art")
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """The change of one module: weight + alpha / rank * up @ down."""
+
+    down: Tensor  # (r, in), or (r, in, kh, kw) for a convolution
+    up: Tensor  # (out, r), or (out, r, 1, 1)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def __repr__(self) -> str:
+        return f"LoraFactors(rank {self.rank}, alpha {self.alpha:g}, {tuple(self.down.shape)} and {tuple(self.up.shape)})"
+
+    def delta(self) -> Tensor:
+        """The change of the weight, float32: (out, in) or (out, in, kh, kw)."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (product * self.scale).reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an adapter says of itself. Nothing private: no path, no caption, no photo metadata. None: not known."""
+
+    family: str | None = None  # a key of FAMILIES
+    prediction_type: str | None = None  # epsilon or v_prediction
+    base_model: str | None = None  # a Hub id or a bare name; of a path only the last part is kept
+    base_hash: str | None = None
+    resolution: int | None = None  # pixels
+    token: str | None = None
+    class_noun: str | None = None
+    prompt: str | None = None  # a suggestion
+    weight: float = 1.0  # a suggestion
+    rank: int | None = None
+    alpha: float | None = None
+    steps: int | None = None  # optimizer updates
+    photos: int | None = None  # how many
+    library_version: str | None = None
+    title: str | None = None
+    description: str | None = None
+    author: str | None = None
+    license: str | None = None
+    tags: str | None = None  # as "dog, pet"; the class noun if there are none
+    date: str | None = None  # ISO 8601; only as given by the user, since equal adapters give equal bytes
+    consent: str = CONSENT[0]  # a declaration, not a proof
+
+    def __post_init__(self) -> None:
+        if self.base_model is not None:
+            object.__setattr__(self, "base_model", bare_name(self.base_model))
+        if self.consent not in CONSENT:
+            raise SettingsError(f"consent {self.consent!r} is unknown; allowed: {', '.join(CONSENT)}")
+
+
+def bare_name(base_model: str) -> str:
+    """A Hub id as it is; of anything that can only be a path, the last part, since paths hold people's names."""
+    slashed = base_model.replace("\\", "/")
+    hub_id = (
+        slashed == base_model and slashed.count("/") <= 1 and not slashed.startswith(("/", ".", "~")) and ":" not in slashed
+    )
+    return base_model if hub_id else slashed.rstrip("/").rsplit("/", 1)[-1]
+
+
+def file_stem(name: str) -> str:
+    """`name` as a file's name, a module's name and A1111's <lora:…> can have it: letters, digits, - and _, up to 60."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c == "-") else "_" for c in name)
+    return "_".join(filter(None, kept.split("_")))[:60] or "adapter"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterContents:
+    """What an adapter's file holds; `Adapter` adds how it is loaded, saved and shared."""
+
+    modules: Mapping[str, LoraFactors]  # canonical module path (`unet.down_blocks.0...to_q`) -> factors
+    card: Card = field(default_factory=Card)
+    stem: str = ""  # of the file it came from
+    thumbnail: str | None = None  # for the file: a small picture as a data URL; `load` does not read one
+
+    def __repr__(self) -> str:
+        ranks = "/".join(map(str, sorted({factors.rank for factors in self.modules.values()})))
+        base = self.card.base_model or self.card.family or "an unknown base"
+        return f"Adapter({self.name!r} for {base}: rank {ranks}, {len(self.modules)} modules, {self.nbytes / 1e6:.1f} MB)"
+
+    @property
+    def name(self) -> str:
+        return self.card.title or self.card.token or self.stem or "adapter"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for f in self.modules.values() for t in (f.down, f.up))
+
+    def digest(self) -> str:
+        """sha256 over the factors in canonical order; the card and the file's naming do not matter."""
+        sha = hashlib.sha256()
+        for name in sorted(self.modules):
+            factors = self.modules[name]
+            sha.update(f"{name} {factors.alpha!r}\n".encode())
+            for tensor in (factors.down, factors.up):
+                sha.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                sha.update(bytes_of(tensor))
+        return sha.hexdigest()
+
+
+# --- the limits of every adapter, yours or an untrusted file's ------------------------------------------------------
+
+MAX_RANK = 512
+MAX_SCALE = 16.0  # of alpha / rank
+MAX_VALUE = 1e4  # of a factor's elements
+
+
+def check_shapes(module: str, down: tuple[int, ...], up: tuple[int, ...], path: Path | None) -> None:
+    """The two factors fit together and the rank is one that an adapter has."""
+    fit = len(down) in (2, 4) and len(up) in (2, 4) and down[0] == up[1] and up[2:] in ((), (1, 1))
+    # 1x1 convolutions and linear layers are written for each other; a larger kernel needs its own shape
+    if not fit or (len(up) != len(down) and down[2:] not in ((), (1, 1))):
+        raise AdapterIncomplete(f"{module}: factors {list(down)} and {list(up)} do not fit together", path)
+    rank, limit = down[0], min(MAX_RANK, up[0], math.prod(down[1:]))
+    if rank > limit:
+        raise AdapterTooLarge(f"{module}: rank {rank}; allowed here: {limit}", path)
+
+
+def check_values(module: str, tensor: Tensor, path: Path | None) -> None:
+    low, high = tensor.aminmax()
+    if not (low.item() >= -MAX_VALUE and high.item() <= MAX_VALUE):  # NaN compares false
+        raise AdapterNonFinite(f"{module}: values from {low.item():g} to {high.item():g}; allowed: +-{MAX_VALUE:g}", path)
+
+
+def check_scale(module: str, alpha: float, rank: int, path: Path | None) -> None:
+    if not math.isfinite(alpha) or abs(alpha / rank) > MAX_SCALE:
+        raise AdapterScaleError(f"{module}: alpha {alpha:g} with rank {rank}; allowed: up to {MAX_SCALE:g} x rank", path)
