@@ -1,14 +1,14 @@
 """README.md of a shared adapter: front matter for the Hub, and how to use the file.
 
-A card may be a stranger's. Its text stands only in JSON strings (which YAML and Python read as well) and in Markdown
-code, where nothing is a link, a tag or an end of the front matter.
+The card may come from an untrusted file. Its text appears only in the front matter, as scalars that huggingface_hub
+quotes, in Python's string literals, and in Markdown code, where nothing is a link or a tag.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
 from ..base.families import FAMILIES
@@ -103,7 +103,7 @@ def one_line(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A JSON string, which is a YAML scalar and a Python literal as well."""
+    """A JSON string, which is a Python literal too."""
     return json.dumps(one_line(text), ensure_ascii=False)
 
 
@@ -131,23 +131,23 @@ def fenced(text: str, language: str) -> str:
 
 
 def front_matter(adapter: AdapterContents, pictures: Placed) -> str:
+    from huggingface_hub import ModelCardData
+
     card = adapter.card
-    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    data: dict[str, Any] = {}
     if on_hub(card.base_model):  # the Hub refuses the name of a base that it does not have
-        lines += [f"base_model: {quoted(card.base_model or '')}", "base_model_relation: adapter"]
+        data |= {"base_model": card.base_model, "base_model_relation": "adapter"}
     if card.prompt:
-        lines.append(f"instance_prompt: {quoted(card.prompt)}")
+        data["instance_prompt"] = one_line(card.prompt)
     if card.license:
         known = card.license.strip().lower()
         name = "-".join(filter(None, (file_stem(part) for part in known.split())))[:60]
-        lines += [f"license: {known}"] if known in HUB_LICENSES else ["license: other", f"license_name: {quoted(name)}"]
-    tags = ("text-to-image", "diffusers", "lora", "dreambooth", "template:sd-lora", *FAMILY_TAGS.get(card.family or "", ()))
-    lines += ["tags:", *(f"- {tag}" for tag in (*tags, "lora_booth"))]
+        data |= {"license": known} if known in HUB_LICENSES else {"license": "other", "license_name": name}
     if pictures:
-        lines.append("widget:")
-        for path, picture in pictures:
-            lines += [f"- text: {quoted(picture.prompt)}", "  output:", f"    url: {path}"]
-    return "\n".join([*lines, "---"])
+        data["widget"] = [{"text": one_line(picture.prompt), "output": {"url": path}} for path, picture in pictures]
+    tags = ["text-to-image", "diffusers", "lora", "dreambooth", "template:sd-lora", *FAMILY_TAGS.get(card.family or "", ())]
+    page = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=[*tags, "lora_booth"], **data)
+    return f"---\n{page.to_yaml()}\n---"
 
 
 def on_hub(base_model: str | None) -> bool:
