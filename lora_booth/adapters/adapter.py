@@ -45,12 +45,7 @@ class Adapter(AdapterContents):
         """
         from .writing import save
 
-        adapter = self
-        if thumbnail is not None:
-            from .sharing import thumbnail_url
-
-            adapter = replace(self, thumbnail=thumbnail_url(thumbnail))
-        return save(adapter, Path(path), layout=layout, dtype=dtype)
+        return save(self._with_thumbnail(thumbnail), Path(path), layout=layout, dtype=dtype)
 
     def save_folder(
         self,
@@ -68,10 +63,10 @@ class Adapter(AdapterContents):
         license   as "cc-by-4.0"; None: the card's
         A folder from an earlier call is replaced if nothing in it was changed; raises AdapterError for any other that is there.
         """
-        from . import sharing
+        from .sharing import save_folder
 
-        adapter = self if license is None else self.with_card(license=license)
-        return sharing.save_folder(adapter, Path(folder), pictures, layout=layout, dtype=dtype, thumbnail=thumbnail)
+        adapter = self._with_thumbnail(thumbnail)._with_license(license)
+        return save_folder(adapter, Path(folder), pictures, layout=layout, dtype=dtype)
 
     def push_to_hub(
         self,
@@ -91,12 +86,20 @@ class Adapter(AdapterContents):
         token    None: that of `hf auth login`
         Raises AdapterError, with the remedy, where the Hub cannot be reached or does not let you.
         """
-        from . import sharing
+        from .sharing import push_to_hub
 
-        adapter = self if license is None else self.with_card(license=license)
-        return sharing.push_to_hub(
-            adapter, repo_id, pictures, private=private, token=token, layout=layout, dtype=dtype, thumbnail=thumbnail
-        )
+        adapter = self._with_thumbnail(thumbnail)._with_license(license)
+        return push_to_hub(adapter, repo_id, pictures, private=private, token=token, layout=layout, dtype=dtype)
+
+    def _with_thumbnail(self, thumbnail: Image.Image | str | Path | None) -> Adapter:
+        if thumbnail is None:
+            return self
+        from .sharing import thumbnail_url
+
+        return replace(self, thumbnail=thumbnail_url(thumbnail))
+
+    def _with_license(self, license: str | None) -> Adapter:
+        return self if license is None else self.with_card(license=license)
 
     def with_card(self, **facts: Any) -> Adapter:
         """The same adapter with other facts on its card, as author=, license=, consent=, tags=, date=.

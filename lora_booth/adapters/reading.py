@@ -46,11 +46,11 @@ CONFIG_FILE = "adapter_config.json"  # PEFT's, beside the first of them
 MAX_CONFIG = 2**20  # bytes of it
 
 
-def load(path: Path, *, allow: Collection[str] = (), stem: str | None = None) -> AdapterContents:
+def load(path: Path, *, allow: Collection[str] = ()) -> AdapterContents:
     """The adapter in a file or folder; see `Adapter.load`."""
     file, config = find(path)
     with open_regular(file) as handle:
-        return read(handle, os.fstat(handle.fileno()).st_size, file, config=config, allow=allow, stem=stem)
+        return read(handle, os.fstat(handle.fileno()).st_size, file, config=config, allow=allow)
 
 
 def read(
@@ -60,7 +60,6 @@ def read(
     *,
     config: Path | None = None,
     allow: Collection[str] = (),
-    stem: str | None = None,
 ) -> AdapterContents:
     """The adapter in `size` bytes, read once from start to end. path: for messages and the adapter's name."""
     header = read_header(handle, size, path)
@@ -75,17 +74,17 @@ def read(
         modules[module] = _read_module(module, keys, plans[module], header, handle, peft, path)
         shapes[module] = tuple(modules[module].down.shape)
     sgm = any(key.startswith(SGM_KEYS) for key in header.tensors)
-    return AdapterContents(modules, card_from(header.metadata, shapes, sgm=sgm), clean(path.stem if stem is None else stem))
+    return AdapterContents(modules, card_from(header.metadata, shapes, sgm=sgm), clean(path.stem))
 
 
-def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConfig:
-    """From the header's entry, else from the file beside the tensors."""
+def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConfig | None:
+    """From the header's entry, else from the file beside the tensors; None: there is neither."""
     if entry is not None:
         if not entry.isascii():
             raise AdapterFormatError("PEFT's metadata are not ASCII", path)
         return PeftConfig(parse_json(entry.encode("ascii"), path), path)
     if config is None:
-        return PeftConfig({}, path)
+        return None
     with open_regular(config) as handle:
         content = handle.read(MAX_CONFIG + 1)
     if len(content) > MAX_CONFIG:
@@ -122,12 +121,20 @@ def _plan(module: str, keys: Mapping[Role, str], header: Header, path: Path) -> 
 
 
 def _read_module(
-    module: str, keys: Mapping[Role, str], plan: lycoris.Plan, header: Header, handle: BinaryIO, peft: PeftConfig, path: Path
+    module: str,
+    keys: Mapping[Role, str],
+    plan: lycoris.Plan,
+    header: Header,
+    handle: BinaryIO,
+    peft: PeftConfig | None,
+    path: Path,
 ) -> LoraFactors:
     tensors = {role: _tensor(header, key, handle, path) for role, key in keys.items()}
     given = tensors.pop("alpha", None)
     if given is not None:
         alpha = float(given.item())
+    elif peft is None:
+        alpha = float(plan.rank or 1)
     else:
         alpha = peft.alpha(module, plan.rank, lycoris=plan.kind in (lycoris.LOHA, lycoris.LOKR))
     if plan.rank is None and given is not None and math.isfinite(alpha):

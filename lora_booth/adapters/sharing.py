@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -73,13 +72,7 @@ def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
 
 
 def save_folder(
-    adapter: AdapterContents,
-    folder: Path,
-    pictures: Sequence[SharedPicture],
-    *,
-    layout: Layout,
-    dtype: Dtype,
-    thumbnail: Image.Image | str | Path | None,
+    adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPicture], *, layout: Layout, dtype: Dtype
 ) -> Path:
     """See `Adapter.save_folder`."""
     check_free(folder)
@@ -87,7 +80,7 @@ def save_folder(
     temporary = place.with_name(f".{secrets.token_hex(8)}.part")
     try:
         temporary.mkdir(parents=True)
-        fill(adapter, temporary, pictures, layout=layout, dtype=dtype, thumbnail=thumbnail)
+        fill(adapter, temporary, pictures, layout=layout, dtype=dtype)
         write_page(adapter, temporary, pictures, layout=layout, source=".")
         put(temporary, place)
     except OSError as error:
@@ -97,18 +90,8 @@ def save_folder(
     return folder
 
 
-def fill(
-    adapter: AdapterContents,
-    folder: Path,
-    pictures: Sequence[SharedPicture],
-    *,
-    layout: Layout,
-    dtype: Dtype,
-    thumbnail: Image.Image | str | Path | None,
-) -> None:
+def fill(adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPicture], *, layout: Layout, dtype: Dtype) -> None:
     """Everything but the page."""
-    if thumbnail is not None:
-        adapter = replace(adapter, thumbnail=thumbnail_url(thumbnail))
     save(adapter, folder / file_name(adapter), layout=layout, dtype=dtype)
     for path, picture in paths_of(pictures):
         if not hasattr(picture, "prompt"):
@@ -200,7 +183,6 @@ def push_to_hub(
     token: str | None,
     layout: Layout,
     dtype: Dtype,
-    thumbnail: Image.Image | str | Path | None,
 ) -> str:
     """See `Adapter.push_to_hub`."""
     from huggingface_hub import HfApi, get_token
@@ -211,7 +193,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         # what can fail here fails before anything is made on the Hub
-        fill(adapter, folder, pictures, layout=layout, dtype=dtype, thumbnail=thumbnail)
+        fill(adapter, folder, pictures, layout=layout, dtype=dtype)
         with hub_errors(repo_id):
             repo = api.create_repo(repo_id, private=private, exist_ok=True)
         write_page(adapter, folder, pictures, layout=layout, source=repo.repo_id)

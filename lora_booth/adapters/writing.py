@@ -37,8 +37,7 @@ def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) 
         raise AdapterError(f"layout {layout!r}, dtype {dtype!r}; allowed: kohya, peft; {', '.join(DTYPES)}", path)
     if not adapter.modules:
         raise AdapterError("the adapter has no modules; nothing was trained", path)
-    # without the stem: the name of an older file would make equal adapters differ
-    content, meant = packed(replace(adapter, stem=""), layout, DTYPES[dtype], path)
+    content, meant = packed(adapter, layout, DTYPES[dtype], path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -113,7 +112,8 @@ def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: P
     # widest dtype first, as the safetensors library does, so that every tensor lies aligned; then by name
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     data = b"".join(bytes_of(tensor) for _, tensor in ordered)
-    metadata = metadata_of(adapter, layout, alpha, hashlib.sha256(data).hexdigest())
+    # without the stem: the name of an older file would make equal adapters differ
+    metadata = metadata_of(replace(adapter, stem=""), layout, alpha, hashlib.sha256(data).hexdigest())
     if layout == "peft":
         metadata |= _peft_entry(meant)
     metadata["sshs_legacy_hash"] = "0" * 8  # as long as the real one, which depends on the header's length only

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
@@ -264,7 +263,7 @@ class RunFolder:
         try:
             self._read_steps()
             # as `adapter.save` writes it, without asking every reader each time; raises when it is not finite
-            file, _ = packed(replace(adapter, stem=""), "kohya", torch.float16, Path(ADAPTER))
+            file, _ = packed(adapter, "kohya", torch.float16, Path(ADAPTER))
             record = json.dumps(self.record | {"step": step}, indent=1).encode()
             lines = "".join(f"{line}\n" for line in self._lines[:step]).encode()
             contents = {STATE: packed_state(state), ADAPTER: file, METRICS: lines, RECORD: record}

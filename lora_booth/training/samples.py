@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,5 +53,5 @@ def keep(folder: Path, step: int, rows: Sequence[Row], images: Sequence[Image.Im
     with open(folder / SAMPLE_LIST, "a", encoding="utf-8") as written:
         written.writelines(lines)
     if adapter is not None:
-        content, _ = packed(replace(adapter, stem=""), "kohya", torch.float16, Path(f"{step:06d}.safetensors"))
+        content, _ = packed(adapter, "kohya", torch.float16, Path(f"{step:06d}.safetensors"))
         write_file(folder / f"{step:06d}.safetensors", content)
