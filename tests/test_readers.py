@@ -190,7 +190,7 @@ def test_another_strength_is_not_written(tmp_path):
     path = saved(tmp_path / "a.safetensors", named(adapter, kohya_names(modules, "sd1").get))
     reading = readers.report(path).readings["diffusers"]
     assert reading.rescaled == (Q,) and reading.scales[Q] == 0.5
-    assert str(reading) == "diffusers: reads 3 of 3 modules, 1 of them with another strength"
+    assert str(reading) == "diffusers: reads 3 of 3 modules, 1 of them at another strength"
     with pytest.raises(E.AdapterScaleError, match=f"diffusers would scale {Q} by 0.5, not 1"):
         readers.check_readers(readers.opened(path, Adapter.load(path)), "kohya", path)
     assert complete(readers.report(adapter.save(tmp_path / "b.safetensors")).readings["diffusers"])
@@ -202,7 +202,7 @@ def test_a_change_that_is_not_the_trained_one_is_not_written(tmp_path, monkeypat
 
     monkeypatch.setattr(writing, "_cast", unfolded)
     other = Q.replace("to_q", "to_k")
-    with pytest.raises(E.AdapterError, match=f"{other}: the file would change it by .* please report"):
+    with pytest.raises(E.AdapterError, match=f"{other}: the file is off by .* please report"):
         Adapter({Q: factors(alpha=2.0), other: factors(alpha=1.0)}).save(tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
 

@@ -165,7 +165,7 @@ def test_names_for_files_and_prompts() -> None:
     "facts, words",
     [
         ({"licence": "mit"}, "no 'licence'; it has family"),
-        ({"license": 4}, "license 4 is no text"),
+        ({"license": 4}, "license 4 is not text"),
         ({"date": "yesterday"}, "write it as 2026-07-01"),
         ({"consent": "sure"}, "allowed: not stated, self"),
     ],
@@ -217,7 +217,7 @@ def test_pictures_that_cannot_be_thumbnails(tmp_path: Path) -> None:
     for given in (tmp_path / "broken.jpg", str(tmp_path / "none.png")):
         with pytest.raises(PhotoError, match=Path(given).name):
             small().save(tmp_path / "a.safetensors", thumbnail=given)
-    with pytest.raises(SettingsError, match="a Picture is no picture; give a PIL image"):
+    with pytest.raises(SettingsError, match="a Picture is not a picture; give a PIL image"):
         small().save(tmp_path / "a.safetensors", thumbnail=picture())  # type: ignore[arg-type]
     assert not (tmp_path / "a.safetensors").exists()
 
@@ -387,7 +387,7 @@ def test_places_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for name in ("file", "link"):
-        with pytest.raises(AdapterError, match="is no folder"):
+        with pytest.raises(AdapterError, match="is not a folder"):
             small().save_folder(tmp_path / name)
     monkeypatch.chdir(tmp_path / "real")
     for name in (".", "..", tmp_path):
@@ -416,7 +416,7 @@ def test_a_failure_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert files(folder) == before and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-# --- text of a stranger --------------------------------------------------------------------------------------------
+# --- untrusted text -----------------------------------------------------------------------------------------------
 
 HOSTILE = (
     'x"\n---\nlicense: mit\ntags: [evil]\n---\n',
@@ -650,7 +650,7 @@ def test_a_hub_that_cannot_be_asked(online: Hub, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AdapterError, match="not logged in .* `hf auth login` or give token="):
         small().push_to_hub("ann/rex")
     for name in ("ann/rex/a", "ann/r ex", "-ann/rex"):
-        with pytest.raises(AdapterError, match="no name of a repository .*; write it as user/name"):
+        with pytest.raises(AdapterError, match="not the name of a repository .*; write it as user/name"):
             small().push_to_hub(name, token="hf_secret")
     with pytest.raises(SettingsError, match="share pictures of Composition.generate"):
         small().push_to_hub("ann/rex", token="hf_secret", pictures=[noise(8, 8)])  # type: ignore[list-item]

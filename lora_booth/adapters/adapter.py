@@ -24,7 +24,8 @@ class Adapter(AdapterContents):
     def load(cls, path: str | Path, *, allow: Collection[str] = ()) -> Adapter:
         """Read a .safetensors file, or a folder with one, in any common naming, after checking everything in it.
 
-        `allow` names modules that adapters rarely change and that are refused otherwise, as "unet.conv_in".
+        allow  modules to accept although adapters rarely change them, e.g. ["unet.conv_in"]
+        Raises a kind of AdapterError that says what is wrong with the file.
         """
         from .reading import load
 
@@ -39,9 +40,13 @@ class Adapter(AdapterContents):
         dtype: Dtype = "fp16",
         thumbnail: Image.Image | str | Path | None = None,
     ) -> Path:
-        """Write one .safetensors file, whole or not at all; equal adapters give equal bytes.
+        """Write one .safetensors file, completely or not at all. Equal adapters give equal bytes.
 
-        thumbnail  a picture or its file, for the lists of other programs: a small square of its pixels goes into the header
+        layout     "kohya" for diffusers, ComfyUI, A1111 and sd-scripts; "peft" for diffusers, PEFT and InvokeAI
+        dtype      of the factors in the file
+        thumbnail  a picture or its path; a small square of it goes into the header, where other programs look for it
+        Raises AdapterError, and leaves an existing file alone, if the adapter cannot be written or another program would
+        not read all of it.
         """
         from .writing import save
 
@@ -57,11 +62,12 @@ class Adapter(AdapterContents):
         thumbnail: Image.Image | str | Path | None = None,
         license: str | None = None,
     ) -> Path:
-        """Write a folder for the Hub: the file, a README.md that says how to use it, and sample pictures. Whole or not at all.
+        """Write a folder for the Hub: the file, sample pictures, and a README.md that explains how to use it.
 
-        pictures  of `Composition.generate`; they are shown with prompt and seed
-        license   as "cc-by-4.0"; None: the card's
-        A folder from an earlier call is replaced if nothing in it was changed; raises AdapterError for any other that is there.
+        pictures  from `Composition.generate`; the page shows them with prompt and seed
+        license   e.g. "cc-by-4.0"; None: the card's
+        The folder is written completely or not at all. It replaces one from an earlier call in which nothing was changed;
+        raises AdapterError if any other folder is in the way.
         """
         from .sharing import save_folder
 
@@ -80,11 +86,11 @@ class Adapter(AdapterContents):
         thumbnail: Image.Image | str | Path | None = None,
         license: str | None = None,
     ) -> str:
-        """Upload what `save_folder` writes, to a repository that is made if there is none; returns its address.
+        """Upload what `save_folder` writes, creating the repository if needed. Returns its address.
 
-        private  of a new repository
-        token    None: that of `hf auth login`
-        Raises AdapterError, with the remedy, where the Hub cannot be reached or does not let you.
+        private  whether a new repository is private
+        token    None: the one from `hf auth login`
+        Raises AdapterError if the Hub cannot be reached or refuses the upload.
         """
         from .sharing import push_to_hub
 
@@ -102,16 +108,16 @@ class Adapter(AdapterContents):
         return self if license is None else self.with_card(license=license)
 
     def with_card(self, **facts: Any) -> Adapter:
-        """The same adapter with other facts on its card, as author=, license=, consent=, tags=, date=.
+        """Return the same adapter with other facts on its card, e.g. author=, license=, consent=, tags=, date=.
 
-        Raises SettingsError for a fact that a card does not have, or a value that it cannot be.
+        Raises SettingsError for an unknown fact or a value that does not fit it.
         """
         kinds = {f.name: str(f.type) for f in fields(Card)}
         for name, value in facts.items():
             if name not in kinds:
                 raise SettingsError(f"a card has no {name!r}; it has {', '.join(kinds)}")
             if kinds[name].startswith("str") and not isinstance(value, str | None):
-                raise SettingsError(f"{name} {value!r} is no text")
+                raise SettingsError(f"{name} {value!r} is not text")
         if facts.get("date") is not None:
             try:
                 datetime.fromisoformat(facts["date"])
@@ -120,5 +126,5 @@ class Adapter(AdapterContents):
         return replace(self, card=replace(self.card, **facts))
 
     def scaled(self, weight: float) -> Adapter:
-        """The same adapter with its change multiplied by `weight`."""
+        """Return the same adapter with its change multiplied by `weight`."""
         return replace(self, modules={name: replace(f, alpha=f.alpha * weight) for name, f in self.modules.items()})

@@ -48,11 +48,11 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class Card:
-    """What an adapter says of itself. Nothing private: no path, no caption, no photo metadata. None: not known."""
+    """What an adapter says about itself. Nothing private: no path, no caption, no photo metadata. None: unknown."""
 
     family: str | None = None  # a key of FAMILIES
     prediction_type: str | None = None  # epsilon or v_prediction
-    base_model: str | None = None  # a Hub id or a bare name; of a path only the last part is kept
+    base_model: str | None = None  # a Hub id or a name; a path is cut to its last part
     base_hash: str | None = None
     resolution: int | None = None  # pixels
     token: str | None = None
@@ -68,8 +68,8 @@ class Card:
     description: str | None = None
     author: str | None = None
     license: str | None = None
-    tags: str | None = None  # as "dog, pet"; the class noun if there are none
-    date: str | None = None  # ISO 8601; only as given by the user, since equal adapters give equal bytes
+    tags: str | None = None  # e.g. "dog, pet"; None: the class noun
+    date: str | None = None  # ISO 8601; never set by itself, since equal adapters give equal bytes
     consent: str = CONSENT[0]  # a declaration, not a proof
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Card:
 
 
 def bare_name(base_model: str) -> str:
-    """A Hub id as it is; of anything that can only be a path, the last part, since paths hold people's names."""
+    """Keep a Hub id; cut anything else that is a path to its last part, since paths hold people's names."""
     slashed = base_model.replace("\\", "/")
     hub_id = (
         slashed == base_model and slashed.count("/") <= 1 and not slashed.startswith(("/", ".", "~")) and ":" not in slashed
@@ -89,9 +89,9 @@ def bare_name(base_model: str) -> str:
 
 
 def file_stem(name: str) -> str:
-    """`name` as a file's name, a module's name and A1111's <lora:…> can have it: letters, digits, - and _, up to 60."""
-    kept = "".join(c if c.isascii() and (c.isalnum() or c == "-") else "_" for c in name)
-    return "_".join(filter(None, kept.split("_")))[:60] or "adapter"
+    """Turn `name` into something valid in file names, module names and A1111's <lora:…>: letters, digits, - and _, up to 60."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c == "-") else "_" for c in name)
+    return "_".join(filter(None, plain.split("_")))[:60] or "adapter"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ class AdapterContents:
         return sum(t.numel() * t.element_size() for f in self.modules.values() for t in (f.down, f.up))
 
     def digest(self) -> str:
-        """sha256 over the factors in canonical order; the card and the file's naming do not matter."""
+        """sha256 of the factors in canonical order, whatever the card says and the file calls them."""
         sha = hashlib.sha256()
         for name in sorted(self.modules):
             factors = self.modules[name]
@@ -130,15 +130,16 @@ class AdapterContents:
 
 # --- the limits of every adapter, yours or an untrusted file's ------------------------------------------------------
 
+# chosen: well above what training gives
 MAX_RANK = 512
 MAX_SCALE = 16.0  # of alpha / rank
 MAX_VALUE = 1e4  # of a factor's elements
 
 
 def check_shapes(module: str, down: tuple[int, ...], up: tuple[int, ...], path: Path | None) -> None:
-    """The two factors fit together and the rank is one that an adapter has."""
+    """Raise unless the two factors fit together and their rank is allowed."""
     fit = len(down) in (2, 4) and len(up) in (2, 4) and down[0] == up[1] and up[2:] in ((), (1, 1))
-    # 1x1 convolutions and linear layers are written for each other; a larger kernel needs its own shape
+    # files write 1x1 convolutions as linear layers and vice versa; a larger kernel needs its exact shape
     if not fit or (len(up) != len(down) and down[2:] not in ((), (1, 1))):
         raise AdapterIncomplete(f"{module}: factors {list(down)} and {list(up)} do not fit together", path)
     rank, limit = down[0], min(MAX_RANK, up[0], math.prod(down[1:]))

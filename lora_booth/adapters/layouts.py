@@ -1,6 +1,6 @@
-"""The names of LoRA tensors: canonical module paths, and what kohya's tools, PEFT and diffusers make of them.
+"""The names of LoRA tensors: canonical module paths, and what kohya's tools, PEFT and diffusers call them.
 
-A module path is matched whole against a table in which `#` stands for an index; nothing is searched for inside it.
+A complete module path is matched against a table in which `#` stands for an index; no part of it is searched for.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LYCORIS = frozenset(
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     )
 )
-OTHER_MODELS = (  # how files for other kinds of model begin
+OTHER_MODELS = (  # how the keys of other kinds of model begin
     "transformer.",
     "diffusion_model.",
     "text_encoder_3.",
@@ -68,7 +68,7 @@ OTHER_MODELS = (  # how files for other kinds of model begin
     "unet.transformer_blocks.",
     "transformer_blocks.",
 )
-KINDS = {  # a part of a key (or how it begins, with a `_` at the end) -> a kind of adapter that has no LoRA factors
+KINDS = {  # a part of a key (with a `_` at its end: how the part begins) -> a kind of adapter without LoRA factors
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "hada_": "LoHa",
@@ -92,7 +92,7 @@ NO_FACTORS = "only LoRA, and LoHa and LoKr of low rank, can be read; ask for a L
 REMEDIES = {
     "DoRA": "its change depends on the weights of its base and has no low rank; merge it into its base with the tool that "
     "made it, or ask for a plain LoRA",
-    "a bundled embedding": "learned tokens belong in a file of their own; ask for the file without it",
+    "a bundled embedding": "learned tokens belong in a separate file; ask for the file without it",
 }
 SGM_KEYS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the original numbering counts with it
@@ -125,7 +125,7 @@ del _SGM_MODULES["out_0"]  # a norm
 
 
 def _filled(template: str, parts: list[str], separator: str) -> str | None:
-    """`template` with the indices of `parts`; None if a number that the template fixes is another one."""
+    """`template` with the indices of `parts`; None if `parts` differs in a number that the template fixes."""
     wanted = template.replace(".", separator).split(separator)
     for want, part in zip(wanted, parts, strict=True):
         if want == "#":
@@ -222,7 +222,7 @@ def _split(key: str) -> tuple[list[str], Role] | None:
 
 
 def understood(key: str, *, allow: Collection[str] = (), path: object = None) -> tuple[str, Role]:
-    """The canonical module path and the role of a tensor called `key` in a file."""
+    """Return the canonical module path and the role of a tensor called `key` in a file."""
     split = _split(key)
     module = None
     if split is not None:
@@ -231,7 +231,7 @@ def understood(key: str, *, allow: Collection[str] = (), path: object = None) ->
     if split is None or module is None:
         raise _no_lora(key, path)
     if module in RARE and module not in allow:
-        raise AdapterTargetError(f"{key} changes {module}, which adapters leave alone; to trust it, allow {module!r}", path)
+        raise AdapterTargetError(f"{key} changes {module}, which adapters rarely do; to accept it, allow {module!r}", path)
     return module, split[1]
 
 
@@ -243,11 +243,11 @@ def _no_lora(key: str, path: object) -> AdapterError:
         for mark, kind in KINDS.items():
             if piece.startswith(mark) if mark.endswith("_") else piece == mark:
                 return AdapterTargetError(f"{key} is {kind}; {REMEDIES.get(kind, NO_FACTORS)}", path)
-    return AdapterTargetError(f"{key} is no LoRA tensor of a module that adapters change", path)
+    return AdapterTargetError(f"{key} is not a LoRA tensor of a module that adapters change", path)
 
 
 def are_pair(down: str, up: str) -> bool:
-    """Whether two keys are the halves of one LoRA in one naming."""
+    """Whether two keys are the halves of one LoRA in the same naming."""
     halves = {"lora_A": "lora_B", "lora_down": "lora_up", "down": "up"}
     return [halves.get(part, part) for part in down.split(".")] == up.split(".")
 
@@ -257,7 +257,7 @@ def component_of(module: str) -> str:
 
 
 def tail_of(module: str) -> str:
-    """The end of a path that names the kind of module, as LoraConfig's target_modules has it: `to_q`, `ff.net.2`."""
+    """The end of a path that names the kind of module, as in LoraConfig's target_modules: `to_q`, `ff.net.2`."""
     parts = module.split(".")
     for size in range(1, len(parts) + 1):
         tail = parts[-size]
@@ -288,13 +288,13 @@ def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
             names[module] = f"{prefixes[texts.index(component)]}_{name.replace('.', '_')}"
         else:
             raise AdapterTargetError(f"{module}: {family or 'this family'} has no such component")
-    if all(sgm_names.values()):  # all or none: diffusers drops the sgm names of a file that has both kinds
+    if all(sgm_names.values()):  # all or none: diffusers drops the original names in a file that has both
         names.update({module: f"lora_unet_{name.replace('.', '_')}" for module, name in sgm_names.items() if name})
     return names
 
 
 def checked_path(module: str) -> str:
-    """`module` itself if it is a canonical path that a file may hold."""
+    """Return `module` if it is a canonical path that a file may hold."""
     component, _, name = module.partition(".")
     if component not in COMPONENTS or _matched(_DOTTED[component], name.split("."), ".") != name:
         raise AdapterTargetError(f"{module!r} is not the canonical path of a module that adapters change")

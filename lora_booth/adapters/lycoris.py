@@ -1,11 +1,11 @@
-"""LyCORIS kinds of adapters that have a low rank after all: the same change as plain LoRA factors, not an approximation.
+"""LyCORIS adapters whose change has a low rank: rewritten exactly as plain LoRA factors.
 
 The formulas are those of lycoris/modules/{locon,loha,lokr}.py in KohakuBlueleaf/LyCORIS; PEFT's tuners/loha and
 tuners/lokr compute the same. m: outputs, n: inputs, k: side of a kernel, r: rank of a part.
 
 - LoCon with a middle factor (Tucker): up @ (mid applied to down)             rank r
 - LoHa: (a1 @ b1) * (a2 @ b2), element by element                              rank at most r1 r2
-- LoKr: Kronecker product of w1 and w2, either one whole or as a @ b           rank(w1) rank(w2)
+- LoKr: Kronecker product of w1 and w2, each either full or as a @ b         rank(w1) rank(w2)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LORA, TUCKER, LOHA, LOKR = "LoRA", "LoRA with a middle factor", "LoHa", "LoKr"
 _HADA = frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
 _W1 = (frozenset(("lokr_w1",)), frozenset(("lokr_w1_a", "lokr_w1_b")))
 _W2 = (frozenset(("lokr_w2",)), frozenset(("lokr_w2_a", "lokr_w2_b")), frozenset(("lokr_w2_a", "lokr_w2_b", "lokr_t2")))
-FORMS: dict[frozenset[Role], str] = {  # the tensors of a whole module, alpha apart
+FORMS: dict[frozenset[Role], str] = {  # the tensors of one module except alpha
     frozenset(("down", "up")): LORA,
     frozenset(("down", "mid", "up")): TUCKER,
     _HADA: LOHA,
@@ -38,7 +38,7 @@ Shape = tuple[int, ...]
 
 
 class Plan(NamedTuple):
-    """What the factors of one module will be, known from the header alone."""
+    """What the factors of one module will be, as known from the header."""
 
     kind: str
     down: Shape
@@ -47,10 +47,10 @@ class Plan(NamedTuple):
 
 
 def plan(module: str, shapes: Mapping[Role, Shape], path: Path) -> Plan:
-    """shapes: those of the module's tensors, alpha apart. Raises AdapterIncomplete where they do not fit together."""
+    """shapes: of the module's tensors except alpha. Raises AdapterIncomplete if they do not fit together."""
     kind = FORMS.get(frozenset(shapes))
     if kind is None:
-        raise AdapterIncomplete(f"{module}: {', '.join(sorted(shapes))} make no whole LoRA, LoHa or LoKr", path)
+        raise AdapterIncomplete(f"{module}: {', '.join(sorted(shapes))} are not a complete LoRA, LoHa or LoKr", path)
     if kind == LORA:
         return Plan(kind, shapes["down"], shapes["up"], shapes["up"][1] if len(shapes["up"]) > 1 else 1)
     try:

@@ -1,4 +1,4 @@
-"""The card in a file's header, in our own words and in those that other programs read."""
+"""The card in a file's header: our own entry, and those that other programs read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 CARD_KEY = "lora_booth.card"
 PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
 SGM_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
-FIELD_LENGTH = 500  # characters; longer text of a stranger is cut
-MAX_WEIGHT = 10.0  # a stranger's suggestion beyond it is ignored: it is used where the user names none
+FIELD_LENGTH = 500  # characters; longer text in a file is cut
+MAX_WEIGHT = 10.0  # a larger suggestion in a file is ignored, since it applies where the user gives no weight
 
 
 def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha256: str) -> dict[str, str]:
-    """Every entry of a header but the ones that need the finished file. No date: equal adapters give equal bytes."""
+    """Every header entry except those that need the finished file. No date: equal adapters give equal bytes."""
     card = adapter.card
     ranks = Counter(f.rank for f in adapter.modules.values())
     rank = ranks.most_common(1)[0][0] if len(ranks) == 1 else None
@@ -51,7 +51,7 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
         "ss_resolution": None if card.resolution is None else f"({card.resolution}, {card.resolution})",
         "ss_num_train_images": None if card.photos is None else str(card.photos),
         "ss_steps": None if card.steps is None else str(card.steps),
-        # what A1111 and others offer as words for the prompt: of all captions and folders only the trigger
+        # A1111 and others offer these words for the prompt; only the trigger, never captions or folders
         "ss_tag_frequency": None if trigger is None else json.dumps({trigger: {trigger: card.photos or 1}}),
         "sshs_model_hash": data_sha256,
     }
@@ -67,7 +67,7 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
             "ss_base_model_version": family.ss_base_model_version,
             "ss_v2": family.ss_v2,
         }
-    # half a character, as of a file's name that is no UTF-8, would make the header unreadable for the safetensors library
+    # half a character, e.g. from a file name that is not UTF-8, would make the header unreadable for the safetensors library
     return {key: value.encode("utf-8", "replace").decode() for key, value in entries.items() if value is not None}
 
 
@@ -82,7 +82,7 @@ def card_facts(base: BaseModel) -> dict[str, Any]:
 
 
 def summary(card: Card, trigger: str | None) -> str:
-    """What the adapter is, in one or two sentences."""
+    """Say what the adapter is in one or two sentences."""
     family = FAMILIES[card.family].label if card.family in FAMILIES else "Stable Diffusion"
     photos = f", trained on {card.photos} photo{'' if card.photos == 1 else 's'}" if card.photos else ""
     stated = "" if card.consent == CONSENT[0] else f" The maker states of what it shows: {card.consent}."
@@ -90,9 +90,9 @@ def summary(card: Card, trigger: str | None) -> str:
 
 
 def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], *, sgm: bool) -> Card:
-    """Our own card if the file has one, else what kohya's and ModelSpec's entries and the shapes tell.
+    """Our own card if the file has one, else what kohya's and ModelSpec's entries and the shapes say.
 
-    shapes: canonical module -> shape of its `down`. sgm: some keys had the block names of the original code.
+    shapes: canonical module -> shape of its `down`. sgm: some keys have the block names of the original code.
     """
     family = _family_by_width(shapes) or _family_by_words(metadata) or _family_by_names(shapes, sgm)
     own = _own_card(metadata.get(CARD_KEY))
@@ -124,7 +124,7 @@ def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 
 
 def clean(text: str) -> str:
-    """A stranger's text without what a terminal would obey (escape codes, line ends, direction marks)."""
+    """Text from a file without what a terminal would obey (escape codes, line ends, direction marks)."""
     return "".join(c if c.isprintable() else " " for c in text[:FIELD_LENGTH]).strip()
 
 
@@ -142,7 +142,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _own_card(text: str | None) -> Card | None:
-    """A card that is not as we write it is ignored: it is no reason to refuse good tensors."""
+    """A malformed card is ignored: good tensors are not refused because of it."""
     try:
         values: Any = json.loads(text or "")
     except (ValueError, RecursionError):

@@ -17,7 +17,7 @@ from .contents import CONSENT, AdapterContents, Card, Layout, file_stem
 if TYPE_CHECKING:
     from PIL import Image
 
-# the identifiers that the Hub knows (huggingface.co/docs/hub/repositories-licenses); every other licence is "other" there
+# the Hub's identifiers (huggingface.co/docs/hub/repositories-licenses); it lists every other licence as "other"
 HUB_LICENSES = frozenset(
     "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause "
     "bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 "
@@ -25,7 +25,7 @@ HUB_LICENSES = frozenset(
     "cc0-1.0 creativeml-openrail-m ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 gfdl gpl gpl-2.0 gpl-3.0 isc lgpl "
     "lgpl-2.1 lgpl-3.0 mit mpl-2.0 ms-pl ncsa odbl odc-by openrail openrail++ osl-3.0 pddl unlicense wtfpl zlib".split()
 )
-FAMILY_TAGS = {  # how the Hub's own tags call the family
+FAMILY_TAGS = {  # the Hub's tags for the family
     "sd1": ("stable-diffusion", "stable-diffusion-diffusers"),
     "sd2": ("stable-diffusion", "stable-diffusion-diffusers"),
     "sdxl": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
@@ -48,7 +48,7 @@ MOST_TEXT = 2000  # characters of one text on the page
 
 
 class SharedPicture(Protocol):
-    """What the page says of a picture: a Picture of `Composition.generate`, or anything with these attributes."""
+    """What the page shows of a picture: one from `Composition.generate`, or anything with these attributes."""
 
     @property
     def image(self) -> Image.Image: ...
@@ -94,7 +94,7 @@ def model_card(adapter: AdapterContents, file: str, layout: Layout, pictures: Pl
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-# --- text of others, harmless --------------------------------------------------------------------------------------
+# --- untrusted text made harmless --------------------------------------------------------------------------------------
 
 
 def one_line(text: str) -> str:
@@ -108,13 +108,13 @@ def quoted(text: str) -> str:
 
 
 def fence(text: str, least: int) -> str:
-    """More backticks than stand together anywhere in `text`."""
+    """More backticks than occur in a row anywhere in `text`."""
     longest = max(len(run) for run in "".join(c if c == "`" else " " for c in text).split(" "))
     return "`" * max(least, longest + 1)
 
 
 def code(text: str) -> str:
-    """A code span: its text is shown as it is."""
+    """A code span, which shows its text literally."""
     text = one_line(text) or "?"
     ticks = fence(text, 1)
     pad = " " if text[0] == "`" or text[-1] == "`" else ""
@@ -151,7 +151,7 @@ def front_matter(adapter: AdapterContents, pictures: Placed) -> str:
 
 
 def on_hub(base_model: str | None) -> bool:
-    """It can be a Hub id; whether there is such a model only the Hub knows."""
+    """Whether it can be a Hub id; only the Hub knows whether there is such a model."""
     parts = (base_model or "").split("/")
     plain = all(p.isascii() and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
     return len(parts) == 2 and plain and not any(p.startswith((".", "-")) or p.endswith((".", "-", ".git")) for p in parts)
@@ -232,7 +232,7 @@ def licence(card: Card) -> str:
     lines = [
         f"{stated} The licence of the base, with its restrictions of use, holds for the adapter as well.",
         f"{STATEMENTS[card.consent]} This is a declaration, not a proof.",
-        "Do not make pictures that deceive about a person or that the person shown has not agreed to. Say of pictures that "
-        "they are made by a model; those above carry IPTC's mark for it (`trainedAlgorithmicMedia`).",
+        "Do not make pictures that deceive about a person or that the person shown has not agreed to. Say that "
+        "pictures are made by a model; those above carry IPTC's mark for it (`trainedAlgorithmicMedia`).",
     ]
     return "\n".join(["## Licence, consent and use", "", *(f"- {line}" for line in lines)])

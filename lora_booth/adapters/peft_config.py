@@ -1,4 +1,4 @@
-"""What PEFT's configuration adds to the tensors of an adapter: the scale. Its text is compared, never evaluated."""
+"""PEFT's configuration of an adapter, which gives its scale. Its text is compared, never evaluated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import AdapterFormatError, AdapterScaleError, AdapterTargetError, 
 from .contents import MAX_RANK
 from .layouts import component_of
 
-NUMBER_LENGTH = 40  # characters of a wrong number that are shown
+NUMBER_LENGTH = 40  # characters of a wrong number that a message quotes
 
 # Fields that make something else of the same tensors (peft/tuners/lora/config.py and variants.py); False, None and [] do not.
 VARIANTS = {
@@ -23,7 +23,7 @@ VARIANTS = {
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "LoRA on replicated layers",
 }
-# Starts that take something out of the base first, so that the tensors alone are not the change (peft/tuners/lora/layer.py).
+# Initialisations that first change the base, so that the tensors alone are not the change (peft/tuners/lora/layer.py).
 BASE_CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 
 
@@ -60,7 +60,7 @@ class PeftConfig:
         return self.fields.get(f"{component}.{name}", self.fields.get(name))
 
     def _pattern(self, component: str, name: str) -> Mapping[str, tuple[int, Any]]:
-        """The texts of a pattern with their place in it and their value. PEFT runs them as regular expressions; we don't."""
+        """The texts of a pattern with their position and value. PEFT runs them as regular expressions; we never do."""
         known = self._patterns.get((component, name))
         if known is not None:
             return known
@@ -73,7 +73,7 @@ class PeftConfig:
             if not KEY_CHARACTERS.issuperset(plain.removeprefix("^")):
                 raise AdapterScaleError(
                     f"{name} in its metadata holds {ascii(text[:NUMBER_LENGTH])}, a regular expression, which is never run; "
-                    "ask for a file with whole module names",
+                    "ask for a file with complete module names",
                     self.path,
                 )
             texts.setdefault(plain, (place, value))

@@ -1,7 +1,7 @@
-"""What other programs read of an adapter file: which modules, how strongly, and what they drop without a word.
+"""What other programs read of an adapter file: which modules, how strongly, and what they silently drop.
 
-diffusers answers for itself: its own conversion runs on the file. The rules of the others stand in tables, written from the
-sources that they name; they hold for the published shapes of each family.
+For diffusers its own conversion runs on the file. The rules of the others are tables, written from the sources that they
+name; they hold for the published shapes of each family.
 """
 
 from __future__ import annotations
@@ -129,12 +129,12 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one program makes of a file; `str()` says it in a line."""
+    """How one program reads a file; `str()` says it in a line."""
 
     reader: str
-    scales: Mapping[str, float]  # module that it reads -> alpha / rank as it takes them
-    dropped: tuple[str, ...]  # modules that it leaves out without a word
-    rescaled: tuple[str, ...]  # modules that it reads with another strength than the file means
+    scales: Mapping[str, float]  # module that it reads -> the alpha / rank that it applies
+    dropped: tuple[str, ...]  # modules that it silently leaves out
+    rescaled: tuple[str, ...]  # modules that it reads at another strength than the file means
     notes: tuple[str, ...] = ()  # why, and what else happens
     refusal: str | None = None  # the error with which it refuses the file
 
@@ -144,15 +144,15 @@ class Reading:
         count = len(self.scales)
         said = f"reads {count} of {count + len(self.dropped)} modules" if count else "reads nothing"
         if self.rescaled:
-            said += f", {len(self.rescaled)} of them with another strength"
+            said += f", {len(self.rescaled)} of them at another strength"
         return f"{self.reader}: {said}" + (f" ({'; '.join(self.notes)})" if self.notes else "")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What every program makes of a file; `str()` is a line for each."""
+    """How every program reads a file; `str()` has a line for each."""
 
-    family: str  # of the base that it was read for: its own, or the likeliest where the file does not tell
+    family: str  # of the base assumed: the file's, or the likeliest if the file does not say
     readings: Mapping[str, Reading]
 
     def __str__(self) -> str:
@@ -160,7 +160,7 @@ class Report:
 
 
 def report(path: str | Path) -> Report:
-    """What every program would read of an adapter's file. Raises what `Adapter.load` raises."""
+    """Report how every program reads an adapter file. Raises what `Adapter.load` raises."""
     path = Path(path)
     adapter = load(path, allow=RARE)
     file = opened(find(path)[0], adapter)
@@ -183,7 +183,7 @@ def read_as(reader: str, file: OpenFile) -> Reading:
     refusal = None
     try:
         found = by_diffusers(file) if reader == "diffusers" else by_table(PROGRAMS[reader], file)
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # what diffusers raises of odd files
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # what diffusers raises for odd files
         refusal = first_line(error)
     if reader == "A1111" and any(key.startswith("diffusion_model.") for key in file.tensors):
         refusal = "it takes diffusion_model for the name of a module"  # the part before the first dot; and there is one
@@ -206,7 +206,7 @@ def _notes(reader: str, file: OpenFile, dropped: tuple[str, ...]) -> list[str]:
 
 
 def a1111_family(metadata: Mapping[str, str]) -> str | None:
-    """Which bases A1111 lists a file for (network.py, detect_version); None: it cannot tell."""
+    """The family whose bases A1111 lists a file for (network.py, detect_version); None: any."""
     if metadata.get("ss_base_model_version", "").startswith("sdxl_"):
         return "sdxl"
     if metadata.get("ss_v2") == "True":
@@ -215,7 +215,7 @@ def a1111_family(metadata: Mapping[str, str]) -> str | None:
 
 
 def by_table(program: Program, file: OpenFile) -> dict[str, float]:
-    """Module -> scale, of what `program` finds in the file."""
+    """Module -> scale, for what `program` finds in the file."""
     tensors, scales = file.tensors, {}
     ends = [pair for pair in program.ends if any(key.endswith(pair[1]) for key in tensors)]
     lycoris = any(key.endswith((*LYCORIS_ENDS, MIDDLE_END)) for key in tensors)
@@ -259,7 +259,7 @@ def names_of(module: str, family: str, program: Program) -> list[str]:
 def by_diffusers(file: OpenFile) -> dict[str, float]:
     """Module -> scale, as `load_lora_weights` finds them. Raises what it raises.
 
-    Its conversion of names, alphas and metadata is called; its pipelines, whose import takes as long again, are not needed.
+    This calls its conversion of names, alphas and metadata, without importing its pipelines, which takes as long again.
     """
     from diffusers.loaders import lora_conversion_utils as conversion
 
@@ -337,7 +337,7 @@ def _chosen(patterns: Mapping[str, Any] | None, path: str, otherwise: Any) -> An
 
 
 def check_readers(file: OpenFile, layout: Layout, path: Path) -> None:
-    """Raise AdapterTargetError or AdapterScaleError if a program that reads this layout would not get all of the file."""
+    """Raise AdapterTargetError or AdapterScaleError if a program that reads this layout would not read all of the file."""
     remedy = f"; leave that out or try layout {'peft' if layout == 'kohya' else 'kohya'!r}"
     for reader in MUST_READ[layout]:
         reading = read_as(reader, file)

@@ -93,7 +93,7 @@ def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConf
 
 
 def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict[Role, str]]:
-    """Canonical module -> role -> key; no tensor named twice, every dtype allowed."""
+    """Canonical module -> role -> key; no tensor is named twice, every dtype is allowed."""
     named: dict[str, dict[Role, str]] = {}
     for key, entry in header.tensors.items():
         module, role = understood(key, allow=allow, path=path)
@@ -104,17 +104,17 @@ def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict
         if entry.dtype not in (TORCH_DTYPES if role == "alpha" else FACTOR_DTYPES):
             raise AdapterDtypeError(f"{key}: dtype {entry.dtype}; allowed: {', '.join(FACTOR_DTYPES)}", path)
         if role == "alpha" and math.prod(entry.shape) != 1:
-            raise AdapterFormatError(f"{key} is not one number", path)
+            raise AdapterFormatError(f"{key} is not a single number", path)
     if not named:
         raise AdapterBaseMismatch(f"no LoRA tensors in it: not made for {labels()}", path)
     return named
 
 
 def _plan(module: str, keys: Mapping[Role, str], header: Header, path: Path) -> lycoris.Plan:
-    """What the module's factors will be: every pair whole, no rank too large."""
+    """What the module's factors will be. Every pair is complete, and no rank too large."""
     plan = lycoris.plan(module, {role: header.tensors[key].shape for role, key in keys.items() if role != "alpha"}, path)
     if "down" in keys and not are_pair(keys["down"], keys["up"]):
-        raise AdapterIncomplete(f"{keys['down']} and {keys['up']} are named in two ways: no pair", path)
+        raise AdapterIncomplete(f"{keys['down']} and {keys['up']} are named differently, so they are not a pair", path)
     what = module if plan.kind == lycoris.LORA else f"{module} is {plan.kind}, as LoRA"
     check_shapes(what, plan.down, plan.up, path)
     return plan
@@ -138,7 +138,7 @@ def _read_module(
     else:
         alpha = peft.alpha(module, plan.rank, lycoris=plan.kind in (lycoris.LOHA, lycoris.LOKR))
     if plan.rank is None and given is not None and math.isfinite(alpha):
-        alpha = 1.0  # LyCORIS and those who read its files scale only low-rank parts
+        alpha = 1.0  # LyCORIS and programs that read its files scale only low-rank parts
     check_scale(module, alpha, plan.rank or 1, path)
     for tensor in tensors.values():
         check_values(module, tensor, path)
@@ -158,7 +158,7 @@ def _tensor(header: Header, key: str, handle: BinaryIO, path: Path) -> Tensor:
     content = bytearray(entry.end - entry.start)
     handle.seek(header.data_start + entry.start)
     if handle.readinto(content) != len(content):  # type: ignore[attr-defined]  # of a buffered reader
-        raise AdapterFormatError("became shorter while it was read", path)
+        raise AdapterFormatError("became shorter while it was being read", path)
     return torch.frombuffer(content, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
@@ -196,7 +196,7 @@ def _inside(folder: Path, name: str) -> Path:
         raise _cannot_open(path, error) from None
     blob = target.parent.name == "blobs" and target.parent.parent in home.parents
     if target != home / name and not blob and not target.is_relative_to(home):
-        raise UnsafePath("a link that leads out of its folder; name the file that you mean", path)
+        raise UnsafePath("a link out of its folder; give the path of the file itself", path)
     return path
 
 

@@ -1,4 +1,4 @@
-"""An adapter for others: a small picture in its file, a folder for the Hub, and the way there."""
+"""Sharing an adapter: a thumbnail in its file, a folder for the Hub, and the upload."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from .writing import save
 # ModelSpec recommends 256 x 256; a busy picture is made coarser, then smaller, until it is short enough
 THUMBNAIL_SIDES = (256, 192, 128, 64)  # pixels
 THUMBNAIL_QUALITIES = (85, 70, 50)  # JPEG
-MAX_THUMBNAIL = 20 * 2**10  # characters: a third of the metadata that our reader takes from a stranger
+MAX_THUMBNAIL = 20 * 2**10  # characters: a third of the metadata that `Adapter.load` accepts
 README = "README.md"
 MARK = "<!-- lora_booth wrote this folder: "  # before its digest, in the last line of README.md
-MOST_FILES = 1000  # in a folder of ours
+MOST_FILES = 1000  # in a folder that `save_folder` may replace
 
 
 # --- a picture in the header ---------------------------------------------------------------------------------------
 
 
 def thumbnail_url(image: Image.Image | str | Path) -> str:
-    """A data URL of a small JPEG: the upright centre square's pixels and nothing else that the picture carries."""
+    """A data URL of a small JPEG: the pixels of the upright centre square, without anything else that the picture carries."""
     rgb = pixels_of(image)
     sizes = ((side, quality) for side in THUMBNAIL_SIDES for quality in THUMBNAIL_QUALITIES)
     return next(url for side, quality in sizes if len(url := small_jpeg(rgb, side, quality)) <= MAX_THUMBNAIL)
@@ -53,7 +53,7 @@ def pixels_of(image: Image.Image | str | Path) -> Image.Image:
         except (Unusable, OSError) as error:
             raise PhotoError(f"the picture cannot be used: {first_line(error)}") from None
     if not isinstance(image, str | Path):
-        raise SettingsError(f"a {type(image).__name__} is no picture; give a PIL image or the path of one")
+        raise SettingsError(f"a {type(image).__name__} is not a picture; give a PIL image or a path")
     try:
         with opened(Path(image)) as (found, _, _):
             return rgb_copy(found)
@@ -115,11 +115,11 @@ def paths_of(pictures: Sequence[SharedPicture]) -> list[tuple[str, SharedPicture
 
 
 def check_free(folder: Path) -> None:
-    """Raises AdapterError where a folder would be lost: any that is not exactly as an earlier call left it."""
+    """Raise AdapterError if a folder would be lost: any that is not exactly as an earlier call left it."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise AdapterError("is no folder; give another name", folder)
+        raise AdapterError("is not a folder; give another name", folder)
     if Path.cwd().is_relative_to(folder.resolve()):
         raise AdapterError("is the current folder, or holds it; give the name of a new one", folder)
     if any(folder.iterdir()) and not is_ours(folder):
@@ -136,10 +136,10 @@ def is_ours(folder: Path) -> bool:
 
 
 def mark(folder: Path, page: str) -> str:
-    """The last line of README.md, from which a later call knows that nobody has worked on the folder."""
+    """The last line of README.md, which tells a later call that nobody has changed the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     if len(paths) > MOST_FILES or any(path.is_symlink() or not path.is_file() for path in paths):
-        raise ValueError("not a folder of ours")
+        raise ValueError("not written by save_folder")
     digest = hashlib.sha256(page.encode("utf-8"))
     for path in paths:
         if path != folder / README:
@@ -149,7 +149,7 @@ def mark(folder: Path, page: str) -> str:
 
 
 def put(temporary: Path, folder: Path) -> None:
-    """Under its name, in place of an earlier one; that is gone only when the new one is there."""
+    """Rename `temporary` to `folder`. An earlier one is removed only once the new one is in place."""
     old = temporary.with_name(f"{temporary.name}.old")
     there = folder.exists()
     if there:
@@ -166,11 +166,11 @@ def put(temporary: Path, folder: Path) -> None:
 # --- the Hub -------------------------------------------------------------------------------------------------------
 
 REMEDIES = {  # HTTP status -> what it means here, and what helps
-    401: "the Hub does not know this login; log in with `hf auth login` or give token=",
-    403: "this token may not write there; make one that may at https://huggingface.co/settings/tokens, or take another name",
+    401: "the Hub does not accept this login; log in with `hf auth login` or give token=",
+    403: "this token may not write there; create another at https://huggingface.co/settings/tokens, or choose another name",
     404: "no such user or organisation, or this token may not see it; check the name",
-    413: "larger than the Hub takes",
-    429: "the Hub asks to wait; try again later",
+    413: "larger than the Hub accepts",
+    429: "the Hub is receiving too many requests; try again later",
 }
 
 
@@ -204,7 +204,7 @@ def push_to_hub(
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """What the Hub, its client or the network raise becomes one AdapterError with the remedy."""
+    """Turn what the Hub, its client or the network raise into an AdapterError with a remedy."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
@@ -212,13 +212,13 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise AdapterError("the Hub is switched off here (HF_HUB_OFFLINE); unset that and try again", repo_id) from error
     except HFValidationError as error:
-        raise AdapterError(f"no name of a repository ({first_line(error)}); write it as user/name", repo_id) from error
+        raise AdapterError(f"not the name of a repository ({first_line(error)}); write it as user/name", repo_id) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         said = REMEDIES.get(status, f"the Hub answered {status}: {first_line(error)}")
         raise AdapterError(said, repo_id) from error
     except ValueError as error:  # of the page's front matter
-        raise AdapterError(f"the Hub does not take it: {' '.join(str(error).split())[:300]}", repo_id) from error
+        raise AdapterError(f"the Hub does not accept it: {' '.join(str(error).split())[:300]}", repo_id) from error
     except Exception as error:
         # the network's errors come from another library with each version of the client (requests, httpx, httpx2)
         if not isinstance(error, OSError) and "http" not in type(error).__module__:

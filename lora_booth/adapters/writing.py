@@ -1,4 +1,4 @@
-"""Adapter files of our own: what every reader understands alike, whole or not at all, equal bytes for equal adapters."""
+"""Writing adapter files that every program reads alike. Equal adapters give equal bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_PEFT_ENTRY = 32 * 2**10  # characters
 def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
     """See `Adapter.save`."""
     if path.suffix != ".safetensors":
-        what = "a pickle's name" if path.suffix in PICKLE_SUFFIXES else "not an adapter's name"
+        what = "a pickle's name" if path.suffix in PICKLE_SUFFIXES else "not the name of an adapter file"
         raise AdapterFormatError(f"{what}; end it with .safetensors", path)
     if layout not in ("kohya", "peft") or dtype not in DTYPES:
         raise AdapterError(f"layout {layout!r}, dtype {dtype!r}; allowed: kohya, peft; {', '.join(DTYPES)}", path)
@@ -51,7 +51,7 @@ def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) 
 def _verify(
     written: Path, trained: Mapping[str, LoraFactors], meant: Mapping[str, LoraFactors], layout: Layout, path: Path
 ) -> None:
-    """What we and every program for this layout find in the file is what was trained, but for the rounding of the cast."""
+    """Raise unless the file reads back as what was trained, up to rounding, here and in every program for this layout."""
     adapter = load(written, allow=meant)
     found = adapter.modules
     equal = found.keys() == meant.keys() and all(
@@ -63,18 +63,18 @@ def _verify(
     for module, factors in trained.items():
         lost, rounding = change_lost(factors, found[module])
         if not lost <= rounding:
-            what = f"the file would change it by {lost:g} otherwise, of which rounding explains {rounding:g}"
+            what = f"the file is off by {lost:g}, of which rounding explains {rounding:g}"
             raise AdapterError(f"{module}: {what}; please report this", path)
     check_readers(opened(written, adapter), layout, path)
 
 
 def change_lost(trained: LoraFactors, written: LoraFactors) -> tuple[float, float]:
-    """Frobenius norm of the difference of two changes, and how much of it the dtype of `written` explains.
+    """Return the Frobenius norm of the difference of two changes, and how much of it the dtype of `written` explains.
 
     From the factors alone: U D - V E = U (D - E) + (U - V) E, whose norm is a trace of small matrices.
     """
     info = torch.finfo(written.up.dtype)
-    smallest = info.smallest_normal * info.eps  # what is smaller becomes zero
+    smallest = info.smallest_normal * info.eps  # smaller values become zero
     (u, d), (v, e) = _scaled(trained), _scaled(written)
     left, right = torch.cat([u, u - v], dim=1), torch.cat([d - e, e])
     lost = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
@@ -90,7 +90,7 @@ def _scaled(factors: LoraFactors) -> tuple[Tensor, Tensor]:
 
 
 def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: Path) -> tuple[bytes, dict[str, LoraFactors]]:
-    """A file's bytes, and the factors that a reader shall find in them."""
+    """Return a file's bytes, and the factors that reading them gives."""
     for module, factors in adapter.modules.items():
         checked_path(module)
         check_shapes(module, tuple(factors.down.shape), tuple(factors.up.shape), path)
@@ -124,7 +124,7 @@ def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: P
 
 
 def _alphas(modules: Mapping[str, LoraFactors]) -> dict[str, float]:
-    """One alpha for each component, since diffusers gives the commonest one to all its modules."""
+    """One alpha for each component: diffusers uses the most common one for all of its modules."""
     chosen = {}
     for component in {component_of(module) for module in modules}:
         members = [f for m, f in modules.items() if component_of(m) == component]
@@ -136,7 +136,7 @@ def _alphas(modules: Mapping[str, LoraFactors]) -> dict[str, float]:
 
 
 def _cast(module: str, factors: LoraFactors, alpha: float, dtype: torch.dtype, path: Path) -> LoraFactors:
-    """The same change with another alpha: the rest goes into `up`."""
+    """The same change with another alpha, which `up` makes up for."""
     check_scale(module, factors.alpha, factors.rank, path)
     ratio = factors.alpha / alpha
     down, up = (t.detach().cpu().float() for t in (factors.down, factors.up))
@@ -149,10 +149,10 @@ def _cast(module: str, factors: LoraFactors, alpha: float, dtype: torch.dtype, p
 
 
 def _peft_entry(modules: Mapping[str, LoraFactors]) -> dict[str, str]:
-    """The least that diffusers takes for a LoraConfig; without it, it takes alpha = rank, which is what the file means."""
+    """The minimum that diffusers accepts as a LoraConfig. Without it, diffusers assumes alpha = rank, which is right here."""
     fields: dict[str, Any] = {}
     for component in sorted({component_of(module) for module in modules}):
-        # without text_model., which transformers 5 dropped: PEFT takes the end of a path for the whole
+        # without text_model., which transformers 5 dropped: PEFT matches the end of a path
         ranks = {
             m.split(".", 1)[1].removeprefix("text_model."): f.rank for m, f in modules.items() if component_of(m) == component
         }
@@ -167,7 +167,7 @@ def _peft_entry(modules: Mapping[str, LoraFactors]) -> dict[str, str]:
 
 
 def _header_bytes(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
-    """The length and the header, padded to 8 bytes. The safetensors library writes metadata in random order, so we do it."""
+    """The length and the header, padded to 8 bytes. (The safetensors library writes metadata in random order.)"""
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
     for name, tensor in ordered:
