@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import textwrap
 from pathlib import Path
@@ -61,21 +62,15 @@ def section(name: str) -> str:
 
 
 def of_class(name: str, thing: type) -> str:
-    [node] = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
-    assert isinstance(node, ast.ClassDef)
-    lines = textwrap.dedent(inspect.getsource(thing)).splitlines()
-    fields = [
-        "\n".join(lines[item.lineno - 1 : item.end_lineno])
-        for item in node.body
-        if isinstance(item, ast.AnnAssign) and not ast.unparse(item.target).startswith("_")
-    ]
-    parts = []
+    # with what a dataclass inherits from another
+    classes = [one for one in reversed(thing.__mro__) if one is thing or dataclasses.is_dataclass(one)]
+    fields, parts = [field for one in classes for field in fields_of(one)], []
     if fields:
         parts.append(block(f"{name}(\n" + "\n".join(fields) + "\n)"))
     elif "__init__" in vars(thing):
         parts.append(block(signature(vars(thing)["__init__"], name, drop=True)))
     parts.append(told(thing))
-    for method, raw in vars(thing).items():
+    for method, raw in {name: raw for one in reversed(classes) for name, raw in vars(one).items()}.items():
         function = raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
         if method.startswith("_"):
             continue
@@ -87,6 +82,18 @@ def of_class(name: str, thing: type) -> str:
                 block(signature(function, f"{owner}.{method}", drop=not isinstance(raw, staticmethod))) + "\n" + told(function)
             )
     return "\n".join(parts)
+
+
+def fields_of(thing: type) -> list[str]:
+    """The lines of its source that declare fields."""
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
+    assert isinstance(node, ast.ClassDef)
+    lines = textwrap.dedent(inspect.getsource(thing)).splitlines()
+    return [
+        "\n".join(lines[item.lineno - 1 : item.end_lineno])
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and not ast.unparse(item.target).startswith("_")
+    ]
 
 
 def signature(function: Any, name: str, *, drop: bool = False) -> str:
