@@ -56,7 +56,7 @@ def random_adapter(base: BaseModel, name: str, rank: int, seed: int) -> Adapter:
             weight = base.components[component].get_submodule(path).weight
             down = torch.randn(rank, weight.shape[1], generator=generator) * 0.02
             up = torch.randn(weight.shape[0], rank, generator=generator) * 0.02
-            modules[module_path(component, base.components[component], path)] = LoraFactors(down, up, float(rank))
+            modules[module_path(component, path)] = LoraFactors(down, up, float(rank))
     return Adapter(modules, Card(family=base.family.name, title=name, rank=rank, alpha=float(rank)))
 
 

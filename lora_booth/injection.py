@@ -30,7 +30,7 @@ FINGERPRINT_LENGTH = 16  # hex digits of BaseModel.fingerprint
 # --- paths: "unet.down_blocks.0…" in adapters <-> modules ----------------------------------------------------------
 
 
-def module_path(component: str, module: nn.Module, path: str) -> str:
+def module_path(component: str, path: str) -> str:
     """The adapter's path of a submodule: text encoders always with `text_model.`."""
     if component != "unet" and not path.startswith(TEXT_LEVEL):
         path = TEXT_LEVEL + path
@@ -232,7 +232,7 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
             for path, layer in injections[component].layers.items():
                 for name, factor in (("down", layer.lora_A[NAME]), ("up", layer.lora_B[NAME])):
                     factor.to(torch.float32).requires_grad_(True)
-                    parameters[f"{module_path(component, injections[component].model, path)}.{name}"] = factor.weight
+                    parameters[f"{module_path(component, path)}.{name}"] = factor.weight
         yield TrainableLora(parameters, lora.scale_alpha, Flat(list(parameters.values()), base.dtype))
     finally:
         for injection in injections.values():
@@ -364,7 +364,7 @@ def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, flo
                 if factors and weight:
                     model = getattr(pipeline, component)
                     injections.append(attach(model, factors, weight))
-                    layers |= {module_path(component, model, path): layer for path, layer in injections[-1].layers.items()}
+                    layers |= {module_path(component, path): layer for path, layer in injections[-1].layers.items()}
             on.append(AttachedAdapter(adapter, weight, layers))
         yield on
     finally:

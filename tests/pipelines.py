@@ -149,7 +149,7 @@ def random_adapter(base: BaseModel, lora: LoraSpec | None = None, *, seed: int =
             outer, *inner = layer.weight.shape
             down = torch.randn(lora.rank, *inner, generator=generator) / layer.weight[0].numel() ** 0.5
             up = torch.randn(outer, lora.rank, *(1 for _ in inner[1:]), generator=generator) * size
-            modules[module_path(component, layer, path)] = LoraFactors(down, up, lora.scale_alpha)
+            modules[module_path(component, path)] = LoraFactors(down, up, lora.scale_alpha)
     return Adapter(modules, Card(**card_facts(base), token="sks", class_noun="dog"))
 
 

@@ -66,7 +66,7 @@ def extract(
         model, unread = base.components[component], unread_layers(base, component)
         changes = changed_weights(tuned, base, component)
         for name, layer in model.named_modules():
-            path = module_path(component, layer, name)
+            path = module_path(component, name)
             if f"{name}.weight" not in changes or not adaptable(layer) or not travels(path):
                 continue
             change = changes.pop(f"{name}.weight")
