@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.families import labels
-from ..base.safetensors_header import ADAPTER, FACTOR_DTYPES, Header, parse_json, read_header
+from ..base.safetensors_header import ADAPTER, DTYPES, FACTOR_DTYPES, Header, parse_json, read_header
 from ..errors import (
     AdapterBaseMismatch,
     AdapterDtypeError,
@@ -31,15 +31,7 @@ from .layouts import SGM_KEYS, Role, are_pair, understood
 from .metadata import PEFT_KEY, card_from, clean
 from .peft_config import PeftConfig
 
-TORCH_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,  # some tools save alpha so
-}
-
+ALPHA_DTYPES = (*FACTOR_DTYPES, "F64", "I64", "I32")  # some tools save alpha as one of the last
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 CONFIG_FILE = "adapter_config.json"  # PEFT's, beside the first of them
@@ -101,7 +93,7 @@ def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict
         if role in roles:
             raise AdapterFormatError(f"{key} and {roles[role]} name the same tensor", path)
         roles[role] = key
-        if entry.dtype not in (TORCH_DTYPES if role == "alpha" else FACTOR_DTYPES):
+        if entry.dtype not in (ALPHA_DTYPES if role == "alpha" else FACTOR_DTYPES):
             raise AdapterDtypeError(f"{key}: dtype {entry.dtype}; allowed: {', '.join(FACTOR_DTYPES)}", path)
         if role == "alpha" and math.prod(entry.shape) != 1:
             raise AdapterFormatError(f"{key} is not a single number", path)
@@ -159,7 +151,7 @@ def _tensor(header: Header, key: str, handle: BinaryIO, path: Path) -> Tensor:
     handle.seek(header.data_start + entry.start)
     if handle.readinto(content) != len(content):  # type: ignore[attr-defined]  # of a buffered reader
         raise AdapterFormatError("became shorter while it was being read", path)
-    return torch.frombuffer(content, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    return torch.frombuffer(content, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 # --- which file, and only a regular one ---------------------------------------------------------------------------

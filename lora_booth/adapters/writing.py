@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.safetensors_header import DTYPES as HEADER_DTYPES
+from ..base.safetensors_header import FACTOR_DTYPES
 from ..cache import bytes_of
 from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite
 from ..files import replacing
@@ -23,7 +25,7 @@ from .readers import check_readers, opened
 from .reading import PICKLE_SUFFIXES, load
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+DTYPE_NAMES = {HEADER_DTYPES[name]: name for name in FACTOR_DTYPES}
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000  # the part of a file that kohya's old hash is taken of
 MAX_PEFT_ENTRY = 32 * 2**10  # characters
 

@@ -22,17 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, BaseModelError
 from .library_logging import without_bars
-from .safetensors_header import CHECKPOINT, read_header
+from .safetensors_header import CHECKPOINT, DTYPES, read_header
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
 PIECE = 2**24  # bytes read at a time
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a module's weights
 MODULES = {  # component -> the classes that are read here; all others are left to the stock loader
