@@ -1,4 +1,4 @@
-"""Adapters inside a base for good: one checkpoint that needs no adapter, for programs that take only those."""
+"""Baking adapters into a base: a checkpoint for programs that read nothing else."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from ..contents import Dtype
 from ..writing import DTYPES
 
 LATENT_CHANNELS = 4  # of every published SD 1.x, 2.x and XL
-PRIVATE = ("_name_or_path", "name_or_path")  # where a configuration was loaded from: often somebody's folder
+PRIVATE = ("_name_or_path", "name_or_path")  # where a configuration was loaded from, which is often somebody's folder
 
 
 def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: str | Path, *, dtype: Dtype = "fp16") -> Path:
-    """Write `base` with the weighted sum of `adapters` in its weights, whole or not at all; `base` is not touched.
+    """Write `base` with the weighted sum of `adapters` in its weights. `base` itself is not changed.
 
-    base   a BaseModel or any compatible diffusers pipeline; best loaded in fp32, else its own rounding goes along
-    out    a name that ends with .safetensors: one file in the original naming, for A1111, ComfyUI and all others;
-           any other: a new diffusers folder
-    dtype  of the written weights; sums are taken in float32
-    Raises AdapterBaseMismatch when an adapter was made for another base.
+    base   a BaseModel or any compatible diffusers pipeline, best loaded in fp32 so that its rounding is not added
+    out    ending with .safetensors: one file in the original naming, for A1111, ComfyUI and others;
+           otherwise a new diffusers folder. Either is written completely or not at all
+    dtype  of the written weights; sums are computed in float32
+    Raises AdapterBaseMismatch if an adapter was made for another base.
     """
     path = Path(out)
     single = path.suffix.lower() == ".safetensors"
@@ -45,10 +45,10 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or give the name of a folder")
     if path.is_dir() and (single or any(path.iterdir())) or (path.exists() and not single and not path.is_dir()):
-        raise SettingsError(f"{path}: is there already; give the name of a new folder, or of a .safetensors file")
+        raise SettingsError(f"{path}: already exists; give the name of a new folder or of a .safetensors file")
     channels = (base.pipeline if isinstance(base, BaseModel) else base).unet.config.in_channels
     if single and channels != LATENT_CHANNELS:
-        raise BaseModelError(f"its latents have {channels} channels, which no program takes from a single file; bake a folder")
+        raise BaseModelError(f"its latents have {channels} channels, which no program reads from a single file; bake a folder")
     pipeline = baked(base, adapters, dtype=DTYPES[dtype])
     path.parent.mkdir(parents=True, exist_ok=True)
     if single:
@@ -89,11 +89,11 @@ def baked(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], *, d
 
 
 def changed(module: nn.Module, name: str, changes: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of a module with `changes` added to its weights. Nothing is in memory twice in the old precision."""
+    """A copy of a module with `changes` added to its weights. No weight is held twice in the old precision."""
     memo: dict[int, Any] = {}
     tensors = [*module.named_parameters(), *module.named_buffers()]
     if any(".lora_" in key for key, _ in tensors):
-        raise BaseModelError(f"its {name} has adapters of its own; call unload_lora_weights() on the pipeline before")
+        raise BaseModelError(f"its {name} already has adapters; call unload_lora_weights() on the pipeline first")
     for key, tensor in tensors:
         value = tensor.detach().cpu()
         if value.is_floating_point():
@@ -105,14 +105,14 @@ def changed(module: nn.Module, name: str, changes: Mapping[str, Tensor], dtype: 
 
 
 def save_folder(pipeline: Any, folder: Path) -> None:
-    """As diffusers does it, without the place that the pipeline came from."""
+    """As diffusers does, but without the path that the pipeline was loaded from."""
     with without_bars():
         pipeline.save_pretrained(folder, safe_serialization=True)
     for file in folder.rglob("*.json"):
         values = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(values, dict) and any(key in values for key in PRIVATE):
-            kept = {key: value for key, value in values.items() if key not in PRIVATE}
-            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            values = {key: value for key, value in values.items() if key not in PRIVATE}
+            file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_single_file(pipeline: Any, path: Path, *, title: str) -> None:

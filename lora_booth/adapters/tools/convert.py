@@ -1,4 +1,4 @@
-"""One naming into the other without loss: the same change, and back again the same file."""
+"""Converting an adapter file to the other naming without changing what it does."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROUNDING = 2.0**-23  # of float32, relative
 
 
 def convert(source: str | Path, out: str | Path, *, layout: Layout = "kohya", dtype: Dtype | None = None) -> Path:
-    """Rewrite an adapter file in another naming; the change of every layer stays what it is.
+    """Rewrite an adapter file in another naming. The change of every layer stays the same.
 
-    dtype  None: that of the source, or fp32 where it could not hold the change (PEFT naming folds alpha / rank into
+    dtype  None: that of the source, or fp32 if that could not hold the change (PEFT naming folds alpha / rank into
            `lora_B`, which may need more digits)
-    kohya -> peft -> kohya gives a file of ours back byte for byte when its modules have the alpha that its card says, as
-    those of `train` do (in fp32 only if alpha / rank is a power of two: else the last digit is rounded). Any other comes
-    back with another alpha and the same change.
+    kohya -> peft -> kohya restores a file written by `save` byte for byte if its modules have the card's alpha, as those of
+    `train` do (in fp32 only if alpha / rank is a power of two, else the last digit is rounded). Any other file comes back
+    with another alpha and the same change.
     """
     adapter = Adapter.load(source)
     if layout == "kohya":
@@ -34,7 +34,7 @@ def convert(source: str | Path, out: str | Path, *, layout: Layout = "kohya", dt
 
 
 def narrowest(adapter: Adapter, layout: Layout) -> Dtype:
-    """The adapter's own precision if that holds what `layout` writes, else fp32."""
+    """The adapter's precision if that holds what `layout` writes, else fp32."""
     own = precision(adapter)
     try:
         _, meant = packed(adapter, layout, DTYPES[own], Path(adapter.name))
@@ -44,13 +44,13 @@ def narrowest(adapter: Adapter, layout: Layout) -> Dtype:
 
 
 def precision(adapter: Adapter) -> Dtype:
-    """Of all factors, if it is one; else fp32, which holds the others."""
+    """The precision of all factors if they share one, else fp32, which holds any."""
     dtypes = {tensor.dtype for f in adapter.modules.values() for tensor in (f.down, f.up)}
     return next((name for name in get_args(Dtype) if dtypes == {DTYPES[name]}), "fp32")
 
 
 def same_change(adapter: Adapter, modules: Mapping[str, LoraFactors], *, tolerance: float) -> bool:
-    """Equal down factors, and up factors that times their scale differ by no more than `tolerance` of each element."""
+    """Whether down factors are equal, and scaled up factors differ by at most `tolerance`, relative to each element."""
     return all(
         torch.equal(f.down.double(), modules[name].down.double())
         and torch.allclose(scaled_up(f), scaled_up(modules[name]), rtol=tolerance, atol=0)
@@ -63,9 +63,9 @@ def scaled_up(factors: LoraFactors) -> Tensor:
 
 
 def unfolded(adapter: Adapter) -> Adapter:
-    """A folded adapter (alpha = rank in every module) with the alpha that its card says, where nothing is lost by it.
+    """Give a folded adapter (alpha = rank in every module) the alpha of its card again, if nothing is lost by it.
 
-    Of the precisions, the one from which folding gives this adapter: fp32 that was needed only for folding goes.
+    The precision is the first from which folding gives this adapter, so fp32 that only folding needed is dropped.
     """
     alpha = torch.tensor(adapter.card.alpha or 0.0, dtype=torch.float32).item()  # as files hold it
     if not alpha or any(f.alpha != f.rank or abs(alpha / f.rank) > MAX_SCALE for f in adapter.modules.values()):

@@ -13,7 +13,7 @@ from ..contents import LoraFactors
 from .spectrum import cores, shape_of, spectrum
 
 USED = 1e-3  # of a change's largest singular value: smaller ones may be the rounding of half precision
-# what the summary calls by which name
+# where the summary draws its lines; chosen
 SAME = 1e-3  # relative distance; half precision alone makes 5e-4
 COPY = 0.999  # cosine, either sign
 RELATED = 0.1  # cosine, or overlap beyond chance on a scale from chance (0) to all (1)
@@ -21,10 +21,10 @@ RELATED = 0.1  # cosine, or overlap beyond chance on a scale from chance (0) to 
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """Two changes of one module. Norms are Frobenius; a change is up @ down with its scale."""
+    """Two changes of one module. Norms are Frobenius norms of the scaled change."""
 
     module: str
-    rank_a: int  # directions that are used
+    rank_a: int  # directions in use
     rank_b: int
     norm_a: float
     norm_b: float
@@ -38,12 +38,12 @@ class ModuleDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """What two adapters have in common, module by module and in total; `str()` says what it means."""
+    """What two adapters have in common, by module and in total; `str()` says what it means."""
 
     only_a: tuple[str, ...]  # modules
     only_b: tuple[str, ...]
     modules: tuple[ModuleDifference, ...]  # in both
-    norm_a: float  # of all changes together, also of those that only one has
+    norm_a: float  # of all changes together, including modules that only one adapter has
     norm_b: float
     distance: float  # norm of a - b
     cosine: float
@@ -55,7 +55,7 @@ class Difference:
 
     @property
     def columns(self) -> float:
-        """Overlap of the outputs, mean over all directions of the modules in both; 0 to 1."""
+        """Overlap of the outputs, averaged over all directions of the common modules; 0 to 1."""
         return _mean([(m.columns, min(m.rank_a, m.rank_b)) for m in self.modules])
 
     @property
@@ -65,7 +65,7 @@ class Difference:
 
     @property
     def beyond_chance(self) -> float:
-        """The larger of both overlaps on a scale from chance (0) to all (1)."""
+        """The larger overlap on a scale from chance (0) to all (1)."""
         columns = _mean([(m.columns_by_chance, min(m.rank_a, m.rank_b)) for m in self.modules])
         rows = _mean([(m.rows_by_chance, min(m.rank_a, m.rank_b)) for m in self.modules])
         pairs = ((self.columns, columns), (self.rows, rows))
@@ -89,7 +89,7 @@ class Difference:
         if not self.modules:
             return "unrelated: they change no module in common"
         if self.kind == "unrelated":
-            return "unrelated: in the modules of both, no more directions in common than by chance"
+            return "unrelated: their common modules share no more directions than by chance"
         together = "the same way" if self.cosine > RELATED else "opposite ways" if self.cosine < -RELATED else "different ways"
         return (
             f"overlapping: they change {together} (cosine {self.cosine:.2f}) "
@@ -102,7 +102,7 @@ class Difference:
 
 
 def difference(a: Adapter, b: Adapter) -> Difference:
-    """Compare what two adapters do to the same base. Raises AdapterBaseMismatch where they cannot share one."""
+    """Compare what two adapters do to a base. Raises AdapterBaseMismatch if they do not fit the same base."""
     families = {a.card.family, b.card.family} - {None}
     if len(families) > 1:
         raise AdapterBaseMismatch(f"adapters for {' and '.join(sorted(map(str, families)))} cannot be compared")
@@ -126,7 +126,7 @@ def difference(a: Adapter, b: Adapter) -> Difference:
 def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
     if shape_of(a) != shape_of(b):
         raise AdapterBaseMismatch(
-            f"{module}: {shape_of(a)} in one adapter, {shape_of(b)} in the other; they are for other bases"
+            f"{module}: {shape_of(a)} in one adapter, {shape_of(b)} in the other; they are for different bases"
         )
     one, other = spectrum(a), spectrum(b)
     rank_a, rank_b = one.rank(USED), other.rank(USED)
@@ -142,7 +142,7 @@ def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
         rank_b=rank_b,
         norm_a=one.norm,
         norm_b=other.norm,
-        distance=float(cores((a, 1.0), (b, -1.0))[1].norm()),  # not from the norms: that loses half of the digits
+        distance=float(cores((a, 1.0), (b, -1.0))[1].norm()),  # from the norms, half of the digits would be lost
         cosine=max(-1.0, min(1.0, cosine)),
         columns=float((outputs**2).sum()) / few if few else 0.0,
         rows=float((inputs**2).sum()) / few if few else 0.0,
@@ -152,7 +152,7 @@ def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
 
 
 def norm(factors: LoraFactors) -> float:
-    """Frobenius norm of a change."""
+    """Frobenius norm of a module's change."""
     return float(cores((factors, 1.0))[1].norm())
 
 

@@ -1,4 +1,4 @@
-"""An adapter out of a fine-tuned model: what it is more than its base, cut to a rank."""
+"""Extracting an adapter: the difference of a fine-tuned model and its base, truncated to a rank."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .spectrum import Truncation, Truncations, keep, one_rank, spectrum_of, trun
 
 @dataclass(frozen=True)
 class Extraction:
-    """What of a fine-tuned model is in the adapter, and what is not."""
+    """What part of a fine-tuned model the adapter holds."""
 
     truncations: Truncations  # of the layers that the adapter changes
-    left_out: dict[str, float]  # other tensors that were fine-tuned (biases, norms, ...) -> Frobenius norm of their change
+    left_out: dict[str, float]  # other fine-tuned tensors (biases, norms, ...) -> Frobenius norm of their change
 
     @property
     def error(self) -> float:
-        """Relative Frobenius error against everything that was fine-tuned in the models that were compared."""
+        """Relative Frobenius error with respect to everything that was fine-tuned in the compared models."""
         lost = (self.truncations.error * self.truncations.norm) ** 2 + self.norm_left_out**2
         whole = self.truncations.norm**2 + self.norm_left_out**2
         return math.sqrt(lost / whole) if whole else 0.0
@@ -47,16 +47,18 @@ class Extraction:
 def extract(
     tuned: BaseModel, base: BaseModel, *, rank: int | None = None, energy: float | None = None, text_encoder: bool = False
 ) -> tuple[Adapter, Extraction]:
-    """The adapter of at most `rank` that brings `base` nearest to `tuned`, and what it does not bring. alpha = rank.
+    """Return the adapter of at most `rank` that brings `base` closest to `tuned`, and what is lost. alpha = rank.
 
-    tuned, base   both of one architecture, best loaded in fp32: the rounding of half precision is as large as a weak change
+    tuned, base   of the same architecture, best loaded in fp32: half precision rounds by as much as a weak change
     rank, energy  as in `resize`
-    text_encoder  compare the text encoders as well
-    Every linear layer and convolution that adapters change is compared; one that is equal in both is left out.
+    text_encoder  also compare the text encoders
+    Every linear layer and convolution that adapters change is compared; layers that are equal in both are left out.
     """
     chosen = keep(rank, energy)
     if tuned.family != base.family:
-        raise BaseModelError(f"{tuned.name} is {tuned.family.label} and {base.name} is {base.family.label}; give its own base")
+        raise BaseModelError(
+            f"{tuned.name} is {tuned.family.label} and {base.name} is {base.family.label}; give the base that it was made from"
+        )
     for one in (tuned, base):
         refuse_quantized(one.structure["unet"], one.name, "extraction")
     modules: dict[str, LoraFactors] = {}
@@ -98,7 +100,7 @@ def changed_weights(tuned: BaseModel, base: BaseModel, component: str) -> dict[s
         key = next(k for k in sorted({*shapes[0], *shapes[1]}) if shapes[0].get(k) != shapes[1].get(k))
         raise BaseModelError(
             f"{component}.{key} is {shapes[0].get(key, 'not there')} in {tuned.name} and "
-            f"{shapes[1].get(key, 'not there')} in {base.name}; one is not made from the other"
+            f"{shapes[1].get(key, 'not there')} in {base.name}; neither was made from the other"
         )
     changes = {}
     for key, value in other.items():
@@ -112,7 +114,7 @@ def changed_weights(tuned: BaseModel, base: BaseModel, component: str) -> dict[s
 
 
 def travels(path: str) -> bool:
-    """Whether a module may be in an adapter file that every reader takes."""
+    """Whether a module may be in an adapter file that every program reads."""
     try:
         return checked_path(path) not in RARE
     except AdapterTargetError:

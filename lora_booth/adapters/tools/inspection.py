@@ -1,4 +1,4 @@
-"""What is in an adapter: ranks, where its change is and how large, and what changes nothing."""
+"""What is in an adapter: its ranks, how large its change is in each block, and which modules change nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModuleInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An adapter seen from outside."""
+    """An overview of an adapter."""
 
     card: Card
     modules: tuple[ModuleInspection, ...]
@@ -68,7 +68,7 @@ class Inspection:
 
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
-    """Norms are computed from the factors, in float64."""
+    """Inspect an adapter. Norms are computed from the factors, in float64."""
     modules = [ModuleInspection(name, shape_of(f), f.rank, f.alpha, norm(f)) for name, f in sorted(adapter.modules.items())]
     return Inspection(adapter.card, tuple(modules), adapter.nbytes, adapter.digest())
 

@@ -1,4 +1,4 @@
-"""Several adapters as one: the weighted sum of their changes, exactly or cut to a rank."""
+"""Merging adapters: the weighted sum of their changes, exactly or truncated to a rank."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Method = Literal["sum", "svd"]
 def merge(
     adapters: Sequence[tuple[Adapter, float]], *, method: Method = "sum", rank: int | None = None
 ) -> tuple[Adapter, Truncations]:
-    """One adapter that changes what all of them change, each times its weight; and what was lost on the way.
+    """Return one adapter with the weighted sum of all changes, and what was lost.
 
-    method  "sum": exact, with the ranks added up; "svd": the nearest to that sum with less rank
-    rank    of the svd; None: the largest of the inputs
+    method  "sum" is exact and adds up the ranks; "svd" is the closest adapter of a lower rank
+    rank    for svd; None: the largest rank of the inputs
     """
     if method not in ("sum", "svd"):
         raise SettingsError(f"method {method!r} is unknown; allowed: sum (exact), svd (to a rank)")
     if method == "sum":
         if rank is not None:
-            raise SettingsError(f"rank {rank} with method sum, which keeps every rank; take method svd")
+            raise SettingsError(f"rank {rank} with method sum, which keeps every rank; use method svd")
         joined = concatenated(adapters)
         kept = [Truncation(name, f.rank, f.rank, spectrum(f).norm, 0.0) for name, f in joined.modules.items()]
         return joined, Truncations(tuple(kept))
@@ -39,9 +39,9 @@ def merge(
 
 
 def concatenated(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
-    """sum of weight * change, with the ranks joined end to end; weights and alphas are folded in, so alpha = rank.
+    """The sum of weight * change with concatenated ranks. Weights and alphas are folded in, so alpha = rank.
 
-    A sum of more ranks than a module can have is written with that module's full rank.
+    If a module's ranks add up to more than its full rank, it gets the full rank.
     """
     if not adapters:
         raise AdapterError("nothing to merge; name at least one adapter")
@@ -58,7 +58,7 @@ def concatenated(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 def _joined(name: str, parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
     shapes = {(tuple(f.down.shape[1:]), f.up.shape[0]) for f, _ in parts}
     if len(shapes) > 1:
-        raise AdapterIncomplete(f"{name}: the adapters have other widths here; they are for other bases")
+        raise AdapterIncomplete(f"{name}: the adapters have different widths here; they are for different bases")
     down = torch.cat([f.down.float() for f, _ in parts])
     up = torch.cat([f.up.float() * (f.scale * weight) for f, weight in parts], dim=1)
     rank, inner, outer = down.shape[0], down[0].numel(), up.shape[0]
@@ -73,7 +73,7 @@ def _joined(name: str, parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
 
 
 def _joint_card(cards: Sequence[Card], modules: dict[str, LoraFactors]) -> Card:
-    """What all cards agree on; the rest is not known of the sum."""
+    """What all cards agree on; nothing else is known about the sum."""
     first = cards[0]
     shared = ("prediction_type", "base_model", "base_hash", "resolution", "license", "consent", "library_version")
     same = {name: getattr(first, name) for name in shared if len({getattr(card, name) for card in cards}) == 1}

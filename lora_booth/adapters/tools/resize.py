@@ -1,4 +1,4 @@
-"""An adapter with less rank: each module's change cut to its largest singular values."""
+"""Resizing an adapter: each module's change truncated to its largest singular values."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .spectrum import Truncations, keep, one_rank, shape_of, spectrum, truncated
 
 
 def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> tuple[Adapter, Truncations]:
-    """The nearest adapter of a lower rank, and what was lost. alpha = rank in every module.
+    """Return the closest adapter of a lower rank, and what was lost. alpha = rank in every module.
 
-    rank    at most this in every module; a module that has less keeps what it has
-    energy  in every module as few directions as hold this share of its change's squared Frobenius norm (0 to 1)
-    Both: whichever is less. A rank that is not used (zero or rounding) goes in any case.
+    rank    the most in any module; a module with less keeps its rank
+    energy  in every module, keep the fewest directions that hold this share of the change's squared Frobenius norm (0 to 1)
+    With both, the smaller result counts. Directions that are zero or rounding are always dropped.
     """
     chosen = keep(rank, energy)
     modules, lost = {}, []

@@ -1,4 +1,4 @@
-"""The singular values of a change, and the change with fewer of them: the best of its rank (Eckart and Young, 1936)."""
+"""Singular values of a change, and its best approximation of a lower rank (Eckart and Young, 1936)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import SettingsError
 from ..contents import MAX_RANK, LoraFactors
 
-NOTHING = 1e-6  # of the largest singular value; below it there is only rounding
+NOTHING = 1e-6  # of the largest singular value; anything smaller is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +30,15 @@ class Spectrum:
         return float(self.values.norm())
 
     def rank(self, above: float = NOTHING) -> int:
-        """How many directions are more than rounding: larger than `above` times the largest."""
+        """How many singular values are larger than `above` times the largest."""
         return int((self.values > above * self.values[0]).sum())
 
     def error(self, rank: int) -> float:
-        """Frobenius norm of what `rank` directions leave out, relative to the whole."""
+        """Frobenius norm of what `rank` directions leave out, relative to the full change."""
         return float(self.values[rank:].norm()) / self.norm if self.norm else 0.0
 
     def factors(self, rank: int, like: tuple[int, ...]) -> LoraFactors:
-        """The first `rank` directions as float32 factors of equal size. like: the shape of the weight."""
+        """The first `rank` directions as float32 factors of equal size. like: shape of the weight."""
         root = self.values[:rank].sqrt()
         up, down = (self.left[:, :rank] * root).float(), (root[:, None] * self.right[:rank]).float()
         up = up.reshape(like[0], rank, *(1 for _ in like[2:]))
@@ -46,7 +46,7 @@ class Spectrum:
 
 
 def shape_of(factors: LoraFactors) -> tuple[int, ...]:
-    """Of the weight that is changed: (out, in) or (out, in, kh, kw)."""
+    """Shape of the weight that is changed: (out, in) or (out, in, kh, kw)."""
     return (int(factors.up.shape[0]), *factors.down.shape[1:])
 
 
@@ -63,17 +63,17 @@ def cores(*parts: tuple[LoraFactors, float]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spectrum(factors: LoraFactors) -> Spectrum:
-    """Of an adapter's module, float64."""
+    """The spectrum of an adapter's module, float64."""
     q_up, core, q_down = cores((factors, 1.0))
     left, values, right = torch.linalg.svd(core, full_matrices=False)
     return Spectrum(q_up @ left, values, right @ q_down)
 
 
 def spectrum_of(change: Tensor) -> Spectrum:
-    """Of a whole matrix (out, in) or kernel (out, in, kh, kw); float64, on the CPU.
+    """The spectrum of a full matrix (out, in) or kernel (out, in, kh, kw); float64, on the CPU.
 
-    From the eigenvalues of the smaller Gram matrix, M M^T or M^T M: right to about 1e-8 of the largest value, and for the
-    wide layers several times as fast as an SVD.
+    It is computed from the eigenvalues of the smaller Gram matrix, M M^T or M^T M: accurate to about 1e-8 of the largest
+    value, and for wide layers several times as fast as an SVD.
     """
     matrix = change.flatten(1).to("cuda" if torch.cuda.is_available() else "cpu", torch.float64)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -100,7 +100,7 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Truncations:
-    """What an adapter lost, module by module and in total."""
+    """What an adapter lost, by module and in total."""
 
     modules: tuple[Truncation, ...]
 
@@ -116,7 +116,7 @@ class Truncations:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Smallest and largest of what is left."""
+        """Smallest and largest rank that is left."""
         return min(m.rank for m in self.modules), max(m.rank for m in self.modules)
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Truncations:
 def keep(rank: int | None, energy: float | None) -> Callable[[Spectrum], int]:
     """How many directions to keep of a spectrum: at most `rank`, and no more than hold `energy` of the squared norm."""
     if rank is None and energy is None:
-        raise SettingsError("neither a rank nor an energy; give one of them, as rank=8 or energy=0.99")
+        raise SettingsError("neither a rank nor an energy; give one of them, e.g. rank=8 or energy=0.99")
     if rank is not None and not 1 <= rank <= MAX_RANK:
         raise SettingsError(f"rank {rank} is out of range; allowed: 1 to {MAX_RANK}")
     if energy is not None and not 0 < energy <= 1:
