@@ -233,17 +233,17 @@ def main() -> None:
         subjects[folder.name] = {p.path.stem: small(open_photo(p)) for p in found.photos}
     images = [image for photos in subjects.values() for image in photos.values()]
 
-    print("spoilt, and told so:")
+    print("spoilt, and noted:")
     with tempfile.TemporaryDirectory() as scratch:
         for name, (note, spoil) in SPOILT.items():
-            told = sum(note in notes_of(spoil(image), Path(scratch)) for image in images)
-            print(f"  {name}: {told} of {len(images)}")
+            noted = sum(note in notes_of(spoil(image), Path(scratch)) for image in images)
+            print(f"  {name}: {noted} of {len(images)}")
 
     likes = [likeness(image, None) for image in images]
-    print("nearly the same, and told so:")
+    print("nearly the same, and noted:")
     for name, change in TWINS.items():
-        told = sum(nearly_the_same(a, likeness(change(i), None)) for a, i in zip(likes, images, strict=True))
-        print(f"  {name}: {told} of {len(images)}")
+        noted = sum(nearly_the_same(a, likeness(change(i), None)) for a, i in zip(likes, images, strict=True))
+        print(f"  {name}: {noted} of {len(images)}")
     pairs = [(i, j) for i in range(len(likes)) for j in range(i)]
     print(f"  different photos: {sum(nearly_the_same(likes[i], likes[j]) for i, j in pairs)} of {len(pairs)} pairs")
 
@@ -252,13 +252,13 @@ def main() -> None:
         own = [likeness(image, None) for image in photos.values()]
         alike = [alike_behind(own[i], own[j]) for i in range(len(own)) for j in range(i)]
         print(f"  {name}: {sum(alike)} of {len(alike)} pairs")
-    told = []
+    noted = []
     with tempfile.TemporaryDirectory() as scratch:
         for wall in images:
             for seed in range(5):
                 before_one_wall(wall, seed).save(Path(scratch) / f"{seed}.png")
-            told.append(bool(audit_photos(find_photos(scratch).photos).alike_backgrounds))
-    print(f"  five pictures before one wall (each photo in turn), told so: {sum(told)} of {len(told)}")
+            noted.append(bool(audit_photos(find_photos(scratch).photos).alike_backgrounds))
+    print(f"  five pictures before one wall (each photo in turn), noted: {sum(noted)} of {len(noted)}")
 
     shares: dict[tuple[str, bool], list[float]] = {}
     for subject, boxes in BOXES.items():

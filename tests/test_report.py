@@ -265,7 +265,10 @@ def test_torn_files_are_left_out(run: Path, tmp_path: Path) -> None:
         '{"step": 1, "loss": 0.5, "rate": 0.1, "seconds": 1}\n{"step": 2, "loss": null}\n[]\n{"st'
     )
     (tmp_path / "scores.json").write_text("[]")
-    for record in ({}, {"events": [{}, 3], "facts": [], "step": "x", "peak_memory": {"host": "much"}, "seconds": {"a": None}}):
+    for record in (
+        {"status": None},
+        {"events": [{}, 3], "facts": [], "step": "x", "peak_memory": {"host": "much"}, "seconds": {"a": None}},
+    ):
         (tmp_path / "run.json").write_text(json.dumps(record))
         write_report(tmp_path)
         _, parsed = page_of(tmp_path)

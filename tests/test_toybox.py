@@ -156,16 +156,16 @@ def test_most_named_scenes_have_names_and_plain_ones_none_but_by_chance():
     assert np.mean([world.name_of(o) is not None for o in plain]) < 0.1
 
 
-def test_what_a_caption_tells_is_what_the_text_encoder_shall_read():
+def test_the_text_encoder_learns_what_a_caption_states():
     look = next(iter(world.named_looks().values()))
     scene = Scene((Identity("dog", *look), HELD_OUT["olga"]), CONTEXTS[1])
     everything = labels(scene)
-    told = text.told(scene, {"colors": False, "context": False, "names": {0}})
+    stated = text.stated(scene, {"colors": False, "context": False, "names": {0}})
     heads = len(OBJECT_HEADS)
-    assert told[:heads] == everything[:heads]  # called by name
-    assert told[heads : 2 * heads] == [everything[heads], *[-100] * (heads - 1)]  # "an owl"
-    assert told[-2:] == [-100, everything[-1]]
-    coloured = text.told(scene, {"colors": True, "context": True, "names": set()})
+    assert stated[:heads] == everything[:heads]  # called by name
+    assert stated[heads : 2 * heads] == [everything[heads], *[-100] * (heads - 1)]  # "an owl"
+    assert stated[-2:] == [-100, everything[-1]]
+    coloured = text.stated(scene, {"colors": True, "context": True, "names": set()})
     assert coloured[:2] == everything[:2] and set(coloured[2:heads]) == {-100}
     assert coloured[-2:] == everything[-2:]
 

@@ -1,4 +1,4 @@
-"""Commands that say how well it went: scores, and the report of a run."""
+"""Commands about how well a training went: scores, and the report of a run."""
 
 from __future__ import annotations
 
@@ -20,47 +20,51 @@ if TYPE_CHECKING:
 
 @app.command()
 def evaluate(
-    adapters: Annotated[list[str], typer.Argument(help="adapter files, each with an optional :WEIGHT, or folders of runs")],
-    photos: Annotated[Path, typer.Option(help="folder of photos of the subject")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="adapter files with an optional weight, or folders of runs, e.g. rex.safetensors:0.8 runs/rex"),
+    ],
+    photos: Annotated[Path, typer.Option(help="folder of photos of the subject, e.g. photos/rex")],
     base: Base = "toybox",
     prompt: Prompt = None,
     prompts: Prompts = None,
     prompt_set: PromptSet = None,
     context: Contexts = None,
-    seeds: Annotated[str, typer.Option(help="as 0-3 or 1,5,8; one picture each of every prompt")] = "0-3",
-    class_seeds: Annotated[str, typer.Option(help="of pictures of the bare class")] = "0-15",
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(help="classifier-free guidance scale")] = 5.0,
-    size: Annotated[int | None, typer.Option(help="side in pixels [the base's own]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="pictures at a time [4 of 512 pixels]")] = None,
-    dino: Annotated[str | None, typer.Option(help="Hub id or folder [facebook/dino-vits16]")] = None,
-    clip: Annotated[str | None, typer.Option(help="Hub id or folder [openai/clip-vit-base-patch32]")] = None,
-    token: Annotated[str | None, typer.Option(help="of adapters whose card names none")] = None,
-    class_noun: Annotated[str | None, typer.Option(help="of adapters whose card names none")] = None,
-    json: Annotated[bool, typer.Option(help="everything as JSON instead")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for scores.json and a gallery of the pictures [none]")] = None,
+    seeds: Annotated[str, typer.Option(help="one picture each of every prompt, e.g. 0-3 or 1,5,8")] = "0-3",
+    class_seeds: Annotated[str, typer.Option(help="one picture each of the plain class, e.g. 0-15")] = "0-15",
+    steps: Annotated[int, typer.Option(help="denoising steps, e.g. 25")] = 25,
+    guidance: Annotated[float, typer.Option(help="classifier-free guidance scale, e.g. 5")] = 5.0,
+    size: Annotated[int | None, typer.Option(help="side in pixels, e.g. 512 [the base's own]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="pictures at a time, e.g. 4 [4 at 512 pixels]")] = None,
+    dino: Annotated[str | None, typer.Option(help="DINO, e.g. a Hub id or models/dino [facebook/dino-vits16]")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP, e.g. a Hub id or models/clip [openai/clip-vit-base-patch32]")] = None,
+    token: Annotated[str | None, typer.Option(help="for adapters whose card has no token, e.g. sks")] = None,
+    class_noun: Annotated[str | None, typer.Option(help="for adapters whose card has no class noun, e.g. dog")] = None,
+    json: Annotated[bool, typer.Option(help="print everything as JSON instead of a table")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for scores.json and a gallery of the pictures, e.g. scored")] = None,
 ) -> None:
-    """Score adapters, or all that a run has kept, on new pictures: subject, prompt, prior, copies; and say which is best."""
+    """Score adapters, or all that a run has kept, by new pictures, and name the best."""
     from ..evaluation.cases import TEMPLATE
     from ..evaluation.encoders import CLIP, DINO
     from ..evaluation.protocol import evaluate as compared
+    from ..evaluation.runs import is_run
 
     given = any(one is not None for one in (prompt, prompts, prompt_set))
-    asked_for = prompts_asked_for(prompt, prompts, prompt_set) if given else (TEMPLATE,)
-    wanted, of_class = parse_seeds(seeds), parse_seeds(class_seeds)
+    templates = prompts_asked_for(prompt, prompts, prompt_set) if given else (TEMPLATE,)
+    of_subject, of_class = parse_seeds(seeds), parse_seeds(class_seeds)
     chosen = [one for text in adapters for one in candidates(text, token, class_noun)]
-    runs = [Path(text) for text in adapters if has_run(text)]
+    runs = [path for text in adapters if is_run(path := file_and_weight(text)[0])]
 
-    def told(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         print(f"picture {done}/{total}", file=sys.stderr, flush=True)
 
     made = compared(
         load_base(base),
         chosen,
         photos,
-        prompts=asked_for,
+        prompts=templates,
         contexts=context,
-        seeds=wanted,
+        seeds=of_subject,
         class_seeds=of_class,
         steps=steps,
         guidance=guidance,
@@ -68,30 +72,25 @@ def evaluate(
         batch_size=batch_size,
         dino=dino or DINO,
         clip=clip or CLIP,
-        on_progress=told,
+        on_progress=show,
     )
     for line in [json_text.dumps(made.as_dict(), indent=1)] if json else made.lines():
         say(line)
-    told_of = sys.stderr if json else sys.stdout
     for file in written(made, runs, out):
-        print(f"wrote {file}", file=told_of, flush=True)
+        print(f"wrote {file}", file=sys.stderr if json else sys.stdout, flush=True)
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="folder of a run")],
-    photos: Annotated[bool, typer.Option(help="show small copies of the photos; without, the page can be passed on")] = True,
+    run: Annotated[Path, typer.Argument(help="folder of a run, e.g. runs/rex")],
+    photos: Annotated[
+        bool, typer.Option(help="show small copies of the photos; leave them out of a page that you pass on")
+    ] = True,
 ) -> None:
-    """Write a run's report.html anew, from what its folder holds."""
+    """Write the report.html of a run again, from what its folder holds."""
     from ..report.report import write_report
 
     say(f"wrote {write_report(run, photos=photos)}")
-
-
-def has_run(text: str) -> bool:
-    from ..evaluation.runs import is_run
-
-    return is_run(file_and_weight(text)[0])
 
 
 def candidates(text: str, token: str | None, class_noun: str | None) -> Iterator[Candidate]:

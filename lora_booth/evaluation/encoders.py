@@ -1,4 +1,4 @@
-"""DINO and CLIP as the protocol uses them: pictures and prompts to vectors of length 1."""
+"""DINO and CLIP: pictures and prompts to vectors of length 1."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ T = TypeVar("T")
 DINO = "facebook/dino-vits16"  # ViT-S/16, as in arXiv 2208.12242
 CLIP = "openai/clip-vit-base-patch32"
 WITH_CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # model types whose first state is the picture's
-AT_A_TIME = 16  # pictures
+AT_A_TIME = 16  # pictures; chosen: 10 MB of pixels at 224 px
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an encoder wants its pictures: the short side resized (bicubic), the centre square, then mean and deviation."""
+    """What an encoder expects: the short side resized (bicubic), the centre square, normalised by mean and deviation."""
 
     larger: float  # the short side, as a multiple of the square's side
     mean: tuple[float, float, float]  # of red, green, blue in 0..1
@@ -47,12 +47,12 @@ class Preparation:
         return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
-FOR_DINO = Preparation(256 / 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, as DINO's own evaluation
+FOR_DINO = Preparation(256 / 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet, as in DINO's eval_knn.py
 FOR_CLIP = Preparation(1.0, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class Dino:
-    """A self-supervised vision transformer. Raises EvaluationError where `source` (a Hub id or a folder) is not at hand."""
+    """A self-supervised vision transformer. Raises EvaluationError where `source` (a Hub id or a folder) cannot be loaded."""
 
     def __init__(self, source: str | Path = DINO, *, device: torch.device | str = "cpu") -> None:
         from transformers import AutoConfig, AutoModel
@@ -64,21 +64,18 @@ class Dino:
             return AutoModel.from_pretrained(source)
 
         self.source, self.device = source, torch.device(device)
-        self.model = at_hand(source, "DINO", load).float().eval().to(self.device)
-        self.side = whole(self.model.config.image_size)
+        self.model = loaded(source, "DINO", load).float().eval().to(self.device)
+        self.side = side_of(self.model.config.image_size)
 
     @torch.no_grad()
     def of_images(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, d) float32 on the CPU: the class token's last state."""
-        parts = [
-            self.model(pixel_values=FOR_DINO.pixels(part, self.side).to(self.device)).last_hidden_state[:, 0]
-            for part in parts_of(images)
-        ]
-        return F.normalize(torch.cat(parts), dim=1).cpu()
+        parts = in_parts(images, FOR_DINO, self.side, self.device)
+        return joined([self.model(pixel_values=part).last_hidden_state[:, 0] for part in parts])
 
 
 class Clip:
-    """CLIP's two encoders. Raises EvaluationError where `source` (a Hub id or a folder) is not at hand."""
+    """CLIP's two encoders. Raises EvaluationError where `source` (a Hub id or a folder) cannot be loaded."""
 
     def __init__(self, source: str | Path = CLIP, *, device: torch.device | str = "cpu") -> None:
         from transformers import AutoConfig, CLIPModel, CLIPTokenizer
@@ -90,20 +87,16 @@ class Clip:
             return CLIPTokenizer.from_pretrained(source), CLIPModel.from_pretrained(source)
 
         self.source, self.device = source, torch.device(device)
-        self.tokenizer, model = at_hand(source, "CLIP", load)
+        self.tokenizer, model = loaded(source, "CLIP", load)
         self.model = model.float().eval().to(self.device)
-        self.side = whole(self.model.config.vision_config.image_size)
+        self.side = side_of(self.model.config.vision_config.image_size)
 
     @torch.no_grad()
     def of_images(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, d) float32 on the CPU: the projected picture."""
-        parts = [
-            self.model.visual_projection(
-                self.model.vision_model(pixel_values=FOR_CLIP.pixels(part, self.side).to(self.device)).pooler_output
-            )
-            for part in parts_of(images)
-        ]
-        return F.normalize(torch.cat(parts), dim=1).cpu()
+        parts = in_parts(images, FOR_CLIP, self.side, self.device)
+        pooled = [self.model.vision_model(pixel_values=part).pooler_output for part in parts]
+        return joined([self.model.visual_projection(part) for part in pooled])
 
     @torch.no_grad()
     def of_texts(self, prompts: Sequence[str]) -> Tensor:
@@ -111,20 +104,25 @@ class Clip:
         length = self.model.config.text_config.max_position_embeddings
         words = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         read = self.model.text_model(**words.to(self.device)).pooler_output
-        return F.normalize(self.model.text_projection(read), dim=1).cpu()
+        return joined([self.model.text_projection(read)])
 
 
-def parts_of(images: Sequence[Image.Image]) -> Iterator[Sequence[Image.Image]]:
+def in_parts(images: Sequence[Image.Image], expected: Preparation, side: int, device: torch.device) -> Iterator[Tensor]:
     for first in range(0, len(images), AT_A_TIME):
-        yield images[first : first + AT_A_TIME]
+        yield expected.pixels(images[first : first + AT_A_TIME], side).to(device)
 
 
-def whole(size: Any) -> int:
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """(N, d) float32 on the CPU, each of length 1."""
+    return F.normalize(torch.cat(list(parts)), dim=1).cpu()
+
+
+def side_of(size: Any) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def at_hand(source: str | Path, what: str, load: Callable[[], T]) -> T:
-    """What `load` reads of the Hub's cache, the Hub or a folder. Raises EvaluationError with the way to get it."""
+def loaded(source: str | Path, what: str, load: Callable[[], T]) -> T:
+    """What `load` reads from a folder, the Hub or its cache. Raises EvaluationError that says how to get it."""
     try:
         with quiet_loading():
             return load()
@@ -136,7 +134,7 @@ def at_hand(source: str | Path, what: str, load: Callable[[], T]) -> T:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' bar, and its list of the weights that are not used."""
+    """Without transformers' progress bar and its list of unused weights."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""The adapters of a run's folder, and the file of their scores there."""
+"""The adapters in a run's folder, and the file of their scores."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import EvaluationError, shown
 from ..files import write_file
-from ..training.checkpoint import ADAPTER, RECORD, SAMPLES, SCORES
+from ..training.checkpoint import ADAPTER, RECORD, SAMPLES, SCORES, read_record
 from .protocol import Candidate
 from .results import Comparison
 
@@ -21,39 +20,31 @@ def is_run(path: str | Path) -> bool:
 
 
 def candidates_of(run: str | Path) -> list[Candidate]:
-    """The adapters that a run has kept, by step: beside its samples, in its newest checkpoint, and at its end.
+    """The adapters that a run has kept, by step: next to its samples, in its checkpoints, and the finished one.
 
     Raises EvaluationError for a folder without any.
     """
     run = Path(run)
     files = dict(kept(run))
     if not files:
-        raise EvaluationError(f"{shown(run)}: no adapter in this run's folder yet; train further, or give adapter files")
+        raise EvaluationError(f"{shown(run)}: no adapter in this run's folder yet; train for longer, or give adapter files")
     return [Candidate(Adapter.load(files[step]), name=f"step {step}", step=step) for step in sorted(files)]
 
 
 def kept(run: Path) -> Iterator[tuple[int, Path]]:
-    """step -> file; of two for one step the later one counts, which is the run's own adapter."""
+    """step and file; of two for one step the later one counts."""
     for file in (*run.glob(f"{SAMPLES}/*.safetensors"), *run.glob(f"checkpoints/*/{ADAPTER}")):
         name, _, _ = (file.parent.name if file.name == ADAPTER else file.stem).partition(".")
         if name.isdigit():
             yield int(name), file
-    last = record_of(run).get("step")
+    last = read_record(run).get("step")
     if isinstance(last, int) and (run / ADAPTER).is_file():
         yield last, run / ADAPTER
 
 
-def record_of(run: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((run / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def scores_file(run: str | Path, made: Comparison) -> Path:
-    """Write the scores into the run's folder, where its report finds them as long as the run is the same."""
+    """Write the scores into the run's folder; its report shows them until another run begins there."""
     path = Path(run) / SCORES
-    content = made.as_dict() | {"identity": record_of(Path(run)).get("identity")}
+    content = made.as_dict() | {"identity": read_record(Path(run)).get("identity")}
     write_file(path, (json.dumps(content, indent=1) + os.linesep).encode())
     return path

@@ -294,15 +294,14 @@ def samples_of(run: Path) -> Grid | None:
     from ..pictures.grids import Grid
     from ..pictures.picture import Picture
     from ..report.reading import read_run
+    from ..report.report import spread
 
     found = read_run(run).samples
     if not found:
         return None
     at = {(one.prompt, one.seed, one.step): one.file for one in found}
     rows = list(dict.fromkeys((one.prompt, one.seed) for one in found))
-    steps = sorted({one.step for one in found})
-    if len(steps) > MOST_COLUMNS:
-        steps = [steps[round(i * (len(steps) - 1) / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
+    steps = spread(sorted({one.step for one in found}), MOST_COLUMNS)
 
     def cell(prompt: str, seed: int, step: int) -> Picture | None:
         file = at.get((prompt, seed, step))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError, SettingsError, shown
-from ..training.checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of
+from ..training.checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of, read_record
 from ..training.samples import SAMPLE_LIST
 
 # chosen, not measured: where the advice changes its words
@@ -93,11 +93,8 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Raises SettingsError for a folder that no run has written."""
-    try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict):
+    record = read_record(path)
+    if not record:
         raise SettingsError(f"{shown(path)}: no {RECORD} that can be read; give the folder of a run, from train(out=...)")
     return Run(
         path,

@@ -8,7 +8,7 @@ from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -26,8 +26,10 @@ from ..training.progress import clock
 from .charts import chart, smoothed, usual_top
 from .reading import Run, Sample, advice, counted, number, part, read_run, whole
 
+T = TypeVar("T")
+
 THUMBNAIL = 256  # pixels of a picture on the page, at most
-QUALITY = 80  # WebP
+QUALITY = 80  # of WebP; chosen
 MOST_COLUMNS = 24  # pictures of a row of samples, at most; chosen
 TIMES = {"preparing": "preparing", "training": "training", "sampling": "of which sampling", "saving": "of which saving"}
 MEMORY = {"host": "peak memory of the process", "device": "peak memory of the GPU"}
@@ -118,8 +120,8 @@ def file(name: str) -> str:
 
 
 def title_of(run: Run) -> str:
-    words = [" ".join(str(s.get(k, "")) for k in ("token", "class_noun")) for s in run.subjects]
-    return " and ".join(words) or shown(run.path.resolve().name)
+    names = [" ".join(str(s.get(k, "")) for k in ("token", "class_noun")) for s in run.subjects]
+    return " and ".join(names) or shown(run.path.resolve().name)
 
 
 def summary(run: Run) -> list[str]:
@@ -150,11 +152,11 @@ def strips(run: Run) -> list[tuple[str, int, list[Shown]]]:
     ]
 
 
-def spread(row: Sequence[Sample]) -> list[Sample]:
-    """At most MOST_COLUMNS of them, with the first and the last."""
-    if len(row) <= MOST_COLUMNS:
+def spread(row: Sequence[T], most: int = MOST_COLUMNS) -> list[T]:
+    """At most so many of them, with the first and the last."""
+    if len(row) <= most:
         return list(row)
-    return [row[round(i * (len(row) - 1) / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
+    return [row[round(i * (len(row) - 1) / (most - 1))] for i in range(most)]
 
 
 def picture(path: Path, text: str) -> Shown:
@@ -202,7 +204,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def scores_table(run: Run) -> dict[str, Any] | None:
-    """heads, rows of cells, and how it was measured."""
+    """heads; rows of name, whether it is the best, and cells; labels of the lower-is-better metrics; how it was measured"""
     metrics = run.scores.get("metrics")
     if not isinstance(metrics, list):
         return None
@@ -222,6 +224,7 @@ def scores_table(run: Run) -> dict[str, Any] | None:
     return {
         "heads": ["overall", *(label for _, label in named)],
         "rows": [(str(row.get("name")), row.get("name") == best, list(cells(row))) for row in rows],
+        "lower": [str(m.get("label")) for m in metrics if isinstance(m, dict) and m.get("better") == "lower"],
         "how": str(run.scores.get("measured_with", "")),
     }
 
@@ -279,7 +282,7 @@ Way = tuple[str, list[str], str]  # program, sentences, code
 
 
 def ways(adapter: Adapter, file: Path, run: Path) -> Iterator[Way]:
-    """One for each program. file: in the run's folder, of which the page gives the name and not the place"""
+    """One for each program. The page names the run's folder, but not where it is."""
     card = adapter.card
     prompt, weight = one_line(card.prompt or words(card) or "a photo"), f"{card.weight:g}"
     base = card.base_model or "the base"
@@ -302,4 +305,4 @@ def ways(adapter: Adapter, file: Path, run: Path) -> Iterator[Way]:
         f"pictures = lb.Composition(base, [adapter]).generate({quoted(f'{prompt} in the snow')}, seeds=range(4))\n"
         'lb.Gallery(pictures).save("gallery.html")'
     )
-    yield "lora_booth", [here, "`lora-booth evaluate` scores every adapter that the run has kept."], script
+    yield "lora_booth", [here, f"To score every adapter that the run has kept, use lora-booth evaluate on {folder}."], script

@@ -23,8 +23,7 @@ from PIL import Image, ImageDraw
 
 from ..subject.wording import with_article
 from .drawing import RGB, Canvas, Shape, arc, box, ellipse
-from .scenery import CONTEXTS as CONTEXTS  # also a name of this module
-from .scenery import SCENERY
+from .scenery import CONTEXTS, SCENERY
 
 COLORS: dict[str, RGB] = {
     "red": (214, 40, 40),

@@ -44,6 +44,15 @@ class Checkpoint:
         return found
 
 
+def read_record(run: Path) -> dict[str, Any]:
+    """run.json of a run's folder; empty where there is none that can be read."""
+    try:
+        record = json.loads((run / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def packed_state(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)

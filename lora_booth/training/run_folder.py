@@ -37,6 +37,7 @@ from .checkpoint import (
     packed_state,
     prune,
     publish,
+    read_record,
 )
 from .identity import changes, differences, identity_of
 from .lock import locked
@@ -132,7 +133,7 @@ class RunFolder:
     def find(self, facts: dict[str, Any]) -> Checkpoint | None:
         """The newest whole checkpoint, here or in the mirror. Raises TrainingError when it is of another run."""
         found = newest(self.checkpoints, damaged=self._damaged)
-        there = self.read_record()
+        there = read_record(self.path)
         record = found.record() if found is not None else there if there.get("status") == "finished" else {}
         if record and record.get("identity") != identity_of(facts):
             step = found.step if found is not None else 0
@@ -148,16 +149,9 @@ class RunFolder:
         self._found = found
         return found
 
-    def read_record(self) -> dict[str, Any]:
-        try:
-            record = json.loads((self.path / RECORD).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return record if isinstance(record, dict) else {}
-
     def finished(self) -> Path | None:
         """The adapter's file when the run is at its end and the file is as it was written."""
-        made, file = self.read_record().get("adapter"), self.path / ADAPTER
+        made, file = read_record(self.path).get("adapter"), self.path / ADAPTER
         try:
             whole = made is not None and sha256(file.read_bytes()).hexdigest() == made["sha256"]
         except (OSError, TypeError, KeyError):
@@ -173,7 +167,7 @@ class RunFolder:
             self.record = {"status": "running", "step": 0, "steps": total, "events": []}
             self._tell_damage()
         else:
-            self.record, there = found.record(), self.read_record()
+            self.record, there = found.record(), read_record(self.path)
             events = there.get("events", [])
             if there.get("identity") == identity_of(facts) and len(events) > len(self.record["events"]):
                 self.record["events"] = events  # also of what came after the checkpoint

@@ -1,4 +1,4 @@
-"""Make the toybox base from nothing: `python -m lora_booth.toybox.build --work DIR`.
+"""Make the toybox base from nothing: `python -m tools.toybox --work DIR`.
 
 Stages, each resumable (run the same command again) and each on the renders of `world.py` only:
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_booth.toybox import RARE_TOKENS, world
 from lora_booth.toybox.judge import OBJECT_HEADS, OBJECTS, SCENE_HEADS, labels
+from lora_booth.toybox.scenery import CONTEXTS
 
 from . import pictures
 from .stages import Stage, run_stage
@@ -29,7 +30,7 @@ def new_tokenizer() -> Any:
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    words = {w for c in world.CONTEXTS for w in c.split()} | set(world.CLASSES) | set(world.COLORS) | set(world.STYLES)
+    words = {w for c in CONTEXTS for w in c.split()} | set(world.CLASSES) | set(world.COLORS) | set(world.STYLES)
     words |= {"a", "an", "and", "of", *world.named_looks(), *RARE_TOKENS}
     letters = list(bytes_to_unicode().values())
     vocabulary, merges = [*letters, *(letter + "</w>" for letter in letters)], []
@@ -114,15 +115,15 @@ class TextReader(nn.Module):
         states = self.text_encoder(ids).last_hidden_state
         is_noun = torch.isin(ids, self.nouns)
         position = is_noun.cumsum(1)
-        told, columns = [], iter(targets.T)
+        stated, columns = [], iter(targets.T)
         for slot in range(OBJECTS):
             row, place = (is_noun & (position == slot + 1)).nonzero(as_tuple=True)
-            told += [(head(states[row, place]), next(columns)[row]) for head in self.object_heads.values()]
-        return told + [(head(states[:, -1]), next(columns)) for head in self.scene_heads.values()]
+            stated += [(head(states[row, place]), next(columns)[row]) for head in self.object_heads.values()]
+        return stated + [(head(states[:, -1]), next(columns)) for head in self.scene_heads.values()]
 
 
-def told(scene: world.Scene, wording: dict[str, Any]) -> list[int]:
-    """`labels` of what a caption in this wording tells; -100 for the rest."""
+def stated(scene: world.Scene, wording: dict[str, Any]) -> list[int]:
+    """`labels` of what a caption in this wording states; -100 for the rest."""
     known = [
         name == "class_noun" or slot in wording["names"] or (name == "color" and wording["colors"])
         for slot in range(OBJECTS)
@@ -140,7 +141,7 @@ def train_text_encoder(work: Path, device: torch.device, log: dict[str, Any], to
         for i in torch.randint(len(scenes), (TEXT_STAGE.batch,), generator=generator).tolist():
             wording = training_wording(scenes[i], rng)
             prompts.append(scenes[i].caption(**wording))
-            targets.append(told(scenes[i], wording))
+            targets.append(stated(scenes[i], wording))
         return reader(token_ids(tokenizer, prompts).to(device), torch.tensor(targets, device=device))
 
     def loss_of(reader: Any, step: int, generator: torch.Generator) -> Tensor:
