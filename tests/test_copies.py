@@ -11,10 +11,8 @@ from PIL import Image, ImageCms
 from test_photos import swapped_profile
 
 from lora_booth.photos.finding import find_photos
-from lora_booth.photos.opening import open_photo
-from lora_booth.photos.pixels import crop_and_resize
-from lora_booth.photos.square import training_square
-from lora_booth.photos.to_srgb import STRIP, grey_copy, rgb_copy, row_strips, upright_size
+from lora_booth.photos.opening import STRIP, grey_copy, open_photo, rgb_copy, row_strips, upright_size
+from lora_booth.photos.square import crop_and_resize, training_square
 
 WIDTH, HEIGHT = 203, 2 * STRIP + 53  # neither a multiple of what they are made smaller by, nor of a strip
 
@@ -52,7 +50,7 @@ def test_strips_change_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> No
     for copy in (rgb_copy, grey_copy):
         in_strips = np.asarray(copy(image))
         with monkeypatch.context() as patch:
-            patch.setattr("lora_booth.photos.to_srgb.row_strips", lambda image, rows=0: iter([image]))
+            patch.setattr("lora_booth.photos.opening.row_strips", lambda image, rows=0: iter([image]))
             assert np.array_equal(np.asarray(copy(image)), in_strips), copy.__name__
 
 

@@ -207,7 +207,7 @@ def compare(*bases: str, photos: int = 5) -> None:
 def judge(token: str, base: BaseModel) -> None:
     """Whether the token is free to mean something new to this base, and others that are."""
     from ..base.base_model import rare_tokens
-    from ..subject.subject import check_token, propose_tokens
+    from ..subject.tokens import check_token, propose_tokens
 
     rare = rare_tokens(base)
     report = check_token(token, base.tokenizer, known_rare=rare)
