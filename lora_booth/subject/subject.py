@@ -48,7 +48,7 @@ class Subject:
         _check_template(self.class_template, needs="class_noun")
         if "{token}" in self.class_template:
             raise SubjectError(
-                f"class template {shown(self.class_template)!r} names the token; leave it out: the prompt is for the plain class"
+                f"class template {shown(self.class_template)!r} names the token; leave it out: this is for the plain class"
             )
 
     def __repr__(self) -> str:
