@@ -1,15 +1,14 @@
 """How often the audit of photos is right, and what smart crops keep, on real photos.
 
-    python benchmarks/photo_audit.py --photos FOLDER_OF_FOLDERS [--sheets OUT] [--faces FACES.npy]
+    python benchmarks/photo_audit.py --photos FOLDER_OF_FOLDERS [--masks] [--sheets OUT]
 
 Every folder is one subject. The photos as they are count false alarms; spoilt by this script they count what is found.
 Crops are judged where somebody drew a box around the subject (BOXES, for six subjects of the DreamBooth data set): from
 each photo 18 windows are cut, wide and tall, with the subject in the middle or at one end; the share of the box that a
 crop keeps is counted against the best square there is.
 
-Masks are made for every photo (needs `lora-booth[vision]`), drawn with --sheets, and the box around each is compared with
-the box drawn by hand. --faces: grey faces, (N, H, W) in 0..1, as scikit-image's `lfw_subset.npy` (of which the second half
-are none), pasted into the photos; the photos themselves show nobody, so a face found there is a false alarm.
+--masks: rembg makes a mask for every photo (needs `lora-booth[masks]`, and the internet on first use); the box around each
+is compared with the box drawn by hand, and --sheets draws them.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ from PIL import Image, ImageFilter
 
 from lora_booth.photos.audit import audit_photos
 from lora_booth.photos.cropping import focus_of
-from lora_booth.photos.faces import face_of
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.measures import alike_behind, likeness, nearly_the_same
 from lora_booth.photos.opening import open_photo
-from lora_booth.photos.photo import Region, square_box
-from lora_booth.photos.segmenting import grabcut
+from lora_booth.photos.segmenting import rembg_segmenter
 from lora_booth.photos.sheet import contact_sheet
+from lora_booth.photos.square import square_box
 
 BOXES = {  # folder -> photo -> x0, y0, x1, y1 of the subject in percent of the photo, by eye
     "backpack_dog": {
@@ -152,10 +150,11 @@ def in_common(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 def judge_masks(subjects: dict[str, dict[str, Image.Image]], sheets: Path | None) -> None:
     made: dict[str, Image.Image] = {}
     agreements, seconds, count = [], 0.0, 0
+    segmenter = rembg_segmenter()
     for subject, photos in subjects.items():
         for stem, image in photos.items():
             started = time.process_time()
-            mask = grabcut(image)
+            mask = segmenter(image)
             seconds, count = seconds + time.process_time() - started, count + 1
             if mask is None:
                 continue
@@ -173,35 +172,6 @@ def judge_masks(subjects: dict[str, dict[str, Image.Image]], sheets: Path | None
         contact_sheet(list(made.values()), labels=list(made), columns=5, side=256).save(sheets / "masks.png")
 
 
-def judge_faces(images: list[Image.Image], faces: np.ndarray | None) -> None:
-    false = sum(face_of(image) is not None for image in images)
-    print(f"faces: {false} found in {len(images)} photos of nobody")
-    if faces is None:
-        return
-    rng = np.random.default_rng(0)
-    found, kept_shares = 0, {"center": [], "smart": [], "face": []}
-    faces = faces[: len(faces) // 2]
-    for i, values in enumerate(faces):
-        wide = images[i % len(images)].crop((0, 100, SIDE, 100 + SIDE * 9 // 16))
-        side = int(rng.integers(100, 200))
-        face = Image.fromarray((values * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-        left, top = int(rng.integers(0, wide.width - side)), int(rng.integers(0, wide.height - side))
-        wide.paste(face.convert("RGB"), (left, top))
-        place: Region | None = face_of(wide)
-        if place is not None:
-            x, y = (place[0] + place[2]) / 2 * wide.width, (place[1] + place[3]) / 2 * wide.height
-            found += left < x < left + side and top < y < top + side
-        inside = (left, top, left + side, top + side)
-        for crop, focus in (
-            ("center", None),
-            ("smart", focus_of(wide, None, None)),
-            ("face", focus_of(wide, None, None, place)),
-        ):
-            kept_shares[crop].append(kept(wide, inside, focus))
-    print(f"  {found} of {len(faces)} pasted faces found; crops keep of them: ", end="")
-    print(", ".join(f"{crop} {np.mean(shares):.3f}" for crop, shares in kept_shares.items()))
-
-
 def notes_of(image: Image.Image, folder: Path) -> tuple[str, ...]:
     path = folder / "one.png"
     image.save(path)
@@ -212,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--sheets", type=Path, help="folder for the contact sheets")
-    parser.add_argument("--faces", type=Path, help="file of grey faces (.npy)")
+    parser.add_argument("--masks", action="store_true", help="also make masks with rembg")
     arguments = parser.parse_args()
     subjects = {}
     print("as they are:")
@@ -275,8 +245,8 @@ def main() -> None:
             f"{np.mean(shares[crop, True]):.3f} at one end); less than 0.7 of it in {np.mean(np.array(both) < 0.7):.3f} "
             f"of {len(both)} crops"
         )
-    judge_masks(subjects, arguments.sheets)
-    judge_faces(images, None if arguments.faces is None else np.load(arguments.faces))
+    if arguments.masks:
+        judge_masks(subjects, arguments.sheets)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ _HOMES = {
     "read_prompts": "pictures.prompts",
     "write_report": "report.report",
     "Subject": "subject.subject",
-    "check_token": "subject.subject",
-    "propose_tokens": "subject.subject",
+    "check_token": "subject.tokens",
+    "propose_tokens": "subject.tokens",
     "plan": "planning.planning",
     "prepare": "training.preparation",
     "train": "run",
@@ -79,7 +79,8 @@ if TYPE_CHECKING:
     from .planning.planning import plan
     from .report.report import write_report
     from .run import train, training_steps
-    from .subject.subject import Subject, check_token, propose_tokens
+    from .subject.subject import Subject
+    from .subject.tokens import check_token, propose_tokens
     from .training.preparation import prepare
     from .training.progress import Step
 

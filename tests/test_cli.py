@@ -278,9 +278,9 @@ def test_tokens_are_proposed(call, tiny, monkeypatch):
 def test_tokens_are_checked(call, tiny):
     code, out, _ = call("token", "--base", tiny, "--check", "sks")
     assert code == 0
-    assert out.splitlines()[0] == "sks: 1 piece(s): sks</w>" and out.splitlines()[-1] == "free to mean something new"
+    assert out.splitlines()[0] == "sks: 1 piece(s): sks</w>" and out.splitlines()[-1] == "free to take a new meaning"
     code, out, _ = call("token", "--base", tiny, "--check", "zebra")
-    assert code == 1 and "falls into 5 pieces" in out and "free" not in out
+    assert code == 1 and "splits into 5 pieces" in out and "free" not in out
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------

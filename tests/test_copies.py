@@ -11,10 +11,8 @@ from PIL import Image, ImageCms
 from test_photos import swapped_profile
 
 from lora_booth.photos.finding import find_photos
-from lora_booth.photos.opening import open_photo
-from lora_booth.photos.pixels import crop_and_resize
-from lora_booth.photos.square import training_square
-from lora_booth.photos.to_srgb import STRIP, grey_copy, rgb_copy, row_strips, upright_size
+from lora_booth.photos.opening import STRIP, grey_copy, open_photo, rgb_copy, row_strips, upright_size
+from lora_booth.photos.square import crop_and_resize, crop_of, training_square
 
 WIDTH, HEIGHT = 203, 2 * STRIP + 53  # neither a multiple of what they are made smaller by, nor of a strip
 
@@ -52,7 +50,7 @@ def test_strips_change_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> No
     for copy in (rgb_copy, grey_copy):
         in_strips = np.asarray(copy(image))
         with monkeypatch.context() as patch:
-            patch.setattr("lora_booth.photos.to_srgb.row_strips", lambda image, rows=0: iter([image]))
+            patch.setattr("lora_booth.photos.opening.row_strips", lambda image, rows=0: iter([image]))
             assert np.array_equal(np.asarray(copy(image)), in_strips), copy.__name__
 
 
@@ -119,8 +117,8 @@ def test_the_square_of_a_large_photo(tmp_path: Path, resolution: int, crop: tupl
     photo = find_photos(tmp_path, minimum=1, crops=None if crop is None else {"a.png": crop}).photos[0]
     assert (photo.width, photo.height) == (3001, 2003)
     square = training_square(photo, resolution)
-    whole, where = crop_and_resize(open_photo(photo), resolution, photo.crop, focus=photo.focus)
-    assert square.crop == where
+    whole = crop_and_resize(open_photo(photo), resolution, photo.crop, focus=photo.focus)
+    assert square.crop == crop_of(3001, 2003, resolution, photo.crop, photo.focus)
     difference = np.asarray(square.image, dtype=np.float64) - np.asarray(whole, dtype=np.float64)
     assert np.sqrt((difference**2).mean()) < 6
     assert np.abs(difference.mean(axis=(0, 1))).max() < 1

@@ -20,6 +20,7 @@ import lora_booth as lb
 from lora_booth import notebook
 from lora_booth.cli.demo import write_photos
 from lora_booth.errors import SettingsError
+from lora_booth.notebook import session
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "docs" / "notebooks" / "dreambooth.ipynb"
@@ -182,9 +183,9 @@ def displayed(monkeypatch) -> list[Any]:
 def test_the_minutes_are_those_of_the_session(monkeypatch):
     """Cells after the one that ran out of time save what there is, and do not begin another such time."""
     assert notebook.minutes_left(None) is None
-    monkeypatch.setattr(notebook, "_began", time.monotonic() - 60 * 100)
+    monkeypatch.setattr(session, "_began", time.monotonic() - 60 * 100)
     assert 49 < notebook.minutes_left(150) < 50.1
-    assert notebook.minutes_left(90) == notebook.LEAST
+    assert notebook.minutes_left(90) == session.LEAST
 
 
 @pytest.mark.slow
@@ -192,7 +193,7 @@ def test_time_that_is_over_still_gives_a_usable_adapter(tmp_path, monkeypatch):
     """Run all, and the time ends in the first cell of training: the next one returns at once with what can be saved."""
     from faults import CONFIG, LORA, subject, tiny
 
-    monkeypatch.setattr(notebook, "_began", time.monotonic() - 60 * 100)
+    monkeypatch.setattr(session, "_began", time.monotonic() - 60 * 100)
     write_photos("olga", tmp_path / "photos")
     run = {"lora": LORA, "config": CONFIG, "out": tmp_path / "run", "mirror": tmp_path / "drive", "progress": False}
     first, second = (
@@ -208,7 +209,7 @@ def test_time_that_is_over_still_gives_a_usable_adapter(tmp_path, monkeypatch):
 def test_stale_modules_are_told(monkeypatch):
     import PIL
 
-    assert notebook.outdated() == []
+    assert session.outdated() == []
     monkeypatch.setattr(PIL, "__version__", "1.0")
     with pytest.raises(SettingsError, match="PIL 1.0 .* restart the session"):
         notebook.begin()
@@ -216,10 +217,8 @@ def test_stale_modules_are_told(monkeypatch):
 
 def test_uploads_of_both_generations_of_widgets_are_kept(tmp_path):
     eight = ({"name": "a.jpg", "content": memoryview(b"a")}, {"name": "../../b.jpg", "content": memoryview(b"b")})
-    assert notebook.keep_uploads(tmp_path, eight) == "2 added: a.jpg, b.jpg"
-    assert (
-        notebook.keep_uploads(tmp_path, {"C:\\photos\\c.png": {"content": b"c"}, "..": {"content": b"d"}}) == "1 added: c.png"
-    )
+    assert session.keep_uploads(tmp_path, eight) == "2 added: a.jpg, b.jpg"
+    assert session.keep_uploads(tmp_path, {"C:\\photos\\c.png": {"content": b"c"}, "..": {"content": b"d"}}) == "1 added: c.png"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.jpg": b"a", "b.jpg": b"b", "c.png": b"c"}
 
 

@@ -18,12 +18,11 @@ from PIL import Image, ImageChops, ImageCms, ImageFile, ImageFilter, features
 from lora_booth.errors import PhotoError, shown
 from lora_booth.photos import finding
 from lora_booth.photos.audit import audit_photos
-from lora_booth.photos.finding import find_photos, note_enlarged
+from lora_booth.photos.finding import find_photos
 from lora_booth.photos.opening import open_photo
-from lora_booth.photos.photo import Photo, PhotoSet, square_box
-from lora_booth.photos.pixels import Crop, crop_and_resize, to_images, to_tensor
+from lora_booth.photos.photo import Photo, PhotoSet
 from lora_booth.photos.sheet import contact_sheet
-from lora_booth.photos.square import training_square
+from lora_booth.photos.square import Crop, crop_and_resize, crop_of, square_box, to_tensor, training_square
 
 REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
 
@@ -203,7 +202,7 @@ def test_too_few(tmp_path: Path) -> None:
         f"{tmp_path}: 1 usable photo, 3 needed; skipped: "
         "c.heic: HEIC needs an optional package; pip install 'lora-booth[heic]'; "
         "b.jpg: not a photo (none of JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP); "
-        "add photos (JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP), or insist with minimum=1 (--min-photos 1)"
+        "add photos (JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP), or pass minimum=1 (--min-photos 1)"
     )
     assert len(find_photos(tmp_path, minimum=1).photos) == 1
 
@@ -286,14 +285,13 @@ def test_shape_limits(tmp_path: Path) -> None:
         "longer.png": "401x100 px is longer than 4:1",
         "small.png": "100x63 px; the short side needs 64",
     }
-    assert len(find_photos(tmp_path, minimum=1, min_side=32).photos) == 2
 
 
 def test_note_for_enlarged_photos(tmp_path: Path) -> None:
     picture(0, 300, 400).save(tmp_path / "a.png")
     photo = one(tmp_path)
-    assert note_enlarged(photo, 512).note == "small: 300 px, enlarged to 512"
-    assert note_enlarged(photo, 300) is photo
+    assert "small: 300 px, enlarged to 512" in audit_photos([photo], resolution=512).photos[0].notes
+    assert not any("enlarged" in note for note in audit_photos([photo], resolution=300).photos[0].notes)
 
 
 # --- opening --------------------------------------------------------------------------------------------------------
@@ -446,7 +444,7 @@ def test_nothing_private_survives(tmp_path: Path) -> None:
     clean = open_photo(one(tmp_path))
     assert clean.info == {}
     assert not clean.getexif()
-    square, _ = crop_and_resize(clean, 64)
+    square = crop_and_resize(clean, 64)
     for image in (clean, square, contact_sheet([clean])):
         for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
             image.save(tmp_path / "out", kind)
@@ -537,9 +535,9 @@ def test_crops_of_the_user(folder: Path) -> None:
     found = find_photos(folder, crops={"img1.png": (0.0, 0.0, 0.75, 1.0)})
     assert found.skipped == ()
     assert [photo.crop for photo in found.photos] == [(0, 0, 80 / 96, 1), (0, 0, 0.75, 1), None]
-    square, crop = crop_and_resize(open_photo(found.photos[0]), 80, found.photos[0].crop)
-    assert np.array_equal(np.asarray(square), np.asarray(picture(0))[:, :80])
-    assert crop == Crop(top=0, left=0, original_size=(80, 80))
+    square = training_square(found.photos[0], 80)
+    assert np.array_equal(np.asarray(square.image), np.asarray(picture(0))[:, :80])
+    assert square.crop == Crop(top=0, left=0, original_size=(80, 80))
 
 
 def test_a_crop_is_of_the_upright_photo_and_can_save_a_panorama(tmp_path: Path) -> None:
@@ -550,7 +548,7 @@ def test_a_crop_is_of_the_upright_photo_and_can_save_a_panorama(tmp_path: Path) 
     assert "longer than 4:1" in reason(tmp_path / "a.png")
     photo = find_photos(tmp_path, minimum=1, crops={"a.png": (0, 560, 80, 640)}).photos[0]
     assert (photo.width, photo.height) == (80, 640)
-    square, _ = crop_and_resize(open_photo(photo), 80, photo.crop)
+    square = crop_and_resize(open_photo(photo), 80, photo.crop)
     assert np.array_equal(np.asarray(square), np.rot90(np.asarray(wide), -1)[560:])
 
 
@@ -635,8 +633,10 @@ def test_a_square_photo_and_an_empty_one_are_cut_in_the_middle(tmp_path: Path) -
 
 
 def test_an_unknown_crop_is_a_mistake(folder: Path) -> None:
-    with pytest.raises(PhotoError, match="crop 'middle' is unknown; allowed: smart, face, center"):
+    with pytest.raises(PhotoError, match="crop 'middle' is unknown; allowed: smart, center"):
         find_photos(folder, crop="middle")  # type: ignore[arg-type]
+    with pytest.raises(PhotoError, match=r'crop "face" is gone .*crops=.*fractions 0\.\.1.*masks'):
+        find_photos(folder, crop="face")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("level", [0, 9])
@@ -707,7 +707,7 @@ def test_a_mask_in_code_comes_first(folder: Path, tmp_path: Path) -> None:
     assert other[0] != photos[0]  # another mask is another photo
     with pytest.raises(PhotoError, match="a mask for 'gone.png', but there is no such photo"):
         find_photos(folder, masks={"gone.png": half})
-    with pytest.raises(PhotoError, match="a list; give a file or a PIL image"):
+    with pytest.raises(PhotoError, match="a list; pass a file or a PIL image"):
         find_photos(folder, masks={"img0.png": [1]})  # type: ignore[dict-item]
 
 
@@ -857,7 +857,7 @@ def test_advice_on_the_number_and_on_copies(folder: Path) -> None:
     found = find_photos(folder)
     advice = audit_photos(found.photos, found.skipped, resolution=64).advice
     assert "3 different photos are few; 5 to 30 teach a subject better" in advice
-    assert advice[-1] == "used only once, though there twice: img0.png"
+    assert advice[-1] == "copies, which are not used: img0.png"
     with pytest.raises(PhotoError, match="no photos"):
         audit_photos([])
     with pytest.raises(PhotoError, match="resolution 2"):
@@ -900,7 +900,7 @@ def test_shrinking_is_the_average_of_the_area(factor: int) -> None:
     y, x = np.mgrid[0 : 32 * factor, 0 : 32 * factor] / factor
     smooth = 127 + 60 * np.sin(x / 4) + 60 * np.cos(y / 5)
     large = np.repeat(np.rint(smooth).astype(np.uint8)[..., None], 3, axis=2)
-    square, _ = crop_and_resize(Image.fromarray(large), 32)
+    square = crop_and_resize(Image.fromarray(large), 32)
     means = large.reshape(32, factor, 32, factor, 3).mean(axis=(1, 3))
     assert np.abs(np.asarray(square) - means)[1:-1, 1:-1].max() < 1.6
 
@@ -909,21 +909,21 @@ def test_fine_patterns_fade() -> None:
     """A one-pixel chessboard is grey from afar; picking single pixels would give black, white or stripes."""
     board = (np.indices((520, 520)).sum(0) % 2 * 255).astype(np.uint8)
     for resolution in (64, 130, 200):
-        square, _ = crop_and_resize(Image.fromarray(board).convert("RGB"), resolution)
+        square = crop_and_resize(Image.fromarray(board).convert("RGB"), resolution)
         assert np.abs(np.asarray(square)[2:-2, 2:-2] - 127.5).max() < 6
 
 
 def test_right_size_is_untouched() -> None:
-    square, crop = crop_and_resize(picture(0, 80, 80), 80)
+    square = crop_and_resize(picture(0, 80, 80), 80)
     assert np.array_equal(np.asarray(square), np.asarray(picture(0, 80, 80)))
-    assert crop == Crop(0, 0, (80, 80))
+    assert crop_of(80, 80, 80, None, None) == Crop(0, 0, (80, 80))
 
 
 def test_no_bleeding_from_outside_the_square() -> None:
     framed = Image.new("RGB", (300, 100), (255, 0, 0))
     framed.paste((0, 0, 255), (100, 0, 200, 100))
     for resolution in (25, 64, 512):
-        square, _ = crop_and_resize(framed, resolution)
+        square = crop_and_resize(framed, resolution)
         assert square.size == (resolution, resolution)
         assert (np.asarray(square) == (0, 0, 255)).all()
 
@@ -933,7 +933,7 @@ def test_no_bleeding_from_outside_the_square() -> None:
 def test_sdxl_coordinates(size: tuple[int, int], resolution: int) -> None:
     """As train_dreambooth_lora_sdxl.py with --center_crop: Resize(short side), then y1, x1 of the centre crop."""
     width, height = size
-    crop = crop_and_resize(Image.new("RGB", size), resolution)[1]
+    crop = crop_of(width, height, resolution, None, None)
     if width <= height:  # torchvision's Resize truncates the long side
         new_width, new_height = resolution, int(resolution * height / width)
     else:
@@ -943,25 +943,13 @@ def test_sdxl_coordinates(size: tuple[int, int], resolution: int) -> None:
     assert crop.original_size == (height, width)
 
 
-def test_tensor_range_and_back() -> None:
-    images = [picture(0), picture(1)]
-    pixels = to_tensor(images)
-    assert tuple(pixels.shape) == (2, 3, 80, 96)
+def test_tensor_range() -> None:
+    image = picture(1)
+    pixels = to_tensor(image)
+    assert tuple(pixels.shape) == (1, 3, 80, 96)
     assert str(pixels.dtype) == "torch.float32"
     assert pixels.min() == -1 and pixels.max() == 1
-    assert pixels[1, 2, 3, 4] == pytest.approx(images[1].getpixel((4, 3))[2] / 127.5 - 1)
-    for before, after in zip(images, to_images(pixels), strict=True):
-        assert np.array_equal(np.asarray(before), np.asarray(after))
-    assert np.asarray(to_images(pixels * 5)[0]).max() == 255
-
-
-def test_tensor_mistakes() -> None:
-    with pytest.raises(PhotoError, match="different sizes"):
-        to_tensor([picture(0, 64, 64), picture(0, 65, 64)])
-    with pytest.raises(PhotoError, match="at least one"):
-        to_tensor([])
-    with pytest.raises(PhotoError, match="NaN"):
-        to_images(to_tensor([picture()]) * float("nan"))
+    assert pixels[0, 2, 3, 4] == pytest.approx(image.getpixel((4, 3))[2] / 127.5 - 1)
 
 
 @pytest.mark.slow
@@ -981,5 +969,5 @@ def test_contact_sheet() -> None:
 def test_real_photos() -> None:
     found = find_photos(REAL_PHOTOS / "dog")
     assert len(found.photos) == 5 and found.skipped == ()
-    square, _ = crop_and_resize(open_photo(found.photos[0]), 64)
-    assert tuple(to_tensor([square]).shape) == (1, 3, 64, 64)
+    square = crop_and_resize(open_photo(found.photos[0]), 64)
+    assert square.size == (64, 64)

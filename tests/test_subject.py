@@ -12,7 +12,9 @@ from PIL import Image
 
 from lora_booth.errors import PhotoError, SubjectError
 from lora_booth.photos.photo import Photo
-from lora_booth.subject.subject import Subject, article, check_token, propose_tokens
+from lora_booth.subject.subject import Subject
+from lora_booth.subject.tokens import check_token, propose_tokens
+from lora_booth.subject.wording import article
 
 
 def photo(index: int = 0, caption: str | None = None) -> Photo:
@@ -216,7 +218,7 @@ def test_what_does_not_look_like_a_name(tokenizer: Any, token: str) -> None:
 def test_many_pieces(tokenizer: Any) -> None:
     report = check_token("rex2024", tokenizer)
     assert report.pieces == ("rex</w>", "2</w>", "0</w>", "2</w>", "4</w>")
-    assert report.problems == ("it falls into 5 pieces (rex, 2, 0, 2, 4); at most 3, one is best",)
+    assert report.problems == ("it splits into 5 pieces (rex, 2, 0, 2, 4); at most 3, one is best",)
 
 
 def test_unreadable_characters(tokenizer: Any) -> None:

@@ -18,10 +18,9 @@ from PIL import Image
 from .. import __version__
 from ..base.ai_mark import save_marked
 from ..errors import AdapterError, PhotoError, SettingsError, first_line, shown
-from ..photos.opening import opened
+from ..photos.opening import opened, rgb_copy
 from ..photos.photo import Unusable
-from ..photos.pixels import crop_and_resize
-from ..photos.to_srgb import rgb_copy
+from ..photos.square import crop_and_resize
 from .contents import AdapterContents, Dtype, Layout, file_stem
 from .model_card import SharedPicture, model_card
 from .writing import save
@@ -62,7 +61,7 @@ def pixels_of(image: Image.Image | str | Path) -> Image.Image:
 
 
 def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
-    square, _ = crop_and_resize(rgb, min(side, *rgb.size))
+    square = crop_and_resize(rgb, min(side, *rgb.size))
     buffer = io.BytesIO()
     square.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -12,7 +12,7 @@ from ..errors import SettingsError
 from .app import Base, Photos, app, say
 from .arguments import Quantize, check_adapter_file, check_layout, load_base
 
-Crop = Annotated[str, typer.Option(help="smart (keeps the subject, no black bars), face (also a face) or center")]
+Crop = Annotated[str, typer.Option(help="the square of each photo: smart (keeps the subject, no black bars) or center")]
 
 
 @app.command()
@@ -28,14 +28,14 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything that it m
 def photos(
     folder: Photos,
     resolution: Annotated[int, typer.Option(min=8, help="side of the training pictures, in pixels")] = 512,
-    sheet: Annotated[Path | None, typer.Option(help="where to write a contact sheet of the crops (.png, .jpg, .webp)")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="write a contact sheet of the crops here, e.g. crops.png")] = None,
     crop: Crop = "smart",
     make_masks: Annotated[
-        bool, typer.Option(help="first write NAME.mask.png beside photos that have none, where it is sure")
+        bool, typer.Option(help="first write NAME.mask.png beside photos that have none (needs lora-booth[masks])")
     ] = False,
     json: Annotated[bool, typer.Option(help="print everything as JSON")] = False,
 ) -> None:
-    """Show which photos will be used, which not and why, and what speaks against them."""
+    """Show which photos will be used, which will not and why, and what may be wrong with them."""
     from json import dumps
 
     from ..photos.audit import audit_photos
@@ -58,12 +58,12 @@ def photos(
 @app.command()
 def token(
     base: Base = "toybox",
-    check: Annotated[str | None, typer.Option(help="judge this token instead of proposing some")] = None,
-    count: Annotated[int, typer.Option(min=1, help="how many to propose")] = 8,
+    check: Annotated[str | None, typer.Option(help="check this token instead of proposing some, e.g. zwx")] = None,
+    count: Annotated[int, typer.Option(min=1, help="how many tokens to propose")] = 8,
 ) -> None:
-    """Propose rare tokens of a base, or judge one (exit code 1: it cannot be used)."""
+    """Propose rare tokens for a base, or check one (exit code 1: it cannot be used)."""
     from ..base.base_model import rare_tokens
-    from ..subject.subject import check_token, propose_tokens
+    from ..subject.tokens import check_token, propose_tokens
 
     loaded = load_base(base)
     if check is None:
@@ -75,7 +75,7 @@ def token(
         say(line)
     if not report.ok:
         raise typer.Exit(1)
-    say("free to mean something new")
+    say("free to take a new meaning")
 
 
 @app.command()

@@ -1,56 +1,55 @@
-"""Audit: what the photos of a subject will teach, and what to change, in plain words."""
+"""Audit: what the photos of a subject will teach, and what to change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from ..errors import PhotoError
 from . import measures as m
-from .finding import note_enlarged
-from .masks import mask_greys
 from .measures import Likeness, Measures, likeness, measure
-from .photo import Photo, Skipped, square_box
+from .opening import open_mask
+from .photo import Photo, Skipped
 from .sheet import contact_sheet
-from .square import training_square
+from .square import box, square_box, training_square
 
 SHEET_SIDE = 160  # pixels of a square on the contact sheet
-FEW, MANY = 5, 30  # photos; fewer repeat themselves, more add little
-MOST_NAMES = 6  # in one line of advice
-MOST_COMPARED = 300  # photos; each is compared with each
+FEW, MANY = 5, 30  # photos; chosen: fewer repeat themselves, more add little
+MOST_NAMES = 6  # in one line of advice; chosen
+MOST_COMPARED = 300  # photos; each is compared with each other; chosen
 
 
 @dataclass(frozen=True)
 class PhotoReport:
-    """One photo as training will see it."""
+    """One photo as training sees it."""
 
     photo: Photo
     notes: tuple[str, ...]
     measures: Measures
-    kept: float | None  # share of the subject's mask inside the square; None without a mask
+    kept: float | None  # share of the mask inside the square; None without a mask
     thumbnail: Image.Image = field(compare=False, repr=False)  # the training square, small
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Which photos are used, which not and why, and what speaks against them. Nothing here stops a training."""
+    """Which photos are used, which are not and why, and what might be wrong with them. Nothing here stops training."""
 
     resolution: int  # pixels
     photos: tuple[PhotoReport, ...]
     skipped: tuple[Skipped, ...]
-    near_duplicates: tuple[tuple[str, ...], ...]  # file names of photos that are nearly the same
-    alike_backgrounds: tuple[str, ...]  # file names of the largest such group, if it is most of the photos
+    near_duplicates: tuple[tuple[str, ...], ...]  # file names, in groups
+    alike_backgrounds: tuple[str, ...]  # file names of the largest group with one background, if it is most of the photos
     advice: tuple[str, ...]
 
     def __str__(self) -> str:
-        """A line for each photo, skipped file and advice, as `lora-booth photos` prints it."""
+        """A line for each photo, skipped file and piece of advice, as `lora-booth photos` prints it."""
         lines = []
         for photo, notes in ((report.photo, report.notes) for report in self.photos):
-            told = f"  ({'; '.join(notes)})" if notes else ""
-            lines.append(f"used     {photo.name}  {photo.width} x {photo.height}{told}")
+            remarks = f"  ({'; '.join(notes)})" if notes else ""
+            lines.append(f"used     {photo.name}  {photo.width} x {photo.height}{remarks}")
         lines += [f"skipped  {one.name}  {one.reason}" for one in self.skipped]
         lines += [f"advice   {line}" for line in self.advice]
         return "\n".join([*lines, f"{len(self.photos)} used, {len(self.skipped)} skipped"])
@@ -60,7 +59,7 @@ class Audit:
         return f"Audit({counts}, {len(self.advice)} lines of advice; print it)"
 
     def sheet(self, *, columns: int = 5) -> Image.Image:
-        """A contact sheet of the training squares: what training sees, in small."""
+        """A contact sheet of the training squares."""
         labels = ["; ".join([report.photo.name, *report.notes]) for report in self.photos]
         return contact_sheet([r.thumbnail for r in self.photos], labels=labels, columns=columns, side=SHEET_SIDE)
 
@@ -77,15 +76,15 @@ class Audit:
 
 
 def audit_photos(photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, resolution: int = 512) -> Audit:
-    """Look at every training square of `resolution` pixels. Raises PhotoError if a photo cannot be opened any more."""
+    """Look at every training square of `resolution` pixels. Raises PhotoError if a photo can no longer be opened."""
     if not photos:
         raise PhotoError("no photos to audit; find some first")
     if resolution < 8:
         raise PhotoError(f"resolution {resolution} is out of range; allowed: at least 8 pixels")
     reports, likenesses = [], []
     for photo in photos:
-        report, like = _look(note_enlarged(photo, resolution), resolution)
-        reports.append(replace(report, photo=photo))
+        report, like = _look(photo, resolution)
+        reports.append(report)
         likenesses.append(like)
     names = [photo.name for photo in photos]
     if len(photos) > MOST_COMPARED:
@@ -107,20 +106,26 @@ def _look(photo: Photo, resolution: int) -> tuple[PhotoReport, Likeness]:
     judged = min(m.JUDGED_SIDE, side, resolution)
     if judged == resolution:
         image, mask = square.image, square.mask
-    else:  # an enlarged photo is no blurred one; a large square is judged at the size the limits were found at
+    else:  # an enlarged photo does not count as blurred; a large square is judged at the size the limits were found at
         image = square.image.resize((judged, judged), Image.Resampling.LANCZOS, reducing_gap=2.0)
         mask = None if square.mask is None else square.mask.resize((judged, judged))
     found = measure(image, mask)
     kept = _kept(photo) if photo.mask is not None else None
-    notes = (*((photo.note,) if photo.note else ()), *_notes(found, kept))
+    notes = [*([photo.note] if photo.note else []), *_enlarged(photo, resolution), *_notes(found, kept)]
     thumbnail = square.image.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return PhotoReport(photo, notes, found, kept, thumbnail), likeness(image, mask)
+    return PhotoReport(photo, tuple(notes), found, kept, thumbnail), likeness(image, mask)
+
+
+def _enlarged(photo: Photo, resolution: int) -> list[str]:
+    x0, y0, x1, y1 = box(photo.width, photo.height, photo.crop)
+    short = min(x1 - x0, y1 - y0)
+    return [f"small: {short} px, enlarged to {resolution}"] if short < resolution else []
 
 
 def _kept(photo: Photo) -> float:
     """The share of the mask that lies inside the training square."""
     assert photo.mask is not None
-    greys = mask_greys(photo.mask, photo.name)
+    greys = open_mask(photo.mask, photo.name)
     left, top, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
     across, down = greys.width / photo.width, greys.height / photo.height
     part = greys.crop((round(left * across), round(top * down), round((left + side) * across), round((top + side) * down)))
@@ -137,7 +142,7 @@ SMALL, CUT, UNSEEN = "the subject is small", "the crop cuts the subject", "the s
 
 def _notes(found: Measures, kept: float | None) -> list[str]:
     if found.contrast < m.LITTLE_CONTRAST:
-        return [DARK if found.brightest < m.DARK else FLAT]  # nothing else can be said of such a picture
+        return [DARK if found.brightest < m.DARK else FLAT]  # the other measures mean nothing here
     notes = []
     if found.sharpness < m.BLURRED:
         notes.append(BLURRED)
@@ -178,7 +183,7 @@ def _facts_of(report: PhotoReport) -> dict[str, Any]:
 def _groups(
     likenesses: Sequence[Likeness], alike: Callable[[Likeness, Likeness], bool], *, whole: bool
 ) -> list[tuple[int, ...]]:
-    """Groups of two and more that are alike; whole: each to most others of its group, else to any of it."""
+    """Groups of two or more that are alike; whole: each to most of its group, else to any of it."""
     groups: list[list[int]] = []
     for i, one in enumerate(likenesses):
         for group in groups:
@@ -204,7 +209,7 @@ def _about_the_set(names: Sequence[str], near: Sequence[Sequence[str]], alike: S
     if alike:
         which = "all photos have" if len(alike) == len(names) else f"{len(alike)} of {len(names)} photos have"
         advice.append(
-            f"{which} much the same background: {_named(alike)}; it will be learnt with the subject: "
+            f"{which} much the same background: {_named(alike)}; it is learned with the subject: "
             "add photos in other places, or masks"
         )
     if distinct < FEW:
@@ -218,9 +223,9 @@ def _about_the_set(names: Sequence[str], near: Sequence[Sequence[str]], alike: S
 
 def _about_photos(reports: Sequence[PhotoReport]) -> list[str]:
     remedies = {
-        BLURRED: "leave them out: the blur is learnt as well",
+        BLURRED: "leave them out: blur is learned too",
         DARK: "brighten them, or leave them out",
-        BRIGHT: "what is white there has no detail to learn: leave them out",
+        BRIGHT: "leave them out: clipped areas have no detail to learn",
         FLAT: "leave them out: there is nothing to see",
         SMALL: "crop closer (crops.json)",
         CUT: "choose the crop yourself (crops.json)",
@@ -236,4 +241,4 @@ def _about_photos(reports: Sequence[PhotoReport]) -> list[str]:
 
 def _about_skipped(skipped: Sequence[Skipped]) -> list[str]:
     copies = [one.name for one in skipped if one.reason.startswith(("the same file", "the same picture"))]
-    return [f"used only once, though there twice: {_named(copies)}"] if copies else []
+    return [f"copies, which are not used: {_named(copies)}"] if copies else []

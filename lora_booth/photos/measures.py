@@ -1,6 +1,6 @@
 """What can be measured on a photo without a model. Every threshold says what it was measured on.
 
-"Real photos" are 31 of the DreamBooth data set (six subjects, 687 to 1024 px), as they are and spoilt by us.
+"Real photos" are 31 of the DreamBooth data set (six subjects, 687 to 1024 px), as they are and spoiled by the benchmark.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from .saliency import Values, lab, saliency, stands_alone
+from .cropping import Values, lab, saliency
 
 JUDGED_SIDE = 512  # pixels; sharpness and light are judged on squares of this side, or of the photo's own if smaller
 
-# Variance of the Laplacian in the third sharpest of 8 x 8 tiles, so that a soft background and a small subject do no harm.
-# Measured by benchmarks/photo_audit.py: all real photos are above, all blurred by a Gaussian of 2 px (of 512) below.
+# Variance of the Laplacian in the third sharpest of 8 x 8 tiles, so that soft backgrounds and small subjects do not count.
+# Measured by benchmarks/photo_audit.py: all real photos are above it, all blurred by a Gaussian of 2 px (of 512) below.
 BLURRED = 120.0
 # 99th percentile of the light, of 255. Real photos 153 to 255; three stops darker at most 92.
 DARK = 110.0
 # Clipped shares. White, of the mask or of the square: real photos at most 0.03; two stops brighter, 29 of 31 more than 0.2.
-# A bright colour is spoilt when one of its channels is clipped; a pure one that is not bright, as drawn red, is not.
-# A square with a white frame is a subject before a white wall, or was transparent: it counts where the subject seems to be.
+# A bright colour is lost when one of its channels is clipped; a pure colour that is not bright, e.g. drawn red, is not.
+# A square with a white frame is a subject on white, or was transparent: only where the subject seems to be counts.
 # Black, where the subject seems to be: at most 0.13.
 WHITE_CLIPPED, BLACK_CLIPPED, WHITE_FRAME = 0.2, 0.35, 0.7
-CLIPPED, BRIGHT, WHITE_LEVEL, BLACK_LEVEL = 254, 150, 250, 8  # of 255; the first of a channel, the others of the light
+CLIPPED, BRIGHT, WHITE_LEVEL, BLACK_LEVEL = 254, 150, 250, 8  # of 255; the first applies to a channel, the others to the light
 # Difference of the 99th and 1st percentile. Real photos 153 to 237.
 LITTLE_CONTRAST = 40.0
 
-# Two photos are nearly the same when both are below. Real photos of one subject: bits from 0.36, colours from 19 (L*a*b*).
-# The same photo compressed, brighter, smaller, noisy, turned by 2 degrees or cut by 6 %: bits to 0.28, colours to 13.
+# Two photos are nearly the same when they are below both. Real photos of one subject: bits from 0.36, colours from 19 (L*a*b*).
+# The same photo compressed, brighter, smaller, noisy, turned by 2 degrees or cropped by 6 %: bits to 0.28, colours to 13.
 ALIKE_BITS, ALIKE_COLOURS = 0.30, 14.0
-LIGHT_FORGIVEN = 15.0  # L*; one photo may be that much lighter than its twin
+LIGHT_FORGIVEN = 15.0  # L*; one photo may be this much lighter than its twin; chosen
 
 # Backgrounds are alike when their colours are (1: the same) and lie in the same places (L*a*b*). Measured by
-# benchmarks/photo_audit.py on real photos and on subjects before one wall.
+# benchmarks/photo_audit.py on real photos and on subjects in front of one wall.
 ALIKE_SPREAD, ALIKE_PLACES = 0.65, 24.0
-SMALL_SUBJECT = 0.05  # of the square
-CUT_SUBJECT = 0.8  # of the subject, inside the square
+SMALL_SUBJECT = 0.05  # of the square; chosen
+CUT_SUBJECT = 0.8  # of the subject, inside the square; chosen
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Measures:
     sharpness: float  # variance of the Laplacian where it is sharpest; below 120 is blurred
     brightest: float  # 0..255, 99th percentile
     contrast: float  # 0..255, 99th less 1st percentile
-    white: float  # clipped share of the mask, else of the square; before a white wall, of what seems to be the subject
+    white: float  # clipped share of the mask, else of the square; on white, of what seems to be the subject
     black: float  # clipped share where the subject is, or seems to be
-    subject: float | None  # share of the square; None: cannot be told
+    subject: float | None  # share of the square; None: unknown
 
 
 @dataclass(frozen=True, eq=False)
 class Likeness:
-    """What is compared between photos."""
+    """What is compared between two photos."""
 
-    bits: npt.NDArray[np.bool_]  # is it lighter to the right, and below: 2 x 16 x 16
-    mirrored: npt.NDArray[np.bool_]  # the same of the mirrored square
+    bits: npt.NDArray[np.bool_]  # is it lighter to the right, and below: (2 x 16 x 16,)
+    mirrored: npt.NDArray[np.bool_]  # the same for the mirrored square
     colours: Values  # (32, 32, 3) L*a*b*
     spread: Values  # (8, 8, 8) shares of L*a*b* colours at the border
     places: Values  # (12, 3) mean colours around the border
@@ -72,7 +72,7 @@ def measure(square: Image.Image, mask: Image.Image | None) -> Measures:
         subject: float | None = float(where.mean())
     else:
         found = saliency(square)
-        subject = stands_alone(found)
+        subject = _lone_subject(found)
         where = np.asarray(Image.fromarray(found).resize(square.size))
     where = where / max(float(where.sum()), 1e-6)
     of_subject = mask is not None or _frame(light >= WHITE_LEVEL).mean() >= WHITE_FRAME
@@ -93,6 +93,27 @@ def _frame(values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return np.concatenate([part.ravel() for part in (values[:wide], values[-wide:], values[:, :wide], values[:, -wide:])])
 
 
+def _lone_subject(found: Values) -> float | None:
+    """The share of the picture that the subject takes, if it is a clear shape that touches no edge; else None.
+
+    That is None for nearly all photos: on cluttered ones saliency says nothing about the subject's size.
+    """
+    threshold, explained = _otsu(found)
+    inside = found > threshold
+    at_edge = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]]).mean()
+    return float(inside.mean()) if explained >= 0.85 and at_edge <= 0.02 else None
+
+
+def _otsu(values: Values) -> tuple[float, float]:
+    """The threshold that best splits values (0..1) into two groups, and the share of the variance it explains (Otsu 1979)."""
+    counts, edges = np.histogram(values, bins=64, range=(0, 1))
+    shares, centres = counts / counts.sum(), (edges[1:] + edges[:-1]) / 2
+    below, moment = np.cumsum(shares), np.cumsum(shares * centres)
+    between = (moment[-1] * below - moment) ** 2 / np.maximum(below * (1 - below), 1e-9)
+    best = int(np.argmax(between[:-1]))
+    return float(edges[best + 1]), float(between[best] / max(float(values.var()), 1e-9))
+
+
 def _sharpness(light: Values, tiles: int = 8) -> float:
     change = light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:] - 4 * light[1:-1, 1:-1]
     height, width = (side // tiles for side in change.shape)
@@ -105,7 +126,7 @@ def likeness(square: Image.Image, mask: Image.Image | None) -> Likeness:
     colours = lab(small)
     at_border = np.ones((64, 64), dtype=bool)
     at_border[10:-10, 10:-10] = False
-    if mask is not None:  # what is known to be the subject is no background
+    if mask is not None:  # leave out what is known to be the subject
         outside = at_border & (np.asarray(mask.resize((64, 64))) < 128)
         at_border = outside if outside.sum() >= 64 else at_border
     cells = colours.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3))
@@ -138,7 +159,7 @@ def _spread(colours: Values) -> Values:
 
 
 def nearly_the_same(a: Likeness, b: Likeness) -> bool:
-    """One picture twice, perhaps mirrored, a little cut, turned, brighter or compressed."""
+    """One picture twice, perhaps mirrored or slightly cropped, turned, brighter or compressed."""
     for bits, colours in ((b.bits, b.colours), (b.mirrored, b.colours[:, ::-1])):
         if (a.bits != bits).mean() <= ALIKE_BITS:
             difference = a.colours - colours
@@ -150,7 +171,7 @@ def nearly_the_same(a: Likeness, b: Likeness) -> bool:
 
 
 def alike_behind(a: Likeness, b: Likeness) -> bool:
-    """The same background, as far as the borders tell."""
+    """The same background, judging by the borders."""
     shared = np.minimum(a.spread, b.spread).sum()
     apart = np.sqrt(((a.places - b.places) ** 2).sum(axis=-1)).mean()
     return bool(shared >= ALIKE_SPREAD and apart <= ALIKE_PLACES)

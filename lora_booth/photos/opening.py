@@ -1,36 +1,72 @@
-"""Opening a photo: the format by its content, and strict decoding."""
+"""Opening photos and masks: the format by its content, strict decoding, then upright 8-bit sRGB (or grey) pixels.
+
+Nothing private gets through: the pixels are rebuilt, so location, camera, comments and colour profile stay behind.
+They are rebuilt in strips of rows, since a second copy of 50 megapixels would take up to 200 MB.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageFile
+import numpy as np
+from PIL import Image, ImageCms, ImageFile
 
 from ..errors import PhotoError, shown
-from .photo import Photo, Unusable
-from .to_srgb import rgb_copy
+from .photo import Mask, Photo, Unusable
 
-# What a file begins with decides what it is, never its name: Pillow is then allowed that one decoder only.
+# A file's first bytes decide what it is, never its name. Pillow may then use this one decoder only.
 DECODERS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WEBP", "AVIF": "AVIF", "HEIC": "HEIF", "TIFF": "TIFF", "BMP": "BMP"}
 FORMATS = ", ".join(DECODERS)
-MAX_PIXELS = 50_000_000  # width x height; asked of the header, before anything is decoded
-MAX_BYTES = 512 * 2**20  # of a photo's file
+MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"GIF8": "GIF",
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
+    b"%PDF": "PDF",
+    b"8BPS": "Photoshop",
+}
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 RAW_SUFFIXES = {".dng", ".cr2", ".nef", ".nrw", ".arw", ".sr2", ".pef", ".srw", ".rw2", ".orf", ".3fr", ".iiq"}
+MAX_PIXELS = 50_000_000  # width x height, read from the header before anything is decoded; chosen
+MAX_BYTES = 512 * 2**20  # of a photo's file; chosen
+
+STRIP = 64  # rows; chosen
+UPRIGHT = {  # EXIF orientation -> what sets the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # those that swap width and height
+COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # modes besides large greys
+MEANS = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "F")  # modes that Pillow can average, weighted by alpha if there is one
+Convert = Callable[[Image.Image], Image.Image]  # makes a strip 8-bit sRGB or grey
 
 
 def open_photo(photo: Photo, *, smaller: int = 1) -> Image.Image:
     """The photo as an upright RGB picture in sRGB, (width, height) = (photo.width, photo.height), nothing but pixels.
 
-    smaller  each side is that many times smaller, rounded up: every pixel the mean of a square of them
+    smaller  divides each side, rounded up: every pixel is the mean of a square of `smaller` x `smaller`
 
     A colour profile is converted to sRGB, transparency is laid on white, 16-bit and float greys are scaled to 8 bits.
-    Raises PhotoError if the file is gone, cannot be read any more, or changed since it was found.
+    Raises PhotoError if the file is gone, can no longer be read, or changed since it was found.
     """
     try:
         with opened(photo.path) as (image, _, digest):
@@ -39,6 +75,29 @@ def open_photo(photo: Photo, *, smaller: int = 1) -> Image.Image:
             return rgb_copy(image, smaller)
     except Unusable as error:
         raise PhotoError(f"{shown(photo.path)}: {error}") from None
+
+
+def open_mask(mask: Mask, name: str) -> Image.Image:
+    """The mask as greys (L), in its own size. Raises PhotoError if it is gone or changed since it was found."""
+    greys, digest = read_mask(mask.source, name)
+    if digest != mask.sha256:
+        raise PhotoError(f"mask {name}: it changed since it was checked; start again")
+    return greys
+
+
+def read_mask(source: Path | Image.Image, name: str) -> tuple[Image.Image, str]:
+    """A mask as greys (L), and its digest. Raises PhotoError."""
+    try:
+        if isinstance(source, Path):
+            with opened(source) as (image, _, digest):
+                return grey_copy(image), digest
+        greys = grey_copy(source)
+    except Unusable as error:
+        raise PhotoError(f"mask {name}: {error}") from None
+    return greys, hashlib.sha256(repr(greys.size).encode() + np.asarray(greys).tobytes()).hexdigest()
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -53,7 +112,7 @@ def opened(path: Path) -> Iterator[tuple[Image.Image, str, str]]:
         if status.st_size > MAX_BYTES:
             raise Unusable(f"larger than {MAX_BYTES // 2**20} MB")
         with path.open("rb") as file, warnings.catch_warnings(), _strict_decoding():
-            warnings.simplefilter("ignore")  # a photo's small faults (a bad EXIF tag) are not the user's concern
+            warnings.simplefilter("ignore")  # a photo's small faults, e.g. a bad EXIF tag, do not concern the user
             kind = _kind(file.read(64))
             decoder = _decoder(path, kind)
             file.seek(0)
@@ -63,34 +122,33 @@ def opened(path: Path) -> Iterator[tuple[Image.Image, str, str]]:
             file.seek(0)
             with Image.open(file, formats=[decoder]) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise Unusable(_too_many_pixels(image.width, image.height))
+                    raise Unusable(f"{image.width}x{image.height} is {TOO_LARGE}")
                 yield image, kind, digest.hexdigest()
     except (Unusable, PhotoError):
         raise
     except Image.DecompressionBombError:
-        raise Unusable(f"more than {MAX_PIXELS // 10**6} megapixels; make it smaller") from None
+        raise Unusable(TOO_LARGE) from None
     except PermissionError:
         raise Unusable("no permission to read it") from None
     except FileNotFoundError:
         raise Unusable("no such file") from None
-    # Decoders of strangers' files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+    # On untrusted files decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
     except Exception as error:
         raise Unusable(f"damaged or truncated ({_short(error)})") from None
 
 
+TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; make it smaller"
+
+
 def _short(error: Exception) -> str:
     text = str(error)
-    # Pillow's "cannot identify image file <_io.BufferedReader name='/home/...'>" would tell a path and nothing else.
+    # Pillow's "cannot identify image file <_io.BufferedReader name='/home/...'>" would reveal a path and nothing else.
     return "not readable" if "cannot identify" in text or not text else shown(text)[:80]
-
-
-def _too_many_pixels(width: int, height: int) -> str:
-    return f"{width}x{height} is more than {MAX_PIXELS // 10**6} megapixels; make it smaller"
 
 
 @contextmanager
 def _strict_decoding() -> Iterator[None]:
-    """Some programs tell Pillow to fill up truncated photos with grey; such photos must not be learnt."""
+    """Some programs tell Pillow to fill truncated photos with grey, which must not be learned."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -110,54 +168,186 @@ def begins_like_a_photo(path: Path) -> bool:
 
 
 def _kind(head: bytes) -> str:
-    """The format by a file's first bytes; a key of DECODERS, or a plain word for what is not accepted."""
-    for magic, kind in (
-        (b"\xff\xd8\xff", "JPEG"),
-        (b"\x89PNG\r\n\x1a\n", "PNG"),
-        (b"BM", "BMP"),
-        (b"II*\0", "TIFF"),
-        (b"MM\0*", "TIFF"),
-        (b"II+\0", "TIFF"),
-        (b"MM\0+", "TIFF"),
-        (b"GIF8", "GIF"),
-        (b"%!PS", "PostScript"),
-        (b"\xc5\xd0\xd3\xc6", "PostScript"),
-        (b"%PDF", "PDF"),
-        (b"8BPS", "Photoshop"),
-    ):
+    """The format by a file's first bytes: a key of DECODERS, or a plain word for what is not accepted."""
+    for magic, kind in MAGIC.items():
         if head.startswith(magic):
             return kind
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    if head[4:8] == b"ftyp":  # a family of containers: the brands say what is inside
+    if head[4:8] == b"ftyp":  # a family of containers: the brand says what is inside
         brand = head[8:12]
         if brand in (b"avif", b"avis") or (brand in (b"mif1", b"msf1") and b"avif" in head):
             return "AVIF"
-        if brand in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"):
-            return "HEIC"
-        return "video"
+        return "HEIC" if brand in HEIC_BRANDS else "video"
     return "unknown"
 
 
 def _decoder(path: Path, kind: str) -> str:
     """The one Pillow decoder that may read the file. Raises Unusable."""
     if kind == "unknown":
-        return _refuse(f"not a photo (none of {FORMATS})")
+        raise Unusable(f"not a photo (none of {FORMATS})")
     if kind not in DECODERS:
-        return _refuse(f"{kind}; accepted are {FORMATS}")
+        raise Unusable(f"{kind}; accepted are {FORMATS}")
     if kind == "TIFF" and path.suffix.lower() in RAW_SUFFIXES:
-        # A raw file is a TIFF whose first page is a thumbnail, which would be learnt in place of the photo.
-        return _refuse("camera raw; export it as JPEG or PNG")
+        # A raw file is a TIFF whose first page is a thumbnail, which would be learned in place of the photo.
+        raise Unusable("camera raw; export it as JPEG or PNG")
     if kind == "HEIC":
         try:
             importlib.import_module("pillow_heif").register_heif_opener()
         except ImportError:
-            return _refuse("HEIC needs an optional package; pip install 'lora-booth[heic]'")
+            raise Unusable("HEIC needs an optional package; pip install 'lora-booth[heic]'") from None
     Image.init()
     if DECODERS[kind] not in Image.OPEN:
-        return _refuse(f"this Pillow cannot read {kind}; pip install -U pillow")
+        raise Unusable(f"this Pillow cannot read {kind}; pip install -U pillow")
     return DECODERS[kind]
 
 
-def _refuse(reason: str) -> str:
-    raise Unusable(reason)
+# --- its pixels -----------------------------------------------------------------------------------------------------
+
+
+def rgb_copy(image: Image.Image, smaller: int = 1) -> Image.Image:
+    """Decode; resolve orientation, colour profile, transparency and bit depth. Raises Unusable.
+
+    smaller  as for `open_photo`
+    """
+    image.load()
+    return _upright_copy(image, "RGB", _srgb_on_white(image), smaller)
+
+
+def grey_copy(image: Image.Image) -> Image.Image:
+    """Decode a mask: upright 8-bit greys without a colour profile; transparent pixels become black. Raises Unusable."""
+    image.load()
+    return _upright_copy(image, "L", _grey_on_black(image))
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in pixels of a decoded picture's upright copy."""
+    return (image.height, image.width) if _turn(image) in SIDEWAYS else (image.width, image.height)
+
+
+def row_strips(image: Image.Image, rows: int = STRIP) -> Iterator[Image.Image]:
+    """The picture in strips, top to bottom."""
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _upright_copy(image: Image.Image, mode: str, convert: Convert, smaller: int = 1) -> Image.Image:
+    copy, top = Image.new(mode, (-(-image.width // smaller), -(-image.height // smaller))), 0
+    first = image.mode in MEANS and "transparency" not in image.info
+    for rows in row_strips(image, smaller * max(1, STRIP // smaller)):
+        part = convert(rows.reduce(smaller)) if first else convert(rows).reduce(smaller)
+        copy.paste(part, (0, top))
+        top += part.height
+    turn = _turn(image)
+    return copy if turn is None else copy.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """To be asked after decoding: Pillow's TIFF and HEIC decoders turn the picture themselves and then drop the tag."""
+    try:
+        return UPRIGHT.get(image.getexif().get(0x0112, 1))
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return None
+
+
+def _srgb_on_white(image: Image.Image) -> Convert:
+    """Raises Unusable for colours that cannot be interpreted."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith(("I", "F")):
+        return _large_greys_on_white(image, profile)
+    if image.mode not in COLOURS:
+        raise Unusable(f"colour mode {shown(image.mode)}; save it as RGB")
+    if not image.has_transparency_data:
+        opaque = _opaque_mode(image.mode)
+        to_srgb = _to_srgb(opaque, profile)
+        return lambda rows: to_srgb(rows if rows.mode == opaque else rows.convert(opaque))
+    grey = image.mode in ("LA", "La")
+    to_srgb = _to_srgb("L" if grey else "RGB", profile)
+
+    def on_white(rows: Image.Image) -> Image.Image:
+        if rows.mode == "La":
+            rows = rows.convert("LA")
+        rgba = rows.convert("RGBA")
+        rgb = to_srgb(rows.convert("L") if grey else rgba.convert("RGB"))
+        white = Image.new("RGB", rgb.size, (255, 255, 255))
+        white.paste(rgb, mask=rgba.getchannel("A"))
+        return white
+
+    return on_white
+
+
+def _large_greys_on_white(image: Image.Image, profile: bytes | None) -> Convert:
+    to_grey8, to_srgb = _grey8(image), _to_srgb("L", profile)
+    transparent = image.info.get("transparency")
+    if not isinstance(transparent, int):  # PNG: one grey value stands for "nothing here"
+        return lambda rows: to_srgb(to_grey8(rows))
+
+    def on_white(rows: Image.Image) -> Image.Image:
+        rgb = to_srgb(to_grey8(rows))
+        rgb.paste((255, 255, 255), mask=Image.fromarray(np.asarray(rows) == transparent))
+        return rgb
+
+    return on_white
+
+
+def _opaque_mode(mode: str) -> str:
+    return mode if mode in ("L", "RGB", "CMYK") else "L" if mode == "1" else "RGB"
+
+
+def _to_srgb(mode: str, profile: bytes | None) -> Convert:
+    """From opaque L, RGB or CMYK to RGB in sRGB; colours without a valid profile of their kind are taken as sRGB."""
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(BytesIO(profile))
+            if source.profile.xcolor_space.strip() == {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[mode]:
+                transform = ImageCms.buildTransform(
+                    source,
+                    ImageCms.createProfile("sRGB"),
+                    mode,
+                    "RGB",
+                    renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                    # white stays white and near-blacks are not clipped, as in photo programs
+                    flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+                )
+                return transform.apply
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass  # a broken profile: sRGB is the best guess
+    return lambda rows: rows.convert("RGB")
+
+
+def _grey_on_black(image: Image.Image) -> Convert:
+    if image.mode.startswith(("I", "F")):
+        return _grey8(image)
+    if not image.has_transparency_data:
+        return lambda rows: rows.convert("L")
+
+    def on_black(rows: Image.Image) -> Image.Image:
+        grey = rows.convert("RGBA").convert("LA")
+        black = Image.new("L", grey.size)
+        black.paste(grey.getchannel("L"), mask=grey.getchannel("A"))
+        return black
+
+    return on_black
+
+
+def _grey8(image: Image.Image) -> Convert:
+    """8-bit grey from 16-bit, 32-bit or float grey. Pillow itself would clip at 255, turning nearly everything white."""
+    extremes = np.array([(rows.min(), rows.max()) for rows in map(np.asarray, row_strips(image))], dtype=np.float64)
+    low, high = float(extremes[:, 0].min()), float(extremes[:, 1].max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise Unusable("holds NaN or infinite values; save it as an 8-bit picture")
+    if low < 0:
+        raise Unusable("holds negative values; save it as an 8-bit picture")
+    if image.mode.startswith("I;16"):
+        full = 65535.0
+    elif image.mode == "F" and high <= 1:
+        full = 1.0
+    else:  # the depth is not written anywhere: take the usual depth that holds the maximum, else the maximum itself
+        full = next(depth for depth in (255.0, 65535.0, high) if high <= depth)
+
+    def to_grey8(rows: Image.Image) -> Image.Image:
+        values = np.asarray(rows).astype(np.float32)
+        values *= np.float32(255.0 / full)
+        return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+
+    return to_grey8

@@ -12,11 +12,11 @@ from ..errors import PhotoError, shown
 def contact_sheet(
     images: Sequence[Image.Image], *, labels: Sequence[str] | None = None, columns: int = 5, side: int = 160
 ) -> Image.Image:
-    """A grid of pictures, each fitted into side x side pixels, with a wrapped label (at most 3 lines) below it."""
+    """A grid of pictures, each fitted into side x side pixels, with a wrapped label (up to 3 lines) below it."""
     if not images:
         raise PhotoError("no pictures for a contact sheet; pass at least one")
     if labels is not None and len(labels) != len(images):
-        raise PhotoError(f"{len(labels)} labels for {len(images)} pictures; pass one label a picture")
+        raise PhotoError(f"{len(labels)} labels for {len(images)} pictures; pass one label for each picture")
     gap, size = 8, 12  # pixels
     line = size + 3
     font = ImageFont.load_default(size)
@@ -41,7 +41,7 @@ def contact_sheet(
 
 
 def wrapped_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken at spaces where there are any; at most `most` lines."""
+    """`text` in up to `most` lines of at most `width` pixels, broken at spaces if possible."""
     lines: list[str] = []
     rest = " ".join(text.split())[:500]
     while rest and len(lines) < most:

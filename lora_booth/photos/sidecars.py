@@ -1,4 +1,7 @@
-"""What lies beside the photos: captions (photo.txt) and crops (crops.json). Masks are in masks.py."""
+"""Sidecars, the files beside a photo: a caption (photo.txt), a mask (photo.mask.png), and crops.json for all of them.
+
+Masks and crops passed in code are checked here as well.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,42 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import PhotoError, shown
-from .photo import Region
+import numpy as np
+from PIL import Image
 
-MAX_TEXT_BYTES = 2**20  # of crops.json
-MAX_CAPTION = 2000  # characters; the text encoder reads about the first 300
+from ..errors import PhotoError, shown
+from .opening import read_mask
+from .photo import Mask, Region
+from .square import box
+
+MAX_TEXT_BYTES = 2**20  # of a caption or crops.json; chosen
+MAX_CAPTION = 2000  # characters; chosen: the text encoder reads about the first 300
 CROPS_FILE = "crops.json"
+MASK_ENDING = ".mask.png"
+WHITE = 128  # of 255; chosen: a mask without a pixel as bright is refused
+SHAPE_TOLERANCE = 0.01  # of a side, for masks of another size than their photo; at least a pixel
+
+MaskSource = Path | str | Image.Image
+
+
+def sidecar(path: Path, ending: str) -> Path | None:
+    """The file beside photo.jpg that is called photo`ending`; None without one, or if it is a link out of the folder."""
+    beside = path.with_name(path.stem + ending)
+    if not os.path.isfile(beside):  # Path.is_file raises where the name is too long for the file system
+        return None
+    if beside.is_symlink() and path.parent.resolve() not in beside.resolve().parents:
+        return None  # listed as skipped
+    return beside
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
 
 
 def caption_of(path: Path) -> str | None:
     """The text of photo.txt beside photo.jpg, in one line; None without one or when it is empty."""
-    beside = path.with_suffix(".txt")
-    if not os.path.isfile(beside):  # Path.is_file raises where the name is too long for the file system
+    beside = sidecar(path, ".txt")
+    if beside is None:
         return None
-    if beside.is_symlink() and path.parent.resolve() not in beside.resolve().parents:
-        return None  # a link that leaves the folder; listed as skipped
     name = shown(beside.name)
     try:
         with beside.open("rb") as file:
@@ -30,15 +54,18 @@ def caption_of(path: Path) -> str | None:
     except UnicodeDecodeError:
         raise PhotoError(f"caption {name}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
-        raise PhotoError(f"caption {name}: cannot be read ({type(error).__name__})") from None
+        raise PhotoError(f"caption {name}: cannot be read ({type(error).__name__}); check its permissions") from None
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if len(text) > MAX_CAPTION:
-        raise PhotoError(f"caption {name}: {len(text)} characters; at most {MAX_CAPTION}, the first 300 matter")
+        raise PhotoError(f"caption {name}: {len(text)} characters; shorten it to at most {MAX_CAPTION} (the first 300 count)")
     return text or None
 
 
+# --- crops ----------------------------------------------------------------------------------------------------------
+
+
 def read_crops(path: Path) -> dict[str, Region]:
-    """crops.json: {"name.jpg": [x0, y0, x1, y1]}; the numbers are checked when the photo's size is known."""
+    """crops.json: {"name.jpg": [x0, y0, x1, y1]}; the numbers are checked once the photo's size is known."""
     form = 'needed: {"name.jpg": [x0, y0, x1, y1]}'
     if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:
         raise PhotoError(f"{shown(path)}: not a file of at most {MAX_TEXT_BYTES // 2**20} MB; {form}")
@@ -65,3 +92,38 @@ def fractions(path: Path, region: Any, width: int, height: int) -> Region:
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         raise PhotoError(f"{cause} is outside the photo or empty; {remedy}")
     return (float(x0), float(y0), float(x1), float(y1))
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def find_mask(
+    path: Path, given: MaskSource | None, width: int, height: int, crop: Region | None
+) -> tuple[Mask, Image.Image] | None:
+    """The mask of the photo `path`, checked, and its greys (L): the `given` one, else the file beside the photo.
+
+    width, height  of the upright photo, in pixels
+    Raises PhotoError for a mask that cannot be right.
+    """
+    source = given or sidecar(path, MASK_ENDING)
+    if source is None:
+        return None
+    if isinstance(source, str):
+        source = Path(source)
+    if not isinstance(source, (Path, Image.Image)):
+        raise PhotoError(f"mask of {shown(path.name)}: a {type(source).__name__}; pass a file or a PIL image")
+    name = shown(source.name) if isinstance(source, Path) else f"of {shown(path.name)}"
+    greys, digest = read_mask(source, name)
+    check_shape(greys, name, width, height, "the upright photo")
+    part = greys.crop(box(greys.width, greys.height, crop))
+    if not (np.asarray(part) >= WHITE).any():
+        where = "no white" if crop is None else "no white inside the photo's crop"
+        raise PhotoError(f"mask {name}: {where}; make the subject white (255) and the rest black")
+    return Mask(source, digest), greys
+
+
+def check_shape(greys: Image.Image, name: str, width: int, height: int, of: str) -> None:
+    """Raises PhotoError if a mask does not have the shape of a picture of this size (pixels)."""
+    fits = greys.width * height / width
+    if abs(greys.height - fits) > max(1, SHAPE_TOLERANCE * fits):
+        raise PhotoError(f"mask {name}: {greys.width}x{greys.height} px for {width}x{height}; it must have the shape of {of}")

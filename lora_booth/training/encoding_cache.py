@@ -18,7 +18,7 @@ from torch import Tensor
 from ..base.base_model import TEXT_ENCODERS, BaseModel, TextConditions
 from ..base.weight_files import LazyModule
 from ..cache import bytes_of, key_of, read_entry, write_entry
-from ..photos.pixels import to_tensor
+from ..photos.square import to_tensor
 
 UNREAD = ("architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version")  # by what computes
 
@@ -35,7 +35,7 @@ class VaeCache:
 
     def encode(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """A picture -> mean and standard deviation of its latents, each (1, C, H/f, W/f) float32."""
-        pixels = to_tensor([image])
+        pixels = to_tensor(image)
         if self.facts is None:
             return self.base.encode_images(pixels)
         picture = hashlib.sha256(bytes_of(pixels)).hexdigest()

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-from ..photos.pixels import Crop
+from ..photos.square import Crop
 from .encoding_cache import TextCache, VaeCache
 
 

@@ -11,7 +11,8 @@ from ..base.base_model import BaseModel, rare_tokens
 from ..cache import prune_cache
 from ..config import LoraSpec, TrainingConfig
 from ..photos.square import training_square
-from ..subject.subject import Subject, check_token
+from ..subject.subject import Subject
+from ..subject.tokens import check_token
 from .latents import LatentCache, encode, encode_prompts
 from .prior import class_images
 from .progress import Display

@@ -1,0 +1,153 @@
+"""What a notebook shows around training: what fits, whether the token is free, live progress, curves and samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..base.base_model import BaseModel
+    from ..pictures.grids import Grid
+    from ..training.progress import Step
+
+THUMBNAIL = 256  # pixels of a live sample, at most; chosen
+MOST_COLUMNS = 8  # steps on a sheet of samples; chosen
+CHART = (  # how a curve looks outside the report's page
+    ".lb{background:#fff}.lb path{fill:none}.lb text{font:12px sans-serif;fill:#3a3f4b}.lb .grid{stroke:#e6e8ee}"
+    ".lb .raw{stroke:#c3c9d6}.lb .mean{stroke:#3b5bdb;stroke-width:1.5}.lb .mark{stroke:#e8590c;stroke-dasharray:3 3}"
+)
+
+
+def compare(*bases: str, photos: int = 5) -> None:
+    """Print what training each base would take on this machine. bases: names, as for `plan`"""
+    from ..planning.devices import GB
+    from ..planning.planning import plan
+
+    for base in bases:
+        found = plan(base, photos=photos)
+        way = found.chosen
+        if way is None:
+            print(f"{base}: does not fit: {found.remedy}")
+            continue
+        steps = found.asked.steps or 0
+        settings = f", with {way.words}" if way.settings else ""
+        minutes = max(1, round(steps * way.seconds / 60))
+        print(
+            f"{base}: {way.peak / GB:.1f} GB of {found.machine.budget / GB:.1f}, about {minutes} min for {steps} steps", end=" "
+        )
+        print(f"at {found.asked.resolution} px{settings}")
+
+
+def judge(token: str, base: BaseModel) -> None:
+    """Print whether the token is free to take a new meaning in this base, and other tokens that are."""
+    from ..base.base_model import rare_tokens
+    from ..subject.tokens import check_token, propose_tokens
+
+    rare = rare_tokens(base)
+    report = check_token(token, base.tokenizer, known_rare=rare)
+    print(token, "is free" if report.ok else "is not free")
+    for line in (*report.problems, *report.warnings):
+        print(" ", line)
+    print("others:", *(one for one in propose_tokens(base.tokenizer, known_rare=rare) if one != token))
+
+
+def watch(run: str | Path, *, every: float = 5.0) -> Callable[[Step], None]:
+    """For `train(on_step=...)`: the loss and the newest samples, redrawn in place. every: in seconds"""
+    from IPython.display import HTML, display
+
+    from ..report.charts import chart
+    from ..training.progress import clock, described
+
+    points: list[tuple[float, float]] = []
+    drawn = float("-inf")
+    place = display(HTML(""), display_id=True)
+
+    def on_step(step: Step) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if now - drawn < every and step.index < step.total:
+            return  # reading a loss waits for the GPU
+        drawn = now
+        points.append((float(step.index), step.smoothed_loss))
+        found = chart(f"step {step.index} of {step.total}", [("mean", points)], last=step.total, height=160, style=CHART)
+        words = f"step {step.index} of {step.total}: {described(step)}, {clock(step.seconds_left)} left"
+        place.update(HTML(f"<p>{words}</p>{found or ''}{newest_samples(Path(run))}"))
+
+    return on_step
+
+
+def newest_samples(run: Path) -> str:
+    from PIL import Image
+
+    from ..pictures.gallery import FULL_QUALITY, data_url
+    from ..report.reading import samples as samples_in
+    from ..training.checkpoint import SAMPLES
+
+    found = samples_in(run / SAMPLES)
+    last = max((one.step for one in found), default=0)
+    parts = []
+    for one in found:
+        if one.step == last:
+            with Image.open(one.file) as opened:
+                picture = opened.convert("RGB")
+            picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+            text = escape(f"step {one.step}: {one.prompt}")
+            parts.append(f'<img src="{data_url(picture, FULL_QUALITY)}" alt="{text}" title="{text}" width="160">')
+    return f"<p>{' '.join(parts)}</p>" if parts else ""
+
+
+def loss_curve(run: str | Path) -> Any:
+    """The loss of a run and its running mean by step, as an SVG; None if there is no step yet."""
+    from IPython.display import SVG
+
+    from ..report.reading import read_run
+    from ..report.report import loss_chart
+
+    found = loss_chart(read_run(Path(run)), style=CHART)
+    if found is None:
+        print("No step to show.")
+        return None
+    return SVG(found)
+
+
+def samples(run: str | Path, *, side: int = 160) -> Image.Image | None:
+    """A run's samples on one sheet: a row for each prompt and seed, a column for each step. side: of a sample, in pixels"""
+    found = samples_of(Path(run))
+    if found is None:
+        print("No samples: TrainingConfig(sample_every=...) draws them, and they stay in the session that drew them.")
+        return None
+    return found.sheet(side=side)
+
+
+def samples_of(run: Path) -> Grid | None:
+    from PIL import Image
+
+    from ..pictures.grids import Grid
+    from ..pictures.picture import Picture
+    from ..report.reading import read_run
+    from ..report.report import spread
+
+    found = read_run(run).samples
+    if not found:
+        return None
+    at = {(one.prompt, one.seed, one.step): one.file for one in found}
+    rows = list(dict.fromkeys((one.prompt, one.seed) for one in found))
+    steps = spread(sorted({one.step for one in found}), MOST_COLUMNS)
+
+    def cell(prompt: str, seed: int, step: int) -> Picture | None:
+        file = at.get((prompt, seed, step))
+        if file is None:
+            return None
+        with Image.open(file) as opened:
+            return Picture(opened.convert("RGB"), prompt, seed)
+
+    return Grid(
+        tuple(prompt for prompt, _ in rows),
+        tuple(f"step {step}" if step else "before" for step in steps),
+        tuple(tuple(cell(*row, step) for step in steps) for row in rows),
+    )

@@ -1,0 +1,176 @@
+"""Is a token free to take a new meaning? Looked up in the base's own vocabulary.
+
+DreamBooth binds a subject to a word that means nothing to the base. A token that already has a meaning, as a word or a
+name, pulls the result towards that meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import SubjectError, shown
+
+# words.json: `meaningful`, abbreviations, slurs and word stems among the rare pieces of CLIP's vocabulary; `first_names`,
+# the most common given names of English-speaking countries and some from elsewhere; `artists`, surnames often used as a
+# style (the debate about such models began with one). All are compact lists, not complete ones.
+WORDS = Path(__file__).with_name("words.json")
+END = "</w>"  # how a CLIP vocabulary marks a piece that ends a word
+MAX_PIECES = 3  # chosen
+COMMON_SHARE = 0.8  # of a CLIP vocabulary, which is ordered by frequency: short pieces before that are words; chosen
+RARE_SHARE = 0.9  # proposals come from behind that; chosen
+VOWELS = "aeiouy"
+
+
+class Tokenizer(Protocol):
+    """What this needs of a tokenizer (transformers' CLIPTokenizer has it)."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The pieces of `text`; the last of each word ends with `</w>`."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """Piece -> id; pieces with lower ids were merged earlier, so they are more frequent."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What the base's tokenizer makes of a token."""
+
+    token: str
+    pieces: tuple[str, ...]  # as the tokenizer writes them; the last ends with </w>
+    problems: tuple[str, ...]  # any of them means: take another token
+    warnings: tuple[str, ...] = ()  # the token works, with these drawbacks
+
+    @property
+    def ok(self) -> bool:
+        """There are no problems; there may be warnings."""
+        return not self.problems
+
+
+def check_token(token: str, tokenizer: Tokenizer, *, known_rare: Collection[str] = ()) -> TokenReport:
+    """Judge a token by the vocabulary of the base.
+
+    A CLIP vocabulary is ordered by how often its pieces were seen. Any piece of five letters or more is a word (or a
+    hashtag), and so is a shorter one, unless it stands near the end.
+    `known_rare` are tokens that the base was never taught: they always pass. A base with such a list has a closed
+    vocabulary, in which every other whole word was taught.
+    Raises SubjectError if the token is not one word (empty, with spaces or control characters).
+    """
+    check_token_text(token)
+    word = token.lower()  # CLIP reads lower case only
+    pieces = tuple(tokenizer.tokenize(token))
+    if word in known_rare:
+        return TokenReport(token, pieces, ())
+    vocabulary = tokenizer.get_vocab()
+    problems: list[str] = []
+    warnings: list[str] = []
+    if not pieces or any(piece not in vocabulary or piece.startswith("<|") for piece in pieces):
+        problems.append("it has characters that the base cannot read")
+    elif len(pieces) > MAX_PIECES:
+        plain = ", ".join(shown(piece.removesuffix(END)) for piece in pieces)
+        problems.append(f"it splits into {len(pieces)} pieces ({plain}); at most {MAX_PIECES}, one is best")
+    elif len(pieces) == 1:
+        if known_rare or _is_known_word(word, vocabulary):
+            problems.append("the base knows it as a word and has pictures for it")
+        elif word.isalpha() and _reads_like_a_word(word):
+            warnings.append("it reads like a word; if the base knows it, its meaning will show")
+    else:
+        parts = [piece.removesuffix(END) for piece in pieces]
+        known = [part for part in parts if len(part) >= 3 and _is_known_word(part, vocabulary)]
+        if known:
+            warnings.append(f"it contains what the base knows as a word ({', '.join(map(shown, known))}), which may show")
+        elif word.isalpha() and len(word) >= 5 and _reads_like_a_word(word):
+            warnings.append("it reads like a word or a name; if the base knows it, its meaning will show")
+        if all(len(part) == 1 for part in parts):
+            warnings.append("the base spells it letter by letter, as it does with much other text; one piece is better")
+    if word == "sks":
+        warnings.append("SKS is a rifle, and bases have pictures of it; any other rare token is better")
+    if word in _words("first_names", "artists"):
+        warnings.append("it is a person's name; the base links it to people's pictures or style")
+    elif _looks_like_a_name(token):
+        warnings.append("it looks like a person's name; train on a person only with their consent, and take a rare token")
+    if word != token:
+        warnings.append(f"the base reads lower case only: {token} and {word} are the same to it")
+    return TokenReport(token, pieces, tuple(problems), tuple(warnings))
+
+
+def propose_tokens(tokenizer: Tokenizer, count: int = 8, *, known_rare: Collection[str] = (), seed: int = 0) -> list[str]:
+    """Up to `count` tokens of three or four letters, each one rare piece; the same for the same seed.
+
+    With `known_rare`, the proposals are those of it that are one piece. Otherwise they come from the last tenth of the
+    vocabulary, without what can be pronounced, names and well-known abbreviations.
+    Raises SubjectError if the vocabulary has none.
+    """
+    vocabulary = tokenizer.get_vocab()
+    pool = sorted({word for word in known_rare if word + END in vocabulary})
+    if not known_rare:
+        first = RARE_SHARE * len(vocabulary)
+        rare = sorted((number, piece.removesuffix(END)) for piece, number in vocabulary.items() if piece.endswith(END))
+        pool = [word for number, word in rare if number >= first and _is_proposable(word)]
+    if not pool:
+        raise SubjectError("the base's vocabulary has no rare token to propose; choose your own, e.g. 'ohwx'")
+    return random.Random(seed).sample(pool, min(count, len(pool)))
+
+
+def check_token_text(token: str) -> None:
+    """Raises SubjectError if a token is not one printable word of at most 64 characters."""
+    if not token or not token.strip():
+        raise SubjectError("token ''; needed: a rare word, e.g. 'sks' or 'ohwx'")
+    if not token.isprintable() or any(character.isspace() for character in token):
+        raise SubjectError(f"token '{shown(token)}' has a space or control character; needed: one word, e.g. 'ohwx'")
+    if "{" in token or "}" in token:
+        raise SubjectError(f"token {token!r} has a brace, which marks a placeholder; needed: one word, e.g. 'ohwx'")
+    if len(token) > 64:
+        raise SubjectError(f"token '{shown(token[:20])}...' has {len(token)} characters; at most 64, 3 to 5 are best")
+
+
+@cache
+def _words(*lists: str) -> frozenset[str]:
+    """The words of these lists of words.json."""
+    data = json.loads(WORDS.read_text(encoding="utf-8"))
+    return frozenset(word for name in lists for word in data[name])
+
+
+def _is_known_word(word: str, vocabulary: Mapping[str, int]) -> bool:
+    """It is a whole word in the vocabulary, and not one of the short leftovers at its end."""
+    number = vocabulary.get(word + END)
+    if number is None or not word.isalpha():
+        return False
+    return len(word) >= 5 or (len(word) >= 2 and number < COMMON_SHARE * len(vocabulary))
+
+
+def _reads_like_a_word(word: str) -> bool:
+    """It can be pronounced: it has a vowel and never three consonants in a row."""
+    return bool(re.search(f"[{VOWELS}]", word)) and not re.search(f"[^{VOWELS}]{{3}}", word)
+
+
+def _looks_like_a_name(token: str) -> bool:
+    """First and last name in one word: JohnSmith, john_smith, john-smith, gregrutkowski.
+
+    The signs are two capitalised parts, or a common first name or artist's surname among the parts. It is a hint, not a
+    check: it misses names of one part, of other scripts or outside the lists, and it takes a brand (TealCup) for a name.
+    """
+    first_names, artists = _words("first_names"), _words("artists")
+    parts = [part for part in re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])", token) if len(part) > 1]
+    if len(parts) == 1:
+        word = parts[0].lower()
+        return any(word.endswith(name) and word.removesuffix(name) in first_names for name in artists)
+    capitalised = sum(part[0].isupper() and part[1:].islower() and len(part) > 2 for part in parts)
+    return capitalised > 1 or any(part.lower() in first_names | artists for part in parts)
+
+
+def _is_proposable(word: str) -> bool:
+    return (
+        re.fullmatch("[a-z]{3,4}", word) is not None
+        and not _reads_like_a_word(word)
+        and len(set(word)) > 2  # not "kkk", "hmmm"
+        and word not in _words("first_names", "artists", "meaningful")
+    )
