@@ -474,6 +474,7 @@ def test_what_cannot_be_extracted(bases):
 ALPHAS = {"alpha = rank": 4.0, "a power of two": 8.0, "three quarters": 3.0, "a third": 4 / 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("sd1", "fp16"), ("sd1", "bf16"), ("sd1", "fp32"), ("sd2", "fp16"), ("sdxl", "fp16")]
 )

@@ -97,6 +97,7 @@ def test_nothing_is_added_twice_and_what_cannot_be_recorded_is_computed_and_told
     assert len(step._recordings) == (trouble == "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sd2-v", "sdxl"])
 @pytest.mark.parametrize("how", ["fp32", "bf16", "bf16, checkpointed, in parts", "fp32, stock layers, masks"])
 def test_a_tape_is_the_same_training_bit_for_bit(kind: str, how: str, photos: Path) -> None:

@@ -68,6 +68,7 @@ def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(sum((a[n] - b[n]).square().sum() for n in a) ** 0.5 / sum(b[n].square().sum() for n in a) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("lora", "side", "checkpointing"),

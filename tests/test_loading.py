@@ -44,6 +44,7 @@ def read(base: BaseModel) -> set[str]:
 # --- the same bits as the stock loader's ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weights_are_those_of_the_stock_loader(kind: str, dtype: torch.dtype, folders: dict[str, Path]) -> None:

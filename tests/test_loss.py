@@ -127,6 +127,7 @@ def test_as_the_peer_with_prior_preservation(kind: str) -> None:
     same(ours(kind, given, 2, prior_loss_weight=0.4), stock(kind, given, 0.4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_the_peer_with_min_snr(kind: str) -> None:
     timesteps = [3, 400, 999]

@@ -123,6 +123,7 @@ def test_passes_together_are_the_passes_one_by_one(base, untouched, settings):
     assert not torch.allclose(together, latents(Composition(base, [rex, bob], method="sum"), count=2), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_noise_regions_are_each_adapters_own_prediction_under_its_mask(base, untouched):
     """One U-Net call, checked against the same call with each adapter attached alone, by its own prompt."""
     rex, bob = pair(base)

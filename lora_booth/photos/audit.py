@@ -18,6 +18,7 @@ from .square import box, square_box, training_square
 
 SHEET_SIDE = 160  # pixels of a square on the contact sheet
 FEW, MANY = 5, 30  # photos; chosen: fewer repeat themselves, more add little
+MOST = 0.6  # of the photos, that make a background worth mentioning; chosen
 MOST_NAMES = 6  # in one line of advice; chosen
 MOST_COMPARED = 300  # photos; each is compared with each other; chosen
 
@@ -89,10 +90,10 @@ def audit_photos(photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, re
     names = [photo.name for photo in photos]
     if len(photos) > MOST_COMPARED:
         likenesses = []
-    near = tuple(tuple(names[i] for i in group) for group in _groups(likenesses, m.nearly_the_same, whole=False))
-    behind = _groups(likenesses, m.alike_behind, whole=True)
+    near = tuple(tuple(names[i] for i in group) for group in _groups(likenesses, m.nearly_the_same))
+    behind = _groups(likenesses, m.alike_behind, share=MOST)
     largest = max(behind, key=len, default=())
-    alike = tuple(names[i] for i in largest) if len(largest) >= max(3, 0.6 * len(photos)) else ()
+    alike = tuple(names[i] for i in largest) if len(largest) >= max(3, MOST * len(photos)) else ()
     advice = (*_about_the_set(names, near, alike), *_about_photos(reports), *_about_skipped(skipped))
     return Audit(resolution, tuple(reports), tuple(skipped), near, alike, advice)
 
@@ -181,14 +182,14 @@ def _facts_of(report: PhotoReport) -> dict[str, Any]:
 
 
 def _groups(
-    likenesses: Sequence[Likeness], alike: Callable[[Likeness, Likeness], bool], *, whole: bool
+    likenesses: Sequence[Likeness], alike: Callable[[Likeness, Likeness], bool], *, share: float = 0.0
 ) -> list[tuple[int, ...]]:
-    """Groups of two or more that are alike; whole: each to most of its group, else to any of it."""
+    """Groups of two or more; a photo joins the first of which it is like this share, and at least one."""
     groups: list[list[int]] = []
     for i, one in enumerate(likenesses):
         for group in groups:
             count = sum(alike(likenesses[j], one) for j in group)
-            if count >= (0.6 * len(group) if whole else 1):
+            if count >= max(1, share * len(group)):
                 group.append(i)
                 break
         else:

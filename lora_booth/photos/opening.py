@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
-from ..errors import PhotoError, shown
+from ..errors import MissingExtraError, PhotoError, shown
 from .photo import Mask, Photo, Unusable
 
 # A file's first bytes decide what it is, never its name. Pillow may then use this one decoder only.
@@ -195,7 +195,7 @@ def _decoder(path: Path, kind: str) -> str:
         try:
             importlib.import_module("pillow_heif").register_heif_opener()
         except ImportError:
-            raise Unusable("HEIC needs an optional package; pip install 'lora-booth[heic]'") from None
+            raise Unusable(str(MissingExtraError("HEIC", "heic"))) from None
     Image.init()
     if DECODERS[kind] not in Image.OPEN:
         raise Unusable(f"this Pillow cannot read {kind}; pip install -U pillow")
