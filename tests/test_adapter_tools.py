@@ -282,7 +282,7 @@ def test_what_a_difference_is_called(rex, ink, bases, tmp_path):
 def test_difference_of_adapters_for_other_bases(rex, bases):
     with pytest.raises(AdapterBaseMismatch, match="sd1 and sdxl"):
         lb.difference(rex, pipelines.random_adapter(bases["sdxl"]))
-    with pytest.raises(AdapterBaseMismatch, match="other bases"):
+    with pytest.raises(AdapterBaseMismatch, match="different bases"):
         lb.difference(Adapter({Q: random_factors(8, (8,), 2, 0)}), Adapter({Q: random_factors(8, (9,), 2, 0)}))
 
 
