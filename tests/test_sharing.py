@@ -86,7 +86,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def page(folder: Path) -> tuple[dict[str, Any], str]:
     """The front matter as YAML, and the rest."""
     text = (folder / "README.md").read_text(encoding="utf-8")
-    _, front, body = text.split("---\n", 2)
+    front, _, body = text.removeprefix("---\n").partition("\n---\n")  # a line of its own, as the Hub reads it
     return yaml.safe_load(front), body
 
 
@@ -556,7 +556,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.repos.setdefault(name, asked)
             self.answer(status, {"url": f"{self.server.url}/{name}"})
         elif self.path == "/api/validate-yaml":
-            front = json.loads(body)["content"].split("---\n", 2)[1]
+            front = json.loads(body)["content"].removeprefix("---\n").partition("\n---\n")[0]
             assert isinstance(yaml.safe_load(front)["tags"], list)
             self.answer(200, {"errors": [], "warnings": []})
         elif self.path.endswith("/preupload/main"):
