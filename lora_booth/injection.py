@@ -20,7 +20,7 @@ from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape
 from .config import LoraSpec
 from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError
-from .kernels.flat_parameters import Flat
+from .kernels.lora import Flat
 
 TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
 NAME = "lora_booth"  # of our adapter in its PEFT layers

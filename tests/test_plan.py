@@ -20,7 +20,7 @@ from lora_booth.base.memory import Meter, saved_for_backward, storage_bytes
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.kernels.attention import attention_shapes
-from lora_booth.kernels.flat_parameters import APART
+from lora_booth.kernels.lora import APART
 from lora_booth.planning import planning
 from lora_booth.planning.counting import Counter, count, count_step, inputs
 from lora_booth.planning.devices import GPUS, Rates, free_bytes, gpu_named, measured_rates

@@ -1,25 +1,85 @@
-"""Norms and gates that keep little and compute the rest again in the backward pass.
+"""Autograd functions for frozen layers: they keep little for the backward pass and compute the rest again.
 
-Norms come with the way around them: of what goes both through a norm and past it, the two gradients are added where the norm's
-is made. On a CUDA GPU each is one or two kernels (`kernels`), elsewhere PyTorch's.
+Norms include the path around them: where a value goes both through a norm and past it, the norm's backward pass adds the two
+gradients. On a CUDA GPU each is one or two Triton kernels (`dispatch`), elsewhere PyTorch's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import dispatch as kernels
+from . import dispatch
+
+
+def fused(x: Tensor) -> bool:
+    return x.is_cuda and dispatch.works_on(x.device)
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+class FrozenLinear(Function):
+    """Keeps its weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight, None, None
+
+
+class ConvOptions(NamedTuple):
+    """Height, width; in the order of `F.conv2d`."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+class FrozenConv2d(Function):
+    """Keeps its weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: ConvOptions) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.how = x.shape, how
+        pointwise = weight.shape[2:] == how.stride == (1, 1) and how.padding == (0, 0)
+        ctx.linear = pointwise and x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
+        if ctx.linear:  # a linear layer on pixels, which adds the bias as well
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, bias, *how)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (weight,), how = ctx.saved_tensors, ctx.how
+        if ctx.linear:
+            return (gradient.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2), None, None, None
+        left = tuple(
+            size - ((out - 1) * stride - 2 * pad + spread * (kernel - 1) + 1)
+            for size, out, stride, pad, spread, kernel in zip(
+                ctx.shape[2:], gradient.shape[2:], how.stride, how.padding, how.dilation, weight.shape[2:], strict=True
+            )
+        )
+        return F.conv_transpose2d(gradient, weight, output_padding=left, **how._asdict()), None, None, None
+
+
+# --- norms and gates -------------------------------------------------------------------------------------------------
 
 
 class NormBeside(Function):
     """x, and GroupNorm(x + shift), with SiLU if asked for: keeps x and the groups' statistics.
 
-    x (N, C, H, W); shift (N, C), which gets no gradient, or None
+    x (N, C, H, W); shift (N, C) or None, gets no gradient
     """
 
     @staticmethod
@@ -27,9 +87,9 @@ class NormBeside(Function):
         ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.groups, ctx.eps, ctx.silu, ctx.fused = groups, eps, silu, kernels.works_on(x.device)
+        ctx.groups, ctx.eps, ctx.silu, ctx.fused = groups, eps, silu, fused(x)
         if ctx.fused:
-            normal, mean, rstd = kernels.group_norm(x, shift, weight, bias, groups, eps, silu=silu)
+            normal, mean, rstd = dispatch.group_norm(x, shift, weight, bias, groups, eps, silu=silu)
             ctx.save_for_backward(x, shift, mean, rstd, weight, bias)
             return x.view_as(x), normal
         kept = (x if shift is None else x + shift[:, :, None, None]).contiguous()
@@ -43,7 +103,7 @@ class NormBeside(Function):
         if gradient is None:
             return skip, None, None, None, None, None, None
         if ctx.fused:
-            work = kernels.group_norm_backward
+            work = dispatch.group_norm_backward
             for_x = work(gradient, skip, x, shift, mean, rstd, weight, bias, ctx.groups, silu=ctx.silu)
             return for_x, None, None, None, None, None, None
         sizes, gradient = (*sizes_of(x), ctx.groups), gradient.contiguous()  # PyTorch reads it so, whatever its strides
@@ -56,7 +116,7 @@ class NormBeside(Function):
 
 
 def sizes_of(x: Tensor) -> tuple[int, int, int]:
-    """Pictures, channels, pixels."""
+    """Images, channels, pixels."""
     return x.shape[0], x.shape[1], x.shape[2:].numel()
 
 
@@ -66,9 +126,9 @@ class SumAndNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.fused, ctx.summed = kernels.works_on(x.device), more is not None
+        ctx.fused, ctx.summed = fused(x), more is not None
         if ctx.fused:
-            total, normal, mean, rstd = kernels.layer_norm(x, more, weight, bias, eps)
+            total, normal, mean, rstd = dispatch.layer_norm(x, more, weight, bias, eps)
         else:
             total = x if more is None else x + more
             normal, mean, rstd = torch.native_layer_norm(total, [x.shape[-1]], weight, bias, eps)
@@ -81,7 +141,7 @@ class SumAndNorm(Function):
         if gradient is None:
             result = skip
         elif ctx.fused:
-            result = kernels.layer_norm_backward(gradient, skip, total, mean, rstd, weight)
+            result = dispatch.layer_norm_backward(gradient, skip, total, mean, rstd, weight)
         else:
             backward, mask = torch.ops.aten.native_layer_norm_backward, [True, False, False]
             result = backward(gradient, total, [total.shape[-1]], mean, rstd, weight, bias, mask)[0]
@@ -91,14 +151,14 @@ class SumAndNorm(Function):
 
 
 class Geglu(Function):
-    """Values x GELU(gates): keeps both halves as the one tensor that they are."""
+    """Values x GELU(gates): keeps both halves, as the one tensor they come in."""
 
     @staticmethod
     def forward(ctx: Any, halves: Tensor) -> Tensor:
         ctx.save_for_backward(halves)
-        ctx.fused = kernels.works_on(halves.device)
+        ctx.fused = fused(halves)
         if ctx.fused:
-            return kernels.geglu(halves)
+            return dispatch.geglu(halves)
         values, gates = halves.chunk(2, dim=-1)
         return F.gelu(gates).mul_(values)
 
@@ -106,7 +166,7 @@ class Geglu(Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (halves,) = ctx.saved_tensors
         if ctx.fused:
-            return kernels.geglu_backward(gradient, halves)
+            return dispatch.geglu_backward(gradient, halves)
         values, gates = halves.chunk(2, dim=-1)
         result = torch.empty_like(halves)
         for_values, for_gates = result.chunk(2, dim=-1)
@@ -116,12 +176,12 @@ class Geglu(Function):
 
 
 class SumWithBias(Function):
-    """x + bias by channel + more, whose gradients are all that of the sum. x, more (N, C, H, W)"""
+    """x + bias (by channel) + more; all share the gradient of the sum. x, more (N, C, H, W)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, more: Tensor) -> Tensor:
-        if bias is not None and kernels.works_on(x.device):
-            return kernels.sum_with_bias(x, bias, more)
+        if bias is not None and fused(x):
+            return dispatch.sum_with_bias(x, bias, more)
         return (x if bias is None else x + bias[:, None, None]) + more
 
     @staticmethod
