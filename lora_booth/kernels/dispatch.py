@@ -1,7 +1,7 @@
-"""What of the lean arithmetic one Triton kernel does on a CUDA GPU, where PyTorch has several; `works_on` says where.
+"""Launches the Triton kernels: on a CUDA GPU each replaces several of PyTorch's; `works_on` says where.
 
-Each function here has its twin in plain PyTorch, `lean.recomputed` and `lean.lora`, which is what it is tested against.
-Pictures come and go channels last: (N, C, H, W) with the channels of a pixel side by side in memory.
+Each function here has a counterpart in PyTorch, in `autograd` or `lora`, that computes the same.
+Images are channels last: (N, C, H, W) with the channels of a pixel side by side in memory.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OLDEST = (7, 0)  # compute capability that Triton compiles for
-OLDEST_FOR_PRODUCTS = (8, 0)  # and from which on its matrix products use the tensor cores well
-TILE = 2048  # values of a picture that a program holds
-PARTS = (32, 128)  # of a group's pixels, at the most; of larger pictures more
-PROGRAMS = 528  # that together add up the products of all tokens: four for each multiprocessor of a large GPU
-FEWEST_ROWS = 512  # tokens that are worth a program
+OLDEST = (7, 0)  # lowest compute capability that Triton supports
+OLDEST_FOR_PRODUCTS = (8, 0)  # lowest one on which its matrix products use tensor cores well
+TILE = 2048  # values of an image in one program; chosen
+PARTS = (32, 128)  # most parts of a group's pixels that a kernel is compiled for; larger images take more
+PROGRAMS = 528  # that share the sum over all tokens: four for each of an H100's 132 multiprocessors
+FEWEST_ROWS = 512  # tokens that make another program worth it; chosen
 COUNTERS = 2**14
 
 
 @cache
 def obstacle_on(device: torch.device) -> str | None:
-    """Why there are no such kernels on this device; None: there are. Tried once, for they are compiled on the spot."""
+    """Why the kernels cannot run on this device; None: they can. Tried once, as they are compiled on first use."""
     if device.type != "cuda":
-        return f"they are for CUDA, not {device.type}"
+        return f"they need CUDA, not {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < OLDEST:
@@ -38,7 +38,7 @@ def obstacle_on(device: torch.device) -> str | None:
         if torch.allclose(geglu(x), x[:, :16] * torch.nn.functional.gelu(x[:, 16:]), atol=1e-5):
             return None
         return "Triton computes other numbers than PyTorch"
-    except Exception as error:  # no C compiler, no place for its files, a driver that it does not know: all raise their own
+    except Exception as error:  # a missing C compiler, cache folder or driver: each raises its own kind
         return f"Triton fails ({type(error).__name__})"
 
 
@@ -52,7 +52,7 @@ def products_work_on(device: torch.device) -> bool:
 
 
 def power_of_2(n: int) -> int:
-    """The next one that is not below n."""
+    """The smallest one >= n."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -64,14 +64,14 @@ def parts_of(n: int, size: int) -> int:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x, its channels side by side: itself, also as a slice of channels of a larger picture; else a copy."""
+    """x if its channels lie side by side, also as a slice of a larger tensor's channels; else a copy."""
     good = x.stride(1) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3))
     return x if good else x.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the groups of pictures (N, C, H, W) are shared among programs."""
+    """How programs share the groups of images (N, C, H, W)."""
 
     grid: tuple[int, int]
     numbers: tuple[int, int, int, int]  # pixels, channels, parts of a group's pixels, channels of a group
@@ -96,7 +96,7 @@ class Tiles:
 def group_norm(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm(x + shift), then SiLU if asked for; and mean and 1 / deviation of each group, (N x groups,) float32.
+    """GroupNorm(x + shift), then SiLU if `silu`; and mean and 1 / deviation of each group, (N x groups,) float32.
 
     x (N, C, H, W), shift (N, C) or None
     """
@@ -129,7 +129,7 @@ def group_norm_backward(
     *,
     silu: bool,
 ) -> Tensor:
-    """The gradient of x in `group_norm`, plus `skip`: its gradient by what else has read x. All like x."""
+    """The gradient of x in `group_norm`, plus `skip`, its gradient from other readers. All like x."""
     from .triton_kernels import group_norm_backward_kernel, group_sums_kernel
 
     x, gradient, tiles = channels_last(x), channels_last(gradient), Tiles.of(x, groups)
@@ -173,7 +173,7 @@ def layer_norm(
 def layer_norm_backward(
     gradient: Tensor, skip: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> Tensor:
-    """The gradient of the sum in `layer_norm`, plus `skip`: its gradient by what else has read it."""
+    """The gradient of the sum in `layer_norm`, plus `skip`, its gradient from other readers."""
     from .triton_kernels import layer_norm_backward_kernel
 
     total, gradient, channels = total.contiguous(), gradient.contiguous(), total.shape[-1]
@@ -224,7 +224,7 @@ def sum_with_bias(x: Tensor, bias: Tensor, more: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Sides of the tiles of a matrix product, and how Triton works on one."""
+    """Tile sides of a matrix product, with the warps and pipeline stages for one tile."""
 
     rows: int
     outs: int
@@ -235,11 +235,11 @@ class Block:
 
 # From the largest: measured on an H100 for the layers of SD 1.x and SDXL (benchmarks/kernels.py --blocks)
 BLOCKS = (Block(128, 128, 64, 8, 3), Block(64, 128, 64, 4, 4), Block(64, 64, 64, 4, 5), Block(64, 32, 64, 4, 4))
-ENOUGH = 80  # blocks, to have work for most of a GPU
+ENOUGH = 80  # blocks that occupy most of a GPU; chosen
 
 
 def block_for(rows: int, outs: int, *, layers: int = 1) -> Block:
-    """For products that give (rows, outs): the largest of which there are enough."""
+    """The largest block that a product of (rows, outs) has enough of."""
     enough = (one for one in BLOCKS if parts_of(rows, one.rows) * parts_of(outs, one.outs) * layers >= ENOUGH)
     return next(enough, BLOCKS[-1])
 
@@ -249,7 +249,7 @@ def three(values: Sequence[Any]) -> list[Any]:
 
 
 def each(pieces: Sequence[Any], *names: str) -> list[Any]:
-    """The kernels' arguments: name by name, each of three layers; where there are fewer the last one stands in."""
+    """The kernels' arguments: for each name the values of three layers, the last one repeated where there are fewer."""
     return [value for name in names for value in three([getattr(piece, name) for piece in pieces])]
 
 
@@ -283,7 +283,7 @@ def lora_linear_backward(
     *,
     whole: bool,
 ) -> Tensor | None:
-    """The gradient of x, if it is wanted (whole); those of A and B are added to the pieces' `down_gradient`, `up_gradient`.
+    """The gradient of x if `whole`; those of A and B are added to the pieces' `down_gradient` and `up_gradient`.
 
     gradients (rows, outs), x (rows, ins), low: what `lora_linear` gave
     """
@@ -314,5 +314,5 @@ def lora_linear_backward(
 
 @cache
 def counters_on(device: torch.device) -> Tensor:
-    """Zeros, between two kernels."""
+    """Counters that every kernel leaves at zero."""
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

@@ -77,7 +77,7 @@ def lean_forward(module: Any, pieces: LoraPieces) -> Callable[..., Any] | None:
 
 
 def stock(x: Tensor) -> bool:
-    """Without gradients there is nothing to save; autocast would change precisions between forward and backward."""
+    """Whether to use the stock forward: without gradients nothing is kept, and autocast may change precisions midway."""
     return not torch.is_grad_enabled() or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
 
 
@@ -86,17 +86,17 @@ def frozen(module: nn.Module) -> bool:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes in or out: then it has to be called."""
+    """Whether it has hooks and must be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """A frozen module of exactly this kind, which may be computed without being called."""
+    """Whether it is a frozen module of exactly this kind that can be computed without being called."""
     return type(module) is kind and frozen(module) and not watched(module) and "forward" not in vars(module)
 
 
 def leads_to(module: nn.Module, function: Any) -> bool:
-    """Whether the module is on the lean way of this function, and nobody looks."""
+    """Whether this function is the module's lean forward, and it has no hooks."""
     forward = vars(module).get("forward")
     return isinstance(forward, partial) and forward.func is function and not watched(module)
 
@@ -154,7 +154,7 @@ def lean_geglu(layer: Any, x: Tensor) -> Tensor:
 
 
 def lean_lora(layer: Any, pieces: LoraPieces, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A PEFT layer around a frozen linear layer, with one adapter, switched on and not merged."""
+    """A PEFT layer around a frozen linear layer, with one adapter, enabled and not merged."""
     piece = None if args or kwargs or stock(x) else pieces.of(layer, x)
     if piece is None:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -184,7 +184,7 @@ def plain_lora(layer: Any) -> bool:
 def lean_attention(
     layer: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
-    """Query, key and value by as few products as there are inputs. x (N, tokens, C) -> the same"""
+    """One step for query, key and value of the same input. x (N, tokens, C) -> the same"""
     kernel = kernel_of(layer)
     if kernel is None or stock(x) or x.dim() != 3 or attention_mask is not None or kwargs:
         result = type(layer).forward(layer, x, encoder_hidden_states, attention_mask, **kwargs)
@@ -199,7 +199,7 @@ def lean_attention(
 
 
 def together(layers: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """What these layers make of x, in one step where all of them are lean LoRA layers."""
+    """The outputs of these layers for x, in one step where all of them are lean LoRA layers."""
     pieces = []
     for layer in layers:
         piece = vars(layer)["forward"].args[1].of(layer, x) if leads_to(layer, lean_lora) else None
@@ -252,7 +252,7 @@ def lean_block(
 
 
 def two_parts(block: Any, x: Tensor, more: Tensor | None, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The block's result for x + more, as a sum that whoever comes next makes with its norm."""
+    """The block's output for x + more, as two terms: the next norm adds them."""
     x, normal = sum_and_norm(block.norm1, x, more)
     x, normal = sum_and_norm(block.norm2, x, block.attn1(normal))
     x, normal = sum_and_norm(block.norm3, x, block.attn2(normal, encoder_hidden_states=text))
@@ -278,7 +278,7 @@ def lean_transformer(
     return_dict: bool = True,
     **options: Any,
 ) -> Any:
-    """Tokens are the pixels of channels-last pictures as they lie, so nothing is copied on the way in and out."""
+    """In channels-last format the tokens are the pixels as they lie in memory, so nothing is copied."""
     given = any(value is not None for name, value in options.items() if name != "timestep")
     if stock(hidden_states) or encoder_hidden_states is None or given:
         options |= {"encoder_hidden_states": encoder_hidden_states, "return_dict": return_dict}
@@ -329,7 +329,7 @@ def plain_transformer(model: Any) -> bool:
 
 
 def lean_resnet(block: Any, x: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-    """Biases and the time embedding go where something is added anyway."""
+    """Biases and the time embedding are added where another addition happens anyway."""
     if args or kwargs or stock(x):
         return type(block).forward(block, x, temb, *args, **kwargs)  # type: ignore[no-any-return]
     skip, hidden = norm_beside(block.norm1, x, silu=True)
@@ -351,7 +351,7 @@ def lean_resnet(block: Any, x: Tensor, temb: Tensor | None, *args: Any, **kwargs
 
 
 def without_bias(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution and the bias that is still to be added; None: there is none, or the layer had to be called."""
+    """A convolution's output and the bias still to be added; None if it has none or was called."""
     if layer.bias is not None and x.device.type == "cuda" and leads_to(layer, lean_conv):
         return convolved(layer, x, None), layer.bias
     return layer(x), None
