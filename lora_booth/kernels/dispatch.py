@@ -6,6 +6,7 @@ Images are channels last: (N, C, H, W) with the channels of a pixel side by side
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ def works_on(device: torch.device) -> bool:
 @cache
 def products_work_on(device: torch.device) -> bool:
     return works_on(device) and torch.cuda.get_device_capability(device) >= OLDEST_FOR_PRODUCTS
+
+
+@cache
+def compiled() -> Any:
+    """The kernels' module, which needs Triton."""
+    return importlib.import_module(".triton_kernels", __package__)
 
 
 def power_of_2(n: int) -> int:
@@ -100,16 +107,14 @@ def group_norm(
 
     x (N, C, H, W), shift (N, C) or None
     """
-    from .triton_kernels import group_moments_kernel, group_norm_kernel
-
     x, tiles = channels_last(x), Tiles.of(x, groups)
     means, squares = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
     mean, rstd = torch.empty((2, tiles.grid[0]), dtype=torch.float32, device=x.device)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     strides, given = (x.stride(0), x.stride(3)), shift if shift is not None else x
     shifted = int(shift is not None)
-    group_moments_kernel[tiles.grid](x, given, means, squares, *strides, *tiles.numbers, shifted, **tiles.sizes)
-    group_norm_kernel[tiles.grid](
+    compiled().group_moments_kernel[tiles.grid](x, given, means, squares, *strides, *tiles.numbers, shifted, **tiles.sizes)
+    compiled().group_norm_kernel[tiles.grid](
         x, given, weight, bias, means, squares, mean, rstd, y, *strides, *tiles.numbers, eps, shifted, int(silu),
         **tiles.parts, **tiles.sizes,
     )  # fmt: skip
@@ -130,18 +135,16 @@ def group_norm_backward(
     silu: bool,
 ) -> Tensor:
     """The gradient of x in `group_norm`, plus `skip`, its gradient from other readers. All like x."""
-    from .triton_kernels import group_norm_backward_kernel, group_sums_kernel
-
     x, gradient, tiles = channels_last(x), channels_last(gradient), Tiles.of(x, groups)
     plain, along = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
     result = torch.empty_like(x, memory_format=torch.channels_last)
     beside = gradient if skip is None else channels_last(skip)
     strides = [size for tensor in (x, gradient) for size in (tensor.stride(0), tensor.stride(3))]
     given, how = shift if shift is not None else x, (int(shift is not None), int(silu))
-    group_sums_kernel[tiles.grid](
+    compiled().group_sums_kernel[tiles.grid](
         x, given, weight, bias, gradient, mean, rstd, plain, along, *strides, *tiles.numbers, *how, **tiles.sizes
     )
-    group_norm_backward_kernel[tiles.grid](
+    compiled().group_norm_backward_kernel[tiles.grid](
         x, given, weight, bias, gradient, beside, mean, rstd, plain, along, result,
         *strides, beside.stride(0), beside.stride(3), *tiles.numbers, *how, int(skip is not None),
         **tiles.parts, **tiles.sizes,
@@ -156,14 +159,12 @@ def layer_norm(
     x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x + more, LayerNorm of that; mean and 1 / deviation of each token (tokens,) float32. x, more (..., C)"""
-    from .triton_kernels import layer_norm_kernel
-
     x, channels = x.contiguous(), x.shape[-1]
     tokens = x.numel() // channels
     more = None if more is None else more.contiguous()
     total, y = x if more is None else torch.empty_like(x), torch.empty_like(x)
     mean, rstd = torch.empty((2, tokens), dtype=torch.float32, device=x.device)
-    layer_norm_kernel[(tokens,)](
+    compiled().layer_norm_kernel[(tokens,)](
         x, x if more is None else more, weight, bias, total, y, mean, rstd, channels, eps,
         int(more is not None), WIDTH=power_of_2(channels),
     )  # fmt: skip
@@ -174,12 +175,10 @@ def layer_norm_backward(
     gradient: Tensor, skip: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> Tensor:
     """The gradient of the sum in `layer_norm`, plus `skip`, its gradient from other readers."""
-    from .triton_kernels import layer_norm_backward_kernel
-
     total, gradient, channels = total.contiguous(), gradient.contiguous(), total.shape[-1]
     result = torch.empty_like(total)
     beside = gradient if skip is None else skip.contiguous()
-    layer_norm_backward_kernel[(total.numel() // channels,)](
+    compiled().layer_norm_backward_kernel[(total.numel() // channels,)](
         total, gradient, beside, weight, mean, rstd, result, channels, int(skip is not None), WIDTH=power_of_2(channels)
     )
     return result
@@ -190,32 +189,28 @@ def layer_norm_backward(
 
 def geglu(halves: Tensor) -> Tensor:
     """(..., 2 F) -> (..., F): values x GELU(gates), by the error function"""
-    from .triton_kernels import geglu_kernel
-
     halves, width = halves.contiguous(), halves.shape[-1] // 2
     y = halves.new_empty(*halves.shape[:-1], width)
     block = min(1024, power_of_2(width))
-    geglu_kernel[(y.numel() // width, parts_of(width, block))](halves, y, width, WIDTH=block)
+    compiled().geglu_kernel[(y.numel() // width, parts_of(width, block))](halves, y, width, WIDTH=block)
     return y
 
 
 def geglu_backward(gradient: Tensor, halves: Tensor) -> Tensor:
-    from .triton_kernels import geglu_backward_kernel
-
     halves, gradient, width = halves.contiguous(), gradient.contiguous(), gradient.shape[-1]
     result, block = torch.empty_like(halves), min(1024, power_of_2(width))
-    geglu_backward_kernel[(gradient.numel() // width, parts_of(width, block))](halves, gradient, result, width, WIDTH=block)
+    compiled().geglu_backward_kernel[(gradient.numel() // width, parts_of(width, block))](
+        halves, gradient, result, width, WIDTH=block
+    )
     return result
 
 
 def sum_with_bias(x: Tensor, bias: Tensor, more: Tensor) -> Tensor:
     """x + bias + more; x, more (N, C, H, W), bias (C,)"""
-    from .triton_kernels import sum_with_bias_kernel
-
     x, more = (one.contiguous(memory_format=torch.channels_last) for one in (x, more))
     result = torch.empty_like(x)
     block = 1024
-    sum_with_bias_kernel[(parts_of(x.numel(), block),)](x, bias, more, result, x.numel(), x.shape[1], BLOCK=block)
+    compiled().sum_with_bias_kernel[(parts_of(x.numel(), block),)](x, bias, more, result, x.numel(), x.shape[1], BLOCK=block)
     return result
 
 
@@ -260,13 +255,11 @@ def ranks_of(pieces: Sequence[Any]) -> dict[str, int]:
 
 def lora_linear(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """y = W x + b + scale B A x and A x of up to three layers of one shape. x (rows, ins); y (rows, outs), A x (rows, rank)"""
-    from .triton_kernels import lora_kernel
-
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
     results, low = ([x.new_empty(rows, wide) for _ in pieces] for wide in (outs, pieces[0].down.shape[0]))
     block, biased = block_for(rows, outs, layers=count), pieces[0].bias is not None
     grid = (parts_of(rows, block.rows) * parts_of(outs, block.outs), count)
-    lora_kernel[grid](
+    compiled().lora_kernel[grid](
         x, *three(results), *three(low), *three(weights), *(each(pieces, "bias") if biased else [x] * 3),
         *each(pieces, "down", "up", "scale"), rows, outs, ins, int(biased), **ranks_of(pieces), ROWS=block.rows,
         OUTS=block.outs, INS=block.ins, EVEN=ins % block.ins == 0, num_warps=block.warps, num_stages=block.stages,
@@ -287,14 +280,12 @@ def lora_linear_backward(
 
     gradients (rows, outs), x (rows, ins), low: what `lora_linear` gave
     """
-    from .triton_kernels import lora_factor_gradient_kernel, lora_input_gradient_kernel
-
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
     result = x.new_empty(rows, ins) if whole else x
     back = [x.new_empty(rows, pieces[0].down.shape[0]) for _ in pieces]
     sizes, block = ranks_of(pieces), block_for(rows, ins)
     grid = (parts_of(rows, block.rows) * (parts_of(ins, block.outs) if whole else 1), 1)
-    lora_input_gradient_kernel[grid](
+    compiled().lora_input_gradient_kernel[grid](
         *three(gradients), result, *three(back), *three(weights), *each(pieces, "down", "up", "scale"), rows, outs, ins,
         count, WHOLE=whole, **sizes, ROWS=block.rows, OUTS=block.ins, INS=block.outs, EVEN=outs % block.ins == 0,
         num_warps=block.warps, num_stages=block.stages,
@@ -305,7 +296,7 @@ def lora_linear_backward(
     share = parts_of(parts_of(rows, parts), deep) * deep
     parts = parts_of(rows, share)
     partials = x.new_empty(blocks * count * parts * sizes["RANKS"] * wide if parts > 1 else 1, dtype=torch.float32)
-    lora_factor_gradient_kernel[(blocks, count, parts)](
+    compiled().lora_factor_gradient_kernel[(blocks, count, parts)](
         x, *three(gradients), *three(low), *three(back), *each(pieces, "down_gradient", "up_gradient", "scale"), partials,
         counters_on(x.device), rows, outs, ins, share, parts, **sizes, ROWS=deep, WIDE=wide, num_warps=4, num_stages=4,
     )  # fmt: skip

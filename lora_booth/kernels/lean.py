@@ -227,27 +227,17 @@ def plain_attention(layer: Any) -> bool:
 
 def lean_block(
     block: Any,
-    hidden_states: Tensor,
+    x: Tensor,
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    timestep: Tensor | None = None,
-    cross_attention_kwargs: Any = None,
-    class_labels: Tensor | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    more = (attention_mask, encoder_attention_mask, cross_attention_kwargs, class_labels)
-    if stock(hidden_states) or encoder_hidden_states is None or kwargs or any(one is not None for one in more):
-        options = (
-            attention_mask,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            timestep,
-            cross_attention_kwargs,
-            class_labels,
-        )
-        return type(block).forward(block, hidden_states, *options, **kwargs)  # type: ignore[no-any-return]
-    x, last = two_parts(block, hidden_states, None, encoder_hidden_states)
+    unknown = args or attention_mask is not None or any(kwargs[name] is not None for name in kwargs.keys() - {"timestep"})
+    if stock(x) or encoder_hidden_states is None or unknown:
+        result = type(block).forward(block, x, attention_mask, encoder_hidden_states, *args, **kwargs)
+        return result  # type: ignore[no-any-return]
+    x, last = two_parts(block, x, None, encoder_hidden_states)
     return x + last
 
 
