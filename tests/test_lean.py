@@ -16,6 +16,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.base.memory import saved_for_backward
 from lora_booth.config import LoraSpec
 from lora_booth.injection import TrainableLora, trainable
+from lora_booth.kernels import autograd
 from lora_booth.kernels.autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm, SumWithBias
 from lora_booth.kernels.lean import REWRITTEN, agrees, lean
 from lora_booth.kernels.lora import Flat, LoraLinears, LoraPiece
@@ -77,7 +78,10 @@ def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     ],
     ids=["attention", "linear-checkpointed", "dropout-text", "convolutions"],
 )
-def test_gradients_are_the_stock_ones(kind: str, lora: LoraSpec, side: int, checkpointing: bool) -> None:
+def test_gradients_are_the_stock_ones(
+    kind: str, lora: LoraSpec, side: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autograd, "MANY_WEIGHTS", 0)
     base = base_of(kind)
     weights = state(base.pipeline)
     with trainable(base, lora) as adapter:
@@ -158,7 +162,13 @@ def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [(6, 5), (33, 20)])
-def test_convolutions(rows: int, kernel: int, how: ConvOptions, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("as_product", [True, False])
+def test_convolutions(
+    rows: int, kernel: int, how: ConvOptions, size: tuple[int, int], as_product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if as_product:
+        monkeypatch.setattr(autograd, "MANY_WEIGHTS", 0)
+        monkeypatch.setattr(autograd, "FEW_PIXELS", 10**6)
     torch.manual_seed(0)
     x = torch.randn(rows, 8, *size, requires_grad=True)
     weight, bias = torch.randn(12, 8 // how.groups, kernel, kernel), torch.randn(12)
