@@ -13,13 +13,13 @@ from pipelines import KINDS, make_pipeline, state
 from torch import nn
 
 from lora_booth.base.base_model import BaseModel
-from lora_booth.base.memory import saved_for_backward
 from lora_booth.config import LoraSpec
 from lora_booth.injection import TrainableLora, trainable
 from lora_booth.kernels import autograd
 from lora_booth.kernels.autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm, SumWithBias
 from lora_booth.kernels.lean import REWRITTEN, agrees, lean
 from lora_booth.kernels.lora import Flat, LoraLinears, LoraPiece
+from lora_booth.planning.meter import saved_for_backward
 
 EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
 
