@@ -124,7 +124,6 @@ def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None, *,
         prediction = {
             "tflops": one_way.flops / step / 1e12,
             "predicted_gb": one_way.phases["training"] / 1e9,
-            "predicted_ms": 1e3 * one_way.seconds,
         }
     del training, base, cache
     return prediction | {
@@ -200,10 +199,7 @@ def main() -> None:
             more = ""
             if "tflops" in found:
                 share = found["tflops"] * 1e12 / rate[one.case.dtype]
-                more = (
-                    f"{found['tflops']:.0f} TFLOP/s ({share:.0%} of the matrix rate), plan {found['predicted_gb']:.2f} GB and "
-                )
-                more += f"{found['predicted_ms']:.1f} ms, "
+                more = f"{found['tflops']:.0f} TFLOP/s ({share:.0%} of the matrix rate), plan {found['predicted_gb']:.2f} GB, "
             print(
                 f"{name}: {found['ms']:.2f} ms a step, {more}"
                 f"{'recorded' if found['recorded'] else 'not recorded'}, first step {found['first_step_s']:.1f} s, "

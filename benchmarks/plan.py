@@ -1,7 +1,7 @@
 """Predictions of `lb.plan` against trainings on this machine's CPU: `python benchmarks/plan.py [--cases NAME ...]`.
 
-Each case trains in a process of its own on random weights. Measured is the most resident memory (Linux) above what the
-process had after its imports and one training of the toybox; predicted is what the plan says of the same phase.
+Each case trains in its own process on random weights. Measured is the peak of resident memory (Linux) above that of the
+process after its imports and one training of the toybox; predicted is the plan's figure for the same phase.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import argparse
 import ctypes
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +90,7 @@ def status(key: str) -> int:
 
 def forget() -> None:
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and is kept for later is of no phase
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that the allocator keeps belongs to no phase
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -125,10 +123,10 @@ def run(case: Case) -> dict[str, Any]:
     base = base_of(case)
     with torch.no_grad():
         cache = cache_of(base, config)
-    measured, times = {}, [time.perf_counter()]
+    measured = {}
     forget()
     for _ in training_steps(base, cache, config=config):
-        times.append(time.perf_counter())
+        pass
     measured["training"] = status("VmHWM") - before
     few = pictures_at_a_time(case.resolution)
     forget()
@@ -142,20 +140,17 @@ def run(case: Case) -> dict[str, Any]:
     with_prior = replace(config, prior_loss_weight=1.0, class_images=1, pictures_at_a_time=None)
     drawing = next(one for one in plan(base, config=with_prior, device="cpu").forecasts if not one.settings)
     predicted = {**drawing.phases, "training": forecast.phases["training"]}
-    rows = {
+    return {
         phase: {"measured_gb": measured[phase] / 1e9, "predicted_gb": predicted[phase] / 1e9}
         | {"error": predicted[phase] / measured[phase] - 1}
         for phase in measured
     }
-    seconds = statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
-    rows["seconds"] = {"measured": seconds, "predicted": forecast.seconds, "error": forecast.seconds / seconds - 1}
-    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="NAME")
-    parser.add_argument("--one", choices=list(CASES), help=argparse.SUPPRESS)  # what a case's own process is asked
+    parser.add_argument("--one", choices=list(CASES), help=argparse.SUPPRESS)  # for the process of a case
     parser.add_argument("--json", type=Path, help="where to write everything")
     arguments = parser.parse_args()
     if arguments.one:
@@ -172,10 +167,7 @@ def main() -> None:
         cells = [
             f"{what} {row['predicted_gb']:.3f} / {row['measured_gb']:.3f} GB ({row['error']:+.0%})"
             for what, row in found[name].items()
-            if what != "seconds"
         ]
-        time_row = found[name]["seconds"]
-        cells.append(f"step {time_row['predicted']:.2f} / {time_row['measured']:.2f} s ({time_row['error']:+.0%})")
         print(f"{name}: " + "; ".join(cells), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from .adapters.adapter import Adapter
 from .adapters.contents import LoraFactors
-from .base.base_model import BaseModel, recognise
+from .base.base_model import BaseModel
 from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape
 from .config import LoraSpec
 from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError
-from .kernels.flat_parameters import Flat
+from .kernels.lora import Flat
 
 TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
 NAME = "lora_booth"  # of our adapter in its PEFT layers
@@ -303,10 +303,9 @@ Placement = tuple[Adapter, float, dict[str, dict[str, LoraFactors]]]  # adapter,
 
 def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> list[Placement]:
     """Where the factors of each adapter go. Raises AdapterBaseMismatch when one was made for another base."""
-    pipeline = base.pipeline if isinstance(base, BaseModel) else base
-    family = recognise(pipeline)
-    where = base.name if isinstance(base, BaseModel) else f"this {family.label} pipeline"
-    components = BaseModel(pipeline, family, where).components
+    known_base = BaseModel.of(base, name="this pipeline")
+    family, where = known_base.family, known_base.name
+    components = known_base.components
     plan: list[Placement] = []
     for adapter, weight in adapters:
         known = adapter.card.family
@@ -318,7 +317,7 @@ def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]])
         plan.append((adapter, weight, {c: placed(model, c, adapter, where) for c, model in components.items()}))
     for adapter, weight, _ in plan:
         if weight:
-            warn_of_other_base(adapter, base if isinstance(base, BaseModel) else BaseModel(pipeline, family, where))
+            warn_of_other_base(adapter, known_base)
     return plan
 
 
@@ -345,7 +344,7 @@ def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -
     check comes before the first change, and leaving restores the pipeline bit for bit, also after an exception.
     Raises AdapterBaseMismatch when an adapter was made for another base.
     """
-    pipeline = base.pipeline if isinstance(base, BaseModel) else base
+    pipeline = BaseModel.of(base).pipeline
     with attached_layers(base, adapters):
         yield pipeline
 
@@ -353,7 +352,7 @@ def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -
 @contextmanager
 def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[list[AttachedAdapter]]:
     """As `attached`, for code that changes weights while the adapters are on: yields one AttachedAdapter for each."""
-    pipeline = base.pipeline if isinstance(base, BaseModel) else base
+    pipeline = BaseModel.of(base).pipeline
     plan = placements(base, adapters)
     injections: list[Injection] = []
     try:

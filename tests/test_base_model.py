@@ -358,3 +358,28 @@ def test_no_tokenizer_is_one_plain_error(kind: str, tiny_configs: None, tmp_path
     file = save_checkpoint(make_pipeline(kind), tmp_path / "dreamy.safetensors")
     message = refused(file, dtype=torch.float32, device="cpu")
     assert "tokenizer" in message and "config=FOLDER" in message and "hf download" in message
+
+
+# --- what a folder declares, and what is taken for a base ----------------------------------------------------------
+
+
+def test_rare_tokens_are_declared_in_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "toybox"  # a name that says nothing
+    shutil.copytree(folders["sd1"], folder)
+    assert BaseModel.load(folder, device="cpu").rare_tokens == ()
+    (folder / "lora_booth.json").write_text('{"rare_tokens": ["sks", "zwx"]}')
+    assert BaseModel.load(folder, device="cpu").rare_tokens == ("sks", "zwx")
+    for wrong in ("[]", "{}", "no json", '{"rare_tokens": "sks"}', '{"rare_tokens": [1]}'):
+        (folder / "lora_booth.json").write_text(wrong)
+        with pytest.raises(BaseModelError, match=r"lora_booth.json.*a list of words"):
+            BaseModel.load(folder, device="cpu")
+
+
+def test_a_base_or_a_pipeline() -> None:
+    pipeline = make_pipeline("sd1")
+    base = BaseModel.of(pipeline, name="mine")
+    assert base.name == "mine" and base.pipeline is pipeline and BaseModel.of(base, name="other") is base
+    with pytest.raises(BaseModelError, match=r"'models/x' is not loaded; give BaseModel.load\('models/x'\)"):
+        BaseModel.of("models/x")
+    with pytest.raises(BaseModelError, match="Linear has no U-Net and VAE"):
+        BaseModel.of(torch.nn.Linear(1, 1))

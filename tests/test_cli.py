@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,9 +271,11 @@ def test_photos_says_why_one_is_not_used(call, photos, tmp_path):
     assert "small: 260 px, enlarged to 512" in out
 
 
-def test_tokens_are_proposed(call, tiny, monkeypatch):
-    monkeypatch.setattr("lora_booth.base.base_model.rare_tokens", lambda base: ("sks",))
-    assert call("token", "--base", tiny) == (0, "sks\n", "")
+def test_tokens_are_proposed(call, tiny, tmp_path):
+    folder = tmp_path / "declared"
+    shutil.copytree(tiny, folder)
+    (folder / "lora_booth.json").write_text('{"rare_tokens": ["sks"]}')
+    assert call("token", "--base", folder) == (0, "sks\n", "")
 
 
 def test_tokens_are_checked(call, tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -19,14 +20,14 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, V
 from lora_booth import cli
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import Card
-from lora_booth.base.base_model import BaseModel
+from lora_booth.base.base_model import TOYBOX_FOLDER, BaseModel
 from lora_booth.cli.demo import write_photos
 from lora_booth.config import LoraSpec
 from lora_booth.errors import EvaluationError, SettingsError
 from lora_booth.evaluation.cases import TEMPLATE, cases_of
 from lora_booth.evaluation.encoders import FOR_CLIP, FOR_DINO, Clip, Dino
 from lora_booth.evaluation.measures import ToyboxMeasure, drawn_subject
-from lora_booth.evaluation.protocol import Candidate, evaluate
+from lora_booth.evaluation.protocol import Candidate, evaluate, is_toybox
 from lora_booth.evaluation.results import CHANCE, Comparison, Metric, Row
 from lora_booth.evaluation.runs import candidates_of, scores_file
 from lora_booth.evaluation.statistics import score
@@ -313,6 +314,17 @@ def test_the_judges_figures_are_as_written() -> None:
 @pytest.fixture(scope="module")
 def toybox() -> BaseModel:
     return BaseModel.load("toybox")
+
+
+def test_the_judge_is_chosen_by_the_weights_not_by_a_name(toybox: BaseModel, tmp_path: Path) -> None:
+    make_pipeline("sd1").save_pretrained(tmp_path / "toybox")
+    other = BaseModel.load(tmp_path / "toybox", device="cpu")
+    assert other.name == "toybox" == toybox.name and other.rare_tokens == ()
+    assert is_toybox(toybox) and not is_toybox(other)
+    copied = tmp_path / "a copy"
+    shutil.copytree(TOYBOX_FOLDER, copied)
+    copy = BaseModel.load(copied, device="cpu", dtype=torch.bfloat16)
+    assert copy.name == "a copy" and copy.rare_tokens == toybox.rare_tokens != () and is_toybox(copy)
 
 
 @pytest.fixture

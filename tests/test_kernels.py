@@ -170,7 +170,7 @@ def test_lora_layers(
 
 
 def test_where_there_are_none() -> None:
-    assert "for CUDA" in str(kernels.obstacle_on(torch.device("cpu"))) and not kernels.works_on(torch.device("cpu"))
+    assert "need CUDA" in str(kernels.obstacle_on(torch.device("cpu"))) and not kernels.works_on(torch.device("cpu"))
 
 
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")

@@ -13,15 +13,13 @@ from pipelines import KINDS, make_pipeline, state
 from torch import nn
 
 from lora_booth.base.base_model import BaseModel
-from lora_booth.base.memory import saved_for_backward
 from lora_booth.config import LoraSpec
 from lora_booth.injection import TrainableLora, trainable
-from lora_booth.kernels import products
-from lora_booth.kernels.flat_parameters import Flat
-from lora_booth.kernels.lean import lean
-from lora_booth.kernels.lora import LoraLinears, LoraPiece
-from lora_booth.kernels.products import ConvOptions, FrozenConv2d
-from lora_booth.kernels.recomputed import Geglu, NormBeside, SumAndNorm, SumWithBias
+from lora_booth.kernels import autograd
+from lora_booth.kernels.autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm, SumWithBias
+from lora_booth.kernels.lean import REWRITTEN, agrees, lean
+from lora_booth.kernels.lora import Flat, LoraLinears, LoraPiece
+from lora_booth.planning.meter import saved_for_backward
 
 EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
 
@@ -83,7 +81,7 @@ def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_gradients_are_the_stock_ones(
     kind: str, lora: LoraSpec, side: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(autograd, "MANY_WEIGHTS", 0)
     base = base_of(kind)
     weights = state(base.pipeline)
     with trainable(base, lora) as adapter:
@@ -164,9 +162,13 @@ def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [(6, 5), (33, 20)])
-def test_convolutions(rows: int, kernel: int, how: ConvOptions, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "MANY_WEIGHTS", 0)  # few pixels: as one product, where there is oneDNN
-    monkeypatch.setattr(products, "way_on_cpu", products.way_on_cpu.__wrapped__)
+@pytest.mark.parametrize("as_product", [True, False])
+def test_convolutions(
+    rows: int, kernel: int, how: ConvOptions, size: tuple[int, int], as_product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if as_product:
+        monkeypatch.setattr(autograd, "MANY_WEIGHTS", 0)
+        monkeypatch.setattr(autograd, "FEW_PIXELS", 10**6)
     torch.manual_seed(0)
     x = torch.randn(rows, 8, *size, requires_grad=True)
     weight, bias = torch.randn(12, 8 // how.groups, kernel, kernel), torch.randn(12)
@@ -177,7 +179,6 @@ def test_convolutions(rows: int, kernel: int, how: ConvOptions, size: tuple[int,
         assert torch.allclose(found, expected, atol=1e-4) and found.is_contiguous()
         (wanted,), (got,) = torch.autograd.grad(expected, x, up), torch.autograd.grad(found, x, up)
         assert torch.allclose(got, wanted, atol=1e-4)
-        assert torch.allclose(products.transposed(up, weight, x.shape, how), wanted, atol=1e-4)  # on a GPU
 
 
 def test_what_is_computed_again() -> None:
@@ -313,3 +314,33 @@ def test_weights_that_are_trained_are_left_alone() -> None:
     layer = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 3).requires_grad_(False))
     with lean(layer, {}) as layers:
         assert layers == 1 and "forward" not in vars(layer[0]) and "forward" in vars(layer[2])
+
+
+@pytest.mark.parametrize("name", sorted(REWRITTEN))
+def test_a_lean_forward_is_used_only_where_the_stock_one_is_the_known_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, kind, said = base_of("sd1"), REWRITTEN[name].stock, list[str]()
+
+    def lean_ones(factors: Any) -> set[str]:
+        with lean(base.unet, factors, say=said.append):
+            return {type(module).__name__ for module in base.unet.modules() if "forward" in vars(module)}
+
+    with trainable(base, LoraSpec(rank=2)) as adapter:
+        assert agrees(name) and set(REWRITTEN) <= lean_ones(adapter.flat.factors) and not said
+        stock = kind.forward
+
+        def newer(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return stock(self, x * 1.1, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", newer)
+        agrees.cache_clear()
+        try:
+            assert set(REWRITTEN) - lean_ones(adapter.flat.factors) == {name}
+            assert len(said) == 1 and said[0].startswith(f"note: this diffusers computes {name} differently")
+            expected = gradients(base, adapter)
+            with lean(base.unet, adapter.flat.factors):
+                assert far(gradients(base, adapter)[1], expected[1]) < 5e-6
+            monkeypatch.setattr(kind, "__init__", lambda self, **_: None)  # and other options
+            agrees.cache_clear()
+            assert not agrees(name)
+        finally:
+            agrees.cache_clear()

@@ -1,9 +1,11 @@
-"""plan(): what it predicts from shapes alone is what real pipelines take; the fastest that fits is chosen."""
+"""plan(): what it predicts from shapes alone is what real pipelines take; what fits is chosen."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,25 +18,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth import cli
 from lora_booth.base.base_model import BaseModel
-from lora_booth.base.memory import Meter, saved_for_backward, storage_bytes
+from lora_booth.base.memory import storage_bytes
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.kernels.attention import attention_shapes
-from lora_booth.kernels.flat_parameters import APART
-from lora_booth.planning import planning
+from lora_booth.kernels.lora import APART
+from lora_booth.pictures.composition import Composition
+from lora_booth.planning import budget, planning
+from lora_booth.planning.budget import CPU_CONTEXT, GPUS, RESERVE, available_bytes, free_bytes, gpu_named, upper_bound
 from lora_booth.planning.counting import Counter, count, count_step, inputs
-from lora_booth.planning.devices import GPUS, Rates, free_bytes, gpu_named, measured_rates
-from lora_booth.planning.planning import RESERVE, DoesNotFit, Machine, Plan, Planner, fitted, plan
+from lora_booth.planning.meter import Meter, saved_for_backward
+from lora_booth.planning.planning import DoesNotFit, Machine, Plan, Planner, Resident, fitted, plan
 from lora_booth.planning.shapes import Shapes, shapes_of, without_weights
 from lora_booth.training.settings import settled
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=4, batch_size=2, prior_loss_weight=0.0)
-RATES = Rates(flops=1e12, bandwidth=1e11, kernel_seconds=1e-5, spread=1.5, source="a test")
 
 
 def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
+
+
+def weights_of(base: BaseModel, *, named: Iterable[str] = ("unet", "vae", "text_encoder")) -> int:
+    """Bytes of those of these modules that are in memory."""
+    there = [getattr(base.shell, name) for name in named if base.unread(name) is None]
+    return storage_bytes(tensor for module in there for tensor in (*module.parameters(), *module.buffers()))
 
 
 @cache
@@ -44,8 +53,8 @@ def counter_of(kind: str, dtype: torch.dtype = torch.float32, lora: LoraSpec = L
 
 def planned(kind: str = "sd1", *, budget: float, config: TrainingConfig = CONFIG, device: str = "cuda") -> Plan:
     counter = counter_of(kind)
-    machine = Machine("a test", device, budget, 0.0, RATES)
-    return Planner(counter, machine, settled(config, counter.base, 3), 3, lazy=True).plan()
+    machine = Machine("a test", device, budget, 0.0)
+    return Planner(counter, machine, settled(config, counter.base, 3), 3).plan()
 
 
 # --- what is counted -----------------------------------------------------------------------------------------------
@@ -71,10 +80,8 @@ def test_counts_without_weights_are_those_of_the_real_model(kind: str, lora: Lor
     if config.lean:  # then a CPU lays small things out otherwise
         assert counted[1].peak == pytest.approx(counted[0].peak, rel=0.2)
     else:
-        traffic = [(one.moved, one.kernels) for one in counted]  # tokens come from the host
-        assert traffic[1] == pytest.approx(traffic[0], rel=0.002)
-        assert len({replace(one, moved=0, kernels=0) for one in counted}) == 1
-    assert counted[1].peak > counted[1].saved and counted[1].flops > 1.9 * counted[1].forward_flops > 0
+        assert counted[1] == counted[0]
+    assert counted[1].peak > counted[1].saved and counted[1].flops == counted[0].flops > 0
 
 
 @pytest.mark.slow
@@ -224,16 +231,20 @@ def test_what_cannot_be_trained_cannot_be_planned() -> None:
 # --- the choice ----------------------------------------------------------------------------------------------------
 
 
-def test_the_fastest_that_fits_is_chosen() -> None:
-    plenty = planned(budget=1e9)
-    times = [one.seconds for one in plenty.forecasts]
+def test_the_least_extra_computation_that_fits_is_chosen() -> None:
+    plenty = planned(budget=1e9, config=replace(CONFIG, batch_size=4))
     assert plenty.chosen is not None and plenty.chosen.settings == {} and plenty.config == plenty.asked
-    assert all(one.seconds >= 0.95 * times[0] for one in plenty.forecasts) and len(times) == 4
+    split = [{"pictures_at_a_time": 2}, {"pictures_at_a_time": 1}]
+    again = {"gradient_checkpointing": True}
+    assert [one.settings for one in plenty.forecasts] == [{}, *split, again, *(each | again for each in split)]
+    assert [one.passes for one in plenty.forecasts] == [1, 2, 4, 1, 2, 4]
+    flops = [one.flops for one in plenty.forecasts]
+    assert flops[0] == flops[1] == flops[2] < flops[3] == flops[4] == flops[5] < 1.5 * flops[0]
     by_peak = sorted(plenty.forecasts, key=lambda one: one.phases["training"])
-    assert by_peak[-1].settings == {} and by_peak[0].settings == {"pictures_at_a_time": 1, "gradient_checkpointing": True}
-    for one in plenty.forecasts:  # just enough for this one: nothing faster may fit
-        tight = planned(budget=one.peak + one.reserve)
-        assert tight.chosen is not None and tight.chosen.seconds <= one.seconds * 1.05**2
+    assert by_peak[-1].settings == {} and by_peak[0].settings == split[1] | again
+    for i, one in enumerate(plenty.forecasts):  # just enough for this one
+        tight = planned(budget=one.peak + one.reserve, config=plenty.asked)
+        assert tight.chosen is not None and tight.chosen.settings in [each.settings for each in plenty.forecasts[: i + 1]]
         assert tight.chosen.peak + tight.chosen.reserve <= tight.machine.budget
 
 
@@ -258,7 +269,7 @@ def test_when_nothing_fits_the_error_says_what_would() -> None:
     least = min(one.peak for one in wide.forecasts)
     small = planned(budget=0.9 * least, config=replace(CONFIG, resolution=128))
     assert small.chosen is None and "does not fit" in str(small)
-    with pytest.raises(DoesNotFit, match=r"at 128 px takes .* at the least .* resolution=\d+ would need"):
+    with pytest.raises(DoesNotFit, match=r"at 128 px needs at least .* resolution=\d+ would need"):
         _ = small.config
     none = planned(budget=1000.0)
     with pytest.raises(DoesNotFit, match="no smaller resolution fits|half precision"):
@@ -282,35 +293,99 @@ def test_training_takes_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPat
     base, said = base_of("sd1"), []
     config = settled(CONFIG, base, 3)
     assert fitted(base, LORA, config, photos=3, say=said.append) == config and not said  # far below what is free
-    monkeypatch.setattr(planning, "measured_rates", lambda device, dtype: RATES)
-    monkeypatch.setattr(planning, "EASY", 0.0)
+    monkeypatch.setattr(planning, "upper_bound", lambda *_, **__: math.inf)
     with monkeypatch.context() as patch:  # it fits: no other way is counted
         patch.setattr(Planner, "plan", None)
         assert fitted(base, LORA, config, photos=3, say=said.append) == config and not said
     asked, *_ = (one for one in plan(base, lora=LORA, config=config, photos=3).forecasts if not one.settings)
     free = asked.peak - storage_bytes(p for m in (*base.structure.values(), base.vae) for p in m.parameters())
-    monkeypatch.setattr(planning, "free_bytes", lambda device: int(free) - 1)
+    monkeypatch.setattr(budget, "free_bytes", lambda device: int(free) - 1)
     chosen = fitted(base, LORA, config, photos=3, say=said.append)
     assert chosen != config and replace(chosen, pictures_at_a_time=None, gradient_checkpointing=False) == config
     assert len(said) == 1 and "plan: " in said[0]
-    monkeypatch.setattr(planning, "free_bytes", lambda device: -(10**9))
+    monkeypatch.setattr(budget, "free_bytes", lambda device: -(10**9))
     with pytest.raises(DoesNotFit):
         fitted(base, LORA, config, photos=3)
     both = replace(config, pictures_at_a_time=1, gradient_checkpointing=True)
     assert fitted(base, LORA, both, photos=3) == both  # somebody who set both wants to try
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("text_encoder", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+def test_no_phase_exceeds_the_upper_bound(kind: str, text_encoder: bool, attention: Any) -> None:
+    """Where it is below the free memory, nothing is counted."""
+    lora = replace(LORA, text_encoder=text_encoder)
+    for dtype, prior, batch in ((torch.float32, 0.0, 4), (torch.bfloat16, 1.0, 1)):
+        counter = counter_of(kind, dtype, lora)
+        config = TrainingConfig(attention=attention, batch_size=batch, prior_loss_weight=prior, lean=False, resolution=128)
+        config = settled(config, counter.base, 3)
+        for resident in (Resident(), Resident(frozenset({"unet", "vae", "text_encoder", "text_encoder_2"}))):
+            planner = Planner(counter, Machine("a test", "cpu", 1e9, CPU_CONTEXT), config, 3, resident)
+            one, bound = planner.forecast(config, {}), upper_bound(counter.base, lora, config, photos=3)
+            assert one.peak + one.reserve < bound < 4 * one.peak
+
+
+def test_the_upper_bound_of_a_published_model() -> None:
+    config = TrainingConfig(resolution=256)
+    counter = Counter(shapes_of("sd1"), dtype=torch.float32, lora=LoraSpec())
+    config = settled(config, counter.base, 5)
+    one = Planner(counter, Machine("a test", "cpu", 1e12, CPU_CONTEXT), config, 5).forecast(config, {})
+    assert one.peak + one.reserve < upper_bound(counter.base, LoraSpec(), config, photos=5) < 1.5 * one.peak
+
+
+@pytest.fixture
+def toybox() -> BaseModel:
+    return BaseModel.load("toybox", device="cpu", dtype=torch.float32)
+
+
+def test_modules_that_stay_in_memory_are_counted(toybox: BaseModel) -> None:
+    """After pictures on the same base somebody may hold its VAE and text encoder: training cannot give them back."""
+
+    def planned_and_there() -> tuple[float, int]:
+        with toybox.only_unet_on_device():
+            there = weights_of(toybox)
+        return plan(toybox, config=CONFIG, lora=LORA).forecasts[0].training["weights"], there
+
+    assert toybox.unet is not None
+    alone, there = planned_and_there()
+    assert alone == there
+    Composition(toybox, []).generate("a dog", seeds=[0], steps=1)
+    whole, there = planned_and_there()
+    assert whole == there > 1.2 * alone
+    encoding = plan(toybox, config=CONFIG, lora=LORA).forecasts[0].phases["through the VAE"]
+    unread = plan("toybox", config=CONFIG, lora=LORA, device="cpu").forecasts[0].phases["through the VAE"]
+    assert encoding == unread + alone  # the U-Net is there too
+
+
+def test_time_is_measured_by_real_steps(toybox: BaseModel) -> None:
+    before = {name: value.clone() for name, value in toybox.unet.state_dict().items()}
+    config = TrainingConfig(batch_size=1, steps=60)
+    found = plan(toybox, lora=LORA, config=config, measure=True)
+    assert found.seconds is not None and 0.001 < found.seconds < 60 and found.to_json()["seconds"] == found.seconds
+    after = toybox.unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    text = plan(toybox, lora=replace(LORA, text_encoder=True), config=config, measure=True)
+    assert text.seconds is not None and text.seconds > found.seconds / 2
+    assert plan(toybox, lora=LORA, config=config).seconds is None
+    with pytest.raises(SettingsError, match="measure=True with gpu="):
+        plan(toybox, gpu="T4", measure=True)
+    with pytest.raises(SettingsError, match="measure=True with 'sd1': only a loaded base"):
+        plan("sd1", measure=True)
+
+
 def test_this_machine() -> None:
     cpu = torch.device("cpu")
-    rates = measured_rates(cpu, torch.float32)
-    assert rates.flops > 1e8 and rates.bandwidth > 1e7 and 0 < rates.kernel_seconds < 0.1
-    assert measured_rates(cpu, torch.float32) == rates  # kept
     assert free_bytes(cpu) > 10**8
+    base = base_of("sd1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "free_bytes", lambda device: 10**9)
+        assert available_bytes(base, cpu) == 10**9 + weights_of(base) and available_bytes("sd1", cpu) == 10**9
 
 
 def test_gpus_by_name() -> None:
-    assert gpu_named("T4") is gpu_named("tesla t4") is GPUS["t4"] and gpu_named("RTX-4090").half_tflops == 165
-    with pytest.raises(SettingsError, match="known are T4"):
+    assert gpu_named("T4") is gpu_named("tesla t4") is GPUS["t4"] and gpu_named("RTX-4090").memory_gb == 24
+    with pytest.raises(SettingsError, match="choose from T4"):
         gpu_named("voodoo")
     with pytest.raises(SettingsError, match="vram_gb"):
         plan("sd1", vram_gb=0)
@@ -325,11 +400,29 @@ def test_json_is_stable(folders: dict[str, Path]) -> None:
     facts = json.loads(json.dumps(found.to_json()))
     assert facts == plan(folders["sd1"], lora=LORA, config=CONFIG, gpu="T4").to_json()
     assert list(facts) == [
-        *("base", "family", "dtype", "resolution", "pictures", "rank", "machine", "chosen", "remedy", "ways", "offered"),
+        *(
+            "base",
+            "family",
+            "dtype",
+            "resolution",
+            "pictures",
+            "rank",
+            "machine",
+            "chosen",
+            "seconds",
+            "remedy",
+            "ways",
+            "offered",
+        ),
     ]
-    assert facts["machine"]["budget"] == 15e9 and facts["dtype"] == "float16" and facts["chosen"] == {}
+    assert (
+        facts["seconds"] is None
+        and facts["machine"]["budget"] == 15e9
+        and facts["dtype"] == "float16"
+        and facts["chosen"] == {}
+    )
     assert set(facts["ways"][0]) == {
-        *("settings", "training", "phases", "reserve", "flops", "seconds", "seconds_range", "fits", "peak"),
+        *("settings", "training", "phases", "reserve", "passes", "flops", "fits", "peak"),
     }
 
 
@@ -345,6 +438,11 @@ def test_on_the_command_line(folders: dict[str, Path], capsys: pytest.CaptureFix
     code, out, _ = said("--gpu", "t4", "--vram", "7", "--json")
     assert code == 0 and json.loads(out)["machine"]["budget"] == 7e9
     code, out, error = said("--vram", "0.5")  # CUDA's own context takes more
-    assert code == 2 and "does not fit" in out and error.startswith("error: tiny-sd1 at 64 px takes")
+    assert code == 2 and "does not fit" in out and error.startswith("error: tiny-sd1 at 64 px needs at least")
+    assert "s/step" not in out and "time:" not in out
+    code, out, _ = said("--measure", "--resolution", "64")
+    assert code == 0 and re.search(r"time: [\d.e-]+ s a step \(median of 3 here\), about \d+ min for 500 steps", out)
+    code, out, error = said("--measure", "--gpu", "T4")
+    assert code == 2 and not out and "leave out --family, --vram, --gpu" in error
     code, _, error = said("--family", "sd7")
     assert code == 2 and "allowed: sd1, sd2, sdxl" in error

@@ -19,7 +19,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from lora_booth.base.base_model import TOYBOX_FOLDER, BaseModel
-from lora_booth.toybox import RARE_TOKENS, world
+from lora_booth.base.diffusers_folder import declared_rare_tokens
+from lora_booth.toybox import world
 from lora_booth.toybox.judge import IDENTITY_PARTS, OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge, judge_loss, labels, read
 from lora_booth.toybox.scenery import CONTEXTS
 from lora_booth.toybox.world import CLASSES, COLORS, HELD_OUT, STYLES, Identity, Scene, draw, random_scene
@@ -28,6 +29,8 @@ from tools.toybox import judge as judge_stage
 from tools.toybox import pictures, stages, text, unet, vae
 
 ROOT = Path(__file__).parent.parent
+
+RARE_TOKENS = declared_rare_tokens(TOYBOX_FOLDER)
 
 
 def fingerprint(seeds: range) -> str:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseModelError
-from ..toybox import RARE_TOKENS
-from .diffusers_folder import load_folder
+from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import FAMILIES, Family, labels
 from .library_logging import quiet_about_torchvision
 from .memory import without_collections
@@ -53,6 +52,7 @@ class BaseModel:
     name: str  # for cards and people: a Hub id, a folder's or file's bare name; never a path
     weights: LazyWeights | None = None  # of the modules that are read when they are needed
     quantized: str | None = None  # how the U-Net's linear layers were packed: "nf4"; None: not by this library
+    rare_tokens: tuple[str, ...] = ()  # words that mean nothing to it, as its folder declares them
 
     @classmethod
     @without_collections()
@@ -84,27 +84,26 @@ class BaseModel:
         if quantize is not None:
             check_quantization(quantize, place)
         precision = dtype or default_dtype(place, source)
-        if str(source) == TOYBOX:
-            loaded, name = load_folder(TOYBOX_FOLDER, precision, place), TOYBOX
+        embedded = str(source) == TOYBOX
+        path = TOYBOX_FOLDER if embedded else Path(source).expanduser()
+        tokens: tuple[str, ...] = ()
+        if path.is_dir():
+            tokens, name = declared_rare_tokens(path), TOYBOX if embedded else path.resolve().name
+            pipeline, weights = load_folder(path, precision, place, variant=variant)
+        elif path.is_file():
+            name = path.stem
+            pipeline, weights = load_single_file(path, precision, place, config=config, prediction_type=prediction_type)
+        elif is_hub_id(str(source)):
+            name = str(source)
+            pipeline, weights = load_folder(name, precision, place, revision=revision, variant=variant)
         else:
-            path = Path(source).expanduser()
-            if path.is_dir():
-                loaded, name = load_folder(path, precision, place, variant=variant), path.resolve().name
-            elif path.is_file():
-                loaded = load_single_file(path, precision, place, config=config, prediction_type=prediction_type)
-                name = path.stem
-            elif is_hub_id(str(source)):
-                name = str(source)
-                loaded = load_folder(name, precision, place, revision=revision, variant=variant)
-            else:
-                raise BaseModelError(
-                    f"{source}: no such folder or file; give 'toybox', a Hub id (owner/name), a diffusers folder "
-                    "or a .safetensors checkpoint"
-                )
-        pipeline, weights = loaded
-        base = cls(pipeline, recognise(pipeline), name, weights, quantize)
+            raise BaseModelError(
+                f"{source}: no such folder or file; give 'toybox', a Hub id (owner/name), a diffusers folder "
+                "or a .safetensors checkpoint"
+            )
+        base = cls(pipeline, recognise(pipeline), name, weights, quantize, tokens)
         if quantize is not None:
-            _ = base.fingerprint  # of the weights as they lie in their file, and kept: it is the plain base's
+            _ = base.fingerprint  # cached: of the weights in the file, so that of the plain base
             quantize_unet(pipeline.unet, weights.parts.get("unet"), precision)
         return base
 
@@ -112,6 +111,13 @@ class BaseModel:
     def from_pipeline(cls, pipeline: Any, *, name: str = "custom") -> BaseModel:
         """Recognise a pipeline that is loaded already; its modules are shared, not copied."""
         return cls(pipeline, recognise(pipeline), name)
+
+    @classmethod
+    def of(cls, base: BaseModel | Any, *, name: str = "custom") -> BaseModel:
+        """A base as it is, or any loaded pipeline under this name. Raises BaseModelError for anything else."""
+        if isinstance(base, str | Path):
+            raise BaseModelError(f"{str(base)!r} is not loaded; give BaseModel.load({str(base)!r}) or a diffusers pipeline")
+        return base if isinstance(base, cls) else cls.from_pipeline(base, name=name)
 
     def __repr__(self) -> str:
         packed = f", {self.quantized}" if self.quantized else ""
@@ -179,6 +185,12 @@ class BaseModel:
     def unread(self, name: str) -> LazyModule | None:
         """A module that is still on disk; None: it is in memory."""
         return self.weights.unread(name) if self.weights is not None else None
+
+    def stays(self, name: str) -> bool:
+        """Whether this module is in memory and training does not give it back."""
+        if self.unread(name) is not None:
+            return False
+        return name == "unet" or name not in self._lazy or (self.weights is not None and self.weights.kept)
 
     @property
     def device(self) -> torch.device:
@@ -339,11 +351,6 @@ def default_dtype(device: torch.device, source: str | Path = "") -> torch.dtype:
     if device.type == "cpu" and torch.cpu.is_available() and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
-
-
-def rare_tokens(base: BaseModel) -> tuple[str, ...]:
-    """Tokens that are known to mean nothing to this base; () where nobody has told."""
-    return RARE_TOKENS if base.name == TOYBOX else ()
 
 
 def is_hub_id(source: str) -> bool:

@@ -12,6 +12,8 @@ from ..errors import BaseModelError, first_line
 from .families import FAMILIES, labels
 from .weight_files import LazyWeights, assemble, parts_in_folder
 
+DECLARED = "lora_booth.json"  # in a diffusers folder: what its maker declares of the base
+
 
 def load_folder(
     source: str | Path, dtype: torch.dtype, device: torch.device, *, revision: str | None = None, variant: str | None = None
@@ -33,6 +35,20 @@ def load_folder(
         return assemble(cls, folder, parts_in_folder(folder, index, dtype, device, variant), dtype, device, **given)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(f"{source}: cannot be loaded ({first_line(error)}); is the folder complete?") from error
+
+
+def declared_rare_tokens(folder: Path) -> tuple[str, ...]:
+    """Tokens that mean nothing to this base, as its folder declares them: {"rare_tokens": ["sks"]} in lora_booth.json."""
+    path = folder / DECLARED
+    if not path.is_file():
+        return ()
+    try:
+        tokens = json.loads(path.read_text(encoding="utf-8"))["rare_tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(f"{path}: cannot be read ({first_line(error)}); write rare_tokens, a list of words") from error
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise BaseModelError(f"{path}: rare_tokens is {tokens!r}; write a list of words")
+    return tuple(tokens)
 
 
 def read_model_index(source: str | Path, revision: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .weight_files import return_to_system
+from .memory import return_to_system
 
 
 @torch.no_grad()

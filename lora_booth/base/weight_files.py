@@ -6,10 +6,8 @@ read in pieces into its final place, so a module costs its own size and a few MB
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, BaseModelError
 from .library_logging import without_bars
+from .memory import return_to_system
 from .safetensors_header import CHECKPOINT, DTYPES, read_header
 
 PIECE = 2**24  # bytes read at a time
@@ -191,13 +190,6 @@ class LazyWeights:
     def unread(self, name: str) -> LazyModule | None:
         part = self.parts.get(name)
         return None if part is None or part.is_read else part
-
-
-def return_to_system() -> None:
-    """What was freed on the host goes back to the system: glibc would keep what lies below something in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def put(module: nn.Module, key: str, value: Tensor) -> None:

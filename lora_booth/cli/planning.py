@@ -1,4 +1,4 @@
-"""What a training will take, before it."""
+"""The memory of a training, before it starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from ..errors import SettingsError
 from .app import Base, app, say
-from .arguments import Quantize, check_dtype
+from .arguments import Quantize, check_dtype, load_base
 
 if TYPE_CHECKING:
     from ..planning.planning import Plan
@@ -18,23 +18,25 @@ if TYPE_CHECKING:
 @app.command()
 def plan(
     base: Base = "toybox",
-    family: Annotated[str | None, typer.Option(help="sd1, sd2 or sdxl: its published shapes, with no base at hand")] = None,
-    vram: Annotated[float | None, typer.Option(help="GB that it may take [what is free here, or all of --gpu]")] = None,
+    family: Annotated[str | None, typer.Option(help="sd1, sd2 or sdxl: the published shapes, instead of a base")] = None,
+    vram: Annotated[float | None, typer.Option(help="budget in GB [what is free here, or all of --gpu]")] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="another machine's: T4, L4, 3090, 4090, A100, H100, H200 [T4 for --vram, without a GPU]")
+        str | None,
+        typer.Option(help="plan for a T4, L4, 3090, 4090, A100, H100 or H200 [without a GPU, --vram plans for a T4]"),
     ] = None,
-    rank: Annotated[int, typer.Option(help="of the change to each layer")] = 8,
+    rank: Annotated[int, typer.Option(help="LoRA rank")] = 8,
     text_encoder: Annotated[bool, typer.Option(help="adapt the text encoders as well")] = False,
     resolution: Annotated[int | None, typer.Option(help="pixels [the base's own]")] = None,
-    batch_size: Annotated[int, typer.Option(help="photos a forward pass; as many class images come on top")] = 1,
-    gradient_accumulation: Annotated[int, typer.Option(help="forward passes for one update")] = 1,
-    prior_loss_weight: Annotated[float, typer.Option(help="0: no prior preservation")] = 1.0,
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32 [as the device has it]")] = None,
+    batch_size: Annotated[int, typer.Option(help="photos in a batch; as many class images come on top")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="batches for one optimizer update")] = 1,
+    prior_loss_weight: Annotated[float, typer.Option(help="weight of the class images; 0: no prior preservation")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32 [by the device]")] = None,
     photos: Annotated[int, typer.Option(min=1, help="how many there will be")] = 5,
     quantize: Quantize = None,
-    json: Annotated[bool, typer.Option(help="everything, in bytes and seconds")] = False,
+    measure: Annotated[bool, typer.Option(help="load --base and time a few training steps on this machine")] = False,
+    json: Annotated[bool, typer.Option(help="print JSON, in bytes and seconds")] = False,
 ) -> None:
-    """Predict memory and time of a training and choose the fastest settings that fit (exit code 2: none does)."""
+    """Predict the memory of a training and choose the fastest settings that fit (exit code 2 when nothing does)."""
     from ..base.families import FAMILIES
     from ..config import LoraSpec, TrainingConfig
 
@@ -54,11 +56,22 @@ def plan(
     from ..planning.planning import plan as make_plan
 
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype or "")
+    if measure and (family or vram or gpu or dtype):
+        raise SettingsError("--measure times --base on this machine; leave out --family, --vram, --gpu and --dtype")
+    source = load_base(base, quantize=quantize) if measure else family or base
     found = make_plan(
-        family or base, lora=lora, config=config, vram_gb=vram, gpu=gpu, dtype=precision, photos=photos, quantize=quantize
+        source,
+        lora=lora,
+        config=config,
+        vram_gb=vram,
+        gpu=gpu,
+        dtype=precision,
+        photos=photos,
+        quantize=None if measure else quantize,
+        measure=measure,
     )
     show(found, as_json=json)
-    _ = found.config  # raises when nothing fits
+    _ = found.config  # raises DoesNotFit
 
 
 def show(found: Plan, *, as_json: bool) -> None:

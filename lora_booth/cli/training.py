@@ -62,14 +62,13 @@ def token(
     count: Annotated[int, typer.Option(min=1, help="how many tokens to propose")] = 8,
 ) -> None:
     """Propose rare tokens for a base, or check one (exit code 1: it cannot be used)."""
-    from ..base.base_model import rare_tokens
     from ..subject.tokens import check_token, propose_tokens
 
     loaded = load_base(base)
     if check is None:
-        say("\n".join(propose_tokens(loaded.tokenizer, count, known_rare=rare_tokens(loaded))))
+        say("\n".join(propose_tokens(loaded.tokenizer, count, known_rare=loaded.rare_tokens)))
         return
-    report = check_token(check, loaded.tokenizer, known_rare=rare_tokens(loaded))
+    report = check_token(check, loaded.tokenizer, known_rare=loaded.rare_tokens)
     say(f"{check}: {len(report.pieces)} piece(s): {' '.join(report.pieces)}")
     for line in (*report.problems, *report.warnings):
         say(line)

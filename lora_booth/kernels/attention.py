@@ -1,7 +1,7 @@
-"""Which kernel computes the U-Net's attention: the fastest one here, found by a short measurement that is remembered.
+"""Which kernel computes the U-Net's attention: the fastest one here, found by a short measurement and cached.
 
 Fused attention (sdpa) keeps no matrix of scores. On a CPU in bf16 its gradient is slow, and plain attention is two to seven
-times faster on small pictures; it keeps all scores, so it is never chosen where these would be large.
+times faster on small images (`benchmarks/attention.py`); it keeps all scores, so it is never chosen where these are large.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..errors import MissingExtraError, SettingsError
 from ..files import write_file
 
 PROCESSORS = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor", "xformers": "XFormersAttnProcessor"}  # of diffusers
-MOST_SCORES = 2**28  # bytes that plain attention may keep for the backward pass
-FEWEST_SCORES = 2**20  # multiply-adds of one head's widest layer's scores, below which no kernel is worth a measurement
-CLEARLY = 1.2  # times faster than sdpa must be what replaces it: noise decides nothing
+MOST_SCORES = 2**28  # bytes that plain attention may keep for the backward pass; chosen
+FEWEST_SCORES = 2**20  # multiply-adds of the widest layer's scores in one head that make measuring worth it; chosen
+CLEARLY = 1.2  # times faster than sdpa a kernel must be to replace it, above the noise of the measurement; chosen
 
 Shape = tuple[int, int, int, int]  # heads, query tokens, key tokens, channels of a head
 
 
 def check_attention(base: BaseModel, name: str) -> None:
-    """Raises MissingExtraError or SettingsError when this kernel cannot be had here."""
+    """Raises MissingExtraError or SettingsError when this kernel is not available here."""
     if name != "xformers":
         return
     if importlib.util.find_spec("xformers") is None:
@@ -43,7 +43,7 @@ def check_attention(base: BaseModel, name: str) -> None:
 
 
 def kernel_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
-    """What a stock layer of diffusers computes its attention with; None: something of its own."""
+    """The function for the processor of a diffusers attention layer; None for a custom processor."""
     kind = type(layer.processor).__name__
     if kind == PROCESSORS["plain"] and (layer.upcast_attention or layer.upcast_softmax):
         return None
@@ -52,7 +52,7 @@ def kernel_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | N
 
 @contextmanager
 def attention_kernel(unet: Any, name: str) -> Iterator[list[str]]:
-    """Meanwhile the stock layers use this kernel; yields the processors of the user's own, which stay as they are."""
+    """Stock layers use this kernel; yields the names of custom processors, which stay."""
     from diffusers.models import attention_processor
 
     before = unet.attn_processors
@@ -71,7 +71,7 @@ def attention_kernel(unet: Any, name: str) -> Iterator[list[str]]:
 
 
 def attention_shapes(base: BaseModel, resolution: int) -> Counter[Shape]:
-    """What the stock U-Net's attention computes for one picture (pixels): shape -> how many layers."""
+    """The U-Net's attention for one image of `resolution` pixels: shape -> number of layers."""
     unet = base.shell.unet
     side, levels = resolution // base.pixels_per_latent, len(unet.config.block_out_channels)
     found: Counter[Shape] = Counter()
@@ -89,7 +89,7 @@ def attention_shapes(base: BaseModel, resolution: int) -> Counter[Shape]:
 
 
 def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int, device: torch.device | None = None) -> list[str]:
-    """Kernels that may be the fastest on the device (None: the base's); sdpa first."""
+    """Kernels that may be the fastest on the device (default: the base's); sdpa first."""
     found, kind = ["sdpa"], (device or base.device).type
     scores = sum(heads * queries * keys * count for (heads, queries, keys, _), count in shapes.items()) * pictures
     if kind == "cpu" and scores * base.dtype.itemsize <= MOST_SCORES:
@@ -100,9 +100,9 @@ def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int, device: t
 
 
 def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device: torch.device | None = None) -> str:
-    """The kernel for so many pictures (pixels) in one forward pass: measured once on a device, then read from the cache.
+    """The kernel for `pictures` images of `resolution` pixels in one forward pass: measured once, then read from the cache.
 
-    device: where a base without weights shall be; None: the base's own
+    device  where a base without weights will run; None: the base's own
     """
     device = base.device if device is None else device
     shapes = attention_shapes(base, resolution)
@@ -140,7 +140,7 @@ def remember(path: Any, seconds: dict[str, float]) -> None:
 
 
 def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Forward and backward pass of all layers; infinite when the kernel does not take them."""
+    """Forward and backward pass of all layers; infinite when the kernel rejects them."""
     total = 0.0
     for (heads, queries, keys, width), count in shapes.items():
         sizes = ((pictures, tokens, heads * width) for tokens in (queries, keys, keys))
@@ -153,7 +153,7 @@ def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dt
 
 
 def seconds_for(kernel: Callable[[], Tensor], device: torch.device, *, times: int = 4) -> float:
-    """The shortest of some; the first is not counted."""
+    """The shortest of `times` calls, after one to warm up."""
     best = math.inf
     for i in range(times + 1):
         began = now(device)
@@ -173,18 +173,18 @@ def now(device: torch.device) -> float:
 # --- as diffusers' processors compute it: (N, tokens, heads x width) each -> (N, query tokens, heads x width)
 
 
-def split(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """(N, tokens, heads x width) -> (N, heads, tokens, width)"""
-    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    q, k, v = (split(x, heads) for x in (q, k, v))
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    q, k, v = (split(x, heads).flatten(0, 1) for x in (q, k, v))
+    q, k, v = (split_heads(x, heads).flatten(0, 1) for x in (q, k, v))
     scores = torch.bmm(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5
     return torch.bmm(scores.softmax(dim=-1), v).view(-1, heads, *q.shape[1:]).transpose(1, 2).flatten(2)
 
@@ -192,7 +192,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def xformers(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
-    q, k, v = (split(x, heads).flatten(0, 1).contiguous() for x in (q, k, v))
+    q, k, v = (split_heads(x, heads).flatten(0, 1).contiguous() for x in (q, k, v))
     result: Tensor = memory_efficient_attention(q, k, v)
     return result.view(-1, heads, *q.shape[1:]).transpose(1, 2).flatten(2)
 

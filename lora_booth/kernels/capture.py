@@ -1,7 +1,7 @@
-"""Forward and backward pass recorded once and played again: a CUDA graph, handed to the GPU as a whole; on a CPU a `Tape`.
+"""Forward and backward pass recorded once and replayed: a CUDA graph, or on a CPU a trace by PyTorch's `make_fx`.
 
-Shapes are the same in every step, so a step's inputs are copied into buffers that stay, and the recorded kernels are
-played again. What cannot be recorded is computed in the usual way, and the reason is told.
+Shapes are the same in every step, so a step's inputs are copied into fixed buffers and the recorded kernels run again. A
+step that cannot be recorded runs in the usual way, and one line gives the reason.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import Tensor
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError, first_line
-from .tape import CannotRecord, Tape
 
 WARM_UPS = 3  # passes before a recording, in which cuDNN, cuBLAS and autograd make what they make only once
-WORTH_A_TAPE = 50  # updates: one takes up to three to make, and gains 8 to 22 % of each
+WORTH_A_TRACE = 500  # updates on a CPU: tracing takes some 10 s, which the toybox makes up for in about 400
 
 
 def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | None:
@@ -115,7 +114,7 @@ class StepGraph:
             return self.work(inputs)
         if layout not in self._recordings:
             try:
-                record = self._graph_of if self.gradient.is_cuda else self._tape_of
+                record = self._graph_of if self.gradient.is_cuda else self._trace_of
                 self._recordings[layout] = record(copied(inputs))
             except RuntimeError as error:
                 reason = first_line(error)
@@ -124,18 +123,24 @@ class StepGraph:
                 return self.work(inputs)
         return self._recordings[layout].play(inputs)
 
-    def _tape_of(self, buffers: Any) -> Recording:
-        kept = self.gradient.clone()
+    def _trace_of(self, buffers: Any) -> Recording:
+        """The same kernels without modules and autograd; checked, as a trace may miss what Python does in between."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        before, inputs = self.gradient.clone(), tensors_of(buffers)
         try:
-            with Tape() as tape:
-                loss = self.work(buffers)
-            start, gradient = tape.player(loss), self.gradient.clone()
-            self.gradient.copy_(kept)
-            if not (same_bits(start(), loss) and same_bits(self.gradient, gradient)):
-                raise CannotRecord("played again it gives other numbers")
-            return Recording(buffers, start)
+            losses, gradients = [], []
+            traced = make_fx(lambda *_: self.work(buffers), _allow_non_fake_inputs=True)(*inputs)
+            replay: Callable[[], Tensor] = torch.no_grad()(lambda: traced(*inputs))
+            for compute in (self.work, lambda _: replay()):
+                self.gradient.copy_(before)
+                losses.append(compute(buffers))
+                gradients.append(self.gradient.clone())
+            if not (same_bits(*losses) and same_bits(*gradients)):
+                raise RuntimeError("the replay gives other numbers")
+            return Recording(buffers, replay)
         finally:
-            self.gradient.copy_(kept)
+            self.gradient.copy_(before)
 
     def _graph_of(self, buffers: Any) -> Recording:
         kept = self.gradient.clone()

@@ -1,11 +1,12 @@
-"""What of the lean arithmetic one Triton kernel does on a CUDA GPU, where PyTorch has several; `works_on` says where.
+"""Launches the Triton kernels: on a CUDA GPU each replaces several of PyTorch's; `works_on` says where.
 
-Each function here has its twin in plain PyTorch, `lean.recomputed` and `lean.lora`, which is what it is tested against.
-Pictures come and go channels last: (N, C, H, W) with the channels of a pixel side by side in memory.
+Each function here has a counterpart in PyTorch, in `autograd` or `lora`, that computes the same.
+Images are channels last: (N, C, H, W) with the channels of a pixel side by side in memory.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OLDEST = (7, 0)  # compute capability that Triton compiles for
-OLDEST_FOR_PRODUCTS = (8, 0)  # and from which on its matrix products use the tensor cores well
-TILE = 2048  # values of a picture that a program holds
-PARTS = (32, 128)  # of a group's pixels, at the most; of larger pictures more
-PROGRAMS = 528  # that together add up the products of all tokens: four for each multiprocessor of a large GPU
-FEWEST_ROWS = 512  # tokens that are worth a program
+OLDEST = (7, 0)  # lowest compute capability that Triton supports
+OLDEST_FOR_PRODUCTS = (8, 0)  # lowest one on which its matrix products use tensor cores well
+TILE = 2048  # values of an image in one program; chosen
+PARTS = (32, 128)  # most parts of a group's pixels that a kernel is compiled for; larger images take more
+PROGRAMS = 528  # that share the sum over all tokens: four for each of an H100's 132 multiprocessors
+FEWEST_ROWS = 512  # tokens that make another program worth it; chosen
 COUNTERS = 2**14
 
 
 @cache
 def obstacle_on(device: torch.device) -> str | None:
-    """Why there are no such kernels on this device; None: there are. Tried once, for they are compiled on the spot."""
+    """Why the kernels cannot run on this device; None: they can. Tried once, as they are compiled on first use."""
     if device.type != "cuda":
-        return f"they are for CUDA, not {device.type}"
+        return f"they need CUDA, not {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < OLDEST:
@@ -38,7 +39,7 @@ def obstacle_on(device: torch.device) -> str | None:
         if torch.allclose(geglu(x), x[:, :16] * torch.nn.functional.gelu(x[:, 16:]), atol=1e-5):
             return None
         return "Triton computes other numbers than PyTorch"
-    except Exception as error:  # no C compiler, no place for its files, a driver that it does not know: all raise their own
+    except Exception as error:  # a missing C compiler, cache folder or driver: each raises its own kind
         return f"Triton fails ({type(error).__name__})"
 
 
@@ -51,8 +52,14 @@ def products_work_on(device: torch.device) -> bool:
     return works_on(device) and torch.cuda.get_device_capability(device) >= OLDEST_FOR_PRODUCTS
 
 
+@cache
+def compiled() -> Any:
+    """The kernels' module, which needs Triton."""
+    return importlib.import_module(".triton_kernels", __package__)
+
+
 def power_of_2(n: int) -> int:
-    """The next one that is not below n."""
+    """The smallest one >= n."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -64,14 +71,14 @@ def parts_of(n: int, size: int) -> int:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x, its channels side by side: itself, also as a slice of channels of a larger picture; else a copy."""
+    """x if its channels lie side by side, also as a slice of a larger tensor's channels; else a copy."""
     good = x.stride(1) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3))
     return x if good else x.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the groups of pictures (N, C, H, W) are shared among programs."""
+    """How programs share the groups of images (N, C, H, W)."""
 
     grid: tuple[int, int]
     numbers: tuple[int, int, int, int]  # pixels, channels, parts of a group's pixels, channels of a group
@@ -96,20 +103,18 @@ class Tiles:
 def group_norm(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm(x + shift), then SiLU if asked for; and mean and 1 / deviation of each group, (N x groups,) float32.
+    """GroupNorm(x + shift), then SiLU if `silu`; and mean and 1 / deviation of each group, (N x groups,) float32.
 
     x (N, C, H, W), shift (N, C) or None
     """
-    from .triton_kernels import group_moments_kernel, group_norm_kernel
-
     x, tiles = channels_last(x), Tiles.of(x, groups)
     means, squares = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
     mean, rstd = torch.empty((2, tiles.grid[0]), dtype=torch.float32, device=x.device)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     strides, given = (x.stride(0), x.stride(3)), shift if shift is not None else x
     shifted = int(shift is not None)
-    group_moments_kernel[tiles.grid](x, given, means, squares, *strides, *tiles.numbers, shifted, **tiles.sizes)
-    group_norm_kernel[tiles.grid](
+    compiled().group_moments_kernel[tiles.grid](x, given, means, squares, *strides, *tiles.numbers, shifted, **tiles.sizes)
+    compiled().group_norm_kernel[tiles.grid](
         x, given, weight, bias, means, squares, mean, rstd, y, *strides, *tiles.numbers, eps, shifted, int(silu),
         **tiles.parts, **tiles.sizes,
     )  # fmt: skip
@@ -129,19 +134,17 @@ def group_norm_backward(
     *,
     silu: bool,
 ) -> Tensor:
-    """The gradient of x in `group_norm`, plus `skip`: its gradient by what else has read x. All like x."""
-    from .triton_kernels import group_norm_backward_kernel, group_sums_kernel
-
+    """The gradient of x in `group_norm`, plus `skip`, its gradient from other readers. All like x."""
     x, gradient, tiles = channels_last(x), channels_last(gradient), Tiles.of(x, groups)
     plain, along = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
     result = torch.empty_like(x, memory_format=torch.channels_last)
     beside = gradient if skip is None else channels_last(skip)
     strides = [size for tensor in (x, gradient) for size in (tensor.stride(0), tensor.stride(3))]
     given, how = shift if shift is not None else x, (int(shift is not None), int(silu))
-    group_sums_kernel[tiles.grid](
+    compiled().group_sums_kernel[tiles.grid](
         x, given, weight, bias, gradient, mean, rstd, plain, along, *strides, *tiles.numbers, *how, **tiles.sizes
     )
-    group_norm_backward_kernel[tiles.grid](
+    compiled().group_norm_backward_kernel[tiles.grid](
         x, given, weight, bias, gradient, beside, mean, rstd, plain, along, result,
         *strides, beside.stride(0), beside.stride(3), *tiles.numbers, *how, int(skip is not None),
         **tiles.parts, **tiles.sizes,
@@ -156,14 +159,12 @@ def layer_norm(
     x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x + more, LayerNorm of that; mean and 1 / deviation of each token (tokens,) float32. x, more (..., C)"""
-    from .triton_kernels import layer_norm_kernel
-
     x, channels = x.contiguous(), x.shape[-1]
     tokens = x.numel() // channels
     more = None if more is None else more.contiguous()
     total, y = x if more is None else torch.empty_like(x), torch.empty_like(x)
     mean, rstd = torch.empty((2, tokens), dtype=torch.float32, device=x.device)
-    layer_norm_kernel[(tokens,)](
+    compiled().layer_norm_kernel[(tokens,)](
         x, x if more is None else more, weight, bias, total, y, mean, rstd, channels, eps,
         int(more is not None), WIDTH=power_of_2(channels),
     )  # fmt: skip
@@ -173,13 +174,11 @@ def layer_norm(
 def layer_norm_backward(
     gradient: Tensor, skip: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> Tensor:
-    """The gradient of the sum in `layer_norm`, plus `skip`: its gradient by what else has read it."""
-    from .triton_kernels import layer_norm_backward_kernel
-
+    """The gradient of the sum in `layer_norm`, plus `skip`, its gradient from other readers."""
     total, gradient, channels = total.contiguous(), gradient.contiguous(), total.shape[-1]
     result = torch.empty_like(total)
     beside = gradient if skip is None else skip.contiguous()
-    layer_norm_backward_kernel[(total.numel() // channels,)](
+    compiled().layer_norm_backward_kernel[(total.numel() // channels,)](
         total, gradient, beside, weight, mean, rstd, result, channels, int(skip is not None), WIDTH=power_of_2(channels)
     )
     return result
@@ -190,32 +189,28 @@ def layer_norm_backward(
 
 def geglu(halves: Tensor) -> Tensor:
     """(..., 2 F) -> (..., F): values x GELU(gates), by the error function"""
-    from .triton_kernels import geglu_kernel
-
     halves, width = halves.contiguous(), halves.shape[-1] // 2
     y = halves.new_empty(*halves.shape[:-1], width)
     block = min(1024, power_of_2(width))
-    geglu_kernel[(y.numel() // width, parts_of(width, block))](halves, y, width, WIDTH=block)
+    compiled().geglu_kernel[(y.numel() // width, parts_of(width, block))](halves, y, width, WIDTH=block)
     return y
 
 
 def geglu_backward(gradient: Tensor, halves: Tensor) -> Tensor:
-    from .triton_kernels import geglu_backward_kernel
-
     halves, gradient, width = halves.contiguous(), gradient.contiguous(), gradient.shape[-1]
     result, block = torch.empty_like(halves), min(1024, power_of_2(width))
-    geglu_backward_kernel[(gradient.numel() // width, parts_of(width, block))](halves, gradient, result, width, WIDTH=block)
+    compiled().geglu_backward_kernel[(gradient.numel() // width, parts_of(width, block))](
+        halves, gradient, result, width, WIDTH=block
+    )
     return result
 
 
 def sum_with_bias(x: Tensor, bias: Tensor, more: Tensor) -> Tensor:
     """x + bias + more; x, more (N, C, H, W), bias (C,)"""
-    from .triton_kernels import sum_with_bias_kernel
-
     x, more = (one.contiguous(memory_format=torch.channels_last) for one in (x, more))
     result = torch.empty_like(x)
     block = 1024
-    sum_with_bias_kernel[(parts_of(x.numel(), block),)](x, bias, more, result, x.numel(), x.shape[1], BLOCK=block)
+    compiled().sum_with_bias_kernel[(parts_of(x.numel(), block),)](x, bias, more, result, x.numel(), x.shape[1], BLOCK=block)
     return result
 
 
@@ -224,7 +219,7 @@ def sum_with_bias(x: Tensor, bias: Tensor, more: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Sides of the tiles of a matrix product, and how Triton works on one."""
+    """Tile sides of a matrix product, with the warps and pipeline stages for one tile."""
 
     rows: int
     outs: int
@@ -235,11 +230,11 @@ class Block:
 
 # From the largest: measured on an H100 for the layers of SD 1.x and SDXL (benchmarks/kernels.py --blocks)
 BLOCKS = (Block(128, 128, 64, 8, 3), Block(64, 128, 64, 4, 4), Block(64, 64, 64, 4, 5), Block(64, 32, 64, 4, 4))
-ENOUGH = 80  # blocks, to have work for most of a GPU
+ENOUGH = 80  # blocks that occupy most of a GPU; chosen
 
 
 def block_for(rows: int, outs: int, *, layers: int = 1) -> Block:
-    """For products that give (rows, outs): the largest of which there are enough."""
+    """The largest block that a product of (rows, outs) has enough of."""
     enough = (one for one in BLOCKS if parts_of(rows, one.rows) * parts_of(outs, one.outs) * layers >= ENOUGH)
     return next(enough, BLOCKS[-1])
 
@@ -249,7 +244,7 @@ def three(values: Sequence[Any]) -> list[Any]:
 
 
 def each(pieces: Sequence[Any], *names: str) -> list[Any]:
-    """The kernels' arguments: name by name, each of three layers; where there are fewer the last one stands in."""
+    """The kernels' arguments: for each name the values of three layers, the last one repeated where there are fewer."""
     return [value for name in names for value in three([getattr(piece, name) for piece in pieces])]
 
 
@@ -260,13 +255,11 @@ def ranks_of(pieces: Sequence[Any]) -> dict[str, int]:
 
 def lora_linear(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """y = W x + b + scale B A x and A x of up to three layers of one shape. x (rows, ins); y (rows, outs), A x (rows, rank)"""
-    from .triton_kernels import lora_kernel
-
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
     results, low = ([x.new_empty(rows, wide) for _ in pieces] for wide in (outs, pieces[0].down.shape[0]))
     block, biased = block_for(rows, outs, layers=count), pieces[0].bias is not None
     grid = (parts_of(rows, block.rows) * parts_of(outs, block.outs), count)
-    lora_kernel[grid](
+    compiled().lora_kernel[grid](
         x, *three(results), *three(low), *three(weights), *(each(pieces, "bias") if biased else [x] * 3),
         *each(pieces, "down", "up", "scale"), rows, outs, ins, int(biased), **ranks_of(pieces), ROWS=block.rows,
         OUTS=block.outs, INS=block.ins, EVEN=ins % block.ins == 0, num_warps=block.warps, num_stages=block.stages,
@@ -283,18 +276,16 @@ def lora_linear_backward(
     *,
     whole: bool,
 ) -> Tensor | None:
-    """The gradient of x, if it is wanted (whole); those of A and B are added to the pieces' `down_gradient`, `up_gradient`.
+    """The gradient of x if `whole`; those of A and B are added to the pieces' `down_gradient` and `up_gradient`.
 
     gradients (rows, outs), x (rows, ins), low: what `lora_linear` gave
     """
-    from .triton_kernels import lora_factor_gradient_kernel, lora_input_gradient_kernel
-
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
     result = x.new_empty(rows, ins) if whole else x
     back = [x.new_empty(rows, pieces[0].down.shape[0]) for _ in pieces]
     sizes, block = ranks_of(pieces), block_for(rows, ins)
     grid = (parts_of(rows, block.rows) * (parts_of(ins, block.outs) if whole else 1), 1)
-    lora_input_gradient_kernel[grid](
+    compiled().lora_input_gradient_kernel[grid](
         *three(gradients), result, *three(back), *three(weights), *each(pieces, "down", "up", "scale"), rows, outs, ins,
         count, WHOLE=whole, **sizes, ROWS=block.rows, OUTS=block.ins, INS=block.outs, EVEN=outs % block.ins == 0,
         num_warps=block.warps, num_stages=block.stages,
@@ -305,7 +296,7 @@ def lora_linear_backward(
     share = parts_of(parts_of(rows, parts), deep) * deep
     parts = parts_of(rows, share)
     partials = x.new_empty(blocks * count * parts * sizes["RANKS"] * wide if parts > 1 else 1, dtype=torch.float32)
-    lora_factor_gradient_kernel[(blocks, count, parts)](
+    compiled().lora_factor_gradient_kernel[(blocks, count, parts)](
         x, *three(gradients), *three(low), *three(back), *each(pieces, "down_gradient", "up_gradient", "scale"), partials,
         counters_on(x.device), rows, outs, ins, share, parts, **sizes, ROWS=deep, WIDE=wide, num_warps=4, num_stages=4,
     )  # fmt: skip
@@ -314,5 +305,5 @@ def lora_linear_backward(
 
 @cache
 def counters_on(device: torch.device) -> Tensor:
-    """Zeros, between two kernels."""
+    """Counters that every kernel leaves at zero."""
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

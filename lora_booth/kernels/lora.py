@@ -1,35 +1,98 @@
-"""Frozen linear layers with a LoRA around them, up to three that read the same input (query, key and value) at once."""
+"""The adapter under training: its factors in one tensor, and the linear layers that compute with them.
+
+With all factors in one tensor, and their gradients in another, clearing, clipping, updating and summing over processes are one
+kernel each, however many layers there are. Layers in half precision read their factors from one copy made for each pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..base.quantization import is_packed, whole
-from . import dispatch as kernels
-from .flat_parameters import Factor
-from .products import product
+from . import dispatch
+
+APART = 64  # values; each factor begins at a multiple of this, as kernels read 16 bytes at a time
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor as layers compute with it: views, all in the shape of its parameter."""
+
+    value: Tensor  # in the precision of the base
+    gradient: Tensor  # in that precision, added to by products that cannot write another
+    whole_gradient: Tensor  # the gradient itself, float32
+
+
+class Flat:
+    """Turns `parameters` (float32, on one device) and their gradients into views of two long tensors.
+
+    values    (n,) float32; `.grad` is never None
+    near      the values in `dtype`, as of the last `computing`; the values themselves where that is float32
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+        self._places: list[tuple[int, torch.Size]] = []
+        end = 0
+        for parameter in parameters:
+            self._places.append((end, parameter.shape))
+            end += -(-parameter.numel() // APART) * APART
+        device = parameters[0].device
+        self.values = nn.Parameter(torch.zeros(end, dtype=torch.float32, device=device))
+        self.values.grad = torch.zeros_like(self.values)
+        same = dtype == torch.float32
+        self.near = self.values.data if same else torch.zeros(end, dtype=dtype, device=device)
+        self.near_gradient = self.values.grad if same else torch.zeros_like(self.near)
+        self.factors: dict[nn.Parameter, Factor] = {}
+        tensors = (self.values.data, self.values.grad, self.near, self.near_gradient)
+        for parameter, *views in zip(parameters, *map(self.parts_of, tensors), strict=True):
+            value, gradient, near, near_gradient = views
+            value.copy_(parameter.data)
+            parameter.data, parameter.grad = value, gradient
+            self.factors[parameter] = Factor(near, near_gradient, gradient)
+
+    def parts_of(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor like `values` -> views of it, one for each parameter, in its shape."""
+        return [tensor[start : start + shape.numel()].view(shape) for start, shape in self._places]
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.values.grad is not None
+        return self.values.grad
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Wraps a forward and a backward pass: refreshes the layers' copy of the values, then adds their gradients."""
+        if self.near.dtype == torch.float32:
+            yield
+            return
+        self.near.copy_(self.values.data)
+        self.near_gradient.zero_()
+        yield
+        self.gradient.add_(self.near_gradient)
 
 
 @dataclass(frozen=True)
 class LoraPiece:
-    """One layer: W x + b + scale B A x. Gradients of A and B are added to places of their own, never returned."""
+    """One layer: W x + b + scale B A x. Gradients of A and B are added in place, never returned."""
 
     weight: Tensor  # (outs, ins), or packed
     bias: Tensor | None
-    packing: Any  # of a quantized weight, kept packed; None: it is whole
+    packing: Any  # state of a quantized weight; None: not quantized
     down: Tensor  # A, (rank, ins), in the precision of the input
     up: Tensor  # B, (outs, rank)
     scale: float
-    near_gradients: tuple[Tensor, Tensor]  # places for those of A and B in the precision of the input
-    down_gradient: Tensor  # and in float32
+    near_gradients: tuple[Tensor, Tensor]  # of A and B, in the precision of the input
+    down_gradient: Tensor  # the same in float32
     up_gradient: Tensor
-    trigger: Tensor  # what requires a gradient, so that autograd comes here
+    trigger: Tensor  # requires a gradient, so that autograd runs the backward pass
 
     @property
     def whole(self) -> Tensor:
@@ -37,9 +100,9 @@ class LoraPiece:
 
 
 class LoraPieces:
-    """The pieces of an adapter under training, each made once for every way that its layer is set.
+    """The pieces of an adapter under training, made once for each setting of a layer.
 
-    factors  as in `Flat.factors`
+    factors  `Flat.factors`
     """
 
     def __init__(self, factors: Mapping[nn.Parameter, Factor]) -> None:
@@ -47,7 +110,7 @@ class LoraPieces:
         self._made: dict[tuple[Any, ...], LoraPiece | None] = {}
 
     def of(self, layer: Any, x: Tensor) -> LoraPiece | None:
-        """What `LoraLinears` computes with for this PEFT layer; None: as it is set now, or in this precision, it cannot."""
+        """This PEFT layer's piece; None where its current setting or x's precision rules it out."""
         if layer.disable_adapters or layer.merged:
             return None
         setting = layer, *layer.active_adapters, *layer.scaling.values()
@@ -83,9 +146,9 @@ class LoraPieces:
 
 
 class LoraLinears(Function):
-    """Keeps x and its `rank` numbers a token for each layer.
+    """Up to three layers that read the same input (query, key, value). Keeps x, and `rank` numbers a token for each layer.
 
-    x (..., ins), trigger (any tensor that requires a gradient, so that autograd comes here) -> (..., outs) of each piece
+    x (..., ins) -> (..., outs) of each piece
     """
 
     @staticmethod
@@ -93,7 +156,7 @@ class LoraLinears(Function):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.fused = fusible(rows, pieces)
         weights = [piece.whole for piece in pieces]
-        work = kernels.lora_linear if ctx.fused else plain_forward
+        work = dispatch.lora_linear if ctx.fused else plain_forward
         results, low = work(rows, weights, pieces)
         ctx.save_for_backward(x, *low)
         ctx.pieces = pieces
@@ -105,14 +168,14 @@ class LoraLinears(Function):
         weights = [piece.whole for piece in ctx.pieces]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         flat = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in gradients]
-        work = kernels.lora_linear_backward if ctx.fused else plain_backward
+        work = dispatch.lora_linear_backward if ctx.fused else plain_backward
         for_x = work(flat, rows, low, weights, ctx.pieces, whole=ctx.needs_input_grad[0])
         return None if for_x is None else for_x.view(x.shape), None, None
 
 
 def fusible(rows: Tensor, pieces: Sequence[LoraPiece]) -> bool:
-    """Whether Triton's kernel takes them: half precision, and layers of one shape whose rows lie at multiples of some bytes."""
-    if not kernels.products_work_on(rows.device) or rows.dtype not in (torch.float16, torch.bfloat16):
+    """Whether Triton's kernel takes them: half precision, and layers of one shape with aligned rows."""
+    if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16) or not dispatch.products_work_on(rows.device):
         return False
     one = pieces[0]
     alike = all(
@@ -123,11 +186,11 @@ def fusible(rows: Tensor, pieces: Sequence[LoraPiece]) -> bool:
 
 
 def plain_forward(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[LoraPiece]) -> tuple[list[Tensor], list[Tensor]]:
-    """As `kernels.lora_linear`."""
+    """As `dispatch.lora_linear`."""
     results, low = [], []
     for weight, piece in zip(weights, pieces, strict=True):
-        low.append(product(x, piece.down))
-        results.append(product(x, weight, piece.bias).addmm_(low[-1], piece.up.t(), alpha=piece.scale))
+        low.append(x @ piece.down.t())
+        results.append(F.linear(x, weight, piece.bias).addmm_(low[-1], piece.up.t(), alpha=piece.scale))
     return results, low
 
 
@@ -135,7 +198,7 @@ def plain_backward(
     gradients: Sequence[Tensor], x: Tensor, low: Sequence[Tensor], weights: Sequence[Tensor], pieces: Sequence[LoraPiece], *,
     whole: bool,
 ) -> Tensor | None:  # fmt: skip
-    """As `kernels.lora_linear_backward`, but for the precision of the gradients of A and B."""
+    """As `dispatch.lora_linear_backward`, except that the gradients of A and B go to `near_gradients`."""
     for_x: Tensor | None = None
     for gradient, one, weight, piece in zip(gradients, low, weights, pieces, strict=True):
         back = gradient @ piece.up
@@ -143,7 +206,7 @@ def plain_backward(
         down_gradient.addmm_(back.t(), x, alpha=piece.scale)
         up_gradient.t().addmm_(one.t(), gradient, alpha=piece.scale)
         if whole:
-            through = product(gradient, weight.t())
+            through = gradient @ weight
             for_x = through if for_x is None else for_x.add_(through)
             for_x.addmm_(back, piece.down, alpha=piece.scale)
     return for_x

@@ -1,14 +1,14 @@
-"""The Triton kernels themselves; `kernels` launches them.
+"""The Triton kernels; `dispatch` launches them.
 
-Pictures are channels last: (row, pixel, channel) with channels side by side. Everything is computed in float32 and written in
-the precision of the inputs. Sums of many programs are written apart and added in a fixed order: same inputs, same bits.
+Images are channels last: (row, pixel, channel). Kernels compute in float32 and write in the precision of the inputs. Partial
+sums of several programs are stored and added in a fixed order, so the same inputs give the same bits.
 """
 
 import triton
 import triton.language as tl
 
-# Each kernel is compiled for each combination of its constants, and of what Triton sees in its numbers: so few are constants,
-# and at numbers that say nothing of how memory is aligned it does not look.
+# Triton compiles a kernel for each combination of its constants and of the properties of its integers. So there are few
+# constants, and it does not specialize on integers that say nothing about alignment.
 
 
 # --- group norm: statistics of a part of a group's pixels, then all of it from all parts' ----------------------------
@@ -41,7 +41,7 @@ def group_norm_kernel(
     shifted, silu, GROUPS: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """y = SiLU?(GroupNorm(x + shift)); the parts' moments are put together as Chan, Golub and LeVeque (1979) do."""
+    """y = SiLU?(GroupNorm(x + shift)); the parts' moments are combined as in Chan, Golub and LeVeque (1979)."""
     place, part = tl.program_id(0), tl.program_id(1)
     row, group = place // GROUPS, place % GROUPS
     each = tl.arange(0, PARTS)
@@ -115,7 +115,7 @@ def group_norm_backward_kernel(
     pixels, channels, parts, width, shifted, silu, skipped, GROUPS: tl.constexpr,
     PARTS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, with that of the skip beside the norm."""
+    """The gradient of x, plus `skip`."""
     place, part = tl.program_id(0), tl.program_id(1)
     row, group = place // GROUPS, place % GROUPS
     each = tl.arange(0, PARTS)
@@ -162,7 +162,7 @@ def layer_norm_kernel(x, more, weight, bias, total, y, mean_out, rstd_out, chann
 
 @triton.jit(do_not_specialize=["skipped"])
 def layer_norm_backward_kernel(total, gradient, skip, weight, mean_in, rstd_in, out, channels, skipped, WIDTH: tl.constexpr):
-    """The gradient of the sum, by its norm and, with SKIP, by its other way."""
+    """The gradient of the sum by its norm, plus `skip`."""
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     here = channel < channels
     mean, rstd = tl.load(mean_in + row), tl.load(rstd_in + row)
@@ -312,8 +312,8 @@ def lora_factor_gradient_kernel(
 ):  # fmt: skip
     """Adds to the gradients of A (RANK, ins): back^T x, and of B (outs, RANK): scale g^T low, in float32.
 
-    Of many rows, several programs take `share` each; the last one to come adds up what all have left in `partials`, in their
-    order. counters: zero for each block of columns, and zero again afterwards
+    Of many rows, several programs take `share` each; the last to finish adds up all `partials` in order.
+    counters: zero for each block of columns, and zero again afterwards
     """
     block, which, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g, low, back, down, up, scale = g0, low0, back0, down0, up0, scale0

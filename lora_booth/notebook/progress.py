@@ -25,7 +25,7 @@ CHART = (  # how a curve looks outside the report's page
 
 def compare(*bases: str, photos: int = 5) -> None:
     """Print what training each base would take on this machine. bases: names, as for `plan`"""
-    from ..planning.devices import GB
+    from ..planning.budget import GB
     from ..planning.planning import plan
 
     for base in bases:
@@ -34,21 +34,16 @@ def compare(*bases: str, photos: int = 5) -> None:
         if way is None:
             print(f"{base}: does not fit: {found.remedy}")
             continue
-        steps = found.asked.steps or 0
         settings = f", with {way.words}" if way.settings else ""
-        minutes = max(1, round(steps * way.seconds / 60))
-        print(
-            f"{base}: {way.peak / GB:.1f} GB of {found.machine.budget / GB:.1f}, about {minutes} min for {steps} steps", end=" "
-        )
-        print(f"at {found.asked.resolution} px{settings}")
+        have, steps = found.machine.budget / GB, found.asked.steps
+        print(f"{base}: {way.peak / GB:.1f} GB of {have:.1f}, {steps} steps at {found.asked.resolution} px{settings}")
 
 
 def judge(token: str, base: BaseModel) -> None:
     """Print whether the token is free to take a new meaning in this base, and other tokens that are."""
-    from ..base.base_model import rare_tokens
     from ..subject.tokens import check_token, propose_tokens
 
-    rare = rare_tokens(base)
+    rare = base.rare_tokens
     report = check_token(token, base.tokenizer, known_rare=rare)
     print(token, "is free" if report.ok else "is not free")
     for line in (*report.problems, *report.warnings):

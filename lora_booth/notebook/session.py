@@ -41,7 +41,7 @@ def begin() -> None:
 
     from .. import __version__
     from ..base.base_model import default_device
-    from ..planning.devices import GB, device_name, free_bytes
+    from ..planning.budget import GB, device_name, free_bytes
 
     device = default_device()
     print(f"lora_booth {__version__}, torch {torch.__version__}")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SettingsError
+from ..kernels.attention import split_heads
 from .regions import Masks, blurred
 
 if TYPE_CHECKING:
@@ -83,8 +84,3 @@ class AttentionMaps:
         winner = smooth.argmax(0)  # (P, side, side)
         owned = torch.stack([(winner == n).float() for n in range(len(smooth))])
         return Masks(blurred(owned, SOFTNESS * side / 2).clamp(0, 1))
-
-
-def split_heads(states: Tensor, heads: int) -> Tensor:
-    """(rows, tokens, d) -> (rows, heads, tokens, d / heads)"""
-    return states.reshape(*states.shape[:2], heads, -1).transpose(1, 2)

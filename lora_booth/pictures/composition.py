@@ -73,7 +73,7 @@ class Composition:
         background: str | None = None,
         together: bool = True,
     ) -> None:
-        self.base = base if isinstance(base, BaseModel) else BaseModel.from_pipeline(base)
+        self.base = BaseModel.of(base)
         self.adapters = tuple(weighted(item) for item in adapters)
         self.by_default = method is None and regions is None and len(subjects_of(self.adapters)) > 1
         regions = "auto" if self.by_default else regions or ()

@@ -119,7 +119,7 @@ class Recipe:
 
         Raises AdapterBaseMismatch for another base, SettingsError for an adapter that is missing.
         """
-        base = base if isinstance(base, BaseModel) else BaseModel.from_pipeline(base)
+        base = BaseModel.of(base)
         if base.fingerprint != self.base_hash:
             raise AdapterBaseMismatch(f"the recipe was made with {self.base}; {base.name} has other weights")
         by_hash = {file_hash(adapter): adapter for adapter in adapters}

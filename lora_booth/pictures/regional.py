@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.base_model import TextConditions
-from .attention_maps import AttentionMaps, split_heads
+from ..kernels.attention import split_heads
+from .attention_maps import AttentionMaps
 from .regions import Masks
 from .unet_hook import Conductor, Forward, Gate, Voice, in_voices, worded
 

@@ -48,7 +48,7 @@ class Serving:
     """
 
     def __init__(self, base: BaseModel | Any) -> None:
-        self.base = base if isinstance(base, BaseModel) else BaseModel.from_pipeline(base)
+        self.base = BaseModel.of(base)
         self.loaded: dict[str, Loaded] = {}
 
     @property

@@ -1,4 +1,4 @@
-"""What each phase of a training takes, counted on a base without weights."""
+"""Memory of each phase of a training, counted on a base without weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import __version__
 from ..base.base_model import BaseModel, TextConditions
-from ..base.memory import Meter, fused_attention, saved_for_backward, storage_bytes
+from ..base.memory import storage_bytes
 from ..base.quantization import quantized_bytes
 from ..cache import key_of, read_entry, write_entry
 from ..config import LoraSpec, TrainingConfig
@@ -22,7 +22,7 @@ from ..injection import trainable
 from ..training.latents import Batch
 from ..training.loss import dreambooth_loss
 from ..training.modes import training_mode
-from .devices import KIND
+from .meter import Meter, fused_attention, saved_for_backward
 from .shapes import Shapes, without_weights
 
 
@@ -30,13 +30,10 @@ from .shapes import Shapes, without_weights
 class Count:
     """One forward pass, or one forward and backward pass."""
 
-    peak: int  # bytes at once beyond what was there before
-    peak_on_cpu: int  # where convolutions work on copies
-    saved: int  # bytes that the forward pass keeps for the backward pass
-    forward_flops: int
-    flops: int  # forward and backward
-    moved: int  # bytes that kernels without such arithmetic read and write
-    kernels: int
+    peak: int  # bytes at once, beyond what was there before
+    peak_on_cpu: int  # the same where convolutions work on copies
+    saved: int  # bytes that the forward pass saves for the backward pass
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,16 @@ class Weights:
     vae: int
     text_encoders: int
     lora: int  # float32
-    linear: int  # of the U-Net, its linear layers
-    widest: int  # the largest of these
-    packed: int  # the U-Net when these are in 4 bits
+    widest: int  # the largest linear layer of the U-Net
+    packed: int  # the U-Net with its linear layers in 4 bits
 
 
 Counted = TypeVar("Counted", Count, Weights)
+KIND = "counts"  # of entries in the cache
 
 
 class Counter:
-    """Counts for one base, adapter and precision. What was counted once is kept on disk."""
+    """Counts for one base, adapter and precision, each made once and then read from the cache on disk."""
 
     def __init__(self, shapes: Shapes, *, dtype: torch.dtype, lora: LoraSpec) -> None:
         self.shapes, self.dtype, self.lora = shapes, dtype, lora
@@ -69,7 +66,7 @@ class Counter:
         return without_weights(self.shapes, self.dtype)
 
     def step(self, config: TrainingConfig, *, pictures: int, resolution: int) -> Count:
-        """Forward and backward pass over so many pictures of a batch. More than two are on the line through one and two."""
+        """Forward and backward pass over `pictures` of a batch. Beyond two, a line through one and two."""
         if pictures > 2:
             one, two = (asdict(self.step(config, pictures=few, resolution=resolution)) for few in (1, 2))
             return Count(**{name: one[name] + (two[name] - one[name]) * (pictures - 1) for name in one})
@@ -78,7 +75,7 @@ class Counter:
         return self._counted(about, lambda: count_step(self.base, self.lora, config, pictures, resolution), Count)
 
     def encode(self, *, pictures: int, resolution: int) -> Count:
-        """Photos through the VAE."""
+        """Photos through the VAE's encoder."""
 
         def work() -> Any:
             return self.base.encode_images(torch.empty(pictures, 3, resolution, resolution, device="meta"))
@@ -86,11 +83,12 @@ class Counter:
         return self._counted(["encode", pictures, resolution], lambda: count(work), Count)
 
     def sample(self, *, pictures: int, resolution: int) -> Count:
-        """One step of the sampler with classifier-free guidance; then the VAE's decoder, whose memory is its own."""
+        """One denoising step with classifier-free guidance."""
         about = ["sample", pictures, resolution]
         return self._counted([*about, "unet"], lambda: count(lambda: self._denoise(2 * pictures, resolution)), Count)
 
     def decode(self, *, pictures: int, resolution: int) -> Count:
+        """Latents through the VAE's decoder."""
         about = ["decode", pictures, resolution]
         return self._counted(about, lambda: count(lambda: self._decode(pictures, resolution)), Count)
 
@@ -105,7 +103,7 @@ class Counter:
         vae = self.base.shell.vae
         upcast = self.dtype == torch.float16 and vae.config.force_upcast
         try:
-            if upcast:  # as the stock pipeline does
+            if upcast:  # as in the stock pipeline
                 nn.Module.to(vae, torch.float32)
             return vae.decode(latents.to(vae.dtype)).sample
         finally:
@@ -120,7 +118,7 @@ class Counter:
         key, names = key_of(of="count", base=self._about, about=about), [one.name for one in fields(kind)]
         kept = read_entry(KIND, key)
         if kept is None or kept.keys() != set(names):
-            _ = self.base  # is not to be counted
+            _ = self.base  # made before the counting, so not counted
             counted = work()
             write_entry(KIND, key, {name: torch.tensor(getattr(counted, name)) for name in names})
             return counted
@@ -128,7 +126,7 @@ class Counter:
 
 
 def counted_attention(config: TrainingConfig) -> str:
-    """Every kernel without a matrix of all scores keeps the same. `auto` must be decided before."""
+    """Kernels without a matrix of all scores save the same, so they count as one. "auto" must be settled before."""
     return "plain" if config.attention == "plain" else "sdpa"
 
 
@@ -136,7 +134,7 @@ def count(work: Callable[[], Any]) -> Count:
     """Without gradients."""
     with torch.no_grad(), fused_attention(), Meter() as meter:
         work()
-    return Count(meter.peak, meter.peak_on_cpu, 0, meter.flops, meter.flops, meter.moved, meter.kernels)
+    return Count(meter.peak, meter.peak_on_cpu, 0, meter.flops)
 
 
 def count_weights(base: BaseModel, lora: LoraSpec) -> Weights:
@@ -145,11 +143,11 @@ def count_weights(base: BaseModel, lora: LoraSpec) -> Weights:
     unet, vae = (storage_bytes([*m.parameters(), *m.buffers()]) for m in (base.unet, base.shell.vae))
     text = sum(storage_bytes([*m.parameters(), *m.buffers()]) for m in base.text_encoders.values())
     linear = [module.weight.nbytes for module in base.unet.modules() if type(module) is nn.Linear]
-    return Weights(unet, vae, text, factors, sum(linear), max(linear), quantized_bytes(base.unet))
+    return Weights(unet, vae, text, factors, max(linear), quantized_bytes(base.unet))
 
 
 def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[torch.Tensor, TextConditions, torch.Tensor | None]:
-    """latents (N, C, H/f, W/f) float32, conditions and time_ids (N, 6) of the right shapes, on the base's device."""
+    """Latents (N, C, H/f, W/f) float32, text conditions and time_ids (N, 6), all zeros, on the base's device."""
     side, unet, device = resolution // base.pixels_per_latent, base.unet.config, base.device
     latents = torch.zeros(rows, unet.in_channels, side, side, device=device)
     tokens = base.tokenizer.model_max_length
@@ -162,14 +160,13 @@ def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[torch.Tensor, T
 
 
 def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures: int, resolution: int) -> Count:
-    """On a base of any device: one forward and backward pass as training makes it, the gradients being there already."""
-    config = replace(config, attention=counted_attention(config), compile=False)  # type: ignore[arg-type]  # one of its kernels
+    """One forward and backward pass as in training, on a base of any device; the gradients exist before."""
+    config = replace(config, attention=counted_attention(config), compile=False)  # type: ignore[arg-type]
     with trainable(base, lora) as adapter, training_mode(base, adapter, config):
         latents, text, time_ids = inputs(base, pictures, resolution)
         batch = Batch(latents, ("",) * pictures, time_ids, photos=pictures)
         times = torch.zeros(pictures, dtype=torch.long, device=base.device)
-        alphas = base.alphas_cumprod  # made once for a base
-        assert len(alphas)
+        _ = base.alphas_cumprod  # made once for a base, so not counted
         with fused_attention(), Meter() as meter:
             with saved_for_backward(*base.structure.values()) as saved:
                 adapter.flat.near.copy_(adapter.flat.values.data)
@@ -184,6 +181,6 @@ def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures
                     prior_loss_weight=1.0,
                     min_snr_gamma=config.min_snr_gamma,
                 )
-                kept, forward = saved.bytes, meter.flops
+                kept = saved.bytes
             torch.autograd.backward(loss)
-        return Count(meter.peak, meter.peak_on_cpu, kept, forward, meter.flops, meter.moved, meter.kernels)
+        return Count(meter.peak, meter.peak_on_cpu, kept, meter.flops)

@@ -1,8 +1,11 @@
-"""plan(): what a training will take on a device, and the fastest settings with which it fits."""
+"""plan(): what memory a training takes, and the settings with the least extra computation that fit."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -14,34 +17,34 @@ from torch import nn
 
 from ..base.base_model import BaseModel, default_device, default_dtype
 from ..base.memory import pictures_at_a_time, storage_bytes
-from ..base.quantization import KINDS, check_kind, is_quantized, tensors_of
+from ..base.quantization import KINDS, check_kind, is_quantized
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
 from ..kernels.attention import fastest_attention
+from ..training.latents import LatentCache, LatentSet
+from ..training.loop import TrainingRun
 from ..training.memory_ladder import batch_of, choices
 from ..training.settings import settled
-from .counting import Count, Counter
-from .devices import (
+from .budget import (
     CPU_CONTEXT,
     CUDA_CONTEXT,
     CUDA_WORKSPACES,
     GB,
     GPUS,
-    Rates,
+    RESERVE,
+    available_bytes,
+    cache_bytes,
     device_name,
-    free_bytes,
     gpu_named,
-    measured_rates,
-    published_rates,
+    upper_bound,
 )
+from .counting import Count, Counter, inputs
 from .shapes import shapes_of
 
-RESERVE = 0.15  # of what a phase takes beside its weights: so far off a prediction may be
 ADAM_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each value of the adapter
-COMMON_SIDES = (1536, 1024, 768, 640, 512, 384, 256, 192, 128, 64)  # pixels
-WORTH = 1.05  # by this a saving must be faster to be taken without need
-FITS = ("does not fit", "fits")
-EASY = 0.25  # of the free memory: what is surely below is not counted
+COMMON_SIDES = (1536, 1024, 768, 640, 512, 384, 256, 192, 128, 64)  # pixels, to suggest where nothing fits
+COMMON_RANKS = (128, 64, 32, 16, 8, 4)
+WARM_UPS, TIMED = 2, 3  # updates of a measurement; the first ones compile and record
 
 
 class DoesNotFit(SettingsError):
@@ -50,26 +53,24 @@ class DoesNotFit(SettingsError):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a training shall run."""
+    """Where the training is to run."""
 
     name: str
     type: str  # "cuda", "cpu", "mps"
     budget: float  # bytes
-    context: float  # bytes that the device and its libraries take of them
-    rates: Rates
+    context: float  # bytes of the budget that the device and its libraries take
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One way to train, predicted. Bytes and seconds."""
+    """The memory of one way to train. Bytes."""
 
     settings: dict[str, Any]  # of TrainingConfig, beyond what was asked for; and `quantize` of BaseModel.load
-    training: dict[str, float]  # what the memory of the loop consists of
-    phases: dict[str, float]  # the most memory of each phase
+    training: dict[str, float]  # the parts of the loop's memory
+    phases: dict[str, float]  # the peak of each phase
     reserve: float
+    passes: int  # forward and backward passes for one update
     flops: float  # of one update
-    seconds: float  # for one update
-    seconds_range: tuple[float, float]
     fits: bool  # with the reserve
 
     @property
@@ -80,10 +81,13 @@ class Forecast:
     def words(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items()) or "as asked"
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak}
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Every way to train, the fastest first; `config` is the one to take."""
+    """Every way to train, the least extra computation first; `config` is the one to take."""
 
     base: str
     family: str
@@ -94,7 +98,8 @@ class Plan:
     pictures: int  # in a batch
     forecasts: tuple[Forecast, ...]
     remedy: str  # what would fit, when nothing does
-    offered: Forecast | None = None  # with a quantized base: other numbers, so never taken without asking
+    offered: Forecast | None = None  # with a quantized base: other numbers, so never taken unasked
+    seconds: float | None = None  # for one update with `config`, measured here; None: not measured
 
     @property
     def chosen(self) -> Forecast | None:
@@ -102,7 +107,7 @@ class Plan:
 
     @property
     def _narrow(self) -> Forecast | None:
-        """What fits if the prediction is right."""
+        """What fits without the reserve."""
         least = min(self.forecasts, key=lambda forecast: forecast.peak)
         return least if least.peak <= self.machine.budget else None
 
@@ -120,17 +125,18 @@ class Plan:
         rank = f"rank {self.lora.rank}" + (" with text encoders" if self.lora.text_encoder else "")
         return f"{self.base} ({self.family}, {self.dtype}) at {config.resolution} px, {batch}, {rank}"
 
-    headings = ("settings", "memory", "s/step (from - to)", "")
+    headings = ("settings", "memory", "")
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """One for each forecast, the fastest first."""
+        """One for each forecast, under `headings`."""
         return [
             (
                 one.words,
                 f"{one.peak / GB:.2f} GB",
-                f"{shown_seconds(one.seconds)} ({' to '.join(map(shown_seconds, one.seconds_range))})",
-                "chosen" if one is self.chosen else FITS[one.fits] + ", if asked for" * (one is self.offered),
+                "chosen"
+                if one is self.chosen
+                else ("fits" if one.fits else "does not fit") + ", if asked for" * (one is self.offered),
             )
             for one in (*self.forecasts, *filter(None, [self.offered]))
         ]
@@ -142,21 +148,24 @@ class Plan:
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.training.items() if size >= 0.005 * GB)
         phases = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.phases.items())
         found = [
-            f"on {machine.name}: {machine.budget / GB:.1f} GB; {one.flops / 1e12:.3g} TFLOP a step, "
-            f"{machine.rates.flops / 1e12:.3g} TFLOP/s ({machine.rates.source})",
+            f"on {machine.name}: {machine.budget / GB:.1f} GB",
             f"training, GB: {parts}",
-            f"phases, GB: {phases}; {RESERVE:.0%} of what are not weights is kept in reserve: {one.reserve / GB:.2f}",
+            f"phases, GB: {phases}; reserve ({RESERVE:.0%} of all but the weights): {one.reserve / GB:.2f}",
         ]
+        if self.seconds is not None:
+            steps = self.asked.steps or 0
+            minutes = max(1, round(steps * self.seconds / 60))
+            found.append(f"time: {self.seconds:.3g} s a step (median of {TIMED} here), about {minutes} min for {steps} steps")
         return found if self.chosen else [*found, self.remedy]
 
     def __str__(self) -> str:
         table = [self.headings, *self.rows]
-        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        widths = [max(len(row[i]) for row in table) for i in range(2)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in table]
         return "\n".join([self.title, *lines, *self.notes])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, bytes and seconds."""
+        """Plain values: bytes, and seconds a step if they were measured."""
         chosen = self.chosen
         return {
             "base": self.base,
@@ -167,18 +176,11 @@ class Plan:
             "rank": self.lora.rank,
             "machine": asdict(self.machine),
             "chosen": None if chosen is None else chosen.settings,
+            "seconds": self.seconds,
             "remedy": self.remedy,
-            "ways": [as_json(one) for one in self.forecasts],
-            "offered": None if self.offered is None else as_json(self.offered),
+            "ways": [one.to_json() for one in self.forecasts],
+            "offered": None if self.offered is None else self.offered.to_json(),
         }
-
-
-def as_json(one: Forecast) -> dict[str, Any]:
-    return {**asdict(one), "seconds_range": list(one.seconds_range), "peak": one.peak}
-
-
-def shown_seconds(seconds: float) -> str:
-    return f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def plan(
@@ -192,20 +194,30 @@ def plan(
     dtype: torch.dtype | None = None,
     photos: int = 5,
     quantize: str | None = None,
+    measure: bool = False,
 ) -> Plan:
-    """Predict memory and time of a training, counted on the base's structure without its weights.
+    """Predict the memory of a training, counted on the base's structure without its weights.
 
     base     in memory; or what `BaseModel.load` takes, of which only configuration files are read; or "sd1", "sd2", "sdxl"
-    vram_gb  10^9 bytes that it may take; None: what is free on the device, or the memory of `gpu`
+    vram_gb  budget in 10^9 bytes; None: what is free on the device, or the memory of `gpu`
     gpu      plan for another machine: T4, L4, 3090, 4090, A100, H100, H200. Without a GPU here, vram_gb alone means a T4
     device   None: the base's own, else as BaseModel.load chooses
     dtype    None: the base's own, else as BaseModel.load chooses
     photos   how many there will be
-    quantize as in BaseModel.load; a base in memory that is quantized is counted so
-    Raises BaseModelError, SettingsError; and DoesNotFit where `config` of the plan is asked for and nothing fits.
+    quantize as in BaseModel.load; a quantized base in memory is counted as it is
+    measure  also time a few training steps with the chosen settings: of a base in memory, on this machine
+    Raises BaseModelError, SettingsError; and DoesNotFit when you read `config` of a plan in which nothing fits.
     """
+    lora = lora or LoraSpec()
     asked = {"vram_gb": vram_gb, "gpu": gpu, "device": device, "dtype": dtype, "quantize": quantize}
-    return planner_for(base, lora or LoraSpec(), config, photos=photos, **asked).plan()  # type: ignore[arg-type]
+    elsewhere = [name for name, value in asked.items() if value is not None]
+    if measure and (elsewhere or not isinstance(base, BaseModel)):
+        wrong = f"{elsewhere[0]}=" if elsewhere else f"{str(base)!r}"
+        raise SettingsError(f"measure=True with {wrong}: only a loaded base can be timed, as it is; give BaseModel.load(...)")
+    found = planner_for(base, lora, config, photos=photos, **asked).plan()  # type: ignore[arg-type]
+    if measure and isinstance(base, BaseModel) and found.chosen is not None:
+        return replace(found, seconds=measured_seconds(base, lora, found.config))
+    return found
 
 
 def planner_for(
@@ -220,71 +232,90 @@ def planner_for(
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
 ) -> Planner:
-    """Of the arguments of `plan`, which says what they are."""
+    """The arguments are those of `plan`."""
     check_kind(quantize)
-    if isinstance(base, BaseModel) and is_quantized(base.structure["unet"]):
+    loaded = base if isinstance(base, BaseModel) else None
+    if loaded is not None and is_quantized(loaded.structure["unet"]):
         quantize = quantize or KINDS[0]
-    here = torch.device(device) if device is not None else base.device if isinstance(base, BaseModel) else default_device()
+    here = torch.device(device) if device is not None else loaded.device if loaded is not None else default_device()
     if gpu is None and vram_gb is not None and device is None and here.type != "cuda":
         gpu = GPUS["t4"].label
     if vram_gb is not None and not vram_gb > 0:
         raise SettingsError(f"vram_gb {vram_gb} is out of range; allowed: above 0")
-    precision = dtype or (base.dtype if isinstance(base, BaseModel) and gpu is None else None)
+    precision = dtype or (loaded.dtype if loaded is not None and gpu is None else None)
     if gpu is not None:
         facts = gpu_named(gpu)
         precision = precision or (torch.bfloat16 if facts.bf16 else torch.float16)
         budget = GB * (facts.memory_gb if vram_gb is None else vram_gb)
-        machine = Machine(facts.label, "cuda", budget, CUDA_CONTEXT + CUDA_WORKSPACES, published_rates(facts, precision))
+        machine = Machine(facts.label, "cuda", budget, CUDA_CONTEXT + CUDA_WORKSPACES)
     else:
         precision = precision or default_dtype(here, "" if isinstance(base, BaseModel) else base)
-        budget = vram_gb * GB if vram_gb is not None else free_bytes(here) + in_memory(base, here)
+        budget = vram_gb * GB if vram_gb is not None else available_bytes(base, here)
         context = {"cuda": CUDA_WORKSPACES, "cpu": CPU_CONTEXT}.get(here.type, 0.0)
         context += CUDA_CONTEXT if here.type == "cuda" and vram_gb is not None else 0.0
-        machine = Machine(device_name(here), here.type, budget, context, measured_rates(here, precision))
+        machine = Machine(device_name(here), here.type, budget, context)
     counter = Counter(shapes_of(base), dtype=precision, lora=lora)
-    lazy = not isinstance(base, BaseModel) or base.weights is not None
-    return Planner(counter, machine, settled(config or TrainingConfig(), counter.base, photos), photos, lazy, quantize)
+    asked = settled(config or TrainingConfig(), counter.base, photos)
+    return Planner(counter, machine, asked, photos, Resident.of(loaded), quantize)
 
 
 def fitted(
     base: BaseModel, lora: LoraSpec, config: TrainingConfig, *, photos: int, say: Callable[[str], None] = lambda text: None
 ) -> TrainingConfig:
-    """`config` (settled) with the savings that this machine's free memory asks for. Raises DoesNotFit."""
-    budget = free_bytes(base.device) + in_memory(base, base.device)
-    if not any(choices(config)) or ceiling(base, config) < EASY * budget:
+    """`config` (settled), changed where the free memory of this machine is not enough for it. Raises DoesNotFit.
+
+    Nothing is counted where an upper bound is free.
+    """
+    if not any(choices(config)) or upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device):
         return config
     planner = planner_for(base, lora, config, photos=photos)
-    if planner.forecast(config, {}).fits:  # nothing is faster, so the other ways need not be counted
+    if planner.forecast(config, {}).fits:  # the other ways need not be counted
         return config
     found = planner.plan()
     chosen = found.config
-    if chosen != config:
+    if chosen != config and found.chosen is not None:
         asked = next(one for one in found.forecasts if not one.settings)
-        say(
-            f"plan: {found.chosen.words if found.chosen else ''}, as {asked.peak / GB:.1f} GB would be needed without "
-            f"and {found.machine.budget / GB:.1f} GB are free"
-        )
+        needs = f"{asked.peak / GB:.1f} GB would be needed without, and {found.machine.budget / GB:.1f} GB are free"
+        say(f"plan: {found.chosen.words}, as {needs}")
     return chosen
 
 
-def in_memory(base: BaseModel | str | Path, device: torch.device) -> int:
-    """Bytes of a base's modules that are on the device already."""
-    if not isinstance(base, BaseModel):
-        return 0
-    modules = {name: m for name, m in base.shell.components.items() if isinstance(m, nn.Module) and base.unread(name) is None}
-    return storage_bytes(t for m in modules.values() for t in tensors_of(m) if t.device.type == device.type)
+def measured_seconds(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> float:
+    """Seconds for one optimizer update on this machine: the median of three, on latents without a picture. config: settled"""
+    assert config.resolution
+    with torch.no_grad():
+        mean, _, time_ids = inputs(base, config.batch_size, config.resolution)
+        prompts = {} if lora.text_encoder else {"a photo": base.encode_text(["a photo"])}
+    pictures = LatentSet(mean[None], torch.ones_like(mean[None]), ("a photo",) * len(mean), time_ids)
+    cache = LatentCache(pictures, pictures if config.prior_loss_weight > 0 else None, base.scaling_factor, prompts)
+    with ExitStack() as stack:
+        if not lora.text_encoder:
+            stack.enter_context(base.only_unet_on_device())
+        run = TrainingRun(base, cache, lora, config)
+        stack.callback(run.close)
+        seconds = []
+        for _ in range(WARM_UPS + min(TIMED, max(1, (config.steps or 0) - WARM_UPS))):
+            began = time.perf_counter()
+            _ = next(run).loss  # waits for a GPU
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM_UPS:])
 
 
-def ceiling(base: BaseModel, config: TrainingConfig) -> int:
-    """Bytes that no training of this base exceeds, far above what it takes: every layer keeps the largest of all tensors."""
-    unet = base.structure["unet"]
-    layers = sum(1 for module in unet.modules() if not list(module.children()))
-    resolution = config.resolution or base.resolution
-    side = resolution // base.pixels_per_latent
-    widest = 8 * max(unet.config.block_out_channels)  # type: ignore[union-attr, arg-type]  # a feed-forward layer with its gate
-    pixels = (config.class_images or 0) * 3 * resolution**2
-    whole = sum(storage_bytes(m.parameters()) for m in (*base.structure.values(), base.shell.vae))
-    return 2 * whole + pixels + batch_of(config) * layers * side**2 * widest * 4
+@dataclass(frozen=True)
+class Resident:
+    """What of a base is in memory and stays there, for training gives it back only where it can be read again."""
+
+    names: frozenset[str] = frozenset()  # of its modules
+    others: int = 0  # bytes of modules such as a safety checker, which draw with it but are not trained
+
+    @classmethod
+    def of(cls, base: BaseModel | None) -> Resident:
+        if base is None:
+            return cls()
+        modules = {name: one for name, one in base.shell.components.items() if isinstance(one, nn.Module)}
+        others = [one for name, one in modules.items() if name != "vae" and name not in base.structure]
+        size = storage_bytes(tensor for one in others for tensor in (*one.parameters(), *one.buffers()))
+        return cls(frozenset(name for name in modules if base.stays(name)), size)
 
 
 @dataclass(frozen=True)
@@ -293,7 +324,7 @@ class Planner:
     machine: Machine
     config: TrainingConfig  # settled
     photos: int
-    lazy: bool  # the base gives back what training does not need
+    resident: Resident = Resident()
     quantize: str | None = None
 
     def plan(self) -> Plan:
@@ -318,16 +349,14 @@ class Planner:
         )
 
     def _ways(self, with_these: dict[str, Any]) -> list[Forecast]:
-        """All that the user left open, the fastest first."""
+        """All that the user left open. A second forward pass costs arithmetic, a batch in parts some of the device's speed."""
         ways = [[(), *((pair,) for pair in pairs)] for pairs in choices(self.config)]
         every = (with_these | dict(pair for part in way for pair in part) for way in product(*ways))
-        return sorted(
-            (self.forecast(self.config, way) for way in every), key=lambda one: one.seconds * WORTH ** len(one.settings)
-        )
+        return sorted((self.forecast(self.config, way) for way in every), key=lambda one: (one.flops, one.passes))
 
     @cached_property
     def _sampling(self) -> float:
-        """The most memory while class images are drawn, beside all weights."""
+        """Peak of drawing class images, beside all weights."""
         assert self.config.resolution
         few = {"pictures": pictures_at_a_time(self.config.resolution), "resolution": self.config.resolution}
         return max(self._peak(self.counter.sample(**few)), self._peak(self.counter.decode(**few)))
@@ -336,102 +365,92 @@ class Planner:
         return count.peak_on_cpu if self.machine.type == "cpu" else count.peak
 
     def forecast(self, config: TrainingConfig, settings: dict[str, Any]) -> Forecast:
+        """config: settled; settings: changes to it, and `quantize`"""
         quantize = settings.get("quantize", self.quantize)
         config = replace(config, **{name: value for name, value in settings.items() if name != "quantize"})
         assert config.resolution and config.class_images
-        weights, machine, resolution = self.counter.weights, self.machine, config.resolution
-        pictures, prior = batch_of(config), config.prior_loss_weight > 0
+        machine, resolution, prior = self.machine, config.resolution, config.prior_loss_weight > 0
+        pictures = batch_of(config)
         size = min(config.pictures_at_a_time or pictures, pictures)
         parts = [size] * (pictures // size) + [pictures % size] * (pictures % size > 0)
         counted = config
-        if config.attention == "auto" and machine.type == "cpu":  # a GPU's kernels all count alike
+        if config.attention == "auto" and machine.type == "cpu":  # on a GPU all kernels save the same
             kernel: Any = fastest_attention(self.counter.base, resolution=resolution, pictures=size, device=torch.device("cpu"))
             counted = replace(config, attention=kernel)
         counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]
         largest = max(counts, key=self._peak)
-        unet = weights.packed if quantize else weights.unet
-        unpacked = weights.widest if quantize else 0  # one layer at a time
-        whole = unet + weights.vae + weights.text_encoders
-        stays = whole if self.counter.lora.text_encoder or (machine.type == "cpu" and not self.lazy) else unet
-        cached = self._cache(config)
+        unpacked = self.counter.weights.widest if quantize else 0  # one layer at a time
+        weights = self._weights(prior=prior, quantize=bool(quantize))
         training = {
-            "weights": float(stays),
+            "weights": float(weights["training"]),
             "context": machine.context,
             **self._of_adapter(config),
-            "latents and text": float(cached),
-            "kept for the backward pass": float(largest.saved),
-            "at work": float(self._peak(largest) - largest.saved + unpacked),
+            "latents and text": float(cache_bytes(self.counter.base, config, photos=self.photos)),
+            "saved for the backward pass": float(largest.saved),
+            "working memory": float(self._peak(largest) - largest.saved + unpacked),
         }
         encode = self._peak(self.counter.encode(pictures=1, resolution=resolution))
         opened = config.class_images if prior else self.photos
         images = 0 if machine.type == "cuda" else opened * 3 * resolution**2
-        before = whole if prior else weights.vae + weights.text_encoders
-        phases = {"through the VAE": machine.context + before + images + encode}
-        loaded = {"through the VAE": before, "drawing class images": whole, "training": stays}
+        phases = {"through the VAE": machine.context + weights["through the VAE"] + images + encode}
         if prior:
-            phases["drawing class images"] = machine.context + whole + self._sampling + unpacked
+            phases["drawing class images"] = machine.context + weights["drawing class images"] + self._sampling + unpacked
         phases["training"] = sum(training.values())
-        more = weights.linear if quantize else 0
-        seconds = config.gradient_accumulation * sum(self._seconds(one, unpacked=more) for one in counts)
-        spread, peak = machine.rates.spread, max(phases.values())
-        reserve = max(size + RESERVE * (size - loaded[name]) for name, size in phases.items()) - peak
+        peak = max(phases.values())
+        reserve = max(size + RESERVE * (size - weights[name]) for name, size in phases.items()) - peak
         return Forecast(
             settings=settings,
             training=training,
             phases=phases,
             reserve=reserve,
+            passes=config.gradient_accumulation * len(parts),
             flops=config.gradient_accumulation * sum(one.flops for one in counts),
-            seconds=seconds,
-            seconds_range=(seconds / spread, seconds * spread),
             fits=peak + reserve <= machine.budget,
         )
+
+    def _weights(self, *, prior: bool, quantize: bool) -> dict[str, int]:
+        """Bytes of the modules in memory, for each phase."""
+        sizes, stays = self.counter.weights, self.resident.names
+        unet = sizes.packed if quantize else sizes.unet
+        whole = unet + sizes.vae + sizes.text_encoders
+        others = self.resident.others
+        beside = others if stays - {"unet", "vae", "text_encoder", "text_encoder_2"} else 0
+        if self.counter.lora.text_encoder:
+            training = whole + beside
+        elif self.machine.type == "cuda":  # the host takes what stays
+            training = unet
+        else:
+            training = unet + sizes.vae * ("vae" in stays) + sizes.text_encoders * ("text_encoder" in stays) + beside
+        encoding = whole if prior or "unet" in stays else whole - unet
+        return {"through the VAE": encoding + beside, "drawing class images": whole + others, "training": training}
 
     def _of_adapter(self, config: TrainingConfig, *, share: float = 1.0) -> dict[str, float]:
         """share: of the adapter's rank"""
         lora = share * self.counter.weights.lora
         state = lora * ADAM_BYTES[config.optimizer] / 4
-        near = 0.0 if self.counter.dtype == torch.float32 else lora / 2  # a copy for the layers, and places for its gradients
-        found = {"adapter": lora + near, "gradients": lora + near, "optimizer": state}
+        half = 0.0 if self.counter.dtype == torch.float32 else lora / 2  # a copy for the layers, and one of its gradients
+        found = {"adapter": lora + half, "gradients": lora + half, "optimizer": state}
         return found if self.machine.type == "cuda" else found | {"state to go back to": lora + state}  # which is on the host
 
-    def _seconds(self, counted: Count, *, unpacked: int) -> float:
-        """unpacked: bytes of packed weights that each pass through the U-Net writes out"""
-        rates = self.machine.rates
-        moved = counted.moved + unpacked * round(counted.flops / max(1, counted.forward_flops))
-        device = counted.flops / rates.flops + moved / rates.bandwidth
-        captured = self.machine.type == "cuda" and self.config.capture != "off" and not self.config.compile
-        host = 0.0 if captured else counted.kernels * rates.kernel_seconds  # a CUDA graph is started as one
-        return device + host if self.machine.type == "cpu" else max(device, host)  # a GPU computes while the host goes on
-
-    def _cache(self, config: TrainingConfig) -> int:
-        base = self.counter.base
-        assert config.resolution and config.class_images
-        side, unet = config.resolution // base.pixels_per_latent, base.structure["unet"].config
-        pictures = self.photos + (config.class_images if config.prior_loss_weight > 0 else 0)
-        latents = pictures * (2 if config.flip else 1) * 2 * 4 * unet.in_channels * side**2  # type: ignore[union-attr, operator]
-        width: int = unet.cross_attention_dim  # type: ignore[union-attr, assignment]
-        return int(latents) + 2 * base.tokenizer.model_max_length * width * base.dtype.itemsize
-
     def _remedy(self, least: Forecast, offered: Forecast | None) -> str:
-        config, resolution = self.config, self.config.resolution
+        config, resolution, budget = self.config, self.config.resolution, self.machine.budget
         assert resolution
         offers = []
-        if offered is not None and offered.peak <= self.machine.budget:
+        if offered is not None and offered.peak <= budget:
             offers.append(f'a base with quantize="{KINDS[0]}" would need {offered.peak / GB:.1f} GB')
         for side in (one for one in COMMON_SIDES if one < resolution and one % self.counter.base.pixels_per_latent == 0):
-            smaller = replace(self, config=replace(config, resolution=side)).forecast(
-                replace(config, resolution=side), least.settings
-            )
-            if smaller.peak <= self.machine.budget:
-                offers.append(f"resolution={side} would need {smaller.peak / GB:.1f} GB")
+            smaller = replace(config, resolution=side)
+            found = replace(self, config=smaller).forecast(smaller, least.settings)
+            if found.peak <= budget:
+                offers.append(f"resolution={side} would need {found.peak / GB:.1f} GB")
                 break
-        for rank in (one for one in (128, 64, 32, 16, 8, 4) if one < self.counter.lora.rank):
+        for rank in (one for one in COMMON_RANKS if one < self.counter.lora.rank):
             saved = sum(self._of_adapter(config, share=1 - rank / self.counter.lora.rank).values())
-            if least.peak == least.phases["training"] and least.peak - saved <= self.machine.budget:
+            if least.peak == least.phases["training"] and least.peak - saved <= budget:
                 offers.append(f"rank={rank} would need {(least.peak - saved) / GB:.1f} GB")
                 break
         if self.counter.dtype == torch.float32:
-            offers.append("a base in half precision takes half of its weights")
-        cause = f"{self.counter.base.name} at {resolution} px takes {least.peak / GB:.1f} GB at the least"
-        value = f"{self.machine.name} has {self.machine.budget / GB:.1f} GB"
-        return f"{cause} and {value}; {'; '.join(offers) or 'no smaller resolution fits'}. Which one is yours to choose"
+            offers.append("a base in half precision takes half as much for its weights")
+        cause = f"{self.counter.base.name} at {resolution} px needs at least {least.peak / GB:.1f} GB"
+        value = f"{self.machine.name} has {budget / GB:.1f} GB"
+        return f"{cause} and {value}; {'; '.join(offers) or 'no smaller resolution fits'}"

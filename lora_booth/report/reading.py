@@ -66,8 +66,7 @@ class Run:
 
     @property
     def subjects(self) -> list[dict[str, Any]]:
-        found = part(self.record, "facts").get("subjects")
-        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        return dicts(part(self.record, "facts").get("subjects"))
 
     @property
     def photos(self) -> int:
@@ -87,8 +86,7 @@ class Run:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        found = self.record.get("events")
-        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        return dicts(self.record.get("events"))
 
 
 def read_run(path: Path) -> Run:
@@ -157,6 +155,10 @@ def part(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
         found = record.get(name)
         record = found if isinstance(found, dict) else {}
     return dict(record)
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def number(value: Any) -> float | None:

@@ -24,7 +24,7 @@ from ..pictures.gallery import SMALL, data_url, source_hash
 from ..training.checkpoint import CROPS, REPORT
 from ..training.progress import clock
 from .charts import chart, smoothed, usual_top
-from .reading import Run, Sample, advice, counted, number, part, read_run, whole
+from .reading import Run, Sample, advice, counted, dicts, number, part, read_run, whole
 
 T = TypeVar("T")
 
@@ -189,48 +189,39 @@ def rate_chart(run: Run) -> str | None:
 
 
 def fidelity_chart(run: Run) -> str | None:
-    rows = [row for row in rows_of(run) if row.get("step") is not None]
-    lines = [
-        (kind, [(float(whole(row["step"])), value) for row in rows if (value := number(row.get(key))) is not None])
-        for key, kind, _ in SHARES
-    ]
-    lines = [(kind, [(0.0, start), *points]) for (kind, points), (_, _, start) in zip(lines, SHARES, strict=True) if points]
+    rows, lines = [row for row in dicts(run.scores.get("adapters")) if row.get("step") is not None], []
+    for key, kind, start in SHARES:
+        points = [(float(whole(row["step"])), value) for row in rows if (value := number(row.get(key))) is not None]
+        if points:
+            lines.append((kind, [(0.0, start), *points]))
     return chart("Subject and prompt fidelity by step", lines, top=1.0, dots=True, last=run.total)
-
-
-def rows_of(run: Run) -> list[dict[str, Any]]:
-    found = run.scores.get("adapters")
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def scores_table(run: Run) -> dict[str, Any] | None:
     """heads; rows of name, whether it is the best, and cells; labels of the lower-is-better metrics; how it was measured"""
-    metrics = run.scores.get("metrics")
-    if not isinstance(metrics, list):
+    metrics, best = dicts(run.scores.get("metrics")), run.scores.get("best")
+    if not metrics:
         return None
-    named = [(str(m.get("key")), str(m.get("label"))) for m in metrics if isinstance(m, dict)]
-    best = run.scores.get("best")
 
     def cells(row: dict[str, Any]) -> Iterator[str]:
         overall = number(row.get("overall"))
         yield "–" if overall is None else f"{overall:.3f}"
-        for key, _ in named:
-            one = part(row, "scores", key)
+        for metric in metrics:
+            one = part(row, "scores", str(metric.get("key")))
             mean, low, high = (number(one.get(name)) for name in ("mean", "low", "high"))
             around = "" if low is None or high is None else f" ±{(high - low) / 2:.2f}"
             yield "–" if mean is None else f"{mean:.3f}{around}"
 
-    rows = [part(run.scores, "photos"), part(run.scores, "base"), *rows_of(run)]
+    rows = [part(run.scores, "photos"), part(run.scores, "base"), *dicts(run.scores.get("adapters"))]
     return {
-        "heads": ["overall", *(label for _, label in named)],
+        "heads": ["overall", *(str(m.get("label")) for m in metrics)],
         "rows": [(str(row.get("name")), row.get("name") == best, list(cells(row))) for row in rows],
-        "lower": [str(m.get("label")) for m in metrics if isinstance(m, dict) and m.get("better") == "lower"],
+        "lower": [str(m.get("label")) for m in metrics if m.get("better") == "lower"],
         "how": str(run.scores.get("measured_with", "")),
     }
 
 
 # --- facts
-
 
 Setting = tuple[str, str, str]  # name, value, default
 

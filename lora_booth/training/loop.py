@@ -16,7 +16,7 @@ from ..config import LoraSpec, TrainingConfig
 from ..errors import TrainingError, first_line
 from ..injection import TrainableLora, trainable
 from ..kernels.attention import fastest_attention
-from ..kernels.capture import WORTH_A_TAPE, StepGraph, obstacle
+from ..kernels.capture import WORTH_A_TRACE, StepGraph, obstacle
 from .distributed import ALONE, Ranks
 from .health import Health, RollBack
 from .latents import Batch, LatentCache, conditions, draw, step_seed
@@ -77,7 +77,7 @@ class TrainingRun(Iterator[Step]):
             self.optimizer = make_optimizer(self.flat.values, config, base.device)
             self.fused = bool(self.optimizer.defaults.get("fused"))
             self.step = 0 if resume is None else int(resume["step"])
-            few = base.device.type == "cpu" and (config.steps or 0) - self.step < WORTH_A_TAPE
+            few = base.device.type == "cpu" and (config.steps or 0) - self.step < WORTH_A_TRACE
             wanted = "off" if config.capture == "auto" and few else config.capture
             reason = obstacle(base, lora, config)
             self.graph = StepGraph(self._forward_backward, self.flat.gradient, reason=reason, wanted=wanted, say=say)

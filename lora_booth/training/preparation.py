@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from ..base.base_model import BaseModel, rare_tokens
+from ..base.base_model import BaseModel
 from ..cache import prune_cache
 from ..config import LoraSpec, TrainingConfig
 from ..photos.square import training_square
@@ -22,7 +22,7 @@ from .settings import settled
 def token_notes(base: BaseModel, subjects: Sequence[Subject]) -> Iterator[str]:
     """What speaks against the chosen tokens, in the words of the base's own tokenizer."""
     for subject in subjects:
-        report = check_token(subject.token, base.tokenizer, known_rare=rare_tokens(base))
+        report = check_token(subject.token, base.tokenizer, known_rare=base.rare_tokens)
         yield from (*report.problems, *report.warnings)
 
 

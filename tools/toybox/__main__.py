@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lora_booth.base.base_model import TOYBOX_FOLDER
+from lora_booth.base.diffusers_folder import DECLARED
 
 from .judge import train_judge
-from .text import new_tokenizer, place_rare_tokens, train_text_encoder
+from .text import RARE_TOKENS, new_tokenizer, place_rare_tokens, train_text_encoder
 from .unet import PREDICTION, SCHEDULE, train_text_to_image
 from .vae import train_vae
 
@@ -39,6 +40,7 @@ def export(vae: Any, model: Any, tokenizer: Any, factor: float, judge: nn.Module
     # transformers 5 loads a text encoder in the precision of its configuration, diffusers the U-Net in fp32
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    (folder / DECLARED).write_text(json.dumps({"rare_tokens": RARE_TOKENS}) + "\n")
     (folder / "judge").mkdir(exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in judge.cpu().state_dict().items()}, folder / "judge" / "judge.safetensors")
 

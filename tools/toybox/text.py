@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_booth.toybox import RARE_TOKENS, world
+from lora_booth.toybox import world
 from lora_booth.toybox.judge import OBJECT_HEADS, OBJECTS, SCENE_HEADS, labels
 from lora_booth.toybox.scenery import CONTEXTS
 
 from . import pictures
 from .stages import Stage, run_stage
 
+RARE_TOKENS = ("sks", "zwx", "qlo", "vrn", "xjk", "ohwx")  # in the vocabulary, never in a training caption
 MAX_TOKENS = 24
 TEXT_WIDTH = 128
 NO_PROMPT_SHARE = 0.1  # for classifier-free guidance

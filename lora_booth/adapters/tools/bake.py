@@ -46,13 +46,13 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
         raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or give the name of a folder")
     if path.is_dir() and (single or any(path.iterdir())) or (path.exists() and not single and not path.is_dir()):
         raise SettingsError(f"{path}: already exists; give the name of a new folder or of a .safetensors file")
-    channels = (base.pipeline if isinstance(base, BaseModel) else base).unet.config.in_channels
+    channels = BaseModel.of(base).unet.config.in_channels
     if single and channels != LATENT_CHANNELS:
         raise BaseModelError(f"its latents have {channels} channels, which no program reads from a single file; bake a folder")
     pipeline = baked(base, adapters, dtype=DTYPES[dtype])
     path.parent.mkdir(parents=True, exist_ok=True)
     if single:
-        name = base.name if isinstance(base, BaseModel) else "base"
+        name = BaseModel.of(base, name="base").name
         title = " + ".join([name, *(f"{adapter.name} {weight:g}" for adapter, weight in adapters)])
         with replacing(path) as file:
             save_single_file(pipeline, file, title=title)
@@ -71,8 +71,9 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
 @torch.no_grad()
 def baked(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype) -> Any:
     """A copy of the pipeline on the CPU, in `dtype`, with the weighted sum of `adapters` in its weights."""
-    pipeline = base.pipeline if isinstance(base, BaseModel) else base
-    refuse_quantized(pipeline.unet, base.name if isinstance(base, BaseModel) else "this pipeline", "baking")
+    known = BaseModel.of(base, name="this pipeline")
+    pipeline = known.pipeline
+    refuse_quantized(pipeline.unet, known.name, "baking")
     plan = placements(base, adapters)
     result = copy.copy(pipeline)
     for name, module in pipeline.components.items():

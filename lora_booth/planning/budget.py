@@ -1,0 +1,178 @@
+"""The budget: memory that a device has free, and an upper bound of what a training takes."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..base.base_model import BaseModel
+from ..base.memory import pictures_at_a_time, storage_bytes
+from ..base.quantization import tensors_of, weight_shape
+from ..config import LoraSpec, TrainingConfig
+from ..errors import SettingsError
+from ..kernels.attention import attention_shapes, candidates
+from ..training.memory_ladder import batch_of
+
+GB = 1e9  # bytes
+CPU_CONTEXT = 0.07 * GB  # kernels that oneDNN and others compile; measured by benchmarks/plan.py
+CUDA_CONTEXT = 0.75 * GB  # what CUDA itself takes of a GPU; 0.72 to 0.90 on an H100 with PyTorch 2.11
+CUDA_WORKSPACES = 0.2 * GB  # what PyTorch keeps for matrix products; 0.2 to 0.4 on the same machine
+RESERVE = 0.15  # of what a phase takes beside its weights; the largest error of benchmarks/plan.py is 0.10
+ADAPTER_BYTES = 40  # for each value of an adapter, at most: itself, gradient, optimizer, copies to go back to, padding
+
+
+@dataclass(frozen=True)
+class Gpu:
+    label: str
+    memory_gb: float  # usable, 10^9 bytes
+    bf16: bool = True
+
+
+GPUS = {
+    "t4": Gpu("T4", 15, bf16=False),
+    "l4": Gpu("L4", 22),
+    "3090": Gpu("RTX 3090", 24),
+    "4090": Gpu("RTX 4090", 24),
+    "a100": Gpu("A100 40 GB", 40),
+    "h100": Gpu("H100", 80),
+    "h200": Gpu("H200", 141),
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """By the last word of its name: "T4", "tesla t4", "RTX-4090". Raises SettingsError."""
+    words = name.lower().replace("_", " ").replace("-", " ").split()
+    known = GPUS.get(words[-1]) if words else None
+    if known is None:
+        raise SettingsError(f"gpu {name!r} is unknown; choose from {', '.join(gpu.label for gpu in GPUS.values())}")
+    return known
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def available_bytes(base: object, device: torch.device) -> int:
+    """What a training may take: what is free, and what the modules of a base in memory take already."""
+    return free_bytes(device) + (in_memory(base, device) if isinstance(base, BaseModel) else 0)
+
+
+def in_memory(base: BaseModel, device: torch.device) -> int:
+    """Bytes of the base's modules that are on the device already."""
+    modules = {name: m for name, m in base.shell.components.items() if isinstance(m, nn.Module) and base.unread(name) is None}
+    return storage_bytes(t for m in modules.values() for t in tensors_of(m) if t.device.type == device.type)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take: of the GPU, or of the memory of this machine or its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+    free = int(psutil.virtual_memory().available)
+    if device.type == "mps":
+        free = min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return min([free, *container_free()])
+
+
+def container_free() -> list[int]:
+    """What the limit of a Linux container (cgroup v2) leaves; [] without one."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    return [int(limit) - int(used) + int(cached.get("inactive_file", 0))] if limit.isdigit() else []
+
+
+# --- an upper bound ------------------------------------------------------------------------------------------------
+
+
+def upper_bound(base: BaseModel, lora: LoraSpec, config: TrainingConfig, *, photos: int) -> float:
+    """Bytes, with the reserve, that no phase of this training exceeds: from the sizes of layers, in milliseconds.
+
+    It is up to several times what the counter finds. config: settled
+    """
+    assert config.resolution and config.class_images
+    resolution, itemsize, unet = config.resolution, base.dtype.itemsize, base.structure["unet"]
+    everything = [module for module in base.shell.components.values() if isinstance(module, nn.Module)]
+    weights = storage_bytes(tensor for module in everything for tensor in tensors_of(module))
+    adapted = base.structure.values() if lora.text_encoder else (unet,)
+    values = sum(math.prod(weight_shape(m)[1:]) + weight_shape(m)[0] for one in adapted for m in layers_of(one).values())
+    adapter = lora.rank * values * ADAPTER_BYTES
+    pictures = batch_of(config)
+    size = min(config.pictures_at_a_time or pictures, pictures)
+    each, skips, largest = layer_values(base, resolution)
+    shapes = attention_shapes(base, resolution)
+    if config.attention == "plain" or (config.attention == "auto" and "plain" in candidates(base, shapes, size)):
+        each += sum(3 * heads * queries * keys * count for (heads, queries, keys, _), count in shapes.items())
+    step = size * (each + 4 * largest) * itemsize
+    if lora.text_encoder:
+        step += size * text_values(base) * itemsize
+    few = pictures_at_a_time(resolution)
+    sampling = 2 * few * (skips + 8 * largest) * itemsize
+    vae = few * vae_values(base, resolution) * 4  # in fp32 where fp16 overflows
+    images = (config.class_images + photos) * 3 * resolution**2
+    context = CUDA_CONTEXT + CUDA_WORKSPACES if base.device.type == "cuda" else CPU_CONTEXT
+    beside = adapter + cache_bytes(base, config, photos=photos) + images + context + max(step, sampling, vae)
+    return weights + storage_bytes(base.shell.vae.parameters()) + (1 + RESERVE) * beside
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Its linear layers and convolutions, by path."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def layer_values(base: BaseModel, resolution: int) -> tuple[int, int, int]:
+    """For one picture (pixels): the values that all layers of the U-Net read and write; those that the convolutions of its
+    down blocks write; the most of one layer."""
+    unet, side, tokens = base.structure["unet"], resolution // base.pixels_per_latent, base.tokenizer.model_max_length
+    levels = len(unet.config.block_out_channels)  # type: ignore[union-attr, arg-type]
+    every, skips, largest = 0, 0, 0
+    for path, layer in layers_of(unet).items():
+        part, number = (*path.split("."), "0")[:2]
+        level = {"down_blocks": int(number) if number.isdigit() else 0, "mid_block": levels - 1}.get(part, 0)
+        if part == "up_blocks":
+            level = max(0, levels - 1 - int(number) - ("upsamplers" in path))
+        once = "time_emb" in path or "add_embedding" in path  # not for each pixel
+        pixels = 1 if once else max(math.ceil(side / 2**level) ** 2, tokens if "attn" in path else 1)
+        wrote, read = weight_shape(layer)[:2]
+        every += pixels * (read + wrote)
+        skips += pixels * wrote * (part in ("down_blocks", "conv_in") and isinstance(layer, nn.Conv2d))
+        largest = max(largest, pixels * (read + wrote))
+    return every, skips, largest
+
+
+def text_values(base: BaseModel) -> int:
+    """For one prompt: twice the values that all layers of the text encoders read and write, and the attention's scores."""
+    tokens, total = base.tokenizer.model_max_length, 0
+    for name, encoder in base.structure.items():
+        if name != "unet":
+            total += 2 * tokens * sum(sum(weight_shape(layer)) for layer in layers_of(encoder).values())
+            config = encoder.config
+            total += 3 * config.num_hidden_layers * config.num_attention_heads * tokens**2  # type: ignore[union-attr, operator]
+    return total
+
+
+def vae_values(base: BaseModel, resolution: int) -> int:
+    """For one picture: six of the largest maps of features."""
+    channels = base.shell.vae.config.block_out_channels
+    wide = [(*channels[1:], channels[-1])[level] * (resolution // 2**level) ** 2 for level in range(len(channels))]
+    return int(6 * max(wide))
+
+
+def cache_bytes(base: BaseModel, config: TrainingConfig, *, photos: int) -> int:
+    """The `LatentCache`: means and deviations of the latents in float32, and two text conditions. config: settled"""
+    assert config.resolution and config.class_images
+    side, unet = config.resolution // base.pixels_per_latent, base.structure["unet"].config
+    pictures = photos + (config.class_images if config.prior_loss_weight > 0 else 0)
+    latents = pictures * (2 if config.flip else 1) * 2 * 4 * unet.in_channels * side**2
+    return int(latents + 2 * base.tokenizer.model_max_length * unet.cross_attention_dim * base.dtype.itemsize)

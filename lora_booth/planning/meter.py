@@ -1,0 +1,169 @@
+"""How much memory a computation takes: counted tensor by tensor, on any device and on none ("meta")."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+from ..base.memory import tensors_in
+
+
+@dataclass
+class Saved:
+    """Memory that autograd saves for a backward pass, without the models' weights and buffers."""
+
+    storages: dict[int, tuple[weakref.ref[Any], int]] = field(default_factory=dict)  # address -> storage, its bytes
+
+    @property
+    def bytes(self) -> int:
+        """Of what is still saved."""
+        return sum(size for storage, size in self.storages.values() if storage() is not None)
+
+
+@contextmanager
+def saved_for_backward(*models: nn.Module) -> Iterator[Saved]:
+    """Count what autograd saves inside. Read it before the backward pass, which frees the memory."""
+    own = {t.untyped_storage()._cdata for model in models for t in (*model.parameters(), *model.buffers())}
+    saved = Saved()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved.storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        return tensor.detach()  # with its graph it would keep itself alive
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+# --- everything that a computation allocates -------------------------------------------------------------------------
+
+aten = torch.ops.aten
+FLOPS: dict[Any, Any] = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+REORDERED = {aten.convolution: (0, 1), aten.convolution_backward: (0, 2)}  # arguments that oneDNN copies into its own layout
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the peak of memory, and the arithmetic, of everything that runs inside.
+
+    Tensors that existed before are not counted. Tensors on the "meta" device have sizes and take no memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0  # bytes of new storages
+        self.peak_on_cpu = 0  # the same, with the copies that convolutions on a CPU work on
+        self.flops = 0  # of matrix products, convolutions and attention
+        self._known: dict[int, weakref.ref[Any]] = {}  # address -> storage, to notice its end
+        self._seen: dict[Any, Any] = {}  # kernel and sizes on the "meta" device -> its results, without their memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = list(tensors_in((args, kwargs)))
+        out = self._run(func, args, kwargs, given)
+        inputs = {one.untyped_storage()._cdata for one in given}
+        for tensor in tensors_in(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known and storage._cdata not in inputs:
+                self._born(storage)
+        copies = sum(args[i].nbytes for i in REORDERED.get(func._overloadpacket, ()))
+        self.peak_on_cpu = max(self.peak_on_cpu, self.peak, self.live + copies)
+        formula = FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        """Run the kernel; on the "meta" device, where a call takes a millisecond of Python, only once for each size."""
+        if makes_no_new_memory(func) or not given or not all(tensor.is_meta for tensor in given):
+            return func(*args, **kwargs)
+        key = func, described((args, kwargs))
+        if key not in self._seen:
+            out = func(*args, **kwargs)
+            self._seen[key] = (type(out), [described(one) for one in ((out,) if isinstance(out, Tensor) else out)])
+            return out
+        kind, parts = self._seen[key]
+        made = [one.made() if isinstance(one, Sizes) else one for one in parts]
+        return made[0] if issubclass(kind, Tensor) else made if kind is list else tuple(made)
+
+    def _born(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(_: object) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All there is to know of a tensor on the "meta" device."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def made(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+def described(value: Any) -> Any:
+    """`value` as a hashable key, with `Sizes` in place of tensors."""
+    if isinstance(value, Tensor):
+        return Sizes(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple(map(described, value))
+    if isinstance(value, dict):
+        return tuple((name, described(one)) for name, one in value.items())
+    return value if isinstance(value, bool | int | str | None) else (type(value), str(value))
+
+
+@cache
+def makes_no_new_memory(func: Any) -> bool:
+    return any(one.alias_info is not None for one in (*func._schema.arguments, *func._schema.returns))
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention on the "meta" device as real devices compute it, without a matrix of all scores.
+
+    What it saves for the backward pass is the same: query, key, value, output and one float32 a row.
+    """
+    functional: Any = nn.functional
+    stock = functional.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **more: Any,
+    ) -> Tensor:
+        if not query.is_meta or more:
+            return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = stock
