@@ -9,6 +9,7 @@ from typing import Literal
 from .errors import SettingsError
 
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; chosen
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 

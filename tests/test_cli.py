@@ -172,7 +172,7 @@ def test_without_a_weight_the_cards_own_is_taken(call, rex, tiny, tmp_path, monk
     monkeypatch.setattr("lora_booth.pictures.composition.Composition.generate", generate)
     code, _, err = call("generate", half, f"{half}:0.25", "--prompt", "x", "--base", tiny)
     assert [weight.value for _, weight in seen[0]] == [0.5, 0.25]
-    assert code == 2 and "gallery without pictures" in err
+    assert code == 2 and "a gallery needs pictures" in err
 
 
 def test_share(call, rex, tmp_path):
@@ -328,11 +328,11 @@ MISTAKES = [
     ("generate {rex} --prompt x --base {tiny} --guidance -1", "guidance -1.0"),
     ("generate {rex} --prompt x --base {tiny} --batch-size 0", "batch_size 0"),
     ("generate {rex} --prompt x --base nobody/nothing", "not in the local cache"),
-    ("generate {rex}:much --prompt x --base {tiny}", "'much' is no weight"),
-    ("generate {rex}:nan --prompt x --base {tiny}", "'nan' is no weight"),
+    ("generate {rex}:much --prompt x --base {tiny}", "'much' is not a weight"),
+    ("generate {rex}:nan --prompt x --base {tiny}", "'nan' is not a weight"),
     ("generate {tmp}/nothing.safetensors --prompt x", "nothing.safetensors"),
     ("generate {rex} --prompt x --region cat:0,0,1,1", "no adapter 'cat'"),
-    ("generate {rex} --prompt x --region rex:0,0,1", "write it as NAME:0,0,0.5,1"),
+    ("generate {rex} --prompt x --region rex:0,0,1", "write it like NAME:0,0,0.5,1"),
     ("generate {rex} --prompt x --region rex:0,0,1,1 --auto-regions", "exclude each other"),
     ("generate {rex} --prompt x --preview x.png", "--preview shows regions"),
     ("generate {rex} --prompt x --base {tiny} --method blend", "'blend' is unknown"),
@@ -350,7 +350,7 @@ MISTAKES = [
     ("convert {rex} {tmp}/b.ckpt", ".safetensors"),
     ("convert {rex}", "out"),
     ("convert {rex} {tmp}/b.safetensors --dtype int8", "allowed: fp16, bf16, fp32"),
-    ("merge {rex}:much --out {tmp}/a.safetensors", "'much' is no weight"),
+    ("merge {rex}:much --out {tmp}/a.safetensors", "'much' is not a weight"),
     ("merge {rex} --out {tmp}/a.safetensors --method mean", "allowed: sum (exact), svd"),
     ("merge {rex} --out {tmp}/a.safetensors --rank 3", "rank 3 with method sum"),
     ("merge {rex} --out {tmp}/a.safetensors --method svd --rank 0", "rank 0"),
@@ -443,7 +443,7 @@ def test_files_and_weights(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["ink.safetensors:", "ink.safetensors:a", "ink.safetensors:inf", "ink:nan", ":0.5"])
 def test_bad_weights(text):
-    with pytest.raises(SettingsError, match="is no weight"):
+    with pytest.raises(SettingsError, match="is not a weight"):
         cli.file_and_weight(text)
 
 

@@ -162,7 +162,7 @@ def studio_files(tmp_path_factory) -> tuple[Path, BaseModel]:
 def compositions(dog: Adapter, owl: Adapter) -> dict[str, dict]:
     return {
         "sum": {"adapters": [(dog, 0.7), (owl, -0.25)]},
-        "switch": {"adapters": [dog, owl], "method": "switch"},
+        "auto": {"adapters": [(dog, 0.5), owl], "regions": "auto"},
         "places": {
             "adapters": [(dog, 0.5)],
             "regions": [Region(owl, box=(0, 0, 0.5, 1), prompt="a do, big")],
@@ -173,7 +173,7 @@ def compositions(dog: Adapter, owl: Adapter) -> dict[str, dict]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")  # the sum blends them, as it says
-@pytest.mark.parametrize("name", ["sum", "switch", "places"])
+@pytest.mark.parametrize("name", ["sum", "auto", "places"])
 def test_command_and_python_draw_the_picture_again(studio_files, monkeypatch, capsys, name):
     folder, base = studio_files
     monkeypatch.chdir(folder)

@@ -245,15 +245,15 @@ def test_generate_draws_the_prompts_of_a_file(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("grid {rex}", "give one of --prompt TEXT"),
-        ("grid {rex} --prompt x --prompts y.txt", "give one of --prompt TEXT"),
+        ("grid {rex}", "give exactly one of --prompt TEXT"),
+        ("grid {rex} --prompt x --prompts y.txt", "give exactly one of --prompt TEXT"),
         ("grid {rex} --prompt x --out g.pdf", "saved as .html, .png"),
-        ("grid {rex} --prompt x --weights 0,a", "write them as 0,0.4,0.8,1"),
-        ("grid {rex} --prompt x --weights 0,inf", "write them as 0,0.4,0.8,1"),
+        ("grid {rex} --prompt x --weights 0,a", "write them like 0,0.4,0.8,1"),
+        ("grid {rex} --prompt x --weights 0,inf", "write them like 0,0.4,0.8,1"),
         ("grid {rex} --prompt x --weights 0 --before-after", "exclude each other"),
         ("generate {rex} --prompts nothing.txt", "nothing.txt: No such file"),
         ("generate {rex} --prompt-set animal", "'animal' is unknown; allowed: object, live"),
-        ("generate {rex} --prompt-set live --recipe r.json", "--recipe are of one prompt"),
+        ("generate {rex} --prompt-set live --recipe r.json", "--recipe are for one prompt"),
         ("generate {rex} --prompt {{tokn}}", "{tokn} is unknown"),
     ],
 )

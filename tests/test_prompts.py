@@ -45,8 +45,8 @@ def test_the_same_prompt_is_kept_once():
     ("prompt", "words", "line"),
     [
         ("a {tokn}", {"token": "sks"}, r"\{tokn\} is unknown; allowed: \{token\}, \{class_noun\}, \{a\}, \{context\}"),
-        ("a {token}", {"class_noun": "dog"}, r"no word for \{token\}"),
-        ("{a} dog", {"token": "sks"}, r"no word for \{a\}"),
+        ("a {token}", {"class_noun": "dog"}, r"no adapter.s card has \{token\}"),
+        ("{a} dog", {"token": "sks"}, r"no adapter.s card has \{a\}"),
         ("sks {context}", {"token": "sks"}, r"no contexts for \{context\}"),
         ("\x1b[2J {tokn}", {}, r"\\x1b\[2J"),
     ],
@@ -82,11 +82,11 @@ def test_a_file_of_prompts(tmp_path, end, mark):
         (b"", "0 prompts; allowed: 1 to 1000"),
         (b"# nothing but\n\n# remarks", "0 prompts"),
         (b"x\n" * (MAX_PROMPTS + 1), "1001 prompts"),
-        (b"\xff\xfe\x00x", "no UTF-8 text at byte 0"),
+        (b"\xff\xfe\x00x", "not UTF-8 text at byte 0"),
         (b"fine\na\x1b[31mred", r"p\.txt:2: 'a\\x1b\[31mred'"),
         (b"a\xe2\x80\xaeb", r"p\.txt:1: 'a\\u202eb'"),
         (b"word " * 500, r"p\.txt:1: 'word"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00", "no UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "not UTF-8"),
     ],
 )
 def test_what_is_no_file_of_prompts_is_told(tmp_path, content, line):

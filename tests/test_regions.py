@@ -104,21 +104,12 @@ def test_a_sum_does_not_depend_on_the_order(base, untouched):
     assert torch.allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sum", "svd", "switch", "composite"])
-def test_one_adapter_is_itself_by_every_method(base, untouched, method):
-    rex, _ = pair(base)
-    one = latents(Composition(base, [rex], method=method))
-    assert torch.allclose(one, latents(Composition(base, [rex])), atol=1e-5)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"method": "composite"}, {"isolate": "noise"}])
-def test_passes_together_are_the_passes_one_by_one(base, untouched, settings):
+def test_passes_together_are_the_passes_one_by_one(base, untouched):
     rex, bob = pair(base)
-    places = {"regions": [Region(rex, box=LEFT), Region(bob, box=(0.6, 0.2, 1, 1))]} if "isolate" in settings else {}
-    adapters = [] if places else [rex, bob]
-    together = latents(Composition(base, adapters, **settings, **places), count=2)
-    apart = latents(Composition(base, adapters, **settings, **places, together=False), count=2)
+    places = [Region(rex, box=LEFT), Region(bob, box=(0.6, 0.2, 1, 1))]
+    together = latents(Composition(base, regions=places), count=2)
+    apart = latents(Composition(base, regions=places, together=False), count=2)
     assert torch.allclose(together, apart, atol=1e-5)
     assert not torch.allclose(together, latents(Composition(base, [rex, bob], method="sum"), count=2), atol=1e-3)
 
@@ -139,14 +130,6 @@ def test_noise_regions_are_each_adapters_own_prediction_under_its_mask(base, unt
     assert torch.allclose(mixed[..., half:], alone[1][..., half:], atol=1e-5)
 
 
-def test_composite_is_the_mean_of_the_predictions(base, untouched):
-    rex, bob = pair(base)
-    kwargs = {"num_inference_steps": 1, "guidance_scale": 3.0}
-    both = latents(Composition(base, [rex, bob], method="composite"), **kwargs)
-    alone = [latents(Composition(base, [adapter]), **kwargs) for adapter in (rex, bob)]
-    assert torch.allclose(both, (alone[0] + alone[1]) / 2, atol=1e-4)  # one step is linear in the prediction
-
-
 def steps_of(studio: Composition, count: int) -> list[torch.Tensor]:
     """The latents after each denoising step."""
     seen: list[torch.Tensor] = []
@@ -157,14 +140,6 @@ def steps_of(studio: Composition, count: int) -> list[torch.Tensor]:
 
     latents(studio, num_inference_steps=count, callback_on_step_end=keep)
     return seen
-
-
-def test_switch_hears_one_adapter_at_a_time(ddim):
-    rex, bob = pair(ddim)
-    turns = steps_of(Composition(ddim, [rex, bob], method="switch"), 7)
-    first, both = steps_of(Composition(ddim, [rex]), 7), steps_of(Composition(ddim, [rex, bob]), 7)
-    assert all(torch.equal(a, b) for a, b in zip(turns[:5], first[:5], strict=True))
-    assert not torch.equal(turns[5], first[5]) and not torch.equal(turns[0], both[0])
 
 
 # --- weights by block and step -------------------------------------------------------------------------------------
@@ -184,7 +159,7 @@ def test_a_weight_by_block_is_the_adapter_with_scaled_modules(base, untouched):
     assert torch.allclose(latents(Composition(base, [(rex, weight)])), latents(Composition(base, [(scaled, 1.0)])), atol=1e-5)
 
 
-def test_a_weight_by_step_is_heard_in_its_steps_only(ddim):
+def test_a_weight_by_step_is_active_in_its_steps_only(ddim):
     rex, _ = pair(ddim)
     early = steps_of(Composition(ddim, [(rex, Weight(end=0.5))]), 6)
     late = steps_of(Composition(ddim, [(rex, Weight(start=0.5))]), 6)
@@ -236,7 +211,7 @@ def test_before_its_start_a_region_is_the_plain_sum(ddim):
     assert torch.equal(late[1], both[1]) and not torch.equal(late[2], both[2])
 
 
-def test_other_adapters_are_heard_everywhere(sd1):
+def test_other_adapters_are_active_everywhere(sd1):
     rex, bob = pair(sd1)
     for isolate in ("delta", "noise"):
         styled = Composition(sd1, [bob], regions=[Region(rex, box=FULL)], isolate=isolate)
@@ -305,8 +280,30 @@ def test_automatic_regions_need_the_subjects_in_the_prompt(sd1):
         latents(studio, "a cat")
     style = replace(bob, card=replace(bob.card, token=None, title="ink"))
     with_style = Composition(sd1, [rex, style], regions="auto")
-    assert [a.name for a, _ in with_style.everyone("sks dog")] == ["ink", "sks"]  # the style is heard everywhere
+    assert [a.name for a, _ in with_style.everyone("sks dog")] == ["ink", "sks"]  # the style is active everywhere
     assert torch.isfinite(latents(with_style, "sks dog", num_inference_steps=4)).all()
+
+
+# --- one adapter --------------------------------------------------------------------------------------------------
+
+
+def test_a_composition_as_one_adapter(base, untouched):
+    rex, bob = pair(base, text_encoder=True)
+    studio = Composition(base, [(rex, Weight(0.8, blocks={"down": 0.5})), (bob, -0.5)], method="sum")
+    one, lost = studio.as_adapter()
+    assert torch.allclose(latents(Composition(base, [(one, 1.0)])), latents(studio), atol=1e-4) and lost.error == 0
+    assert one.card.description == "sks (0.8, down 0.5) + do (-0.5), as one adapter: exact"
+    cut, lost = studio.as_adapter(rank=1)
+    assert {factors.rank for factors in cut.modules.values()} == {1}
+    assert cut.card.description.endswith(f"{lost.error:.1%} of the change lost")
+
+
+def test_what_cannot_be_one_adapter(sd1):
+    rex, bob = pair(sd1)
+    with pytest.raises(SettingsError, match="regions cannot be one adapter.*recipe"):
+        Composition(sd1, [rex, bob]).as_adapter()
+    with pytest.raises(SettingsError, match="sks is active in some denoising steps only.*recipe"):
+        Composition(sd1, [(rex, Weight(end=0.5))]).as_adapter()
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
@@ -375,7 +372,7 @@ def test_an_exception_in_the_middle_leaves_nothing(base, untouched, isolate, err
     for settings in (
         {"regions": regions},
         {"adapters": [rex, bob], "regions": "auto"},
-        {"adapters": [rex, bob], "method": "switch"},
+        {"adapters": [rex, (bob, Weight(end=0.5))], "method": "sum"},
     ):
         with pytest.raises(error, match="stop"):
             latents(Composition(base, **{"isolate": isolate} | settings), callback_on_step_end=fail)
@@ -405,6 +402,7 @@ def test_fused_and_dora_adapters_are_refused_by_name():
     ("settings", "message"),
     [
         ({"method": "blend"}, "'blend' is unknown"),
+        ({"method": "composite"}, "'composite' is no longer there; use sum, or regions"),
         ({"method": "regions"}, "belong together"),
         ({"regions": "auto"}, "without adapters"),
         ({"isolate": "magic"}, "'magic' is unknown"),

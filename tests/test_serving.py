@@ -46,7 +46,7 @@ def alone(base: BaseModel, adapters: list[tuple[Adapter, float]]) -> torch.Tenso
 
 
 @pytest.mark.slow
-def test_what_is_used_is_what_is_heard(base):
+def test_what_is_used_is_what_is_active(base):
     before = pipelines.state(base.pipeline)
     flags = [p.requires_grad for p in base.unet.parameters()]
     adapters = three(base)
@@ -123,9 +123,9 @@ def test_mistakes_are_named(base):
     before = pipelines.state(base.pipeline)
     with Serving(base) as live:
         live.load("rex", adapters["rex"])
-        with pytest.raises(SettingsError, match="loaded already"):
+        with pytest.raises(SettingsError, match="already loaded"):
             live.load("rex", adapters["rex"])
-        with pytest.raises(SettingsError, match="'bob' is not loaded; loaded: rex"):
+        with pytest.raises(SettingsError, match="'bob' is not loaded; load it first .loaded: rex."):
             live.use({"bob": 1.0})
         with pytest.raises(SettingsError, match="weight nan of 'rex'"):
             live.use({"rex": float("nan")})

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..config import GUIDANCE, STEPS
 from .memory import return_to_system
 
 
@@ -19,8 +20,8 @@ def generate_images(
     seeds: Sequence[int],
     *,
     negative_prompt: str | None = None,
-    steps: int = 25,
-    guidance: float = 5.0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
     size: int | None = None,
     batch_size: int = 1,
     on_image: Callable[[int], None] | None = None,

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import SettingsError, shown
 from .app import app, say
-from .arguments import by_file, calibrating, check_adapter_file, check_dtype, check_layout, composition_of, load_base, weighted
+from .arguments import check_adapter_file, check_dtype, check_layout, load_base, weighted
 
 if TYPE_CHECKING:
     from ..adapters.tools.inspection import Inspection
@@ -110,28 +110,17 @@ def share(
 def merge(
     adapters: Weighted,
     out: Out,
-    method: Annotated[
-        str, typer.Option(help="sum (exact, the ranks add up), svd (cut to --rank) or ssr (fitted to draws of --base)")
-    ] = "sum",
-    rank: Annotated[int | None, typer.Option(help="of svd [the largest of the inputs] and ssr [all of them]")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="for ssr: 'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")
-    ] = None,
+    method: Annotated[str, typer.Option(help="sum (exact, the ranks add up) or svd (cut to --rank)")] = "sum",
+    rank: Annotated[int | None, typer.Option(help="of svd, e.g. 8 [the largest of the inputs]")] = None,
     layout: Layout = "kohya",
     dtype: Dtype = "fp16",
     modules: Modules = False,
 ) -> None:
-    """Write several adapters as one: the weighted sum of their changes, or what comes nearest to each alone (ssr)."""
+    """Write several adapters as one: the weighted sum of their changes."""
     from ..adapters.tools.merge import merge as merged
 
     check_output(out, layout, dtype)
-    if (method == "ssr") != (base is not None):
-        raise SettingsError("method ssr and --base belong together: ssr draws with the base; sum and svd need none")
-    if base is not None:
-        studio = composition_of(by_file(adapters), base, method=method)
-        adapter, report = studio.as_adapter(rank=rank, on_progress=calibrating)
-    else:
-        adapter, report = merged(weighted(adapters), method=method, rank=rank)  # type: ignore[arg-type]
+    adapter, report = merged(weighted(adapters), method=method, rank=rank)  # type: ignore[arg-type]
     file = adapter.save(out, layout=layout, dtype=dtype)  # type: ignore[arg-type]
     tell_truncations(report, modules)
     tell_file(file)
@@ -246,17 +235,12 @@ def tell_json(report: dict[str, Any]) -> None:
 
 
 def tell_truncations(report: Truncations, modules: bool) -> None:
-    from ..pictures.calibration import Fits
-
-    what, (low, high) = "the change", report.ranks
-    if isinstance(report, Fits):
-        what = "the adapters' own outputs"
-        tell("sum", f"{report.error_of_sum:.3g} of {what} in total")
+    low, high = report.ranks
     worst = max(report.modules, key=lambda m: m.error)
     tell("rank", low if low == high else f"{low} to {high}")
     tell(
         "error",
-        f"{report.error:.3g} of {what} in total" + (f", {worst.error:.3g} in {worst.module}" if worst.error else ""),
+        f"{report.error:.3g} of the change in total" + (f", {worst.error:.3g} in {worst.module}" if worst.error else ""),
     )
     if modules:
         for m in report.modules:

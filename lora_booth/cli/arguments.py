@@ -1,9 +1,8 @@
-"""What words on the command line mean: files with weights, seeds, bases."""
+"""What the commands share: options, and the reading of files with weights, seeds, regions and bases."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,27 +16,35 @@ if TYPE_CHECKING:
     from ..base.base_model import BaseModel
     from ..pictures.composition import Composition
 
-Prompt = Annotated[str | None, typer.Option(help="what to draw; the adapter's token belongs in it")]
-Prompts = Annotated[Path | None, typer.Option(help="instead: a text file of prompts, one a line, # before a remark")]
-PromptSet = Annotated[str | None, typer.Option(help="instead: object or live, the 25 prompts of the DreamBooth paper")]
+Adapters = Annotated[list[str], typer.Argument(help="adapter files, each with an optional weight, e.g. ink.safetensors:0.6")]
+Prompt = Annotated[str | None, typer.Option(help='what to draw, e.g. "a photo of sks dog at sea", with the adapter\'s token')]
+Prompts = Annotated[Path | None, typer.Option(help="instead: a text file with one prompt a line; # starts a comment line")]
+PromptSet = Annotated[
+    str | None, typer.Option(help="instead: the 25 prompts of the DreamBooth paper, object (for things) or live (for animals)")
+]
 Contexts = Annotated[
-    list[str] | None, typer.Option(help="what {context} in a prompt stands for, as 'in the snow'; once for each")
+    list[str] | None, typer.Option(help='what {context} in a prompt stands for, e.g. "in the snow"; repeat for several')
 ]
-Method = Annotated[
-    str | None,
-    typer.Option(help="sum, svd, ssr, switch, composite or regions [regions, given or found, of several subjects; else sum]"),
-]
+NegativePrompt = Annotated[str | None, typer.Option(help='what to avoid, e.g. "blurry, text"')]
+Steps = Annotated[int, typer.Option(help="denoising steps; 20 to 50 is usual")]
+Guidance = Annotated[float, typer.Option(help="guidance scale: how closely to follow the prompt; 4 to 8 is usual")]
+Size = Annotated[int | None, typer.Option(help="side in pixels, e.g. 768 [the base's own]")]
+BatchSize = Annotated[int, typer.Option(help="pictures at a time: faster, in more memory, e.g. 4")]
+Method = Annotated[str | None, typer.Option(help="sum or regions [regions for several subjects, else sum]")]
 Places = Annotated[
     list[str] | None,
-    typer.Option(help="place of an adapter, as NAME:x0,y0,x1,y1 or NAME:x0,y0,x1,y1:PROMPT; NAME of its file; once for each"),
+    typer.Option(
+        help="place of an adapter, by its file's name, and optionally a prompt, e.g. rex:0,0,0.5,1 or 'rex:0,0,0.5,1:sks dog'; "
+        "repeat for several"
+    ),
 ]
 AutoRegions = Annotated[bool, typer.Option(help="find the place of each adapter that the prompt names")]
 Quantize = Annotated[str | None, typer.Option(help="nf4: the U-Net in 4 bits (bitsandbytes): less memory, other numbers")]
-Isolate = Annotated[str, typer.Option(help="of regions: noise (a pass for each) or delta (about one pass)")]
+Isolate = Annotated[str, typer.Option(help="how regions are kept apart: noise (a pass for each) or delta (about one pass)")]
 
 
 def load_base(source: str, *, exact: bool = False, quantize: str | None = None) -> BaseModel:
-    """exact: in fp32 on the CPU, for sums and differences of weights"""
+    """The base of a command. exact: in fp32 on the CPU, for sums and differences of weights."""
     import torch
 
     from ..base.base_model import BaseModel
@@ -76,12 +83,12 @@ def file_and_weight(text: str) -> tuple[Path, float | None]:
     except ValueError:
         number = math.nan
     if not path or not math.isfinite(number):
-        raise SettingsError(f"{text}: {weight!r} is no weight; write FILE:0.6")
+        raise SettingsError(f"{text}: {weight!r} is not a weight; write FILE:WEIGHT, e.g. ink.safetensors:0.6")
     return Path(path), number
 
 
 def weighted(texts: list[str]) -> list[tuple[Adapter, float]]:
-    """The adapters of such words, with their weights."""
+    """The adapters of FILE or FILE:WEIGHT arguments, with their weights."""
     from ..adapters.adapter import Adapter
 
     files = [file_and_weight(text) for text in texts]
@@ -90,11 +97,11 @@ def weighted(texts: list[str]) -> list[tuple[Adapter, float]]:
 
 
 def prompts_asked_for(prompt: str | None, file: Path | None, prompt_set: str | None) -> Sequence[str]:
-    """The one prompt, those of the file, or a known set; their placeholders are not filled yet."""
+    """The one prompt, those of the file, or a known set; with their placeholders."""
     from ..pictures.prompts import PROMPT_SETS, read_prompts
 
     if sum(given is not None for given in (prompt, file, prompt_set)) != 1:
-        raise SettingsError("what shall be drawn? give one of --prompt TEXT, --prompts FILE and --prompt-set object or live")
+        raise SettingsError("which prompts? give exactly one of --prompt TEXT, --prompts FILE and --prompt-set object or live")
     if prompt_set is not None:
         if prompt_set not in PROMPT_SETS:
             raise SettingsError(f"prompt set {prompt_set!r} is unknown; allowed: {', '.join(PROMPT_SETS)}")
@@ -103,7 +110,7 @@ def prompts_asked_for(prompt: str | None, file: Path | None, prompt_set: str | N
 
 
 def by_file(texts: list[str]) -> list[tuple[str, tuple[Adapter, float]]]:
-    """The same, each with its file's name, by which a region calls it."""
+    """The same, each with its file's name, which `--region` uses."""
     return list(zip([file_and_weight(text)[0].stem for text in texts], weighted(texts), strict=True))
 
 
@@ -117,7 +124,7 @@ def composition_of(
     isolate: str = "noise",
     quantize: str | None = None,
 ) -> Composition:
-    """The composition of a command line; the base is loaded when all else is checked."""
+    """The composition of a command; everything else is checked before the base is loaded."""
     from ..pictures.composition import Composition
     from ..pictures.regions import Region
 
@@ -125,7 +132,7 @@ def composition_of(
         raise SettingsError("--region and --auto-regions exclude each other; give one of them")
     names = [name for name, _ in adapters]
     if region and len(set(names)) < len(names):
-        raise SettingsError("two of the adapter files have one name; rename one, so that regions can tell them apart")
+        raise SettingsError("two adapter files have the same name; rename one, so that --region can tell them apart")
     places: dict[str, Region] = {}
     for text in region or []:
         name, box, words = region_words(text)
@@ -142,10 +149,6 @@ def composition_of(
     )
 
 
-def calibrating(done: int, total: int) -> None:
-    print(f"calibration draw {done}/{total}", file=sys.stderr, flush=True)
-
-
 MOST_SEEDS = 10_000
 
 
@@ -157,10 +160,10 @@ def parse_seeds(text: str) -> list[int]:
             first, dash, last = part.strip().partition("-")
             span = range(int(first), int(last) + 1) if dash else range(int(first), int(first) + 1)
             if not 0 < len(span) <= MOST_SEEDS or len(seeds) + len(span) > MOST_SEEDS:
-                raise SettingsError(f"seeds {text!r} are {len(span)} pictures; allowed: 1 to {MOST_SEEDS}, as 0-3")
+                raise SettingsError(f"seeds {text!r} are {len(span)} pictures; allowed: 1 to {MOST_SEEDS}, e.g. 0-3")
             seeds.update(dict.fromkeys(span))
     except (ValueError, OverflowError):
-        raise SettingsError(f"seeds {text!r}; write them as 0-3 or 1,5,8") from None
+        raise SettingsError(f"seeds {text!r} cannot be read; write them like 0-3 or 1,5,8") from None
     return list(seeds)
 
 
@@ -171,7 +174,7 @@ def parse_weights(text: str) -> list[float]:
     except ValueError:
         weights = []
     if not weights or not all(math.isfinite(weight) for weight in weights):
-        raise SettingsError(f"weights {text!r}; write them as 0,0.4,0.8,1")
+        raise SettingsError(f"weights {text!r} cannot be read; write them like 0,0.4,0.8,1")
     return weights
 
 
@@ -182,5 +185,5 @@ def region_words(text: str) -> tuple[str, tuple[float, float, float, float], str
     try:
         x0, y0, x1, y1 = (float(number) for number in numbers.split(","))
     except ValueError:
-        raise SettingsError(f"region {text!r}; write it as NAME:0,0,0.5,1 or NAME:0,0,0.5,1:PROMPT") from None
+        raise SettingsError(f"region {text!r} cannot be read; write it like NAME:0,0,0.5,1 or NAME:0,0,0.5,1:PROMPT") from None
     return name, (x0, y0, x1, y1), prompt.strip('"') if colon else None

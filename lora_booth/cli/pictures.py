@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CompositionWarning, SettingsError
+from ..config import GUIDANCE, STEPS
+from ..errors import SettingsError
 from .app import Base, app, say
 from .arguments import (
+    Adapters,
     AutoRegions,
+    BatchSize,
     Contexts,
+    Guidance,
     Isolate,
     Method,
+    NegativePrompt,
     Places,
     Prompt,
     Prompts,
     PromptSet,
     Quantize,
+    Size,
+    Steps,
     by_file,
-    calibrating,
     composition_of,
     load_base,
     parse_seeds,
@@ -34,62 +38,63 @@ from .arguments import (
 if TYPE_CHECKING:
     from ..pictures.picture import Picture
 
-Out = Annotated[Path, typer.Option(help="folder for the pictures")]
+Out = Annotated[Path, typer.Option(help="folder for the pictures and their gallery, e.g. beach")]
 
 
 @app.command()
 def generate(
-    adapters: Annotated[list[str], typer.Argument(help="adapter files, each with an optional :WEIGHT")],
+    adapters: Adapters,
     prompt: Prompt = None,
     prompts: Prompts = None,
     prompt_set: PromptSet = None,
     context: Contexts = None,
     base: Base = "toybox",
-    seeds: Annotated[str, typer.Option(help="as 0-3 or 1,5,8; one picture each of every prompt")] = "0-3",
+    seeds: Annotated[str, typer.Option(help="one picture of every prompt for each, e.g. 0-3 or 1,5,8")] = "0-3",
     out: Out = Path("pictures"),
-    negative_prompt: Annotated[str | None, typer.Option(help="what the pictures shall not show")] = None,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(help="classifier-free guidance scale")] = 5.0,
-    size: Annotated[int | None, typer.Option(help="side in pixels [the base's own]")] = None,
-    batch_size: Annotated[int, typer.Option(help="pictures at a time")] = 1,
+    negative_prompt: NegativePrompt = None,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
+    size: Size = None,
+    batch_size: BatchSize = 1,
     method: Method = None,
     region: Places = None,
     auto_regions: AutoRegions = False,
     isolate: Isolate = "noise",
-    preview: Annotated[Path | None, typer.Option(help="where to write a picture of the regions")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="where to write a recipe that replays to these pictures")] = None,
+    preview: Annotated[Path | None, typer.Option(help="write a picture of the regions here, e.g. regions.png")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="write a recipe that replays to these pictures here, e.g. pair.json")
+    ] = None,
     quantize: Quantize = None,
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
     from ..base.ai_mark import save_marked
     from ..pictures.gallery import Gallery
+    from ..pictures.grids import batches, warned_once
     from ..pictures.prompts import prompts_for
     from ..pictures.recipe import Recipe
     from ..pictures.regions import preview as drawn
 
-    asked_for = prompts_asked_for(prompt, prompts, prompt_set)
+    templates = prompts_asked_for(prompt, prompts, prompt_set)
     wanted = parse_seeds(seeds)
     if preview is not None and not (region or auto_regions):
         raise SettingsError("--preview shows regions; give --region or --auto-regions")
     chosen = by_file(adapters)
-    texts = prompts_for([adapter for _, (adapter, _) in chosen], asked_for, contexts=context or ())
+    texts = prompts_for([adapter for _, (adapter, _) in chosen], templates, contexts=context or ())
     prompt, several = texts[0], len(texts) > 1
     if several and (preview is not None or recipe is not None):
-        raise SettingsError(f"--preview and --recipe are of one prompt, and there are {len(texts)}; give one with --prompt")
+        raise SettingsError(f"--preview and --recipe are for one prompt, and there are {len(texts)}; give one with --prompt")
     how: dict[str, Any] = {"region": region, "auto_regions": auto_regions, "isolate": isolate, "quantize": quantize}
     studio = composition_of(chosen, base, method=method, **how)
-    if studio.method == "ssr":
-        studio.as_adapter(on_progress=calibrating)
-    asked: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "size": size}
+    settings: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "size": size}
     title = prompt if not several else f"{len(texts)} prompts"
     pictures: list[Picture] = []
     files: list[Path] = []
     try:
-        for number, text, part in parts(texts, wanted, batch_size):
-            with heard_once(again=bool(pictures)):
-                told = counting(len(texts) * len(wanted), before=len(pictures))
-                made = studio.generate(text, seeds=part, **asked, batch_size=batch_size, on_image=told)
-            start = f"{number:03d}-" if several else ""
+        for row, text, part in batches(texts, wanted, batch_size):
+            with warned_once(again=bool(pictures)):
+                count = counting(len(texts) * len(wanted), before=len(pictures))
+                made = studio.generate(text, seeds=part, **settings, batch_size=batch_size, on_image=count)
+            start = f"{row // len(wanted) + 1:03d}-" if several else ""
             files += [picture.save(out / f"{start}{picture.seed:06d}.png") for picture in made]
             pictures += made
     except KeyboardInterrupt:
@@ -97,11 +102,11 @@ def generate(
             say(str(Gallery(pictures, title=title).save(out / "gallery.html")))
         raise
     if preview is not None:
-        found = studio.find_regions(prompt, seed=wanted[0], **asked) if isinstance(studio.regions, str) else studio.regions
+        found = studio.find_regions(prompt, seed=wanted[0], **settings) if isinstance(studio.regions, str) else studio.regions
         save_marked(drawn(found, pictures[0].image), preview)
         say(str(preview))
     if recipe is not None:
-        say(str(Recipe.of(studio, prompt, seeds=wanted, **asked).save(recipe)))
+        say(str(Recipe.of(studio, prompt, seeds=wanted, **settings).save(recipe)))
     for file in files:
         say(str(file))
     say(str(Gallery(pictures, title=title).save(out / "gallery.html")))
@@ -109,28 +114,28 @@ def generate(
 
 @app.command()
 def preflight(
-    adapters: Annotated[list[str], typer.Argument(help="adapter files, each with an optional :WEIGHT")],
-    prompt: Annotated[str, typer.Option(help="what shall be drawn")],
+    adapters: Adapters,
+    prompt: Annotated[str, typer.Option(help='what to draw, e.g. "a photo of sks dog and zwx mug"')],
     base: Base = "toybox",
     method: Method = None,
     region: Places = None,
     auto_regions: AutoRegions = False,
     isolate: Isolate = "noise",
-    steps: Annotated[int, typer.Option(help="denoising steps, for the time of a picture")] = 25,
-    size: Annotated[int | None, typer.Option(help="side in pixels, for the trial [the base's own]")] = None,
+    steps: Steps = STEPS,
+    size: Size = None,
     trial: Annotated[bool, typer.Option(help="draw a few steps to measure time and memory")] = False,
 ) -> None:
-    """Say what speaks against adapters in one picture, how they overlap, and what it costs, before it is drawn."""
+    """Report what speaks against adapters in one picture, how they overlap, and what it costs, before you draw it."""
     studio = composition_of(by_file(adapters), base, method=method, region=region, auto_regions=auto_regions, isolate=isolate)
     say(str(studio.preflight(prompt, steps=steps, size=size, trial=trial)))
 
 
 @app.command()
 def replay(
-    recipe: Annotated[Path, typer.Argument(help="recipe file, as `generate --recipe` writes it")],
+    recipe: Annotated[Path, typer.Argument(help="recipe file from `generate --recipe`")],
     adapters: Annotated[list[Path], typer.Argument(help="the adapter files that it needs, in any order")],
     base: Base = "toybox",
-    seeds: Annotated[str | None, typer.Option(help="others than the recipe's")] = None,
+    seeds: Annotated[str | None, typer.Option(help="instead of the recipe's, e.g. 0-3 or 1,5,8")] = None,
     out: Out = Path("pictures"),
 ) -> None:
     """Draw the pictures of a recipe again."""
@@ -145,22 +150,6 @@ def replay(
 
 def counting(total: int, *, before: int = 0) -> Any:
     return lambda done: print(f"picture {before + done}/{total}", file=sys.stderr, flush=True)
-
-
-def parts(texts: Sequence[str], seeds: Sequence[int], batch_size: int) -> Iterator[tuple[int, str, list[int]]]:
-    """Number of the prompt, prompt and seeds of each call, so that what is drawn is kept as soon as it is there."""
-    for number, text in enumerate(texts, 1):
-        for first in range(0, len(seeds), max(1, batch_size)):
-            yield number, text, list(seeds[first : first + max(1, batch_size)])
-
-
-@contextmanager
-def heard_once(*, again: bool) -> Iterator[None]:
-    """The same adapters give the same warning for every picture."""
-    with warnings.catch_warnings():
-        if again:
-            warnings.simplefilter("ignore", CompositionWarning)
-        yield
 
 
 def save(pictures: Sequence[Picture], out: Path, *, title: str) -> None:

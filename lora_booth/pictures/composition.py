@@ -7,35 +7,33 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, file_stem
+from ..adapters.tools.merge import merge
 from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import generate_images, quiet
-from ..config import check
+from ..config import GUIDANCE, STEPS, check
 from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attached_layers
 from .attention_maps import AttentionMaps
-from .calibration import Progress, Seen
-from .making import making_of
-from .one_adapter import joined, observed, refuse_parts
+from .making import Making, Place, default_start
 from .picture import Picture
 from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, subjects_of, unnamed
 from .regional import EMPTY, Isolation, Regional
 from .regions import Region, masks_of
 from .subjects import find_phrase, token_positions, without
-from .unet_hook import Conductor, Forward, Voice, in_voices, plainly
+from .unet_hook import UNetHook
 from .weights import Weight
 
-Method = Literal["sum", "svd", "ssr", "switch", "composite", "regions"]
-METHODS: tuple[Method, ...] = ("sum", "svd", "ssr", "switch", "composite", "regions")
-SWITCH_STEPS = 5  # LoRA Switch's tau (arXiv 2402.16843)
-AUTO_START = 0.3  # share of the steps whose attention is read before automatic regions begin
+Method = Literal["sum", "regions"]
+METHODS: tuple[Method, ...] = ("sum", "regions")
+REMOVED = ("svd", "ssr", "switch", "composite")  # methods of earlier versions, which kept subjects apart less often
 
 Weighted = Adapter | tuple[Adapter, float | Weight]
 
@@ -44,21 +42,16 @@ class Composition:
     """A base (or any SD 1.x / 2.x / SDXL pipeline) with weighted adapters.
 
     adapters    each an Adapter, (Adapter, weight) or (Adapter, Weight(...))
-    method      "sum"        every layer gets the exact weighted sum of the changes: one subject, and styles
-                "svd"        the sum as one adapter of the highest rank among them, with an error
-                "ssr"        one adapter that comes nearest to each alone on what each sees while drawing its subject;
-                             draws a few latents for it at the first call
-                "switch"     one adapter at a time, in turn every 5 denoising steps
-                "composite"  the mean of what the U-Net predicts with each adapter alone
-                "regions"    each adapter in its own part of the picture: two subjects that stay themselves
+    method      "sum"      every layer gets the exact weighted sum of the changes: one subject, and styles
+                "regions"  each adapter in its own part of the picture: two subjects that stay themselves
                 None: "regions" when there are any, or several subjects (adapters with a token); else "sum"
-    regions     adapters with their places, or "auto": each of `adapters` that the prompt names, where the U-Net looks
-                for its words. None: "auto" for several subjects when no method is given
+    regions     adapters with their places, or "auto": each of `adapters` that the prompt names, where the U-Net attends
+                to its words. None: "auto" for several subjects when no method is given
     isolate     of regions: "noise" keeps subjects apart, at the cost of a pass for each; "delta" takes about one pass
-    start       share of the denoising steps before which all adapters are heard everywhere
+    start       share of the denoising steps before which all adapters are active everywhere
     background  prompt of what no region covers; None: the picture's prompt without its subjects
     together    several passes as one batch; False takes less memory
-    The pipeline is as it was after every call.
+    The pipeline is as it was after every call. Raises SettingsError for settings that contradict each other.
     """
 
     def __init__(
@@ -78,27 +71,34 @@ class Composition:
         self.by_default = method is None and regions is None and len(subjects_of(self.adapters)) > 1
         regions = "auto" if self.by_default else regions or ()
         self.method: Method = method or ("regions" if regions else "sum")
+        if self.method in REMOVED:
+            raise SettingsError(f"method {method!r} is no longer there; use sum, or regions for several subjects")
         if self.method not in METHODS:
             raise SettingsError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
         if bool(regions) != (self.method == "regions"):
-            raise SettingsError('method "regions" and regions=[Region(...)] or regions="auto" belong together')
+            raise SettingsError('method "regions" and regions=[Region(...)] or regions="auto" belong together; give both')
         if isolate not in ("delta", "noise"):
             raise SettingsError(f"isolate {isolate!r} is unknown; allowed: delta, noise")
         self.regions, self.isolate, self.background, self.together = regions, isolate, background, together
-        self.start = start if start is not None else AUTO_START if regions == "auto" else 0.0
+        self.start = default_start(auto=regions == "auto") if start is None else start
         check(0 <= self.start < 1, f"start {self.start:g}", "0 to 1, a share of the denoising steps")
         if self.method != "regions" and (start or background is not None):
-            raise SettingsError("start and background are of regions; give regions, or leave them out")
+            raise SettingsError("start and background are settings of regions; give regions, or leave them out")
         if regions == "auto":
             check(self.start > 0, "start 0", "more than 0 with automatic regions, whose attention is read before it")
             if not self.adapters:
                 raise SettingsError('regions="auto" without adapters; give one for each subject')
-        self._seen: dict[str, Seen] | None = None  # the calibration of "ssr"
-        self._one: Adapter | None = None  # what "svd" and "ssr" attach
 
     def __repr__(self) -> str:
         names = ", ".join(f"{adapter.name} {weight}" for adapter, weight in self.everyone()) or "no adapter"
         return f"Composition({self.base.name}, {self.method}: {names})"
+
+    def settings(self, prompt: str) -> dict[str, Any]:
+        """Keyword arguments of a Composition that draws `prompt` in the same way, without the automatic choice of a method."""
+        if self.method == "sum" or (self.by_default and not self._named(prompt)):  # there is no subject to keep apart
+            return {"method": "sum", "regions": (), "isolate": self.isolate, "start": 0.0, "background": None}
+        settings = {"isolate": self.isolate, "start": self.start, "background": self.background}
+        return {"method": "regions", "regions": self.regions, **settings}
 
     # --- pictures
 
@@ -108,8 +108,8 @@ class Composition:
         *,
         seeds: Sequence[int] = (0,),
         negative_prompt: str | None = None,
-        steps: int = 25,
-        guidance: float = 5.0,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
         size: int | None = None,
         batch_size: int = 1,
         on_image: Callable[[int], None] | None = None,
@@ -120,16 +120,18 @@ class Composition:
         guidance    classifier-free guidance scale
         size        side in pixels; None: what the base was made for
         batch_size  pictures at a time; more than one is faster and may differ by rounding
+        on_image    called with the number of pictures drawn so far
         """
         if not len(seeds):
-            raise SettingsError("no seeds; give one for each picture, as seeds=range(4)")
+            raise SettingsError("no seeds; give one for each picture, e.g. seeds=range(4)")
         for seed in seeds:
             check(0 <= seed < 2**63, f"seed {seed}", "0 to 2**63 - 1")
         check(steps >= 1, f"steps {steps}", "at least 1; 20 to 50 is usual")
         check(batch_size >= 1, f"batch_size {batch_size}", "at least 1")
         check(math.isfinite(guidance) and guidance >= 0, f"guidance {guidance}", "at least 0; 4 to 8 is usual")
         check(size is None or (size >= 8 and size % 8 == 0), f"size {size}", "multiples of 8 pixels")
-        for text in clashes(self.everyone(prompt), self.method, self.isolate):
+        everyone = self.everyone(prompt)
+        for text in clashes(everyone, self.method, self.isolate):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
             images = generate_images(
@@ -143,12 +145,21 @@ class Composition:
                 batch_size=batch_size,
                 on_image=on_image,
             )
-        used = tuple((adapter.name, weight.value) for adapter, weight in self.everyone(prompt))
-        making = making_of(self, prompt)
+        used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
+        making = self._making(prompt, everyone)
         return [
             Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making)
             for image, seed in zip(images, seeds, strict=True)
         ]
+
+    def _making(self, prompt: str, everyone: Sequence[tuple[Adapter, Weight]]) -> Making:
+        settings = self.settings(prompt)
+        regions = settings.pop("regions")
+        places = () if regions == "auto" else tuple(Place(r.box, r.prompt, r.feather) for r in regions)
+        beyond = ["a mask"] if any(place.box is None for place in places) else []
+        beyond += ["weights by block or step"] if any(weight.blocks or weight.timed for _, weight in everyone) else []
+        files = tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone)
+        return Making(files, auto=regions == "auto", places=places, recipe_only=" and ".join(beyond) or None, **settings)
 
     @contextmanager
     def attached(self, prompt: str = "", pipeline: Any = None) -> Iterator[Any]:
@@ -157,32 +168,28 @@ class Composition:
         prompt    the prompt of those calls, which regions read
         pipeline  another pipeline around the same models; None: the base's own
         """
-        with self._conducted(prompt, pipeline) as (active, _):
+        with self._attached(prompt, pipeline) as (active, _):
             yield active
 
     @contextmanager
-    def _conducted(self, prompt: str, pipeline: Any = None) -> Iterator[tuple[Any, Any]]:
-        """The pipeline with the adapters on, and how its U-Net is called."""
+    def _attached(self, prompt: str, pipeline: Any = None) -> Iterator[tuple[Any, Regional | None]]:
+        """The pipeline with the adapters on, and what answers its U-Net's calls; None: the U-Net itself."""
         pipeline = pipeline or self.base.pipeline
         everyone = self.everyone(prompt)
-        if self.method in ("svd", "ssr") and any(weight.value for _, weight in everyone):
-            with attached_layers(pipeline, [(self._as_one(), 1.0)]):
-                yield pipeline, plainly
-            return
-        if self.method in ("composite", "regions"):
+        if self.method == "regions":
             refuse_hidden_adapters(self.base)
         with ExitStack() as stack:
             on = stack.enter_context(attached_layers(pipeline, [(a, w.value) for a, w in everyone]))
             weights = [weight for _, weight in everyone]
             for adapter, weight in zip(on, weights, strict=True):
                 for path in adapter.layers:
-                    text = not path.startswith("unet.")
-                    adapter.scale(path, 0.0 if text and weight.start > 0 else weight.of(path))
-            call = self._calling(prompt, on, weights, pipeline)
-            if call is not plainly or any(weight.timed for weight in weights):
-                conductor = Conductor(pipeline, on, weights)
-                stack.enter_context(conductor.conducting(call))
-            yield pipeline, call
+                    late_text = weight.start > 0 and not path.startswith("unet.")
+                    adapter.scale(path, 0.0 if late_text else weight.of(path))
+            by_region = self.settings(prompt)["method"] == "regions"
+            regional = self._regional(prompt, on, weights) if by_region else None
+            if regional is not None or any(weight.timed for weight in weights):
+                stack.enter_context(UNetHook(pipeline, on, weights).hooked(regional))
+            yield pipeline, regional
 
     def find_regions(
         self,
@@ -190,8 +197,8 @@ class Composition:
         *,
         seed: int = 0,
         negative_prompt: str | None = None,
-        steps: int = 25,
-        guidance: float = 5.0,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
         size: int | None = None,
     ) -> list[Region]:
         """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to look at and to change.
@@ -200,85 +207,81 @@ class Composition:
         """
         if self.regions != "auto":
             raise SettingsError('find_regions is for regions="auto"; these regions are given')
-        found: list[Region] = []
 
         def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             pipeline._interrupt = step + 1 >= self.start * steps
             return tensors
 
-        with self._conducted(prompt) as (pipeline, call), quiet(pipeline):
+        with self._attached(prompt) as (pipeline, regional), quiet(pipeline):
+            if regional is None or regional.maps is None:
+                raise SettingsError(f"the prompt {prompt!r} names no subject; name those whose regions you want")
             generator = torch.Generator().manual_seed(seed)
             options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
             options |= {"negative_prompt": negative_prompt, "height": size, "width": size}
             pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
-            assert isinstance(call, Regional) and call.maps is not None
-            masks = call.maps.masks().full[:, 0]
-        named = [item for item in self.everyone(prompt) if find_phrase(prompt, item[0]) is not None]
-        for (adapter, weight), mask in zip(named, masks, strict=True):
+            masks = regional.maps.masks().full[:, 0]
+        found: list[Region] = []
+        for (adapter, weight), mask in zip(self._named(prompt), masks, strict=True):
             drawn = Image.fromarray((mask * 255).round().byte().cpu().numpy())
             found.append(Region(adapter, mask=drawn, weight=weight, feather=0))
         return found
 
     def everyone(self, prompt: str = "") -> list[tuple[Adapter, Weight]]:
-        """Adapters that are heard everywhere, then those of the regions."""
-        if self.regions == "auto":
-            named = [find_phrase(prompt, adapter) is not None for adapter, _ in self.adapters]
-            rest = [item for item, is_named in zip(self.adapters, named, strict=True) if not is_named]
-            return rest + [item for item, is_named in zip(self.adapters, named, strict=True) if is_named]
+        """Adapters that are active everywhere, then those of the regions."""
+        if isinstance(self.regions, str):
+            named = self._named(prompt)
+            return [item for item in self.adapters if not any(item is other for other in named)] + named
         return [*self.adapters, *(weighted(r.adapter if r.weight is None else (r.adapter, r.weight)) for r in self.regions)]
 
-    def as_adapter(self, *, rank: int | None = None, on_progress: Progress | None = None) -> tuple[Adapter, Truncations]:
-        """This composition as one adapter, whose card says what it is made of, and what was lost.
+    def _named(self, prompt: str) -> list[tuple[Adapter, Weight]]:
+        """The adapters whose subject the prompt names."""
+        return [item for item in self.adapters if find_phrase(prompt, item[0]) is not None]
 
-        rank         at most this in every module: of "svd" (None: the largest of the adapters) and "ssr" (None: all)
-        on_progress  of the draws that "ssr" makes, once: how many are done, and how many there are
-        The loss is relative: of the change's Frobenius norm; for "ssr" of what each adapter alone adds to its modules'
-        outputs, over the draws. Raises SettingsError for what one adapter cannot be: places, turns, weights by step.
+    def as_adapter(self, *, rank: int | None = None) -> tuple[Adapter, Truncations]:
+        """This composition as one adapter, and what was lost; its card says what it is made of.
+
+        rank  None: the exact sum, with the ranks added up; else the nearest to it with this rank (see `merge`)
+        Raises SettingsError for what one adapter cannot hold: regions and weights by step.
         """
-        refuse_parts(self.method, self.adapters)
-        if self._seen is None:
-            self._seen = observed(self.base, self.adapters, on_progress) if self.method == "ssr" else {}
-        return joined(self.method, self.adapters, self._seen, rank)
-
-    def _as_one(self) -> Adapter:
-        if self._one is None:
-            self._one = self.as_adapter()[0]
-        return self._one
+        remedy = "share a recipe with the adapter files instead"
+        if self.method == "regions":
+            raise SettingsError(f'regions cannot be one adapter, which is active everywhere; use method="sum", or {remedy}')
+        for adapter, weight in self.adapters:
+            if weight.timed:
+                raise SettingsError(
+                    f"{adapter.name} is active in some denoising steps only ({weight}), which one adapter cannot be; "
+                    f"leave out start and end, or {remedy}"
+                )
+        parts = [(by_block(adapter, weight), 1.0) for adapter, weight in self.adapters if weight.value]
+        made, lost = merge(parts, method="sum" if rank is None else "svd", rank=rank)
+        sources = " + ".join(f"{adapter.name} ({weight})" for adapter, weight in self.adapters)
+        loss = f"{lost.error:.1%} of the change lost" if lost.error else "exact"
+        return made.with_card(description=f"{sources}, as one adapter: {loss}"), lost
 
     # --- before the first step
 
-    def preflight(self, prompt: str = "", *, steps: int = 25, size: int | None = None, trial: bool = False) -> Preflight:
-        """What this composition will cost and what speaks against it. trial: draw a few steps to measure time and memory."""
+    def preflight(self, prompt: str = "", *, steps: int = STEPS, size: int | None = None, trial: bool = False) -> Preflight:
+        """What this composition costs and what speaks against it. trial: draw a few steps to measure time and memory."""
         everyone = self.everyone(prompt)
         refused, other_base = misfits(self.base, everyone)
         seconds, peak = self._trial(prompt, steps, size) if trial and not refused else (None, None)
-        lossy = self.method == "svd" or self._one is not None  # "ssr" after its draws, for a trial or a picture
+        left_out = unnamed(everyone, prompt) if self.method != "regions" else []  # regions may have prompts of their own
         return Preflight(
             method=self.method if self.method != "regions" else f"regions, isolate {self.isolate}",
             passes=self._passes(prompt),
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
-            warnings=(
-                *(*refused, *other_base),
-                *clashes(everyone, self.method, self.isolate),
-                *self._unnamed(everyone, prompt),
-            ),
+            warnings=(*refused, *other_base, *clashes(everyone, self.method, self.isolate), *left_out),
             recommended=recommendation(everyone),
             seconds=seconds,
             peak_bytes=peak,
-            loss=self._as_one().card.description if lossy and not refused and any(w.value for _, w in everyone) else None,
         )
 
-    def _unnamed(self, everyone: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str]:
-        return unnamed(everyone, prompt) if self.method != "regions" else []  # whose regions may have prompts of their own
-
     def _passes(self, prompt: str) -> int:
-        if self.method == "composite":
-            return max(1, len(self.adapters))
         if self.method != "regions" or self.isolate == "delta":
             return 1
-        if self.regions == "auto":  # whose masks leave no background
-            return max(1, sum(find_phrase(prompt, adapter) is not None for adapter, _ in self.adapters))
+        if isinstance(self.regions, str):  # whose masks leave no background
+            return max(1, len(self._named(prompt)))
         return len(self.regions) + bool(masks_of(self.regions).background.max() > EMPTY)
 
     def _trial(self, prompt: str, steps: int, size: int | None) -> tuple[float, int | None]:
@@ -297,69 +300,49 @@ class Composition:
         seconds = (time.perf_counter() - started) / tried * steps
         return seconds, torch.cuda.max_memory_allocated() if cuda else None
 
-    # --- how the U-Net is called
+    # --- regions
 
-    def _calling(self, prompt: str, on: Sequence[AttachedAdapter], weights: Sequence[Weight], pipeline: Any) -> Any:
-        if self.method == "switch" and len(on) > 1:
-            return partial(in_turn, every=SWITCH_STEPS)
-        if self.method == "composite" and len(on) > 1:
-            voices = [Voice(frozenset({i})) for i in range(len(on))]
-            shares = torch.full((len(on), 1, 1, 1), 1 / len(on))
-            return partial(in_voices, voices=voices, shares=shares, together=self.together)
-        if self.method == "regions" and not (self.by_default and self._unasked(prompt)):
-            return self._regional(prompt, on, weights, pipeline)
-        return plainly
-
-    def _unasked(self, prompt: str) -> bool:
-        """The prompt names no subject, so there is none to keep apart."""
-        return all(find_phrase(prompt, adapter) is None for adapter, _ in self.adapters)
-
-    def _regional(self, prompt: str, on: Sequence[AttachedAdapter], weights: Sequence[Weight], pipeline: Any) -> Regional:
-        regions = None if self.regions == "auto" else list(self.regions)
-        if regions is None:
-            members = [i for i, adapter in enumerate(on) if find_phrase(prompt, adapter.adapter) is not None]
-            if not members:
+    def _regional(self, prompt: str, on: Sequence[AttachedAdapter], weights: Sequence[Weight]) -> Regional:
+        if isinstance(self.regions, str):
+            subjects = [adapter for adapter, _ in self._named(prompt)]
+            if not subjects:
                 names = ", ".join(repr(a.card.token or a.name) for a, _ in self.adapters)
                 raise SettingsError(f"the prompt {prompt!r} names none of {names}; name every subject in it")
-            prompts: list[str | None] = [None] * len(members)
+            prompts: list[str | None] = [None] * len(subjects)
+            words = [token_positions(prompt, subject, self.base.tokenizer) for subject in subjects]
+            maps, masks = AttentionMaps(words), None
         else:
-            members = list(range(len(self.adapters), len(on)))
-            prompts = [region.prompt for region in regions]
-        subjects = [on[i].adapter for i in members]
-        for i in members:  # a text encoder has no pixels: its part is heard in the region's own prompt only
-            hush_text(on[i])
-        own: list[str | None] = []
-        for subject, given in zip(subjects, prompts, strict=True):
-            others = [s for s in subjects if s is not subject]
-            own.append(given if given is not None or self.isolate == "delta" else without(prompt, others))
-        texts = [self._text(p, on[i], weights[i]) for p, i in zip(own, members, strict=True)]
-        ground = None
+            subjects, prompts = [region.adapter for region in self.regions], [region.prompt for region in self.regions]
+            named = [find_phrase(prompt, subject) is not None for subject in subjects]
+            words = [
+                token_positions(prompt, subject, self.base.tokenizer) if is_named else []
+                for subject, is_named in zip(subjects, named, strict=True)
+            ]
+            maps, masks = None, masks_of(self.regions).to(self.base.device)
+        members = list(range(len(on) - len(subjects), len(on)))
+        for i in members:  # a text encoder has no pixels: its part is active in the region's own prompt only
+            mute_text(on[i])
+        texts, background = [], None
+        for i, subject, text in zip(members, subjects, prompts, strict=True):
+            if text is None and self.isolate == "noise":
+                text = without(prompt, [other for other in subjects if other is not subject])
+            texts.append(None if text is None else self._text(text, on[i], weights[i]))
         if self.isolate == "noise":
-            ground = self._text(without(prompt, subjects) if self.background is None else self.background, None, None)
-        words = [self._words(prompt, s, needed=regions is None) for s in subjects]
-        maps = AttentionMaps(words) if regions is None else None
-        masks = None if regions is None else masks_of(regions).to(self.base.device)
-        return Regional(self.isolate, members, masks, words, texts, ground, self.start, self.together, maps)
-
-    def _words(self, prompt: str, subject: Adapter, *, needed: bool) -> Sequence[int]:
-        if find_phrase(prompt, subject) is None and not needed:
-            return ()
-        return token_positions(prompt, subject, self.base.tokenizer)
+            background = self._text(without(prompt, subjects) if self.background is None else self.background)
+        return Regional(self.isolate, members, masks, words, texts, background, self.start, self.together, maps)
 
     @torch.no_grad()
-    def _text(self, prompt: str | None, adapter: AttachedAdapter | None, weight: Weight | None) -> TextConditions | None:
-        """The prompt as the text encoders read it with one adapter alone."""
-        if prompt is None:
-            return None
+    def _text(self, prompt: str, adapter: AttachedAdapter | None = None, weight: Weight | None = None) -> TextConditions:
+        """The prompt as the text encoders read it, with one adapter alone or with none."""
         if adapter is None or weight is None:
             return self.base.encode_text([prompt])
-        texts = [path for path in adapter.layers if not path.startswith("unet.")]
-        for path in texts:
-            adapter.scale(path, weight.of(path))
+        for path in adapter.layers:
+            if not path.startswith("unet."):
+                adapter.scale(path, weight.of(path))
         try:
             return self.base.encode_text([prompt])
         finally:
-            hush_text(adapter)
+            mute_text(adapter)
 
 
 def weighted(item: Weighted) -> tuple[Adapter, Weight]:
@@ -370,19 +353,15 @@ def weighted(item: Weighted) -> tuple[Adapter, Weight]:
     return adapter, Weight(float(weight))
 
 
-def hush_text(adapter: AttachedAdapter) -> None:
+def by_block(adapter: Adapter, weight: Weight) -> Adapter:
+    """The adapter with its weight folded into every module."""
+    return replace(adapter, modules={m: replace(f, alpha=f.alpha * weight.of(m)) for m, f in adapter.modules.items()})
+
+
+def mute_text(adapter: AttachedAdapter) -> None:
     for path in adapter.layers:
         if not path.startswith("unet."):
             adapter.scale(path, 0.0)
-
-
-def in_turn(conductor: Conductor, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], *, every: int) -> Any:
-    """One adapter at a time, the next after `every` denoising steps."""
-    assert conductor.moment is not None
-    turn = conductor.moment.step // every % len(conductor.on)
-    for index, weight in enumerate(conductor.weights):
-        conductor.hear(index, float(index == turn and weight.heard(conductor.moment.progress)))
-    return forward(*args, **kwargs)
 
 
 def refuse_hidden_adapters(base: BaseModel) -> None:

@@ -1,4 +1,4 @@
-"""Pictures with what made them, as a page to look through or a sheet to look at."""
+"""Gallery: pictures and how they were made, as one HTML page or a contact sheet."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ..base.ai_mark import AI_MARK
+from ..base.ai_mark import AI_MARK, KINDS
 from ..errors import SettingsError
 from ..files import write_file
 from ..photos.sheet import contact_sheet
 from .picture import Picture
 from .reproduction import command_of, number, python_of
 
+PAGE = (".html", ".htm")
 SHEET_SIDE = 256  # pixels of a picture on a sheet, at most
 THUMBNAIL = 384  # pixels of a picture on the page, at most
 THUMBNAIL_QUALITY, FULL_QUALITY = 78, 92  # WebP
-SMALL = 128  # pixels: pictures up to this are kept exactly
+SMALL = 128  # pixels: pictures up to this are lossless
+
+
+def check_output(path: Path) -> None:
+    """Whether a gallery or grid can be saved under this name; before the work, not after it. Raises SettingsError."""
+    if path.suffix.lower() not in (*PAGE, *KINDS):
+        raise SettingsError(f"{path}: pictures are saved together as .html, .png, .jpg or .webp")
 
 
 class Gallery:
-    """Pictures with what made them. `save` writes by the path's ending: .html, .png, .jpg or .webp."""
+    """Pictures and how they were made. `save` writes a page (.html) or a contact sheet (.png, .jpg, .webp)."""
 
     def __init__(self, pictures: Sequence[Picture], *, title: str = "lora_booth") -> None:
         if not pictures:
-            raise SettingsError("a gallery without pictures; generate some first")
+            raise SettingsError("a gallery needs pictures; generate some first")
         self.pictures, self.title = list(pictures), title
 
     def __repr__(self) -> str:
@@ -40,12 +47,11 @@ class Gallery:
 
     def save(self, path: str | Path) -> Path:
         path = Path(path)
-        if path.suffix.lower() in (".html", ".htm"):
+        check_output(path)
+        if path.suffix.lower() in PAGE:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, self.html().encode("utf-8", "replace"))
             return path
-        if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-            raise SettingsError(f"{path}: a gallery is saved as .html, .png, .jpg or .webp")
         return self.sheet(path)
 
     def sheet(self, path: Path, *, columns: int = 4) -> Path:
@@ -58,10 +64,9 @@ class Gallery:
         return Picture(grid, self.title, 0).save(path)
 
     def html(self) -> str:
-        """One page that needs nothing else and may ask for nothing else; every text is escaped.
+        """One page that loads nothing else; every text is escaped.
 
-        It holds a thumbnail of each picture and the picture in full, as WebP. Without JavaScript it is the same pictures with
-        what made them under each.
+        It holds each picture as WebP, as a thumbnail and in full, and works without JavaScript.
         """
         adapters = list(dict.fromkeys(name for picture in self.pictures for name, _ in picture.adapters))
         bases = {picture.base for picture in self.pictures}
@@ -69,7 +74,7 @@ class Gallery:
         page = Environment(autoescape=True, undefined=StrictUndefined).from_string(part("page.html"))
         return page.render(
             title=self.title,
-            style=Markup(style),  # our own files: nothing of the pictures is in them
+            style=Markup(style),  # the package's own files, with nothing of the pictures in them
             script=Markup(script),
             hash=source_hash,
             pixelated=max(p.image.width for p in self.pictures) <= SMALL,
@@ -98,7 +103,7 @@ class Entry:
 def entry(index: int, picture: Picture, adapters: Sequence[str], bases: Collection[str]) -> Entry:
     small = picture.image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    worn = ", ".join(f"{name} {number(weight)}" for name, weight in picture.adapters)
+    used = ", ".join(f"{name} {number(weight)}" for name, weight in picture.adapters)
     return Entry(
         picture=picture,
         file=f"picture-{index:03d}-seed-{picture.seed}.webp",
@@ -107,17 +112,17 @@ def entry(index: int, picture: Picture, adapters: Sequence[str], bases: Collecti
         width=small.width,
         height=small.height,
         adapters=tuple(adapters.index(name) for name, _ in picture.adapters),
-        summary=" · ".join(filter(None, (f"seed {picture.seed}", worn, picture.base if len(bases) > 1 else ""))),
-        facts=tuple(facts_of(picture, worn)),
+        summary=" · ".join(filter(None, (f"seed {picture.seed}", used, picture.base if len(bases) > 1 else ""))),
+        facts=tuple(facts_of(picture, used)),
         command=command_of(picture),
         python=python_of(picture),
     )
 
 
-def facts_of(picture: Picture, worn: str) -> Iterator[tuple[str, str]]:
+def facts_of(picture: Picture, used: str) -> Iterator[tuple[str, str]]:
     yield "seed", str(picture.seed)
-    if worn:
-        yield "adapters", worn
+    if used:
+        yield "adapters", used
     if picture.negative_prompt:
         yield "negative", picture.negative_prompt
     if picture.base:
@@ -128,8 +133,8 @@ def facts_of(picture: Picture, worn: str) -> Iterator[tuple[str, str]]:
     yield "size", f"{picture.image.width} x {picture.image.height}"
     if picture.making is not None and picture.making.method != "sum":
         yield "method", picture.making.method
-    if picture.making is not None and picture.making.beyond is not None:
-        yield "note", f"made with {picture.making.beyond}, which only a recipe keeps"
+    if picture.making is not None and picture.making.recipe_only is not None:
+        yield "note", f"made with {picture.making.recipe_only}, which only a recipe keeps"
 
 
 def data_url(image: Image.Image, quality: int) -> str:
@@ -143,5 +148,5 @@ def part(name: str) -> str:
 
 
 def source_hash(text: str) -> str:
-    """How a content security policy names a style or script that it lets through."""
+    """How a content security policy names a style or script that it allows."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,10 +1,11 @@
-"""Grids: one prompt or several by weights and seeds, on one labelled sheet; strips without and with an adapter."""
+"""Grids: prompts and seeds by weights on one labelled sheet; strips without and with an adapter."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -18,11 +19,12 @@ from ..config import check
 from ..errors import CompositionWarning, SettingsError, shown
 from ..photos.sheet import wrapped_lines
 from .composition import Composition, Method, Weighted, weighted
-from .gallery import Gallery
+from .gallery import PAGE, Gallery
 from .picture import Picture
 from .weights import Weight
 
 MOST = 1_000  # pictures
+WEIGHTS = (0, 0.4, 0.8, 1)  # columns of a grid, unless you give others
 SHEET_PIXELS = 80e6  # of a sheet, about
 SIDE = (128, 512)  # of a picture on it
 GAP, FONT, ROW_LABEL = 8, 14, 150  # pixels
@@ -46,7 +48,7 @@ class Grid:
 
     @property
     def pictures(self) -> list[Picture]:
-        """What is drawn, row by row."""
+        """The pictures drawn so far, row by row."""
         return [picture for picture in chain(*self.cells) if picture is not None]
 
     @property
@@ -57,7 +59,7 @@ class Grid:
         return Grid(self.columns, self.rows, tuple(zip(*self.cells, strict=True)), self.title)
 
     def sheet(self, *, side: int | None = None) -> Image.Image:
-        """All pictures with a label for each row and column; a cell that is not drawn stays grey. side: in pixels"""
+        """All pictures, labelled by row and column; a cell not drawn yet stays grey. side: of a picture, in pixels."""
         drawn = self.pictures
         if side is None:
             width = max((picture.image.width for picture in drawn), default=SIDE[0])
@@ -94,19 +96,13 @@ class Grid:
 
     def save(self, path: str | Path) -> Path:
         path = Path(path)
-        if path.suffix.lower() in (".html", ".htm"):
+        if path.suffix.lower() in PAGE:
             return Gallery(self.pictures, title=self.title or "grid").save(path)
         return Picture(self.sheet(), self.title, 0).save(path)
 
 
-def check_output(path: Path) -> None:
-    """Before the work, not after it."""
-    if path.suffix.lower() not in (".html", ".htm", ".png", ".jpg", ".jpeg", ".webp"):
-        raise SettingsError(f"{path}: a grid is saved as .html, .png, .jpg or .webp")
-
-
 def grid(base: BaseModel | Any, adapters: Weighted | Sequence[Weighted], prompt: str | Sequence[str], **settings: Any) -> Grid:
-    """Every prompt and seed (rows) at every weight (columns); settings as of `grid_steps`."""
+    """Every prompt and seed (rows) at every weight (columns); see `grid_steps` for the settings."""
     for made in grid_steps(base, adapters, prompt, **settings):
         whole = made
     return whole
@@ -117,19 +113,17 @@ def grid_steps(
     adapters: Weighted | Sequence[Weighted],
     prompt: str | Sequence[str],
     *,
-    weights: Sequence[float] = (0, 0.4, 0.8, 1),
+    weights: Sequence[float] = WEIGHTS,
     seeds: Sequence[int] = range(4),
     method: Method | None = None,
-    negative_prompt: str | None = None,
-    steps: int = 25,
-    guidance: float = 5.0,
-    size: int | None = None,
     batch_size: int = 1,
+    **settings: Any,
 ) -> Iterator[Grid]:
     """Yield the grid so far, after every `batch_size` pictures, so stopping early loses nothing.
 
-    weights  factors on the weight of each adapter; 0 is the base alone
-    others   as of `Composition` and its `generate`
+    weights   factors on the weight of each adapter; 0 is the base alone
+    method    see `Composition`
+    settings  see `Composition.generate`: negative_prompt, steps, guidance, size
     """
     prompts, everyone = [prompt] if isinstance(prompt, str) else list(prompt), several(adapters)
     asked = [(text, seed) for text in prompts for seed in seeds]
@@ -137,27 +131,16 @@ def grid_steps(
         check(math.isfinite(factor), f"weight {factor}", "any finite number; 0 to 1 is usual")
     total = len(asked) * len(weights)
     check(1 <= total <= MOST, f"a grid of {total} pictures", f"1 to {MOST}; at least one prompt, seed and weight")
-    check(batch_size >= 1, f"batch_size {batch_size}", "at least 1")
     columns = tuple(weight_label(everyone, factor) for factor in weights)
     cells: list[list[Picture | None]] = [[None] * len(columns) for _ in asked]
     rows, title = labels_of(prompts, seeds)
-    heard = False
+    warned = False
     for column, factor in enumerate(weights):
         studio = Composition(base, [(a, replace(w, value=w.value * factor)) for a, w in everyone], method=method)
         for start, text, part in batches(prompts, seeds, batch_size):
-            with warnings.catch_warnings():
-                if heard:  # the same adapters give the same warning for every picture
-                    warnings.simplefilter("ignore", CompositionWarning)
-                made = studio.generate(
-                    text,
-                    seeds=part,
-                    negative_prompt=negative_prompt,
-                    steps=steps,
-                    guidance=guidance,
-                    size=size,
-                    batch_size=batch_size,
-                )
-            heard = heard or factor != 0
+            with warned_once(again=warned):
+                made = studio.generate(text, seeds=part, batch_size=batch_size, **settings)
+            warned = warned or factor != 0
             for row, picture in enumerate(made, start):
                 cells[row][column] = picture
             yield Grid(rows, columns, tuple(map(tuple, cells)), title)
@@ -171,17 +154,17 @@ def before_after(
     seeds: Sequence[int] = (0,),
     **settings: Any,
 ) -> Grid:
-    """Two rows: the base alone, and the same prompts and seeds with the adapters; settings as of `grid_steps`."""
+    """Two rows: the base alone, and the same prompts and seeds with the adapters; see `grid_steps` for the settings."""
     return before_after_of(grid(base, adapters, prompt, weights=(0, 1), seeds=seeds, **settings))
 
 
 def before_after_of(made: Grid) -> Grid:
-    """A grid of the weights 0 and 1 as a strip."""
+    """A grid of the weights 0 and 1, as a strip."""
     return replace(made.transposed(), rows=("without", "with"))
 
 
 def several(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, Weight]]:
-    """One adapter, one with its weight, or a sequence of such."""
+    """Adapters from one adapter, one with its weight, or a sequence of either."""
     if isinstance(adapters, Adapter):
         return [weighted(adapters)]
     if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], int | float | Weight):
@@ -198,7 +181,7 @@ def weight_label(everyone: Sequence[tuple[Adapter, Weight]], factor: float) -> s
 
 
 def labels_of(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...], str]:
-    """Of the rows, and what all have in common."""
+    """Labels of the rows, and a title: what all of them have in common."""
     if len(prompts) == 1:
         return tuple(f"seed {seed}" for seed in seeds), prompts[0]
     if len(seeds) == 1:
@@ -207,7 +190,17 @@ def labels_of(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, 
 
 
 def batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator[tuple[int, str, list[int]]]:
-    """Row of the first picture, prompt, seeds."""
+    """Number of the first picture among all, prompt and seeds of each call, so that pictures can be saved once drawn."""
+    check(size >= 1, f"batch_size {size}", "at least 1")
     for i, text in enumerate(prompts):
         for first in range(0, len(seeds), size):
             yield i * len(seeds) + first, text, list(seeds[first : first + size])
+
+
+@contextmanager
+def warned_once(*, again: bool) -> Iterator[None]:
+    """The same adapters give the same warning for every picture."""
+    with warnings.catch_warnings():
+        if again:
+            warnings.simplefilter("ignore", CompositionWarning)
+        yield

@@ -1,49 +1,35 @@
-"""Making: what it takes to draw a picture of a composition again, beyond what the picture itself says."""
+"""Making: how a composition drew a picture. The gallery's facts, the command and the Python lines derive from it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ..adapters.contents import file_stem
+AUTO_START = 0.3  # share of the steps whose attention is read before automatic regions begin; chosen on the toybox
+FEATHER = 0.04  # softness of a region's edge, as a share of the picture's side; chosen
 
-if TYPE_CHECKING:
-    from .composition import Composition
 
-Box = tuple[float, float, float, float]
+@dataclass(frozen=True)
+class Place:
+    """A region without its adapter."""
+
+    box: tuple[float, float, float, float] | None  # None: a mask
+    prompt: str | None = None
+    feather: float = FEATHER
 
 
 @dataclass(frozen=True)
 class Making:
-    """How a composition made a picture. Names of files are without folder and ending: places hold people's names."""
+    """What it takes to draw a picture again, beyond what the picture itself says."""
 
-    files: tuple[str, ...] = ()  # of the picture's adapters, in their order
+    files: tuple[str, ...] = ()  # of the picture's adapters, in their order; no folders, which hold people's names
     method: str = "sum"
     auto: bool = False  # automatic regions
-    boxes: tuple[tuple[Box, str | None], ...] = ()  # place and prompt of the last adapters, as many as there are regions
-    feathers: tuple[float, ...] = ()  # of the boxes
+    places: tuple[Place, ...] = ()  # of the last adapters
     isolate: str = "noise"
     start: float = 0.0
     background: str | None = None
-    beyond: str | None = None  # what these facts cannot say, as "a mask": only a recipe can
+    recipe_only: str | None = None  # what the rest cannot say, e.g. "a mask"
 
 
-def making_of(studio: Composition, prompt: str) -> Making:
-    """Of a picture that `studio.generate(prompt)` draws."""
-    everyone = studio.everyone(prompt)
-    regions = () if isinstance(studio.regions, str) else tuple(studio.regions)
-    beyond = [
-        *(["a mask"] if any(region.mask is not None for region in regions) else []),
-        *(["weights by block or step"] if any(weight.blocks or weight.timed for _, weight in everyone) else []),
-    ]
-    return Making(
-        files=tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone),
-        method=studio.method,
-        auto=studio.regions == "auto",
-        boxes=tuple((region.box, region.prompt) for region in regions if region.box is not None),
-        feathers=tuple(region.feather for region in regions if region.box is not None),
-        isolate=studio.isolate,
-        start=studio.start,
-        background=studio.background,
-        beyond=" and ".join(beyond) or None,
-    )
+def default_start(*, auto: bool) -> float:
+    return AUTO_START if auto else 0.0

@@ -1,4 +1,4 @@
-"""Picture: one generated picture, what made it, and how it is saved."""
+"""Picture: one generated picture, how it was made, and how it is saved."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..base.ai_mark import AI_MARK, save_marked
+from ..base.ai_mark import save_marked
 from .making import Making
-
-__all__ = ["AI_MARK", "Picture"]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and what made it."""
+    """One picture and how it was made."""
 
     image: Image.Image
     prompt: str
@@ -23,14 +21,14 @@ class Picture:
     adapters: tuple[tuple[str, float], ...] = ()  # name, weight
     base: str = ""
     negative_prompt: str | None = None
-    steps: int = 0
+    steps: int = 0  # denoising steps
     guidance: float = 0.0
-    making: Making | None = None  # None: not known
+    making: Making | None = None  # None: unknown
 
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows."""
         return self.image._repr_png_()
 
     def save(self, path: str | Path) -> Path:
-        """PNG or, by its ending, JPEG or WebP; marked as made by a model (IPTC), without anything else."""
+        """Save as PNG, JPEG or WebP by the path's ending, marked as made by a model (IPTC) and with nothing else."""
         return save_marked(self.image, Path(path))

@@ -1,4 +1,4 @@
-"""What a composition will do, said before its first step: whose words clash, what it costs, what would serve better."""
+"""Preflight: what speaks against a composition, what it costs and what would serve better, before its first step."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ class Overlap:
 class Preflight:
     """The report of `Composition.preflight`; `str()` gives it as lines.
 
-    passes      rows that the U-Net computes for each of a plain picture's
+    passes      U-Net passes for each denoising step; 1 is a plain picture's cost
     seconds     for one picture, from a trial of a few steps; None: not tried
     peak_bytes  of memory on the GPU in the trial; None: not tried, or no GPU
-    loss        what methods that make one adapter lose, in words; of "ssr" after a trial
     """
 
     method: str
@@ -45,7 +44,6 @@ class Preflight:
     recommended: str
     seconds: float | None = None
     peak_bytes: int | None = None
-    loss: str | None = None
 
     def __str__(self) -> str:
         cost = f"{self.passes} pass{'es' if self.passes > 1 else ''} a step"
@@ -54,7 +52,6 @@ class Preflight:
         if self.peak_bytes is not None:
             cost += f", {self.peak_bytes / 1e9:.1f} GB on the GPU"
         lines = [f"method {self.method}: {cost}; adapters {self.adapter_bytes / 1e6:.1f} MB"]
-        lines += [self.loss] if self.loss else []
         lines += [f"{o.first} and {o.second}: {o.difference}" for o in self.overlaps]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, f"recommended: {self.recommended}"])
@@ -66,29 +63,27 @@ def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
 
 
 def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str) -> list[str]:
-    """What speaks against this composition, one line each."""
+    """Warnings about subjects that will not stay apart, one line each."""
     subjects = subjects_of(adapters)
     found = []
     for a, b in combinations(subjects, 2):
         if a.card.token == b.card.token:
             found.append(
                 f"two adapters share the token {a.card.token!r}: the prompt cannot tell them apart; "
-                "give each its region and prompt, or train one again with another token"
+                "give each its region and prompt, or train one of them again with another token"
             )
         elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
             found.append(
                 f"{phrase_of(a)!r} and {phrase_of(b)!r} are both {with_article(a.card.class_noun)}: they will blend; "
                 'use regions with isolate="noise"'
             )
-    if len(subjects) > 1 and method in ("sum", "svd", "ssr"):
-        found.append(f"method {method} of {len(subjects)} subjects blends them; regions keep each itself")
-    if method == "ssr" and len(subjects) < 2 <= len(adapters):
-        found.append("method ssr tells adapters apart by the tokens on their cards; with less than two of these it is the sum")
+    if len(subjects) > 1 and method == "sum":
+        found.append(f"method sum blends {len(subjects)} subjects; use regions, which keep them apart")
     return found
 
 
 def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str]:
-    """Subjects that a prompt leaves out, which may be meant: "a dog" shows what is left of the class."""
+    """Warnings about subjects that the prompt leaves out: "a dog" draws the class, not the subject."""
     missing = [phrase_of(subject) for subject in subjects_of(adapters) if find_phrase(prompt, subject) is None]
     return [f"the prompt does not name {phrase!r}" for phrase in missing] if prompt else []
 
@@ -96,13 +91,13 @@ def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str
 def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ...]:
     found = []
     for a, b in combinations([adapter for adapter, _ in adapters], 2):
-        with suppress(AdapterBaseMismatch):  # of two bases; `misfits` says which is wrong here
+        with suppress(AdapterBaseMismatch):  # adapters of two bases; `misfits` says which one is wrong here
             found.append(Overlap(a.name, b.name, difference(a, b)))
     return tuple(found)
 
 
 def misfits(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[list[str], list[str]]:
-    """What cannot be put on this base; and what can, but was made for another one of its family."""
+    """Messages about adapters that do not fit this base; and about those that fit, but were trained on another base."""
     refused = []
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always", OtherBaseWarning)

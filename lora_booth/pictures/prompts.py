@@ -1,4 +1,4 @@
-"""Prompts by the list: files of them, placeholders in them, and the DreamBooth paper's 25 for each kind of subject."""
+"""Lists of prompts: files, placeholders, and the DreamBooth paper's 25 prompts for each kind of subject."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def paper_prompts(contexts: Sequence[str]) -> tuple[str, ...]:
 PROMPT_SETS = {"object": paper_prompts(OBJECT), "live": paper_prompts(LIVE)}  # 25 each
 
 PLACEHOLDERS = ("token", "class_noun", "a", "context")
-PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")  # other braces mean something to other tools, and are left alone
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")  # other braces mean something to other tools, so they stay
 MAX_BYTES, MAX_PROMPTS, MAX_LENGTH = 2**20, 1_000, 2_000  # of a file of prompts; characters of one
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines and lines that begin with # are left out.
+    """The prompts of a text file, one a line, without empty lines and lines that begin with #.
 
-    Raises SettingsError for what is not such a file.
+    Raises SettingsError for a file that cannot be read, is not UTF-8, or has too many or too long lines.
     """
     path = Path(path)
     try:
@@ -78,7 +78,7 @@ def read_prompts(path: str | Path) -> list[str]:
     except OSError as error:
         raise SettingsError(f"{shown(path)}: {error.strerror}; give a text file with one prompt a line") from error
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{shown(path)}: no UTF-8 text at byte {error.start}; save it as UTF-8") from error
+        raise SettingsError(f"{shown(path)}: not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     for number, line in enumerate(lines, 1):
         if len(line) > MAX_LENGTH or not line.replace("\t", " ").isprintable():
@@ -96,7 +96,7 @@ def fill_prompts(
 ) -> list[str]:
     """Each prompt with its placeholders filled: "a {token} {class_noun} {context}" -> a prompt for each context.
 
-    {token}, {class_noun}  of the subject;  {a}  "a" or "an", by the class noun's sound;  {context}  each in turn
+    {token}, {class_noun}  the subject's;  {a}  "a" or "an", by the class noun's sound;  {context}  each in turn
     Raises SettingsError for a placeholder that is unknown or that nothing is given for.
     """
     noun = class_noun or ""
@@ -109,11 +109,9 @@ def fill_prompts(
                 allowed = ", ".join(f"{{{word}}}" for word in PLACEHOLDERS)
                 raise SettingsError(f"prompt {shown(prompt)!r}: {{{name}}} is unknown; allowed: {allowed}")
             if name != "context" and words[name] is None:
-                raise SettingsError(
-                    f"prompt {shown(prompt)!r}: no word for {{{name}}}, which no adapter's card names; write the word itself"
-                )
+                raise SettingsError(f"prompt {shown(prompt)!r}: no adapter's card has {{{name}}}; write the word itself")
         if "context" in names and not contexts:
-            raise SettingsError(f"prompt {shown(prompt)!r}: no contexts for {{context}}; give some, as 'in the snow'")
+            raise SettingsError(f"prompt {shown(prompt)!r}: no contexts for {{context}}; give some, e.g. 'in the snow'")
         for context in contexts if "context" in names else ("",):
             given = words | {"context": context}
             filled[PLACEHOLDER.sub(lambda match, given=given: str(given[match[1]]), prompt)] = None  # type: ignore[misc]
@@ -121,7 +119,7 @@ def fill_prompts(
 
 
 def prompts_for(adapters: Sequence[Adapter], prompts: Sequence[str], *, contexts: Sequence[str] = ()) -> list[str]:
-    """`fill_prompts` with token and class noun of the first adapter whose card has a token."""
+    """`fill_prompts` with the token and class noun of the first adapter whose card has a token."""
     card = next((adapter.card for adapter in adapters if adapter.card.token), None)
     token, noun = (card.token, card.class_noun) if card is not None else (None, None)
     return fill_prompts(prompts, token=token, class_noun=noun, contexts=contexts)

@@ -1,4 +1,4 @@
-"""Recipe: everything that made some pictures, but the weights, as a small JSON file that replays to the same pictures."""
+"""Recipe: everything that made some pictures except the weights, as a small JSON file that replays to the same pictures."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from .weights import Weight
 
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
+MAX_MASK_SIDE = 4096  # pixels
 PICTURES: dict[str, tuple[type, ...]] = {  # what a recipe can ask of `generate`
     "prompt": (str,),
     "negative_prompt": (str, type(None)),
@@ -40,7 +41,7 @@ PICTURES: dict[str, tuple[type, ...]] = {  # what a recipe can ask of `generate`
 
 
 def file_hash(adapter: Adapter) -> str:
-    """sha256 of the tensors as `adapter.save` writes them: other tools show it too, as sshs_model_hash."""
+    """sha256 of the tensors as `adapter.save` writes them, which other tools show as sshs_model_hash."""
     content, _ = packed(adapter, "kohya", torch.float16, Path("recipe"))
     header = int.from_bytes(content[:8], "little")
     return hashlib.sha256(content[8 + header :]).hexdigest()
@@ -50,8 +51,8 @@ def file_hash(adapter: Adapter) -> str:
 class Recipe:
     """A composition and what was asked of it. Adapters are named by the hash of their tensors.
 
-    composition  keyword arguments of Composition, with adapters as indices
-    pictures     keyword arguments of generate, prompt included
+    composition  keyword arguments of Composition; its regions name their adapters
+    pictures     keyword arguments of generate, with the prompt
     """
 
     base: str
@@ -63,27 +64,18 @@ class Recipe:
 
     @classmethod
     def of(cls, studio: Composition, prompt: str, **pictures: Any) -> Recipe:
-        """What `studio.generate(prompt, **pictures)` makes."""
+        """The recipe of `studio.generate(prompt, **pictures)`."""
         import diffusers
 
-        regions: Any = "auto" if isinstance(studio.regions, str) else [region_entry(region) for region in studio.regions]
-        composition = {
-            "method": studio.method,
-            "regions": regions,
-            "isolate": studio.isolate,
-            "start": studio.start,
-            "background": studio.background,
-        }
-        pictures = pictures | {"seeds": list(pictures.get("seeds", (0,)))}
+        settings = studio.settings(prompt)
+        if settings["regions"] != "auto":
+            settings["regions"] = [region_entry(region) for region in settings["regions"]]
         return cls(
             base=studio.base.name,
             base_hash=studio.base.fingerprint,
-            adapters=tuple(
-                {"name": adapter.name, "hash": file_hash(adapter), "weight": asdict(weight)}
-                for adapter, weight in studio.adapters
-            ),
-            composition=composition,
-            pictures={"prompt": prompt, **pictures},
+            adapters=tuple(adapter_entry(adapter, weight) for adapter, weight in studio.adapters),
+            composition=settings,
+            pictures={"prompt": prompt, **pictures, "seeds": list(pictures.get("seeds", (0,)))},
             versions={"lora_booth": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         )
 
@@ -95,10 +87,11 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. Raises SettingsError for what is not one, or asks for what `generate` does not have."""
         path = Path(path)
         try:
             if path.stat().st_size > MAX_BYTES:
-                raise SettingsError(f"{path}: larger than {MAX_BYTES} bytes, so no recipe")
+                raise SettingsError(f"{path}: larger than {MAX_BYTES} bytes, so not a recipe")
             entries = json.loads(path.read_text(encoding="utf-8"))
             if entries.pop("format") != FORMAT:
                 raise SettingsError(f"{path}: a recipe of another format; update lora_booth")
@@ -107,7 +100,7 @@ class Recipe:
                 if not isinstance(value, PICTURES.get(name, ())) or isinstance(value, bool):
                     raise SettingsError(f"{path}: a recipe cannot ask for {shown(name)} {shown(value)[:60]}")
             if not all(type(seed) is int for seed in entries["pictures"].get("seeds", ())):
-                raise SettingsError(f"{path}: its seeds are no whole numbers")
+                raise SettingsError(f"{path}: its seeds are not whole numbers")
             return cls(**entries)
         except OSError as error:
             raise SettingsError(f"{path}: {error.strerror}") from error
@@ -124,31 +117,36 @@ class Recipe:
             raise AdapterBaseMismatch(f"the recipe was made with {self.base}; {base.name} has other weights")
         by_hash = {file_hash(adapter): adapter for adapter in adapters}
 
-        def found(entry: dict[str, Any]) -> Adapter:
+        def find(entry: dict[str, Any]) -> Adapter:
             if entry["hash"] not in by_hash:
                 raise SettingsError(
-                    f"the recipe needs {entry['name']} (hash {entry['hash'][:12]}), which is not among the adapters"
+                    f"the recipe needs {entry['name']} (hash {entry['hash'][:12]}), which is not among the adapters; "
+                    "give its file too"
                 )
             return by_hash[entry["hash"]]
 
         settings = dict(self.composition)
         try:
             if settings["regions"] != "auto":
-                settings["regions"] = [region_from(entry, found(entry)) for entry in settings["regions"]]
-            everywhere = [(found(entry), Weight(**entry["weight"])) for entry in self.adapters]
+                settings["regions"] = [region_from(entry, find(entry)) for entry in settings["regions"]]
+            everywhere = [(find(entry), Weight(**entry["weight"])) for entry in self.adapters]
             return Composition(base, everywhere, **settings)
         except (KeyError, TypeError, ValueError) as error:
             raise SettingsError(f"the recipe cannot be read ({first_line(error)})") from error
 
     def generate(self, base: BaseModel | Any, adapters: Sequence[Adapter], **changes: Any) -> list[Picture]:
-        """The same pictures; with `changes`, others (as seeds=range(8))."""
+        """The same pictures; with `changes`, others, e.g. seeds=range(8)."""
         return self.studio(base, adapters).generate(**self.pictures | changes)
 
 
+def adapter_entry(adapter: Adapter, weight: float | Weight | None) -> dict[str, Any]:
+    written = asdict(weight) if isinstance(weight, Weight) else weight
+    return {"name": adapter.name, "hash": file_hash(adapter), "weight": written}
+
+
 def region_entry(region: Region) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": region.adapter.name, "hash": file_hash(region.adapter)}
+    entry = adapter_entry(region.adapter, region.weight)
     entry |= {"prompt": region.prompt, "feather": region.feather, "box": region.box}
-    entry["weight"] = asdict(region.weight) if isinstance(region.weight, Weight) else region.weight
     if region.mask is not None:
         content = io.BytesIO()
         Image.fromarray(np.array(region.mask.convert("L"))).save(content, "PNG")  # pixels only: nothing of the mask's file
@@ -160,13 +158,13 @@ def region_from(entry: dict[str, Any], adapter: Adapter) -> Region:
     mask = None
     if entry.get("mask") is not None:
         with Image.open(io.BytesIO(base64.b64decode(entry["mask"], validate=True)), formats=["PNG"]) as opened:
-            if max(opened.size) > 4096:
-                raise SettingsError(f"a mask of {opened.width} x {opened.height} pixels; allowed: up to 4096")
+            if max(opened.size) > MAX_MASK_SIDE:
+                raise SettingsError(f"a mask of {opened.width} x {opened.height} pixels; allowed: up to {MAX_MASK_SIDE}")
             mask = opened.convert("L")
-    weight = entry["weight"]
+    box, weight = entry["box"], entry["weight"]
     return Region(
         adapter,
-        box=None if entry["box"] is None else tuple(entry["box"]),
+        box=None if box is None else tuple(box),
         mask=mask,
         prompt=entry["prompt"],
         weight=Weight(**weight) if isinstance(weight, dict) else weight,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..config import check
 from ..errors import SettingsError
+from .making import FEATHER
 from .weights import Weight
 
 SIDE = 512  # of a drawn mask; it is reduced to the size of each layer
@@ -22,10 +23,10 @@ COLORS = ("#e4572e", "#2e86ab", "#f2b134", "#56a3a6", "#a05195", "#76b041")  # o
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Where one adapter is heard.
+    """Where one adapter is active.
 
     box      (x0, y0, x1, y1) as shares of width and height, 0 to 1, from the top left
-    mask     instead of a box: a picture of any size, white where the subject shall be
+    mask     instead of a box: a picture of any size, white where the subject goes
     prompt   what this region shows; None: the picture's prompt, with every other subject reduced to its class
     weight   of the adapter inside; None: what its card suggests
     feather  softness of the edge, as a share of the picture's side
@@ -36,7 +37,7 @@ class Region:
     mask: Image.Image | None = None
     prompt: str | None = None
     weight: float | Weight | None = None
-    feather: float = 0.04
+    feather: float = FEATHER
 
     def __post_init__(self) -> None:
         if (self.box is None) == (self.mask is None):
@@ -106,7 +107,7 @@ def masks_of(regions: Sequence[Region]) -> Masks:
     drawn = [np.array(region.mask_image(), dtype=np.float32) / 255 for region in regions]
     for region, mask in zip(regions, drawn, strict=True):
         if mask.max() <= 0:
-            raise SettingsError(f"the region of {region.adapter.name} is empty: no pixel of its mask is white")
+            raise SettingsError(f"the region of {region.adapter.name} is empty: no pixel of its mask is white; draw it larger")
     return Masks(torch.from_numpy(np.stack(drawn))[:, None])
 
 

@@ -6,7 +6,7 @@ import re
 import shlex
 
 from ..adapters.contents import file_stem
-from .making import Making
+from .making import Making, Place, default_start
 from .picture import Picture
 
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # needs no quotes in any shell
@@ -16,63 +16,57 @@ DOUBLE = re.compile(r"[^\"$`\\!%“”„]*")  # means the same between double q
 def command_of(picture: Picture) -> str | None:
     """`lora-booth generate ...`; None where the command line cannot say it.
 
-    Neither is a command given whose words hold control characters: pasted into a terminal, those are keys.
+    Nor is there a command whose words hold control characters: pasted into a terminal, those are keys.
     """
-    making = making_known(picture)
+    making = known_making(picture)
     if making is None or not picture.adapters:
         return None
     words = ["lora-booth", "generate"]
-    files = [file_name(stem) for stem in making.files]
-    words += [f"{file}:{number(weight)}" for file, (_, weight) in zip(files, picture.adapters, strict=True)]
+    words += [f"{file_name(stem)}:{number(w)}" for stem, (_, w) in zip(making.files, picture.adapters, strict=True)]
     words += ["--base", picture.base, "--prompt", picture.prompt, "--seeds", str(picture.seed)]
-    words += ["--steps", str(picture.steps), "--guidance", number(picture.guidance), *size_words(picture)]
+    words += ["--steps", str(picture.steps), "--guidance", number(picture.guidance)]
+    if (side := side_of(picture)) is not None:
+        words += ["--size", str(side)]
     if picture.negative_prompt is not None:
         words += ["--negative-prompt", picture.negative_prompt]
     if making.method == "regions":
-        placed = making.files[len(making.files) - len(making.boxes) :]
-        if (
-            making.background is not None
-            or making.start != (0.3 if making.auto else 0.0)
-            or len(set(making.files)) < len(files)
-        ):
-            return None
-        if any(feather != 0.04 for feather in making.feathers) or any(":" in stem for stem in placed):
-            return None
-        for stem, (box, prompt) in zip(placed, making.boxes, strict=True):
-            words += ["--region", f"{stem}:{','.join(map(number, box))}" + ("" if prompt is None else f":{prompt}")]
-        words += ["--auto-regions"] * making.auto + (["--isolate", making.isolate] if making.isolate != "noise" else [])
-    elif making.method != "sum":
-        words += ["--method", making.method]
+        files = making.files[len(making.files) - len(making.places) :]
+        if making.background is not None or making.start != default_start(auto=making.auto):
+            return None  # there are no options for these
+        if len(set(making.files)) < len(making.files) or any(":" in stem for stem in files):
+            return None  # `--region` could not name the adapter
+        for stem, place in zip(files, making.places, strict=True):
+            if place.box is None or place != Place(place.box, place.prompt):  # a mask, or another feather
+                return None
+            prompt = "" if place.prompt is None else f":{place.prompt}"
+            words += ["--region", f"{stem}:{','.join(map(number, place.box))}{prompt}"]
+        words += ["--auto-regions"] * making.auto + ["--isolate", making.isolate] * (making.isolate != Making.isolate)
     return " ".join(map(quoted, words)) if all(word.isprintable() for word in words) else None
 
 
 def python_of(picture: Picture) -> str | None:
     """The same in Python, ASCII but for printable letters; None where a few lines cannot say it."""
-    making = making_known(picture)
+    making = known_making(picture)
     if making is None:
         return None
     loaded = [
         (f"lb.Adapter.load({file_name(stem)!r})", number(weight))
         for stem, (_, weight) in zip(making.files, picture.adapters, strict=True)
     ]
-    everywhere = loaded[: len(loaded) - len(making.boxes)]
+    everywhere = loaded[: len(loaded) - len(making.places)]
     arguments = ["base", f"[{', '.join(f'({adapter}, {weight})' for adapter, weight in everywhere)}]"]
-    if making.boxes:
-        placed = zip(loaded[len(everywhere) :], making.boxes, making.feathers, strict=True)
-        regions = [
-            f"lb.Region({adapter}, box={box}, prompt={prompt!r}, weight={weight}, feather={number(feather)})"
-            for (adapter, weight), (box, prompt), feather in placed
-        ]
-        arguments.append(f"regions=[{', '.join(regions)}]")
-    if making.auto:
-        arguments.append('regions="auto"')
     if making.method == "regions":
+        regions = [
+            f"lb.Region({adapter}, box={place.box}, prompt={place.prompt!r}, weight={weight}, feather={number(place.feather)})"
+            for (adapter, weight), place in zip(loaded[len(everywhere) :], making.places, strict=True)
+        ]
+        arguments.append('regions="auto"' if making.auto else f"regions=[{', '.join(regions)}]")
         arguments += [f"isolate={making.isolate!r}", f"start={number(making.start)}", f"background={making.background!r}"]
-    elif making.method != "sum":
+    else:
         arguments.append(f"method={making.method!r}")
     settings = [f"seeds=[{picture.seed}]", f"steps={picture.steps}", f"guidance={number(picture.guidance)}"]
-    if size_words(picture):
-        settings.append(f"size={picture.image.width}")
+    if (side := side_of(picture)) is not None:
+        settings.append(f"size={side}")
     if picture.negative_prompt is not None:
         settings.append(f"negative_prompt={picture.negative_prompt!r}")
     return "\n".join(
@@ -86,21 +80,22 @@ def python_of(picture: Picture) -> str | None:
     )
 
 
-def making_known(picture: Picture) -> Making | None:
+def known_making(picture: Picture) -> Making | None:
     """None for what no pipeline drew, and for what only a recipe can say."""
     if not (picture.steps and picture.base):
         return None
     making = picture.making or Making(files=tuple(file_stem(name) for name, _ in picture.adapters))
-    return making if making.beyond is None and len(making.files) == len(picture.adapters) else None
+    return making if making.recipe_only is None and len(making.files) == len(picture.adapters) else None
 
 
 def file_name(stem: str) -> str:
     return f"{'./' if stem.startswith('-') else ''}{stem}.safetensors"
 
 
-def size_words(picture: Picture) -> list[str]:
+def side_of(picture: Picture) -> int | None:
+    """For `size`; None for a picture that `generate` does not draw."""
     width, height = picture.image.size
-    return ["--size", str(width)] if width == height and width % 8 == 0 else []
+    return width if width == height and width % 8 == 0 else None
 
 
 def number(value: float) -> str:

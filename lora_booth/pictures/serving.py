@@ -14,17 +14,17 @@ import torch
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import quiet
-from ..config import check
+from ..config import GUIDANCE, STEPS, check
 from ..errors import SettingsError
 from ..injection import AttachedAdapter, attached_layers
 from .picture import Picture
-from .unet_hook import Conductor, Forward, Gate
+from .unet_hook import Gate, UNetCall, UNetHook
 from .weights import Weight
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture: prompt, seed, and the loaded adapters that it wants, by name."""
+    """One picture: prompt, seed, and the loaded adapters to draw it with, by name."""
 
     prompt: str
     adapters: Mapping[str, float] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Loaded:
 
 
 class Serving:
-    """A base with adapters that come and go: `with lb.Serving(base) as live:`. Leaving restores the base.
+    """A base whose adapters you load and switch while it runs: `with lb.Serving(base) as live:`. Leaving restores the base.
 
     live.load("rex", adapter)
     live.use({"rex": 0.8})          # for calls of your own of `live.pipeline`
@@ -63,9 +63,9 @@ class Serving:
             self.unload(name)
 
     def load(self, name: str, adapter: Adapter) -> None:
-        """Put an adapter on the base, silent until it is used. Raises AdapterBaseMismatch."""
+        """Put an adapter on the base, with weight 0 until you use it. Raises AdapterBaseMismatch."""
         if name in self.loaded:
-            raise SettingsError(f"{name!r} is loaded already; unload it first, or choose another name")
+            raise SettingsError(f"{name!r} is already loaded; unload it first, or choose another name")
         stack = ExitStack()
         [on] = stack.enter_context(attached_layers(self.base, [(adapter, 1.0)]))
         self.loaded[name] = Loaded(on, stack)
@@ -76,7 +76,7 @@ class Serving:
         self.loaded.pop(name).stack.close()
 
     def use(self, weights: Mapping[str, float]) -> None:
-        """From now on these adapters are heard, with these weights, and no others."""
+        """Make these adapters active, with these weights, and no others."""
         for name, weight in weights.items():
             self._known(name)
             check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
@@ -85,35 +85,32 @@ class Serving:
 
     def _known(self, name: str) -> None:
         if name not in self.loaded:
-            raise SettingsError(f"{name!r} is not loaded; loaded: {', '.join(self.loaded) or 'nothing'}")
+            raise SettingsError(f"{name!r} is not loaded; load it first (loaded: {', '.join(self.loaded) or 'none'})")
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], *, steps: int = 25, guidance: float = 5.0, size: int | None = None
+        self, requests: Sequence[Request], *, steps: int = STEPS, guidance: float = GUIDANCE, size: int | None = None
     ) -> list[Picture]:
-        """All requests in one batch, each with its own adapters: the pictures that each alone would give."""
+        """All requests in one batch, each with its own adapters: the pictures that each would give alone."""
         if not requests:
             raise SettingsError("no requests; give one for each picture")
         for request in requests:
             for name in request.adapters:
                 self._known(name)
         names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
-        heard = {name: self.loaded[name].on for name in self.loaded}
-        before = {name: on.weight for name, on in heard.items()}
+        before = {name: loaded.on.weight for name, loaded in self.loaded.items()}
         prompts = [self._text(request, request.prompt) for request in requests]
         negatives = [self._negative(request) for request in requests]
         try:
             self.use(dict.fromkeys(names, 1.0))
             rows = {n: torch.tensor([float(r.adapters.get(n, 0.0)) for r in requests]) for n in names}
 
-            def call(conductor: Conductor, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                assert conductor.moment is not None
-                repeats = 2 if conductor.moment.guided else 1
-                conductor.gates = [Gate(rows=rows[n].repeat(repeats).to(self.base.device)) for n in names]
-                return forward(*args, **kwargs)
+            def answer(hook: UNetHook, call: UNetCall) -> Any:
+                hook.gates = [Gate(rows=rows[n].repeat(2 if call.guided else 1).to(self.base.device)) for n in names]
+                return call.run()
 
-            conductor = Conductor(self.pipeline, [heard[n] for n in names], [Weight() for _ in names])
-            with conductor.conducting(call), quiet(self.pipeline):
+            hook = UNetHook(self.pipeline, [self.loaded[n].on for n in names], [Weight()] * len(names))
+            with hook.hooked(answer), quiet(self.pipeline):
                 images = self.pipeline(
                     **text_arguments(prompts, negatives),
                     num_inference_steps=steps,

@@ -1,14 +1,15 @@
-"""Directs attached adapters during the U-Net's calls: which is heard, at which step, in which row and at which pixel.
+"""UNetHook: which attached adapter is active in the U-Net, at which step, in which row and at which pixel.
 
-Everything is done from outside a stock pipeline. The U-Net's `forward` is wrapped while the conductor is on, and a
-forward hook on the `up` factor of each adapter multiplies the change of its layer by a gate; both are gone afterwards.
+The pipeline stays a stock one. While the hook is on, the U-Net's `forward` is wrapped, and a forward hook on the `up`
+factor of each adapter multiplies that layer's change by a gate; both are gone afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,27 +21,66 @@ from ..injection import AttachedAdapter
 from .regions import Masks
 from .weights import Weight
 
-TEXT_SIDE = (".attn2.to_k", ".attn2.to_v")  # their outputs are words, not pixels
+PROMPT_LAYERS = (".attn2.to_k", ".attn2.to_v")  # their outputs belong to the prompt's tokens, not to pixels
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What is known of one call of the U-Net."""
+class UNetCall:
+    """One call of the U-Net: its arguments by name, and where in the denoising it is made."""
 
+    forward: Callable[..., Any]
+    arguments: Mapping[str, Any]
     step: int  # denoising steps done before it
-    progress: float  # share of this denoising that is behind it, 0 to 1
-    rows: int  # of the pipeline's own batch: pictures, twice with classifier-free guidance
+    progress: float  # share of the denoising steps done before it, 0 to 1
+    rows: int  # of the pipeline's own batch: one for each picture, two with classifier-free guidance
     guided: bool  # the first half of the rows is the negative prompt
-    size: tuple[int, int]  # of the latents
+    size: tuple[int, int]  # height and width of the latents
 
     @property
     def pictures(self) -> int:
         return self.rows // 2 if self.guided else self.rows
 
+    @property
+    def first(self) -> int:
+        """The first row that is not the negative prompt's."""
+        return self.pictures if self.guided else 0
+
+    @property
+    def states(self) -> Tensor:
+        """What the text encoders made of the prompts. (rows, tokens, d)"""
+        states: Tensor = self.arguments["encoder_hidden_states"]
+        return states
+
+    def run(self) -> Any:
+        return self.forward(**self.arguments)
+
+    def given(self, **arguments: Any) -> UNetCall:
+        """The same call with other arguments."""
+        return replace(self, arguments={**self.arguments, **arguments})
+
+    def prompted(self, text: TextConditions | None) -> UNetCall:
+        """The same call with another prompt: (1, tokens, d), in the rows that are not the negative prompt's."""
+        if text is None:
+            return self
+        if text.states.shape[1:] != self.states.shape[1:]:
+            raise SettingsError(
+                f"a region's prompt has {text.states.shape[1]} tokens and the picture's {self.states.shape[1]}; "
+                "shorten the longer prompt"
+            )
+        states = self.states.clone()
+        states[self.first :] = text.states.to(states)
+        changed: dict[str, Any] = {"encoder_hidden_states": states}
+        added = self.arguments.get("added_cond_kwargs")
+        if text.pooled is not None and added:
+            pooled = added["text_embeds"].clone()
+            pooled[self.first :] = text.pooled.to(pooled)
+            changed["added_cond_kwargs"] = added | {"text_embeds": pooled}
+        return self.given(**changed)
+
 
 @dataclass
 class Gate:
-    """What one adapter's changes are multiplied by; None: 1."""
+    """What the changes of one adapter are multiplied by; None: 1."""
 
     rows: Tensor | None = None  # (rows,)
     masks: Masks | None = None  # of all subjects, which keep their reduced sizes from step to step
@@ -48,80 +88,90 @@ class Gate:
     words: Tensor | None = None  # (rows or 1, tokens), for the layers that read the prompt
 
 
-Forward = Callable[..., Any]
+Answer = Callable[["UNetHook", UNetCall], Any]  # what the pipeline gets instead of the U-Net's own answer
 
 
-class Conductor:
-    """While on: `direct` is called before each U-Net call and may set `gates` and repeat the rows.
+class UNetHook:
+    """Weights by step, and gates by row, pixel and word, for adapters that are attached to a pipeline.
 
-    gates  one for each attached adapter; None: as attached
+    gates    one for each attached adapter, to be set before a call runs; None: active everywhere
+    current  the U-Net call that is being answered
+    size     height and width of the hidden states that pass through the current transformer
     """
 
-    def __init__(self, pipeline: Any, on: Sequence[AttachedAdapter], weights: Sequence[Weight]) -> None:
+    current: UNetCall
+    size: tuple[int, int]
+
+    def __init__(self, pipeline: Any, attached: Sequence[AttachedAdapter], weights: Sequence[Weight]) -> None:
+        from diffusers import UNet2DConditionModel
+
         self.pipeline, self.unet = pipeline, pipeline.unet
-        self.on, self.weights = on, weights
-        self.gates: list[Gate | None] = [None] * len(on)
-        self.moment: Moment | None = None
-        self.size: tuple[int, int] = (0, 0)  # of the hidden states that pass through the current transformer
-        self._heard: list[float] = [1.0] * len(on)
-        self._seen: list[float] = []  # timesteps of this denoising, in order
-        self._ahead = 1  # how many there are
+        self.attached, self.weights = attached, weights
+        self.gates: list[Gate | None] = []
+        self.open_gates()
+        self._names = list(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]  # after self
+        self._active = [True] * len(attached)
+        self._timesteps: list[float] = []  # of this denoising so far
+        self._total = 1  # how many it has
+
+    def open_gates(self) -> None:
+        """All adapters are active everywhere."""
+        self.gates = [None] * len(self.attached)
 
     # --- on and off
 
     @contextmanager
-    def conducting(self, call: Callable[[Conductor, Forward, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-        """`call(conductor, forward, args, kwargs)` answers every U-Net call meanwhile."""
+    def hooked(self, answer: Answer | None = None) -> Iterator[None]:
+        """`answer(hook, call)` answers every U-Net call meanwhile; None: the U-Net does."""
         with ExitStack() as stack:
             for module in self.unet.modules():
                 if type(module).__name__ == "Transformer2DModel":
-                    stack.enter_context(hooked(module.register_forward_pre_hook(self._note_size, with_kwargs=True)))
-            for index, adapter in enumerate(self.on):
+                    stack.enter_context(module.register_forward_pre_hook(self._note_size, with_kwargs=True))
+            for index, adapter in enumerate(self.attached):
                 for path in adapter.layers:
                     if path.startswith("unet."):
-                        hook = self._gating(index, path)
-                        stack.enter_context(hooked(adapter.up(path).register_forward_hook(hook)))
-            forward, own = self.unet.forward, "forward" in self.unet.__dict__
+                        stack.enter_context(adapter.up(path).register_forward_hook(self._gating(index, path)))
+            forward, wrapped_before = self.unet.forward, "forward" in self.unet.__dict__
 
-            def directed(*args: Any, **kwargs: Any) -> Any:
-                self._begin(*args, **kwargs)
-                return call(self, forward, args, kwargs)
+            def hooked(*args: Any, **kwargs: Any) -> Any:
+                self.current = self._call(forward, {**dict(zip(self._names, args, strict=False)), **kwargs})
+                return self.current.run() if answer is None else answer(self, self.current)
 
-            self.unet.forward = directed
+            self.unet.forward = hooked
             try:
                 yield
             finally:
-                if own:
+                if wrapped_before:
                     self.unet.forward = forward
                 else:
                     del self.unet.forward
 
-    def _begin(self, sample: Tensor, timestep: Any, *_: Any, **kwargs: Any) -> None:
+    def _call(self, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> UNetCall:
+        sample, timestep = arguments["sample"], arguments["timestep"]
         time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-        if not self._seen or time > self._seen[-1]:  # a new picture begins; image-to-image begins in mid-schedule
-            self._seen = []
-            every = [float(t) for t in self.pipeline.scheduler.timesteps.tolist()]
-            self._ahead = max(1, len([t for t in dict.fromkeys(every) if t <= time]))
-        if not self._seen or self._seen[-1] != time:  # some schedulers call twice at one timestep
-            self._seen.append(time)
-        step = len(self._seen) - 1
-        guided = bool(getattr(self.pipeline, "do_classifier_free_guidance", False)) and len(sample) % 2 == 0
-        height, width = sample.shape[-2:]
-        self.moment = Moment(step, min(1.0, step / self._ahead), len(sample), guided, (height, width))
-        progress = self.moment.progress
+        if not self._timesteps or time > self._timesteps[-1]:  # a new picture; image-to-image begins in mid-schedule
+            self._timesteps = []
+            schedule = [float(t) for t in self.pipeline.scheduler.timesteps.tolist()]
+            self._total = max(1, len([t for t in dict.fromkeys(schedule) if t <= time]))
+        if not self._timesteps or self._timesteps[-1] != time:  # some schedulers call twice at one timestep
+            self._timesteps.append(time)
+        step = len(self._timesteps) - 1
+        progress = min(1.0, step / self._total)
         for index, weight in enumerate(self.weights):
             if weight.timed:
-                self.hear(index, float(weight.heard(progress)))
+                self._activate(index, weight.active(progress))
+        guided = bool(getattr(self.pipeline, "do_classifier_free_guidance", False)) and len(sample) % 2 == 0
+        height, width = sample.shape[-2:]
+        return UNetCall(forward, arguments, step, progress, len(sample), guided, (height, width))
 
-    def hear(self, index: int, loudness: float) -> None:
-        """Multiply one adapter's weight in the U-Net by `loudness`."""
-        if self._heard[index] == loudness:
+    def _activate(self, index: int, active: bool) -> None:
+        if self._active[index] == active:
             return
-        self._heard[index] = loudness
-        adapter, weight = self.on[index], self.weights[index]
+        self._active[index] = active
+        adapter, weight = self.attached[index], self.weights[index]
         for path in adapter.layers:
             if path.startswith("unet."):
-                adapter.scale(path, weight.of(path) * loudness)
+                adapter.scale(path, weight.of(path) if active else 0.0)
 
     # --- gates
 
@@ -130,147 +180,87 @@ class Conductor:
         self.size = (states.shape[-2], states.shape[-1])
 
     def _gating(self, index: int, path: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        words = path.endswith(TEXT_SIDE)
+        reads_prompt = path.endswith(PROMPT_LAYERS)
 
-        def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            chosen = self.gates[index]
-            if chosen is None:
+        def multiplied(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            gate = self.gates[index]
+            if gate is None:
                 return None
-            shape = [len(output)] + [1] * (output.ndim - 1)
-            if chosen.rows is not None:
-                output = output * chosen.rows.to(output.dtype).reshape(shape)
-            if words and chosen.words is not None:
-                output = output * chosen.words.to(output.dtype)[..., None]
-            elif not words and chosen.masks is not None:
-                output = output * self._pixels(chosen, output)
+            if gate.rows is not None:
+                output = output * gate.rows.to(output.dtype).reshape([len(output)] + [1] * (output.ndim - 1))
+            if reads_prompt and gate.words is not None:
+                output = output * gate.words.to(output.dtype)[..., None]
+            elif not reads_prompt and gate.masks is not None:
+                output = output * self._pixels(gate.masks, gate.subject, output)
             return output
 
-        return gate
+        return multiplied
 
-    def _pixels(self, gate: Gate, output: Tensor) -> Tensor:
-        """The gate in the shape of a layer's output: (rows, H, W) -> (rows, 1, H, W), (rows, H * W, 1) or (rows, 1)."""
-        assert gate.masks is not None
+    def _pixels(self, masks: Masks, subject: int, output: Tensor) -> Tensor:
+        """The mask in the shape of a layer's output: (rows, H, W) -> (rows, 1, H, W), (rows, H * W, 1) or (rows, 1)."""
         if output.ndim == 4:
-            mask = gate.masks.at(*output.shape[-2:])[gate.subject][:, None]
+            mask = masks.at(*output.shape[-2:])[subject][:, None]
         elif output.ndim == 3:
-            mask = gate.masks.at(*self.size)[gate.subject].flatten(1)[:, :, None]
+            mask = masks.at(*self.size)[subject].flatten(1)[:, :, None]
         else:  # a resnet's time embedding has no pixels: the subject's share of the picture
-            mask = gate.masks.full[gate.subject].mean((1, 2))[:, None]
+            mask = masks.full[subject].mean((1, 2))[:, None]
         repeats = len(output) // len(mask) if len(mask) > 1 else 1
         return mask.repeat(repeats, *[1] * (mask.ndim - 1)).to(output.dtype)
 
 
-@contextmanager
-def hooked(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-# --- ways of calling the U-Net -------------------------------------------------------------------------------------
-
-
-def plainly(conductor: Conductor, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return forward(*args, **kwargs)
+# --- several predictions mixed into one ----------------------------------------------------------------------------
 
 
 @dataclass
-class Voice:
-    """One of several answers that are mixed into one: its adapters, its prompt."""
+class Branch:
+    """One of several predictions that are mixed into one: its adapters, its prompt."""
 
-    adapters: frozenset[int]  # which of the attached adapters are heard
+    adapters: frozenset[int]  # which of the attached adapters are active
     text: TextConditions | None = None  # (1, tokens, d); None: the pipeline's own
 
 
-def in_voices(
-    conductor: Conductor,
-    forward: Forward,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    voices: Sequence[Voice],
-    shares: Tensor,
-    *,
-    together: bool,
-) -> Any:
-    """The mean of the U-Net's answers in several voices, weighted by `shares` (V, P or 1, H or 1, W or 1).
+def mix_branches(hook: UNetHook, call: UNetCall, branches: Sequence[Branch], shares: Tensor, *, together: bool) -> Any:
+    """The mean of the U-Net's predictions in several branches, weighted by `shares` (branches, P or 1, H or 1, W or 1).
 
-    together  all voices in one call of V times the rows; else one call after the other, in less memory
+    together  all branches in one call with that many times the rows; else one call after the other, in less memory
     """
-    rows = conductor.moment.rows if conductor.moment else 0
+    calls, device = [call.prompted(branch.text) for branch in branches], hook.unet.device
     if together:
-        gates = []
-        for index in range(len(conductor.on)):
-            heard = torch.tensor([float(index in voice.adapters) for voice in voices]).repeat_interleave(rows)
-            gates.append(Gate(rows=heard.to(conductor.unet.device)) if not heard.all() else None)
-        conductor.gates = gates
-        spoken = [worded(conductor, args, kwargs, voice) for voice in voices]
-        joined_args, joined_kwargs = joined(spoken, rows)
-        answer = forward(*joined_args, **joined_kwargs)
-        predictions = list(torch.split(prediction_of(answer), rows))
+        for index in range(len(hook.attached)):
+            active = torch.tensor([float(index in branch.adapters) for branch in branches]).repeat_interleave(call.rows)
+            hook.gates[index] = None if active.all() else Gate(rows=active.to(device))
+        answer = call.given(**joined([one.arguments for one in calls], call.rows)).run()
+        predictions = list(torch.split(prediction_of(answer), call.rows))
     else:
         predictions = []
-        for voice in voices:
-            quiet = torch.zeros(rows, device=conductor.unet.device)
-            conductor.gates = [None if i in voice.adapters else Gate(rows=quiet) for i in range(len(conductor.on))]
-            own_args, own_kwargs = worded(conductor, args, kwargs, voice)
-            answer = forward(*own_args, **own_kwargs)
+        muted = Gate(rows=torch.zeros(call.rows, device=device))
+        for branch, one in zip(branches, calls, strict=True):
+            hook.gates = [None if index in branch.adapters else muted for index in range(len(hook.attached))]
+            answer = one.run()
             predictions.append(prediction_of(answer))
-    conductor.gates = [None] * len(conductor.on)
+    hook.open_gates()
     mixed = torch.zeros_like(predictions[0])
     for share, prediction in zip(shares.to(mixed), predictions, strict=True):
-        part = share[:, None] if len(share) == 1 else share.repeat(rows // len(share), 1, 1)[:, None]
+        part = share[:, None] if len(share) == 1 else share.repeat(call.rows // len(share), 1, 1)[:, None]
         mixed += part * prediction
-    return with_prediction(answer, mixed)
+    return (mixed, *answer[1:]) if isinstance(answer, tuple) else type(answer)(sample=mixed)
 
 
 def prediction_of(answer: Any) -> Tensor:
     return answer[0] if isinstance(answer, tuple) else answer.sample
 
 
-def with_prediction(answer: Any, prediction: Tensor) -> Any:
-    return (prediction, *answer[1:]) if isinstance(answer, tuple) else type(answer)(sample=prediction)
+def joined(calls: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
+    """Several calls' arguments as one: every tensor with `rows` rows end to end, everything else as in the first."""
 
-
-def worded(
-    conductor: Conductor, args: tuple[Any, ...], kwargs: dict[str, Any], voice: Voice
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with the voice's own prompt in the rows that are not the negative prompt's."""
-    if voice.text is None:
-        return args, kwargs
-    assert conductor.moment is not None
-    first = conductor.moment.pictures if conductor.moment.guided else 0
-    positional = len(args) > 2
-    states = args[2] if positional else kwargs["encoder_hidden_states"]
-    if voice.text.states.shape[1:] != states.shape[1:]:
-        raise SettingsError(
-            f"a region's prompt has {voice.text.states.shape[1]} tokens and the picture's {states.shape[1]}; "
-            "shorten the longer prompt"
-        )
-    states = states.clone()
-    states[first:] = voice.text.states.to(states)
-    args = (*args[:2], states, *args[3:]) if positional else args
-    kwargs = kwargs if positional else kwargs | {"encoder_hidden_states": states}
-    added = kwargs.get("added_cond_kwargs")
-    if voice.text.pooled is not None and added:
-        pooled = added["text_embeds"].clone()
-        pooled[first:] = voice.text.pooled.to(pooled)
-        kwargs = kwargs | {"added_cond_kwargs": added | {"text_embeds": pooled}}
-    return args, kwargs
-
-
-def joined(calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Several calls as one: every tensor with `rows` rows end to end, everything else as in the first."""
-
-    def join(values: list[Any]) -> Any:
+    def join(values: Sequence[Any]) -> Any:
         first = values[0]
         if isinstance(first, Tensor):
-            return torch.cat(values) if first.ndim and len(first) == rows else first
-        if isinstance(first, dict):
+            return torch.cat(list(values)) if first.ndim and len(first) == rows else first
+        if isinstance(first, Mapping):
             return {key: join([value[key] for value in values]) for key in first}
         if isinstance(first, (list, tuple)):  # the residuals of a ControlNet
-            return type(first)(join(list(parts)) for parts in zip(*values, strict=True))
+            return type(first)(join(parts) for parts in zip(*values, strict=True))
         return first
 
-    arguments = tuple(join([args[i] for args, _ in calls]) for i in range(len(calls[0][0])))
-    return arguments, {key: join([kwargs[key] for _, kwargs in calls]) for key in calls[0][1]}
+    return {key: join([call[key] for call in calls]) for key in calls[0]}

@@ -1,4 +1,4 @@
-"""How strongly an adapter speaks: everywhere alike, or by block and by denoising step."""
+"""Weight: how strongly an adapter acts, everywhere alike or by block and by denoising step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Weight:
     """A weight that differs by block or by step: `Weight(0.8, blocks={"down": 0.5, "up.1": 0}, end=0.6)`.
 
     value   of the whole adapter
-    blocks  factors on it for "down", "mid", "up" (or one block, as "up.1") of the U-Net and for "text"; others: 1
-    start   share of the denoising steps, 0 to 1, from which on the adapter is heard
-    end     share until which it is heard (the text encoders: whenever start is 0)
+    blocks  factors on it for "down", "mid", "up" (or one block, e.g. "up.1") of the U-Net and for "text"; others: 1
+    start   share of the denoising steps, 0 to 1, from which on the adapter is active
+    end     share until which it is active (in the text encoders: always, if start is 0)
     """
 
     value: float = 1.0
@@ -36,17 +36,17 @@ class Weight:
             kind, _, index = name.partition(".")
             known = kind in (*BLOCKS.values(), TEXT) and (not index or (kind in ("down", "up") and index.isdigit()))
             if not known:
-                raise SettingsError(f"block {name!r} is unknown; allowed: down, mid, up, text, and one block as 'up.1'")
+                raise SettingsError(f"block {name!r} is unknown; allowed: down, mid, up, text, and one block, e.g. 'up.1'")
 
     def of(self, path: str) -> float:
-        """For a module of an adapter file, as `unet.up_blocks.1.…`, while it is heard."""
+        """For a module of an adapter file, e.g. `unet.up_blocks.1.…`, while it is active."""
         for name in names_of_block(path):
             if name in self.blocks:
                 return self.value * self.blocks[name]
         return self.value
 
-    def heard(self, progress: float) -> bool:
-        """At this share of the denoising steps."""
+    def active(self, progress: float) -> bool:
+        """Whether the adapter is active at this share of the denoising steps."""
         return self.start <= progress < self.end
 
     @property
