@@ -99,9 +99,9 @@ class Serving:
                 self._known(name)
         names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
         before = {name: loaded.on.weight for name, loaded in self.loaded.items()}
-        prompts = [self._text(request, request.prompt) for request in requests]
-        negatives = [self._negative(request) for request in requests]
         try:
+            prompts = [self._text(request, request.prompt) for request in requests]
+            negatives = [self._negative(request) for request in requests]
             self.use(dict.fromkeys(names, 1.0))
             rows = {n: torch.tensor([float(r.adapters.get(n, 0.0)) for r in requests]) for n in names}
 
