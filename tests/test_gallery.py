@@ -161,7 +161,7 @@ def studio_files(tmp_path_factory) -> tuple[Path, BaseModel]:
 
 def compositions(dog: Adapter, owl: Adapter) -> dict[str, dict]:
     return {
-        "sum": {"adapters": [(dog, 0.7), (owl, -0.25)]},
+        "sum": {"adapters": [(dog, 0.7), (owl, -0.25)], "method": "sum"},
         "auto": {"adapters": [(dog, 0.5), owl], "regions": "auto"},
         "places": {
             "adapters": [(dog, 0.5)],

@@ -41,6 +41,8 @@ def command_of(picture: Picture) -> str | None:
             prompt = "" if place.prompt is None else f":{place.prompt}"
             words += ["--region", f"{stem}:{','.join(map(number, place.box))}{prompt}"]
         words += ["--auto-regions"] * making.auto + ["--isolate", making.isolate] * (making.isolate != Making.isolate)
+    elif len(making.files) > 1:  # several subjects would get regions
+        words += ["--method", making.method]
     return " ".join(map(quoted, words)) if all(word.isprintable() for word in words) else None
 
 
