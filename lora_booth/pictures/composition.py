@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from ..adapters.adapter import Adapter, file_stem
+from ..adapters.adapter import Adapter
+from ..adapters.contents import file_stem
 from ..adapters.tools.merge import merge
 from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel, TextConditions
