@@ -69,6 +69,7 @@ def test_a_seed_gives_the_same_picture_whatever_else_is_asked_for(base, rex):
     assert not np.array_equal(pixels(three)[0], pixels(three)[1])
 
 
+@pytest.mark.slow
 def test_batches_differ_by_rounding_only(base, rex):
     studio = Composition(base, [(rex, 0.8)])
     single = pixels(studio.generate(PROMPT, seeds=range(1, 4), **QUICK)).astype(int)

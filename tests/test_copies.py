@@ -109,6 +109,7 @@ def large_scene(width: int = 3001, height: int = 2003) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", [None, (0.11, 0.07, 0.83, 0.93)])
 @pytest.mark.parametrize("resolution", [64, 512])
 def test_the_square_of_a_large_photo(tmp_path: Path, resolution: int, crop: tuple[float, ...] | None) -> None:
@@ -124,6 +125,7 @@ def test_the_square_of_a_large_photo(tmp_path: Path, resolution: int, crop: tupl
     assert np.abs(difference.mean(axis=(0, 1))).max() < 1
 
 
+@pytest.mark.slow
 def test_a_large_photo_saved_anew(tmp_path: Path) -> None:
     scene = large_scene()
     scene.save(tmp_path / "a.png")

@@ -351,6 +351,7 @@ def run_cli(*words: str) -> int:
 FEW = ("--seeds", "0", "--class-seeds", "0-1", "--steps", "1", "--context", "on the moon", "--context", "in the snow")
 
 
+@pytest.mark.slow
 def test_evaluate_on_the_command_line(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("evaluate", "rex.safetensors:0.5", "--photos", "photos/rex", *FEW, "--json", "--out", "scored") == 0
     said = capsys.readouterr()
@@ -379,6 +380,7 @@ def test_the_adapters_of_a_run(desk: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no adapter in this run's folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unknown_subjects_of_the_toybox_are_measured_by_features(toybox: BaseModel, tmp_path: Path) -> None:
     adapter = random_adapter(toybox, LoraSpec(rank=2), size=0.05)
     prompts = ["a photo of {token} {class_noun}", "a photo of {token} {class_noun} underwater"]
@@ -391,6 +393,7 @@ def test_unknown_subjects_of_the_toybox_are_measured_by_features(toybox: BaseMod
     assert scores_file(tmp_path, made).is_file()
 
 
+@pytest.mark.slow
 def test_adapters_without_words_of_their_own_need_them(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Adapter.load("rex.safetensors").with_card(token=None, class_noun=None, title="rex").save("plain.safetensors")
     words = ("evaluate", "plain.safetensors", "--photos", "photos/rex", *FEW)

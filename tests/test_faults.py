@@ -77,6 +77,7 @@ def test_the_ladder_never_touches_what_is_learnt() -> None:
     assert next_rung(TrainingConfig(), pictures=1) == "gradient_checkpointing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [1, 4])
 def test_out_of_memory_takes_less_at_a_time(index: int, photos: Path, tmp_path: Path) -> None:
     """The step is made again in parts, and the adapter is that of all at once but for rounding."""
@@ -95,6 +96,7 @@ def test_out_of_memory_takes_less_at_a_time(index: int, photos: Path, tmp_path: 
         assert (factors.delta() - plain.modules[key].delta()).norm() <= 0.01 * plain.modules[key].delta().norm()
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_memory_is_continued_in_the_same_way(photos: Path, tmp_path: Path) -> None:
     def limited(n: int, output: Any) -> Any:
         if len(output.sample) > 1 and n >= 2:
@@ -224,6 +226,7 @@ def test_a_full_disk_at_any_write(digests: tuple[str, str], photos: Path, tmp_pa
         survives(photos, tmp_path / "run", digests, fault, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="the limit is of POSIX")
 @pytest.mark.parametrize("size", [100, 30_000])
 def test_a_write_that_stops_in_its_middle(size: int, digests: tuple[str, str], photos: Path, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_train_leaves_a_page_that_needs_nothing_else(run: Path) -> None:
     assert str(run.parent) not in text and "0.jpg" not in text  # no place and no name of a photo
 
 
+@pytest.mark.slow
 def test_it_says_what_the_run_was(run: Path) -> None:
     text, parsed = page_of(run)
     assert parsed.text["h1"] == ["sks dog"]
@@ -128,6 +129,7 @@ def test_it_says_what_the_run_was(run: Path) -> None:
     assert "Without prior preservation" in text
 
 
+@pytest.mark.slow
 def test_samples_are_strips_of_one_prompt_over_time(run: Path) -> None:
     _, parsed = page_of(run)
     strips = [div["aria-label"] for div in parsed.all("div") if div.get("class") == "strip"]

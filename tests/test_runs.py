@@ -169,6 +169,7 @@ def test_other_settings_are_named_and_restart_forgets_the_run(whole: tuple[Path,
         tiny_run(photos, None, restart=True)
 
 
+@pytest.mark.slow
 def test_settings_that_only_round_differently_are_said(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     """One picture at a time or with gradient checkpointing: the run goes on, and is the same but for rounding."""
     folder, _ = whole
@@ -191,6 +192,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.pt", "adapter.safetensors", "run.json", "manifest.json"])
 @pytest.mark.parametrize("which", [("000004",), ("000002",), ("000002", "000004")])
 def test_a_flipped_bit_costs_one_checkpoint_and_is_told(
@@ -238,6 +240,7 @@ def test_a_moved_or_copied_folder_goes_on(whole: tuple[Path, str], photos: Path,
     assert tiny_run(photos, moved.parent / ".." / "copy", config=QUICK, on_step=lambda s: broken()) == whole[1]
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_is_said(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     with pytest.raises(Broken):
         tiny_run(photos, tmp_path, config=QUICK, on_step=at(3, broken))
@@ -272,6 +275,7 @@ def test_a_restart_removes_only_what_a_run_has_made(photos: Path, tmp_path: Path
     assert not list(run.glob("checkpoints/[0-9]*/state.pt")) and not (run / "adapter.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\u202eb", "a'b\"c"])
 def test_a_strange_name_is_a_name_and_is_shown_escaped(
     name: str, whole: tuple[Path, str], photos: Path, tmp_path: Path
@@ -303,6 +307,7 @@ def test_a_tilde_is_the_home_folder(photos: Path, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "[]", "\xff", '{"identity": 1, "events": null}'])
 def test_a_record_that_cannot_be_read_is_written_anew(text: str, whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     with pytest.raises(Broken):
@@ -400,6 +405,7 @@ def test_a_second_signal_acts_at_once(photos: Path, tmp_path: Path) -> None:
         tiny_run(photos, None, config=QUICK, on_step=at(3, lambda: signal.raise_signal(signal.SIGINT)))
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_leaves_with_its_code(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     """While it saves: what it was writing is gone, what was there is whole."""
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -464,6 +470,7 @@ def test_the_time_for_the_mirror_counts_too() -> None:
     assert stopping.asked(copying=301.0) == TIME_UP
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_with_a_usable_adapter(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     early = train(tiny(), subject(photos), lora=LORA, config=QUICK, out=out, progress=False, time_limit=1e-6)

@@ -79,6 +79,7 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_one_call_of_the_unet_and_none_of_the_others(
     prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
 ) -> None:
