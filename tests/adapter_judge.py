@@ -1,4 +1,4 @@
-"""A judge of what loading a file that is not to be trusted does: loaded within the limits, or refused by name."""
+"""Load untrusted adapter files one after another: each loads within the limits or is refused by name."""
 
 from __future__ import annotations
 

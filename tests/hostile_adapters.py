@@ -1,4 +1,4 @@
-"""Adapter files that nobody should be able to hurt us with, built by code, each with the error that it must get."""
+"""Hostile adapter files, built by code, each with the error that loading it must raise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ META = "lora_adapter_metadata"
 class Hostile:
     name: str
     error: type[E.AdapterError]
-    build: Callable[[Path], Path]  # into an empty folder; what shall be loaded
+    build: Callable[[Path], Path]  # into an empty folder; returns the path to load
     says: str = ""  # a part of the message
 
 

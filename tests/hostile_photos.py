@@ -1,4 +1,4 @@
-"""Photos and what lies beside them, as bad as they come, built by code, each with what must become of it."""
+"""Bad photos and bad files beside them, built by code, each with its expected outcome."""
 
 # ruff: noqa: E501  # one line a case
 

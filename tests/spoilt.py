@@ -1,4 +1,4 @@
-"""Files for tests, made and spoilt: a safetensors file taken apart and put together, bytes changed at random, files cut off."""
+"""Files that are wrong on purpose: safetensors files built from parts, cut off, or changed at random from a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strangers' files can do to us (nothing), and what good files must not suffer (a refusal)."""
+"""Untrusted files do no harm, and good files are never refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people throw in: every hostile photo has its stated outcome, without any other exception."""
+"""Every hostile photo has its expected outcome, and raises no other exception."""
 
 from __future__ import annotations
 
