@@ -61,7 +61,7 @@ def test_the_words_come_from_the_first_adapter_with_a_token():
     mug = replace(style, card=Card(token="zwx", class_noun="mug"))
     assert prompts_for([style, mug], ["{token} {class_noun}"]) == ["zwx mug"]
     assert prompts_for([style], ["plain"]) == ["plain"]
-    with pytest.raises(SettingsError, match="which no adapter's card names"):
+    with pytest.raises(SettingsError, match=r"no adapter.s card has \{token\}; write the word itself"):
         prompts_for([style], ["{token}"])
 
 

@@ -31,7 +31,7 @@ SMALL = 128  # pixels: pictures up to this are lossless
 def check_output(path: Path) -> None:
     """Whether a gallery or grid can be saved under this name; before the work, not after it. Raises SettingsError."""
     if path.suffix.lower() not in (*PAGE, *KINDS):
-        raise SettingsError(f"{path}: pictures are saved together as .html, .png, .jpg or .webp")
+        raise SettingsError(f"{path}: a gallery or grid is saved as .html, .png, .jpg or .webp")
 
 
 class Gallery:
