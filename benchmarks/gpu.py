@@ -24,7 +24,7 @@ from plan import Case, base_of, cache_of
 
 import lora_booth as lb
 from lora_booth.planning.planning import plan
-from lora_booth.training.loop import TrainingRun
+from lora_booth.training.training_run import TrainingRun
 
 WARM = 10  # steps that are not timed: kernels are compiled, the step is recorded
 

@@ -27,8 +27,8 @@ from lora_booth.base.quantization import put_packed, quantize
 from lora_booth.base.weight_files import put
 from lora_booth.planning.planning import plan
 from lora_booth.planning.shapes import Shapes, built_in, without_weights
-from lora_booth.run import training_steps
 from lora_booth.training.latents import LatentCache, LatentSet
+from lora_booth.training.training_run import training_steps
 
 STEPS = 3
 VAE = {"block_out_channels": (32, 64, 128, 128)}  # narrow, for time

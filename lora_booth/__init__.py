@@ -46,9 +46,9 @@ _HOMES = {
     "check_token": "subject.tokens",
     "propose_tokens": "subject.tokens",
     "plan": "planning.planning",
-    "prepare": "training.preparation",
+    "prepare": "training.encoding",
     "train": "run",
-    "training_steps": "run",
+    "training_steps": "training.training_run",
 }
 __all__ = ["__version__", *_HOMES]
 
@@ -78,11 +78,12 @@ if TYPE_CHECKING:
     from .pictures.weights import Weight
     from .planning.planning import plan
     from .report.report import write_report
-    from .run import train, training_steps
+    from .run import train
     from .subject.subject import Subject
     from .subject.tokens import check_token, propose_tokens
-    from .training.preparation import prepare
+    from .training.encoding import prepare
     from .training.progress import Step
+    from .training.training_run import training_steps
 
 
 def __getattr__(name: str) -> object:

@@ -1,10 +1,9 @@
-"""What was computed once and is kept on disk: latents, text embeddings and class images, found again by their contents.
+"""The cache on disk: latents, text embeddings, class images and measurements, found by what they depend on.
 
-An entry is one safetensors file under the hash of everything that its values depend on, so nothing in it can become stale.
-It is written beside its place and renamed, carries a checksum, and is computed anew when it is damaged. A disk that is
-full or cannot be written never stops anybody: the work is then done without the cache.
+An entry is one safetensors file, named by the hash of everything its values depend on, so it can never be stale. It carries
+a checksum and is computed again if it is damaged. A full or read-only disk is no error: everything works without the cache.
 
-Latents show your photos (not their names or places): the folders are for their owner only, and `clear_cache` empties them.
+Latents show your photos (not their names or places), so only their owner can read the folders; `clear_cache` empties them.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from .files import replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1  # of what the entries hold
+VERSION = 1  # of what entries contain
 KINDS = ("latents", "text", "digests", "class_images", "attention", "counts")
 LIMIT = 2.0  # GB; $LORA_BOOTH_CACHE_GB
-FRESH = 3600  # seconds since its last use in which an entry is not pruned: a run may still want it
+FRESH = 3600  # seconds after its last use in which an entry is never pruned, since a run may need it: chosen
 
 
 def cache_folder() -> Path:
@@ -35,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def own_folder(kind: str) -> Path:
-    """The folder of one kind of entry, made when it is missing; nobody else can look into it."""
+    """The folder of one kind of entry, created if missing and readable by its owner only."""
     folder = cache_folder() / kind
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.stat().st_mode & 0o077:
@@ -44,13 +43,13 @@ def own_folder(kind: str) -> Path:
 
 
 def key_of(**facts: Any) -> str:
-    """The hash of all that an entry's values depend on."""
+    """The hash of everything an entry's values depend on."""
     text = json.dumps({"version": VERSION, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_entry(kind: str, key: str) -> dict[str, Tensor] | None:
-    """The tensors of an entry, on the CPU; None: it is not there, or damaged."""
+    """The tensors of an entry, on the CPU; None if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     path = place_of(kind, key)
@@ -61,13 +60,13 @@ def read_entry(kind: str, key: str) -> dict[str, Tensor] | None:
         if metadata.get("key") != key or metadata.get("sha256") != checksum(tensors):
             return None
         os.utime(path)  # when it was last used
-    except (OSError, SafetensorError, ValueError, RuntimeError):  # the last is PyTorch's word for a file that has just gone
+    except (OSError, SafetensorError, ValueError, RuntimeError):  # PyTorch raises the last for a file that just vanished
         return None
     return tensors
 
 
 def write_entry(kind: str, key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Keep `tensors`, whole or not at all. False: the disk does not take it, which is nobody's trouble."""
+    """Keep `tensors`, completely or not at all. Returns False if the disk cannot take them."""
     from safetensors.torch import save_file
 
     path = place_of(kind, key)
@@ -79,7 +78,7 @@ def write_entry(kind: str, key: str, tensors: Mapping[str, Tensor]) -> bool:
             save_file(whole, temporary, {"key": key, "sha256": checksum(whole)})
     except OSError:
         return False
-    except Exception as error:  # safetensors tells a full disk in an error of its own
+    except Exception as error:  # safetensors reports a full disk by its own error
         if type(error).__name__ != "SafetensorError":
             raise
         return False
@@ -109,12 +108,12 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def entries() -> Iterator[tuple[Path, int, float]]:
-    """Every file of the cache with its bytes and the time of its last use."""
+    """Every file of the cache, its bytes and the time of its last use."""
     for kind in KINDS:
         for path in (cache_folder() / kind).rglob("*"):
             try:
                 status = path.stat()
-            except OSError:  # another process was quicker
+            except OSError:  # another process removed it
                 continue
             if path.is_file():
                 yield path, status.st_size, status.st_mtime
@@ -134,9 +133,9 @@ def limit() -> int:
 
 
 def prune_cache(most: int | None = None, *, now: float | None = None) -> int:
-    """Delete what was not used for longest until no more than `most` bytes (None: the limit) are left; returns how many went.
+    """Delete the least recently used entries until at most `most` bytes (None: the limit) are left. Returns the bytes deleted.
 
-    Entries of the last hour stay, and so do temporary files that somebody may be writing.
+    Entries used in the last hour stay, and so do temporary files that may still be written.
     """
     import time
 
@@ -152,7 +151,7 @@ def prune_cache(most: int | None = None, *, now: float | None = None) -> int:
 
 
 def clear_cache() -> int:
-    """Delete every entry: latents, text embeddings, class images, measurements. Returns the bytes that went."""
+    """Delete every entry: latents, text embeddings, class images, measurements. Returns the bytes deleted."""
     before = cache_size()
     for kind in KINDS:
         shutil.rmtree(cache_folder() / kind, ignore_errors=True)

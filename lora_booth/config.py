@@ -15,13 +15,13 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """The shape of the adapter: which modules get a low-rank change, and of which rank."""
+    """The shape of the adapter: which modules get a low-rank update, and its rank."""
 
     rank: int = 8
-    alpha: float | None = None  # the change is scaled by alpha / rank; None: alpha = rank
-    dropout: float = 0.0  # on the input of the change, while training
-    target_modules: tuple[str, ...] = ATTENTION_TARGETS  # U-Net modules whose path ends so
-    text_encoder: bool = False  # adapt the text encoders as well
+    alpha: float | None = None  # the update is scaled by alpha / rank; None: alpha = rank
+    dropout: float = 0.0  # on the input of the update, while training
+    target_modules: tuple[str, ...] = ATTENTION_TARGETS  # U-Net modules whose path ends like this
+    text_encoder: bool = False  # also adapt the text encoders
     text_target_modules: tuple[str, ...] = TEXT_TARGETS
 
     def __post_init__(self) -> None:
@@ -37,34 +37,34 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train. `None` means: chosen from the photos and the base (see `docs/defaults.md` for each reason)."""
+    """How to train. `None` means chosen from the photos and the base (`docs/defaults.md` gives the reasons)."""
 
     steps: int | None = None  # optimizer updates
     learning_rate: float | None = None
-    batch_size: int = 1  # photos; as many class images come on top
-    gradient_accumulation: int = 1  # batches for one update
-    pictures_at_a_time: int | None = None  # of a batch through the U-Net: fewer take less memory; None: all
+    batch_size: int = 1  # photos; the same number of class images is added
+    gradient_accumulation: int = 1  # batches per update
+    pictures_at_a_time: int | None = None  # of a batch through the U-Net; fewer need less memory; None: all
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int | None = None  # linear, from 0
+    warmup_steps: int | None = None  # updates of linear warm-up from 0
     weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # math.inf: no clipping
     prior_loss_weight: float = 1.0  # 0: no prior preservation
-    class_images: int | None = None  # how many pictures of the bare class keep the prior
-    min_snr_gamma: float | None = None  # 5.0 is usual; None: every timestep counts alike
-    flip: bool = False  # also train on mirrored photos (not for lettering or faces)
-    resolution: int | None = None  # pixels; None: what the base was made for
+    class_images: int | None = None  # how many pictures of the plain class preserve the prior
+    min_snr_gamma: float | None = None  # 5.0 is usual; None: all timesteps count equally
+    flip: bool = False  # also train on mirrored photos (not for text or faces)
+    resolution: int | None = None  # pixels; None: the base's own
     seed: int = 0
-    attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"  # auto: the fastest here, found by a short measurement
+    attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"  # auto: the fastest, by a short measurement
     gradient_checkpointing: bool = False  # less memory, about a third slower
-    lean: bool = True  # frozen layers keep nothing that only a gradient of their weights would need
-    capture: Literal["auto", "on", "off"] = "auto"  # record a step and play it again; auto: where it can be and pays
-    compile: bool = False  # the U-Net's repeated blocks by torch.compile: the first step then takes a minute or more
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits for its state, by bitsandbytes
-    checkpoint_every: int = 50  # updates between two savings of the run's state, when it has a folder
-    checkpoint_minutes: float = 2.0  # or after so long, whichever comes first
-    sample_every: int | None = None  # updates between two rounds of sample pictures; None: none
-    sample_prompt: str | tuple[str, ...] | None = None  # one or several; None: the subject, that in the snow, the bare class
-    sample_seeds: int = 1  # pictures of each prompt, on `seed` and those after it
+    lean: bool = True  # frozen layers store nothing that only their weights' gradients would need
+    capture: Literal["auto", "on", "off"] = "auto"  # replay a recorded step; auto: where that is possible
+    compile: bool = False  # torch.compile the U-Net's repeated blocks; the first step takes a minute or more
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8-bit state by bitsandbytes
+    checkpoint_every: int = 50  # updates between two checkpoints of a run with a folder
+    checkpoint_minutes: float = 2.0  # or minutes, whichever comes first
+    sample_every: int | None = None  # updates between two rounds of sample pictures; None: no samples
+    sample_prompt: str | tuple[str, ...] | None = None  # None: the subject, the subject in the snow, the plain class
+    sample_seeds: int = 1  # pictures of each prompt, with `seed` and the seeds after it
 
     def __post_init__(self) -> None:
         check(self.steps is None or self.steps >= 1, f"steps {self.steps}", "at least 1")

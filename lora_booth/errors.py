@@ -1,4 +1,18 @@
-"""What can go wrong on the user's side. Every message says the cause, the value and the remedy, in one line."""
+"""What can go wrong on the user's side. Each message gives the cause, the value and the remedy in one line.
+
+LoraBoothError
+├── PhotoError            photos that cannot be used, or too few
+├── SubjectError          a token, class noun, caption or prompt template
+├── BaseModelError        a base model that cannot be found, read or recognised
+├── SettingsError         a setting out of range, or two that exclude each other
+├── TrainingError         training that cannot start or had to stop
+├── EvaluationError       adapters that cannot be scored
+├── MissingExtraError     an optional package is needed
+└── AdapterError          an adapter file that cannot be read, trusted or used
+    ├── AdapterFormatError, UnsafeFormat, UnsafePath, AdapterTooLarge       before its tensors are read
+    ├── AdapterDtypeError, AdapterNonFinite, AdapterScaleError              the values of its tensors
+    └── AdapterIncomplete, AdapterTargetError, AdapterBaseMismatch          what they are for
+"""
 
 
 def shown(name: object) -> str:
@@ -8,7 +22,7 @@ def shown(name: object) -> str:
         if character.isprintable():
             return character
         code = ord(character)
-        if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name that is not UTF-8
+        if 0xDC80 <= code <= 0xDCFF:  # how Python represents a byte of a file name that is not UTF-8
             return f"\\x{code - 0xDC00:02x}"
         return character.encode("unicode_escape").decode("ascii")
 
@@ -16,7 +30,7 @@ def shown(name: object) -> str:
 
 
 class LoraBoothError(Exception):
-    """The root: anything that a user can mend. The command line prints it as one line and exits with 2."""
+    """The root: anything a user can fix. The command line prints it as one line and exits with 2."""
 
 
 class PhotoError(LoraBoothError):
@@ -40,11 +54,11 @@ class TrainingError(LoraBoothError):
 
 
 class EvaluationError(LoraBoothError):
-    """Adapters that cannot be scored: nothing to score them with, or not by one measure."""
+    """Adapters that cannot be scored, or not by the same measure."""
 
 
 class MissingExtraError(LoraBoothError):
-    """An optional package is needed; the message names the pip command."""
+    """An optional package is needed; the message gives the pip command."""
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an optional package; pip install 'lora-booth[{extra}]'")
@@ -63,7 +77,7 @@ class AdapterFormatError(AdapterError):
 
 
 class UnsafeFormat(AdapterError):
-    """A pickle (.bin, .pt, .ckpt): reading it could run its code, so it is never read."""
+    """A pickle (.bin, .pt, .ckpt), which is never read: loading one can run any code."""
 
 
 class UnsafePath(AdapterError):
@@ -71,7 +85,7 @@ class UnsafePath(AdapterError):
 
 
 class AdapterTooLarge(AdapterError):
-    """More tensors, metadata, rank or bytes than an adapter has."""
+    """More tensors, metadata, rank or bytes than an adapter can have."""
 
 
 class AdapterDtypeError(AdapterError):
@@ -83,15 +97,15 @@ class AdapterNonFinite(AdapterError):
 
 
 class AdapterScaleError(AdapterError):
-    """An alpha that is not finite or far from its rank."""
+    """An alpha that is not finite, or far from its rank."""
 
 
 class AdapterIncomplete(AdapterError):
-    """Half of a pair is missing, or the two halves do not fit together."""
+    """Half of a pair is missing, or its two halves do not fit together."""
 
 
 class AdapterTargetError(AdapterError):
-    """A key for a module that adapters do not change, or that cannot be understood."""
+    """A key of a module that adapters do not change, or that is not recognised."""
 
 
 class AdapterBaseMismatch(AdapterError):
@@ -99,13 +113,13 @@ class AdapterBaseMismatch(AdapterError):
 
 
 class OtherBaseWarning(UserWarning):
-    """The adapter fits this base, but was trained on another one of the same family: it may look different."""
+    """The adapter fits this base, but was trained on another one of its family: results may look different."""
 
 
 class CompositionWarning(UserWarning):
-    """Adapters that will not stay apart in one picture; `Composition.preflight` says more."""
+    """Adapters that will blend in one picture; see `Composition.preflight`."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library said, short enough to quote in one line."""
+    """The message of another library's error, short enough to quote in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,4 +1,4 @@
-"""The only file that knows PEFT: put adapters into a pipeline's modules, and take them out without a trace."""
+"""PEFT in and out: put adapters into a pipeline's modules, and take them out without a trace. Only this file knows PEFT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FINGERPRINT_LENGTH = 16  # hex digits of BaseModel.fingerprint
 
 
 def module_path(component: str, path: str) -> str:
-    """The adapter's path of a submodule: text encoders always with `text_model.`."""
+    """The adapter's path of a submodule; those of text encoders always have `text_model.`."""
     if component != "unet" and not path.startswith(TEXT_LEVEL):
         path = TEXT_LEVEL + path
     return f"{component}.{path}"
@@ -56,7 +56,7 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
-    """For every component, the modules that `lora` adapts. Raises SettingsError for a target or rank that cannot be."""
+    """For every component, the modules that `lora` adapts. Raises SettingsError for an impossible target or rank."""
     wanted = {"unet": lora.target_modules}
     if lora.text_encoder:
         wanted |= {name: lora.text_target_modules for name in base.text_encoders}
@@ -78,7 +78,7 @@ def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
 
 
 def unread_layers(base: BaseModel, component: str) -> list[str]:
-    """Final text encoder layers that condition nothing, as "layers.11": an adapter there would learn nothing."""
+    """Final text encoder layers without effect, e.g. "layers.11": an adapter there would learn nothing."""
     encoders = list(base.text_encoders)
     if component not in encoders:
         return []
@@ -94,8 +94,8 @@ def unread_layers(base: BaseModel, component: str) -> list[str]:
 class Injection:
     """PEFT layers around some layers of one module tree, and how to undo them.
 
-    They wrap the plain layer itself, below any PEFT layer that the user has put there: so the user's adapters stay as
-    they are (active, switched off or fused), and neither knows of the other.
+    They wrap the plain layer itself, below any PEFT layer that the user put there, so the user's own adapters stay as they are
+    (active, disabled or fused).
     """
 
     model: Any
@@ -103,7 +103,7 @@ class Injection:
     layers: dict[str, Any]  # path -> PEFT layer
 
     def remove(self) -> None:
-        """Take the layers out, in whatever order several injections go."""
+        """Take the layers out. Several injections may be removed in any order."""
         for path, wrapper in self.layers.items():
             held = holder_of(self.model, path, wrapper)
             if held is not None:
@@ -115,7 +115,7 @@ class Injection:
 
 
 def holder_of(model: nn.Module, path: str, wrapper: nn.Module) -> tuple[nn.Module, str] | None:
-    """The module that holds `wrapper`, and its name there: in the model, or in PEFT layers around it."""
+    """The module that holds `wrapper` and its name there: in the model, or in PEFT layers around it."""
     above, _, child = path.rpartition(".")
     parent = model.get_submodule(above)
     while (held := parent._modules.get(child)) is not wrapper:
@@ -126,7 +126,7 @@ def holder_of(model: nn.Module, path: str, wrapper: nn.Module) -> tuple[nn.Modul
 
 
 def home(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
-    """Where the plain layer of `path` hangs: in the model, or in the PEFT layers around it."""
+    """The module that holds the plain layer of `path`, its name there, and the layer."""
     above, _, child = path.rpartition(".")
     parent = model.get_submodule(above)
     while isinstance(inner := getattr(parent._modules[child], "base_layer", None), nn.Module):
@@ -181,7 +181,7 @@ def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: floa
 
 @dataclass
 class TrainableLora:
-    """The adapter under training: fp32 factors inside the frozen base. What it has learnt stays when it is taken out."""
+    """The adapter under training: float32 factors inside the frozen base. They stay readable when it is taken out."""
 
     parameters: dict[str, nn.Parameter]  # path in adapter files + ".down" or ".up"
     alpha: float
@@ -191,35 +191,32 @@ class TrainableLora:
         return self.parameters
 
     def copied(self) -> dict[str, Tensor]:
-        """What is learnt so far, under the names of `named_parameters`, on the CPU: one copy from the device."""
+        """What was learnt so far, by the names of `named_parameters`: one copy from the device to the CPU."""
         values = self.flat.values.detach().to("cpu", copy=True)
         return dict(zip(self.parameters, self.flat.parts_of(values), strict=True))
 
     def factors(self) -> dict[str, LoraFactors]:
-        """A copy of what is learnt so far, on the CPU."""
+        """A copy of what was learnt so far, on the CPU."""
         learnt = self.copied()
         paths = dict.fromkeys(name.rpartition(".")[0] for name in learnt)
         return {path: LoraFactors(learnt[f"{path}.down"], learnt[f"{path}.up"], self.alpha) for path in paths}
 
     def check_gradients(self) -> None:
-        """After the first backward pass: every gradient must be finite, and that of every up factor not zero."""
-        gradients = {name: p.grad for name, p in self.named_parameters().items() if p.grad is not None}
-        broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        if broken:
-            raise TrainingError(
-                f"the first gradient of {broken[0]} is not finite; try another attention= or dtype=torch.float32"
-            )
-        ups = [name for name in gradients if name.endswith(".up")]
-        silent = [name for name in ups if not gradients[name].any()]
+        """After the first backward pass. Raises TrainingError unless all gradients are finite and no up factor's is zero."""
+        remedy = "try another attention= or dtype=torch.float32"
+        if not self.flat.gradient.isfinite().all():
+            raise TrainingError(f"the first gradients are not finite; {remedy}")
+        ups = [name for name in self.parameters if name.endswith(".up")]
+        silent = [name for name in ups if not self.parameters[name].grad.any()]  # type: ignore[union-attr]
         if len(silent) == len(ups):
-            raise TrainingError("all gradients are zero at the first step; try another attention= or dtype=torch.float32")
+            raise TrainingError(f"all gradients are zero at the first step; {remedy}")
         if silent:
             raise TrainingError(f"no gradient reaches {len(silent)} adapter tensors, first {silent[0]}; please report this")
 
 
 @contextmanager
 def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[TrainableLora]:
-    """Inject a fresh adapter to train; leaving takes it out and the base is what it was, also after an exception."""
+    """Inject a new adapter to train. Leaving takes it out and restores the base, also after an exception."""
     chosen = target_paths(base, lora)
     injections: dict[str, Injection] = {}
     parameters: dict[str, nn.Parameter] = {}
@@ -250,7 +247,7 @@ def check_rank(path: str, layer: nn.Module, rank: int) -> None:
 
 
 def placed(model: nn.Module, component: str, adapter: Adapter, base_name: str) -> dict[str, LoraFactors]:
-    """The adapter's factors for one component, by module path. Raises AdapterBaseMismatch where one does not fit."""
+    """The adapter's factors for one component, by module path. Raises AdapterBaseMismatch if one does not fit."""
     here: dict[str, LoraFactors] = {}
     for key, factors in adapter.modules.items():
         owner, _, path = key.partition(".")
@@ -262,7 +259,7 @@ def placed(model: nn.Module, component: str, adapter: Adapter, base_name: str) -
         except AttributeError:
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {base_name} has no module {key}") from None
         if not adaptable(layer):
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base_name} is no linear or convolution layer")
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base_name} is not a linear or convolution layer")
         given, wanted = (factors.up.shape[0], *factors.down.shape[1:]), weight_shape(layer)
         if given != wanted and given[:2] == wanted[:2] and {*given[2:], *wanted[2:]} == {1}:
             # one tool's 1x1 convolution is another's linear layer (proj_in of SD 2.x): the same numbers
@@ -290,11 +287,11 @@ class AttachedAdapter:
     layers: dict[str, Any]
 
     def scale(self, path: str, weight: float) -> None:
-        """Give one layer another weight."""
+        """Set the weight of one layer."""
         self.layers[path].scaling[NAME] = self.adapter.modules[path].scale * weight
 
     def up(self, path: str) -> nn.Module:
-        """The module whose output, times the layer's scaling, is the change of that layer's output."""
+        """The module whose output, times the layer's scaling, is added to that layer's output."""
         return self.layers[path].lora_B[NAME]
 
 
@@ -302,7 +299,7 @@ Placement = tuple[Adapter, float, dict[str, dict[str, LoraFactors]]]  # adapter,
 
 
 def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> list[Placement]:
-    """Where the factors of each adapter go. Raises AdapterBaseMismatch when one was made for another base."""
+    """Where the factors of each adapter go. Raises AdapterBaseMismatch if one was made for another base."""
     known_base = BaseModel.of(base, name="this pipeline")
     family, where = known_base.family, known_base.name
     components = known_base.components
@@ -322,7 +319,7 @@ def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]])
 
 
 def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
-    """Family and shapes fit: say so if the weights are others than those that the adapter was trained on."""
+    """Family and shapes fit: warn if the adapter was trained on other weights."""
     known = adapter.card.base_hash or ""
     if len(known) != FINGERPRINT_LENGTH:  # other tools' hashes are of files, not of weights
         return
@@ -330,7 +327,7 @@ def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
         return  # with the user's own adapters in it, or quantized by the user, it has no fingerprint to compare
     if known != base.fingerprint:
         warnings.warn(
-            f"{made_for(adapter)}; the weights of {base.name} are others of the same shapes, so it may look different",
+            f"{made_for(adapter)}; {base.name} has other weights of the same shapes, so it may look different",
             OtherBaseWarning,
             stacklevel=2,
         )
@@ -351,7 +348,7 @@ def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -
 
 @contextmanager
 def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[list[AttachedAdapter]]:
-    """As `attached`, for code that changes weights while the adapters are on: yields one AttachedAdapter for each."""
+    """Like `attached`, for code that changes weights while the adapters are on: yields an AttachedAdapter for each."""
     pipeline = BaseModel.of(base).pipeline
     plan = placements(base, adapters)
     injections: list[Injection] = []

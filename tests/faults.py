@@ -32,8 +32,9 @@ from lora_booth.run import train  # noqa: E402,F401
 from lora_booth.subject.subject import Subject  # noqa: E402
 from lora_booth.training.checkpoint import ADAPTER, STATE, newest, read_back, unpacked_state  # noqa: E402
 from lora_booth.training.health import RAISED, RECENT  # noqa: E402
-from lora_booth.training.memory_ladder import RUNGS  # noqa: E402
-from lora_booth.training.settings import learning_rate, settled  # noqa: E402
+from lora_booth.training.loop import learning_rate  # noqa: E402
+from lora_booth.training.memory_ladder import LEVELS  # noqa: E402
+from lora_booth.training.settings import settled  # noqa: E402
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=12, checkpoint_every=3, prior_loss_weight=0.0, warmup_steps=0, batch_size=2, attention="sdpa")
@@ -206,7 +207,7 @@ class Fault:
 
 FAULTY = replace(CONFIG, steps=120, checkpoint_every=10)
 NOT_FINITE = "the loss or its gradients were not finite"
-HALVED = "the learning rate is halved; going on from step"
+HALVED = "the learning rate is halved; continuing from step"
 HALF = RECENT // 2  # so many high losses raise the median
 
 
@@ -216,19 +217,19 @@ def good_before(step: int) -> int:
 
 
 def memory(at: int) -> Outcome:
-    return Outcome([f"out of memory at step {at}: going on with pictures_at_a_time=1"])
+    return Outcome([f"out of memory at step {at}: continuing with pictures_at_a_time=1"])
 
 
 def memory_for_good(at: int) -> Outcome:
-    rungs = [f"out of memory at step {at}: going on with {name}={value}" for name, value in RUNGS]
-    stopped = f"stopped: out of memory at step {at} with every saving .*; try a smaller resolution or rank.*"
+    rungs = [f"out of memory at step {at}: continuing with {name}={value}" for name, value in LEVELS]
+    stopped = f"stopped: out of memory at step {at} at every level .*; try a smaller resolution or rank.*"
     unsaved = [] if at - 1 == good_before(at) else [f"the last good state, of step {at - 1}, is saved"]
     return Outcome([*rungs, stopped, *unsaved], good=at - 1)
 
 
 def nan_twice(at: int) -> Outcome:
-    left_out = f"{NOT_FINITE} at step {at}: the update is left out"
-    again = rf"{NOT_FINITE} at step {at + 1}: the update is left out \(2 so far\)"
+    left_out = f"{NOT_FINITE} at step {at}: the update is skipped"
+    again = rf"{NOT_FINITE} at step {at + 1}: the update is skipped \(2 so far\)"
     return Outcome([left_out, again], left_out=(at, at + 1))
 
 
@@ -240,7 +241,7 @@ def nan_burst(at: int) -> Outcome:
 
 def nan_for_good(at: int) -> Outcome:
     good, every = good_before(at), FAULTY.checkpoint_every
-    again = rf"{NOT_FINITE} at step {good + 1}: the update is left out \(4 so far\)"
+    again = rf"{NOT_FINITE} at step {good + 1}: the update is skipped \(4 so far\)"
     stopped = f"stopped: {NOT_FINITE} 3 times in a row, at step {good + 3}, with half the rate as well; lower learning_rate .*"
     later = any(step % every == 0 for step in (at, at + 1))  # a checkpoint of the bad steps
     unsaved = [f"the last good state, of step {good}, is saved"] if good and later else []

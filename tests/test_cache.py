@@ -23,9 +23,8 @@ from lora_booth.injection import trainable
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training import prior
-from lora_booth.training.encoding_cache import TextCache, VaeCache, digest_of, digest_on_disk
+from lora_booth.training.encoding import TextCache, VaeCache, digest_of, digest_on_disk, prepare
 from lora_booth.training.latents import LatentCache
-from lora_booth.training.preparation import prepare
 from lora_booth.training.prior import class_image_folder, class_images
 
 LORA = LoraSpec(rank=2)

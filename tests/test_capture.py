@@ -16,9 +16,9 @@ from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError
 from lora_booth.kernels.capture import WORTH_A_TRACE, StepGraph, copied, fill, layout_of, obstacle, tensors_of
 from lora_booth.subject.subject import Subject
-from lora_booth.training.latents import Batch
-from lora_booth.training.loop import Inputs, TrainingRun
-from lora_booth.training.preparation import prepare
+from lora_booth.training.encoding import prepare
+from lora_booth.training.latents import Batch, Inputs
+from lora_booth.training.training_run import TrainingRun
 
 CONFIG = TrainingConfig(steps=6, class_images=2, warmup_steps=0, learning_rate=1e-3)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -153,7 +153,7 @@ def test_recorded_and_not_recorded_are_the_same_training(kind: str, dtype: torch
         run = TrainingRun(base, cache, LoraSpec(rank=2), replace(config, resolution=64))
         losses = [step.loss for step in run]
         assert bool(run.graph._recordings) == (capture == "on")
-        found[capture] = losses, run.factors
+        found[capture] = losses, run.lora.factors()
         run.close()
         assert not run.graph._recordings
     assert found["on"][0] == pytest.approx(found["off"][0], rel=1e-2)

@@ -18,9 +18,9 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
+from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import LatentCache
-from lora_booth.training.loop import LOOK_EVERY, TrainingRun
-from lora_booth.training.preparation import prepare
+from lora_booth.training.training_run import LOOK_EVERY, TrainingRun
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -54,7 +54,7 @@ def test_between_two_looks_at_the_losses_the_host_waits_for_nothing(
     with closing(TrainingRun(base, cache, LORA, replace(CONFIG, capture=capture))) as run:
         for _ in range(LOOK_EVERY):  # kernels are compiled, the step is recorded
             next(run)
-        scaled = run.scaler.is_enabled()  # its step asks whether there were infinite values
+        scaled = run.loop.scaler.is_enabled()  # its step asks whether there were infinite values
         torch.cuda.set_sync_debug_mode("default" if scaled else "error")
         try:
             for _ in range(LOOK_EVERY - 1):
@@ -74,11 +74,11 @@ def test_a_run_goes_on_as_it_was(prepared: tuple[BaseModel, LatentCache], optimi
         state = run.state()
         assert all(not tensor.is_cuda for tensor in state["lora"].values())
         expected = [step.loss for step in run]
-        learnt = run.factors
+        learnt = run.lora.factors()
     for _ in range(2):  # what is kept stays as it was
         with closing(TrainingRun(base, cache, LORA, config, resume=state)) as run:
             assert [step.loss for step in run] == pytest.approx(expected, rel=1e-2)
-            for key, factors in run.factors.items():
+            for key, factors in run.lora.factors().items():
                 assert (factors.delta() - learnt[key].delta()).norm() <= 0.05 * learnt[key].delta().norm()
 
 
@@ -117,7 +117,7 @@ def test_scarce_memory_is_saved(rex: Subject) -> None:
     torch.cuda.set_per_process_memory_fraction((least + 0.6 * (most - least)) / total)
     try:
         with closing(TrainingRun(base, cache, LORA, config, say=said.append)) as run:
-            assert len(list(run)) == 3 and run.savings
+            assert len(list(run)) == 3 and run.levels
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert any("out of memory at step 1: going on with" in line for line in said)

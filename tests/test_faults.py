@@ -37,7 +37,7 @@ from lora_booth.config import TrainingConfig
 from lora_booth.errors import LoraBoothError, TrainingError
 from lora_booth.run import train
 from lora_booth.training.checkpoint import newest, read_back
-from lora_booth.training.memory_ladder import RUNGS, climbed, next_rung, says_out_of_memory
+from lora_booth.training.memory_ladder import LEVELS, at_levels, is_out_of_memory, next_level
 
 QUICK = replace(CONFIG, steps=6, checkpoint_every=2)
 
@@ -59,22 +59,22 @@ def digests(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
 def test_which_errors_say_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert says_out_of_memory(caught.value)
-    assert says_out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")) and says_out_of_memory(MemoryError())
-    assert says_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert not says_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not says_out_of_memory(ValueError("out of memory"))
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_the_ladder_never_touches_what_is_learnt() -> None:
     config = TrainingConfig(batch_size=2)
-    for rung in (name for name, _ in RUNGS):
-        assert next_rung(config, pictures=4) == rung
-        changed = climbed(config, [rung])
-        assert [f for f in vars(config) if getattr(config, f) != getattr(changed, f)] == [rung]
+    for level in (name for name, _ in LEVELS):
+        assert next_level(config, pictures=4) == level
+        changed = at_levels(config, [level])
+        assert [f for f in vars(config) if getattr(config, f) != getattr(changed, f)] == [level]
         config = changed
-    assert next_rung(config, pictures=4) is None
-    assert next_rung(TrainingConfig(), pictures=1) == "gradient_checkpointing"
+    assert next_level(config, pictures=4) is None
+    assert next_level(TrainingConfig(), pictures=1) == "gradient_checkpointing"
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_out_of_memory_takes_less_at_a_time(index: int, photos: Path, tmp_path: 
 
     with failing_forward(base, fault):
         adapter = train(base, subject(photos), lora=LORA, config=QUICK, out=tmp_path / "run", progress=False)
-    assert events(tmp_path / "run") == [f"out of memory at step {index}: going on with pictures_at_a_time=1"]
+    assert events(tmp_path / "run") == [f"out of memory at step {index}: continuing with pictures_at_a_time=1"]
     plain = train(tiny(), subject(photos), lora=LORA, config=QUICK, progress=False)
     for key, factors in adapter.modules.items():
         assert (factors.delta() - plain.modules[key].delta()).norm() <= 0.01 * plain.modules[key].delta().norm()
@@ -118,7 +118,7 @@ def test_a_run_that_saved_memory_is_continued_in_the_same_way(photos: Path, tmp_
         call(tmp_path / "run", 3)
     assert call(tmp_path / "run", None) == expected
     assert [line for line in events(tmp_path / "run") if "memory" in line] == [
-        "out of memory at step 2: going on with pictures_at_a_time=1"
+        "out of memory at step 2: continuing with pictures_at_a_time=1"
     ]
 
 
@@ -132,11 +132,11 @@ def test_the_end_of_the_ladder_names_what_is_left(photos: Path, tmp_path: Path) 
 
     with (
         failing_forward(base, fault),
-        pytest.raises(TrainingError, match="every saving .*; try a smaller resolution or rank"),
+        pytest.raises(TrainingError, match="every level .*; try a smaller resolution or rank"),
     ):
         train(base, subject(photos), lora=LORA, config=QUICK, out=tmp_path, progress=False)
-    *rungs, stopped, saved = events(tmp_path)
-    assert rungs == [f"out of memory at step 4: going on with {name}={value}" for name, value in RUNGS]
+    *levels, stopped, saved = events(tmp_path)
+    assert levels == [f"out of memory at step 4: continuing with {name}={value}" for name, value in LEVELS]
     assert stopped.startswith("stopped: out of memory at step 4") and saved == "the last good state, of step 3, is saved"
     assert not base.unet.is_gradient_checkpointing
 
@@ -170,8 +170,8 @@ def test_gradients_that_are_not_finite_are_told_as_a_loss_is(photos: Path, tmp_p
     handle.remove()
     left_out = "the loss or its gradients were not finite at step"
     assert events(tmp_path) == [
-        f"{left_out} 3: the update is left out",
-        f"{left_out} 4: the update is left out (2 so far)",
+        f"{left_out} 3: the update is skipped",
+        f"{left_out} 4: the update is skipped (2 so far)",
     ]
 
 
@@ -186,7 +186,7 @@ def test_an_adapter_that_is_not_finite_is_no_checkpoint(photos: Path, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         tiny_run(photos, tmp_path, config=QUICK, on_step=spoil)
     left_out, said = events(tmp_path)
-    assert left_out.endswith("not finite at step 4: the update is left out")
+    assert left_out.endswith("not finite at step 4: the update is skipped")
     assert said.startswith("no checkpoint of step 4 (") and said.endswith("that of step 2 stays")
     found = newest([tmp_path / "checkpoints"])
     assert found is not None and found.step == 2

@@ -1,121 +1,56 @@
-"""The lock of a run's folder as Windows takes it, which nobody here has: with the words of its C runtime on locks of Linux that
-behave alike (a byte range, held by one open file and not by its process)."""
+"""The lock of a run's folder, and checkpoints on file systems that behave like those of Windows."""
 
 from __future__ import annotations
 
 import errno
-import importlib.util
 import multiprocessing
 import os
 import shutil
-import struct
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-import lora_booth.training.lock
 from lora_booth.errors import TrainingError
 from lora_booth.files import write_file
 from lora_booth.training.checkpoint import publish, read_back
+from lora_booth.training.run_folder import locked
 
 fcntl = pytest.importorskip("fcntl")
-if not hasattr(fcntl, "F_OFD_SETLK"):
-    pytest.skip("no locks of an open file here", allow_module_level=True)
-
-FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 
 
-class Runtime(ModuleType):
-    """msvcrt.locking as its documentation says: `nbytes` from the file's current position; another handle's bytes are refused,
-    also in the same process, and so is unlocking what is not locked. LK_LOCK tries ten times, then says deadlock."""
-
-    LK_UNLCK, LK_LOCK, LK_NBLCK = 0, 1, 2
-    refusal = errno.EACCES
-
-    def __init__(self) -> None:
-        super().__init__("msvcrt")
-        self.held: set[tuple[int, int, int]] = set()  # descriptor, first byte, bytes
-
-    def locking(self, descriptor: int, mode: int, nbytes: int) -> None:
-        place = (descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), nbytes)
-        if mode == self.LK_UNLCK:
-            if place not in self.held:
-                raise OSError(errno.EACCES, "Permission denied")
-            self.held.discard(place)
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(FLOCK, fcntl.F_UNLCK, os.SEEK_SET, place[1], nbytes, 0))
-            return
-        if place in self.held:
-            raise OSError(errno.EACCES, "Permission denied")
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, place[1], nbytes, 0))
-        except OSError as error:
-            raise OSError(self.refusal, os.strerror(self.refusal)) from error
-        self.held.add(place)
-
-
-@pytest.fixture
-def runtime() -> Runtime:
-    return Runtime()
-
-
-@pytest.fixture
-def windows(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """lora_booth.training.lock as it is imported where there is msvcrt and no fcntl."""
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", runtime)
-    spec = importlib.util.spec_from_file_location("lora_booth.training.lock_of_windows", lora_booth.training.lock.__file__)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    yield made
-    assert not runtime.held  # all is let go of, before the file is closed
-
-
-def free(file: Path, start: int, count: int) -> bool:
-    """Nobody has locked these bytes, which another handle could neither read nor write on Windows."""
-    with open(file, "rb+") as other:
-        asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
-        kind: int = struct.unpack(FLOCK, fcntl.fcntl(other, fcntl.F_OFD_GETLK, asked))[0]
-    return kind == fcntl.F_UNLCK
-
-
-@pytest.mark.parametrize("refusal", [errno.EACCES, errno.EDEADLK])
-def test_a_second_one_is_refused_and_the_third_may(windows: ModuleType, runtime: Runtime, refusal: int, tmp_path: Path) -> None:
-    runtime.refusal = refusal
-    with windows.locked(tmp_path) as held:
+def test_a_second_run_is_refused_and_a_third_may(tmp_path: Path) -> None:
+    with locked(tmp_path) as held:
         assert held is True
-        assert free(tmp_path / "lock", 0, 200) and not free(tmp_path / "lock", windows.FAR, 1)
         for _ in range(2):
             with pytest.raises(TrainingError, match=rf"another run is at work in it \(process {os.getpid()} on \S+\)"):
-                with windows.locked(tmp_path):
+                with locked(tmp_path):
                     raise AssertionError("not reached")
-    assert (tmp_path / "lock").read_bytes() == b""
-    with pytest.raises(KeyboardInterrupt), windows.locked(tmp_path):
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
         raise KeyboardInterrupt
-    with windows.locked(tmp_path) as held:
+    with locked(tmp_path) as held:
         assert held is True
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_where_there_are_no_locks_it_says_so(windows: ModuleType, runtime: Runtime, tmp_path: Path) -> None:
-    def locking(descriptor: int, mode: int, nbytes: int) -> None:
-        raise OSError(errno.EINVAL, "Invalid argument")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_storage_without_locks(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
 
-    runtime.locking = locking  # type: ignore[method-assign]
-    with windows.locked(tmp_path) as held:
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path) as held:
         assert held is False
 
 
 def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     """flock belongs to the open file, which a child shares: without an unlock it would outlive the run."""
-    with lora_booth.training.lock.locked(tmp_path):
+    with locked(tmp_path):
         process = in_fork(time.sleep, 60)
     try:
-        with lora_booth.training.lock.locked(tmp_path) as held:
+        with locked(tmp_path) as held:
             assert held is True
     finally:
         process.kill()

@@ -242,7 +242,7 @@ def test_what_others_say_of_paths_is_not_recorded(error: Exception, photos: Path
     train(tiny(), subject(photos), lora=LORA, config=config, out=tmp_path, track=Broken(), progress=False)
     record = (tmp_path / "run.json").read_text()
     [event] = json.loads(record)["events"]
-    assert event["what"].startswith("tracker broken is left out: ") and event["what"].isprintable()
+    assert event["what"].startswith("tracker broken is no longer used: ") and event["what"].isprintable()
     for file in files_of(tmp_path):
         assert b"jane" not in file.read_bytes() and b"diary" not in file.read_bytes()
 

@@ -32,8 +32,8 @@ from lora_booth.subject.subject import Subject
 from lora_booth.training.identity import run_facts
 from lora_booth.training.latents import Batch
 from lora_booth.training.loss import dreambooth_loss
-from lora_booth.training.modes import training_mode
 from lora_booth.training.prior import class_image_folder
+from lora_booth.training.training_mode import training_mode
 
 LORA = LoraSpec(rank=2, target_modules=("to_q", "to_v", "to_out.0", "ff.net.2"))
 CONFIG = TrainingConfig(steps=3, class_images=2, warmup_steps=0, learning_rate=1e-2, resolution=64, prior_loss_weight=0.0)

@@ -355,7 +355,7 @@ def test_a_tracker_that_fails_is_left_out(base: BaseModel, rex: Subject, capsys:
     bad, good = Heard(fail_at=2), Heard()
     config = replace(CONFIG, steps=3, sample_every=None)
     train(base, rex, lora=LoraSpec(rank=2), config=config, track=[bad, good])
-    assert "tracker heard is left out: no way out" in capsys.readouterr().err
+    assert "tracker heard is no longer used: no way out" in capsys.readouterr().err
     assert len(good.values) == 3 and len(bad.values) == 1 and not bad.done
 
 
@@ -374,7 +374,7 @@ def test_tensorboard_reads_what_was_tracked(base: BaseModel, rex: Subject, tmp_p
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(SettingsError, match="give out="):
+    with pytest.raises(SettingsError, match="pass out="):
         train(base, rex, track="tensorboard")
     train(base, rex, lora=LoraSpec(rank=2), config=CONFIG, out=tmp_path / "run", track="tensorboard", progress=False)
     found = EventAccumulator(str(tmp_path / "run" / "logs" / "run"))

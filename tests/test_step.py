@@ -22,9 +22,10 @@ from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError
 from lora_booth.subject.subject import Subject
 from lora_booth.training import latents
+from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import LatentCache
-from lora_booth.training.loop import LOOK_EVERY, TrainingRun
-from lora_booth.training.preparation import prepare
+from lora_booth.training.loop import inputs_of
+from lora_booth.training.training_run import LOOK_EVERY, TrainingRun
 
 CONFIG = TrainingConfig(steps=40, class_images=2, warmup_steps=0, learning_rate=1e-3, resolution=64)
 LORA = LoraSpec(rank=2)
@@ -117,7 +118,7 @@ def test_the_host_looks_at_the_device_now_and_then_only(
     run.look_every = LOOK_EVERY
     monkeypatch.setattr(latents, "rows", cache(latents.rows))  # the order of photos is the host's own affair
     for index in range(40):
-        list(run._inputs(index))
+        list(inputs_of(run.loop, index))
     next(run)  # the first step's gradients are looked at
     looks: list[int] = []
     for _ in range(39):
@@ -199,7 +200,7 @@ def test_a_run_goes_on_with_the_attention_that_it_began_with(
     begun.close()
     said: list[str] = []
     run = begin(CONFIG, resume=state, say=said.append)
-    assert run.config.attention == "plain" and {type(p).__name__ for p in base.unet.attn_processors.values()} == {
+    assert run.loop.config.attention == "plain" and {type(p).__name__ for p in base.unet.attn_processors.values()} == {
         "AttnProcessor"
     }
     assert said == ["attention: plain"]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,16 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError, TrainingError
 from lora_booth.pictures.composition import Composition
-from lora_booth.run import train, training_steps
+from lora_booth.run import train
 from lora_booth.subject.subject import Subject
+from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import LatentCache, LatentSet, conditions, draw, rows
+from lora_booth.training.loop import learning_rate
 from lora_booth.training.loss import dreambooth_loss
-from lora_booth.training.preparation import prepare
 from lora_booth.training.prior import class_images
 from lora_booth.training.progress import Step
-from lora_booth.training.settings import learning_rate, settled
+from lora_booth.training.settings import settled
+from lora_booth.training.training_run import training_steps
 
 LORA = LoraSpec(rank=2)
 ALONE = TrainingConfig(steps=4, prior_loss_weight=0.0, warmup_steps=0)  # without class images
@@ -280,7 +282,7 @@ def test_defaults_depend_on_photos_and_base() -> None:
     assert few.steps is not None and many.steps is not None and few.steps < many.steps
     assert few.resolution == 64
     given = TrainingConfig(steps=7, learning_rate=2e-4, warmup_steps=0, class_images=5, resolution=32)
-    assert settled(given, base, 3) == given
+    assert asdict(settled(given, base, 3)) == asdict(given)
     with pytest.raises(SettingsError, match="multiples of 8"):
         settled(TrainingConfig(resolution=60), base, 3)
 
@@ -511,6 +513,38 @@ def test_a_broken_base_is_told_at_the_first_step(rex: Subject) -> None:
         list(training_steps(base, broken, lora=LORA, config=ALONE))
     with pytest.raises(TrainingError, match="not finite"):
         next(iter(training_steps(base, broken, lora=LORA, config=ALONE)))
+
+
+@pytest.mark.parametrize(
+    ("factor", "overflows", "message"),
+    [(0.0, 0, "all gradients are zero at the first step"), (1.0, 100, "the first gradients are not finite"), (1.0, 2, None)],
+)
+def test_the_first_gradients_are_checked_under_a_scaler_too(
+    factor: float, overflows: int, message: str | None, rex: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 on a GPU such as a T4: gradients may overflow at first, but not be zero or never finite."""
+    base, passes = base_of("sd1"), []
+    cache = prepare(base, [rex], lora=LORA, config=ALONE)
+    monkeypatch.setattr("lora_booth.training.training_run.make_scaler", lambda base: torch.amp.GradScaler("cpu"))
+
+    def damaged(gradient: torch.Tensor) -> torch.Tensor:
+        passes.append(1)
+        return gradient * (math.inf if len(passes) <= overflows else factor)
+
+    def watch(module: Any, inputs: Any, output: Any) -> None:
+        output.sample.register_hook(damaged)
+
+    hook = base.unet.register_forward_hook(watch)
+    config = replace(ALONE, steps=30)
+    try:
+        if message is None:
+            *_, last = training_steps(base, cache, lora=LORA, config=config)
+            assert last.index == 30 and math.isfinite(last.loss)
+        else:
+            with pytest.raises(TrainingError, match=message):
+                list(training_steps(base, cache, lora=LORA, config=config))
+    finally:
+        hook.remove()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")

@@ -55,9 +55,11 @@ def main() -> None:
         config = lb.TrainingConfig(steps=3, class_images=2)
         lora = lb.LoraSpec(rank=2)
 
+        prepare, training_steps = lb.prepare, lb.training_steps  # the package looks a name up at its first use
+
         def loop() -> None:
-            cache = lb.prepare(base, [subject], lora=lora, config=config)
-            for _ in lb.training_steps(base, cache, lora=lora, config=config):
+            cache = prepare(base, subject, lora=lora, config=config)
+            for _ in training_steps(base, cache, lora=lora, config=config):
                 pass
 
         adapter = lb.train(base, subject, lora=lora, config=config)

@@ -16,7 +16,6 @@ from ..base.quantization import tensors_of, weight_shape
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
 from ..kernels.attention import attention_shapes, candidates
-from ..training.memory_ladder import batch_of
 
 GB = 1e9  # bytes
 CPU_CONTEXT = 0.07 * GB  # kernels that oneDNN and others compile; measured by benchmarks/plan.py
@@ -176,3 +175,8 @@ def cache_bytes(base: BaseModel, config: TrainingConfig, *, photos: int) -> int:
     pictures = photos + (config.class_images if config.prior_loss_weight > 0 else 0)
     latents = pictures * (2 if config.flip else 1) * 2 * 4 * unet.in_channels * side**2
     return int(latents + 2 * base.tokenizer.model_max_length * unet.cross_attention_dim * base.dtype.itemsize)
+
+
+def batch_of(config: TrainingConfig) -> int:
+    """Pictures of a batch."""
+    return config.batch_size * (2 if config.prior_loss_weight > 0 else 1)

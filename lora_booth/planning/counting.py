@@ -21,7 +21,7 @@ from ..config import LoraSpec, TrainingConfig
 from ..injection import trainable
 from ..training.latents import Batch
 from ..training.loss import dreambooth_loss
-from ..training.modes import training_mode
+from ..training.training_mode import training_mode
 from .meter import Meter, fused_attention, saved_for_backward
 from .shapes import Shapes, without_weights
 

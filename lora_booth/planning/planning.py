@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -22,9 +22,9 @@ from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
-from ..training.loop import TrainingRun
-from ..training.memory_ladder import batch_of, choices
-from ..training.settings import settled
+from ..training.memory_ladder import LEVELS
+from ..training.settings import SettledConfig, settled
+from ..training.training_run import TrainingRun
 from .budget import (
     CPU_CONTEXT,
     CUDA_CONTEXT,
@@ -33,6 +33,7 @@ from .budget import (
     GPUS,
     RESERVE,
     available_bytes,
+    batch_of,
     cache_bytes,
     device_name,
     gpu_named,
@@ -216,7 +217,7 @@ def plan(
         raise SettingsError(f"measure=True with {wrong}: only a loaded base can be timed, as it is; give BaseModel.load(...)")
     found = planner_for(base, lora, config, photos=photos, **asked).plan()  # type: ignore[arg-type]
     if measure and isinstance(base, BaseModel) and found.chosen is not None:
-        return replace(found, seconds=measured_seconds(base, lora, found.config))
+        return replace(found, seconds=measured_seconds(base, lora, settled(found.config, base, photos)))
     return found
 
 
@@ -280,9 +281,8 @@ def fitted(
     return chosen
 
 
-def measured_seconds(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> float:
+def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> float:
     """Seconds for one optimizer update on this machine: the median of three, on latents without a picture. config: settled"""
-    assert config.resolution
     with torch.no_grad():
         mean, _, time_ids = inputs(base, config.batch_size, config.resolution)
         prompts = {} if lora.text_encoder else {"a photo": base.encode_text(["a photo"])}
@@ -294,7 +294,7 @@ def measured_seconds(base: BaseModel, lora: LoraSpec, config: TrainingConfig) ->
         run = TrainingRun(base, cache, lora, config)
         stack.callback(run.close)
         seconds = []
-        for _ in range(WARM_UPS + min(TIMED, max(1, (config.steps or 0) - WARM_UPS))):
+        for _ in range(WARM_UPS + min(TIMED, max(1, config.steps - WARM_UPS))):
             began = time.perf_counter()
             _ = next(run).loss  # waits for a GPU
             seconds.append(time.perf_counter() - began)
@@ -454,3 +454,21 @@ class Planner:
         cause = f"{self.counter.base.name} at {resolution} px needs at least {least.peak / GB:.1f} GB"
         value = f"{self.machine.name} has {budget / GB:.1f} GB"
         return f"{cause} and {value}; {'; '.join(offers) or 'no smaller resolution fits'}"
+
+
+def choices(config: TrainingConfig) -> list[list[tuple[str, Any]]]:
+    """For each level of the memory ladder that the user left open, its values; a setting that was asked for is no choice."""
+    found = []
+    for setting, value in LEVELS:
+        if getattr(config, setting) != getattr(TrainingConfig(), setting):
+            continue
+        values = list(halves(batch_of(config))) if setting == "pictures_at_a_time" else [value]
+        if values:
+            found.append([(setting, one) for one in values])
+    return found
+
+
+def halves(pictures: int) -> Iterator[int]:
+    while pictures > 1:
+        pictures //= 2
+        yield pictures

@@ -21,7 +21,7 @@ from ..config import LoraSpec, TrainingConfig
 from ..errors import shown
 from ..files import write_file
 from ..pictures.gallery import SMALL, data_url, source_hash
-from ..training.checkpoint import CROPS, REPORT
+from ..training.checkpoint import REPORT
 from ..training.progress import clock
 from .charts import chart, smoothed, usual_top
 from .reading import Run, Sample, advice, counted, dicts, number, part, read_run, whole
@@ -65,16 +65,6 @@ def try_report(run: Path, tell: Callable[[str], None]) -> None:
         write_report(run)
     except Exception as error:
         tell(f"no {REPORT} ({type(error).__name__})")
-
-
-def keep_crop(run: Path, number: int, square: Image.Image) -> None:
-    """A small copy of a photo as training sees it, for the report."""
-    folder = run / CROPS
-    folder.mkdir(parents=True, exist_ok=True)
-    small = square.copy()
-    small.info = {}
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    small.save(folder / f"{number:04d}.webp", quality=QUALITY, lossless=small.width <= SMALL)
 
 
 def html(run: Run, *, photos: bool = True) -> str:

@@ -1,7 +1,7 @@
-"""Pause and resume exactly: checkpoints as folders that are whole or not there at all.
+"""Checkpoints: folders that are complete or not there at all, from which a run resumes exactly.
 
-Every random draw comes from (seed, step), so the state is the adapter, the optimizer, the scaler, the losses that the run
-judges itself by, and the step.
+Every random draw comes from (seed, step), so the state is the adapter, the optimizer, the scaler, the recent losses and the
+step.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..files import make_folder, sync_folder, write_synced
 
 STATE, ADAPTER, METRICS, RECORD, MANIFEST = "state.pt", "adapter.safetensors", "metrics.jsonl", "run.json", "manifest.json"
 SAMPLES, CROPS, SCORES, REPORT = "samples", "crops", "scores.json", "report.html"  # beside them in the folder of a run
-ROOM = 3  # times a checkpoint's size must be free before one is written
-KEPT = 2  # the newest, and one more, should a disk lose a bit of that
+ROOM = 3  # checkpoint sizes that must be free before one is written: chosen
+KEPT = 2  # the newest, and one more in case that is damaged
 OURS = re.compile(r"\d{6,}(\.\d+)?|\..+\.tmp")  # names in a folder of checkpoints that pruning may touch
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was read from end to end: every file is what it was when it was written."""
+    """A checkpoint that was read completely: every file is as it was written."""
 
     folder: Path
     step: int
-    number: int  # of the run's checkpoints, from 1: a run that was rolled back has older ones with a later step
+    number: int  # of the run's checkpoints, from 1: after a rollback an older one may have a later step
     contents: Mapping[str, bytes]
 
     def record(self) -> dict[str, Any]:
@@ -65,9 +65,9 @@ def unpacked_state(content: bytes, device: torch.device) -> dict[str, Any]:
 
 
 def publish(parent: Path, step: int, number: int, contents: Mapping[str, bytes]) -> Checkpoint:
-    """Write `parent/STEP` with `contents` (file name -> bytes) and a manifest of their hashes; the oldest one goes after that.
+    """Write `parent/STEP` with `contents` (file name -> bytes) and a manifest of their hashes, then remove the oldest one.
 
-    Raises OSError, and then the older ones are as they were.
+    Raises OSError, and then the older ones are unchanged.
     """
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     manifest = json.dumps({"step": step, "number": number, "sha256": hashes}).encode()
@@ -85,7 +85,7 @@ def write_folder(
     if free < needed:
         raise OSError(errno.ENOSPC, f"no room: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB wanted")
     final, again = parent / name, 0
-    while final.exists():  # a run that was rolled back comes by twice
+    while final.exists():  # after a rollback a step comes twice
         again += 1
         final = parent / f"{name}.{again}"
     temporary = parent / f".{name}.{os.getpid()}.tmp"
@@ -106,11 +106,11 @@ def write_folder(
 
 
 def prune(parent: Path) -> None:
-    """Remove all but the newest checkpoints, and what dead processes left: the folder is locked, nobody else writes here."""
+    """Remove all but the newest checkpoints, and what dead processes left. The folder is locked: nobody else writes here."""
     ours = [path for path in parent.iterdir() if OURS.fullmatch(path.name)]
     written = [folder for folder in in_place(ours) if (folder / MANIFEST).exists()]  # others are of another program
     for old in sorted(written, key=number_of)[:-KEPT]:
-        aside = parent / f".{old.name}.{os.getpid()}.tmp"  # a name of a checkpoint never stands over half of one
+        aside = parent / f".{old.name}.{os.getpid()}.tmp"  # so that a checkpoint's name never stands on half of one
         try:
             ours.append(old.replace(aside))
         except OSError:
@@ -121,7 +121,7 @@ def prune(parent: Path) -> None:
 
 
 def in_place(paths: Iterable[Path]) -> list[Path]:
-    """Those with the name of a checkpoint that was written to its end."""
+    """Those with the name of a complete checkpoint."""
     return [path for path in paths if OURS.fullmatch(path.name) and not path.name.startswith(".")]
 
 
@@ -146,7 +146,7 @@ def read_back(folder: Path) -> Checkpoint | None:
 
 
 def newest(parents: Sequence[Path], *, damaged: list[Path] | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint in these folders. Damaged ones are passed over, and added to `damaged`."""
+    """The newest intact checkpoint in these folders. Damaged ones are skipped, and added to `damaged`."""
     found: Checkpoint | None = None
     for parent in parents:
         try:

@@ -1,4 +1,4 @@
-"""What decides a run's result: enough to refuse another run's state, and to say what is other."""
+"""What decides a run's result: enough to refuse the state of another run, and to say what differs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..photos.photo import Photo
 from ..subject.subject import Subject
 from .latents import LatentCache
 
-# settings that may be others when a run goes on: those that the adapter does not depend on, and those that round differently
+# settings that may change when a run is resumed: those that do not affect the adapter, and those that affect rounding only
 FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_seeds")
 ROUNDING = ("pictures_at_a_time", "gradient_checkpointing", "attention", "lean", "capture", "compile")
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
 
 def run_facts(base: BaseModel, subjects: Sequence[Subject], lora: LoraSpec, config: TrainingConfig) -> dict[str, Any]:
-    """What a run computes: equal facts give equal adapters in equal `surroundings`. Of photos only hashes."""
+    """What a run computes: equal facts give equal adapters in equal `surroundings`. Photos are hashes."""
     return {
         "base": {"name": base.name, "fingerprint": base.fingerprint, "dtype": precision_of(base)},
         "lora": as_json(asdict(lora)),
@@ -48,22 +48,22 @@ def precision_of(base: BaseModel) -> str:
 
 
 def use_of(photo: Photo, prompt: str) -> str:
-    """A hash of how a photo is used: its prompt, crop and mask, but not its name."""
-    apart = ("path", "note", "caption", "mask")
-    facts = {f.name: getattr(photo, f.name) for f in fields(photo) if f.name not in apart}
+    """A hash of how a photo is used: its prompt, crop and mask, not its name."""
+    ignored = ("path", "note", "caption", "mask")
+    facts = {f.name: getattr(photo, f.name) for f in fields(photo) if f.name not in ignored}
     mask = getattr(photo, "mask", None)
     text = json.dumps([facts, None if mask is None else mask.sha256, prompt], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def identity_of(facts: Mapping[str, Any]) -> str:
-    """Without the base's name: a renamed folder is the same base."""
+    """The hash of the facts, without the base's name: a renamed folder is the same base."""
     kept = {**facts, "base": {k: v for k, v in facts["base"].items() if k != "name"}}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def surroundings(base: BaseModel, config: TrainingConfig, processes: int) -> dict[str, Any]:
-    """Where and in which way a run is computed: others give the same result but for rounding."""
+    """Where and how a run is computed: others give the same result up to rounding."""
     device = base.device
     return {
         "lora_booth": __version__,
@@ -79,7 +79,7 @@ def surroundings(base: BaseModel, config: TrainingConfig, processes: int) -> dic
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is other between two `run_facts`, in words."""
+    """What differs between two `run_facts`, in words."""
     found = []
     if before["base"]["fingerprint"] != now["base"]["fingerprint"]:
         found.append(f"base {before['base']['name']} -> {now['base']['name']} (other weights)")
@@ -115,6 +115,6 @@ def hash_of_latents(cache: LatentCache) -> str:
 
 
 def as_json(facts: dict[str, Any]) -> dict[str, Any]:
-    """As they come back from a file: tuples are lists."""
+    """As they come back from a file, with lists for tuples."""
     back: dict[str, Any] = json.loads(json.dumps(facts))
     return back

@@ -6,9 +6,37 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-from .latents import Batch
+from ..kernels.lora import Flat
+from .latents import Batch, Inputs
 
-BACKGROUND_WEIGHT = 0.1  # of what a mask leaves black; at 0 the adapter may draw anything behind the subject
+# of what a mask leaves black: a choice; at 0 the adapter is free to draw anything behind the subject
+BACKGROUND_WEIGHT = 0.1
+
+
+def backward(
+    base: BaseModel,
+    inputs: Inputs,
+    factors: Flat,
+    *,
+    scaler: torch.amp.GradScaler,
+    prior_loss_weight: float,
+    min_snr_gamma: float | None,
+    divisor: int = 1,
+) -> Tensor:
+    """Forward and backward pass: adds the gradient of the loss / `divisor` to that of `factors`; returns it, () float32."""
+    with factors.computing():
+        loss = dreambooth_loss(
+            base,
+            inputs.batch,
+            inputs.text,
+            inputs.noise,
+            inputs.timesteps,
+            prior_loss_weight=prior_loss_weight,
+            min_snr_gamma=min_snr_gamma,
+        )
+        loss = loss / divisor
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def dreambooth_loss(
@@ -22,14 +50,14 @@ def dreambooth_loss(
     min_snr_gamma: float | None = None,
     background_weight: float = BACKGROUND_WEIGHT,
 ) -> Tensor:
-    """Mean squared prediction error of the photos plus the weighted one of the class images, in one forward pass.
+    """Mean squared error of the prediction on the photos, plus the weighted one on the class images, in one forward pass.
 
     batch.latents  (N, C, H/f, W/f)  scaled by the VAE's factor f; H, W in pixels; photos first, then class images
     text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
     noise          like latents      standard normal
     timesteps      (N,) int64        in [0, 1000)
-    batch.masks    (N, 1, H/f, W/f)  1 where the error counts, 0 where only `background_weight` of it does; None: all counts
-    batch.of       photos and class images of the whole batch, whose means the loss is made of: losses of its parts add up
+    batch.masks    (N, 1, H/f, W/f)  1 where the error counts fully, 0 where it counts `background_weight`; None: 1 everywhere
+    batch.totals   photos and class images of the full batch: the losses of its parts sum to that of the batch
     returns        () float32
     """
     alphas = base.alphas_cumprod[timesteps]
@@ -47,7 +75,7 @@ def dreambooth_loss(
     error = squared.mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         error = error * min_snr_weight(alphas, min_snr_gamma, base.prediction_type)
-    photos, class_images = batch.of
+    photos, class_images = batch.totals
     loss = error[: batch.photos].sum() / photos
     if class_images:
         loss = loss + prior_loss_weight * error[batch.photos :].sum() / class_images
@@ -55,9 +83,9 @@ def dreambooth_loss(
 
 
 def mask_weight(masks: Tensor, background_weight: float) -> Tensor:
-    """Weights of mean 1 in each picture, so that a small subject counts as much as a large one. (N, 1, h, w) -> the same.
+    """Weights with mean 1 in each picture, so that a small subject counts as much as a large one. (N, 1, h, w) -> the same.
 
-    A mask of ones weighs exactly 1: the plain loss, bit for bit.
+    A mask of ones gives exactly 1: the plain loss, bit for bit.
     """
     weight = background_weight + (1 - background_weight) * masks
     return weight / weight.mean(dim=(1, 2, 3), keepdim=True)

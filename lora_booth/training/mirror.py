@@ -1,4 +1,4 @@
-"""A second place for checkpoints: mounted storage that outlives the machine, such as a notebook's drive."""
+"""A second place for checkpoints: mounted storage that outlives the machine, e.g. a notebook's drive."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 from ..files import make_folder
 from .checkpoint import RECORD, Checkpoint, in_place, write_folder
 
-PATIENCE = 120.0  # seconds that the end of a run waits for the last copy
+PATIENCE = 120.0  # seconds that the end of a run waits for the last copy: chosen
 
 
 class Mirror:
-    """Copies checkpoints to `folder`, reads each back and compares. In a thread: slow or hanging storage holds up no training.
+    """Copies checkpoints to `folder`, reads each back and compares. In a thread: slow or hanging storage never delays training.
 
-    A checkpoint that comes while the one before is still being copied is left out; the last one is waited for.
-    Storage that is gone (a drive that was unmounted) fails until it is back: its folder is made at the beginning only, else
-    the copies would go into the empty place where it was, and be called safe.
+    A checkpoint that comes while the previous one is still being copied is skipped; the last one is waited for.
+    Storage that is gone (an unmounted drive) fails until it is back: the folder is created at the beginning only, or copies
+    would go into the empty mount point.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,11 +31,10 @@ class Mirror:
         self._waiting: Checkpoint | None = None
         self._news: list[str] = []
         self._made = False
-        self.safe = 0  # the newest step that was read back
         self.seconds = 0.0  # of the longest copy
 
     def begin(self) -> None:
-        """Make its folder. What fails is told by the copies."""
+        """Create the folder. A failure is reported by the first copy."""
         try:
             self._make()
         except OSError:
@@ -81,12 +80,11 @@ class Mirror:
             reason = getattr(error, "strerror", None) or type(error).__name__
             self._news.append(f"the mirror has no copy of step {checkpoint.step}: {reason}")
         else:
-            self.safe = checkpoint.step
             self._news.append(f"safe at step {checkpoint.step}: copied to the mirror and read back")
         self.seconds = max(self.seconds, time.monotonic() - began)
 
     def _of_another_run(self, checkpoint: Checkpoint) -> bool:
-        """Two runs with one mirror would remove each other's copies. (Locks mean little on mounted storage.)"""
+        """Two runs with one mirror would remove each other's copies. (Locks are unreliable on mounted storage.)"""
         own = checkpoint.record().get("identity")
         return any(identity_in(folder) not in (None, own) for folder in in_place(self.folder.iterdir()))
 
@@ -103,11 +101,11 @@ def identity_in(checkpoint: Path) -> Any:
     try:
         return json.loads((checkpoint / RECORD).read_bytes()).get("identity")
     except (OSError, ValueError, AttributeError):
-        return None  # damaged: nobody's
+        return None  # damaged
 
 
 def uncached(path: Path) -> bytes:
-    """The file's bytes, from the storage itself where the system lets us ask for that."""
+    """The file's bytes, from the storage itself where the system allows it."""
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

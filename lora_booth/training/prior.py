@@ -1,4 +1,4 @@
-"""Class images for prior preservation: pictures of the bare class from the base itself, made once and kept."""
+"""Class images for prior preservation: pictures of the plain class by the base itself, drawn once and cached."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..base.memory import pictures_at_a_time
 from ..cache import cache_folder, own_folder
 from ..errors import TrainingError
 
-SAMPLER_STEPS = 20
+SAMPLER_STEPS = 20  # this and the guidance were chosen: class images need variety rather than polish
 GUIDANCE = 5.0
 TRIALS = 4  # of a picture that comes out black
-OTHER_SEED = 500_000_000_003  # to the seed of a trial: beyond those of all class images
+OTHER_SEED = 500_000_000_003  # added to the seed for each trial: beyond the seeds of all class images
 
 
 def class_images(
@@ -34,10 +34,10 @@ def class_images(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """`count` pictures of `prompt` drawn by `base`, from the cache or made now.
+    """`count` pictures of `prompt` by `base`, from the cache or drawn now.
 
-    Kept by everything that decides how they look (base, prompt, sampler, size, seed), never by how many files are
-    there; image i has its own seed, so a larger count only adds images. What the disk does not take is drawn all the same.
+    They are cached under all that decides how they look (base, prompt, sampler, size, seed). Image i has its own seed, so a
+    larger count only adds images. A disk that is full or read-only does no harm.
     """
     folder = class_image_folder(base, prompt, resolution=resolution, seed=seed)
     paths = [folder / f"{i:04d}.png" for i in range(count)]
@@ -56,7 +56,7 @@ def class_images(
 
 
 def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> list[Image.Image]:
-    """A picture for each seed. One that a safety checker has blacked out would be learnt as it is: it is drawn anew."""
+    """A picture for each seed. One that a safety checker blacked out is drawn again: black would be learnt."""
     options: dict[str, Any] = {"steps": SAMPLER_STEPS, "guidance": GUIDANCE, "size": resolution}
     images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
     for trial in range(1, TRIALS):
@@ -73,7 +73,7 @@ def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> 
 
 
 def class_image_folder(base: BaseModel, prompt: str, *, resolution: int, seed: int = 0) -> Path:
-    """Where the class images of these facts are kept, as 0000.png and so on."""
+    """Where the class images of these facts are cached, as 0000.png, 0001.png, ..."""
     key = {
         "base": base.fingerprint,
         "dtype": str(base.dtype) + (f" {base.quantized}" if base.quantized else ""),
@@ -90,7 +90,7 @@ def class_image_folder(base: BaseModel, prompt: str, *, resolution: int, seed: i
 
 
 def opened(path: Path) -> Image.Image | None:
-    """The whole picture; None: it is not there, or damaged."""
+    """The picture; None if it is missing or damaged."""
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")

@@ -1,4 +1,4 @@
-"""What training tells while it runs: `Step`, and its display as a live bar or as plain lines."""
+"""`Step`, and its display as a live bar or as plain lines."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer update, just done. On a GPU it may still be computing: reading a loss waits for it."""
+    """One optimizer update, just done. On a GPU it may still be computing; reading a loss waits for it."""
 
     index: int  # from 1
     total: int
     learning_rate: float
-    seconds: float  # since the loop began
+    seconds: float  # since the loop started
     seconds_left: float
     loss_tensor: Tensor = field(repr=False, compare=False)  # ()
     smoothed_tensor: Tensor = field(repr=False, compare=False)  # ()
@@ -39,12 +39,12 @@ class Step:
         return float(self.smoothed_tensor)
 
     def factors(self) -> dict[str, LoraFactors]:
-        """A copy of what is learnt so far, by module path."""
+        """A copy of what was learnt so far, by module path."""
         return self.lora.factors()
 
 
 class Display:
-    """Silent; the base of the two that speak."""
+    """Shows nothing; the base of `Lines` and `Bar`."""
 
     def say(self, text: str) -> None:
         """One line of news."""
@@ -56,7 +56,7 @@ class Display:
         """`done` of `total` pictures are encoded."""
 
     def start(self, total: int) -> None:
-        """The loop begins; it will make `total` updates."""
+        """The loop starts; it makes `total` updates."""
 
     def update(self, step: Step) -> None:
         """An update is done."""
@@ -120,14 +120,14 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def display(wanted: bool) -> Iterator[Display]:
-    """A bar where there is a terminal or a notebook, lines elsewhere, nothing when not wanted."""
+    """A bar in a terminal or notebook, lines elsewhere; nothing unless `wanted`."""
     if not wanted:
         yield Display()
         return
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):  # without, rich shows no bar there
+    if not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):  # without it, rich shows no bar there
         yield Lines()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,26 +1,31 @@
-"""A run's folder: its lock, its record (run.json, metrics.jsonl), its checkpoints. docs/runs.md says what is in it."""
+"""A run's folder: its lock, its record (run.json, metrics.jsonl) and its checkpoints. docs/runs.md lists its files."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
+from ..base.base_model import BaseModel
 from ..errors import AdapterError, LoraBoothError, TrainingError, shown
-from ..files import write_file
+from ..files import make_folder, write_file
 from .checkpoint import (
     ADAPTER,
     CROPS,
@@ -38,56 +43,116 @@ from .checkpoint import (
     prune,
     publish,
     read_record,
+    unpacked_state,
 )
-from .identity import changes, differences, identity_of
-from .lock import locked
+from .identity import changes, differences, hash_of_latents, identity_of, surroundings
+from .latents import LatentCache
 from .mirror import Mirror
 from .progress import Step
+from .settings import SettledConfig
 from .stopping import stop_words
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOCK = "checkpoints", "lock"
 OWN = {  # the names that `clear` may remove
     CHECKPOINTS: OURS,
     SAMPLES: re.compile(r"\d{6,}(-\d+)?\.(png|safetensors)|samples\.jsonl|\..+\.tmp"),
     CROPS: re.compile(r"\d{4,}\.webp"),
 }
-PATHS = re.compile(r"'[^']*[/\\][^']*'|\"[^\"]*[/\\][^\"]*\"|(?<!\w)(?:[A-Za-z]:)?[/\\][^\s'\"]+")  # in what others say
+PATHS = re.compile(r"'[^']*[/\\][^']*'|\"[^\"]*[/\\][^\"]*\"|(?<!\w)(?:[A-Za-z]:)?[/\\][^\s'\"]+")  # in messages of others
+CROP_SIDE = 256  # pixels of a crop kept for the report, at most
+LOSSLESS_UP_TO = 128  # pixels: smaller crops are kept exactly
+
+State = dict[str, Any]  # of a TrainingRun
 
 
-class RunFolder:
-    """The folder of one run, held by this process. Nothing that fails in here ends a training: it is told and recorded.
+class NoFolder:
+    """The record of a run without a folder: events are said, and nothing is kept."""
 
-    path    is made
+    path: Path | None = None
+    copying_seconds = 0.0  # that the end of the run takes for the mirror
+
+    def __init__(self, *, say: Callable[[str], None] = lambda text: None) -> None:
+        self.say = say
+        self.record: dict[str, Any] = {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        yield
+
+    def open(
+        self, facts: dict[str, Any], adapter_of: Callable[[State], Adapter], total: int, *, restart: bool
+    ) -> tuple[bytes | None, Adapter | None]:
+        """What the folder holds of this run: the state to continue from, or the finished adapter."""
+        return None, None
+
+    def begin(
+        self, facts: dict[str, Any], base: BaseModel, config: SettledConfig, cache: LatentCache, *, processes: int
+    ) -> None:
+        """The run begins, or continues from what `open` found."""
+
+    def event(self, text: str, *, step: int | None = None) -> None:
+        """One line for the user and for the record."""
+        self.say(shown(text))
+
+    def timing(self, name: str, seconds: float) -> None:
+        """Add to the seconds that this part of the run took."""
+
+    def keep_crop(self, number: int, square: Image.Image) -> None:
+        """Keep a small copy of a training square for the report."""
+
+    def record_step(self, step: Step) -> None:
+        """An update is done."""
+
+    def due(self, step: int, *, every: int, minutes: float) -> bool:
+        """Whether to save a checkpoint now."""
+        return False
+
+    def save(self, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
+        """Save a checkpoint; a failure is an event, and the last good one stays."""
+
+    def end(self, adapter: Adapter, stop: int) -> None:
+        """The run is done (stop 0), or ends before that."""
+        if stop:
+            self.event(f"{stop_words(stop)} at step {adapter.card.steps}; without out= it cannot be continued")
+
+    def give_up(self, error: LoraBoothError, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
+        """The run cannot go on: save its last good state."""
+
+
+class RunFolder(NoFolder):
+    """The folder of one run, held by this process. A failure in here never ends a training: it is said and recorded.
+
+    path    created if missing
     mirror  a folder on mounted storage for copies of the checkpoints
-    say     told one line of every event
+    say     called with one line for each event
     """
 
     def __init__(self, path: Path, *, mirror: Path | None = None, say: Callable[[str], None] = lambda text: None) -> None:
-        self.path, self.say = path, say
+        super().__init__(say=say)
+        self.path: Path = path
         self.mirror = None if mirror is None else Mirror(mirror / CHECKPOINTS)
-        self.record: dict[str, Any] = {}
-        self.number = 0  # of checkpoints, also of those that this run has forgotten
+        self.number = 0  # of checkpoints so far, including those of earlier runs
         self.saved: int | None = None  # the step of the last checkpoint
         self.save_seconds = 0.0
         self._saved_at = time.monotonic()
         self._lines: list[str] = []  # of metrics.jsonl
-        self._written = 0  # how many of them are in the file; -1: it holds others
-        self._steps: list[Step] = []  # whose losses nobody has read yet
+        self._written = 0  # how many of them are in the file; -1: the file holds others
+        self._steps: list[Step] = []  # whose losses are not read yet
         self._seconds = 0.0  # of the run before this process
         self._found: Checkpoint | None = None
         self._damaged: list[Path] = []
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Raises TrainingError when another run has it, or it cannot be written."""
+        """Raises TrainingError if another run has the folder, or it cannot be written."""
         with locked(self.path) as is_locked:
             if not is_locked:
-                self.say(f"note: no locks can be had where {shown(self.path.name)} is; let no second run into it")
+                self.say(f"note: {shown(self.path.name)} is on storage without locks; never start a second run in it")
             self.tidy()
             if self.mirror is not None:
                 self.mirror.begin()
                 if same_storage(self.path, self.mirror.folder):
-                    self.say("note: the mirror is on the same storage as the run's folder, and is lost with it")
+                    self.say("note: the mirror is on the same storage as the run folder, and is lost with it")
             try:
                 yield
             except BaseException as error:
@@ -95,6 +160,10 @@ class RunFolder:
                     self.record["status"] = f"broken off by {type(error).__name__}"
                     self._write_record()
                 raise
+
+    @property
+    def copying_seconds(self) -> float:  # type: ignore[override]
+        return 0.0 if self.mirror is None else self.mirror.seconds
 
     # --- what is there
 
@@ -104,17 +173,15 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what dead processes left half-written."""
-        try:
+        with suppress(OSError):  # it does no harm
             for folder in self.checkpoints:
                 if folder.is_dir():
                     prune(folder)
             for litter in self.path.glob(".*.tmp"):
                 litter.unlink()
-        except OSError:
-            pass  # it is only litter
 
     def clear(self) -> None:
-        """Forget the run, also in the mirror; what is not of a run stays. Raises TrainingError."""
+        """Discard the run, also in the mirror; other files stay. Raises TrainingError."""
         files = [self.path / name for name in (RECORD, METRICS, ADAPTER, SCORES, REPORT)]
         try:
             for folder in (*self.checkpoints, self.path / SAMPLES, self.path / CROPS):
@@ -127,11 +194,29 @@ class RunFolder:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise TrainingError(
-                f"{shown(self.path)}: the earlier run cannot be removed ({why(error)}); give out= another folder"
+                f"{shown(self.path)}: the earlier run cannot be removed ({why(error)}); pass another folder as out="
             ) from error
 
+    def open(
+        self, facts: dict[str, Any], adapter_of: Callable[[State], Adapter], total: int, *, restart: bool
+    ) -> tuple[bytes | None, Adapter | None]:
+        """Raises TrainingError if the folder holds another run."""
+        if restart:
+            self.clear()
+        checkpoint, file = self.find(facts), self.finished()
+        if checkpoint is None or checkpoint.step < total:
+            if file is not None:
+                self.say("the last checkpoint is gone: this is the adapter of the file, in half precision")
+                return None, Adapter.load(file)
+            return None if checkpoint is None else checkpoint.contents[STATE], None
+        adapter = adapter_of(unpacked_state(checkpoint.contents[STATE], torch.device("cpu")))
+        if file is None:
+            self._begin(facts, checkpoint.record()["surroundings"], total)
+            self.end(adapter, 0)
+        return None, adapter
+
     def find(self, facts: dict[str, Any]) -> Checkpoint | None:
-        """The newest whole checkpoint, here or in the mirror. Raises TrainingError when it is of another run."""
+        """The newest intact checkpoint, here or in the mirror. Raises TrainingError if it is of another run."""
         found = newest(self.checkpoints, damaged=self._damaged)
         there = read_record(self.path)
         record = found.record() if found is not None else there if there.get("status") == "finished" else {}
@@ -150,64 +235,78 @@ class RunFolder:
         return found
 
     def finished(self) -> Path | None:
-        """The adapter's file when the run is at its end and the file is as it was written."""
+        """The adapter's file, if the run is finished and the file is as it was written."""
         made, file = read_record(self.path).get("adapter"), self.path / ADAPTER
         try:
-            whole = made is not None and sha256(file.read_bytes()).hexdigest() == made["sha256"]
+            intact = made is not None and sha256(file.read_bytes()).hexdigest() == made["sha256"]
         except (OSError, TypeError, KeyError):
-            whole = False
-        return file if whole else None
+            intact = False
+        return file if intact else None
 
     # --- the record
 
-    def begin(self, facts: dict[str, Any], where: dict[str, Any], total: int) -> None:
-        """The run begins, or goes on from what `find` found: the checkpoint's record and metrics become the folder's again."""
+    def begin(
+        self, facts: dict[str, Any], base: BaseModel, config: SettledConfig, cache: LatentCache, *, processes: int
+    ) -> None:
+        self._begin(facts, surroundings(base, config, processes) | {"latents": hash_of_latents(cache)}, config.steps)
+
+    def _begin(self, facts: dict[str, Any], where: dict[str, Any], total: int) -> None:
+        """Also of a checkpoint that `find` found: its record and metrics become the folder's again."""
         found, self._found = self._found, None
         if found is None:
             self.record = {"status": "running", "step": 0, "steps": total, "events": []}
-            self._tell_damage()
+            self._report_damage()
         else:
             self.record, there = found.record(), read_record(self.path)
             events = there.get("events", [])
             if there.get("identity") == identity_of(facts) and len(events) > len(self.record["events"]):
-                self.record["events"] = events  # also of what came after the checkpoint
+                self.record["events"] = events  # including what came after the checkpoint
             self._lines = found.contents[METRICS].decode().splitlines()
             self._seconds = json.loads(self._lines[-1])["seconds"] if self._lines else 0.0
             self._written = -1
             others = changes(self.record["surroundings"], where)
-            more = f", computed otherwise ({'; '.join(others)}): equal but for rounding" if others else ""
-            self._tell_damage()
-            self.event(f"continued at step {found.step}{more}", step=found.step, write=False)
+            more = f", computed differently ({'; '.join(others)}): equal up to rounding" if others else ""
+            self._report_damage()
+            self._record_event(f"continued at step {found.step}{more}", step=found.step)
         if self._lines == []:
-            self._written = -1  # of a run before this one
+            self._written = -1  # those of an earlier run
         self.record |= {"status": "running", "facts": facts, "identity": identity_of(facts), "surroundings": where}
         self._write_metrics()
         self._write_record()
 
-    def _tell_damage(self) -> None:
+    def _report_damage(self) -> None:
         for folder in self._damaged:
             there = "" if folder.parent == self.checkpoints[0] else " in the mirror"
-            self.event(f"checkpoint {folder.name}{there} is damaged: passed over", write=False)
+            self._record_event(f"checkpoint {folder.name}{there} is damaged: skipped")
         self._damaged = []
 
-    def event(self, text: str, *, step: int | None = None, write: bool = True) -> None:
-        """One line for the user and for run.json; into that without the paths that another library may have put in it."""
+    def event(self, text: str, *, step: int | None = None) -> None:
+        self._record_event(text, step=step)
+        self._write_record()
+
+    def _record_event(self, text: str, *, step: int | None = None) -> None:
+        """In the record without paths, which another library may have put into the text."""
         self.say(shown(text))
-        text = PATHS.sub("(a path)", shown(text))
         at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        happened = {"at": at, "step": self.record.get("step", 0) if step is None else step, "what": text}
-        self.record.setdefault("events", []).append(happened)
-        if write:
-            self._write_record()
+        happened = {"at": at, "step": self.record.get("step", 0) if step is None else step}
+        self.record.setdefault("events", []).append(happened | {"what": PATHS.sub("(a path)", shown(text))})
 
     def timing(self, name: str, seconds: float) -> None:
-        """Add to the seconds that this part of the run has taken."""
         timings = self.record.setdefault("seconds", {})
         timings[name] = round(timings.get(name, 0.0) + seconds, 3)
 
-    def note(self, step: Step) -> None:
-        """An update is done: a line of metrics.jsonl, written with the next checkpoint. After a rollback it takes the place of
-        the lines that no longer count."""
+    def keep_crop(self, number: int, square: Image.Image) -> None:
+        small = square.copy()
+        small.info = {}
+        small.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
+        with suppress(OSError):  # the report then shows none
+            folder = self.path / CROPS
+            folder.mkdir(parents=True, exist_ok=True)
+            small.save(folder / f"{number:04d}.webp", quality=80, lossless=small.width <= LOSSLESS_UP_TO)
+
+    def record_step(self, step: Step) -> None:
+        """A line of metrics.jsonl, written with the next checkpoint. After a rollback it replaces the lines that no longer
+        count."""
         if self._steps and step.index <= self._steps[-1].index:
             self._steps = [s for s in self._steps if s.index < step.index]
         if step.index <= len(self._lines):
@@ -216,7 +315,7 @@ class RunFolder:
         self.record["step"] = step.index
 
     def _read_steps(self) -> None:
-        """The losses of all noted steps in one look at the device."""
+        """The losses of all recorded steps in one look at the device."""
         if not self._steps:
             return
         losses = torch.stack([step.loss_tensor for step in self._steps]).tolist()
@@ -225,8 +324,8 @@ class RunFolder:
             self._lines.append(json.dumps(line | {"seconds": round(self._seconds + step.seconds, 3)}))
         self._steps = []
 
-    def _metrics(self, first: int = 0) -> bytes:
-        return "".join(f"{line}\n" for line in self._lines[first:]).encode()
+    def _metrics(self, first: int = 0, end: int | None = None) -> bytes:
+        return "".join(f"{line}\n" for line in self._lines[first:end]).encode()
 
     def _write_metrics(self) -> None:
         try:
@@ -237,36 +336,33 @@ class RunFolder:
                     file.write(self._metrics(self._written))
             self._written = len(self._lines)
         except OSError:
-            self._written = -1  # perhaps half of it is there: the whole next time
+            self._written = -1  # half of it may be there: write the whole file next time
 
     def _write_record(self) -> None:
         self.record["peak_memory"] = peak_memory()
-        try:
+        with suppress(OSError):  # the event was said, and the next checkpoint holds the record
             write_file(self.path / RECORD, json.dumps(self.record, indent=1).encode())
-        except OSError:
-            pass  # the event itself has been told, and the next checkpoint holds the record
 
     # --- checkpoints
 
     def due(self, step: int, *, every: int, minutes: float) -> bool:
         return step % every == 0 or time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, state: dict[str, Any], adapter: Adapter) -> bool:
-        """Publish a checkpoint; a failure is an event, and the last good one stays."""
-        started, step = time.monotonic(), int(state["step"])
+    def save(self, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
+        started, state = time.monotonic(), state_of()
+        step = int(state["step"])
         try:
             self._read_steps()
             # as `adapter.save` writes it, without asking every reader each time; raises when it is not finite
-            file, _ = packed(adapter, "kohya", torch.float16, Path(ADAPTER))
+            file, _ = packed(adapter_of(state), "kohya", torch.float16, Path(ADAPTER))
             record = json.dumps(self.record | {"step": step}, indent=1).encode()
-            lines = "".join(f"{line}\n" for line in self._lines[:step]).encode()
-            contents = {STATE: packed_state(state), ADAPTER: file, METRICS: lines, RECORD: record}
+            contents = {STATE: packed_state(state), ADAPTER: file, METRICS: self._metrics(end=step), RECORD: record}
             checkpoint = publish(self.path / CHECKPOINTS, step, self.number + 1, contents)
         except (OSError, AdapterError, MemoryError) as error:
             self._saved_at = time.monotonic()
-            kept = "no earlier one is there" if self.saved is None else f"that of step {self.saved} stays"
+            kept = "there is no earlier one" if self.saved is None else f"that of step {self.saved} stays"
             self.event(f"no checkpoint of step {step} ({why(error)}); {kept}", step=step)
-            return False
+            return
         self.number, self.saved, self._saved_at = self.number + 1, step, time.monotonic()
         self.save_seconds = time.monotonic() - started
         self.timing("saving", self.save_seconds)
@@ -274,10 +370,9 @@ class RunFolder:
         self._write_record()
         if self.mirror is not None:
             self.mirror.copy(checkpoint)
-            self.hear_mirror()
-        return True
+            self._report_mirror()
 
-    def hear_mirror(self, *, wait: bool = False) -> None:
+    def _report_mirror(self, *, wait: bool = False) -> None:
         if self.mirror is None:
             return
         if wait:
@@ -288,7 +383,7 @@ class RunFolder:
     # --- the end
 
     def end(self, adapter: Adapter, stop: int) -> None:
-        """The run is done (stop 0: its adapter's file, and its hash in the record), or ends before that."""
+        """A finished run has its adapter's file, and its hash in the record."""
         step, total = adapter.card.steps, self.record["steps"]
         if step == total:
             try:
@@ -302,21 +397,58 @@ class RunFolder:
             saved = "saved" if self.saved == step else f"not saved, the last checkpoint is of step {self.saved}"
             self.event(f"{stop_words(stop)} at step {step} of {total}: {saved}; the same call continues", step=step)
             self.record["status"] = stop_words(stop)
-        self.hear_mirror(wait=True)
+        self._report_mirror(wait=True)
         self._write_record()
 
-    def give_up(self, error: LoraBoothError, state: dict[str, Any], adapter: Adapter) -> None:
-        """The run cannot go on: its last good state is saved."""
+    def give_up(self, error: LoraBoothError, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
         self.event(f"stopped: {error}")
         self.record["status"] = "stopped by an error"
-        if state["step"] and state["step"] != self.saved and self.save(state, adapter):
-            self.event(f"the last good state, of step {state['step']}, is saved")
-        self.hear_mirror(wait=True)
+        state = state_of()
+        if state["step"] and state["step"] != self.saved:
+            self.save(lambda: state, adapter_of)
+            if self.saved == state["step"]:
+                self.event(f"the last good state, of step {state['step']}, is saved")
+        self._report_mirror(wait=True)
         self._write_record()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of `folder`, created if missing. False: the storage has no locks. Raises TrainingError.
+
+    The lock goes with its process, however that ends; `lock.txt` names the process for the error of a second run.
+    """
+    holder = folder / f"{LOCK}.txt"
+    try:
+        make_folder(folder)
+        (folder / LOCK).touch()
+    except (OSError, ValueError) as error:  # the second: a name that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); pass another folder as out=") from error
+    # without flock, not a file that marks the lock: it would stay when a machine is lost, and keep the run from continuing
+    lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        by = shown(holder.read_text("utf-8", "replace").strip()[:200]) if holder.exists() else "another process"
+        raise TrainingError(
+            f"{shown(folder)}: another run is at work in it ({by}); wait for its end, or pass another folder as out="
+        ) from None
+    except (OSError, NotImplementedError):
+        yield False
+        return
+    try:
+        with suppress(OSError):  # a full disk is no reason to stop
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield True
+    finally:
+        with suppress(OSError):  # a storage that is gone
+            holder.unlink(missing_ok=True)
+            lock.release()
 
 
 def differences_in(record: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """None where the record is not as this version writes it."""
+    """Empty if the record is not as this version writes it."""
     try:
         return differences(record["facts"], facts)
     except (KeyError, TypeError, AttributeError):
@@ -342,7 +474,7 @@ def why(error: BaseException) -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes that this process has held at most, by place."""
+    """The most bytes that this process has held, by place."""
     peaks = {}
     try:
         import resource

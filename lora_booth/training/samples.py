@@ -1,8 +1,9 @@
-"""Sample pictures of a training as it goes: the same prompts and seeds every time, and the adapter that drew them."""
+"""Samples: pictures drawn as training goes, with the same prompts and seeds each time, and the adapter that drew them."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,18 +15,46 @@ from ..adapters.writing import packed
 from ..base.ai_mark import save_marked
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
-from ..config import TrainingConfig
+from ..errors import AdapterError
 from ..files import write_file
 from ..subject.subject import Subject
-from .modes import modes_kept
+from .checkpoint import SAMPLES
+from .memory_ladder import is_out_of_memory
+from .run_folder import NoFolder, why
+from .settings import SettledConfig
+from .tracking import Row, Tracking
+from .training_mode import modes_restored
 
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file
 
-Row = tuple[str, int]  # prompt, seed
+
+def draw_samples(
+    folder: NoFolder,
+    tracking: Tracking,
+    base: BaseModel,
+    subject: Subject,
+    config: SettledConfig,
+    step: int,
+    adapter: Adapter | None,
+) -> None:
+    """Draw a round of samples into the folder, with the adapter that drew them unless that is None. A failure is an event."""
+    if folder.path is None:
+        return
+    began, rows = time.monotonic(), rows_of(subject, config)
+    try:
+        images = sample(base, rows, config)
+        keep(folder.path / SAMPLES, step, rows, images, adapter)
+        tracking.samples(step, rows, images)
+    except (OSError, RuntimeError, AdapterError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        reason = "out of memory" if isinstance(error, RuntimeError) else why(error)
+        folder.event(f"no samples of step {step}: {reason}", step=step)
+    folder.timing("sampling", time.monotonic() - began)
 
 
-def rows_of(subject: Subject, config: TrainingConfig) -> list[Row]:
-    """What is drawn each time. By default the subject, the subject elsewhere, and the bare class, which shall stay as it is."""
+def rows_of(subject: Subject, config: SettledConfig) -> list[Row]:
+    """What is drawn each time. By default the subject, the subject elsewhere, and the plain class, which should not change."""
     prompts = config.sample_prompt or (
         subject.instance_prompt,
         f"{subject.instance_prompt} in the snow",
@@ -35,16 +64,16 @@ def rows_of(subject: Subject, config: TrainingConfig) -> list[Row]:
     return [(prompt, config.seed + i) for prompt in dict.fromkeys(several) for i in range(config.sample_seeds)]
 
 
-def sample(base: BaseModel, rows: Sequence[Row], config: TrainingConfig) -> list[Image.Image]:
-    """A picture for each row by the U-Net under training, without dropout."""
-    with base.all_on_device() as pipeline, modes_kept(base):
+def sample(base: BaseModel, rows: Sequence[Row], config: SettledConfig) -> list[Image.Image]:
+    """A picture for each row, by the U-Net under training without dropout."""
+    with base.all_on_device() as pipeline, modes_restored(base):
         for model in base.structure.values():
             model.eval()
         return [generate_images(pipeline, prompt, [seed], size=config.resolution)[0] for prompt, seed in rows]
 
 
 def keep(folder: Path, step: int, rows: Sequence[Row], images: Sequence[Image.Image], adapter: Adapter | None) -> None:
-    """Into the run's folder of samples: 000100.png, 000100-1.png, ... and 000100.safetensors."""
+    """Into the run's samples folder: 000100.png, 000100-1.png, ... and 000100.safetensors."""
     lines = []
     for number, ((prompt, seed), image) in enumerate(zip(rows, images, strict=True)):
         file = folder / f"{step:06d}{f'-{number}' if number else ''}.png"

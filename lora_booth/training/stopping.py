@@ -1,4 +1,4 @@
-"""When to stop before the end: Ctrl-C and its like, and a limit of time. All act between two updates."""
+"""Stopping before the end: Ctrl-C and similar signals, and a time limit. All act between two updates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 TIME_UP = 1000  # above every signal's number
-MARGIN = 2.0  # times the longest update with its saving that must still fit into the limit
+MARGIN = 2.0  # the limit must leave room for so many of the longest update, with its checkpoint: chosen
 
 
 class Stopping:
-    """Asked after every update. Inside `with`, the first signal is kept for then, and the second acts at once.
+    """Asked after every update. Inside `with`, the first signal waits until then, and the second acts at once.
 
     time_limit  minutes from `began` (a time.monotonic())
     """
@@ -44,7 +44,7 @@ class Stopping:
         self.signal = number
 
     def asked(self, *, copying: float = 0.0) -> int:
-        """After an update: 0, TIME_UP or a signal's number. copying: seconds that the end will take besides, for the mirror"""
+        """After an update: 0, TIME_UP or a signal's number. copying: seconds that the end also takes, for the mirror."""
         now = time.monotonic()
         self.longest, self._last = max(self.longest, now - self._last), now
         if self.signal:
@@ -53,7 +53,7 @@ class Stopping:
 
 
 def leave(number: int) -> NoReturn:
-    """As Python leaves at Ctrl-C, or as the shell counts a process that a signal ended."""
+    """End as Python does at Ctrl-C, or with the exit code of a process that a signal ended."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
@@ -62,4 +62,4 @@ def leave(number: int) -> NoReturn:
 def stop_words(stop: int) -> str:
     if stop == TIME_UP:
         return "time is up"
-    return "interrupted" if stop == signal.SIGINT else f"told to end ({signal.Signals(stop).name})"
+    return "interrupted" if stop == signal.SIGINT else f"stopped by {signal.Signals(stop).name}"

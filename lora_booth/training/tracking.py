@@ -1,4 +1,4 @@
-"""Losses, rates and samples to accelerate's trackers. Nothing that fails there ends a training."""
+"""Losses, rates and samples for accelerate's trackers. A tracker that fails never ends a training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 
 from ..errors import MissingExtraError, SettingsError, first_line
 from .progress import Step
-from .samples import Row
 
 EXTRAS = {"tensorboard": "tensorboard"}  # tracker -> our extra that brings its package
-AT_ONCE = 16  # losses read together: each look waits for the device
+AT_ONCE = 16  # losses read together, since each look waits for the device: chosen
 LOGS = "logs"  # in the run's folder
 
+Row = tuple[str, int]  # prompt and seed of a sample
 Track = Any  # a name, a GeneralTracker of accelerate, or a sequence of these
 
 
@@ -47,7 +47,7 @@ def trackers_of(track: Track, out: Path | None) -> list[Any]:
         name = "lora_booth" if out is None else out.resolve().name
         if known[one].requires_logging_directory:
             if out is None:
-                raise SettingsError(f"track={one!r} writes files into the run's folder; give out= one")
+                raise SettingsError(f"track={one!r} writes files into the run folder; pass out=")
             found.append(known[one](name, str(out / LOGS)))
         else:
             found.append(known[one](name))
@@ -55,10 +55,10 @@ def trackers_of(track: Track, out: Path | None) -> list[Any]:
 
 
 class Tracking:
-    """tell: told one line when a tracker fails; it is left out from then on."""
+    """say: called with one line when a tracker fails; it is not used from then on."""
 
-    def __init__(self, trackers: Sequence[Any] = (), *, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.trackers, self.tell = list(trackers), tell
+    def __init__(self, trackers: Sequence[Any] = (), *, say: Callable[[str], None] = lambda text: None) -> None:
+        self.trackers, self.say = list(trackers), say
         self._steps: list[Step] = []
 
     def begin(self, settings: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Tracking:
                 act(tracker)
             except Exception as error:
                 self.trackers.remove(tracker)
-                self.tell(f"tracker {getattr(tracker, 'name', '?')} is left out: {first_line(error)}")
+                self.say(f"tracker {getattr(tracker, 'name', '?')} is no longer used: {first_line(error)}")
 
 
 def log_image(tracker: Any, name: str, image: Image.Image, step: int) -> None:

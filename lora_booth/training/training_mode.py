@@ -1,4 +1,4 @@
-"""How the base is set while it trains, and as it was afterwards: dropout, attention, savings; and the optimizer."""
+"""How the base is set while it trains: dropout, attention, lean layers, checkpointing; and its optimizer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from ..errors import MissingExtraError, SettingsError
 from ..injection import TrainableLora, target_paths
 from ..kernels.attention import attention_kernel, check_attention
 from ..kernels.lean import channels_last, lean
+from .settings import SettledConfig
 
 
 def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> None:
-    """What would fail after the class images are drawn fails before."""
+    """Raises now what would otherwise fail after the class images were drawn."""
     target_paths(base, lora)
     check_attention(base, config.attention)
     check_optimizer(config, base.device)
 
 
 @contextmanager
-def modes_kept(base: BaseModel) -> Iterator[None]:
-    """Every module in training or evaluation mode as before."""
+def modes_restored(base: BaseModel) -> Iterator[None]:
+    """Afterwards every module is in training or evaluation mode as before."""
     modes = [(module, module.training) for model in base.structure.values() for module in model.modules()]
     try:
         yield
@@ -41,15 +42,15 @@ def modes_kept(base: BaseModel) -> Iterator[None]:
 def training_mode(
     base: BaseModel, lora: TrainableLora, config: TrainingConfig, *, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
-    """Dropout on, the attention of `config`, lean layers, gradient checkpointing; all as it was afterwards."""
+    """Dropout on, the attention of `config`, lean layers, gradient checkpointing; all restored afterwards."""
     check_attention(base, config.attention)
     with ExitStack() as stack:
-        stack.enter_context(modes_kept(base))
+        stack.enter_context(modes_restored(base))
         for module in (m for model in base.structure.values() for m in model.modules() if hasattr(m, "lora_dropout")):
             module.train()
         own = stack.enter_context(attention_kernel(base.unet, config.attention))
         if own:
-            say(f"note: attention by {', '.join(own)} is left as it is")
+            say(f"note: attention by {', '.join(own)} is left in place")
         if config.compile:
             say("compile: the first step compiles the U-Net's blocks, which takes a minute or more")
             stack.enter_context(compiled(base.unet))
@@ -71,18 +72,19 @@ def layer_draws(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def checkpointed(unet: Any, *, draws: bool) -> Iterator[None]:
-    """Activations are computed again in the backward pass; afterwards as it was.
+    """Activations are computed again in the backward pass; restored afterwards.
 
-    draws  its dropout must draw the same again; else the generators' states, which the host would wait for, are let alone
+    draws  the U-Net has active dropout, which must draw the same again; otherwise the generators' states are not saved, since
+           the host would wait for them
     """
     parts = [module for module in unet.modules() if hasattr(module, "gradient_checkpointing")]
     before = [(part, part.gradient_checkpointing, vars(part).get("_gradient_checkpointing_func")) for part in parts]
 
-    def again(module: Any, *arguments: Any) -> Any:
+    def recompute(module: Any, *arguments: Any) -> Any:
         return checkpoint(module.__call__, *arguments, use_reentrant=False, preserve_rng_state=draws)
 
     try:
-        unet.enable_gradient_checkpointing(again)
+        unet.enable_gradient_checkpointing(recompute)
         yield
     finally:
         for part, on, function in before:
@@ -93,7 +95,7 @@ def checkpointed(unet: Any, *, draws: bool) -> Iterator[None]:
 
 @contextmanager
 def compiled(unet: Any) -> Iterator[None]:
-    """The U-Net's repeated blocks by torch.compile, as in diffusers' `compile_repeated_blocks`: compiled once for all."""
+    """The U-Net's repeated blocks by torch.compile, as in diffusers' `compile_repeated_blocks`; undone afterwards."""
     kinds = set(unet._repeated_blocks or ())
     blocks = [m for m in unet.modules() if type(m).__name__ in kinds and m._compiled_call_impl is None]
     for block in blocks:
@@ -106,7 +108,7 @@ def compiled(unet: Any) -> Iterator[None]:
 
 
 def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
-    """Raises MissingExtraError or SettingsError when this optimizer cannot be had here."""
+    """Raises MissingExtraError or SettingsError when this optimizer is not available on `device`."""
     if config.optimizer != "adamw8bit":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -115,13 +117,18 @@ def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
         raise SettingsError(f'optimizer="adamw8bit" needs a CUDA GPU and the base is on {device}; use optimizer="adamw"')
 
 
-def make_optimizer(parameter: Tensor, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW in one kernel where there is one; or with 8 bits for each value of its state."""
+def make_optimizer(parameter: Tensor, config: SettledConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, fused where PyTorch has a fused kernel; or AdamW with 8 bits for each value of its state."""
     check_optimizer(config, device)
-    rate, decay = config.learning_rate or 0.0, config.weight_decay
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adamw8bit":
         import bitsandbytes  # type: ignore[import-not-found]
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=rate, weight_decay=decay)
         return optimizer
     return torch.optim.AdamW([parameter], lr=rate, weight_decay=decay, fused=device.type != "mps")
+
+
+def make_scaler(base: BaseModel) -> torch.amp.GradScaler:
+    """Scales the loss of a float16 base on a GPU, whose small gradients would vanish; elsewhere it does nothing."""
+    return torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16 and base.device.type == "cuda")

@@ -1,0 +1,270 @@
+"""A training as an iterator of steps: what wraps the loop from outside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.base_model import BaseModel
+from ..config import LoraSpec, TrainingConfig
+from ..errors import TrainingError, first_line
+from ..injection import TrainableLora, trainable
+from ..kernels.attention import fastest_attention
+from ..kernels.capture import WORTH_A_TRACE, StepGraph, obstacle
+from .distributed import ALONE, Processes
+from .health import Health, RollBack
+from .latents import Inputs, LatentCache
+from .loop import LoopState, updates
+from .loss import backward
+from .memory_ladder import LEFT_TO_TRY, at_levels, is_out_of_memory, next_level
+from .progress import Step
+from .settings import SettledConfig, settled
+from .training_mode import make_optimizer, make_scaler, training_mode
+
+LOOK_EVERY = 16  # updates on a GPU between two looks at the losses, since each waits for the GPU: chosen
+SMOOTHING = 0.95  # of the displayed loss, an exponential mean over about 1 / (1 - .95) = 20 updates: chosen
+
+
+def training_steps(
+    base: BaseModel, cache: LatentCache, *, lora: LoraSpec | None = None, config: TrainingConfig | None = None
+) -> Iterator[Step]:
+    """Train on what `prepare` encoded; yields after each optimizer update.
+
+    Stop whenever you like: `step.factors()` holds what was learnt so far. The base is restored when the iteration ends.
+    Raises SettingsError, TrainingError.
+    """
+    run = TrainingRun(base, cache, lora or LoraSpec(), settled(config or TrainingConfig(), base, len(cache.photos)))
+    try:
+        yield from run
+    finally:
+        run.close()
+
+
+class TrainingRun(Iterator[Step]):
+    """An iterator of `Step`s. `close()` takes the adapter out of the base.
+
+    resume     what `state()` returned earlier
+    levels     of the memory ladder to start with; those of `resume` take precedence
+    say        called with one line for each event: a rollback, a halved rate, a level of the memory ladder
+    processes  that share each batch
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        cache: LatentCache,
+        lora: LoraSpec,
+        config: SettledConfig,
+        *,
+        resume: dict[str, Any] | None = None,
+        levels: Sequence[str] = (),
+        say: Callable[[str], None] = lambda text: None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.say = say
+        self.processes = processes
+        self.levels: list[str] = list(levels if resume is None else resume["levels"])
+        if self.levels:
+            config = at_levels(config, self.levels)
+        if config.attention == "auto":  # a resumed run keeps the kernel that it started with
+            kernel: Any = resume["attention"] if resume else fastest_for(base, cache, config, processes)
+            config = replace(config, attention=kernel)
+            say(f"attention: {config.attention}")
+        self._stack, self._modes = ExitStack(), ExitStack()
+        try:
+            self.lora: TrainableLora = self._stack.enter_context(trainable(base, lora, seed=config.seed))
+            self._stack.enter_context(self._modes)
+            self._modes.enter_context(training_mode(base, self.lora, config, say=say))
+            factors = self.lora.flat
+            optimizer, scaler = make_optimizer(factors.values, config, base.device), make_scaler(base)
+            self.loop = LoopState(base, cache, config, factors, optimizer, scaler, lora.dropout, processes)
+            done = 0 if resume is None else int(resume["step"])
+            few = base.device.type == "cpu" and config.steps - done < WORTH_A_TRACE
+            wanted = "off" if config.capture == "auto" and few else config.capture
+            self.graph = StepGraph(
+                self._backward, factors.gradient, reason=obstacle(base, lora, config), wanted=wanted, say=say
+            )
+            self._stack.callback(self.graph.close)
+            self._updates = updates(self.loop, self.graph)
+            self.started = time.monotonic()
+            self.look_every = 1 if base.device.type == "cpu" else LOOK_EVERY
+            self.smoothed = torch.full((), torch.nan, device=base.device)
+            self._unread: list[Tensor] = []  # losses that the host has not looked at
+            if resume is not None:
+                self._restore(resume)
+            self.first = self.loop.step
+            self._checked = self.first > 0  # the first gradients, for zeros
+            good = None if resume is None else resume["good"]
+            self._good: dict[str, Any] = good or self._now()  # to roll back to
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.loop.step
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __next__(self) -> Step:
+        while True:
+            began = time.monotonic()
+            try:
+                loss = next(self._updates)
+            except StopIteration:
+                raise
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            else:
+                if self.loop.config.compile and self.step == self.first + 1:
+                    self.say(f"compile: the first step took {time.monotonic() - began:.1f} s")
+                if self._went_well(loss):
+                    return self._report(loss)
+                continue
+            self._climb(reason)  # out here: the exception's traceback holds tensors
+
+    def _backward(self, inputs: Inputs) -> Tensor:
+        loop, config = self.loop, self.loop.config
+        return backward(
+            loop.base,
+            inputs,
+            loop.factors,
+            scaler=loop.scaler,
+            prior_loss_weight=config.prior_loss_weight,
+            min_snr_gamma=config.min_snr_gamma,
+            divisor=config.gradient_accumulation,
+        )
+
+    def _climb(self, reason: str) -> None:
+        """Do the update again at the next level of the memory ladder. Raises TrainingError at its end."""
+        loop = self.loop
+        pictures = loop.config.batch_size * (1 if loop.cache.class_images is None else 2)
+        level = next_level(loop.config, pictures=-(-pictures // loop.processes.count))
+        if level is None:
+            raise TrainingError(f"out of memory at step {self.step + 1} at every level ({reason}); try {LEFT_TO_TRY}")
+        self.levels.append(level)
+        loop.config = at_levels(loop.config, [level])
+        self._modes.close()
+        self._modes.enter_context(training_mode(loop.base, self.lora, loop.config))
+        self.graph.forget()
+        self._updates = updates(loop, self.graph)
+        if loop.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"out of memory at step {self.step + 1}: continuing with {level}={getattr(loop.config, level)}")
+
+    # --- looking at the losses
+
+    def _went_well(self, loss: Tensor) -> bool:
+        """Look at the losses now and then. False: they went wrong, and the run is back at its last good state."""
+        self._smooth(loss)
+        if not self._checked:
+            self._check_gradients()
+        self._unread.append(loss)
+        if not (self.step == self.loop.config.steps or self.step % self.look_every == 0):
+            return True
+        losses, self._unread = torch.stack(self._unread).tolist(), []
+        try:
+            for line in self.loop.health.judge(losses, step=self.step, rate=self.loop.config.learning_rate):
+                self.say(line)
+        except RollBack as reason:
+            self._go_back()
+            self.say(f"{reason}; continuing from step {self.step}")
+            return False
+        except TrainingError:
+            self._go_back()  # for whoever saves the last good state
+            raise
+        if self.step - self._good["step"] >= self.loop.config.checkpoint_every and self.loop.health.well:
+            self._good = self._now()
+        return True
+
+    def _check_gradients(self) -> None:
+        """Once, with the first gradients that do not overflow under a GradScaler, which lowers its scale, down to 1."""
+        scaler = self.loop.scaler
+        if scaler.is_enabled() and scaler.get_scale() >= 1 and not self.loop.factors.gradient.isfinite().all():
+            return
+        self.lora.check_gradients()
+        self._checked = True
+
+    def _smooth(self, loss: Tensor) -> None:
+        mean = torch.where(self.smoothed.isnan(), loss, SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss)
+        self.smoothed = torch.where(loss.isfinite(), mean, self.smoothed)
+
+    def _report(self, loss: Tensor) -> Step:
+        elapsed, steps = time.monotonic() - self.started, self.loop.config.steps
+        return Step(
+            index=self.step,
+            total=steps,
+            loss_tensor=loss,
+            smoothed_tensor=self.smoothed,
+            learning_rate=float(self.loop.optimizer.param_groups[0]["lr"]),
+            seconds=elapsed,
+            seconds_left=elapsed / max(1, self.step - self.first) * (steps - self.step),
+            lora=self.lora,
+        )
+
+    # --- the state, to resume from and to roll back to
+
+    def state(self) -> dict[str, Any]:
+        """All that the next updates depend on, as a copy; with the state to roll back to, if that is another one."""
+        return self._now() | {"good": None if self._good["step"] == self.step else self._good}
+
+    def _now(self) -> dict[str, Any]:
+        """On the CPU: a GPU's memory is scarcer."""
+        loop = self.loop
+        return {
+            "step": loop.step,
+            "lora": self.lora.copied(),
+            "optimizer": on_cpu(loop.optimizer.state_dict()),
+            "scaler": loop.scaler.state_dict(),
+            "smoothed": on_cpu(self.smoothed),
+            "health": loop.health.state(),
+            "unread": on_cpu(torch.stack(self._unread)) if self._unread else None,
+            "levels": list(self.levels),
+            "attention": loop.config.attention,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        loop = self.loop
+        with torch.no_grad():
+            for name, parameter in self.lora.named_parameters().items():
+                parameter.copy_(state["lora"][name])
+        loop.optimizer.load_state_dict(on_cpu(state["optimizer"]))  # a copy: the optimizer would go on in the state itself
+        loop.scaler.load_state_dict(state["scaler"])
+        loop.step, self.smoothed = int(state["step"]), state["smoothed"].to(loop.base.device)
+        loop.health = Health.from_state(state["health"])
+        self._unread = [] if state["unread"] is None else list(state["unread"].to(loop.base.device).unbind())
+
+    def _go_back(self) -> None:
+        """To the last good state, remembering what went wrong."""
+        health = self.loop.health
+        self._restore(self._good)
+        self.loop.health = Health.from_state(self._good["health"], after=health)
+
+
+def fastest_for(base: BaseModel, cache: LatentCache, config: SettledConfig, processes: Processes) -> str:
+    """The fastest attention for the batches of this run, the same in all its processes."""
+    pictures = config.batch_size * (1 if cache.class_images is None else 2)
+    pictures = min(config.pictures_at_a_time or pictures, -(-pictures // processes.count))
+    side = cache.photos.mean.shape[-1] * base.pixels_per_latent
+    if processes.count == 1:
+        return fastest_attention(base, resolution=side, pictures=pictures)
+    return processes.from_main(lambda: fastest_attention(base, resolution=side, pictures=pictures))
+
+
+def on_cpu(value: Any) -> Any:
+    """A copy on the CPU, whatever dictionaries and lists the tensors are in."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(one) for key, one in value.items()}
+    return [on_cpu(one) for one in value] if isinstance(value, list) else value
