@@ -114,7 +114,7 @@ def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None, *,
         torch.cuda.synchronize()
         step = (time.perf_counter() - marks[-1]) / (steps - WARM)
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        recorded = bool(training.graph._recordings)
+        recorded = bool(getattr(training.backward, "_recordings", None))
         if profile is not None:
             training.config = replace(training.config, steps=steps + 3)
             table(training, profile)

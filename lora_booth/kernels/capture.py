@@ -1,4 +1,4 @@
-"""Forward and backward pass recorded once and replayed: a CUDA graph, or on a CPU a trace by PyTorch's `make_fx`.
+"""Forward and backward pass recorded once as a CUDA graph and replayed: one launch in place of thousands.
 
 Shapes are the same in every step, so a step's inputs are copied into fixed buffers and the recorded kernels run again. A
 step that cannot be recorded runs in the usual way, and one line gives the reason.
@@ -17,13 +17,20 @@ from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError, first_line
 
-WARM_UPS = 3  # passes before a recording, in which cuDNN, cuBLAS and autograd make what they make only once
-WORTH_A_TRACE = 500  # updates on a CPU: tracing takes some 10 s, which the toybox makes up for in about 400
+WARM_UPS = 3  # passes before a recording, in which cuDNN, cuBLAS and autograd set up what they set up only once
+
+
+def can_capture(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> bool:
+    """Whether to record the step. Raises SettingsError if `capture="on"` is impossible."""
+    reason = obstacle(base, lora, config)
+    if config.capture == "on" and reason is not None:
+        raise SettingsError(f'capture="on" is not possible: {reason}; use capture="auto"')
+    return config.capture != "off" and reason is None
 
 
 def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | None:
-    """Why the step cannot be recorded; None: it can."""
-    if base.device.type not in ("cuda", "cpu"):
+    """Why the step cannot be recorded; None if it can."""
+    if base.device.type != "cuda":
         return f"the base is on {base.device.type}"
     if lora.text_encoder:
         return "text encoders are trained: their tokenizer works on the host"
@@ -56,7 +63,7 @@ def copied(value: Any) -> Any:
 
 
 def layout_of(value: Any, *, apart: Sequence[str] = ("prompts",)) -> Any:
-    """What a recording depends on: sizes, precisions and plain values, but for the words."""
+    """What a recording depends on: sizes, precisions and plain values, but not the prompts."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if is_dataclass(value):
@@ -78,10 +85,6 @@ def fill(buffers: Any, inputs: Any) -> None:
     torch._foreach_copy_(tensors_of(buffers), tensors_of(inputs), non_blocking=True)
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))
-
-
 class StepGraph:
     """Calls `work(inputs)`, which adds to `gradient` and returns a loss (); recorded where that is possible.
 
@@ -93,14 +96,10 @@ class StepGraph:
         work: Callable[[Any], Tensor],
         gradient: Tensor,
         *,
-        reason: str | None,
-        wanted: str = "auto",
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        if wanted == "on" and reason is not None:
-            raise SettingsError(f'capture="on" is not possible: {reason}; use capture="auto"')
         self.work, self.gradient, self.say = work, gradient, say
-        self.on = wanted != "off" and reason is None
+        self.on = True
         self._recordings: dict[Any, Recording] = {}
         self._begun: set[Any] = set()
         self._pool: Any = None
@@ -109,42 +108,22 @@ class StepGraph:
         if not self.on:
             return self.work(inputs)
         layout = layout_of(inputs)
-        if layout not in self._begun:  # the first pass is looked at: by the check of the gradients
+        if layout not in self._begun:  # the gradients of the first pass are checked
             self._begun.add(layout)
             return self.work(inputs)
         if layout not in self._recordings:
             try:
-                record = self._graph_of if self.gradient.is_cuda else self._trace_of
-                self._recordings[layout] = record(copied(inputs))
+                self._recordings[layout] = self._graph_of(copied(inputs))
             except RuntimeError as error:
                 reason = first_line(error)
                 self.close()
-                self.say(f"the step is not recorded ({reason}); going on without")
+                self.say(f"the step is not recorded ({reason}); continuing without")
                 return self.work(inputs)
         return self._recordings[layout].play(inputs)
 
-    def _trace_of(self, buffers: Any) -> Recording:
-        """The same kernels without modules and autograd; checked, as a trace may miss what Python does in between."""
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        before, inputs = self.gradient.clone(), tensors_of(buffers)
-        try:
-            losses, gradients = [], []
-            traced = make_fx(lambda *_: self.work(buffers), _allow_non_fake_inputs=True)(*inputs)
-            replay: Callable[[], Tensor] = torch.no_grad()(lambda: traced(*inputs))
-            for compute in (self.work, lambda _: replay()):
-                self.gradient.copy_(before)
-                losses.append(compute(buffers))
-                gradients.append(self.gradient.clone())
-            if not (same_bits(*losses) and same_bits(*gradients)):
-                raise RuntimeError("the replay gives other numbers")
-            return Recording(buffers, replay)
-        finally:
-            self.gradient.copy_(before)
-
     def _graph_of(self, buffers: Any) -> Recording:
         kept = self.gradient.clone()
-        torch.cuda.empty_cache()  # what the step before has left lies where the warm-up does not look
+        torch.cuda.empty_cache()  # memory cached by earlier steps, which the graph's own pool cannot use
         try:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
@@ -166,13 +145,13 @@ class StepGraph:
             self.gradient.copy_(kept)
 
     def forget(self) -> None:
-        """The gradients or the way of computing have changed: record anew."""
+        """Discard the recordings: the way of computing changed."""
         self._recordings, self._begun, self._pool = {}, set(), None
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Discard the recordings and release their memory."""
         had = bool(self._recordings)
         self.forget()
         self.on = False
-        if had and self.gradient.is_cuda:
+        if had:
             torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from ..config import LoraSpec, TrainingConfig
 from ..errors import TrainingError, first_line
 from ..injection import TrainableLora, trainable
 from ..kernels.attention import fastest_attention
-from ..kernels.capture import WORTH_A_TRACE, StepGraph, obstacle
+from ..kernels.capture import StepGraph, can_capture
 from .distributed import ALONE, Processes
 from .health import Health, RollBack
 from .latents import Inputs, LatentCache
@@ -84,14 +84,10 @@ class TrainingRun(Iterator[Step]):
             factors = self.lora.flat
             optimizer, scaler = make_optimizer(factors.values, config, base.device), make_scaler(base)
             self.loop = LoopState(base, cache, config, factors, optimizer, scaler, lora.dropout, processes)
-            done = 0 if resume is None else int(resume["step"])
-            few = base.device.type == "cpu" and config.steps - done < WORTH_A_TRACE
-            wanted = "off" if config.capture == "auto" and few else config.capture
-            self.graph = StepGraph(
-                self._backward, factors.gradient, reason=obstacle(base, lora, config), wanted=wanted, say=say
-            )
-            self._stack.callback(self.graph.close)
-            self._updates = updates(self.loop, self.graph)
+            self.backward: Callable[[Inputs], Tensor] = self._backward
+            if base.device.type == "cuda" or config.capture == "on":
+                self._capture(lora, say)
+            self._updates = updates(self.loop, self.backward)
             self.started = time.monotonic()
             self.look_every = 1 if base.device.type == "cpu" else LOOK_EVERY
             self.smoothed = torch.full((), torch.nan, device=base.device)
@@ -133,6 +129,13 @@ class TrainingRun(Iterator[Step]):
                 continue
             self._climb(reason)  # out here: the exception's traceback holds tensors
 
+    def _capture(self, lora: LoraSpec, say: Callable[[str], None]) -> None:
+        """Record and replay `backward`, where that is possible."""
+        if can_capture(self.loop.base, lora, self.loop.config):
+            graph = StepGraph(self._backward, self.loop.factors.gradient, say=say)
+            self._stack.callback(graph.close)
+            self.backward = graph
+
     def _backward(self, inputs: Inputs) -> Tensor:
         loop, config = self.loop, self.loop.config
         return backward(
@@ -156,8 +159,9 @@ class TrainingRun(Iterator[Step]):
         loop.config = at_levels(loop.config, [level])
         self._modes.close()
         self._modes.enter_context(training_mode(loop.base, self.lora, loop.config))
-        self.graph.forget()
-        self._updates = updates(loop, self.graph)
+        if isinstance(self.backward, StepGraph):
+            self.backward.forget()
+        self._updates = updates(loop, self.backward)
         if loop.base.device.type == "cuda":
             torch.cuda.empty_cache()
         self.say(f"out of memory at step {self.step + 1}: continuing with {level}={getattr(loop.config, level)}")
