@@ -25,7 +25,7 @@ from .training.distributed import joined
 from .training.encoding import prepare
 from .training.identity import identity_of, run_facts
 from .training.memory_ladder import levels_between
-from .training.progress import Display, Step, display
+from .training.progress import Step, display
 from .training.run_folder import NoFolder, RunFolder
 from .training.samples import draw_samples
 from .training.settings import SettledConfig, settled
@@ -115,7 +115,8 @@ def train(
     lora = lora or LoraSpec()
     config = settled(config or TrainingConfig(), base, sum(len(s.photos) for s in subjects))
     check_feasible(base, lora, config)
-    job, trackers, processes = Job(base, subjects, lora, config), trackers_of(track, out), joined(base.device)
+    trackers = trackers_of(track, out) if track else []
+    job, processes = Job(base, subjects, lora, config), joined(base.device)
 
     with ExitStack() as stack:
         stack.enter_context(processes.watched())
@@ -128,7 +129,7 @@ def train(
         # what the folder holds of this run: nothing, a state to continue from, or the finished adapter
         def opened() -> tuple[bytes | None, Adapter | None]:
             stack.enter_context(folder.held())
-            return folder.open(job.facts(), job.adapter, config.steps, restart=restart)
+            return folder.open(job.facts, job.adapter, config.steps, restart=restart)
 
         state, done = processes.from_main(opened)
         if processes.count > 1:
@@ -144,7 +145,7 @@ def train(
         cache = processes.main_first(
             lambda: prepare(base, subjects, lora=lora, config=config, display=shown, on_square=folder.keep_crop)
         )
-        folder.begin(job.facts(), base, config, cache, processes=processes.count)
+        folder.begin(job.facts, base, config, cache, processes=processes.count)
         folder.timing("preparing", time.monotonic() - began)
         if not lora.text_encoder:
             stack.enter_context(base.only_unet_on_device())
@@ -156,19 +157,23 @@ def train(
             lora,
             config,
             resume=None if state is None else unpacked_state(state, base.device),
-            levels=levels_between(config, planned),
+            levels=[] if planned is config else levels_between(config, planned),
             say=folder.event,
             processes=processes,
         )
         stack.callback(steps.close)
         del state
-        tracking = Tracking(trackers if processes.main else (), say=folder.event)
-        tracking.begin({**asdict(config), **asdict(lora), "base": base.name})
-        stack.callback(tracking.close)
+        tracking = None
+        if trackers and processes.main:
+            tracking = Tracking(trackers, say=folder.event)
+            tracking.begin({**asdict(config), **asdict(lora), "base": base.name})
+            stack.callback(tracking.close)
         stopping = Stopping(began=began, time_limit=time_limit)
         if out is not None:
             stack.enter_context(stopping)
-        stop = follow(job, steps, folder, tracking, stopping, shown, on_step)
+        observers = [shown.update, *([tracking.update] if tracking else []), *([on_step] if on_step else [])]
+        shown.start(config.steps)
+        stop = follow(job, steps, folder, stopping, tracking, observers)
         adapter = job.adapter(steps.state())
         folder.end(adapter, stop)
         processes.maximum(0)  # nobody leaves while another still needs it
@@ -181,15 +186,12 @@ def follow(
     job: Job,
     steps: TrainingRun,
     folder: NoFolder,
-    tracking: Tracking,
     stopping: Stopping,
-    shown: Display,
-    on_step: Callable[[Step], None] | None,
+    tracking: Tracking | None,
+    observers: Sequence[Callable[[Step], None]],
 ) -> int:
     """Every update, with its checkpoints and samples. Returns why it stopped: 0 for the end, TIME_UP or a signal's number."""
     config, began = job.config, time.monotonic()
-    shown.start(config.steps)
-
     try:
         if config.sample_every and steps.step == 0:
             draw_samples(folder, tracking, job.base, job.subjects[0], config, 0, None)
@@ -199,10 +201,8 @@ def follow(
             folder.record_step(step)
             if stop or last or folder.due(step.index, every=config.checkpoint_every, minutes=config.checkpoint_minutes):
                 folder.save(steps.state, job.adapter)
-            shown.update(step)
-            tracking.update(step)
-            if on_step is not None:
-                on_step(step)
+            for observe in observers:
+                observe(step)
             if stop and not last:
                 return stop
             if config.sample_every and step.index % config.sample_every == 0:

@@ -216,7 +216,7 @@ def values() -> list[Hostile]:
         tensors("kernel and no kernel", E.AdapterIncomplete, {KD: torch.ones(4, 8, 3, 3), KU: up}),
         tensors("a kernel in up", E.AdapterIncomplete, {KD: torch.ones(4, 8, 1, 1), KU: torch.ones(16, 4, 3, 3)}),
         tensors("kohya and PEFT, the same module", E.AdapterFormatError, {KD: down, KU: up, D: down, U: up}),
-        tensors("one half kohya's, one half PEFT's", E.AdapterIncomplete, {KD: down, U: up}, "two ways"),
+        tensors("one half kohya's, one half PEFT's", E.AdapterIncomplete, {KD: down, U: up}, "named differently"),
         tensors("two adapters' names", E.AdapterFormatError, {f"{Q}.lora_A.{x}.weight": down for x in "ab"}),
         tensors("names that differ in case", E.AdapterTargetError, {KD: down, KU: up, KD.upper(): down}),
         tensors("other widths than the base", E.AdapterBaseMismatch, dict(zip((KD, KU), pair(4, 320, 320), strict=True))),

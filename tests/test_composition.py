@@ -241,7 +241,7 @@ def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
 
 def test_a_preflight_says_that_the_base_is_another(base, rex):
     moved = replace(rex, card=replace(rex.card, base_hash="0" * 16))
-    assert "others of the same shapes" in Composition(base, [moved]).preflight("sks dog").warnings[0]
+    assert "other weights of the same shapes" in Composition(base, [moved]).preflight("sks dog").warnings[0]
     stranger = pipelines.random_adapter(BaseModel.from_pipeline(pipelines.make_pipeline("sdxl"), name="large"))
     found = Composition(base, [rex, stranger]).preflight("sks dog", trial=True)
     assert "was made for large" in found.warnings[0] and found.overlaps == () and found.seconds is None

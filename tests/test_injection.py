@@ -246,7 +246,7 @@ def test_mismatches_are_found_before_any_change() -> None:
         "big": other_family,
         r"\(\d+, 99\)": Adapter({**good.modules, key: wide}, good.card),
         "no module unet.nowhere.to_q": Adapter({**good.modules, "unet.nowhere.to_q": factors}, good.card),
-        "no linear": Adapter({**good.modules, "unet.conv_norm_out": factors}, good.card),
+        "not a linear": Adapter({**good.modules, "unet.conv_norm_out": factors}, good.card),
         "has no text_encoder_2": Adapter({**good.modules, "text_encoder_2.text_model.x": factors}, good.card),
     }
     for expected, adapter in cases.items():
@@ -268,7 +268,7 @@ def test_other_weights_of_the_same_shapes_are_told() -> None:
     other = make_pipeline("sd1")
     with torch.no_grad():
         other.unet.conv_out.weight.neg_()
-    with pytest.warns(OtherBaseWarning, match="made for one.*others of the same shapes"), attached(other, [(adapter, 1.0)]):
+    with pytest.warns(OtherBaseWarning, match="made for one.*other weights of the same shapes"), attached(other, [(adapter, 1.0)]):
         assert (predict(other) - predict(make_pipeline("sd1"))).abs().max() > 1e-2
     with attached(other, [(adapter, 0.0)]):
         pass  # not used

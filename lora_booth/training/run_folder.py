@@ -63,6 +63,7 @@ CROP_SIDE = 256  # pixels of a crop kept for the report, at most
 LOSSLESS_UP_TO = 128  # pixels: smaller crops are kept exactly
 
 State = dict[str, Any]  # of a TrainingRun
+Facts = dict[str, Any]  # of `run_facts`
 
 
 class NoFolder:
@@ -80,13 +81,13 @@ class NoFolder:
         yield
 
     def open(
-        self, facts: dict[str, Any], adapter_of: Callable[[State], Adapter], total: int, *, restart: bool
+        self, facts: Callable[[], Facts], adapter_of: Callable[[State], Adapter], total: int, *, restart: bool
     ) -> tuple[bytes | None, Adapter | None]:
         """What the folder holds of this run: the state to continue from, or the finished adapter."""
         return None, None
 
     def begin(
-        self, facts: dict[str, Any], base: BaseModel, config: SettledConfig, cache: LatentCache, *, processes: int
+        self, facts: Callable[[], Facts], base: BaseModel, config: SettledConfig, cache: LatentCache, *, processes: int
     ) -> None:
         """The run begins, or continues from what `open` found."""
 
@@ -198,12 +199,12 @@ class RunFolder(NoFolder):
             ) from error
 
     def open(
-        self, facts: dict[str, Any], adapter_of: Callable[[State], Adapter], total: int, *, restart: bool
+        self, facts: Callable[[], Facts], adapter_of: Callable[[State], Adapter], total: int, *, restart: bool
     ) -> tuple[bytes | None, Adapter | None]:
         """Raises TrainingError if the folder holds another run."""
         if restart:
             self.clear()
-        checkpoint, file = self.find(facts), self.finished()
+        checkpoint, file = self.find(facts()), self.finished()
         if checkpoint is None or checkpoint.step < total:
             if file is not None:
                 self.say("the last checkpoint is gone: this is the adapter of the file, in half precision")
@@ -211,7 +212,7 @@ class RunFolder(NoFolder):
             return None if checkpoint is None else checkpoint.contents[STATE], None
         adapter = adapter_of(unpacked_state(checkpoint.contents[STATE], torch.device("cpu")))
         if file is None:
-            self._begin(facts, checkpoint.record()["surroundings"], total)
+            self._begin(facts(), checkpoint.record()["surroundings"], total)
             self.end(adapter, 0)
         return None, adapter
 
@@ -246,9 +247,9 @@ class RunFolder(NoFolder):
     # --- the record
 
     def begin(
-        self, facts: dict[str, Any], base: BaseModel, config: SettledConfig, cache: LatentCache, *, processes: int
+        self, facts: Callable[[], Facts], base: BaseModel, config: SettledConfig, cache: LatentCache, *, processes: int
     ) -> None:
-        self._begin(facts, surroundings(base, config, processes) | {"latents": hash_of_latents(cache)}, config.steps)
+        self._begin(facts(), surroundings(base, config, processes) | {"latents": hash_of_latents(cache)}, config.steps)
 
     def _begin(self, facts: dict[str, Any], where: dict[str, Any], total: int) -> None:
         """Also of a checkpoint that `find` found: its record and metrics become the folder's again."""

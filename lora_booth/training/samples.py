@@ -30,7 +30,7 @@ SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, fi
 
 def draw_samples(
     folder: NoFolder,
-    tracking: Tracking,
+    tracking: Tracking | None,
     base: BaseModel,
     subject: Subject,
     config: SettledConfig,
@@ -44,7 +44,8 @@ def draw_samples(
     try:
         images = sample(base, rows, config)
         keep(folder.path / SAMPLES, step, rows, images, adapter)
-        tracking.samples(step, rows, images)
+        if tracking is not None:
+            tracking.samples(step, rows, images)
     except (OSError, RuntimeError, AdapterError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise

@@ -24,8 +24,6 @@ Track = Any  # a name, a GeneralTracker of accelerate, or a sequence of these
 
 def trackers_of(track: Track, out: Path | None) -> list[Any]:
     """Not started yet. Raises SettingsError, MissingExtraError for what cannot be had."""
-    if track is None or track == () or track == []:
-        return []
     from accelerate import tracking
 
     asked = [track] if isinstance(track, str | tracking.GeneralTracker) else list(track)
