@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 
 from lora_booth.kernels.attention import KERNELS, Shape, attention_shapes, candidates, seconds_of
-from lora_booth.planning.shapes import shapes_of, without_weights
+from lora_booth.planning.shapes import without_weights
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} thread(s); milliseconds a step")
     print(f"{'':42s}" + "".join(f"{name:>10s}" for name in KERNELS))
     for name in args.bases:
-        base = without_weights(shapes_of(name), torch.float32)
+        base = without_weights(name, torch.float32)
         sizes = [base.resolution] if name == "toybox" else args.pixels
         for size in sizes:
             shapes: Counter[Shape] = attention_shapes(base, size)

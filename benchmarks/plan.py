@@ -21,12 +21,12 @@ import torch
 
 import lora_booth as lb
 from lora_booth.base.base_model import BaseModel
-from lora_booth.base.generation import generate_images
-from lora_booth.base.memory import pictures_at_a_time
+from lora_booth.base.generation import generate_images, pictures_at_a_time
 from lora_booth.base.quantization import put_packed, quantize
+from lora_booth.base.single_file import published_configs
 from lora_booth.base.weight_files import put
 from lora_booth.planning.planning import plan
-from lora_booth.planning.shapes import Shapes, built_in, without_weights
+from lora_booth.planning.shapes import built
 from lora_booth.training.latents import LatentCache, LatentSet
 from lora_booth.training.training_run import training_steps
 
@@ -64,9 +64,10 @@ CASES = {
 
 def base_of(case: Case, device: str = "cpu") -> BaseModel:
     """Random weights in the case's shapes."""
-    known = built_in(case.family, case.family)
-    parts = {**known.parts, "unet": {**known.parts["unet"], **dict(case.unet)}, "vae": {**known.parts["vae"], **VAE}}
-    base = without_weights(Shapes(case.family, parts), case.dtype)
+    parts = published_configs(case.family)
+    parts["unet"] |= dict(case.unet)
+    parts["vae"] |= VAE
+    base = built(case.family, parts, case.dtype)
     if case.quantized:
         quantize(base.shell.unet, None, case.dtype)
     for module in (*base.structure.values(), base.shell.vae):

@@ -303,7 +303,7 @@ def part():
 torch.zeros(2**24, dtype=torch.bfloat16).float().bfloat16()  # its code is loaded
 weights = LazyWeights(dict(vae=part(), unet=part()))
 before = resident()
-weights.fill()
+weights.fill("vae", "unet")
 both = resident() - before
 weights.drop(["vae"])
 print(both, resident() - before, sum(t.nbytes for t in weights.parts["unet"].module.parameters()))

@@ -19,17 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_booth import cli
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.memory import storage_bytes
+from lora_booth.base.single_file import published_configs
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.kernels.attention import attention_shapes
 from lora_booth.kernels.lora import APART
 from lora_booth.pictures.composition import Composition
 from lora_booth.planning import budget, planning
-from lora_booth.planning.budget import CPU_CONTEXT, GPUS, RESERVE, available_bytes, free_bytes, gpu_named, upper_bound
+from lora_booth.planning.budget import CPU_CONTEXT, GPUS, RESERVE, Machine, available_bytes, free_bytes, gpu_named, upper_bound
 from lora_booth.planning.counting import Counter, count, count_step, inputs
 from lora_booth.planning.meter import Meter, saved_for_backward
-from lora_booth.planning.planning import DoesNotFit, Machine, Plan, Planner, Resident, fitted, plan
-from lora_booth.planning.shapes import Shapes, shapes_of, without_weights
+from lora_booth.planning.planning import DoesNotFit, Plan, Planner, fitted, plan
+from lora_booth.planning.shapes import built, without_weights
 from lora_booth.training.settings import settled
 
 LORA = LoraSpec(rank=2)
@@ -48,7 +49,7 @@ def weights_of(base: BaseModel, *, named: Iterable[str] = ("unet", "vae", "text_
 
 @cache
 def counter_of(kind: str, dtype: torch.dtype = torch.float32, lora: LoraSpec = LORA) -> Counter:
-    return Counter(shapes_of(base_of(kind)), dtype=dtype, lora=lora)
+    return Counter(without_weights(base_of(kind), dtype), lora)
 
 
 def planned(kind: str = "sd1", *, budget: float, config: TrainingConfig = CONFIG, device: str = "cuda") -> Plan:
@@ -73,7 +74,7 @@ def planned(kind: str = "sd1", *, budget: float, config: TrainingConfig = CONFIG
 )
 def test_counts_without_weights_are_those_of_the_real_model(kind: str, lora: LoraSpec, config: TrainingConfig) -> None:
     real = base_of(kind)
-    shapes = without_weights(shapes_of(real), torch.float32)
+    shapes = without_weights(real, torch.float32)
     assert all(p.is_meta for module in shapes.structure.values() for p in module.parameters())
     counted = [count_step(base, lora, config, 2, 64) for base in (real, shapes)]
     assert counted[0].saved == counted[1].saved > 0
@@ -99,8 +100,7 @@ def test_plain_attention_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> No
 def test_half_precision_differs_in_the_statistics_of_norms_alone() -> None:
     real = base_of("sd1", torch.bfloat16)
     on_cpu, without = (
-        count_step(base, LORA, replace(CONFIG, lean=False), 2, 64)
-        for base in (real, without_weights(shapes_of(real), torch.bfloat16))
+        count_step(base, LORA, replace(CONFIG, lean=False), 2, 64) for base in (real, without_weights(real, torch.bfloat16))
     )
     assert without.saved == pytest.approx(on_cpu.saved, rel=0.01) and without.flops == on_cpu.flops
 
@@ -169,10 +169,8 @@ def test_convolutions_of_a_cpu_work_on_copies() -> None:
 
 
 def test_the_weights_are_no_work() -> None:
-    shapes, options = shapes_of(base_of("sd1")), {"pictures": 1, "resolution": 128}
-    found = Counter(shapes, dtype=torch.float64, lora=LORA).sample(**options)  # nothing is kept of this one
-    counter = Counter(shapes, dtype=torch.float64, lora=LORA)
-    assert counter.base and found == count(lambda: counter._denoise(2, 128))
+    counter = Counter(without_weights(base_of("sd1"), torch.float64), LORA)  # no entry in the cache has this precision
+    assert counter.sample(pictures=1, resolution=128) == count(lambda: counter._denoise(2, 128))
 
 
 def test_more_pictures_are_on_a_line() -> None:
@@ -183,13 +181,10 @@ def test_more_pictures_are_on_a_line() -> None:
 
 
 def test_a_count_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes, options = shapes_of(base_of("sd1")), {"pictures": 1, "resolution": 64}
-    first = Counter(shapes, dtype=torch.float32, lora=LORA).step(CONFIG, **options)
-    weights = Counter(shapes, dtype=torch.float32, lora=LORA).weights
+    base, options = without_weights(base_of("sd1"), torch.float32), {"pictures": 1, "resolution": 64}
+    first = Counter(base, LORA).step(CONFIG, **options)
     monkeypatch.setattr("lora_booth.planning.counting.count_step", None)
-    monkeypatch.setattr("lora_booth.planning.counting.count_weights", None)
-    again = Counter(shapes, dtype=torch.float32, lora=LORA)
-    assert again.step(CONFIG, **options) == first and again.weights == weights
+    assert Counter(without_weights(base_of("sd1"), torch.float32), LORA).step(CONFIG, **options) == first
 
 
 # --- bases that are not loaded -------------------------------------------------------------------------------------
@@ -204,28 +199,28 @@ def test_folders_the_hub_and_memory_have_the_same_shapes(
         (folder / file.relative_to(folders["sd2"])).parent.mkdir(parents=True, exist_ok=True)
         (folder / file.relative_to(folders["sd2"])).write_bytes(file.read_bytes())
     sources: list[Any] = [base_of("sd2"), folder, hub("some-one/configs", folder)]
-    sizes = {Counter(shapes_of(source), dtype=torch.float32, lora=LORA).weights for source in sources}
+    sizes = {Counter(without_weights(source, torch.float32), LORA).weights for source in sources}
     assert len(sizes) == 1 and sizes.pop().unet == storage_bytes(base_of("sd2").unet.parameters())
     (folder / "vae" / "config.json").unlink()
     with pytest.raises(BaseModelError, match="vae/config.json"):
-        shapes_of(folder)
+        without_weights(folder, torch.float32)
 
 
 @pytest.mark.slow
 def test_families_are_built_in() -> None:
     published = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}  # parameters of the U-Nets
     for family, size in published.items():
-        base = without_weights(shapes_of(family), torch.float16)
+        base = without_weights(family, torch.float16)
         assert base.family.name == family and sum(p.numel() for p in base.unet.parameters()) == size
     with pytest.raises(BaseModelError, match="sd1, sd2, sdxl"):
-        shapes_of("sd7")
+        without_weights("sd7", torch.float16)
 
 
 def test_what_cannot_be_trained_cannot_be_planned() -> None:
-    known = shapes_of("sd1")
-    inpainting = {**known.parts, "unet": {**known.parts["unet"], "in_channels": 9}}
+    parts = published_configs("sd1")
+    parts["unet"]["in_channels"] = 9
     with pytest.raises(BaseModelError, match="inpainting"):
-        without_weights(Shapes("other", inpainting), torch.float32)
+        built("other", parts, torch.float32)
 
 
 # --- the choice ----------------------------------------------------------------------------------------------------
@@ -320,7 +315,7 @@ def test_no_phase_exceeds_the_upper_bound(kind: str, text_encoder: bool, attenti
         counter = counter_of(kind, dtype, lora)
         config = TrainingConfig(attention=attention, batch_size=batch, prior_loss_weight=prior, lean=False, resolution=128)
         config = settled(config, counter.base, 3)
-        for resident in (Resident(), Resident(frozenset({"unet", "vae", "text_encoder", "text_encoder_2"}))):
+        for resident in (frozenset[str](), frozenset({"unet", "vae", "text_encoder", "text_encoder_2"})):
             planner = Planner(counter, Machine("a test", "cpu", 1e9, CPU_CONTEXT), config, 3, resident)
             one, bound = planner.forecast(config, {}), upper_bound(counter.base, lora, config, photos=3)
             assert one.peak + one.reserve < bound < 4 * one.peak
@@ -328,7 +323,7 @@ def test_no_phase_exceeds_the_upper_bound(kind: str, text_encoder: bool, attenti
 
 def test_the_upper_bound_of_a_published_model() -> None:
     config = TrainingConfig(resolution=256)
-    counter = Counter(shapes_of("sd1"), dtype=torch.float32, lora=LoraSpec())
+    counter = Counter(without_weights("sd1", torch.float32), LoraSpec())
     config = settled(config, counter.base, 5)
     one = Planner(counter, Machine("a test", "cpu", 1e12, CPU_CONTEXT), config, 5).forecast(config, {})
     assert one.peak + one.reserve < upper_bound(counter.base, LoraSpec(), config, photos=5) < 1.5 * one.peak

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,7 @@ class BaseModel:
     shell: Any  # the stock pipeline; some of its modules may not be read yet
     family: Family
     name: str  # for cards and people: a Hub id, a folder's or file's bare name; never a path
-    weights: LazyWeights | None = None  # of the modules that are read when they are needed
+    weights: LazyWeights = field(default_factory=LazyWeights)  # of the modules that are read when they are needed
     quantized: str | None = None  # how the U-Net's linear layers were packed: "nf4"; None: not by this library
     rare_tokens: tuple[str, ...] = ()  # words that mean nothing to it, as its folder declares them
 
@@ -127,12 +127,12 @@ class BaseModel:
     @property
     def pipeline(self) -> Any:
         """The stock pipeline, complete."""
-        self._keep(*self._lazy)
+        self._keep(*self.weights.parts)
         return self.shell
 
     @property
     def unet(self) -> Any:
-        self._fill("unet")
+        self.weights.fill("unet")
         return self.shell.unet
 
     @property
@@ -169,28 +169,28 @@ class BaseModel:
         return {name: getattr(self.shell, name) for name in self.components}
 
     @property
-    def _lazy(self) -> tuple[str, ...]:
-        return tuple(self.weights.parts) if self.weights is not None else ()
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with weights in the pipeline, e.g. also a safety checker; some may not have them yet."""
+        return {name: module for name, module in self.shell.components.items() if isinstance(module, nn.Module)}
 
-    def _fill(self, *names: str) -> list[str]:
-        """Read what is not there yet; returns what was read."""
-        return self.weights.fill(names) if self.weights is not None else []
+    @property
+    def loaded(self) -> dict[str, nn.Module]:
+        """Those of the modules that are in memory."""
+        return {name: module for name, module in self.modules.items() if self.unread(name) is None}
 
     def _keep(self, *names: str) -> None:
-        """Read these for somebody who may hold them: nothing is given back from now on, but the U-Net never is."""
-        self._fill(*names)
-        if self.weights is not None and any(name != "unet" for name in names):
-            self.weights.kept = True
+        """Read these for a caller who may hold on to them: from now on nothing is given back (the U-Net never is)."""
+        self.weights.fill(*names)
+        self.weights.kept |= any(name != "unet" for name in names)
 
     def unread(self, name: str) -> LazyModule | None:
         """A module that is still on disk; None: it is in memory."""
-        return self.weights.unread(name) if self.weights is not None else None
+        part = self.weights.parts.get(name)
+        return None if part is None or part.is_read else part
 
     def stays(self, name: str) -> bool:
         """Whether this module is in memory and training does not give it back."""
-        if self.unread(name) is not None:
-            return False
-        return name == "unet" or name not in self._lazy or (self.weights is not None and self.weights.kept)
+        return self.unread(name) is None and (name == "unet" or name not in self.weights.parts or self.weights.kept)
 
     @property
     def device(self) -> torch.device:
@@ -239,22 +239,25 @@ class BaseModel:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in -1..1 -> mean and standard deviation of the latents, each (N, C, H/f, W/f) float32, unscaled.
+        """(N, 3, H, W) in -1..1 -> mean and standard deviation of the latents, each (N, C, H/f, W/f) float32, unscaled."""
+        with self.upcast_vae() as vae:
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            return posterior.mean.float(), posterior.std.float()
 
-        A VAE in fp16 computes in fp32 meanwhile: SDXL's overflows in fp16. (The stock pipeline decodes in the same way.)
-        """
-        self._fill("vae")
+    @contextmanager
+    def upcast_vae(self) -> Iterator[Any]:
+        """The VAE, meanwhile in fp32 where fp16 overflows (SDXL's): the stock pipeline decodes in the same way."""
+        self.weights.fill("vae")
         vae = self.shell.vae
-        kept = vae.dtype
-        upcast = kept == torch.float16 and vae.config.force_upcast
+        stored = vae.dtype
+        upcast = stored == torch.float16 and vae.config.force_upcast
         try:
             if upcast:
                 nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of every change of precision
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-            return posterior.mean.float(), posterior.std.float()
+            yield vae
         finally:
             if upcast:
-                nn.Module.to(vae, kept)
+                nn.Module.to(vae, stored)
 
     @property
     def scaling_factor(self) -> float:
@@ -262,7 +265,7 @@ class BaseModel:
 
     def encode_text(self, prompts: Sequence[str]) -> TextConditions:
         """As the stock pipeline does it. Gradients flow when they are enabled (text-encoder LoRA)."""
-        self._fill(*TEXT_ENCODERS)
+        self.weights.fill(*TEXT_ENCODERS)
         encoded = self.shell.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -280,8 +283,7 @@ class BaseModel:
     @contextmanager
     def only_unet_on_device(self) -> Iterator[None]:
         """Meanwhile all but the U-Net is given back, or kept in the host's memory when it cannot be read again."""
-        if self.weights is not None:
-            self.weights.drop(name for name in self._lazy if name != "unet")
+        self.weights.drop(name for name in self.weights.parts if name != "unet")
         with moved(self._others, torch.device("cpu")):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -290,19 +292,17 @@ class BaseModel:
     @contextmanager
     def all_on_device(self) -> Iterator[Any]:
         """Also inside `only_unet_on_device`: the whole pipeline where the U-Net is, for a picture."""
-        read = self._fill(*self._lazy)
+        read = self.weights.fill(*self.weights.parts)
         try:
             with moved(self._others, self.device):
                 yield self.shell
         finally:
-            if self.weights is not None:
-                self.weights.drop(name for name in read if name != "unet")
+            self.weights.drop(name for name in read if name != "unet")
 
     @property
     def _others(self) -> list[nn.Module]:
         """The modules in memory, without the U-Net."""
-        modules = {name: m for name, m in self.shell.components.items() if isinstance(m, nn.Module) and name != "unet"}
-        return [module for name, module in modules.items() if self.unread(name) is None]
+        return [module for name, module in self.loaded.items() if name != "unet"]
 
 
 class Parts(Mapping[str, Any]):

@@ -19,7 +19,7 @@ def load_folder(
     source: str | Path, dtype: torch.dtype, device: torch.device, *, revision: str | None = None, variant: str | None = None
 ) -> tuple[Any, LazyWeights]:
     """A diffusers folder, or a Hub id (from the cache when it is there): the pipeline, and what of it is read later."""
-    index = read_model_index(source, revision)
+    index = read_config(source, "model_index.json", revision)
     known = {family.pipeline for family in FAMILIES.values()}
     if index.get("_class_name") not in known:
         raise BaseModelError(
@@ -51,19 +51,23 @@ def declared_rare_tokens(folder: Path) -> tuple[str, ...]:
     return tuple(tokens)
 
 
-def read_model_index(source: str | Path, revision: str | None) -> dict[str, Any]:
+def read_config(source: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
+    """One JSON file, e.g. unet/config.json, of a diffusers folder or a Hub id (from the cache when it is there).
+
+    Raises BaseModelError.
+    """
     if isinstance(source, Path):
-        path = source / "model_index.json"
+        path = source / name
         if not path.is_file():
             raise BaseModelError(
-                f"{source}: no model_index.json, so not a diffusers folder; save one with pipe.save_pretrained(folder)"
+                f"{source}: no {name}, so not a complete diffusers folder; save one with pipe.save_pretrained(folder)"
             )
     else:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
         try:
-            path = Path(hf_hub_download(source, "model_index.json", revision=revision))
+            path = Path(hf_hub_download(source, name, revision=revision))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             raise BaseModelError(
                 f"{source}: not in the local cache, and the Hub cannot be reached; download it once with a network"
@@ -73,7 +77,7 @@ def read_model_index(source: str | Path, revision: str | None) -> dict[str, Any]
         except HfHubHTTPError as error:
             raise BaseModelError(f"{source}: {first_line(error)}; check the name, or log in with `hf auth login`") from error
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{path}: not valid JSON ({error})") from error
-    return index if isinstance(index, dict) else {}
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
+    return config if isinstance(config, dict) else {}

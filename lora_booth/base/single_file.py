@@ -73,7 +73,7 @@ def assembled(
         if parts and index.get("_class_name") == family.pipeline:
             return assemble(cls, folder, parts, dtype, device, **unread, **given)
     pipeline = cls.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True, **given)
-    return pipeline.to(device), LazyWeights({})
+    return pipeline.to(device), LazyWeights()
 
 
 def parts_in_checkpoint(
@@ -148,9 +148,15 @@ def has_vocabulary(tokenizer: Any) -> bool:
     return tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_tokens))
 
 
+def published_configs(family: str) -> dict[str, Any]:
+    """Component -> its configuration; `model_index` -> the pipeline's."""
+    parts: dict[str, Any] = json.loads((CONFIGS / f"{family}.json").read_text(encoding="utf-8"))
+    return parts
+
+
 def write_config(family: Family, folder: Path) -> None:
     """Lay the family's configuration out as a diffusers folder."""
-    parts = json.loads((CONFIGS / f"{family.name}.json").read_text(encoding="utf-8"))
+    parts = published_configs(family.name)
     (folder / "model_index.json").write_text(json.dumps(parts.pop("model_index")))
     for name, values in parts.items():
         (folder / name).mkdir()

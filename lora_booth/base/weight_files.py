@@ -169,27 +169,22 @@ class LazyModule:
 class LazyWeights:
     """The modules of a pipeline that are read when they are needed. `kept`: somebody holds them, so none is given back."""
 
-    def __init__(self, parts: Mapping[str, LazyModule]) -> None:
-        self.parts = dict(parts)
+    def __init__(self, parts: Mapping[str, LazyModule] | None = None) -> None:
+        self.parts = dict(parts or {})
         self.kept = False
 
-    def fill(self, names: Iterable[str] | None = None) -> list[str]:
-        """Read these (None: all); returns those that were not there before."""
-        unread = [n for n in (self.parts if names is None else names) if n in self.parts and not self.parts[n].is_read]
+    def fill(self, *names: str) -> list[str]:
+        """Read these; returns those that were not there before."""
+        unread = [name for name in names if name in self.parts and not self.parts[name].is_read]
         for name in unread:
             self.parts[name].fill()
         return unread
 
     def drop(self, names: Iterable[str]) -> None:
-        if not self.kept:
+        if self.parts and not self.kept:
             for name in names:
-                if name in self.parts:
-                    self.parts[name].drop()
+                self.parts[name].drop()
             return_to_system()
-
-    def unread(self, name: str) -> LazyModule | None:
-        part = self.parts.get(name)
-        return None if part is None or part.is_read else part
 
 
 def put(module: nn.Module, key: str, value: Tensor) -> None:

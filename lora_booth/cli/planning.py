@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import SettingsError
 from .app import Base, app, say
 from .arguments import Quantize, check_dtype, load_base
-
-if TYPE_CHECKING:
-    from ..planning.planning import Plan
 
 
 @app.command()
@@ -51,6 +47,8 @@ def plan(
         prior_loss_weight=prior_loss_weight,
     )
     lora = LoraSpec(rank=rank, text_encoder=text_encoder)
+    from json import dumps
+
     import torch
 
     from ..planning.planning import plan as make_plan
@@ -70,27 +68,5 @@ def plan(
         quantize=None if measure else quantize,
         measure=measure,
     )
-    show(found, as_json=json)
+    say(dumps(found.to_json(), indent=1) if json else str(found))
     _ = found.config  # raises DoesNotFit
-
-
-def show(found: Plan, *, as_json: bool) -> None:
-    """A table in a terminal, plain lines elsewhere."""
-    if as_json:
-        say(json.dumps(found.to_json(), indent=1))
-        return
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        say(str(found))
-        return
-    from rich.table import Table
-
-    table = Table(title=found.title, title_justify="left")
-    for heading in found.headings:
-        table.add_column(heading)
-    for row in found.rows:
-        table.add_row(*row, style="bold" if row[-1] == "chosen" else None)
-    console.print(table)
-    console.print("\n".join(found.notes), highlight=False, markup=False)

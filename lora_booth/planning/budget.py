@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..base.base_model import BaseModel
-from ..base.memory import pictures_at_a_time, storage_bytes
+from ..base.generation import pictures_at_a_time
+from ..base.memory import storage_bytes
 from ..base.quantization import tensors_of, weight_shape
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
@@ -52,6 +53,26 @@ def gpu_named(name: str) -> Gpu:
     return known
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where the training is to run."""
+
+    name: str
+    type: str  # "cuda", "cpu", "mps"
+    budget: float  # bytes
+    context: float  # bytes of the budget that the device and its libraries take
+
+
+def machine_for(base: object, device: torch.device, *, gpu: Gpu | None = None, vram_gb: float | None = None) -> Machine:
+    """A GPU of the table, or the device as it is here. vram_gb: the budget, in place of the GPU's memory or of what is free"""
+    if gpu is not None:
+        return Machine(gpu.label, "cuda", GB * (vram_gb or gpu.memory_gb), CUDA_CONTEXT + CUDA_WORKSPACES)
+    context = {"cuda": CUDA_WORKSPACES, "cpu": CPU_CONTEXT}.get(device.type, 0.0)
+    context += CUDA_CONTEXT if device.type == "cuda" and vram_gb is not None else 0.0
+    budget = available_bytes(base, device) if vram_gb is None else vram_gb * GB
+    return Machine(device_name(device), device.type, budget, context)
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -65,8 +86,7 @@ def available_bytes(base: object, device: torch.device) -> int:
 
 def in_memory(base: BaseModel, device: torch.device) -> int:
     """Bytes of the base's modules that are on the device already."""
-    modules = {name: m for name, m in base.shell.components.items() if isinstance(m, nn.Module) and base.unread(name) is None}
-    return storage_bytes(t for m in modules.values() for t in tensors_of(m) if t.device.type == device.type)
+    return storage_bytes(t for module in base.loaded.values() for t in tensors_of(module) if t.device.type == device.type)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -102,8 +122,7 @@ def upper_bound(base: BaseModel, lora: LoraSpec, config: TrainingConfig, *, phot
     """
     assert config.resolution and config.class_images
     resolution, itemsize, unet = config.resolution, base.dtype.itemsize, base.structure["unet"]
-    everything = [module for module in base.shell.components.values() if isinstance(module, nn.Module)]
-    weights = storage_bytes(tensor for module in everything for tensor in tensors_of(module))
+    weights = storage_bytes(tensor for module in base.modules.values() for tensor in tensors_of(module))
     adapted = base.structure.values() if lora.text_encoder else (unet,)
     values = sum(math.prod(weight_shape(m)[1:]) + weight_shape(m)[0] for one in adapted for m in layers_of(one).values())
     adapter = lora.rank * values * ADAPTER_BYTES

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import diffusers
 import torch
@@ -23,7 +23,7 @@ from ..training.latents import Batch
 from ..training.loss import dreambooth_loss
 from ..training.training_mode import training_mode
 from .meter import Meter, fused_attention, saved_for_backward
-from .shapes import Shapes, without_weights
+from .shapes import plain
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,18 @@ class Weights:
     packed: int  # the U-Net with its linear layers in 4 bits
 
 
-Counted = TypeVar("Counted", Count, Weights)
 KIND = "counts"  # of entries in the cache
 
 
 class Counter:
-    """Counts for one base, adapter and precision, each made once and then read from the cache on disk."""
+    """Counts for one base without weights and one adapter, each made once and then read from the cache on disk."""
 
-    def __init__(self, shapes: Shapes, *, dtype: torch.dtype, lora: LoraSpec) -> None:
-        self.shapes, self.dtype, self.lora = shapes, dtype, lora
-        facts = [torch.__version__, diffusers.__version__, __version__, str(dtype), asdict(lora)]
-        parts = {name: part for name, part in shapes.parts.items() if name != "classes"}
-        self._about = json.dumps([*facts, parts], sort_keys=True, default=str)
-
-    @cached_property
-    def base(self) -> BaseModel:
-        return without_weights(self.shapes, self.dtype)
+    def __init__(self, base: BaseModel, lora: LoraSpec) -> None:
+        self.base, self.lora = base, lora
+        configs = {name: plain(module.config) for name, module in {"vae": base.shell.vae, **base.structure}.items()}
+        facts = [torch.__version__, diffusers.__version__, __version__, str(base.dtype), asdict(lora), configs]
+        facts.append(plain(base.scheduler.config))
+        self._about = json.dumps(facts, sort_keys=True, default=str)
 
     def step(self, config: TrainingConfig, *, pictures: int, resolution: int) -> Count:
         """Forward and backward pass over `pictures` of a batch. Beyond two, a line through one and two."""
@@ -72,57 +68,48 @@ class Counter:
             return Count(**{name: one[name] + (two[name] - one[name]) * (pictures - 1) for name in one})
         kernel = counted_attention(config)
         about = ["step", config.gradient_checkpointing, config.lean, config.min_snr_gamma, kernel, pictures, resolution]
-        return self._counted(about, lambda: count_step(self.base, self.lora, config, pictures, resolution), Count)
+        return self._counted(about, lambda: count_step(self.base, self.lora, config, pictures, resolution))
 
     def encode(self, *, pictures: int, resolution: int) -> Count:
         """Photos through the VAE's encoder."""
-
-        def work() -> Any:
-            return self.base.encode_images(torch.empty(pictures, 3, resolution, resolution, device="meta"))
-
-        return self._counted(["encode", pictures, resolution], lambda: count(work), Count)
+        size = (pictures, 3, resolution, resolution)
+        return self._counted(
+            ["encode", pictures, resolution], lambda: count(lambda: self.base.encode_images(torch.empty(size, device="meta")))
+        )
 
     def sample(self, *, pictures: int, resolution: int) -> Count:
         """One denoising step with classifier-free guidance."""
-        about = ["sample", pictures, resolution]
-        return self._counted([*about, "unet"], lambda: count(lambda: self._denoise(2 * pictures, resolution)), Count)
+        return self._counted(
+            ["sample", pictures, resolution, "unet"], lambda: count(lambda: self._denoise(2 * pictures, resolution))
+        )
 
     def decode(self, *, pictures: int, resolution: int) -> Count:
         """Latents through the VAE's decoder."""
-        about = ["decode", pictures, resolution]
-        return self._counted(about, lambda: count(lambda: self._decode(pictures, resolution)), Count)
+        return self._counted(["decode", pictures, resolution], lambda: count(lambda: self._decode(pictures, resolution)))
 
     def _denoise(self, rows: int, resolution: int) -> Any:
         latents, text, time_ids = inputs(self.base, rows, resolution)
         extra = None if time_ids is None else {"text_embeds": text.pooled, "time_ids": time_ids}
         times = torch.zeros(rows, dtype=torch.long, device="meta")
-        return self.base.unet(latents.to(self.dtype), times, text.states, added_cond_kwargs=extra).sample
+        return self.base.unet(latents.to(self.base.dtype), times, text.states, added_cond_kwargs=extra).sample
 
     def _decode(self, rows: int, resolution: int) -> Any:
         latents, _, _ = inputs(self.base, rows, resolution)
-        vae = self.base.shell.vae
-        upcast = self.dtype == torch.float16 and vae.config.force_upcast
-        try:
-            if upcast:  # as in the stock pipeline
-                nn.Module.to(vae, torch.float32)
+        with self.base.upcast_vae() as vae:
             return vae.decode(latents.to(vae.dtype)).sample
-        finally:
-            if upcast:
-                nn.Module.to(vae, self.dtype)
 
     @cached_property
     def weights(self) -> Weights:
-        return self._counted(["weights"], lambda: count_weights(self.base, self.lora), Weights)
+        return count_weights(self.base, self.lora)
 
-    def _counted(self, about: list[Any], work: Callable[[], Counted], kind: type[Counted]) -> Counted:
-        key, names = key_of(of="count", base=self._about, about=about), [one.name for one in fields(kind)]
-        kept = read_entry(KIND, key)
-        if kept is None or kept.keys() != set(names):
-            _ = self.base  # made before the counting, so not counted
-            counted = work()
-            write_entry(KIND, key, {name: torch.tensor(getattr(counted, name)) for name in names})
-            return counted
-        return kind(**{name: int(value) for name, value in kept.items()})
+    def _counted(self, about: list[Any], work: Callable[[], Count]) -> Count:
+        key, names = key_of(of="count", base=self._about, about=about), [one.name for one in fields(Count)]
+        entry = read_entry(KIND, key)
+        if entry is not None and entry.keys() == set(names):
+            return Count(**{name: int(value) for name, value in entry.items()})
+        counted = work()
+        write_entry(KIND, key, {name: torch.tensor(getattr(counted, name)) for name in names})
+        return counted
 
 
 def counted_attention(config: TrainingConfig) -> str:

@@ -4,62 +4,36 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..base.base_model import BaseModel, default_device, default_dtype
-from ..base.memory import pictures_at_a_time, storage_bytes
+from ..base.generation import pictures_at_a_time
+from ..base.memory import storage_bytes
 from ..base.quantization import KINDS, check_kind, is_quantized
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
-from ..training.memory_ladder import LEVELS
 from ..training.settings import SettledConfig, settled
 from ..training.training_run import TrainingRun
-from .budget import (
-    CPU_CONTEXT,
-    CUDA_CONTEXT,
-    CUDA_WORKSPACES,
-    GB,
-    GPUS,
-    RESERVE,
-    available_bytes,
-    batch_of,
-    cache_bytes,
-    device_name,
-    gpu_named,
-    upper_bound,
-)
+from .budget import GB, GPUS, RESERVE, Machine, available_bytes, batch_of, cache_bytes, gpu_named, machine_for, upper_bound
 from .counting import Count, Counter, inputs
-from .shapes import shapes_of
+from .shapes import without_weights
 
 ADAM_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each value of the adapter
 COMMON_SIDES = (1536, 1024, 768, 640, 512, 384, 256, 192, 128, 64)  # pixels, to suggest where nothing fits
-COMMON_RANKS = (128, 64, 32, 16, 8, 4)
 WARM_UPS, TIMED = 2, 3  # updates of a measurement; the first ones compile and record
 
 
 class DoesNotFit(SettingsError):
     """No settings that leave the result alone make the training fit; the message says which others would."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the training is to run."""
-
-    name: str
-    type: str  # "cuda", "cpu", "mps"
-    budget: float  # bytes
-    context: float  # bytes of the budget that the device and its libraries take
 
 
 @dataclass(frozen=True)
@@ -98,19 +72,19 @@ class Plan:
     lora: LoraSpec
     pictures: int  # in a batch
     forecasts: tuple[Forecast, ...]
-    remedy: str  # what would fit, when nothing does
-    offered: Forecast | None = None  # with a quantized base: other numbers, so never taken unasked
+    offered: Forecast | None  # with a quantized base: other numbers, so never taken unasked
+    remedy: str = ""  # what would fit, when nothing does
     seconds: float | None = None  # for one update with `config`, measured here; None: not measured
 
     @property
-    def chosen(self) -> Forecast | None:
-        return next((forecast for forecast in self.forecasts if forecast.fits), None) or self._narrow
+    def least(self) -> Forecast:
+        return min(self.forecasts, key=lambda forecast: forecast.peak)
 
     @property
-    def _narrow(self) -> Forecast | None:
-        """What fits without the reserve."""
-        least = min(self.forecasts, key=lambda forecast: forecast.peak)
-        return least if least.peak <= self.machine.budget else None
+    def chosen(self) -> Forecast | None:
+        """The first that fits, else the smallest if it fits without the reserve."""
+        least = self.least if self.least.peak <= self.machine.budget else None
+        return next((forecast for forecast in self.forecasts if forecast.fits), least)
 
     @property
     def config(self) -> TrainingConfig:
@@ -119,51 +93,37 @@ class Plan:
             raise DoesNotFit(self.remedy)
         return replace(self.asked, **self.chosen.settings)
 
-    @property
-    def title(self) -> str:
-        config, prior = self.asked, self.asked.prior_loss_weight > 0
-        batch = f"{config.batch_size} photo(s)" + (f" + {config.batch_size} class image(s)" if prior else "")
+    def __str__(self) -> str:
+        """A table of the ways, and what the numbers are made of."""
+        config, machine, one = self.asked, self.machine, self.chosen or self.least
+        batch = f"{config.batch_size} photo(s)"
+        batch += f" + {config.batch_size} class image(s)" if config.prior_loss_weight > 0 else ""
         rank = f"rank {self.lora.rank}" + (" with text encoders" if self.lora.text_encoder else "")
-        return f"{self.base} ({self.family}, {self.dtype}) at {config.resolution} px, {batch}, {rank}"
-
-    headings = ("settings", "memory", "")
-
-    @property
-    def rows(self) -> list[tuple[str, ...]]:
-        """One for each forecast, under `headings`."""
-        return [
-            (
-                one.words,
-                f"{one.peak / GB:.2f} GB",
-                "chosen"
-                if one is self.chosen
-                else ("fits" if one.fits else "does not fit") + ", if asked for" * (one is self.offered),
-            )
-            for one in (*self.forecasts, *filter(None, [self.offered]))
-        ]
-
-    @property
-    def notes(self) -> list[str]:
-        """What the numbers are made of."""
-        machine, one = self.machine, self.chosen or min(self.forecasts, key=lambda forecast: forecast.peak)
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.training.items() if size >= 0.005 * GB)
         phases = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.phases.items())
-        found = [
+        table = [("settings", "memory", ""), *((way.words, f"{way.peak / GB:.2f} GB", self._verdict(way)) for way in self._all)]
+        widths = [max(len(row[i]) for row in table) for i in range(2)]
+        lines = [
+            f"{self.base} ({self.family}, {self.dtype}) at {config.resolution} px, {batch}, {rank}",
+            *(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip() for row in table),
             f"on {machine.name}: {machine.budget / GB:.1f} GB",
             f"training, GB: {parts}",
             f"phases, GB: {phases}; reserve ({RESERVE:.0%} of all but the weights): {one.reserve / GB:.2f}",
         ]
         if self.seconds is not None:
-            steps = self.asked.steps or 0
+            steps = config.steps or 0
             minutes = max(1, round(steps * self.seconds / 60))
-            found.append(f"time: {self.seconds:.3g} s a step (median of {TIMED} here), about {minutes} min for {steps} steps")
-        return found if self.chosen else [*found, self.remedy]
+            lines.append(f"time: {self.seconds:.3g} s a step (median of {TIMED} here), about {minutes} min for {steps} steps")
+        return "\n".join(lines if self.chosen else [*lines, self.remedy])
 
-    def __str__(self) -> str:
-        table = [self.headings, *self.rows]
-        widths = [max(len(row[i]) for row in table) for i in range(2)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in table]
-        return "\n".join([self.title, *lines, *self.notes])
+    @property
+    def _all(self) -> list[Forecast]:
+        return [*self.forecasts, *filter(None, [self.offered])]
+
+    def _verdict(self, way: Forecast) -> str:
+        if way is self.chosen:
+            return "chosen"
+        return ("fits" if way.fits else "does not fit") + (", if asked for" if way is self.offered else "")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, and seconds a step if they were measured."""
@@ -212,52 +172,26 @@ def plan(
     lora = lora or LoraSpec()
     asked = {"vram_gb": vram_gb, "gpu": gpu, "device": device, "dtype": dtype, "quantize": quantize}
     elsewhere = [name for name, value in asked.items() if value is not None]
-    if measure and (elsewhere or not isinstance(base, BaseModel)):
+    loaded = base if isinstance(base, BaseModel) else None
+    if measure and (elsewhere or loaded is None):
         wrong = f"{elsewhere[0]}=" if elsewhere else f"{str(base)!r}"
         raise SettingsError(f"measure=True with {wrong}: only a loaded base can be timed, as it is; give BaseModel.load(...)")
-    found = planner_for(base, lora, config, photos=photos, **asked).plan()  # type: ignore[arg-type]
-    if measure and isinstance(base, BaseModel) and found.chosen is not None:
-        return replace(found, seconds=measured_seconds(base, lora, settled(found.config, base, photos)))
-    return found
-
-
-def planner_for(
-    base: BaseModel | str | Path,
-    lora: LoraSpec,
-    config: TrainingConfig | None,
-    *,
-    photos: int,
-    vram_gb: float | None = None,
-    gpu: str | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    quantize: str | None = None,
-) -> Planner:
-    """The arguments are those of `plan`."""
     check_kind(quantize)
-    loaded = base if isinstance(base, BaseModel) else None
-    if loaded is not None and is_quantized(loaded.structure["unet"]):
-        quantize = quantize or KINDS[0]
     here = torch.device(device) if device is not None else loaded.device if loaded is not None else default_device()
     if gpu is None and vram_gb is not None and device is None and here.type != "cuda":
         gpu = GPUS["t4"].label
     if vram_gb is not None and not vram_gb > 0:
         raise SettingsError(f"vram_gb {vram_gb} is out of range; allowed: above 0")
-    precision = dtype or (loaded.dtype if loaded is not None and gpu is None else None)
-    if gpu is not None:
-        facts = gpu_named(gpu)
-        precision = precision or (torch.bfloat16 if facts.bf16 else torch.float16)
-        budget = GB * (facts.memory_gb if vram_gb is None else vram_gb)
-        machine = Machine(facts.label, "cuda", budget, CUDA_CONTEXT + CUDA_WORKSPACES)
-    else:
-        precision = precision or default_dtype(here, "" if isinstance(base, BaseModel) else base)
-        budget = vram_gb * GB if vram_gb is not None else available_bytes(base, here)
-        context = {"cuda": CUDA_WORKSPACES, "cpu": CPU_CONTEXT}.get(here.type, 0.0)
-        context += CUDA_CONTEXT if here.type == "cuda" and vram_gb is not None else 0.0
-        machine = Machine(device_name(here), here.type, budget, context)
-    counter = Counter(shapes_of(base), dtype=precision, lora=lora)
-    asked = settled(config or TrainingConfig(), counter.base, photos)
-    return Planner(counter, machine, asked, photos, Resident.of(loaded), quantize)
+    other = None if gpu is None else gpu_named(gpu)
+    if dtype is None and other is not None:
+        dtype = torch.bfloat16 if other.bf16 else torch.float16
+    if dtype is None:
+        dtype = default_dtype(here, base) if not isinstance(base, BaseModel) else base.dtype
+    machine = machine_for(base, here, gpu=other, vram_gb=vram_gb)
+    found = Planner.of(base, lora, config or TrainingConfig(), machine, dtype=dtype, photos=photos, quantize=quantize).plan()
+    if measure and loaded is not None and found.chosen is not None:
+        return replace(found, seconds=measured_seconds(loaded, lora, settled(found.config, loaded, photos)))
+    return found
 
 
 def fitted(
@@ -267,9 +201,10 @@ def fitted(
 
     Nothing is counted where an upper bound is free.
     """
-    if not any(choices(config)) or upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device):
+    if len(ways(config)) == 1 or upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device):
         return config
-    planner = planner_for(base, lora, config, photos=photos)
+    machine = machine_for(base, base.device)
+    planner = Planner.of(base, lora, config, machine, dtype=base.dtype, photos=photos)
     if planner.forecast(config, {}).fits:  # the other ways need not be counted
         return config
     found = planner.plan()
@@ -302,40 +237,44 @@ def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> 
 
 
 @dataclass(frozen=True)
-class Resident:
-    """What of a base is in memory and stays there, for training gives it back only where it can be read again."""
-
-    names: frozenset[str] = frozenset()  # of its modules
-    others: int = 0  # bytes of modules such as a safety checker, which draw with it but are not trained
-
-    @classmethod
-    def of(cls, base: BaseModel | None) -> Resident:
-        if base is None:
-            return cls()
-        modules = {name: one for name, one in base.shell.components.items() if isinstance(one, nn.Module)}
-        others = [one for name, one in modules.items() if name != "vae" and name not in base.structure]
-        size = storage_bytes(tensor for one in others for tensor in (*one.parameters(), *one.buffers()))
-        return cls(frozenset(name for name in modules if base.stays(name)), size)
-
-
-@dataclass(frozen=True)
 class Planner:
     counter: Counter
     machine: Machine
     config: TrainingConfig  # settled
     photos: int
-    resident: Resident = Resident()
+    resident: frozenset[str] = frozenset()  # modules that are in memory and stay: training cannot give them back
+    others: int = 0  # bytes of modules such as a safety checker, which draw with the base but are not trained
     quantize: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        base: BaseModel | str | Path,
+        lora: LoraSpec,
+        config: TrainingConfig,
+        machine: Machine,
+        *,
+        dtype: torch.dtype,
+        photos: int,
+        quantize: str | None = None,
+    ) -> Planner:
+        counter = Counter(without_weights(base, dtype), lora)
+        config = settled(config, counter.base, photos)
+        if not isinstance(base, BaseModel):
+            return cls(counter, machine, config, photos, quantize=quantize)
+        others = [module for name, module in base.modules.items() if name != "vae" and name not in base.structure]
+        size = storage_bytes(tensor for one in others for tensor in (*one.parameters(), *one.buffers()))
+        packed = KINDS[0] if is_quantized(base.structure["unet"]) else quantize
+        return cls(counter, machine, config, photos, frozenset(filter(base.stays, base.modules)), size, packed)
 
     def plan(self) -> Plan:
         base = self.counter.base
-        forecasts = self._ways({})
-        least = min(forecasts, key=lambda one: one.peak)
+        forecasts = [self.forecast(self.config, way) for way in ways(self.config)]
         offered = None
         if self.quantize is None and self.machine.type == "cuda":  # slow elsewhere
-            packed = self._ways({"quantize": KINDS[0]})
+            packed = [self.forecast(self.config, {"quantize": KINDS[0]} | way) for way in ways(self.config)]
             offered = next((one for one in packed if one.fits), min(packed, key=lambda one: one.peak))
-        return Plan(
+        found = Plan(
             base=base.name,
             family=base.family.label,
             machine=self.machine,
@@ -344,15 +283,9 @@ class Planner:
             lora=self.counter.lora,
             pictures=batch_of(self.config),
             forecasts=tuple(forecasts),
-            remedy="" if least.peak <= self.machine.budget else self._remedy(least, offered),
             offered=offered,
         )
-
-    def _ways(self, with_these: dict[str, Any]) -> list[Forecast]:
-        """All that the user left open. A second forward pass costs arithmetic, a batch in parts some of the device's speed."""
-        ways = [[(), *((pair,) for pair in pairs)] for pairs in choices(self.config)]
-        every = (with_these | dict(pair for part in way for pair in part) for way in product(*ways))
-        return sorted((self.forecast(self.config, way) for way in every), key=lambda one: (one.flops, one.passes))
+        return found if found.chosen else replace(found, remedy=self._remedy(found.least, offered))
 
     @cached_property
     def _sampling(self) -> float:
@@ -410,11 +343,10 @@ class Planner:
 
     def _weights(self, *, prior: bool, quantize: bool) -> dict[str, int]:
         """Bytes of the modules in memory, for each phase."""
-        sizes, stays = self.counter.weights, self.resident.names
+        sizes, stays = self.counter.weights, self.resident
         unet = sizes.packed if quantize else sizes.unet
         whole = unet + sizes.vae + sizes.text_encoders
-        others = self.resident.others
-        beside = others if stays - {"unet", "vae", "text_encoder", "text_encoder_2"} else 0
+        beside = self.others if stays - {"unet", "vae", "text_encoder", "text_encoder_2"} else 0
         if self.counter.lora.text_encoder:
             training = whole + beside
         elif self.machine.type == "cuda":  # the host takes what stays
@@ -422,13 +354,12 @@ class Planner:
         else:
             training = unet + sizes.vae * ("vae" in stays) + sizes.text_encoders * ("text_encoder" in stays) + beside
         encoding = whole if prior or "unet" in stays else whole - unet
-        return {"through the VAE": encoding + beside, "drawing class images": whole + others, "training": training}
+        return {"through the VAE": encoding + beside, "drawing class images": whole + self.others, "training": training}
 
-    def _of_adapter(self, config: TrainingConfig, *, share: float = 1.0) -> dict[str, float]:
-        """share: of the adapter's rank"""
-        lora = share * self.counter.weights.lora
+    def _of_adapter(self, config: TrainingConfig) -> dict[str, float]:
+        lora = float(self.counter.weights.lora)
         state = lora * ADAM_BYTES[config.optimizer] / 4
-        half = 0.0 if self.counter.dtype == torch.float32 else lora / 2  # a copy for the layers, and one of its gradients
+        half = 0.0 if self.counter.base.dtype == torch.float32 else lora / 2  # a copy for the layers, and one of its gradients
         found = {"adapter": lora + half, "gradients": lora + half, "optimizer": state}
         return found if self.machine.type == "cuda" else found | {"state to go back to": lora + state}  # which is on the host
 
@@ -444,31 +375,20 @@ class Planner:
             if found.peak <= budget:
                 offers.append(f"resolution={side} would need {found.peak / GB:.1f} GB")
                 break
-        for rank in (one for one in COMMON_RANKS if one < self.counter.lora.rank):
-            saved = sum(self._of_adapter(config, share=1 - rank / self.counter.lora.rank).values())
-            if least.peak == least.phases["training"] and least.peak - saved <= budget:
-                offers.append(f"rank={rank} would need {(least.peak - saved) / GB:.1f} GB")
-                break
-        if self.counter.dtype == torch.float32:
+        if self.counter.base.dtype == torch.float32:
             offers.append("a base in half precision takes half as much for its weights")
         cause = f"{self.counter.base.name} at {resolution} px needs at least {least.peak / GB:.1f} GB"
         value = f"{self.machine.name} has {budget / GB:.1f} GB"
         return f"{cause} and {value}; {'; '.join(offers) or 'no smaller resolution fits'}"
 
 
-def choices(config: TrainingConfig) -> list[list[tuple[str, Any]]]:
-    """For each level of the memory ladder that the user left open, its values; a setting that was asked for is no choice."""
-    found = []
-    for setting, value in LEVELS:
-        if getattr(config, setting) != getattr(TrainingConfig(), setting):
-            continue
-        values = list(halves(batch_of(config))) if setting == "pictures_at_a_time" else [value]
-        if values:
-            found.append([(setting, one) for one in values])
-    return found
-
-
-def halves(pictures: int) -> Iterator[int]:
-    while pictures > 1:
-        pictures //= 2
-        yield pictures
+def ways(config: TrainingConfig) -> list[dict[str, Any]]:
+    """What `config` leaves open of the memory ladder, as changes to it: the least arithmetic first, then the fewest passes."""
+    parts: list[dict[str, Any]] = [{}]
+    if config.pictures_at_a_time is None:
+        pictures = batch_of(config)
+        while pictures > 1:
+            pictures //= 2
+            parts.append({"pictures_at_a_time": pictures})
+    again: list[dict[str, Any]] = [{}] if config.gradient_checkpointing else [{}, {"gradient_checkpointing": True}]
+    return [part | one for one in again for part in parts]

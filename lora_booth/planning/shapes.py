@@ -2,93 +2,50 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.base_model import TOYBOX, TOYBOX_FOLDER, BaseModel, is_hub_id, recognise
-from ..base.diffusers_folder import read_model_index
+from ..base.diffusers_folder import read_config
 from ..base.families import FAMILIES
-from ..base.single_file import CONFIGS, inspect_checkpoint
+from ..base.single_file import inspect_checkpoint, published_configs
 from ..errors import BaseModelError, first_line
 
 MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What a base's configuration files say."""
-
-    name: str  # for people
-    parts: Mapping[str, Mapping[str, Any]]  # module -> its configuration; `classes`: module -> [library, class]
-    tokenizers: tuple[Any, ...] = ()  # of a base in memory; () for stand-ins
-
-
-def shapes_of(source: BaseModel | str | Path, *, revision: str | None = None) -> Shapes:
-    """Of a base in memory; a family ("sd1", "sd2", "sdxl"); or whatever `BaseModel.load` takes, of which only configuration
-    files are read. Raises BaseModelError."""
+def without_weights(source: BaseModel | str | Path, dtype: torch.dtype) -> BaseModel:
+    """A base in memory; a family ("sd1", "sd2", "sdxl"); or whatever `BaseModel.load` takes, of which only configuration
+    files are read: all of its structure, none of its memory. Raises BaseModelError."""
     if isinstance(source, BaseModel):
-        return shapes_in_memory(source)
+        modules = {"vae": source.shell.vae, **source.structure}
+        parts = {name: plain(module.config) for name, module in {**modules, "scheduler": source.scheduler}.items()}
+        classes = {name: ["", type(module).__name__] for name, module in {**modules, "scheduler": source.scheduler}.items()}
+        return built(source.name, {**parts, "model_index": classes}, dtype, source.tokenizers)
     if str(source) in FAMILIES:
-        return built_in(str(source), FAMILIES[str(source)].label)
+        return built(FAMILIES[str(source)].label, published_configs(str(source)), dtype)
     folder = TOYBOX_FOLDER if str(source) == TOYBOX else Path(source).expanduser()
     if folder.is_file():
-        return built_in(inspect_checkpoint(folder)[0].name, folder.stem)
+        return built(folder.stem, published_configs(inspect_checkpoint(folder)[0].name), dtype)
     if folder.is_dir() or is_hub_id(str(source)):
         place: str | Path = folder if folder.is_dir() else str(source)
-        index = read_model_index(place, revision)
-        parts = {name: read_config(place, name, revision) for name in MODULES if present(index, name)}
-        scheduler = read_config(place, "scheduler", revision)
-        name = folder.resolve().name if folder.is_dir() and str(source) != TOYBOX else str(source)
-        return Shapes(name, {**parts, "scheduler": scheduler, "classes": index})
+        index = read_config(place, "model_index.json")
+        parts = {name: read_config(place, f"{name}/config.json") for name in MODULES if (index.get(name) or [None])[-1]}
+        parts |= {"model_index": index, "scheduler": read_config(place, "scheduler/scheduler_config.json")}
+        return built(folder.resolve().name if folder.is_dir() and str(source) != TOYBOX else str(source), parts, dtype)
     raise BaseModelError(
         f"{source}: no such folder or file; give a family ({', '.join(FAMILIES)}), 'toybox', a Hub id (owner/name), "
         "a diffusers folder or a .safetensors checkpoint"
     )
 
 
-def built_in(family: str, name: str) -> Shapes:
-    parts = json.loads((CONFIGS / f"{family}.json").read_text(encoding="utf-8"))
-    return Shapes(name, {**parts, "classes": parts.pop("model_index")})
-
-
-def shapes_in_memory(base: BaseModel) -> Shapes:
-    modules = {"vae": base.shell.vae, **base.structure}
-    parts: dict[str, Any] = {name: plain(module.config) for name, module in modules.items()}
-    classes = {name: ["", type(module).__name__] for name, module in {**modules, "scheduler": base.scheduler}.items()}
-    index = {"_class_name": base.family.pipeline, **classes}
-    return Shapes(base.name, {**parts, "scheduler": plain(base.scheduler.config), "classes": index}, tuple(base.tokenizers))
-
-
 def plain(config: Any) -> dict[str, Any]:
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)
-
-
-def present(index: Mapping[str, Any], name: str) -> bool:
-    entry = index.get(name)
-    return isinstance(entry, list) and bool(entry[-1])
-
-
-def read_config(source: str | Path, part: str, revision: str | None) -> dict[str, Any]:
-    """One configuration file of a diffusers folder or, from its cache or itself, of the Hub."""
-    file = f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
-    try:
-        if isinstance(source, Path):
-            path = source / file
-        else:
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(source, file, revision=revision))
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{source}: cannot read {file} ({first_line(error)}); is the folder complete?") from error
-    return config if isinstance(config, dict) else {}
 
 
 class StandIn:
@@ -109,37 +66,35 @@ class StandIn:
     def tokenize(self, prompt: str) -> list[str]:
         return []
 
-    def batch_decode(self, ids: Tensor) -> list[str]:
-        return [""] * len(ids)
 
+def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype, tokenizers: Sequence[Any] = ()) -> BaseModel:
+    """On the "meta" device. Raises BaseModelError.
 
-def without_weights(shapes: Shapes, dtype: torch.dtype) -> BaseModel:
-    """A base on the "meta" device: all of its structure, none of its memory. Raises BaseModelError."""
+    parts       module or "scheduler" -> its configuration; "model_index" -> each one's [library, class]
+    tokenizers  of a base in memory; none: stand-ins
+    """
     import diffusers
     import transformers
 
-    classes = shapes.parts["classes"]
+    classes = parts["model_index"]
     modules: dict[str, Any] = {}
     with torch.device("meta"):
-        for name in (name for name in MODULES if name in shapes.parts):
-            config, cls = shapes.parts[name], classes[name][-1]
+        for part in (part for part in MODULES if part in parts):
+            config, cls = parts[part], classes[part][-1]
             try:
-                if name in ("unet", "vae"):
+                if part in ("unet", "vae"):
                     module: nn.Module = getattr(diffusers, cls).from_config(dict(config))
                 else:
                     module = getattr(transformers, cls)(transformers.CLIPTextConfig(**config))
             except (AttributeError, TypeError, ValueError, KeyError) as error:
-                raise BaseModelError(
-                    f"{shapes.name}: no {name} can be made of its configuration ({first_line(error)})"
-                ) from error
-            modules[name] = nn.Module.to(module, dtype).eval()
-    encoders = [modules[name] for name in ("text_encoder", "text_encoder_2") if name in modules]
-    tokenizers = shapes.tokenizers or tuple(StandIn(encoder.config.max_position_embeddings) for encoder in encoders)
-    scheduler = getattr(diffusers, classes["scheduler"][-1]).from_config(dict(shapes.parts["scheduler"]))
-    others: dict[str, Any] = {"scheduler": scheduler}
-    others |= dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
+                raise BaseModelError(f"{name}: no {part} can be made of its configuration ({first_line(error)})") from error
+            modules[part] = nn.Module.to(module, dtype).eval()
+    encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if part in modules]
+    tokenizers = tokenizers or [StandIn(encoder.config.max_position_embeddings) for encoder in encoders]
+    others = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
+    others["scheduler"] = getattr(diffusers, classes["scheduler"][-1]).from_config(dict(parts["scheduler"]))
     family = recognise(SimpleNamespace(**modules, **others))
-    more = {"add_watermarker": False} if family.time_ids else dict.fromkeys(("safety_checker", "feature_extractor"))
+    more: dict[str, Any] = {"add_watermarker": False}
     if not family.time_ids:
-        more["requires_safety_checker"] = False
-    return BaseModel(getattr(diffusers, family.pipeline)(**modules, **others, **more), family, shapes.name)
+        more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return BaseModel(getattr(diffusers, family.pipeline)(**modules, **others, **more), family, name)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from PIL import Image
 
 from ..base.ai_mark import save_marked
 from ..base.base_model import BaseModel
-from ..base.generation import generate_images
-from ..base.memory import pictures_at_a_time
+from ..base.generation import generate_images, pictures_at_a_time
 from ..cache import cache_folder, own_folder
 from ..errors import TrainingError
 
@@ -43,8 +41,10 @@ def class_images(
     paths = [folder / f"{i:04d}.png" for i in range(count)]
     images = {i: image for i, path in enumerate(paths) if (image := opened(path)) is not None}
     missing = [i for i in range(count) if i not in images]
+    if not missing:
+        return [images[i] for i in range(count)]
     at_a_time = pictures_at_a_time(resolution)
-    with base.all_on_device() if missing else nullcontext() as pipeline:
+    with base.all_on_device() as pipeline:
         for first in range(0, len(missing), at_a_time):
             part = missing[first : first + at_a_time]
             for i, image in zip(part, drawn(pipeline, prompt, [seed * 1_000_003 + i for i in part], resolution), strict=True):
