@@ -7,6 +7,7 @@ read in pieces into its final place, so a module costs its own size and a few MB
 from __future__ import annotations
 
 import json
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -95,10 +96,7 @@ class Place:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count
+        return math.prod(self.shape)
 
     def third(self, i: int) -> Place:
         """Query, key or value of a joint projection."""

@@ -78,14 +78,18 @@ def attention_shapes(base: BaseModel, resolution: int) -> Counter[Shape]:
     for path, layer in unet.named_modules():
         if not hasattr(layer, "to_q") or not hasattr(layer, "heads"):
             continue
-        part, number = (*path.split("."), "0")[:2]
-        halvings = {"down_blocks": int(number) if number.isdigit() else 0, "mid_block": levels - 1}.get(part)
-        if halvings is None:
-            halvings = levels - 1 - int(number)  # up_blocks
-        queries = math.ceil(side / 2**halvings) ** 2
+        queries = math.ceil(side / 2 ** halvings(path, levels)) ** 2
         keys = base.tokenizer.model_max_length if layer.is_cross_attention else queries
         found[layer.heads, queries, keys, layer.inner_dim // layer.heads] += 1
     return found
+
+
+def halvings(path: str, levels: int) -> int:
+    """How often the picture is halved where this module of a U-Net works. levels: its resolutions"""
+    part, number = (*path.split("."), "0")[:2]
+    if part == "up_blocks":
+        return max(0, levels - 1 - int(number) - ("upsamplers" in path))  # a sampler works on the larger picture
+    return {"down_blocks": int(number) if number.isdigit() else 0, "mid_block": levels - 1}.get(part, 0)
 
 
 def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int, device: torch.device | None = None) -> list[str]:

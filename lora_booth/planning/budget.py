@@ -16,7 +16,7 @@ from ..base.memory import storage_bytes
 from ..base.quantization import tensors_of, weight_shape
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
-from ..kernels.attention import attention_shapes, candidates
+from ..kernels.attention import attention_shapes, candidates, halvings
 
 GB = 1e9  # bytes
 CPU_CONTEXT = 0.07 * GB  # kernels that oneDNN and others compile; measured by benchmarks/plan.py
@@ -156,15 +156,11 @@ def layer_values(base: BaseModel, resolution: int) -> tuple[int, int, int]:
     levels = len(unet.config.block_out_channels)  # type: ignore[union-attr, arg-type]
     every, skips, largest = 0, 0, 0
     for path, layer in layers_of(unet).items():
-        part, number = (*path.split("."), "0")[:2]
-        level = {"down_blocks": int(number) if number.isdigit() else 0, "mid_block": levels - 1}.get(part, 0)
-        if part == "up_blocks":
-            level = max(0, levels - 1 - int(number) - ("upsamplers" in path))
         once = "time_emb" in path or "add_embedding" in path  # not for each pixel
-        pixels = 1 if once else max(math.ceil(side / 2**level) ** 2, tokens if "attn" in path else 1)
+        pixels = 1 if once else max(math.ceil(side / 2 ** halvings(path, levels)) ** 2, tokens if "attn" in path else 1)
         wrote, read = weight_shape(layer)[:2]
         every += pixels * (read + wrote)
-        skips += pixels * wrote * (part in ("down_blocks", "conv_in") and isinstance(layer, nn.Conv2d))
+        skips += pixels * wrote * (path.startswith(("down_blocks", "conv_in")) and isinstance(layer, nn.Conv2d))
         largest = max(largest, pixels * (read + wrote))
     return every, skips, largest
 

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -65,13 +64,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_on_cpu = 0  # the same, with the copies that convolutions on a CPU work on
         self.flops = 0  # of matrix products, convolutions and attention
         self._known: dict[int, weakref.ref[Any]] = {}  # address -> storage, to notice its end
-        self._seen: dict[Any, Any] = {}  # kernel and sizes on the "meta" device -> its results, without their memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = list(tensors_in((args, kwargs)))
-        out = self._run(func, args, kwargs, given)
-        inputs = {one.untyped_storage()._cdata for one in given}
+        inputs = {one.untyped_storage()._cdata for one in tensors_in((args, kwargs))}
+        out = func(*args, **kwargs)
         for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known and storage._cdata not in inputs:
@@ -82,19 +79,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
-
-    def _run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        """Run the kernel; on the "meta" device, where a call takes a millisecond of Python, only once for each size."""
-        if makes_no_new_memory(func) or not given or not all(tensor.is_meta for tensor in given):
-            return func(*args, **kwargs)
-        key = func, described((args, kwargs))
-        if key not in self._seen:
-            out = func(*args, **kwargs)
-            self._seen[key] = (type(out), [described(one) for one in ((out,) if isinstance(out, Tensor) else out)])
-            return out
-        kind, parts = self._seen[key]
-        made = [one.made() if isinstance(one, Sizes) else one for one in parts]
-        return made[0] if issubclass(kind, Tensor) else made if kind is list else tuple(made)
 
     def _born(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -117,34 +101,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(one)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """All there is to know of a tensor on the "meta" device."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def made(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-
-
-def described(value: Any) -> Any:
-    """`value` as a hashable key, with `Sizes` in place of tensors."""
-    if isinstance(value, Tensor):
-        return Sizes(tuple(value.shape), value.stride(), value.dtype)
-    if isinstance(value, list | tuple):
-        return tuple(map(described, value))
-    if isinstance(value, dict):
-        return tuple((name, described(one)) for name, one in value.items())
-    return value if isinstance(value, bool | int | str | None) else (type(value), str(value))
-
-
-@cache
-def makes_no_new_memory(func: Any) -> bool:
-    return any(one.alias_info is not None for one in (*func._schema.arguments, *func._schema.returns))
 
 
 @contextmanager
