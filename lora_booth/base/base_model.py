@@ -84,23 +84,13 @@ class BaseModel:
         if quantize is not None:
             check_quantization(quantize, place)
         precision = dtype or default_dtype(place, source)
-        embedded = str(source) == TOYBOX
-        path = TOYBOX_FOLDER if embedded else Path(source).expanduser()
+        name, path = located(source)
         tokens: tuple[str, ...] = ()
-        if path.is_dir():
-            tokens, name = declared_rare_tokens(path), TOYBOX if embedded else path.resolve().name
-            pipeline, weights = load_folder(path, precision, place, variant=variant)
-        elif path.is_file():
-            name = path.stem
+        if isinstance(path, Path) and path.is_file():
             pipeline, weights = load_single_file(path, precision, place, config=config, prediction_type=prediction_type)
-        elif is_hub_id(str(source)):
-            name = str(source)
-            pipeline, weights = load_folder(name, precision, place, revision=revision, variant=variant)
         else:
-            raise BaseModelError(
-                f"{source}: no such folder or file; give 'toybox', a Hub id (owner/name), a diffusers folder "
-                "or a .safetensors checkpoint"
-            )
+            tokens = declared_rare_tokens(path) if isinstance(path, Path) else ()
+            pipeline, weights = load_folder(path, precision, place, revision=revision, variant=variant)
         base = cls(pipeline, recognise(pipeline), name, weights, quantize, tokens)
         if quantize is not None:
             _ = base.fingerprint  # cached: of the weights in the file, so that of the plain base
@@ -351,6 +341,21 @@ def default_dtype(device: torch.device, source: str | Path = "") -> torch.dtype:
     if device.type == "cpu" and torch.cpu.is_available() and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def located(source: str | Path, *, or_else: str = "") -> tuple[str, Path | str]:
+    """A base's name for people, and its folder, file or Hub id. Raises BaseModelError, which also offers `or_else`."""
+    path = TOYBOX_FOLDER if str(source) == TOYBOX else Path(source).expanduser()
+    if path.is_dir():
+        return TOYBOX if str(source) == TOYBOX else path.resolve().name, path
+    if path.is_file():
+        return path.stem, path
+    if is_hub_id(str(source)):
+        return str(source), str(source)
+    raise BaseModelError(
+        f"{source}: no such folder or file; give {or_else}'toybox', a Hub id (owner/name), a diffusers folder "
+        "or a .safetensors checkpoint"
+    )
 
 
 def is_hub_id(source: str) -> bool:

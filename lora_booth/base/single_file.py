@@ -170,18 +170,15 @@ def tokenizers(family: Family) -> dict[str, Any]:
 
     names = ("tokenizer", "tokenizer_2")[: family.text_encoders]
     for repo in ("openai/clip-vit-large-patch14", *family.reference_repos):
+        subfolder = "" if repo.startswith("openai/") else "tokenizer"
         found = {}
-        for name in names:
-            pad = "!" if name == "tokenizer_2" or family.name == "sd2" else "<|endoftext|>"
-            subfolder = "" if repo.startswith("openai/") else "tokenizer"
-            try:
+        try:
+            for name in names:
+                pad = "!" if name == "tokenizer_2" or family.name == "sd2" else "<|endoftext|>"
                 found[name] = CLIPTokenizer.from_pretrained(repo, subfolder=subfolder, pad_token=pad, model_max_length=77)
-            except (OSError, ValueError):
-                break
-            if not has_vocabulary(found[name]):
-                found.clear()
-                break
-        if len(found) == len(names):
+        except (OSError, ValueError):
+            continue
+        if all(map(has_vocabulary, found.values())):
             return found
     raise BaseModelError(
         f"a single file has no tokenizer, and CLIP's is not in the local cache; give config=FOLDER (any diffusers folder of "

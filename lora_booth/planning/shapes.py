@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.base_model import TOYBOX, TOYBOX_FOLDER, BaseModel, is_hub_id, recognise
+from ..base.base_model import BaseModel, located, recognise
 from ..base.diffusers_folder import read_config
 from ..base.families import FAMILIES
 from ..base.single_file import inspect_checkpoint, published_configs
@@ -23,25 +23,19 @@ def without_weights(source: BaseModel | str | Path, dtype: torch.dtype) -> BaseM
     """A base in memory; a family ("sd1", "sd2", "sdxl"); or whatever `BaseModel.load` takes, of which only configuration
     files are read: all of its structure, none of its memory. Raises BaseModelError."""
     if isinstance(source, BaseModel):
-        modules = {"vae": source.shell.vae, **source.structure}
-        parts = {name: plain(module.config) for name, module in {**modules, "scheduler": source.scheduler}.items()}
-        classes = {name: ["", type(module).__name__] for name, module in {**modules, "scheduler": source.scheduler}.items()}
-        return built(source.name, {**parts, "model_index": classes}, dtype, source.tokenizers)
+        components = {"vae": source.shell.vae, **source.structure, "scheduler": source.scheduler}
+        parts = {name: plain(component.config) for name, component in components.items()}
+        parts["model_index"] = {name: ["", type(component).__name__] for name, component in components.items()}
+        return built(source.name, parts, dtype, source.tokenizers)
     if str(source) in FAMILIES:
         return built(FAMILIES[str(source)].label, published_configs(str(source)), dtype)
-    folder = TOYBOX_FOLDER if str(source) == TOYBOX else Path(source).expanduser()
-    if folder.is_file():
-        return built(folder.stem, published_configs(inspect_checkpoint(folder)[0].name), dtype)
-    if folder.is_dir() or is_hub_id(str(source)):
-        place: str | Path = folder if folder.is_dir() else str(source)
-        index = read_config(place, "model_index.json")
-        parts = {name: read_config(place, f"{name}/config.json") for name in MODULES if (index.get(name) or [None])[-1]}
-        parts |= {"model_index": index, "scheduler": read_config(place, "scheduler/scheduler_config.json")}
-        return built(folder.resolve().name if folder.is_dir() and str(source) != TOYBOX else str(source), parts, dtype)
-    raise BaseModelError(
-        f"{source}: no such folder or file; give a family ({', '.join(FAMILIES)}), 'toybox', a Hub id (owner/name), "
-        "a diffusers folder or a .safetensors checkpoint"
-    )
+    name, place = located(source, or_else=f"a family ({', '.join(FAMILIES)}), ")
+    if isinstance(place, Path) and place.is_file():
+        return built(name, published_configs(inspect_checkpoint(place)[0].name), dtype)
+    index = read_config(place, "model_index.json")
+    parts = {part: read_config(place, f"{part}/config.json") for part in MODULES if (index.get(part) or [None])[-1]}
+    parts |= {"model_index": index, "scheduler": read_config(place, "scheduler/scheduler_config.json")}
+    return built(name, parts, dtype)
 
 
 def plain(config: Any) -> dict[str, Any]:
