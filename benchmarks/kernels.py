@@ -76,12 +76,12 @@ def layer_times(rows: int, outs: int, ins: int, count: int) -> list[float]:
     weights = [piece.weight for piece in some]
     gradients = [torch.randn(rows, outs, device="cuda").to(DTYPE) for _ in some]
     low = kernels.lora_linear(x, weights, some)[1]
-    whole = "text" not in name_of(rows, outs, ins, count)
+    for_input = "text" not in name_of(rows, outs, ins, count)
     return [
         microseconds(lambda: kernels.lora_linear(x, weights, some)),
-        microseconds(lambda: kernels.lora_linear_backward(gradients, x, low, weights, some, whole=whole)),
+        microseconds(lambda: kernels.lora_linear_backward(gradients, x, low, weights, some, for_input=for_input)),
         microseconds(lambda: plain_forward(x, weights, some)),
-        microseconds(lambda: plain_backward(gradients, x, low, weights, some, whole=whole)),
+        microseconds(lambda: plain_backward(gradients, x, low, weights, some, for_input=for_input)),
         microseconds(lambda: [F.linear(x, piece.weight, piece.bias) for piece in some]),
         microseconds(lambda: [gradient @ weight for gradient, weight in zip(gradients, weights, strict=True)]),
     ]
@@ -104,7 +104,7 @@ def blocks() -> None:
             kernels.block_for = lambda *_, **__: block  # type: ignore[assignment]  # noqa: B023
             try:
                 forward = microseconds(lambda: kernels.lora_linear(x, weights, some))  # noqa: B023
-                backward = microseconds(lambda: kernels.lora_linear_backward(gradients, x, low, weights, some, whole=True))  # noqa: B023
+                backward = microseconds(lambda: kernels.lora_linear_backward(gradients, x, low, weights, some, for_input=True))  # noqa: B023
             except Exception as error:
                 print(block, str(error)[:80])
                 continue

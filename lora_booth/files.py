@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all: a full disk, an error or a power cut leaves the old one."""
+"""Atomic file writes: a full disk, an error or a power cut leaves the old file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # how some network drives
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file's path beside `path`. What the block writes there replaces `path`; after an error it is removed."""
+    """Yield a temporary path beside `path`. What the block writes there replaces `path`; after an error it is removed."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
@@ -33,7 +33,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write straight to `path`, for a folder that gets its name later; the bytes are on the disk when this returns."""
+    """Write straight to `path`, for a folder that is renamed into place later; the bytes are on the disk when this returns."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

@@ -93,7 +93,7 @@ def test_nothing_is_added_twice_and_what_cannot_be_recorded_runs_as_usual_and_sa
         assert torch.allclose(step(inputs), 3 * inputs.noise.mean() ** 2)
         total -= 2 * inputs.noise.mean()
     assert parameter.grad is not None and torch.allclose(parameter.grad, total)
-    assert not step.on and len(said) == 1 and "not recorded (" in said[0]
+    assert not step.on and len(said) == 1 and "cannot be recorded (" in said[0]
 
 
 @needs_cuda

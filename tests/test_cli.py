@@ -218,7 +218,7 @@ def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos
         patched.setattr("lora_booth.training.progress.Lines.update", stop)
         code, _, err = call(*train_words(photos, tiny, out))
     assert code == 130
-    assert err.splitlines()[-1] == "interrupted; the same command again continues a training"
+    assert err.splitlines()[-1] == "interrupted; run the same command again to continue a training"
     assert not out.exists()
     assert max(f.name for f in (tmp_path / "again" / "checkpoints").iterdir()) == "000004"
 
@@ -335,6 +335,7 @@ MISTAKES = [
     ("generate {rex} --prompt x --region rex:0,0,1", "write it like NAME:0,0,0.5,1"),
     ("generate {rex} --prompt x --region rex:0,0,1,1 --auto-regions", "exclude each other"),
     ("generate {rex} --prompt x --preview x.png", "--preview shows regions"),
+    ("generate {rex} --prompt x --base {tiny} --method regions", "pass --auto-regions or --region NAME:0,0,0.5,1"),
     ("generate {rex} --prompt x --base {tiny} --method blend", "'blend' is unknown"),
     ("replay {tmp}/none.json {rex}", "none.json"),
     ("share {rex}", "either --out FOLDER or --push"),

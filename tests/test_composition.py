@@ -254,7 +254,7 @@ def test_regions_are_found_at_any_size(base, rex, monkeypatch):
     monkeypatch.setattr(attention_maps, "COARSE", 4)
     assert len(studio.find_regions(PROMPT, seed=1, steps=4, negative_prompt="a cat", size=32)) == 1
     monkeypatch.setattr(attention_maps, "COARSE", 64)
-    with pytest.raises(SettingsError, match="no attention could be read.*give regions"):
+    with pytest.raises(SettingsError, match="no attention could be read.*pass regions="):
         studio.find_regions(PROMPT, steps=4)
 
 
@@ -282,7 +282,7 @@ def test_several_subjects_get_regions_of_their_own_unless_told_otherwise(base, r
         asked.generate("a tree", **QUICK)
 
 
-def test_blending_two_subjects_is_said_once_at_the_call(base, rex, ink):
+def test_blending_two_subjects_warns_once_per_call(base, rex, ink):
     studio = Composition(base, [named(rex, "sks", "dog"), named(ink, "zwx", "owl")], method="sum")
-    with pytest.warns(CompositionWarning, match="regions, which keep them apart"):
+    with pytest.warns(CompositionWarning, match="regions, which separate them"):
         studio.generate("sks dog and zwx owl", **QUICK)

@@ -105,7 +105,7 @@ def test_encoders_are_the_stock_models(dino: Path, clip: Path) -> None:
 def test_what_is_not_at_hand_is_named_with_the_way_to_get_it(tmp_path: Path, dino: Path, clip: Path) -> None:
     with pytest.raises(EvaluationError, match=r"DINO \(some-one/dino\) .*hf download some-one/dino"):
         Dino("some-one/dino")
-    with pytest.raises(EvaluationError, match=r"CLIP .*is the folder complete\?"):
+    with pytest.raises(EvaluationError, match=r"CLIP .*check that the folder is complete"):
         Clip(tmp_path)
     with pytest.raises(EvaluationError, match="it is a clip; allowed: vit"):
         Dino(clip)
@@ -208,7 +208,7 @@ def test_the_best_and_whether_it_is_clear() -> None:
     assert deaf_base.prompt_share(strong) is None and deaf_base.overall(strong) == clear.subject_share(strong)
     assert any("base itself" in line for line in deaf_base.advice())
     flat = replace(clear, ceiling=Row("photos", {"dino": [[0.4]]}))
-    assert flat.overall(strong) is None and "one subject?" in flat.advice()[0]
+    assert flat.overall(strong) is None and "one subject" in flat.advice()[0]
 
 
 # --- pictures of the world -----------------------------------------------------------------------------------------

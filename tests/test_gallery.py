@@ -200,7 +200,7 @@ def test_what_only_a_recipe_can_say_is_said(studio_files):
     ):
         [made] = studio.generate("rex do", steps=2, size=32)
         assert command_of(made) is None and python_of(made) is None
-        assert f"made with {words}, which only a recipe keeps" in Gallery([made]).html()
+        assert f"made with {words}, which only a recipe records" in Gallery([made]).html()
 
 
 # --- the pictures themselves ---------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_a_long_prompt_does_not_push_the_seed_off_the_sheet(tmp_path):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(SettingsError, match="generate some first"):
+    with pytest.raises(SettingsError, match="pass at least one"):
         Gallery([])
     with pytest.raises(SettingsError, match=r"\.html, \.png"):
         Gallery([picture()]).save(tmp_path / "new" / "page.pdf")

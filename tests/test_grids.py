@@ -245,8 +245,8 @@ def test_generate_draws_the_prompts_of_a_file(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("grid {rex}", "give exactly one of --prompt TEXT"),
-        ("grid {rex} --prompt x --prompts y.txt", "give exactly one of --prompt TEXT"),
+        ("grid {rex}", "pass exactly one of --prompt TEXT"),
+        ("grid {rex} --prompt x --prompts y.txt", "pass exactly one of --prompt TEXT"),
         ("grid {rex} --prompt x --out g.pdf", "saved as .html, .png"),
         ("grid {rex} --prompt x --weights 0,a", "write them like 0,0.4,0.8,1"),
         ("grid {rex} --prompt x --weights 0,inf", "write them like 0,0.4,0.8,1"),

@@ -158,11 +158,11 @@ def test_lora_layers(
     expected, low = plain_forward(x.double(), exact_weights, exact)
     found, found_low = kernels.lora_linear(x, weights, pieces)
     assert all(away(a, b) < FAR[dtype] for a, b in zip((*found, *found_low), (*expected, *low), strict=True))
-    wanted = plain_backward([g.double() for g in gradients], x.double(), low, exact_weights, exact, whole=True)
-    for whole in (True, False):
-        for_x = kernels.lora_linear_backward(gradients, x, found_low, weights, pieces, whole=whole)
-        assert (for_x is None) != whole
-        if whole:
+    wanted = plain_backward([g.double() for g in gradients], x.double(), low, exact_weights, exact, for_input=True)
+    for for_input in (True, False):
+        for_x = kernels.lora_linear_backward(gradients, x, found_low, weights, pieces, for_input=for_input)
+        assert (for_x is None) != for_input
+        if for_input:
             assert away(for_x, wanted) < 2 * FAR[dtype]
     for piece, one in zip(pieces, exact, strict=True):  # added twice, to what was there
         assert away(piece.down_gradient - 1, 2 * one.near_gradients[0]) < 2 * FAR[dtype]

@@ -335,7 +335,7 @@ def test_a_lean_forward_is_used_only_where_the_stock_one_is_the_known_one(name: 
         agrees.cache_clear()
         try:
             assert set(REWRITTEN) - lean_ones(adapter.flat.factors) == {name}
-            assert len(said) == 1 and said[0].startswith(f"note: this diffusers computes {name} differently")
+            assert len(said) == 1 and said[0].startswith(f"note: {name} of this diffusers differs")
             expected = gradients(base, adapter)
             with lean(base.unet, adapter.flat.factors):
                 assert far(gradients(base, adapter)[1], expected[1]) < 5e-6

@@ -145,5 +145,5 @@ def test_recipes_of_earlier_versions(base, files, tmp_path):
     for method in ("svd", "ssr", "switch", "composite"):
         gone = {"method": method, "regions": [], "isolate": "noise", "start": 0.0, "background": None}
         (tmp_path / "old.json").write_text(json.dumps(json.loads(text) | {"composition": gone}))
-        with pytest.raises(SettingsError, match=f"method '{method}' is no longer there; use sum, or regions"):
+        with pytest.raises(SettingsError, match=f"method '{method}' was removed; use sum, or regions"):
             Recipe.load(tmp_path / "old.json").generate(base, adapters)

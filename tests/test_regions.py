@@ -402,8 +402,8 @@ def test_fused_and_dora_adapters_are_refused_by_name():
     ("settings", "message"),
     [
         ({"method": "blend"}, "'blend' is unknown"),
-        ({"method": "composite"}, "'composite' is no longer there; use sum, or regions"),
-        ({"method": "regions"}, "belong together"),
+        ({"method": "composite"}, "'composite' was removed; use sum, or regions"),
+        ({"method": "regions"}, r"needs places; pass regions="),
         ({"regions": "auto"}, "without adapters"),
         ({"isolate": "magic"}, "'magic' is unknown"),
         ({"start": 1.0}, "start 1 is out of range"),

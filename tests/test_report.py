@@ -205,7 +205,7 @@ def test_it_is_made_anew_with_scores(run: Path, tmp_path: Path, capsys: pytest.C
     assert {image["alt"] for image in parsed.all("img")} == {"before", "step 3", "step 6"}
     with pytest.raises(SystemExit) as left:
         cli.main(["report", str(tmp_path)])
-    assert left.value.code == 2 and "no run.json" in capsys.readouterr().err
+    assert left.value.code == 2 and "no readable run.json" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no Chromium and chromedriver here")
@@ -279,7 +279,7 @@ def test_torn_files_are_left_out(run: Path, tmp_path: Path) -> None:
             "photo 1: cannot be read",
         ]
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(SettingsError, match="no run.json that can be read"):
+    with pytest.raises(SettingsError, match="no readable run.json"):
         write_report(tmp_path)
 
 

@@ -93,7 +93,9 @@ def test_a_model_that_cannot_be_downloaded(tmp_path: Path, rembg: SimpleNamespac
         raise ConnectionError("Failed to resolve 'github.com'")
 
     monkeypatch.setattr(sys.modules["rembg"], "new_session", offline)
-    with pytest.raises(PhotoError, match=r"^rembg's model u2net cannot be .*resolve 'github.com'\); .*or pass segmenter="):
+    with pytest.raises(
+        PhotoError, match=r"^rembg's model u2net cannot be .*resolve 'github.com'\); .*or pass a segmenter of your own"
+    ):
         make_masks(tmp_path)
 
 
@@ -129,15 +131,15 @@ def test_make_masks(tmp_path: Path) -> None:
         "a.jpg": None,
         "b.png": "has a mask already",
         "c.bmp": None,  # its copy, c.png, is not used
-        "c2.png": "the segmenter is not sure what the subject is",
-        "d.png": "the segmenter is not sure what the subject is",
+        "c2.png": "the segmenter found no clear subject",
+        "d.png": "the segmenter found no clear subject",
     }
     assert sorted(said) == [
         "a.jpg: wrote a.mask.png",
         "b.png: has a mask already",
         "c.bmp: wrote c.mask.png",
-        "c2.png: the segmenter is not sure what the subject is",
-        "d.png: the segmenter is not sure what the subject is",
+        "c2.png: the segmenter found no clear subject",
+        "d.png: the segmenter found no clear subject",
     ]
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {name: after.pop(name) for name in before} == before and set(after) == {"a.mask.png", "c.mask.png"}
@@ -197,8 +199,8 @@ def test_a_segmenter_of_the_user(tmp_path: Path) -> None:
     made = lb.make_masks(tmp_path, segmenter=segment)
     assert [one.reason for one in made] == [
         None,
-        "the segmenter is not sure what the subject is",
-        "the subject would be 100.0% of the photo",
+        "the segmenter found no clear subject",
+        "the segmenter took 100.0% of the photo for the subject",
     ]
     assert [(image.mode, image.size) for image in seen] == [("RGB", (420, 320))] * 3
     with Image.open(tmp_path / "0.mask.png") as mask:

@@ -1,7 +1,8 @@
-"""The frame of the command line: what every command shares, and the way out of it."""
+"""What every command shares: the Typer app, warnings and errors as plain lines, exit codes."""
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,20 +22,26 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Base = Annotated[str, typer.Option(help="'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")]
-Photos = Annotated[Path, typer.Argument(help="folder of photos")]
+Base = Annotated[str, typer.Option(help="base model: 'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")]
+Photos = Annotated[Path, typer.Argument(help="folder of photos, e.g. photos/rex")]
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-OWN_WARNINGS = (CompositionWarning, OtherBaseWarning)
+OUR_WARNINGS = (CompositionWarning, OtherBaseWarning)
 INTERRUPTED = 130  # the shell's exit code for it
+ARGUMENT_AND_OPTION = re.compile(r"\w+[=(]\S+ \((--[^)]+)\)")  # how messages name both, e.g. minimum=1 (--min-photos 1)
+
+
+def in_options(message: str) -> str:
+    """The message with command line options in place of Python arguments."""
+    return ARGUMENT_AND_OPTION.sub(r"\1", message)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Entry point. Leaves with 0, 1 (a token that cannot be used), 2 (a user's mistake) or 130 (interrupted)."""
+    """Entry point. Exits with 0, 1 (a token that cannot be used), 2 (a user's mistake) or 130 (interrupted)."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     quiet_about_torchvision()
     try:
@@ -47,30 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what every usage error has, in typer's and in click's own classes
+        if not hasattr(error, "format_message"):  # what every usage error has, both typer's and click's
             raise
         command = next((word for word in words if word in commands()), "")
         fail(f"{error.format_message().rstrip('.')}; see: lora-booth {command} --help".replace("  ", " "))
     if code == INTERRUPTED:
-        print("interrupted; the same command again continues a training", file=sys.stderr)
+        print("interrupted; run the same command again to continue a training", file=sys.stderr)
     sys.exit(code or 0)
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """The library's own warnings as one plain line each; those of others as they are."""
+    """Show this library's warnings as one plain line each, and others as usual."""
 
-    def tell(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, OWN_WARNINGS):
-            print(f"note: {shown(message)}", file=sys.stderr, flush=True)
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, OUR_WARNINGS):
+            print(f"note: {shown(in_options(str(message)))}", file=sys.stderr, flush=True)
         else:
             usual(message, category, *place, **more)
 
     with warnings.catch_warnings():
         usual = warnings.showwarning
-        for category in OWN_WARNINGS:
+        for category in OUR_WARNINGS:
             warnings.simplefilter("always", category)
-        warnings.showwarning = tell
+        warnings.showwarning = show
         yield
 
 
@@ -79,6 +86,6 @@ def commands() -> list[str]:
 
 
 def fail(message: str) -> NoReturn:
-    """One line, whatever the message holds."""
-    print(f"error: {shown(' '.join(message.split()))}", file=sys.stderr)
+    """Print the message in one line, whatever it holds, and exit."""
+    print(f"error: {shown(' '.join(in_options(message).split()))}", file=sys.stderr)
     sys.exit(2)

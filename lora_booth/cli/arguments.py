@@ -1,4 +1,4 @@
-"""What the commands share: options, and the reading of files with weights, seeds, regions and bases."""
+"""Options that commands share, and parsers for adapters with weights, seeds, regions and bases."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 Adapters = Annotated[list[str], typer.Argument(help="adapter files, each with an optional weight, e.g. ink.safetensors:0.6")]
 Prompt = Annotated[str | None, typer.Option(help='what to draw, e.g. "a photo of sks dog at sea", with the adapter\'s token')]
-Prompts = Annotated[Path | None, typer.Option(help="instead: a text file with one prompt a line; # starts a comment line")]
+Prompts = Annotated[Path | None, typer.Option(help="instead of --prompt: a text file, one prompt a line, e.g. prompts.txt")]
 PromptSet = Annotated[
-    str | None, typer.Option(help="instead: the 25 prompts of the DreamBooth paper, object (for things) or live (for animals)")
+    str | None, typer.Option(help="instead of --prompt: the DreamBooth paper's 25, object (things) or live (animals)")
 ]
 Contexts = Annotated[
     list[str] | None, typer.Option(help='what {context} in a prompt stands for, e.g. "in the snow"; repeat for several')
@@ -29,22 +29,22 @@ NegativePrompt = Annotated[str | None, typer.Option(help='what to avoid, e.g. "b
 Steps = Annotated[int, typer.Option(help="denoising steps; 20 to 50 is usual")]
 Guidance = Annotated[float, typer.Option(help="guidance scale: how closely to follow the prompt; 4 to 8 is usual")]
 Size = Annotated[int | None, typer.Option(help="side in pixels, e.g. 768 [the base's own]")]
-BatchSize = Annotated[int, typer.Option(help="pictures at a time: faster, in more memory, e.g. 4")]
-Method = Annotated[str | None, typer.Option(help="sum or regions [regions for several subjects, else sum]")]
+BatchSize = Annotated[int, typer.Option(help="pictures at a time, e.g. 4: faster, but takes more memory")]
+Method = Annotated[str | None, typer.Option(help="how adapters combine: sum or regions [regions for several subjects]")]
 Places = Annotated[
     list[str] | None,
     typer.Option(
-        help="place of an adapter, by its file's name, and optionally a prompt, e.g. rex:0,0,0.5,1 or 'rex:0,0,0.5,1:sks dog'; "
+        help="where an adapter is active, and optionally a prompt, e.g. rex:0,0,0.5,1 or 'rex:0,0,0.5,1:sks dog'; "
         "repeat for several"
     ),
 ]
-AutoRegions = Annotated[bool, typer.Option(help="find the place of each adapter that the prompt names")]
-Quantize = Annotated[str | None, typer.Option(help="nf4: the U-Net in 4 bits (bitsandbytes): less memory, other numbers")]
+AutoRegions = Annotated[bool, typer.Option(help="find the place of each subject that the prompt names")]
+Quantize = Annotated[str | None, typer.Option(help="nf4 loads the U-Net in 4 bits (bitsandbytes): less memory, less exact")]
 Isolate = Annotated[str, typer.Option(help="how regions are kept apart: noise (a pass for each) or delta (about one pass)")]
 
 
 def load_base(source: str, *, exact: bool = False, quantize: str | None = None) -> BaseModel:
-    """The base of a command. exact: in fp32 on the CPU, for sums and differences of weights."""
+    """The base of a command. exact: in fp32 on the CPU, to add and subtract weights."""
     import torch
 
     from ..base.base_model import BaseModel
@@ -65,11 +65,11 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_adapter_file(out: Path) -> None:
-    """Before the work, not after it."""
+    """Called before the work, not after it."""
     if out.suffix.lower() != ".safetensors":
-        raise SettingsError(f"{out}: adapters are written as .safetensors; give --out {out.name}.safetensors")
+        raise SettingsError(f"{out}: adapters are written as .safetensors; pass --out {out.name}.safetensors")
     if out.is_dir():
-        raise SettingsError(f"{out}: is a folder; give --out the name of a file")
+        raise SettingsError(f"{out}: is a folder; pass --out a file name")
 
 
 def file_and_weight(text: str) -> tuple[Path, float | None]:
@@ -101,7 +101,7 @@ def prompts_asked_for(prompt: str | None, file: Path | None, prompt_set: str | N
     from ..pictures.prompts import PROMPT_SETS, read_prompts
 
     if sum(given is not None for given in (prompt, file, prompt_set)) != 1:
-        raise SettingsError("which prompts? give exactly one of --prompt TEXT, --prompts FILE and --prompt-set object or live")
+        raise SettingsError("which prompts? pass exactly one of --prompt TEXT, --prompts FILE and --prompt-set object or live")
     if prompt_set is not None:
         if prompt_set not in PROMPT_SETS:
             raise SettingsError(f"prompt set {prompt_set!r} is unknown; allowed: {', '.join(PROMPT_SETS)}")
@@ -129,15 +129,15 @@ def composition_of(
     from ..pictures.regions import Region
 
     if region and auto_regions:
-        raise SettingsError("--region and --auto-regions exclude each other; give one of them")
+        raise SettingsError("--region and --auto-regions exclude each other; pass one of them")
     names = [name for name, _ in adapters]
     if region and len(set(names)) < len(names):
-        raise SettingsError("two adapter files have the same name; rename one, so that --region can tell them apart")
+        raise SettingsError("two adapter files have the same name; rename one, so that --region can name either")
     places: dict[str, Region] = {}
     for text in region or []:
         name, box, words = region_words(text)
         if name not in names:
-            raise SettingsError(f"region {text!r}: no adapter {name!r}; given: {', '.join(names)}")
+            raise SettingsError(f"region {text!r}: no adapter {name!r}; use one of: {', '.join(names)}")
         adapter, weight = dict(adapters)[name]
         places[name] = Region(adapter, box=box, prompt=words, weight=weight)
     return Composition(
@@ -149,7 +149,7 @@ def composition_of(
     )
 
 
-MOST_SEEDS = 10_000
+MOST_SEEDS = 10_000  # chosen
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The whole job on the embedded base, offline: two subjects that it has never seen, learnt from five pictures each."""
+"""The demo: two subjects that the embedded base has never seen, learnt offline from five pictures each."""
 
 from __future__ import annotations
 

@@ -30,20 +30,24 @@ def evaluate(
     prompts: Prompts = None,
     prompt_set: PromptSet = None,
     context: Contexts = None,
-    seeds: Annotated[str, typer.Option(help="one picture each of every prompt, e.g. 0-3 or 1,5,8")] = "0-3",
-    class_seeds: Annotated[str, typer.Option(help="one picture each of the plain class, e.g. 0-15")] = "0-15",
+    seeds: Annotated[str, typer.Option(help="seeds of the pictures of each prompt, e.g. 0-3 or 1,5,8")] = "0-3",
+    class_seeds: Annotated[str, typer.Option(help="seeds of the pictures of the plain class, e.g. 0-15")] = "0-15",
     steps: Annotated[int, typer.Option(help="denoising steps, e.g. 25")] = 25,
-    guidance: Annotated[float, typer.Option(help="classifier-free guidance scale, e.g. 5")] = 5.0,
+    guidance: Annotated[float, typer.Option(help="guidance scale: how closely to follow the prompt, e.g. 5")] = 5.0,
     size: Annotated[int | None, typer.Option(help="side in pixels, e.g. 512 [the base's own]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="pictures at a time, e.g. 4 [4 at 512 pixels]")] = None,
-    dino: Annotated[str | None, typer.Option(help="DINO, e.g. a Hub id or models/dino [facebook/dino-vits16]")] = None,
-    clip: Annotated[str | None, typer.Option(help="CLIP, e.g. a Hub id or models/clip [openai/clip-vit-base-patch32]")] = None,
-    token: Annotated[str | None, typer.Option(help="for adapters whose card has no token, e.g. sks")] = None,
-    class_noun: Annotated[str | None, typer.Option(help="for adapters whose card has no class noun, e.g. dog")] = None,
+    dino: Annotated[
+        str | None, typer.Option(help="DINO model: a Hub id or folder, e.g. models/dino [facebook/dino-vits16]")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP model: a Hub id or folder, e.g. models/clip [openai/clip-vit-base-patch32]")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="token of adapters whose card has none, e.g. sks")] = None,
+    class_noun: Annotated[str | None, typer.Option(help="class noun of adapters whose card has none, e.g. dog")] = None,
     json: Annotated[bool, typer.Option(help="print everything as JSON instead of a table")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for scores.json and a gallery of the pictures, e.g. scored")] = None,
 ) -> None:
-    """Score adapters, or all that a run has kept, by new pictures, and name the best."""
+    """Score adapters, or all that a run has saved, by new pictures, and name the best."""
     from ..evaluation.cases import TEMPLATE
     from ..evaluation.encoders import CLIP, DINO
     from ..evaluation.protocol import evaluate as compared
@@ -84,10 +88,10 @@ def evaluate(
 def report(
     run: Annotated[Path, typer.Argument(help="folder of a run, e.g. runs/rex")],
     photos: Annotated[
-        bool, typer.Option(help="show small copies of the photos; leave them out of a page that you pass on")
+        bool, typer.Option(help="show small copies of the photos; leave them out of a page that you share")
     ] = True,
 ) -> None:
-    """Write the report.html of a run again, from what its folder holds."""
+    """Write the report.html of a run again, from the files in its folder."""
     from ..report.report import write_report
 
     say(f"wrote {write_report(run, photos=photos)}")

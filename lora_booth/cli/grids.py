@@ -41,11 +41,11 @@ def grid(
     base: Base = "toybox",
     weights: Annotated[
         str | None,
-        typer.Option(help="a column for each: factors on the adapters' weights, 0 for the base alone [0,0.4,0.8,1]"),
+        typer.Option(help="factors on the adapters' weights, e.g. 0,0.5,1, a column for each; 0: the base alone [0,0.4,0.8,1]"),
     ] = None,
-    before_after: Annotated[bool, typer.Option(help="two rows instead: without and with the adapters")] = False,
-    seeds: Annotated[str, typer.Option(help="a row of every prompt for each, e.g. 0-3 or 1,5,8")] = "0-3",
-    out: Annotated[Path, typer.Option(help="a sheet (.png, .jpg, .webp) or a page (.html)")] = Path("grid.png"),
+    before_after: Annotated[bool, typer.Option(help="draw two rows: without and with the adapters")] = False,
+    seeds: Annotated[str, typer.Option(help="seeds, a row for each and every prompt, e.g. 0-3 or 1,5,8")] = "0-3",
+    out: Annotated[Path, typer.Option(help="file to write, e.g. grid.png (also .jpg, .webp) or grid.html")] = Path("grid.png"),
     negative_prompt: NegativePrompt = None,
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
@@ -60,7 +60,7 @@ def grid(
 
     templates = prompts_asked_for(prompt, prompts, prompt_set)
     if before_after and weights is not None:
-        raise SettingsError("--before-after and --weights exclude each other; give one of them")
+        raise SettingsError("--before-after and --weights exclude each other; pass one of them")
     factors = (0.0, 1.0) if before_after else WEIGHTS if weights is None else parse_weights(weights)
     wanted = parse_seeds(seeds)
     check_output(out)

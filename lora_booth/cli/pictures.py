@@ -11,7 +11,7 @@ import typer
 
 from ..config import GUIDANCE, STEPS
 from ..errors import SettingsError
-from .app import Base, app, say
+from .app import Base, app, in_options, say
 from .arguments import (
     Adapters,
     AutoRegions,
@@ -49,7 +49,7 @@ def generate(
     prompt_set: PromptSet = None,
     context: Contexts = None,
     base: Base = "toybox",
-    seeds: Annotated[str, typer.Option(help="one picture of every prompt for each, e.g. 0-3 or 1,5,8")] = "0-3",
+    seeds: Annotated[str, typer.Option(help="seeds, a picture of every prompt for each, e.g. 0-3 or 1,5,8")] = "0-3",
     out: Out = Path("pictures"),
     negative_prompt: NegativePrompt = None,
     steps: Steps = STEPS,
@@ -62,7 +62,7 @@ def generate(
     isolate: Isolate = "noise",
     preview: Annotated[Path | None, typer.Option(help="write a picture of the regions here, e.g. regions.png")] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="write a recipe that replays to these pictures here, e.g. pair.json")
+        Path | None, typer.Option(help="write a recipe of these pictures here, for replay, e.g. pair.json")
     ] = None,
     quantize: Quantize = None,
 ) -> None:
@@ -77,12 +77,12 @@ def generate(
     templates = prompts_asked_for(prompt, prompts, prompt_set)
     wanted = parse_seeds(seeds)
     if preview is not None and not (region or auto_regions):
-        raise SettingsError("--preview shows regions; give --region or --auto-regions")
+        raise SettingsError("--preview shows regions; pass --region or --auto-regions")
     chosen = by_file(adapters)
     texts = prompts_for([adapter for _, (adapter, _) in chosen], templates, contexts=context or ())
     prompt, several = texts[0], len(texts) > 1
     if several and (preview is not None or recipe is not None):
-        raise SettingsError(f"--preview and --recipe are for one prompt, and there are {len(texts)}; give one with --prompt")
+        raise SettingsError(f"--preview and --recipe are for one prompt, and there are {len(texts)}; pass one with --prompt")
     how: dict[str, Any] = {"region": region, "auto_regions": auto_regions, "isolate": isolate, "quantize": quantize}
     studio = composition_of(chosen, base, method=method, **how)
     settings: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "size": size}
@@ -123,19 +123,19 @@ def preflight(
     isolate: Isolate = "noise",
     steps: Steps = STEPS,
     size: Size = None,
-    trial: Annotated[bool, typer.Option(help="draw a few steps to measure time and memory")] = False,
+    trial: Annotated[bool, typer.Option(help="run a few denoising steps to measure time and memory")] = False,
 ) -> None:
-    """Report what speaks against adapters in one picture, how they overlap, and what it costs, before you draw it."""
+    """Report conflicts between adapters, how they overlap and what a picture costs, before you draw it."""
     studio = composition_of(by_file(adapters), base, method=method, region=region, auto_regions=auto_regions, isolate=isolate)
-    say(str(studio.preflight(prompt, steps=steps, size=size, trial=trial)))
+    say(in_options(str(studio.preflight(prompt, steps=steps, size=size, trial=trial))))
 
 
 @app.command()
 def replay(
-    recipe: Annotated[Path, typer.Argument(help="recipe file from `generate --recipe`")],
-    adapters: Annotated[list[Path], typer.Argument(help="the adapter files that it needs, in any order")],
+    recipe: Annotated[Path, typer.Argument(help="recipe file of `generate --recipe`, e.g. pair.json")],
+    adapters: Annotated[list[Path], typer.Argument(help="adapter files that it needs, in any order, e.g. rex.safetensors")],
     base: Base = "toybox",
-    seeds: Annotated[str | None, typer.Option(help="instead of the recipe's, e.g. 0-3 or 1,5,8")] = None,
+    seeds: Annotated[str | None, typer.Option(help="other seeds than the recipe's, e.g. 0-3 or 1,5,8")] = None,
     out: Out = Path("pictures"),
 ) -> None:
     """Draw the pictures of a recipe again."""

@@ -1,4 +1,4 @@
-"""The memory of a training, before it starts."""
+"""The command that predicts the memory of a training."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .arguments import Quantize, check_dtype, load_base
 @app.command()
 def plan(
     base: Base = "toybox",
-    family: Annotated[str | None, typer.Option(help="sd1, sd2 or sdxl: the published shapes, instead of a base")] = None,
-    vram: Annotated[float | None, typer.Option(help="budget in GB [what is free here, or all of --gpu]")] = None,
+    family: Annotated[str | None, typer.Option(help="instead of --base: the published shapes of sd1, sd2 or sdxl")] = None,
+    vram: Annotated[float | None, typer.Option(help="memory budget in GB, e.g. 12 [what is free, or all of --gpu]")] = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="plan for a T4, L4, 3090, 4090, A100, H100 or H200 [without a GPU, --vram plans for a T4]"),
     ] = None,
-    rank: Annotated[int, typer.Option(help="LoRA rank")] = 8,
-    text_encoder: Annotated[bool, typer.Option(help="adapt the text encoders as well")] = False,
-    resolution: Annotated[int | None, typer.Option(help="pixels [the base's own]")] = None,
-    batch_size: Annotated[int, typer.Option(help="photos in a batch; as many class images come on top")] = 1,
-    gradient_accumulation: Annotated[int, typer.Option(help="batches for one optimizer update")] = 1,
-    prior_loss_weight: Annotated[float, typer.Option(help="weight of the class images; 0: no prior preservation")] = 1.0,
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32 [by the device]")] = None,
-    photos: Annotated[int, typer.Option(min=1, help="how many there will be")] = 5,
+    rank: Annotated[int, typer.Option(help="LoRA rank, e.g. 16")] = 8,
+    text_encoder: Annotated[bool, typer.Option(help="also train the text encoders")] = False,
+    resolution: Annotated[int | None, typer.Option(help="side in pixels, e.g. 512 [the base's own]")] = None,
+    batch_size: Annotated[int, typer.Option(help="photos in a batch, e.g. 2; as many class images are added")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="batches for one optimizer update, e.g. 4")] = 1,
+    prior_loss_weight: Annotated[float, typer.Option(help="weight of the class images, e.g. 0.5; 0: none")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="precision of the base: fp16, bf16 or fp32 [by the device]")] = None,
+    photos: Annotated[int, typer.Option(min=1, help="number of photos, e.g. 8")] = 5,
     quantize: Quantize = None,
     measure: Annotated[bool, typer.Option(help="load --base and time a few training steps on this machine")] = False,
-    json: Annotated[bool, typer.Option(help="print JSON, in bytes and seconds")] = False,
+    json: Annotated[bool, typer.Option(help="print everything as JSON, in bytes and seconds")] = False,
 ) -> None:
     """Predict the memory of a training and choose the fastest settings that fit (exit code 2 when nothing does)."""
     from ..base.families import FAMILIES

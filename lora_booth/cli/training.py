@@ -12,12 +12,12 @@ from ..errors import SettingsError
 from .app import Base, Photos, app, say
 from .arguments import Quantize, check_adapter_file, check_layout, load_base
 
-Crop = Annotated[str, typer.Option(help="the square of each photo: smart (keeps the subject, no black bars) or center")]
+Crop = Annotated[str, typer.Option(help="which square of a photo to use: smart (keeps the subject, no black bars) or center")]
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for everything that it makes")] = Path("demo")) -> None:
-    """The whole job on the embedded base, offline: train two subjects, compare before and after, print scores."""
+def demo(out: Annotated[Path, typer.Option(help="folder to write to, e.g. demo")] = Path("demo")) -> None:
+    """Try everything on the embedded base, offline: train two subjects, compare before and after, print scores."""
     from .demo import run_demo
 
     run_demo(load_base("toybox"), out, say=say)
@@ -27,7 +27,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything that it m
 @app.command()
 def photos(
     folder: Photos,
-    resolution: Annotated[int, typer.Option(min=8, help="side of the training pictures, in pixels")] = 512,
+    resolution: Annotated[int, typer.Option(min=8, help="side of the training pictures in pixels, e.g. 512")] = 512,
     sheet: Annotated[Path | None, typer.Option(help="write a contact sheet of the crops here, e.g. crops.png")] = None,
     crop: Crop = "smart",
     make_masks: Annotated[
@@ -59,7 +59,7 @@ def photos(
 def token(
     base: Base = "toybox",
     check: Annotated[str | None, typer.Option(help="check this token instead of proposing some, e.g. zwx")] = None,
-    count: Annotated[int, typer.Option(min=1, help="how many tokens to propose")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="number of tokens to propose, e.g. 8")] = 8,
 ) -> None:
     """Propose rare tokens for a base, or check one (exit code 1: it cannot be used)."""
     from ..subject.tokens import check_token, propose_tokens
@@ -80,49 +80,52 @@ def token(
 @app.command()
 def train(
     folder: Photos,
-    token: Annotated[str, typer.Option(help="a rare word that shall mean the subject, as 'sks'")],
-    class_noun: Annotated[str, typer.Option(help="what the subject is, as 'dog'")],
-    out: Annotated[Path, typer.Option(help="the adapter file to write")],
+    token: Annotated[str, typer.Option(help="rare word that stands for the subject, e.g. sks")],
+    class_noun: Annotated[str, typer.Option(help="what the subject is, e.g. dog")],
+    out: Annotated[Path, typer.Option(help="adapter file to write, e.g. rex.safetensors")],
     base: Base = "toybox",
     run: Annotated[
-        Path | None, typer.Option(help="folder of the run, to continue when interrupted [OUT without ending]")
+        Path | None, typer.Option(help="folder for checkpoints and the report, e.g. runs/rex [OUT without its ending]")
     ] = None,
-    rank: Annotated[int, typer.Option(help="of the change to each layer; 4 to 32 is usual")] = 8,
-    alpha: Annotated[float | None, typer.Option(help="the change is scaled by alpha / rank [rank]")] = None,
-    text_encoder: Annotated[bool, typer.Option(help="adapt the text encoders as well")] = False,
-    steps: Annotated[int | None, typer.Option(help="optimizer updates [from the number of photos]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="[from the base]")] = None,
-    batch_size: Annotated[int, typer.Option(help="photos a forward pass; as many class images come on top")] = 1,
-    gradient_accumulation: Annotated[int, typer.Option(help="forward passes for one update")] = 1,
-    prior_loss_weight: Annotated[float, typer.Option(help="0: no prior preservation")] = 1.0,
+    rank: Annotated[int, typer.Option(help="LoRA rank, e.g. 16; 4 to 32 is usual")] = 8,
+    alpha: Annotated[float | None, typer.Option(help="scales the change by alpha / rank, e.g. 16 [rank]")] = None,
+    text_encoder: Annotated[bool, typer.Option(help="also train the text encoders")] = False,
+    steps: Annotated[int | None, typer.Option(help="optimizer updates, e.g. 800 [from the number of photos]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="learning rate at its highest, e.g. 1e-4 [from the base]")] = None,
+    batch_size: Annotated[int, typer.Option(help="photos in a forward pass, e.g. 2; as many class images are added")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="forward passes for one optimizer update, e.g. 4")] = 1,
+    prior_loss_weight: Annotated[float, typer.Option(help="weight of the class images, e.g. 0.5; 0: none")] = 1.0,
     class_images: Annotated[
-        int | None, typer.Option(help="how many pictures of the bare class keep the prior [from the number of photos]")
+        int | None, typer.Option(help="pictures of the plain class to train on as well, e.g. 100 [from the number of photos]")
     ] = None,
-    min_snr_gamma: Annotated[float | None, typer.Option(help="5 is usual [off]")] = None,
+    min_snr_gamma: Annotated[float | None, typer.Option(help="gamma of min-SNR loss weighting, e.g. 5 [off]")] = None,
     flip: Annotated[bool, typer.Option(help="also train on mirrored photos")] = False,
-    resolution: Annotated[int | None, typer.Option(help="pixels [the base's own]")] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="less memory, slower")] = False,
-    pictures_at_a_time: Annotated[int | None, typer.Option(help="of a batch; 1 takes the least memory [all]")] = None,
+    resolution: Annotated[int | None, typer.Option(help="side in pixels, e.g. 512 [the base's own]")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="recompute activations: less memory, slower")] = False,
+    pictures_at_a_time: Annotated[
+        int | None, typer.Option(help="pictures of a batch in memory at a time, e.g. 1 [all]")
+    ] = None,
     quantize: Quantize = None,
-    attention: Annotated[str, typer.Option(help="auto (measured here), plain, sdpa or xformers")] = "auto",
-    sample_every: Annotated[int | None, typer.Option(help="updates between two rounds of sample pictures [none]")] = None,
+    attention: Annotated[str, typer.Option(help="attention kernel: auto (the fastest here), plain, sdpa or xformers")] = "auto",
+    sample_every: Annotated[int | None, typer.Option(help="updates between sample pictures, e.g. 100 [no samples]")] = None,
     sample_prompt: Annotated[
-        list[str] | None, typer.Option(help="of the samples; once for each [the subject, that in the snow, the bare class]")
+        list[str] | None,
+        typer.Option(help="prompt of the samples, e.g. 'sks dog at sea'; repeatable [subject, subject in snow, class]"),
     ] = None,
-    sample_seeds: Annotated[int, typer.Option(help="sample pictures of each prompt")] = 1,
+    sample_seeds: Annotated[int, typer.Option(help="sample pictures of each prompt, e.g. 2")] = 1,
     track: Annotated[
-        list[str] | None, typer.Option(help="tensorboard (files in the run's folder) or wandb, which sends away samples too")
+        list[str] | None, typer.Option(help="log to tensorboard (files in --run) or wandb (uploads samples too)")
     ] = None,
-    layout: Annotated[str, typer.Option(help="kohya (diffusers, ComfyUI, A1111) or peft")] = "kohya",
+    layout: Annotated[str, typer.Option(help="names of the tensors: kohya (diffusers, ComfyUI, A1111) or peft")] = "kohya",
     crop: Crop = "smart",
-    min_photos: Annotated[int, typer.Option(help="go on with as few as this")] = 3,
-    max_photos: Annotated[int, typer.Option(help="go on with as many as this")] = 100,
-    seed: Annotated[int, typer.Option(help="of every random draw: the same seed gives the same adapter")] = 0,
-    time_limit: Annotated[float | None, typer.Option(help="minutes; writes the adapter so far before they are over")] = None,
-    mirror: Annotated[Path | None, typer.Option(help="folder on other storage for copies of the checkpoints")] = None,
-    restart: Annotated[bool, typer.Option(help="forget an earlier run in the same folder")] = False,
+    min_photos: Annotated[int, typer.Option(help="fewest photos to accept, e.g. 1")] = 3,
+    max_photos: Annotated[int, typer.Option(help="most photos to accept, e.g. 200")] = 100,
+    seed: Annotated[int, typer.Option(help="seed of every random draw, e.g. 7; the same seed gives the same adapter")] = 0,
+    time_limit: Annotated[float | None, typer.Option(help="minutes, e.g. 25, after which the adapter so far is saved")] = None,
+    mirror: Annotated[Path | None, typer.Option(help="folder for copies of the checkpoints, e.g. /mnt/drive/rex")] = None,
+    restart: Annotated[bool, typer.Option(help="discard an earlier run in the same folder")] = False,
 ) -> None:
-    """Train an adapter on a folder of photos. The same command again continues an interrupted run."""
+    """Train an adapter on a folder of photos. Run the same command again to continue an interrupted run."""
     from ..config import LoraSpec, TrainingConfig
     from ..run import train as train_adapter
     from ..subject.subject import Subject
@@ -170,8 +173,8 @@ def train(
 
 
 @app.command()
-def cache(clear: Annotated[bool, typer.Option(help="delete it")] = False) -> None:
-    """Say where encoded photos and class images of earlier runs are kept on this disk, and how much; or delete them."""
+def cache(clear: Annotated[bool, typer.Option(help="delete the cache")] = False) -> None:
+    """Print where encoded photos and class images of earlier runs are cached, and their size; or delete them."""
     from ..cache import cache_folder, cache_size, clear_cache
 
     if clear:

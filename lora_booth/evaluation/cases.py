@@ -25,7 +25,7 @@ class Case:
 
     @property
     def context(self) -> str | None:
-        """The context of the toybox that it asks for."""
+        """The toybox context that it asks for."""
         return next((context for context in CONTEXTS if context in self.plain), None)
 
     def prompt_for(self, card: Card) -> str:
@@ -33,23 +33,23 @@ class Case:
 
 
 def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ()) -> list[Case]:
-    """One for each prompt, or for each context of a prompt with {context}. A prompt may also hold the card's token itself.
+    """A case for each prompt, or for each context of a prompt with {context}. Prompts may also contain the token itself.
 
     Raises SettingsError for a prompt that does not name the subject, and for a card without token or class noun.
     """
     if not (card.token and card.class_noun):
         raise SettingsError(
-            "the adapter's card has no token or class noun; give --token and --class-noun, or use with_card(...)"
+            "the adapter's card has no token or class noun; add them with with_card(...) (--token and --class-noun)"
         )
     token, noun = card.token, card.class_noun
     found: dict[str, Case] = {}
     for text in templates:
         templated = re.sub(rf"(?<![\w{{]){re.escape(token)}(?![\w}}])", "{token}", text)
         if "{token}" not in templated:
-            raise SettingsError(f"prompt {shown(text)!r} does not name the subject; write {{token}} or {token!r} into it")
+            raise SettingsError(f"prompt {shown(text)!r} does not name the subject; add {{token}} or {token!r} to it")
         contextual = contexts if "{context}" in templated else ("",)
         if not contextual:
-            raise SettingsError(f"prompt {shown(text)!r}: no contexts for {{context}}; give some, e.g. 'in the snow'")
+            raise SettingsError(f"prompt {shown(text)!r}: no contexts for {{context}}; pass some, e.g. 'in the snow'")
         for context in contextual:
             template = templated.replace("{context}", context)
             filled = fill_prompts([template], token=token, class_noun=noun)[0]

@@ -21,7 +21,12 @@ T = TypeVar("T")
 
 DINO = "facebook/dino-vits16"  # ViT-S/16, as in arXiv 2208.12242
 CLIP = "openai/clip-vit-base-patch32"
-WITH_CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # model types whose first state is the picture's
+WITH_CLASS_TOKEN = (
+    "vit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+)  # model types with a token for the picture, first
 AT_A_TIME = 16  # pictures; chosen: 10 MB of pixels at 224 px
 
 
@@ -122,13 +127,13 @@ def side_of(size: Any) -> int:
 
 
 def loaded(source: str | Path, what: str, load: Callable[[], T]) -> T:
-    """What `load` reads from a folder, the Hub or its cache. Raises EvaluationError that says how to get it."""
+    """What `load` reads from a folder, the Hub or its cache. Raises EvaluationError with a remedy."""
     try:
         with quiet_loading():
             return load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         name = shown(source)
-        how = "is the folder complete?" if Path(source).is_dir() else f"with a network once: hf download {name}"
+        how = "check that the folder is complete" if Path(source).is_dir() else f"run once while online: hf download {name}"
         raise EvaluationError(f"{what} ({name}) cannot be loaded: {first_line(error)}; {how}") from error
 
 

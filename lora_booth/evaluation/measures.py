@@ -1,4 +1,4 @@
-"""What is read off the pictures: by DINO and CLIP for pictures of the world, by the toybox's judge for drawn ones."""
+"""Measures of the pictures: by DINO and CLIP for real subjects, by the toybox's judge for drawn ones."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Measure(Protocol):
     described: str
 
     def of_subject(self, cases: Sequence[Case], drawn: Groups) -> dict[str, Values]:
-        """Of the pictures of each case. CHANCE is their fidelity to the prompts of the other cases."""
+        """Values for the pictures of each case. CHANCE is their fidelity to the other cases' prompts."""
         ...
 
     def of_class(self, pictures: Sequence[Image.Image]) -> dict[str, Values]:
-        """Of pictures of the plain class."""
+        """Values for pictures of the plain class."""
         ...
 
     def of_photos(self, cases: Sequence[Case], seeds: int) -> dict[str, Values]:
@@ -42,7 +42,7 @@ class Measure(Protocol):
 class PhotoMeasure:
     """arXiv 2208.12242, sec. 4.2: DINO and CLIP-I, the mean cosine of each picture with every photo; CLIP-T, the cosine of
     picture and prompt; PRES, DINO of the plain class's pictures with the photos. DIV is 1 - DINO among the pictures of one
-    prompt here, and LPIPS in the paper. For CLIP-T the prompt has the class noun without the token, which CLIP does not know.
+    prompt here, and LPIPS in the paper. CLIP-T compares with the class noun without the token, which CLIP does not know.
     """
 
     metrics: tuple[Metric, ...] = (
@@ -87,8 +87,8 @@ class PhotoMeasure:
 
 
 class ToyboxMeasure:
-    """The judge's reading of each picture. Where the photos show a subject of the drawn world, its attributes are counted
-    and the ceiling is real renders in the prompts' contexts; else its features stand in for DINO and the ceiling is the photos.
+    """The judge's reading of each picture. If the photos show a subject of the drawn world, its attributes are counted and
+    the ceiling is real renders in the prompts' contexts; else the judge's features replace DINO and the ceiling is the photos.
     """
 
     def __init__(self, photos: Sequence[Image.Image]) -> None:
@@ -130,8 +130,8 @@ class ToyboxMeasure:
 
     def of_class(self, pictures: Sequence[Image.Image]) -> dict[str, Values]:
         verdicts, who = judge(pictures), self.identity
-        shown = self.to_photos(verdicts) if who is None else [float(shows(verdict, who)) for verdict in verdicts]
-        return {"pres": [shown], "class_div": [diversity(features(verdicts))]}
+        pres = self.to_photos(verdicts) if who is None else [float(shows(verdict, who)) for verdict in verdicts]
+        return {"pres": [pres], "class_div": [diversity(features(verdicts))]}
 
     def of_photos(self, cases: Sequence[Case], seeds: int) -> dict[str, Values]:
         if self.identity is None:
@@ -146,12 +146,12 @@ class ToyboxMeasure:
         return self.of_subject(cases, renders) | {"pres": pres}
 
     def to_photos(self, verdicts: Sequence[Verdict]) -> list[float]:
-        """Mean cosine of each with the photos."""
+        """The mean cosine of each verdict with the photos."""
         cosines: list[float] = (features(verdicts) @ self.photo_features.T).mean(axis=1).tolist()
         return cosines
 
     def copies(self, images: Sequence[Image.Image]) -> list[float]:
-        """1 for a picture that is nearer to a photo, in pixels, than any two photos are to each other."""
+        """1 for each picture that is nearer to a photo, in pixels, than any two photos are to each other; else 0."""
         made = to_pixels(images).flatten(1)
         nearest = [min(float((one - photo).abs().mean()) for photo in self.photo_pixels) for one in made]
         return [float(distance < self.closest) for distance in nearest]
@@ -163,13 +163,13 @@ def features(verdicts: Sequence[Verdict]) -> np.ndarray:
 
 
 def diversity(vectors: np.ndarray) -> list[float]:
-    """Mean of 1 - cosine over all pairs; empty for a single one. vectors: (N, d), each of length 1"""
+    """The mean of 1 - cosine over all pairs; empty for fewer than 2. vectors: (N, d), each of length 1"""
     distances = [1 - a @ b for a, b in combinations(vectors, 2)]
     return [float(np.mean(distances))] if distances else []
 
 
 def to_others(vectors: np.ndarray) -> list[float]:
-    """Mean cosine of each with all others; empty for a single one. vectors: (N, d), each of length 1"""
+    """The mean cosine of each with all others; empty for fewer than 2. vectors: (N, d), each of length 1"""
     if len(vectors) < 2:
         return []
     cosines = vectors @ vectors.T
@@ -180,14 +180,14 @@ def to_others(vectors: np.ndarray) -> list[float]:
 
 
 def attributes_right(verdict: Verdict, identity: Identity) -> float:
-    """Share of the identity's attributes that the first object has; 0 when there is no object."""
+    """The share of the identity's attributes that the first object has; 0 without an object."""
     if not verdict.objects:
         return 0.0
     return float(np.mean([getattr(verdict.objects[0], part) == getattr(identity, part) for part in IDENTITY_PARTS]))
 
 
 def shows(verdict: Verdict, identity: Identity) -> bool:
-    """The subject itself: its class, its two body colours and its pattern."""
+    """Whether the first object is the subject: its class, its two body colours and its pattern."""
     return bool(verdict.objects) and all(
         getattr(verdict.objects[0], part) == getattr(identity, part) for part in ("class_noun", "color", "second", "pattern")
     )
@@ -204,6 +204,6 @@ def drawn_subject(photos: Sequence[Image.Image]) -> tuple[str, Identity] | None:
 
 
 def unseen_contexts(photos: Sequence[Image.Image]) -> list[str]:
-    """The drawn world's contexts that the photos do not show; all of them where none is left."""
+    """The drawn world's contexts that the photos do not show; all of them if none is left."""
     seen = {verdict.context for verdict in judge(photos)}
     return [context for context in CONTEXTS if context not in seen] or list(CONTEXTS)

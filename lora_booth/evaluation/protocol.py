@@ -25,7 +25,7 @@ from .encoders import CLIP, DINO, Clip, Dino
 from .measures import Measure, PhotoMeasure, ToyboxMeasure, unseen_contexts
 from .results import Comparison, Row
 
-PHOTO_SIDE = 512  # pixels of the photos' squares; the encoders take less
+PHOTO_SIDE = 512  # pixels of the photos' squares; chosen: the encoders take less
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Candidate:
     """One adapter to score."""
 
     adapter: Adapter
-    name: str = ""  # of the row; "": the adapter's own
-    weight: float | None = None  # None: the one that its card suggests
+    name: str = ""  # of the row; "": the adapter's name
+    weight: float | None = None  # None: what its card suggests
     step: int | None = None  # optimizer updates, of an adapter of a run
 
 
@@ -55,19 +55,19 @@ def evaluate(
     clip: str | Path = CLIP,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Score adapters of one class by DreamBooth's protocol, on the same prompts and seeds as the base alone.
+    """Score adapters of one class by DreamBooth's protocol, with the same prompts and seeds as the base alone.
 
-    photos       of the subject: a folder, or two or more pictures
+    photos       photos of the subject: a folder, or two or more pictures
     prompts      with {token} and {class_noun}, and with {context} for each of `contexts`
-    contexts     None: the ten that both prompt sets of the paper share; on the toybox, its own that the photos do not show
+    contexts     None: the ten that both prompt sets of the paper share; on the toybox, those that the photos do not show
     seeds        one picture each of every prompt
     class_seeds  one picture each of the plain class ("a photo of a dog"), for PRES
     steps        denoising steps
     guidance     classifier-free guidance scale
-    size         side in pixels; None: the base's own
+    size         side in pixels; None: the base's resolution
     batch_size   pictures at a time; None: as many as fit on a usual GPU
-    dino, clip   Hub ids or folders; not used on the toybox, which brings its own judge
-    on_progress  called with the pictures done and the pictures in all
+    dino, clip   Hub ids or folders; not used on the toybox, which has a judge
+    on_progress  called with the number of pictures drawn and the total
     Raises EvaluationError, SettingsError, PhotoError.
     """
     candidates = [
@@ -75,7 +75,7 @@ def evaluate(
     ]
     nouns = {candidate.adapter.card.class_noun for candidate in candidates}
     if len(nouns) != 1:
-        raise EvaluationError(f"adapters of {len(nouns)} classes; give at least one adapter, all of the same class")
+        raise EvaluationError(f"adapters of {len(nouns)} classes; pass at least one adapter, all of the same class")
     check(len(seeds) > 0 and len(class_seeds) > 0, "no seeds", "at least one of each, e.g. seeds=range(4)")
     images, toybox = opened(photos), is_toybox(base)
     card = candidates[0].adapter.card
@@ -111,7 +111,7 @@ def evaluate(
 
 @dataclass
 class Drawing:
-    """Draws and measures one row after the other, and counts the pictures."""
+    """Draw and measure one row after the other, and count the pictures."""
 
     base: BaseModel
     measure: Measure
@@ -152,7 +152,7 @@ class Drawing:
 
 
 def names_of(candidates: Sequence[Candidate]) -> list[str]:
-    """Each a different one: equal ones are numbered."""
+    """A different name for each: equal ones are numbered."""
     names: list[str] = []
     for candidate in candidates:
         name = candidate.name or candidate.adapter.stem or candidate.adapter.name
@@ -168,12 +168,12 @@ def opened(photos: str | Path | Sequence[Image.Image]) -> list[Image.Image]:
     else:
         images = [training_square(photo, PHOTO_SIDE).image for photo in find_photos(photos, minimum=1).photos]
     if len(images) < 2:
-        raise EvaluationError(f"{len(images)} photo; give at least 2: photos compared with each other are the ceiling")
+        raise EvaluationError(f"{len(images)} photo; pass at least 2: photos compared with each other are the ceiling")
     return images
 
 
 def is_toybox(base: BaseModel) -> bool:
-    """Whether it has the embedded base's weights, whatever it is called: the judge knows only pictures of these."""
+    """Whether the base has the toybox's weights, whatever its name: the judge reads only their pictures."""
     return base.fingerprint == toybox_fingerprint()
 
 

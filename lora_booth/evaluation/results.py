@@ -1,4 +1,4 @@
-"""What an evaluation found: adapters between the base alone and the photos themselves, and which is best."""
+"""The results of an evaluation: adapters between the base alone and the photos, and which is best."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from ..pictures.picture import Picture
 from .statistics import EDGES, Score, Values, draws, score
 
-# chosen, not measured: where the advice changes its words
+# chosen, not measured: thresholds of the advice
 BARELY, WELL = 0.25, 0.6  # shares of the way from the base to the photos
 FOLLOWED = 0.8  # share of the base's prompt fidelity
 MANY_COPIES = 0.2  # share of the pictures
-ROOM = 1e-3  # below this, floor and ceiling are the same
+ROOM = 1e-3  # below this, floor and ceiling count as equal; chosen
 
-CHANCE = "chance"  # key of a row's prompt fidelity to prompts that the pictures were not drawn for
+CHANCE = "chance"  # key of a row's fidelity to prompts that its pictures were not drawn for
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Metric:
     key: str
     label: str
     better: Literal["higher", "lower"] = "higher"
-    of: Literal["subject", "prompt"] | None = None  # which of the two the overall score takes it for
+    of: Literal["subject", "prompt"] | None = None  # what it stands for in the overall score
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Comparison:
     adapters: tuple[Row, ...]
     floor: Row
     ceiling: Row
-    described: str  # what it was measured with
+    described: str  # the encoders and settings of the measures
     photos: int
     prompts: tuple[str, ...]  # of the first adapter
     seeds: int
@@ -68,9 +68,9 @@ class Comparison:
         return self.floor.mean(CHANCE) or 0.0
 
     def _shares(self, row: Row, chosen: np.ndarray | None = None) -> np.ndarray | None:
-        """(rounds, 2): subject and prompt fidelity, each from 0, the lowest to expect, to 1, the highest; (rounds, 1) where the
-        base itself does not follow the prompts; None where the photos are no nearer to each other than the base's pictures.
-        chosen: (rounds, prompts), which prompts count how often; None: each once"""
+        """(rounds, 2): subject and prompt fidelity, each scaled to 0..1 between floor and ceiling; (rounds, 1) if the base does
+        not follow the prompts; None if the photos are no nearer to each other than the base's pictures are to them.
+        chosen: (rounds, prompts), the prompts drawn in each round; None: one round with each prompt once"""
         floor, ceiling = self._mean(self.floor, "subject"), self._mean(self.ceiling, "subject")
         scales = [("subject", floor, ceiling)]
         if self._base_follows:
@@ -88,9 +88,9 @@ class Comparison:
 
     @property
     def _base_follows(self) -> bool:
-        """The base's pictures fit their own prompts better than others."""
-        own = self._mean(self.floor, "prompt")
-        return own is not None and own - self.prompt_chance >= ROOM
+        """Whether the base's pictures fit their prompts better than others."""
+        fidelity = self._mean(self.floor, "prompt")
+        return fidelity is not None and fidelity - self.prompt_chance >= ROOM
 
     def _key(self, of: str) -> str:
         return next((metric.key for metric in self.metrics if metric.of == of), "")
@@ -109,7 +109,7 @@ class Comparison:
         return None if shares is None or shares.shape[1] < 2 else float(shares[0, 1])
 
     def overall(self, row: Row) -> float | None:
-        """Both shares multiplied, so that neither makes up for the other: how far pictures show the subject as prompted."""
+        """The product of both shares, so that neither makes up for the other."""
         shares = self._shares(row)
         return None if shares is None else float(shares[0].prod())
 
@@ -136,35 +136,35 @@ class Comparison:
 
     def advice(self) -> list[str]:
         """What the scores of the best adapter suggest, in plain sentences."""
-        row, said = self.best, []
+        row, lines = self.best, []
         if self._shares(row) is None:
-            return ["The photos are no more alike than the base's pictures are like them: do they all show one subject?"]
+            return ["The photos are no more alike than the base's pictures are like them: check that all show one subject."]
         if len(self.adapters) > 1:
-            said.append(self._which())
+            lines.append(self._which())
         subject, prompt = self.subject_share(row) or 0.0, self.prompt_share(row)
         copies, drift = row.mean("copies") or 0.0, self.drift(row)
         if subject < BARELY:
-            said.append("The subject is hardly learnt yet: train longer, or check that the photos show it clearly.")
+            lines.append("The subject is hardly learnt yet: train longer, or check that the photos show it clearly.")
         elif subject < WELL:
-            said.append("The subject is partly learnt: more steps, more photos or a higher rank may help.")
+            lines.append("The subject is partly learnt: more steps, more photos or a higher rank may help.")
         else:
-            said.append("The subject is learnt well.")
+            lines.append("The subject is learnt well.")
         if prompt is not None and prompt < FOLLOWED:
-            said.append(
+            lines.append(
                 "Prompts are followed less closely than by the base: use a weight below 1, or an adapter with fewer steps."
             )
         if not self._base_follows:
-            said.append("The base itself does not follow these prompts: use others to measure prompt fidelity.")
+            lines.append("The base itself does not follow these prompts: use others to measure prompt fidelity.")
         if copies > MANY_COPIES:
-            said.append(f"{copies:.0%} of the pictures are copies of photos: use fewer steps, or photos taken in more places.")
+            lines.append(f"{copies:.0%} of the pictures are copies of photos: use fewer steps, or photos taken in more places.")
         if drift is not None and drift > BARELY:
-            said.append(
+            lines.append(
                 "The plain class has begun to look like the subject: train with prior preservation, or for fewer steps."
             )
-        return said
+        return lines
 
     def drift(self, row: Row) -> float | None:
-        """How far pictures of the plain class have moved from the base's (0) to the photos (1)."""
+        """How far pictures of the plain class have moved from the base's (0) towards the photos (1)."""
         now, before = row.mean("pres"), self.floor.mean("pres")
         top = self.ceiling.mean("pres")
         if now is None or before is None or top is None or top - before < ROOM:
@@ -194,7 +194,7 @@ class Comparison:
         yield from self.advice()
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, for JSON."""
+        """Everything except the pictures, for JSON."""
 
         def one(row: Row) -> dict[str, Any]:
             scores = {m.key: None if (s := row.score(m.key)) is None else asdict(s) for m in self.metrics}

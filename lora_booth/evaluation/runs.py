@@ -20,19 +20,19 @@ def is_run(path: str | Path) -> bool:
 
 
 def candidates_of(run: str | Path) -> list[Candidate]:
-    """The adapters that a run has kept, by step: next to its samples, in its checkpoints, and the finished one.
+    """The adapters that a run has saved, by step: next to its samples, in its checkpoints, and the finished one.
 
-    Raises EvaluationError for a folder without any.
+    Raises EvaluationError if there is none.
     """
     run = Path(run)
-    files = dict(kept(run))
+    files = dict(saved_adapters(run))
     if not files:
-        raise EvaluationError(f"{shown(run)}: no adapter in this run's folder yet; train for longer, or give adapter files")
+        raise EvaluationError(f"{shown(run)}: no adapter in this run's folder yet; train longer, or pass adapter files")
     return [Candidate(Adapter.load(files[step]), name=f"step {step}", step=step) for step in sorted(files)]
 
 
-def kept(run: Path) -> Iterator[tuple[int, Path]]:
-    """step and file; of two for one step the later one counts."""
+def saved_adapters(run: Path) -> Iterator[tuple[int, Path]]:
+    """Steps and files; of two for one step, the later one counts."""
     for file in (*run.glob(f"{SAMPLES}/*.safetensors"), *run.glob(f"checkpoints/*/{ADAPTER}")):
         name, _, _ = (file.parent.name if file.name == ADAPTER else file.stem).partition(".")
         if name.isdigit():
@@ -43,7 +43,7 @@ def kept(run: Path) -> Iterator[tuple[int, Path]]:
 
 
 def scores_file(run: str | Path, made: Comparison) -> Path:
-    """Write the scores into the run's folder; its report shows them until another run begins there."""
+    """Write the scores to the run's folder; its report shows them until another run starts there."""
     path = Path(run) / SCORES
     content = made.as_dict() | {"identity": read_record(Path(run)).get("identity")}
     write_file(path, (json.dumps(content, indent=1) + os.linesep).encode())

@@ -1,4 +1,4 @@
-"""Means with their 95 % intervals, by bootstrap over what was drawn independently."""
+"""Means and their 95 % intervals, by bootstrap over prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Values = Sequence[Sequence[float]]  # by prompt, by picture
 
 @dataclass(frozen=True)
 class Score:
-    """A mean and its 95 % interval, which a single value does not have."""
+    """A mean and its 95 % interval; None for a single value."""
 
     mean: float
     low: float | None
@@ -29,7 +29,7 @@ class Score:
 
 
 def score(values: Values) -> Score | None:
-    """Resamples whole prompts, since pictures of one prompt resemble each other; of a single prompt, its pictures. None: no
+    """Resample prompts, since pictures of one prompt resemble each other; with a single prompt, its pictures. None: no
     values."""
     groups = [list(group) for group in values if len(group)]
     if not groups:
@@ -45,6 +45,6 @@ def score(values: Values) -> Score | None:
 
 
 def draws(count: int) -> np.ndarray:
-    """(ROUNDS, count) indices below `count`, drawn with replacement: the same for the same count, so that differences are
-    between equal draws."""
+    """(ROUNDS, count) indices below `count`, drawn with replacement: the same for the same count, so that adapters are
+    compared on equal draws."""
     return np.random.default_rng(0).integers(count, size=(ROUNDS, count))

@@ -1,1 +1,1 @@
-"""Fast and lean arithmetic for the frozen base: attention choice, lean layers, Triton kernels, capture."""
+"""Fast computation with little memory for the frozen base: attention choice, lean layers, Triton kernels, capture."""

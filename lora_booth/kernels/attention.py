@@ -1,7 +1,7 @@
-"""Which kernel computes the U-Net's attention: the fastest one here, found by a short measurement and cached.
+"""Choose the fastest attention kernel for the U-Net on this machine, by a short measurement that is cached.
 
-Fused attention (sdpa) keeps no matrix of scores. On a CPU in bf16 its gradient is slow, and plain attention is two to seven
-times faster on small images (`benchmarks/attention.py`); it keeps all scores, so it is never chosen where these are large.
+Fused attention (sdpa) stores no matrix of scores. On a CPU in bf16 its gradient is slow, and plain attention is two to seven
+times faster on small images (`benchmarks/attention.py`). It stores all scores, so it is never chosen where these are large.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..errors import MissingExtraError, SettingsError
 from ..files import write_file
 
 PROCESSORS = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor", "xformers": "XFormersAttnProcessor"}  # of diffusers
-MOST_SCORES = 2**28  # bytes that plain attention may keep for the backward pass; chosen
+MOST_SCORES = 2**28  # bytes that plain attention may store for the backward pass; chosen
 FEWEST_SCORES = 2**20  # multiply-adds of the widest layer's scores in one head that make measuring worth it; chosen
-CLEARLY = 1.2  # times faster than sdpa a kernel must be to replace it, above the noise of the measurement; chosen
+CLEARLY = 1.2  # times faster than sdpa that a kernel must be to replace it, above measurement noise; chosen
 
 Shape = tuple[int, int, int, int]  # heads, query tokens, key tokens, channels of a head
 
@@ -39,7 +39,9 @@ def check_attention(base: BaseModel, name: str) -> None:
     if importlib.util.find_spec("xformers") is None:
         raise MissingExtraError('attention="xformers"', "xformers")
     if base.device.type != "cuda":
-        raise SettingsError(f'attention="xformers" needs a CUDA GPU and the base is on {base.device}; use attention="auto"')
+        raise SettingsError(
+            f'xformers needs a CUDA GPU and the base is on {base.device}; pass attention="auto" (--attention auto)'
+        )
 
 
 def kernel_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
@@ -52,26 +54,26 @@ def kernel_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | N
 
 @contextmanager
 def attention_kernel(unet: Any, name: str) -> Iterator[list[str]]:
-    """Stock layers use this kernel; yields the names of custom processors, which stay."""
+    """Use this kernel in stock layers; yields the names of custom processors, which stay."""
     from diffusers.models import attention_processor
 
     before = unet.attn_processors
     kinds = {name: getattr(attention_processor, kind) for name, kind in PROCESSORS.items()}
     stock, kind = tuple(kinds.values()), kinds[name]
-    own = sorted({type(processor).__name__ for processor in before.values() if type(processor) not in stock})
+    custom = sorted({type(processor).__name__ for processor in before.values() if type(processor) not in stock})
     changed = {path: kind() if type(p) in stock and type(p) is not kind else p for path, p in before.items()}
     if all(changed[path] is processor for path, processor in before.items()):
-        yield own
+        yield custom
         return
     unet.set_attn_processor(changed)
     try:
-        yield own
+        yield custom
     finally:
         unet.set_attn_processor(dict(before))
 
 
 def attention_shapes(base: BaseModel, resolution: int) -> Counter[Shape]:
-    """The U-Net's attention for one image of `resolution` pixels: shape -> number of layers."""
+    """The shapes of the U-Net's attention for one image of `resolution` pixels, and how many layers have each."""
     unet = base.shell.unet
     side, levels = resolution // base.pixels_per_latent, len(unet.config.block_out_channels)
     found: Counter[Shape] = Counter()
@@ -93,7 +95,7 @@ def halvings(path: str, levels: int) -> int:
 
 
 def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int, device: torch.device | None = None) -> list[str]:
-    """Kernels that may be the fastest on the device (default: the base's); sdpa first."""
+    """Kernels that may be fastest on the device (default: the base's), sdpa first."""
     found, kind = ["sdpa"], (device or base.device).type
     scores = sum(heads * queries * keys * count for (heads, queries, keys, _), count in shapes.items()) * pictures
     if kind == "cpu" and scores * base.dtype.itemsize <= MOST_SCORES:
@@ -106,7 +108,7 @@ def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int, device: t
 def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device: torch.device | None = None) -> str:
     """The kernel for `pictures` images of `resolution` pixels in one forward pass: measured once, then read from the cache.
 
-    device  where a base without weights will run; None: the base's own
+    device  where a base without weights will run; None: the base's device
     """
     device = base.device if device is None else device
     shapes = attention_shapes(base, resolution)
@@ -130,17 +132,17 @@ def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device
             raise ValueError(path)
     except (OSError, ValueError, TypeError):
         seconds = {name: seconds_of(name, shapes, pictures, base.dtype, device) for name in names}
-        remember(path, seconds)
+        save_seconds(path, seconds)
     best = min(names, key=lambda name: seconds[name])
     return best if seconds[best] * CLEARLY <= seconds["sdpa"] else "sdpa"
 
 
-def remember(path: Any, seconds: dict[str, float]) -> None:
+def save_seconds(path: Any, seconds: dict[str, float]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(seconds).encode())
     except OSError:
-        pass  # measured again the next time
+        pass  # measured again next time
 
 
 def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -157,7 +159,7 @@ def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dt
 
 
 def seconds_for(kernel: Callable[[], Tensor], device: torch.device, *, times: int = 4) -> float:
-    """The shortest of `times` calls, after one to warm up."""
+    """The shortest of `times` calls, after a warm-up."""
     best = math.inf
     for i in range(times + 1):
         began = now(device)
@@ -174,7 +176,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-# --- as diffusers' processors compute it: (N, tokens, heads x width) each -> (N, query tokens, heads x width)
+# --- what diffusers' processors compute: (N, tokens, heads x width) each -> (N, query tokens, heads x width)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Autograd functions for frozen layers: they keep little for the backward pass and compute the rest again.
+"""Autograd functions for frozen layers: they save little for the backward pass and recompute the rest.
 
-Norms include the path around them: where a value goes both through a norm and past it, the norm's backward pass adds the two
-gradients. On a CUDA GPU each is one or two Triton kernels (`dispatch`), elsewhere PyTorch's.
+Norms include the skip connection around them: their backward pass adds the gradients of both paths. On a CUDA GPU each is
+one or two Triton kernels (`dispatch`), elsewhere PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch.autograd import Function
 
 from . import dispatch
 
-FEW_PIXELS = 128  # of a batch, at most, and
-MANY_WEIGHTS = 2**20  # at least: where patches are faster than a convolution on SD 1.5's layers, on one core
+# Where one product of patches is faster than a convolution: measured on SD 1.5's layers, on one core.
+FEW_PIXELS = 128  # of a batch, at most
+MANY_WEIGHTS = 2**20  # at least
 
 
 def fused(x: Tensor) -> bool:
@@ -27,7 +28,7 @@ def fused(x: Tensor) -> bool:
 
 
 class FrozenLinear(Function):
-    """Keeps its weight alone."""
+    """Saves only its weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,7 +42,7 @@ class FrozenLinear(Function):
 
 
 class ConvOptions(NamedTuple):
-    """Height, width; in the order of `F.conv2d`."""
+    """Each as (height, width), in the order of `F.conv2d`."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -50,14 +51,14 @@ class ConvOptions(NamedTuple):
 
 
 def few_pixels(x: Tensor, weight: Tensor, how: ConvOptions) -> bool:
-    """Whether a convolution on a CPU is faster as one product of patches: PyTorch's rearranges its weights at every call."""
+    """Whether a CPU convolution is faster as one product of patches: PyTorch's reorders its weights at every call."""
     pixels = len(x) * (x.shape[2] // how.stride[0]) * (x.shape[3] // how.stride[1])
     small = pixels <= FEW_PIXELS and weight.numel() >= MANY_WEIGHTS
     return small and x.device.type == "cpu" and how.groups == 1 and weight.is_contiguous()
 
 
 class FrozenConv2d(Function):
-    """Keeps its weight alone."""
+    """Saves only its weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: ConvOptions) -> Tensor:
@@ -98,9 +99,9 @@ class FrozenConv2d(Function):
 
 
 class NormBeside(Function):
-    """x, and GroupNorm(x + shift), with SiLU if asked for: keeps x and the groups' statistics.
+    """x, and GroupNorm(x + shift), with SiLU if `silu`: saves x and the groups' statistics.
 
-    x (N, C, H, W); shift (N, C) or None, gets no gradient
+    x (N, C, H, W); shift (N, C) or None, without gradient
     """
 
     @staticmethod
@@ -113,9 +114,9 @@ class NormBeside(Function):
             normal, mean, rstd = dispatch.group_norm(x, shift, weight, bias, groups, eps, silu=silu)
             ctx.save_for_backward(x, shift, mean, rstd, weight, bias)
             return x.view_as(x), normal
-        kept = (x if shift is None else x + shift[:, :, None, None]).contiguous()
-        normal, mean, rstd = torch.native_group_norm(kept, weight, bias, *sizes_of(x), groups, eps)
-        ctx.save_for_backward(kept, None, mean, rstd, weight, bias)
+        shifted = (x if shift is None else x + shift[:, :, None, None]).contiguous()
+        normal, mean, rstd = torch.native_group_norm(shifted, weight, bias, *sizes_of(x), groups, eps)
+        ctx.save_for_backward(shifted, None, mean, rstd, weight, bias)
         return x.view_as(x), F.silu(normal, inplace=True) if silu else normal
 
     @staticmethod
@@ -127,7 +128,10 @@ class NormBeside(Function):
             work = dispatch.group_norm_backward
             for_x = work(gradient, skip, x, shift, mean, rstd, weight, bias, ctx.groups, silu=ctx.silu)
             return for_x, None, None, None, None, None, None
-        sizes, gradient = (*sizes_of(x), ctx.groups), gradient.contiguous()  # PyTorch reads it so, whatever its strides
+        sizes, gradient = (
+            (*sizes_of(x), ctx.groups),
+            gradient.contiguous(),
+        )  # PyTorch reads it as contiguous, whatever its strides
         if ctx.silu:
             normal = torch.native_group_norm(x, weight, bias, *sizes, ctx.eps)[0]
             gradient = torch.ops.aten.silu_backward(gradient, normal)
@@ -142,7 +146,7 @@ def sizes_of(x: Tensor) -> tuple[int, int, int]:
 
 
 class SumAndNorm(Function):
-    """x + more (x itself without more), and LayerNorm of that: keeps the sum and each token's statistics. x (..., C)"""
+    """x + more (just x without more), and LayerNorm of that: saves the sum and each token's statistics. x (..., C)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -172,7 +176,7 @@ class SumAndNorm(Function):
 
 
 class Geglu(Function):
-    """Values x GELU(gates): keeps both halves, as the one tensor they come in."""
+    """Values x GELU(gates): saves both halves, as the one tensor they come in."""
 
     @staticmethod
     def forward(ctx: Any, halves: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Forward and backward pass recorded once as a CUDA graph and replayed: one launch in place of thousands.
+"""Record forward and backward pass once as a CUDA graph and replay it: one launch in place of thousands.
 
-Shapes are the same in every step, so a step's inputs are copied into fixed buffers and the recorded kernels run again. A
-step that cannot be recorded runs in the usual way, and one line gives the reason.
+Shapes are the same in every step, so its inputs are copied into fixed buffers and the recorded kernels run again. A step
+that cannot be recorded runs as usual, and the run reports why.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError, first_line
 
-WARM_UPS = 3  # passes before a recording, in which cuDNN, cuBLAS and autograd set up what they set up only once
+WARM_UPS = 3  # passes before a recording, for one-time set-up in cuDNN, cuBLAS and autograd; as in PyTorch's documentation
 
 
 def can_capture(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> bool:
@@ -33,14 +33,14 @@ def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | N
     if base.device.type != "cuda":
         return f"the base is on {base.device.type}"
     if lora.text_encoder:
-        return "text encoders are trained: their tokenizer works on the host"
+        return "text encoders are trained, and their tokenizer runs on the host"
     if lora.dropout:
-        return "dropout draws from a generator that is seeded anew for every step"
+        return "dropout draws from a generator that is reseeded for every step"
     if config.compile:
         return "compile=True"
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, kind) for module in base.unet.modules() for kind in kinds):
-        return "the U-Net has hooks, which would be called once only"
+        return "the U-Net has hooks, which a replay would not call"
     return None
 
 
@@ -86,9 +86,9 @@ def fill(buffers: Any, inputs: Any) -> None:
 
 
 class StepGraph:
-    """Calls `work(inputs)`, which adds to `gradient` and returns a loss (); recorded where that is possible.
+    """Calls `work(inputs)`, which adds to `gradient` and returns a loss (); recorded where possible.
 
-    inputs  a dataclass of tensors; for each new layout there is one recording
+    inputs  a dataclass of tensors; each new layout gets a recording
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class StepGraph:
             except RuntimeError as error:
                 reason = first_line(error)
                 self.close()
-                self.say(f"the step is not recorded ({reason}); continuing without")
+                self.say(f"the step cannot be recorded ({reason}); continuing without a recording")
                 return self.work(inputs)
         return self._recordings[layout].play(inputs)
 
     def _graph_of(self, buffers: Any) -> Recording:
-        kept = self.gradient.clone()
-        torch.cuda.empty_cache()  # memory cached by earlier steps, which the graph's own pool cannot use
+        before = self.gradient.clone()
+        torch.cuda.empty_cache()  # the graph's own pool cannot use memory cached by earlier steps
         try:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
@@ -132,7 +132,7 @@ class StepGraph:
                     self.work(buffers)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=side):  # whose workspaces for products are there
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):  # whose cuBLAS workspaces exist
                 loss = self.work(buffers)
             self._pool = graph.pool()
 
@@ -142,10 +142,10 @@ class StepGraph:
 
             return Recording(buffers, start)
         finally:
-            self.gradient.copy_(kept)
+            self.gradient.copy_(before)
 
     def forget(self) -> None:
-        """Discard the recordings: the way of computing changed."""
+        """Discard the recordings, since the computation changed."""
         self._recordings, self._begun, self._pool = {}, set(), None
 
     def close(self) -> None:

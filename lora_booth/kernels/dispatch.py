@@ -1,6 +1,6 @@
-"""Launches the Triton kernels: on a CUDA GPU each replaces several of PyTorch's; `works_on` says where.
+"""Launch the Triton kernels, each of which replaces several of PyTorch's on CUDA GPUs where `works_on`.
 
-Each function here has a counterpart in PyTorch, in `autograd` or `lora`, that computes the same.
+Each function has a counterpart in PyTorch, in `autograd` or `lora`, with the same result.
 Images are channels last: (N, C, H, W) with the channels of a pixel side by side in memory.
 """
 
@@ -19,15 +19,15 @@ from torch import Tensor
 OLDEST = (7, 0)  # lowest compute capability that Triton supports
 OLDEST_FOR_PRODUCTS = (8, 0)  # lowest one on which its matrix products use tensor cores well
 TILE = 2048  # values of an image in one program; chosen
-PARTS = (32, 128)  # most parts of a group's pixels that a kernel is compiled for; larger images take more
+PARTS = (32, 128)  # most parts of a group's pixels that a kernel is compiled for; larger images take more; chosen
 PROGRAMS = 528  # that share the sum over all tokens: four for each of an H100's 132 multiprocessors
 FEWEST_ROWS = 512  # tokens that make another program worth it; chosen
-COUNTERS = 2**14
+COUNTERS = 2**14  # chosen
 
 
 @cache
 def obstacle_on(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device; None: they can. Tried once, as they are compiled on first use."""
+    """Why the kernels cannot run on this device; None: they can. Tried once, since kernels are compiled on first use."""
     if device.type != "cuda":
         return f"they need CUDA, not {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -38,8 +38,8 @@ def obstacle_on(device: torch.device) -> str | None:
         x = torch.linspace(-3, 3, 128, device=device).view(4, 32)
         if torch.allclose(geglu(x), x[:, :16] * torch.nn.functional.gelu(x[:, 16:]), atol=1e-5):
             return None
-        return "Triton computes other numbers than PyTorch"
-    except Exception as error:  # a missing C compiler, cache folder or driver: each raises its own kind
+        return "Triton's results differ from PyTorch's"
+    except Exception as error:  # no C compiler, cache folder or driver: each raises another kind
         return f"Triton fails ({type(error).__name__})"
 
 
@@ -59,7 +59,7 @@ def compiled() -> Any:
 
 
 def power_of_2(n: int) -> int:
-    """The smallest one >= n."""
+    """The smallest power of 2 >= n."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -134,7 +134,7 @@ def group_norm_backward(
     *,
     silu: bool,
 ) -> Tensor:
-    """The gradient of x in `group_norm`, plus `skip`, its gradient from other readers. All like x."""
+    """The gradient of x in `group_norm`, plus `skip`, its gradient along other paths. All shaped like x."""
     x, gradient, tiles = channels_last(x), channels_last(gradient), Tiles.of(x, groups)
     plain, along = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
     result = torch.empty_like(x, memory_format=torch.channels_last)
@@ -174,7 +174,7 @@ def layer_norm(
 def layer_norm_backward(
     gradient: Tensor, skip: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> Tensor:
-    """The gradient of the sum in `layer_norm`, plus `skip`, its gradient from other readers."""
+    """The gradient of the sum in `layer_norm`, plus `skip`, its gradient along other paths."""
     total, gradient, channels = total.contiguous(), gradient.contiguous(), total.shape[-1]
     result = torch.empty_like(total)
     beside = gradient if skip is None else skip.contiguous()
@@ -219,7 +219,7 @@ def sum_with_bias(x: Tensor, bias: Tensor, more: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Tile sides of a matrix product, with the warps and pipeline stages for one tile."""
+    """Tile sides of a matrix product, and the warps and pipeline stages for a tile."""
 
     rows: int
     outs: int
@@ -228,13 +228,13 @@ class Block:
     stages: int
 
 
-# From the largest: measured on an H100 for the layers of SD 1.x and SDXL (benchmarks/kernels.py --blocks)
+# Largest first; measured on an H100 for the layers of SD 1.x and SDXL (benchmarks/kernels.py --blocks)
 BLOCKS = (Block(128, 128, 64, 8, 3), Block(64, 128, 64, 4, 4), Block(64, 64, 64, 4, 5), Block(64, 32, 64, 4, 4))
 ENOUGH = 80  # blocks that occupy most of a GPU; chosen
 
 
 def block_for(rows: int, outs: int, *, layers: int = 1) -> Block:
-    """The largest block that a product of (rows, outs) has enough of."""
+    """The largest block of which a product of (rows, outs) has enough."""
     enough = (one for one in BLOCKS if parts_of(rows, one.rows) * parts_of(outs, one.outs) * layers >= ENOUGH)
     return next(enough, BLOCKS[-1])
 
@@ -274,20 +274,20 @@ def lora_linear_backward(
     weights: Sequence[Tensor],
     pieces: Sequence[Any],
     *,
-    whole: bool,
+    for_input: bool,
 ) -> Tensor | None:
-    """The gradient of x if `whole`; those of A and B are added to the pieces' `down_gradient` and `up_gradient`.
+    """The gradient of x if `for_input`; those of A and B are added to the pieces' `down_gradient` and `up_gradient`.
 
-    gradients (rows, outs), x (rows, ins), low: what `lora_linear` gave
+    gradients (rows, outs), x (rows, ins), low: as returned by `lora_linear`
     """
     (rows, ins), outs, count = x.shape, weights[0].shape[0], len(pieces)
-    result = x.new_empty(rows, ins) if whole else x
+    result = x.new_empty(rows, ins) if for_input else x
     back = [x.new_empty(rows, pieces[0].down.shape[0]) for _ in pieces]
     sizes, block = ranks_of(pieces), block_for(rows, ins)
-    grid = (parts_of(rows, block.rows) * (parts_of(ins, block.outs) if whole else 1), 1)
+    grid = (parts_of(rows, block.rows) * (parts_of(ins, block.outs) if for_input else 1), 1)
     compiled().lora_input_gradient_kernel[grid](
         *three(gradients), result, *three(back), *three(weights), *each(pieces, "down", "up", "scale"), rows, outs, ins,
-        count, WHOLE=whole, **sizes, ROWS=block.rows, OUTS=block.ins, INS=block.outs, EVEN=outs % block.ins == 0,
+        count, FOR_INPUT=for_input, **sizes, ROWS=block.rows, OUTS=block.ins, INS=block.outs, EVEN=outs % block.ins == 0,
         num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     wide, deep = 32, 128 if rows >= 128 else 64
@@ -300,10 +300,10 @@ def lora_linear_backward(
         x, *three(gradients), *three(low), *three(back), *each(pieces, "down_gradient", "up_gradient", "scale"), partials,
         counters_on(x.device), rows, outs, ins, share, parts, **sizes, ROWS=deep, WIDE=wide, num_warps=4, num_stages=4,
     )  # fmt: skip
-    return result if whole else None
+    return result if for_input else None
 
 
 @cache
 def counters_on(device: torch.device) -> Tensor:
-    """Counters that every kernel leaves at zero."""
+    """Counters, which every kernel leaves at zero."""
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

@@ -1,12 +1,12 @@
-"""Lean forwards for the U-Net's frozen layers: nothing is kept for the gradient of a frozen weight.
+"""Lean forwards for the U-Net's frozen layers: nothing is saved for the gradient of a frozen weight.
 
-PyTorch keeps the input of a frozen convolution, the two tensors between GroupNorm and its convolution, and three of a
-GEGLU. Here a frozen layer keeps nothing, GroupNorm + SiLU its input, GEGLU one tensor, a LoRA layer its input and `rank`
-numbers a token. Gradients equal the stock ones up to rounding. On a CUDA GPU norms, gates and LoRA layers are one Triton
+PyTorch saves the input of a frozen convolution, the two tensors between GroupNorm and its convolution, and three of a
+GEGLU. Here a frozen layer saves nothing, GroupNorm + SiLU its input, GEGLU one tensor, a LoRA layer its input and `rank`
+numbers per token. Gradients equal the stock ones up to rounding. On a CUDA GPU norms, gates and LoRA layers are one Triton
 kernel each (`dispatch`), on channels-last tensors.
 
-Each lean forward calls the modules inside, so hooks and adapters there work as always; only norms and activations are
-computed here. Those of four of diffusers' modules are compared with the stock forward first.
+Each lean forward calls the modules inside it, so their hooks and adapters work as usual; only norms and activations are
+computed here. The forwards of four diffusers modules are first compared with the stock ones.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from .lora import Factor, LoraLinears, LoraPiece, LoraPieces
 def lean(
     model: nn.Module, factors: Mapping[nn.Parameter, Factor], *, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[int]:
-    """Gives layers of `model` lean forwards; yields how many. A module with a forward of its own keeps it.
+    """Give layers of `model` lean forwards; yields how many. A module whose forward is already replaced keeps that one.
 
     factors  of the adapter under training: `Flat.factors`
-    say      gets one line for each kind of module whose stock forward is not the known one and stays
+    say      gets a line for each kind of module whose stock forward differs from the known one, and so stays
     """
     patched: list[nn.Module] = []
     pieces = LoraPieces(factors)
     try:
         for name in sorted({type(module).__name__ for module in model.modules()} & set(REWRITTEN)):
             if not agrees(name):
-                say(f"note: this diffusers computes {name} differently from its lean forward, which is not used: more memory")
+                say(f"note: {name} of this diffusers differs from its lean forward, so the stock one is used: more memory")
         chosen = [(module, lean_forward(module, pieces)) for module in model.modules() if "forward" not in vars(module)]
         for module, forward in chosen:
             if forward is not None:
@@ -54,7 +54,7 @@ def lean(
 
 
 def lean_forward(module: Any, pieces: LoraPieces) -> Callable[..., Any] | None:
-    """The lean forward of this module; None: it has none, or is not the stock module."""
+    """The lean forward of this module; None if there is none, or the module is not a stock one."""
     from diffusers.models.activations import GEGLU
     from peft.tuners.lora import Linear as PeftLinear
     from peft.tuners.lora import LoraLayer
@@ -77,7 +77,7 @@ def lean_forward(module: Any, pieces: LoraPieces) -> Callable[..., Any] | None:
 
 
 def stock(x: Tensor) -> bool:
-    """Whether to use the stock forward: without gradients nothing is kept, and autocast may change precisions midway."""
+    """Whether to use the stock forward: without gradients nothing is saved, and autocast may change precisions midway."""
     return not torch.is_grad_enabled() or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
 
 
@@ -86,7 +86,7 @@ def frozen(module: nn.Module) -> bool:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether it has hooks and must be called."""
+    """Whether it has hooks, so that it must be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -361,7 +361,7 @@ def plain_resnet(block: Any) -> bool:
     )
 
 
-# --- the same as diffusers computes ----------------------------------------------------------------------------------
+# --- compared with diffusers -----------------------------------------------------------------------------------------
 
 
 Shape = tuple[int, ...]
@@ -373,10 +373,10 @@ class Rewrite:
     """A lean forward for one of diffusers' modules, and small cases of it with the options of SD 1.x, 2.x and SDXL."""
 
     path: str  # of the stock class
-    plain: Callable[[Any], bool]  # whether the lean forward holds for a module
+    plain: Callable[[Any], bool]  # whether the lean forward is right for a module
     forward: Callable[..., Any]
     cases: tuple[Case, ...]
-    tupled: bool = False  # with return_dict=False
+    tupled: bool = False  # returns a tuple, with return_dict=False
 
     @property
     def stock(self) -> Any:
@@ -420,13 +420,13 @@ REWRITTEN = {
 
 @cache
 def agrees(name: str) -> bool:
-    """Whether the lean forward gives the stock one's output and gradient, on small random modules: a few milliseconds."""
+    """Whether the lean forward has the stock one's output and gradient, on small random modules: a few milliseconds."""
     rewrite = REWRITTEN[name]
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             return all(same(rewrite, rewrite.stock(**options).float(), x, more) for options, x, more in rewrite.cases)
-    except Exception:  # another constructor, attribute or argument: whatever it is, the stock forward stays
+    except Exception:  # a changed constructor, attribute or argument: whatever it is, use the stock forward
         return False
 
 

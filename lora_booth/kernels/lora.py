@@ -1,7 +1,7 @@
 """The adapter under training: its factors in one tensor, and the linear layers that compute with them.
 
-With all factors in one tensor, and their gradients in another, clearing, clipping, updating and summing over processes are one
-kernel each, however many layers there are. Layers in half precision read their factors from one copy made for each pass.
+With all factors in one tensor, and their gradients in another, clearing, clipping, updating and summing over processes take
+one kernel each, however many layers there are. Layers in half precision read one copy of the factors, made for each pass.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch.autograd import Function
 from ..base.quantization import is_packed, whole
 from . import dispatch
 
-APART = 64  # values; each factor begins at a multiple of this, as kernels read 16 bytes at a time
+APART = 64  # values; each factor begins at a multiple of this; chosen: kernels read 16 bytes at a time
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor as layers compute with it: views, all in the shape of its parameter."""
+    """Views of one factor for its layer, all in the shape of its parameter."""
 
     value: Tensor  # in the precision of the base
-    gradient: Tensor  # in that precision, added to by products that cannot write another
-    whole_gradient: Tensor  # the gradient itself, float32
+    gradient: Tensor  # in that precision, for products that can write no other
+    full_gradient: Tensor  # float32
 
 
 class Flat:
-    """Turns `parameters` (float32, on one device) and their gradients into views of two long tensors.
+    """Turn `parameters` (float32, on one device) and their gradients into views of two long tensors.
 
     values    (n,) float32; `.grad` is never None
-    near      the values in `dtype`, as of the last `computing`; the values themselves where that is float32
+    near      a copy of the values in `dtype`, made by `computing`; the values themselves if `dtype` is float32
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
@@ -69,7 +69,7 @@ class Flat:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Wraps a forward and a backward pass: refreshes the layers' copy of the values, then adds their gradients."""
+        """Wrap a forward and a backward pass: refresh the layers' copy of the values, then add their gradients."""
         if self.near.dtype == torch.float32:
             yield
             return
@@ -100,7 +100,7 @@ class LoraPiece:
 
 
 class LoraPieces:
-    """The pieces of an adapter under training, made once for each setting of a layer.
+    """The pieces of an adapter under training, made once per setting of a layer.
 
     factors  `Flat.factors`
     """
@@ -139,14 +139,14 @@ class LoraPieces:
             up=up.value,
             scale=layer.scaling[name],
             near_gradients=(down.gradient, up.gradient),
-            down_gradient=down.whole_gradient,
-            up_gradient=up.whole_gradient,
+            down_gradient=down.full_gradient,
+            up_gradient=up.full_gradient,
             trigger=parameters[0],
         )
 
 
 class LoraLinears(Function):
-    """Up to three layers that read the same input (query, key, value). Keeps x, and `rank` numbers a token for each layer.
+    """Up to three layers with the same input (query, key, value). Saves x, and `rank` numbers per token and layer.
 
     x (..., ins) -> (..., outs) of each piece
     """
@@ -169,12 +169,12 @@ class LoraLinears(Function):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         flat = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in gradients]
         work = dispatch.lora_linear_backward if ctx.fused else plain_backward
-        for_x = work(flat, rows, low, weights, ctx.pieces, whole=ctx.needs_input_grad[0])
+        for_x = work(flat, rows, low, weights, ctx.pieces, for_input=ctx.needs_input_grad[0])
         return None if for_x is None else for_x.view(x.shape), None, None
 
 
 def fusible(rows: Tensor, pieces: Sequence[LoraPiece]) -> bool:
-    """Whether Triton's kernel takes them: half precision, and layers of one shape with aligned rows."""
+    """Whether the Triton kernel supports them: half precision, and layers of one shape with aligned rows."""
     if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16) or not dispatch.products_work_on(rows.device):
         return False
     one = pieces[0]
@@ -186,7 +186,7 @@ def fusible(rows: Tensor, pieces: Sequence[LoraPiece]) -> bool:
 
 
 def plain_forward(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[LoraPiece]) -> tuple[list[Tensor], list[Tensor]]:
-    """As `dispatch.lora_linear`."""
+    """Like `dispatch.lora_linear`."""
     results, low = [], []
     for weight, piece in zip(weights, pieces, strict=True):
         low.append(x @ piece.down.t())
@@ -196,16 +196,16 @@ def plain_forward(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[LoraPie
 
 def plain_backward(
     gradients: Sequence[Tensor], x: Tensor, low: Sequence[Tensor], weights: Sequence[Tensor], pieces: Sequence[LoraPiece], *,
-    whole: bool,
+    for_input: bool,
 ) -> Tensor | None:  # fmt: skip
-    """As `dispatch.lora_linear_backward`, except that the gradients of A and B go to `near_gradients`."""
+    """Like `dispatch.lora_linear_backward`, except that the gradients of A and B go to `near_gradients`."""
     for_x: Tensor | None = None
     for gradient, one, weight, piece in zip(gradients, low, weights, pieces, strict=True):
         back = gradient @ piece.up
         down_gradient, up_gradient = piece.near_gradients
         down_gradient.addmm_(back.t(), x, alpha=piece.scale)
         up_gradient.t().addmm_(one.t(), gradient, alpha=piece.scale)
-        if whole:
+        if for_input:
             through = gradient @ weight
             for_x = through if for_x is None else for_x.add_(through)
             for_x.addmm_(back, piece.down, alpha=piece.scale)

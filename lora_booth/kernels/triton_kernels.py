@@ -1,17 +1,17 @@
 """The Triton kernels; `dispatch` launches them.
 
 Images are channels last: (row, pixel, channel). Kernels compute in float32 and write in the precision of the inputs. Partial
-sums of several programs are stored and added in a fixed order, so the same inputs give the same bits.
+sums of several programs are stored and added in a fixed order, so equal inputs give equal bits.
 """
 
 import triton
 import triton.language as tl
 
 # Triton compiles a kernel for each combination of its constants and of the properties of its integers. So there are few
-# constants, and it does not specialize on integers that say nothing about alignment.
+# constants, and it does not specialize on integers that do not concern alignment.
 
 
-# --- group norm: statistics of a part of a group's pixels, then all of it from all parts' ----------------------------
+# --- group norm: statistics of parts of a group's pixels, then of the group ------------------------------------------
 
 
 @triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted"])
@@ -149,7 +149,7 @@ def layer_norm_kernel(x, more, weight, bias, total, y, mean_out, rstd_out, chann
         value += tl.load(more + row * channels + channel, mask=here, other=0.0).to(tl.float32)
         value = value.to(total.dtype.element_ty)
         tl.store(total + row * channels + channel, value, mask=here)
-        value = value.to(tl.float32)  # as it is read again
+        value = value.to(tl.float32)  # rounded, as the backward pass reads it
     mean = tl.sum(value, axis=0) / channels
     away = tl.where(here, value - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(away * away, axis=0) / channels + eps)
@@ -261,11 +261,11 @@ def lora_kernel(
 @triton.jit(do_not_specialize=["rows", "count"])
 def lora_input_gradient_kernel(
     g0, g1, g2, out, low0, low1, low2, w0, w1, w2, down0, down1, down2, up0, up1, up2, scale0, scale1, scale2,
-    rows, outs, ins, count, WHOLE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
+    rows, outs, ins, count, FOR_INPUT: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
     OUTS: tl.constexpr, INS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """low = scale g B of each layer; with WHOLE also out = the sum of g W + low A over the layers. g (rows, outs)."""
-    across = tl.cdiv(ins, INS) if WHOLE else 1
+    """low = scale g B of each layer; with FOR_INPUT also out = the sum of g W + low A over the layers. g (rows, outs)."""
+    across = tl.cdiv(ins, INS) if FOR_INPUT else 1
     i, j = tl.program_id(0) // across, tl.program_id(0) % across
     row, inner, outer, rank = (
         i * ROWS + tl.arange(0, ROWS),
@@ -287,19 +287,19 @@ def lora_input_gradient_kernel(
         for k in range(tl.cdiv(outs, OUTS)):
             left = (outer < outs - k * OUTS) | EVEN
             a = tl.load(g_at, mask=(row < rows)[:, None] & left[None, :], other=0.0)
-            if WHOLE:
+            if FOR_INPUT:
                 total = tl.dot(a, tl.load(w_at, mask=left[:, None] & (inner < ins)[None, :], other=0.0), total)
                 w_at += OUTS * ins
             change = tl.dot(a, tl.load(up_at, mask=left[:, None] & (rank < RANK)[None, :], other=0.0), change)
             g_at += OUTS
             up_at += OUTS * RANK
         changed = (change * scale).to(g.dtype.element_ty)
-        if WHOLE:
+        if FOR_INPUT:
             down_at = down + rank[:, None] * ins + inner[None, :]
             total = tl.dot(changed, tl.load(down_at, mask=(rank < RANK)[:, None] & (inner < ins)[None, :], other=0.0), total)
         if j == 0:
             tl.store(low + row[:, None] * RANK + rank[None, :], changed, mask=(row < rows)[:, None] & (rank < RANK)[None, :])
-    if WHOLE:
+    if FOR_INPUT:
         inside = (row < rows)[:, None] & (inner < ins)[None, :]
         tl.store(out + row[:, None] * ins + inner[None, :], total.to(out.dtype.element_ty), mask=inside)
 
@@ -312,7 +312,7 @@ def lora_factor_gradient_kernel(
 ):  # fmt: skip
     """Adds to the gradients of A (RANK, ins): back^T x, and of B (outs, RANK): scale g^T low, in float32.
 
-    Of many rows, several programs take `share` each; the last to finish adds up all `partials` in order.
+    Many rows are split over several programs, `share` each; the last one to finish adds up all `partials` in order.
     counters: zero for each block of columns, and zero again afterwards
     """
     block, which, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -340,7 +340,7 @@ def lora_factor_gradient_kernel(
         slot = which * tl.num_programs(0) + block
         tile = partials + slot * parts * RANKS * WIDE + rank[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
         tl.store(tile + part * RANKS * WIDE, total)
-        tl.debug_barrier()  # all of it is there before this program counts itself
+        tl.debug_barrier()  # all of it is stored before this program counts itself as done
         last = tl.atomic_add(counters + slot, 1, sem="acq_rel") == parts - 1
         if last:
             total = tl.zeros((RANKS, WIDE), tl.float32)

@@ -1,4 +1,4 @@
-"""What the cells of docs/notebooks/dreambooth.ipynb call; all of it also works without widgets."""
+"""Functions for the cells of docs/notebooks/dreambooth.ipynb; all of them also work without widgets."""
 
 from .pictures import page, playground, sheet
 from .progress import compare, judge, loss_curve, samples, watch

@@ -1,4 +1,4 @@
-"""What a notebook shows of finished adapters: sheets of pictures, a playground, and pages."""
+"""Finished adapters in a notebook: sheets of pictures, a playground, and pages."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def playground(
     first = widgets.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed")
     count = widgets.IntSlider(1, min=1, max=8, description="pictures")
     strength = widgets.FloatSlider(weight, min=0, max=1.5, step=0.05, description="weight")
-    button, shown_in = widgets.Button(description="Draw", button_style="primary"), widgets.Output()
+    button, output = widgets.Button(description="Draw", button_style="primary"), widgets.Output()
 
     def clicked(_: Any) -> None:
         button.disabled = True
         try:
-            with shown_in:
-                shown_in.clear_output(wait=True)
+            with output:
+                output.clear_output(wait=True)
                 try:
                     draw(text.value, first.value, strength.value, count.value)
                 except LoraBoothError as error:
@@ -73,12 +73,12 @@ def playground(
             button.disabled = False
 
     button.on_click(clicked)
-    display(widgets.VBox([text, widgets.HBox([first, count, strength]), button, shown_in]))
+    display(widgets.VBox([text, widgets.HBox([first, count, strength]), button, output]))
     return drawn
 
 
 def page(path: str | Path, *, height: int = 640) -> Any:
-    """A gallery or report inside the notebook, even where the service does not serve files. height: in pixels"""
+    """Show a gallery or report in the notebook, even where its files are not served. height: in pixels"""
     from IPython.display import HTML
 
     inside = escape(Path(path).read_text(encoding="utf-8"))

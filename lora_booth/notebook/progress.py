@@ -1,4 +1,4 @@
-"""What a notebook shows around training: what fits, whether the token is free, live progress, curves and samples."""
+"""Training in a notebook: what fits, whether the token is free, live progress, curves and samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHART = (  # how a curve looks outside the report's page
 
 
 def compare(*bases: str, photos: int = 5) -> None:
-    """Print what training each base would take on this machine. bases: names, as for `plan`"""
+    """Print what training each base would take on this machine. bases: as for `plan`"""
     from ..planning.budget import GB
     from ..planning.planning import plan
 
@@ -105,7 +105,7 @@ def loss_curve(run: str | Path) -> Any:
 
     found = loss_chart(read_run(Path(run)), style=CHART)
     if found is None:
-        print("No step to show.")
+        print("No steps yet.")
         return None
     return SVG(found)
 
@@ -114,7 +114,7 @@ def samples(run: str | Path, *, side: int = 160) -> Image.Image | None:
     """A run's samples on one sheet: a row for each prompt and seed, a column for each step. side: of a sample, in pixels"""
     found = samples_of(Path(run))
     if found is None:
-        print("No samples: TrainingConfig(sample_every=...) draws them, and they stay in the session that drew them.")
+        print("No samples: pass TrainingConfig(sample_every=100) to draw some; they stay in the session that draws them.")
         return None
     return found.sheet(side=side)
 

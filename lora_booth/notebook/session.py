@@ -1,4 +1,4 @@
-"""The session of a notebook: what it runs on, how long it may last, and getting files in and out."""
+"""A notebook's session: its hardware, the time it has left, and files in and out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import LoraBoothError, SettingsError, first_line, shown
 
-# Services import these before the first cell, so a newer version that a cell installs is not the one in memory.
+# Services import these before the first cell, so the version in memory is not the newer one that a cell installs.
 IMPORTED_EARLY = {
     "PIL": "pillow",
     "numpy": "numpy",
@@ -22,14 +22,14 @@ IMPORTED_EARLY = {
 }
 RESTART = "restart the session (on Colab: Runtime > Restart session; elsewhere: restart the kernel) and run from the top again"
 DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
-FOLDER = "booth"  # in it
-LEAST = 0.001  # minutes: enough for `train` to save what it has
+FOLDER = "booth"  # in the drive
+LEAST = 0.001  # minutes; chosen: enough for `train` to save what it has
 
 _began = time.monotonic()  # about when the session began: this module is imported in the first cell
 
 
 def begin() -> None:
-    """Print what there is to work with. From here on, a user's mistake is one line without a traceback.
+    """Print versions, device and free memory. From here on, a user's mistake is one line without a traceback.
 
     Raises SettingsError if modules in memory are of other versions than the installed ones.
     """
@@ -47,15 +47,13 @@ def begin() -> None:
     print(f"lora_booth {__version__}, torch {torch.__version__}")
     print(f"{device_name(device)}, {free_bytes(device) / GB:.1f} GB free")
     if device.type == "cpu":
-        print(
-            "No GPU: good enough for a trial. To train for real, choose one (on Colab: Runtime > Change runtime type > T4 GPU)."
-        )
+        print("No GPU: fine for a trial. For real training, choose one (on Colab: Runtime > Change runtime type > T4 GPU).")
 
 
 def minutes_left(minutes: float | None) -> float | None:
     """What is left of the session's `minutes`, for `train(time_limit=...)`: services limit the session, not the call.
 
-    When they are over, it is enough for one more update, after which `train` saves and returns the adapter so far.
+    When they are over, one more update still fits, after which `train` saves and returns the adapter so far.
     """
     if minutes is None:
         return None
@@ -79,7 +77,7 @@ def outdated() -> list[str]:
 def storage(keep: str | Path = "auto") -> Path | None:
     """A folder that outlives the session; None if there is none.
 
-    keep  "auto": your Google Drive on Colab, which asks first; a folder; "": none
+    keep  "auto": your Google Drive on Colab, which asks for permission; or a folder; "": none
     """
     if keep != "auto":
         folder = Path(keep) if str(keep) else None
@@ -89,7 +87,7 @@ def storage(keep: str | Path = "auto") -> Path | None:
         print("Files stay in this session only: download what you want to keep.")
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"Files are kept in {folder}")
+    print(f"Files are saved in {folder}")
     return folder
 
 
@@ -100,21 +98,21 @@ def mounted() -> bool:
         return False
     try:
         drive.mount(str(DRIVE))
-    except Exception as error:  # the user said no, or the service has no browser to ask
+    except Exception as error:  # permission was denied, or there is no browser to ask in
         print(f"No Google Drive ({first_line(error)}).")
         return False
     return True
 
 
 def upload(folder: str | Path) -> None:
-    """A button that adds photos to `folder`; without widgets, a line that says how to put them there."""
+    """A button that adds photos to `folder`; without widgets, print how to put them there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.is_file() for path in folder.iterdir())
     print(f"{there} file(s) in {folder}")
     widgets = ipywidgets()
     if widgets is None:
-        print("Put your photos there with the file browser, then go on.")
+        print("Put your photos there with the file browser, then run the next cell.")
         return
     from IPython.display import display
 
@@ -129,19 +127,19 @@ def upload(folder: str | Path) -> None:
 
 
 def keep_uploads(folder: Path, uploads: Any) -> str:
-    """Write the files of a FileUpload (a sequence in ipywidgets 8, a dict in 7). Returns a line that says what was added."""
+    """Write the files of a FileUpload (a sequence in ipywidgets 8, a dict in 7). Returns a line about what was added."""
     files = uploads.items() if isinstance(uploads, dict) else [(one["name"], one) for one in uploads]
     names = []
     for name, one in files:
-        bare = str(name).replace("\\", "/").rpartition("/")[2]  # never trust a browser with a path
-        if bare.strip(". "):
-            (folder / bare).write_bytes(bytes(one["content"]))
-            names.append(shown(bare))
+        plain = str(name).replace("\\", "/").rpartition("/")[2]  # drop the path: never trust a browser with one
+        if plain.strip(". "):
+            (folder / plain).write_bytes(bytes(one["content"]))
+            names.append(shown(plain))
     return f"{len(names)} added: {', '.join(names)}"
 
 
 def download(*files: str | Path) -> None:
-    """Hand files to the browser on Colab; elsewhere show a link to each."""
+    """Download files through the browser on Colab; elsewhere show a link to each."""
     from IPython.display import FileLink, display
 
     try:

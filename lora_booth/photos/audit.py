@@ -1,4 +1,4 @@
-"""Audit: what the photos of a subject will teach, and what to change."""
+"""Audit: what a subject's photos will teach, and what to change."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .square import box, square_box, training_square
 
 SHEET_SIDE = 160  # pixels of a square on the contact sheet
 FEW, MANY = 5, 30  # photos; chosen: fewer repeat themselves, more add little
-MOST = 0.6  # of the photos, that make a background worth mentioning; chosen
+MOST = 0.6  # share of the photos with one background that is worth a line of advice; chosen
 MOST_NAMES = 6  # in one line of advice; chosen
-MOST_COMPARED = 300  # photos; each is compared with each other; chosen
+MOST_COMPARED = 300  # photos, since each is compared with every other; chosen
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PhotoReport:
     photo: Photo
     notes: tuple[str, ...]
     measures: Measures
-    kept: float | None  # share of the mask inside the square; None without a mask
+    kept: float | None  # share of the mask that is inside the square; None without a mask
     thumbnail: Image.Image = field(compare=False, repr=False)  # the training square, small
 
 
@@ -42,7 +42,7 @@ class Audit:
     photos: tuple[PhotoReport, ...]
     skipped: tuple[Skipped, ...]
     near_duplicates: tuple[tuple[str, ...], ...]  # file names, in groups
-    alike_backgrounds: tuple[str, ...]  # file names of the largest group with one background, if it is most of the photos
+    alike_backgrounds: tuple[str, ...]  # file names of the largest group with one background, if that is most photos
     advice: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Audit:
 def audit_photos(photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, resolution: int = 512) -> Audit:
     """Look at every training square of `resolution` pixels. Raises PhotoError if a photo can no longer be opened."""
     if not photos:
-        raise PhotoError("no photos to audit; find some first")
+        raise PhotoError("no photos to audit; pass at least one, from find_photos")
     if resolution < 8:
         raise PhotoError(f"resolution {resolution} is out of range; allowed: at least 8 pixels")
     reports, likenesses = [], []
@@ -184,7 +184,7 @@ def _facts_of(report: PhotoReport) -> dict[str, Any]:
 def _groups(
     likenesses: Sequence[Likeness], alike: Callable[[Likeness, Likeness], bool], *, share: float = 0.0
 ) -> list[tuple[int, ...]]:
-    """Groups of two or more; a photo joins the first of which it is like this share, and at least one."""
+    """Groups of two or more indices. A photo joins the first group where it is like this share, at least one."""
     groups: list[list[int]] = []
     for i, one in enumerate(likenesses):
         for group in groups:
@@ -242,4 +242,4 @@ def _about_photos(reports: Sequence[PhotoReport]) -> list[str]:
 
 def _about_skipped(skipped: Sequence[Skipped]) -> list[str]:
     copies = [one.name for one in skipped if one.reason.startswith(("the same file", "the same picture"))]
-    return [f"copies, which are not used: {_named(copies)}"] if copies else []
+    return [f"copies are not used: {_named(copies)}"] if copies else []

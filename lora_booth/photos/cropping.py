@@ -1,4 +1,4 @@
-"""Which square of a photo is trained on: the one that keeps the subject, without black bars."""
+"""Which square of a photo to train on: the one that keeps the subject, without black bars."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .square import box
 Cropping = Literal["smart", "center"]
 Values = npt.NDArray[np.float32]
 
-CENTRE_PREFERENCE = 0.05  # of all saliency: what a square at the edge must gain over the one in the middle; chosen
+CENTRE_PREFERENCE = 0.05  # share of all saliency that a square at the edge must gain over the middle one; chosen
 # Black bars. The limits were chosen on letterboxed and dark photos.
 BAR_LEVEL = 16  # of 255; darker counts as black, so that the noise of a JPEG does
 BAR_COPY = 512  # pixels; the long side of the copy that is searched for bars
@@ -33,18 +33,18 @@ RGB_TO_XYZ = np.array(  # IEC 61966-2-1
 def check_cropping(crop: str) -> None:
     if crop == "face":
         raise PhotoError(
-            'crop "face" is gone (no maintained detector works offline); pass crops={"photo.jpg": (x0, y0, x1, y1)}, '
-            "fractions 0..1 (or crops.json beside the photos), or masks of the faces"
+            'crop "face" was removed (no maintained detector works offline); write a crops.json beside the photos, '
+            'e.g. {"photo.jpg": [0.2, 0, 0.8, 0.6]}, or masks of the faces'
         )
     if crop not in get_args(Cropping):
         raise PhotoError(f"crop {shown(crop)!r} is unknown; allowed: {', '.join(get_args(Cropping))}")
 
 
 def focus_of(image: Image.Image, crop: Region | None, mask: Image.Image | None) -> Point | None:
-    """The centre of the square that keeps most of the subject: of its mask, else of what is salient.
+    """The centre of the square that keeps most of the subject: of its mask or, without one, of what is salient.
 
-    The square slides along the long side; near ties go to the middle. None: the photo (or its crop) is already square,
-    or there is nothing to see.
+    The square slides along the long side; near ties go to the middle. None: the photo (or its crop) is square already,
+    or no place stands out.
 
     image  the upright photo
     mask   greys in the photo's shape, of any size
@@ -99,7 +99,7 @@ def without_black_bars(image: Image.Image) -> Region | None:
         edges = lines[[min(first + 2, count - 1), max(last - 3, 0)]]
         if (edges > BAR_LEVEL).mean(axis=1).min() < EDGE_SHARE:
             continue
-        low, high = (first + 1) / count, (last - 1) / count  # the line at the edge is mixed with the bar
+        low, high = (first + 1) / count, (last - 1) / count  # the line at the edge blends into the bar
         return (0.0, low, 1.0, high) if axis == 0 else (low, 0.0, high, 1.0)
     return None
 
@@ -110,7 +110,7 @@ def without_black_bars(image: Image.Image) -> Region | None:
 def saliency(image: Image.Image, part: tuple[int, int, int, int] | None = None) -> Values:
     """(h, w) in 0..1, 64 long: how much each place differs from the four edges, which are mostly background.
 
-    part  x0, y0, x1, y1 in pixels; the whole picture by default
+    part  x0, y0, x1, y1 in pixels; None: all of the picture
 
     The distance to an edge's colours is Mahalanobis'; the edge that differs most is left out, since it may cut the subject
     (the backgroundness of Zhang et al., "Minimum Barrier Salient Object Detection at 80 FPS", ICCV 2015).
@@ -120,7 +120,7 @@ def saliency(image: Image.Image, part: tuple[int, int, int, int] | None = None) 
     distances = []
     for strip in (colours[:wide], colours[-wide:], colours[:, :wide], colours[:, -wide:]):
         samples = strip.reshape(-1, 3)
-        inverse = np.linalg.inv(np.cov(samples.T) + 10 * np.eye(3))  # 10: so that noise on a plain edge counts for little
+        inverse = np.linalg.inv(np.cov(samples.T) + 10 * np.eye(3))  # 10, chosen: noise on a plain edge counts for little
         away = colours - samples.mean(axis=0)
         distance = np.sqrt(np.einsum("hwi,ij,hwj->hw", away, inverse, away))
         distances.append(distance / max(float(distance.max()), 1e-6))

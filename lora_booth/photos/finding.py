@@ -1,6 +1,6 @@
-"""Finding the usable photos of a folder, with their captions, crops and masks.
+"""Find the usable photos of a folder, with their captions, crops and masks.
 
-Every file is decoded here with the code that training uses, so a photo that passes also loads later.
+Every file is decoded here by the code that training uses, so a photo that passes also loads later.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def find_photos(
     minimum: int = 3,
     maximum: int = 100,
 ) -> PhotoSet:
-    """Find the usable photos of a folder (or of a list of files), and say why each other file is not used.
+    """Find the usable photos of a folder (or of a list of files), and why each of the other files is skipped.
 
     source     a folder: its files in natural order (img2 before img10), without subfolders; or files, in their order
     crop       "smart": the square that keeps the subject, without black bars; "center": the one in the middle.
-               A photo with its own crop (below) is cut there, in the middle.
+               A photo with an entry in `crops` is cut there, in the middle.
     crops      file name -> (x0, y0, x1, y1), fractions 0..1 of the upright photo, or pixels if any value is above 1.
                They override those of a `crops.json` in the folder, which has the same form.
     masks      file name -> a file or a PIL image of the upright photo's shape, white on the subject.
@@ -55,7 +55,7 @@ def find_photos(
     regions.update(crops or {})
     _check_names(where, "crop", regions, candidates)
     _check_names(where, "mask", masks or {}, candidates)
-    if len(candidates) > maximum:  # looks at the first bytes, so that 10,000 photos are not decoded first
+    if len(candidates) > maximum:  # by their first bytes, so that 10,000 photos are not decoded first
         _check_not_too_many(where, sum(begins_like_a_photo(path) for path in candidates), maximum)
     photos: list[Photo] = []
     first_with: dict[str, str] = {}  # digest of file or pixels, and crop -> the first photo that has it
@@ -78,13 +78,13 @@ def _natural(path: Path) -> tuple[list[tuple[int, int, str]], str]:
 
 
 def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path], list[Skipped], dict[str, Region]]:
-    """How messages call the source, the files worth opening, the others with reasons, and the crops of crops.json."""
+    """The source's name for messages, the files worth opening, the others with reasons, and the crops of crops.json."""
     if isinstance(source, (str, Path)):
         if not str(source):
-            raise PhotoError("no photos: the folder's name is empty; name a folder with photos")
+            raise PhotoError("no photos: the folder's name is empty; pass a folder with photos")
         folder = Path(source)
         if not folder.exists():
-            raise PhotoError(f"{shown(source)}: no such folder; name a folder with photos")
+            raise PhotoError(f"{shown(source)}: no such folder; pass a folder with photos")
         if folder.is_dir():
             return _folder_listing(folder)
         source = [folder]
@@ -93,7 +93,7 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
     candidates, skipped = [], []
     for path in files:
         if not path.exists():
-            raise PhotoError(f"{shown(path)}: no such file")
+            raise PhotoError(f"{shown(path)}: no such file; check the name")
         if path.is_dir():
             skipped.append(Skipped(path, "a folder"))
         elif not _is_mask(path):
@@ -143,7 +143,7 @@ def _photo_stems(files: Iterable[Path]) -> set[str]:
 
 
 def _unfit_entry(path: Path, root: Path) -> str | None:
-    """Why an entry of the folder `root` (resolved) is not opened; None: it may be."""
+    """Why an entry of the folder `root` (resolved) is skipped; None: it is worth opening."""
     if path.name.startswith("."):
         return "hidden"
     if path.name.lower() in SYSTEM_FILES:
@@ -162,7 +162,7 @@ def _unfit_entry(path: Path, root: Path) -> str | None:
 def _check(
     path: Path, region: Region | None, given_mask: MaskSource | None, cropping: Cropping, first_with: dict[str, str]
 ) -> Photo:
-    """Decode the whole photo. Raises Unusable with the reason, PhotoError for an invalid crop, mask or caption."""
+    """Decode all of the photo. Raises Unusable with the reason, PhotoError for an invalid crop, mask or caption."""
     with opened(path) as (image, kind, digest):
         # Two crops of one picture are two photos; the same picture with the same crop is one.
         file_key = f"{digest} {region}"
@@ -218,7 +218,7 @@ def _pixel_digest(rgb: Image.Image) -> str:
 def _check_not_too_many(where: str, count: int, maximum: int) -> None:
     if count > maximum:
         raise PhotoError(
-            f"{where}: more than {maximum} photos; 5 to 30 good ones teach a subject better, so choose some, "
+            f"{where}: more than {maximum} photos; 5 to 30 good ones teach a subject better: choose the best, "
             f"or pass maximum=N (--max-photos N)"
         )
 
@@ -229,7 +229,7 @@ def _too_few(where: str, count: int, minimum: int, skipped: Sequence[Skipped]) -
         by_reason.setdefault(one.reason, []).append(one.name)
 
     def weight(group: tuple[str, list[str]]) -> int:
-        """Remedies come first; hidden and system files explain nothing, so they come last and are left out first."""
+        """Remedies come first. Hidden and system files explain nothing: they come last and are left out first."""
         return 0 if "pip install" in group[0] else 2 if group[0] in ("hidden", "a system file") else 1
 
     groups = sorted(by_reason.items(), key=weight)

@@ -1,6 +1,7 @@
-"""What can be measured on a photo without a model. Every threshold says what it was measured on.
+"""Measures of a photo that need no model. Each threshold has its source beside it.
 
-"Real photos" are 31 of the DreamBooth data set (six subjects, 687 to 1024 px), as they are and spoiled by the benchmark.
+"Real photos" are 31 of the DreamBooth data set (six subjects, 687 to 1024 px),
+unchanged, and degraded by benchmarks/photo_audit.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 
 from .cropping import Values, lab, saliency
 
-JUDGED_SIDE = 512  # pixels; sharpness and light are judged on squares of this side, or of the photo's own if smaller
+JUDGED_SIDE = 512  # pixels; sharpness and light are judged on squares of this side, or of the photo's if that is smaller
 
 # Variance of the Laplacian in the third sharpest of 8 x 8 tiles, so that soft backgrounds and small subjects do not count.
 # Measured by benchmarks/photo_audit.py: all real photos are above it, all blurred by a Gaussian of 2 px (of 512) below.
@@ -22,19 +23,19 @@ BLURRED = 120.0
 DARK = 110.0
 # Clipped shares. White, of the mask or of the square: real photos at most 0.03; two stops brighter, 29 of 31 more than 0.2.
 # A bright colour is lost when one of its channels is clipped; a pure colour that is not bright, e.g. drawn red, is not.
-# A square with a white frame is a subject on white, or was transparent: only where the subject seems to be counts.
-# Black, where the subject seems to be: at most 0.13.
+# In a square with a white frame (a subject on white, or formerly transparent), only the likely subject counts.
+# Black, on the likely subject: at most 0.13.
 WHITE_CLIPPED, BLACK_CLIPPED, WHITE_FRAME = 0.2, 0.35, 0.7
-CLIPPED, BRIGHT, WHITE_LEVEL, BLACK_LEVEL = 254, 150, 250, 8  # of 255; the first applies to a channel, the others to the light
+CLIPPED, BRIGHT, WHITE_LEVEL, BLACK_LEVEL = 254, 150, 250, 8  # of 255, the first of a channel, the others of light; chosen
 # Difference of the 99th and 1st percentile. Real photos 153 to 237.
 LITTLE_CONTRAST = 40.0
 
 # Two photos are nearly the same when they are below both. Real photos of one subject: bits from 0.36, colours from 19 (L*a*b*).
 # The same photo compressed, brighter, smaller, noisy, turned by 2 degrees or cropped by 6 %: bits to 0.28, colours to 13.
 ALIKE_BITS, ALIKE_COLOURS = 0.30, 14.0
-LIGHT_FORGIVEN = 15.0  # L*; one photo may be this much lighter than its twin; chosen
+LIGHT_FORGIVEN = 15.0  # L*; how much lighter one of the two may be; chosen
 
-# Backgrounds are alike when their colours are (1: the same) and lie in the same places (L*a*b*). Measured by
+# Backgrounds are alike when they share colours (1: all of them) in the same places (L*a*b*). Measured by
 # benchmarks/photo_audit.py on real photos and on subjects in front of one wall.
 ALIKE_SPREAD, ALIKE_PLACES = 0.65, 24.0
 SMALL_SUBJECT = 0.05  # of the square; chosen
@@ -43,21 +44,21 @@ CUT_SUBJECT = 0.8  # of the subject, inside the square; chosen
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one training square."""
+    """Measures of one training square."""
 
     sharpness: float  # variance of the Laplacian where it is sharpest; below 120 is blurred
     brightest: float  # 0..255, 99th percentile
     contrast: float  # 0..255, 99th less 1st percentile
-    white: float  # clipped share of the mask, else of the square; on white, of what seems to be the subject
-    black: float  # clipped share where the subject is, or seems to be
+    white: float  # clipped share of the mask, else of the square; on white, of the likely subject
+    black: float  # clipped share of the subject, or of what is likely to be it
     subject: float | None  # share of the square; None: unknown
 
 
 @dataclass(frozen=True, eq=False)
 class Likeness:
-    """What is compared between two photos."""
+    """The features by which two photos are compared."""
 
-    bits: npt.NDArray[np.bool_]  # is it lighter to the right, and below: (2 x 16 x 16,)
+    bits: npt.NDArray[np.bool_]  # lighter to the right, and below? (2 x 16 x 16,)
     mirrored: npt.NDArray[np.bool_]  # the same for the mirrored square
     colours: Values  # (32, 32, 3) L*a*b*
     spread: Values  # (8, 8, 8) shares of L*a*b* colours at the border
@@ -96,7 +97,7 @@ def _frame(values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 def _lone_subject(found: Values) -> float | None:
     """The share of the picture that the subject takes, if it is a clear shape that touches no edge; else None.
 
-    That is None for nearly all photos: on cluttered ones saliency says nothing about the subject's size.
+    None for nearly all photos: on cluttered ones, saliency does not measure the subject's size.
     """
     threshold, explained = _otsu(found)
     inside = found > threshold
@@ -126,7 +127,7 @@ def likeness(square: Image.Image, mask: Image.Image | None) -> Likeness:
     colours = lab(small)
     at_border = np.ones((64, 64), dtype=bool)
     at_border[10:-10, 10:-10] = False
-    if mask is not None:  # leave out what is known to be the subject
+    if mask is not None:  # leave out the subject
         outside = at_border & (np.asarray(mask.resize((64, 64))) < 128)
         at_border = outside if outside.sum() >= 64 else at_border
     cells = colours.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3))

@@ -1,7 +1,7 @@
-"""Opening photos and masks: the format by its content, strict decoding, then upright 8-bit sRGB (or grey) pixels.
+"""Open photos and masks: detect the format by content, decode strictly, return upright 8-bit sRGB (or grey) pixels.
 
-Nothing private gets through: the pixels are rebuilt, so location, camera, comments and colour profile stay behind.
-They are rebuilt in strips of rows, since a second copy of 50 megapixels would take up to 200 MB.
+Nothing private gets through: the pixels are copied to a new image, without location, camera, comments or colour profile.
+They are copied in strips of rows, since a second copy of 50 megapixels would take up to 200 MB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, ImageFile
 from ..errors import MissingExtraError, PhotoError, shown
 from .photo import Mask, Photo, Unusable
 
-# A file's first bytes decide what it is, never its name. Pillow may then use this one decoder only.
+# A file's first bytes decide what it is, never its name. Pillow may then use only this decoder.
 DECODERS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WEBP", "AVIF": "AVIF", "HEIC": "HEIF", "TIFF": "TIFF", "BMP": "BMP"}
 FORMATS = ", ".join(DECODERS)
 MAGIC = {
@@ -61,17 +61,17 @@ Convert = Callable[[Image.Image], Image.Image]  # makes a strip 8-bit sRGB or gr
 
 
 def open_photo(photo: Photo, *, smaller: int = 1) -> Image.Image:
-    """The photo as an upright RGB picture in sRGB, (width, height) = (photo.width, photo.height), nothing but pixels.
+    """The photo as an upright sRGB picture of photo.width x photo.height pixels, without metadata.
 
     smaller  divides each side, rounded up: every pixel is the mean of a square of `smaller` x `smaller`
 
-    A colour profile is converted to sRGB, transparency is laid on white, 16-bit and float greys are scaled to 8 bits.
+    A colour profile is converted to sRGB, transparency is blended with white, 16-bit and float greys are scaled to 8 bits.
     Raises PhotoError if the file is gone, can no longer be read, or changed since it was found.
     """
     try:
         with opened(photo.path) as (image, _, digest):
             if digest != photo.sha256:
-                raise Unusable("the file changed since it was checked; start again")
+                raise Unusable("the file changed since it was checked; find the photos again")
             return rgb_copy(image, smaller)
     except Unusable as error:
         raise PhotoError(f"{shown(photo.path)}: {error}") from None
@@ -81,7 +81,7 @@ def open_mask(mask: Mask, name: str) -> Image.Image:
     """The mask as greys (L), in its own size. Raises PhotoError if it is gone or changed since it was found."""
     greys, digest = read_mask(mask.source, name)
     if digest != mask.sha256:
-        raise PhotoError(f"mask {name}: it changed since it was checked; start again")
+        raise PhotoError(f"mask {name}: it changed since it was checked; find the photos again")
     return greys
 
 
@@ -105,14 +105,14 @@ def opened(path: Path) -> Iterator[tuple[Image.Image, str, str]]:
     """The picture (header read, not decoded), its format and the file's sha256. Raises Unusable, whatever is wrong."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a FIFO or a device could block for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a FIFO or a device could block forever
             raise Unusable("not a regular file")
         if status.st_size == 0:
             raise Unusable("empty (0 bytes)")
         if status.st_size > MAX_BYTES:
             raise Unusable(f"larger than {MAX_BYTES // 2**20} MB")
         with path.open("rb") as file, warnings.catch_warnings(), _strict_decoding():
-            warnings.simplefilter("ignore")  # a photo's small faults, e.g. a bad EXIF tag, do not concern the user
+            warnings.simplefilter("ignore")  # minor faults, e.g. a bad EXIF tag, do not concern the user
             kind = _kind(file.read(64))
             decoder = _decoder(path, kind)
             file.seek(0)
@@ -132,7 +132,7 @@ def opened(path: Path) -> Iterator[tuple[Image.Image, str, str]]:
         raise Unusable("no permission to read it") from None
     except FileNotFoundError:
         raise Unusable("no such file") from None
-    # On untrusted files decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+    # On untrusted files, decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
     except Exception as error:
         raise Unusable(f"damaged or truncated ({_short(error)})") from None
 
@@ -148,7 +148,7 @@ def _short(error: Exception) -> str:
 
 @contextmanager
 def _strict_decoding() -> Iterator[None]:
-    """Some programs tell Pillow to fill truncated photos with grey, which must not be learned."""
+    """Refuse truncated photos, even where a program has set Pillow to fill them with grey."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -168,13 +168,13 @@ def begins_like_a_photo(path: Path) -> bool:
 
 
 def _kind(head: bytes) -> str:
-    """The format by a file's first bytes: a key of DECODERS, or a plain word for what is not accepted."""
+    """The format by a file's first bytes: a key of DECODERS, or a plain name for what is not accepted."""
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
             return kind
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    if head[4:8] == b"ftyp":  # a family of containers: the brand says what is inside
+    if head[4:8] == b"ftyp":  # a family of containers: the brand gives the content
         brand = head[8:12]
         if brand in (b"avif", b"avis") or (brand in (b"mif1", b"msf1") and b"avif" in head):
             return "AVIF"
@@ -189,7 +189,7 @@ def _decoder(path: Path, kind: str) -> str:
     if kind not in DECODERS:
         raise Unusable(f"{kind}; accepted are {FORMATS}")
     if kind == "TIFF" and path.suffix.lower() in RAW_SUFFIXES:
-        # A raw file is a TIFF whose first page is a thumbnail, which would be learned in place of the photo.
+        # A raw file is a TIFF whose first page is a thumbnail, which would be used in place of the photo.
         raise Unusable("camera raw; export it as JPEG or PNG")
     if kind == "HEIC":
         try:
@@ -243,10 +243,10 @@ def _upright_copy(image: Image.Image, mode: str, convert: Convert, smaller: int 
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """To be asked after decoding: Pillow's TIFF and HEIC decoders turn the picture themselves and then drop the tag."""
+    """How to turn a decoded picture upright: Pillow's TIFF and HEIC decoders do so themselves and then drop the tag."""
     try:
         return UPRIGHT.get(image.getexif().get(0x0112, 1))
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception:  # a broken EXIF block does not mean broken pixels
         return None
 
 
@@ -279,7 +279,7 @@ def _srgb_on_white(image: Image.Image) -> Convert:
 def _large_greys_on_white(image: Image.Image, profile: bytes | None) -> Convert:
     to_grey8, to_srgb = _grey8(image), _to_srgb("L", profile)
     transparent = image.info.get("transparency")
-    if not isinstance(transparent, int):  # PNG: one grey value stands for "nothing here"
+    if not isinstance(transparent, int):  # PNG: one grey value means transparent
         return lambda rows: to_srgb(to_grey8(rows))
 
     def on_white(rows: Image.Image) -> Image.Image:
@@ -342,7 +342,7 @@ def _grey8(image: Image.Image) -> Convert:
         full = 65535.0
     elif image.mode == "F" and high <= 1:
         full = 1.0
-    else:  # the depth is not written anywhere: take the usual depth that holds the maximum, else the maximum itself
+    else:  # the file does not give the depth: take the usual one that holds the maximum, else the maximum
         full = next(depth for depth in (255.0, 65535.0, high) if high <= depth)
 
     def to_grey8(rows: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What the package knows of a photo: plain values, without pixels."""
+"""Photo, Mask and Skipped: plain values, without pixels."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Mask:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo that was decoded once from end to end."""
+    """A photo that has been decoded completely once."""
 
     path: Path
     width: int  # pixels, after EXIF orientation
     height: int
     caption: str | None  # from photo.txt beside photo.jpg
-    crop: Region | None  # the part in use: the user's choice, or everything but black bars; None: the whole photo
+    crop: Region | None  # the part in use: the user's choice, or all but black bars; None: all of it
     sha256: str  # of the file's bytes
     note: str | None = None  # what the user should know, e.g. "animated: first frame only"
-    focus: Point | None = None  # what the training square is centred on, as far as the photo allows; None: the middle
+    focus: Point | None = None  # what the training square is centred on, as far as the edges allow; None: the middle
     mask: Mask | None = None  # from photo.mask.png beside photo.jpg, or passed in code
 
     @property
@@ -47,7 +47,7 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not used, and why."""
+    """A file that was skipped, and why."""
 
     path: Path
     reason: str
@@ -60,7 +60,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """What a folder holds. Every file is in one of the two lists, except sidecars of a photo (captions, masks, crops.json)."""
+    """The photos of a folder. Every file is in one of the two tuples, except captions, masks and crops.json."""
 
     photos: tuple[Photo, ...]
     skipped: tuple[Skipped, ...]

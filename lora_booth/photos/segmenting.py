@@ -1,4 +1,4 @@
-"""Making masks for photos that have none: by rembg, or by any segmenter of your own."""
+"""Make masks for photos that have none, with rembg or a segmenter of your own."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Segmenter = Callable[[Image.Image], Image.Image | None]  # RGB -> greys of its s
 # rembg's own default (bria-rmbg) is 1 GB and not free for commercial use; U2-Net is 176 MB under Apache 2.0.
 REMBG_MODEL = "u2net"
 MASK_SIDE = 1024  # pixels, at most, of a written mask's long side; chosen
-LEAST_SHARE, MOST_SHARE = 0.005, 0.95  # of the photo; a mask of less or more says nothing; chosen
+LEAST_SHARE, MOST_SHARE = 0.005, 0.95  # of the photo; a mask of less or more is useless; chosen
 
 
 @dataclass(frozen=True)
 class MadeMask:
-    """What became of one photo."""
+    """The result for one photo."""
 
     photo: Photo
-    path: Path | None  # the mask that was written
-    reason: str | None  # why none was
+    path: Path | None  # the mask written; None: none
+    reason: str | None  # why none was written
 
 
 def make_masks(
@@ -44,7 +44,7 @@ def make_masks(
 ) -> list[MadeMask]:
     """Write `photo.mask.png` beside every usable photo that has none, for the masked loss. Look at them before you train.
 
-    An existing mask is never touched, and a new one is written completely or not at all. Masks hold nothing but greys.
+    An existing mask is never touched, and a new one is written completely or not at all, without metadata.
 
     folder     a folder of photos, or files, as for `find_photos`
     segmenter  gets the upright photo (or the part inside its crop) as an RGB picture and returns greys of its shape, white
@@ -78,7 +78,7 @@ def rembg_segmenter() -> Segmenter:
     except Exception as error:  # of requests, pooch or onnxruntime
         raise PhotoError(
             f"rembg's model {REMBG_MODEL} cannot be downloaded or loaded ({first_line(error)[:120]}); "
-            "connect to the internet for the first use, or pass segmenter="
+            "connect to the internet for the first use, or pass a segmenter of your own"
         ) from None
     return lambda image: rembg.remove(image, session=session, only_mask=True)
 
@@ -93,13 +93,13 @@ def _make_mask(photo: Photo, segmenter: Segmenter, *, alone: bool) -> MadeMask:
     shape = image.crop(box(image.width, image.height, photo.crop))
     found = segmenter(shape)
     if found is None:
-        return MadeMask(photo, None, "the segmenter is not sure what the subject is")
+        return MadeMask(photo, None, "the segmenter found no clear subject")
     name = f"of {photo.name}"
     greys, _ = read_mask(found, name)
     check_shape(greys, name, *shape.size, "the segmenter's input")
     share = float((np.asarray(greys) >= WHITE).mean())
     if not LEAST_SHARE <= share <= MOST_SHARE:
-        return MadeMask(photo, None, f"the subject would be {share:.1%} of the photo")
+        return MadeMask(photo, None, f"the segmenter took {share:.1%} of the photo for the subject")
     scale = min(1.0, MASK_SIDE / max(image.size))
     mask = Image.new("L", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     inside = box(mask.width, mask.height, photo.crop)

@@ -1,4 +1,4 @@
-"""Contact sheets: many pictures on one, with labels."""
+"""Contact sheets: many labelled pictures in one."""
 
 from __future__ import annotations
 

@@ -20,22 +20,22 @@ from .photo import Mask, Region
 from .square import box
 
 MAX_TEXT_BYTES = 2**20  # of a caption or crops.json; chosen
-MAX_CAPTION = 2000  # characters; chosen: the text encoder reads about the first 300
+MAX_CAPTION = 2000  # characters; chosen; the text encoder reads about the first 300
 CROPS_FILE = "crops.json"
 MASK_ENDING = ".mask.png"
-WHITE = 128  # of 255; chosen: a mask without a pixel as bright is refused
-SHAPE_TOLERANCE = 0.01  # of a side, for masks of another size than their photo; at least a pixel
+WHITE = 128  # of 255; chosen; a mask without a pixel this bright is refused
+SHAPE_TOLERANCE = 0.01  # of a side, at least a pixel, for masks of another size than their photo; chosen
 
 MaskSource = Path | str | Image.Image
 
 
 def sidecar(path: Path, ending: str) -> Path | None:
-    """The file beside photo.jpg that is called photo`ending`; None without one, or if it is a link out of the folder."""
+    """The file photo`ending` beside photo.jpg; None if there is none, or only a link out of the folder."""
     beside = path.with_name(path.stem + ending)
     if not os.path.isfile(beside):  # Path.is_file raises where the name is too long for the file system
         return None
     if beside.is_symlink() and path.parent.resolve() not in beside.resolve().parents:
-        return None  # listed as skipped
+        return None  # already in the list of skipped files
     return beside
 
 
@@ -57,7 +57,9 @@ def caption_of(path: Path) -> str | None:
         raise PhotoError(f"caption {name}: cannot be read ({type(error).__name__}); check its permissions") from None
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if len(text) > MAX_CAPTION:
-        raise PhotoError(f"caption {name}: {len(text)} characters; shorten it to at most {MAX_CAPTION} (the first 300 count)")
+        raise PhotoError(
+            f"caption {name}: {len(text)} characters; shorten it to at most {MAX_CAPTION} (only about the first 300 are read)"
+        )
     return text or None
 
 
@@ -103,7 +105,7 @@ def find_mask(
     """The mask of the photo `path`, checked, and its greys (L): the `given` one, else the file beside the photo.
 
     width, height  of the upright photo, in pixels
-    Raises PhotoError for a mask that cannot be right.
+    Raises PhotoError for a mask without white, or of another shape than the photo.
     """
     source = given or sidecar(path, MASK_ENDING)
     if source is None:

@@ -1,4 +1,4 @@
-"""The training square: which pixels of a photo training sees, resized, and as a tensor in -1..1."""
+"""The training square: the pixels of a photo that training uses, resized, and as a tensor in -1..1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .photo import Photo, Point, Region
 if TYPE_CHECKING:
     from torch import Tensor
 
-AREA_FIRST = 2.0  # large squares are averaged over whole pixels down to this many times the resolution
+AREA_FIRST = 2.0  # large squares are averaged over whole pixels down to this many times the resolution; chosen
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Square:
 def training_square(photo: Photo, resolution: int) -> Square:
     """Open a photo, crop it to its square and resize it to `resolution` pixels; likewise its mask. Raises PhotoError."""
     left, top, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
-    smaller = max(1, int(side / (AREA_FIRST * resolution)))  # averaged while it is opened, which saves memory
+    smaller = max(1, int(side / (AREA_FIRST * resolution)))  # averaged while it is opened, to save memory
     image = crop_and_resize(open_photo(photo, smaller=smaller), resolution, photo.crop, focus=photo.focus)
     crop = crop_of(photo.width, photo.height, resolution, photo.crop, photo.focus)
     if photo.mask is None:
@@ -68,10 +68,10 @@ def crop_and_resize(
 
 
 def crop_of(width: int, height: int, resolution: int, crop: Region | None, focus: Point | None) -> Crop:
-    """What SDXL is told of the square of a picture of this width and height (pixels).
+    """The micro-conditioning of SDXL for the square of a picture of this width and height (pixels).
 
-    As diffusers' SDXL DreamBooth script does it with a centre crop: a 1000 x 800 (w x h) photo at 512 is 640 x 512 when
-    resized, so its square begins at (0, 64). A `crop` counts as the whole picture, since nothing outside it is used.
+    As in diffusers' SDXL DreamBooth script with a centre crop: a 1000 x 800 (w x h) photo at 512 is 640 x 512 when
+    resized, so its square begins at (0, 64). A `crop` counts as the picture, since nothing outside it is used.
     """
     x0, y0, x1, y1 = box(width, height, crop)
     left, top, side = square_box(width, height, crop, focus)
@@ -85,7 +85,7 @@ def crop_of(width: int, height: int, resolution: int, crop: Region | None, focus
 
 
 def box(width: int, height: int, crop: Region | None) -> tuple[int, int, int, int]:
-    """The crop's x0, y0, x1, y1 in pixels, at least one pixel wide and high; the whole picture without a crop."""
+    """The crop's x0, y0, x1, y1 in pixels, at least one pixel wide and high; all of the picture without a crop."""
     if crop is None:
         return (0, 0, width, height)
     x0, y0 = min(round(crop[0] * width), width - 1), min(round(crop[1] * height), height - 1)

@@ -15,8 +15,8 @@ from ..kernels.attention import split_heads
 from .regions import Masks, blurred
 from .unet_hook import UNetHook
 
-MOST_PIXELS = 1024  # of a layer whose attention is read: finer layers say little of objects and cost much
-COARSE = 16  # latents for each pixel of a layer that is read in any case: SDXL's coarsest has that many
+MOST_PIXELS = 1024  # of a layer whose attention is read; chosen: finer layers show little of objects and cost much
+COARSE = 16  # latents per pixel of a layer that is always read: as in SDXL's coarsest
 SOFTNESS = 0.06  # of the masks' edges, as a share of the side; chosen
 
 
@@ -39,17 +39,17 @@ class AttentionMaps:
         with ExitStack() as stack:
             for name, module in hook.unet.named_modules():
                 if name.endswith(".attn2"):
-                    stack.enter_context(module.to_q.register_forward_hook(self._keep_query(module, hook)))
+                    stack.enter_context(module.to_q.register_forward_hook(self._store_query(module, hook)))
                     stack.enter_context(module.to_k.register_forward_hook(self._add(module, hook)))
             yield
 
-    def _keep_query(self, attention: nn.Module, hook: UNetHook) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+    def _store_query(self, attention: nn.Module, hook: UNetHook) -> Callable[..., None]:
+        def store(module: nn.Module, args: Any, output: Tensor) -> None:
             height, width = hook.current.size
             if output.shape[1] <= max(MOST_PIXELS, height * width // COARSE):
                 self.queries[id(attention)] = output
 
-        return keep
+        return store
 
     def _add(self, attention: Any, hook: UNetHook) -> Callable[..., None]:
         def add(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -69,9 +69,11 @@ class AttentionMaps:
         return add
 
     def masks(self) -> Masks:
-        """Each pixel belongs to the subject whose words it attends to most; soft edges. SettingsError if none was read."""
-        if self.total is None:  # fused projections, or attention of another kind
-            raise SettingsError("no attention could be read, so no regions are found; give regions=[Region(...)] with boxes")
+        """Give each pixel to the subject whose words it attends to most, with soft edges. Raises SettingsError."""
+        if self.total is None:  # fused projections, or another kind of attention
+            raise SettingsError(
+                "no attention could be read to find regions; pass regions=[Region(...)] (--region NAME:0,0,0.5,1)"
+            )
         side = self.total.shape[-1]
         winner = blurred(self.total, SOFTNESS * side).argmax(0)  # (P, side, side)
         won = torch.stack([(winner == n).float() for n in range(len(self.total))])

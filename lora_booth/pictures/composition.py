@@ -1,4 +1,4 @@
-"""Composition: a base, weighted adapters, and the pictures that they make together."""
+"""Composition: draw pictures with a base and weighted adapters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .weights import Weight
 
 Method = Literal["sum", "regions"]
 METHODS: tuple[Method, ...] = ("sum", "regions")
-REMOVED = ("svd", "ssr", "switch", "composite")  # methods of earlier versions, which kept subjects apart less often
+REMOVED = ("svd", "ssr", "switch", "composite")  # methods of earlier versions, which separated subjects less often
 
 Weighted = Adapter | tuple[Adapter, float | Weight]
 
@@ -44,15 +44,15 @@ class Composition:
 
     adapters    each an Adapter, (Adapter, weight) or (Adapter, Weight(...))
     method      "sum"      every layer gets the exact weighted sum of the changes: one subject, and styles
-                "regions"  each adapter in its own part of the picture: two subjects that stay themselves
-                None: "regions" when there are any, or several subjects (adapters with a token); else "sum"
+                "regions"  each adapter in its part of the picture: two subjects that stay distinct
+                None: "regions" if you pass any, or for several subjects (adapters with a token); else "sum"
     regions     adapters with their places, or "auto": each of `adapters` that the prompt names, where the U-Net attends
-                to its words. None: "auto" for several subjects when no method is given
-    isolate     of regions: "noise" keeps subjects apart, at the cost of a pass for each; "delta" takes about one pass
+                to its words. None: "auto" for several subjects without a method
+    isolate     how to separate regions: "noise" best, with a pass for each; "delta" in about one pass
     start       share of the denoising steps before which all adapters are active everywhere
     background  prompt of what no region covers; None: the picture's prompt without its subjects
-    together    several passes as one batch; False takes less memory
-    The pipeline is as it was after every call. Raises SettingsError for settings that contradict each other.
+    together    run several passes as one batch; False takes less memory
+    Every call restores the pipeline. Raises SettingsError for settings that contradict each other.
     """
 
     def __init__(
@@ -73,30 +73,33 @@ class Composition:
         regions = "auto" if self.by_default else regions or ()
         self.method: Method = method or ("regions" if regions else "sum")
         if self.method in REMOVED:
-            raise SettingsError(f"method {method!r} is no longer there; use sum, or regions for several subjects")
+            raise SettingsError(f"method {method!r} was removed; use sum, or regions for several subjects")
         if self.method not in METHODS:
             raise SettingsError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
-        if bool(regions) != (self.method == "regions"):
-            raise SettingsError('method "regions" and regions=[Region(...)] or regions="auto" belong together; give both')
+        if regions and self.method != "regions":
+            raise SettingsError(f"method {method!r} has no regions; leave out the method or the regions")
+        if not regions and self.method == "regions":
+            places = 'regions="auto" (--auto-regions) or regions=[Region(...)] (--region NAME:0,0,0.5,1)'
+            raise SettingsError(f'method "regions" needs places; pass {places}')
         if isolate not in ("delta", "noise"):
             raise SettingsError(f"isolate {isolate!r} is unknown; allowed: delta, noise")
         self.regions, self.isolate, self.background, self.together = regions, isolate, background, together
         self.start = default_start(auto=regions == "auto") if start is None else start
         check(0 <= self.start < 1, f"start {self.start:g}", "0 to 1, a share of the denoising steps")
         if self.method != "regions" and (start or background is not None):
-            raise SettingsError("start and background are settings of regions; give regions, or leave them out")
+            raise SettingsError("start and background are settings of regions; pass regions, or leave them out")
         if regions == "auto":
-            check(self.start > 0, "start 0", "more than 0 with automatic regions, whose attention is read before it")
+            check(self.start > 0, "start 0", "more than 0 with automatic regions, which read attention until then")
             if not self.adapters:
-                raise SettingsError('regions="auto" without adapters; give one for each subject')
+                raise SettingsError('regions="auto" without adapters; pass one for each subject')
 
     def __repr__(self) -> str:
         names = ", ".join(f"{adapter.name} {weight}" for adapter, weight in self.everyone()) or "no adapter"
         return f"Composition({self.base.name}, {self.method}: {names})"
 
     def settings(self, prompt: str) -> dict[str, Any]:
-        """Keyword arguments of a Composition that draws `prompt` in the same way, without the automatic choice of a method."""
-        if self.method == "sum" or (self.by_default and not self._named(prompt)):  # there is no subject to keep apart
+        """Keyword arguments of a Composition that draws `prompt` alike, without the automatic choice of a method."""
+        if self.method == "sum" or (self.by_default and not self._named(prompt)):  # no subjects to separate
             return {"method": "sum", "regions": (), "isolate": self.isolate, "start": 0.0, "background": None}
         settings = {"isolate": self.isolate, "start": self.start, "background": self.background}
         return {"method": "regions", "regions": self.regions, **settings}
@@ -115,16 +118,16 @@ class Composition:
         batch_size: int = 1,
         on_image: Callable[[int], None] | None = None,
     ) -> list[Picture]:
-        """One picture for each seed; a seed gives the same picture whichever others are asked for with it.
+        """One picture for each seed; a seed gives the same picture whatever the other seeds are.
 
         steps       denoising steps
         guidance    classifier-free guidance scale
-        size        side in pixels; None: what the base was made for
+        size        side in pixels; None: the resolution that the base was trained for
         batch_size  pictures at a time; more than one is faster and may differ by rounding
         on_image    called with the number of pictures drawn so far
         """
         if not len(seeds):
-            raise SettingsError("no seeds; give one for each picture, e.g. seeds=range(4)")
+            raise SettingsError("no seeds; pass one for each picture, e.g. seeds=range(4)")
         for seed in seeds:
             check(0 <= seed < 2**63, f"seed {seed}", "0 to 2**63 - 1")
         check(steps >= 1, f"steps {steps}", "at least 1; 20 to 50 is usual")
@@ -157,24 +160,24 @@ class Composition:
         settings = self.settings(prompt)
         regions = settings.pop("regions")
         places = () if regions == "auto" else tuple(Place(r.box, r.prompt, r.feather) for r in regions)
-        beyond = ["a mask"] if any(place.box is None for place in places) else []
-        beyond += ["weights by block or step"] if any(weight.blocks or weight.timed for _, weight in everyone) else []
+        extras = ["a mask"] if any(place.box is None for place in places) else []
+        extras += ["weights by block or step"] if any(weight.blocks or weight.timed for _, weight in everyone) else []
         files = tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone)
-        return Making(files, auto=regions == "auto", places=places, recipe_only=" and ".join(beyond) or None, **settings)
+        return Making(files, auto=regions == "auto", places=places, recipe_only=" and ".join(extras) or None, **settings)
 
     @contextmanager
     def attached(self, prompt: str = "", pipeline: Any = None) -> Iterator[Any]:
-        """The adapters on the pipeline, for calls of your own: image-to-image, inpainting, ControlNet.
+        """Attach the adapters to the pipeline for calls of your own: image-to-image, inpainting, ControlNet.
 
-        prompt    the prompt of those calls, which regions read
-        pipeline  another pipeline around the same models; None: the base's own
+        prompt    the prompt of those calls, for regions
+        pipeline  another pipeline around the same models; None: the base's pipeline
         """
         with self._attached(prompt, pipeline) as (active, _):
             yield active
 
     @contextmanager
     def _attached(self, prompt: str, pipeline: Any = None) -> Iterator[tuple[Any, Regional | None]]:
-        """The pipeline with the adapters on, and what answers its U-Net's calls; None: the U-Net itself."""
+        """The pipeline with the adapters attached, and what answers its U-Net's calls; None: the U-Net itself."""
         pipeline = pipeline or self.base.pipeline
         everyone = self.everyone(prompt)
         if self.method == "regions":
@@ -202,12 +205,12 @@ class Composition:
         guidance: float = GUIDANCE,
         size: int | None = None,
     ) -> list[Region]:
-        """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to look at and to change.
+        """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to inspect and to edit.
 
-        Show them with `preview(regions)`; give them, changed or not, as `regions=`. Draws the first steps only.
+        Show them with `preview(regions)`; pass them on, edited or not, as `regions=`. Runs only the first steps.
         """
         if self.regions != "auto":
-            raise SettingsError('find_regions is for regions="auto"; these regions are given')
+            raise SettingsError('find_regions needs regions="auto"; this composition has regions of its own')
 
         def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             pipeline._interrupt = step + 1 >= self.start * steps
@@ -239,7 +242,7 @@ class Composition:
         return [item for item in self.adapters if find_phrase(prompt, item[0]) is not None]
 
     def as_adapter(self, *, rank: int | None = None) -> tuple[Adapter, Truncations]:
-        """This composition as one adapter, and what was lost; its card says what it is made of.
+        """This composition as one adapter, and what was lost; its card lists the parts.
 
         rank  None: the exact sum, with the ranks added up; else the nearest to it with this rank (see `merge`)
         Raises SettingsError for what one adapter cannot hold: regions and weights by step.
@@ -250,7 +253,7 @@ class Composition:
         for adapter, weight in self.adapters:
             if weight.timed:
                 raise SettingsError(
-                    f"{adapter.name} is active in some denoising steps only ({weight}), which one adapter cannot be; "
+                    f"{adapter.name} is active in some denoising steps only ({weight}), which one adapter cannot express; "
                     f"leave out start and end, or {remedy}"
                 )
         parts = [(by_block(adapter, weight), 1.0) for adapter, weight in self.adapters if weight.value]
@@ -262,11 +265,11 @@ class Composition:
     # --- before the first step
 
     def preflight(self, prompt: str = "", *, steps: int = STEPS, size: int | None = None, trial: bool = False) -> Preflight:
-        """What this composition costs and what speaks against it. trial: draw a few steps to measure time and memory."""
+        """The cost and the conflicts of this composition. trial: run a few steps to measure time and memory."""
         everyone = self.everyone(prompt)
         refused, other_base = misfits(self.base, everyone)
         seconds, peak = self._trial(prompt, steps, size) if trial and not refused else (None, None)
-        left_out = unnamed(everyone, prompt) if self.method != "regions" else []  # regions may have prompts of their own
+        left_out = unnamed(everyone, prompt) if self.method != "regions" else []  # regions may have their own prompts
         return Preflight(
             method=self.method if self.method != "regions" else f"regions, isolate {self.isolate}",
             passes=self._passes(prompt),
@@ -290,10 +293,10 @@ class Composition:
         cuda = self.base.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        tried = 4
+        tried = 4  # chosen
         with self.attached(prompt) as pipeline, quiet(pipeline):
             options = {"num_inference_steps": tried, "height": size, "width": size, "output_type": "latent"}
-            pipeline(prompt, **options | {"num_inference_steps": 1})  # what is done once only
+            pipeline(prompt, **options | {"num_inference_steps": 1})  # one-time set-up
             started = time.perf_counter()
             pipeline(prompt, **options)
             if cuda:
@@ -321,7 +324,7 @@ class Composition:
             ]
             maps, masks = None, masks_of(self.regions).to(self.base.device)
         members = list(range(len(on) - len(subjects), len(on)))
-        for i in members:  # a text encoder has no pixels: its part is active in the region's own prompt only
+        for i in members:  # a text encoder has no pixels: its part is active only in the region's prompt
             mute_text(on[i])
         texts, background = [], None
         for i, subject, text in zip(members, subjects, prompts, strict=True):
@@ -334,7 +337,7 @@ class Composition:
 
     @torch.no_grad()
     def _text(self, prompt: str, adapter: AttachedAdapter | None = None, weight: Weight | None = None) -> TextConditions:
-        """The prompt as the text encoders read it, with one adapter alone or with none."""
+        """The text encoders' output for the prompt, with one adapter alone or with none."""
         if adapter is None or weight is None:
             return self.base.encode_text([prompt])
         for path in adapter.layers:
@@ -366,13 +369,13 @@ def mute_text(adapter: AttachedAdapter) -> None:
 
 
 def refuse_hidden_adapters(base: BaseModel) -> None:
-    """An adapter that is fused into the weights, or that rescales them (DoRA), cannot be kept to a region."""
+    """Raise AdapterBaseMismatch for adapters that no region can confine: fused into the weights, or rescaling them (DoRA)."""
     for component, model in base.components.items():
         for name, module in model.named_modules():
             where = f"{component}.{name} of {base.name}"
             if getattr(module, "merged_adapters", None):
                 raise AdapterBaseMismatch(
-                    f"an adapter is fused into {where}, so it cannot be kept apart; call unfuse_lora() first"
+                    f"an adapter is fused into {where}, so no region can confine it; call unfuse_lora() first"
                 )
             if any(dict(getattr(module, "use_dora", None) or {}).values()):
                 raise AdapterBaseMismatch(

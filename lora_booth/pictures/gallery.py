@@ -22,6 +22,7 @@ from .picture import Picture
 from .reproduction import command_of, number, python_of
 
 PAGE = (".html", ".htm")
+# chosen
 SHEET_SIDE = 256  # pixels of a picture on a sheet, at most
 THUMBNAIL = 384  # pixels of a picture on the page, at most
 THUMBNAIL_QUALITY, FULL_QUALITY = 78, 92  # WebP
@@ -29,7 +30,7 @@ SMALL = 128  # pixels: pictures up to this are lossless
 
 
 def check_output(path: Path) -> None:
-    """Whether a gallery or grid can be saved under this name; before the work, not after it. Raises SettingsError."""
+    """Raises SettingsError if a gallery or grid cannot be saved under this name; called before the work."""
     if path.suffix.lower() not in (*PAGE, *KINDS):
         raise SettingsError(f"{path}: a gallery or grid is saved as .html, .png, .jpg or .webp")
 
@@ -39,7 +40,7 @@ class Gallery:
 
     def __init__(self, pictures: Sequence[Picture], *, title: str = "lora_booth") -> None:
         if not pictures:
-            raise SettingsError("a gallery needs pictures; generate some first")
+            raise SettingsError("a gallery needs pictures; pass at least one")
         self.pictures, self.title = list(pictures), title
 
     def __repr__(self) -> str:
@@ -64,9 +65,9 @@ class Gallery:
         return Picture(grid, self.title, 0).save(path)
 
     def html(self) -> str:
-        """One page that loads nothing else; every text is escaped.
+        """One self-contained page; all text is escaped.
 
-        It holds each picture as WebP, as a thumbnail and in full, and works without JavaScript.
+        It contains each picture as WebP, as a thumbnail and in full, and works without JavaScript.
         """
         adapters = list(dict.fromkeys(name for picture in self.pictures for name, _ in picture.adapters))
         bases = {picture.base for picture in self.pictures}
@@ -74,7 +75,7 @@ class Gallery:
         page = Environment(autoescape=True, undefined=StrictUndefined).from_string(part("page.html"))
         return page.render(
             title=self.title,
-            style=Markup(style),  # the package's own files, with nothing of the pictures in them
+            style=Markup(style),  # files of this package, with nothing from the pictures
             script=Markup(script),
             hash=source_hash,
             pixelated=max(p.image.width for p in self.pictures) <= SMALL,
@@ -134,7 +135,7 @@ def facts_of(picture: Picture, used: str) -> Iterator[tuple[str, str]]:
     if picture.making is not None and picture.making.method != "sum":
         yield "method", picture.making.method
     if picture.making is not None and picture.making.recipe_only is not None:
-        yield "note", f"made with {picture.making.recipe_only}, which only a recipe keeps"
+        yield "note", f"made with {picture.making.recipe_only}, which only a recipe records"
 
 
 def data_url(image: Image.Image, quality: int) -> str:

@@ -23,10 +23,11 @@ from .gallery import PAGE, Gallery
 from .picture import Picture
 from .weights import Weight
 
+# chosen
 MOST = 1_000  # pictures
-WEIGHTS = (0, 0.4, 0.8, 1)  # columns of a grid, unless you give others
+WEIGHTS = (0, 0.4, 0.8, 1)  # default columns of a grid
 SHEET_PIXELS = 80e6  # of a sheet, about
-SIDE = (128, 512)  # of a picture on it
+SIDE = (128, 512)  # pixels of a picture on it, at least and at most
 GAP, FONT, ROW_LABEL = 8, 14, 150  # pixels
 
 
@@ -104,8 +105,8 @@ class Grid:
 def grid(base: BaseModel | Any, adapters: Weighted | Sequence[Weighted], prompt: str | Sequence[str], **settings: Any) -> Grid:
     """Every prompt and seed (rows) at every weight (columns); see `grid_steps` for the settings."""
     for made in grid_steps(base, adapters, prompt, **settings):
-        whole = made
-    return whole
+        last = made
+    return last
 
 
 def grid_steps(
@@ -119,7 +120,7 @@ def grid_steps(
     batch_size: int = 1,
     **settings: Any,
 ) -> Iterator[Grid]:
-    """Yield the grid so far, after every `batch_size` pictures, so stopping early loses nothing.
+    """Yield the grid so far after every `batch_size` pictures, so stopping early loses nothing.
 
     weights   factors on the weight of each adapter; 0 is the base alone
     method    see `Composition`
@@ -170,7 +171,7 @@ def several(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, Weig
     if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], int | float | Weight):
         return [weighted(adapters)]  # type: ignore[arg-type]
     if not adapters:
-        raise SettingsError("a grid without adapters; give at least one")
+        raise SettingsError("a grid without adapters; pass at least one")
     return [weighted(item) for item in adapters]  # type: ignore[arg-type]
 
 
@@ -181,7 +182,7 @@ def weight_label(everyone: Sequence[tuple[Adapter, Weight]], factor: float) -> s
 
 
 def labels_of(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...], str]:
-    """Labels of the rows, and a title: what all of them have in common."""
+    """Labels of the rows, and as title what they have in common."""
     if len(prompts) == 1:
         return tuple(f"seed {seed}" for seed in seeds), prompts[0]
     if len(seeds) == 1:
@@ -190,7 +191,7 @@ def labels_of(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, 
 
 
 def batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator[tuple[int, str, list[int]]]:
-    """Number of the first picture among all, prompt and seeds of each call, so that pictures can be saved once drawn."""
+    """For each call: the index of its first picture, its prompt and its seeds."""
     check(size >= 1, f"batch_size {size}", "at least 1")
     for i, text in enumerate(prompts):
         for first in range(0, len(seeds), size):
@@ -199,7 +200,7 @@ def batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator
 
 @contextmanager
 def warned_once(*, again: bool) -> Iterator[None]:
-    """The same adapters give the same warning for every picture."""
+    """Suppress warnings `again`: the same adapters give the same ones for every picture."""
     with warnings.catch_warnings():
         if again:
             warnings.simplefilter("ignore", CompositionWarning)

@@ -1,10 +1,10 @@
-"""Making: how a composition drew a picture. The gallery's facts, the command and the Python lines derive from it."""
+"""Making: how a composition drew a picture, from which the gallery derives facts, command and Python lines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-AUTO_START = 0.3  # share of the steps whose attention is read before automatic regions begin; chosen on the toybox
+AUTO_START = 0.3  # share of the steps, before automatic regions start, whose attention is read; chosen on the toybox
 FEATHER = 0.04  # softness of a region's edge, as a share of the picture's side; chosen
 
 
@@ -19,16 +19,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Making:
-    """What it takes to draw a picture again, beyond what the picture itself says."""
+    """What it takes to draw a picture again, beyond the fields of Picture."""
 
-    files: tuple[str, ...] = ()  # of the picture's adapters, in their order; no folders, which hold people's names
+    files: tuple[str, ...] = ()  # of the picture's adapters, in their order; without folders, which may contain people's names
     method: str = "sum"
     auto: bool = False  # automatic regions
     places: tuple[Place, ...] = ()  # of the last adapters
     isolate: str = "noise"
     start: float = 0.0
     background: str | None = None
-    recipe_only: str | None = None  # what the rest cannot say, e.g. "a mask"
+    recipe_only: str | None = None  # what only a recipe can express, e.g. "a mask"
 
 
 def default_start(*, auto: bool) -> float:

@@ -30,5 +30,5 @@ class Picture:
         return self.image._repr_png_()
 
     def save(self, path: str | Path) -> Path:
-        """Save as PNG, JPEG or WebP by the path's ending, marked as made by a model (IPTC) and with nothing else."""
+        """Save as PNG, JPEG or WebP by the path's ending, with an IPTC mark that a model made it and no other metadata."""
         return save_marked(self.image, Path(path))

@@ -1,4 +1,4 @@
-"""Preflight: what speaks against a composition, what it costs and what would serve better, before its first step."""
+"""Preflight: the conflicts of a composition, its cost and a better choice, before the first step."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Overlap:
 class Preflight:
     """The report of `Composition.preflight`; `str()` gives it as lines.
 
-    passes      U-Net passes for each denoising step; 1 is a plain picture's cost
+    passes      U-Net passes per denoising step; 1 for a plain picture
     seconds     for one picture, from a trial of a few steps; None: not tried
-    peak_bytes  of memory on the GPU in the trial; None: not tried, or no GPU
+    peak_bytes  peak memory on the GPU in the trial; None: not tried, or no GPU
     """
 
     method: str
@@ -58,27 +58,27 @@ class Preflight:
 
 
 def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
-    """Those with a token and a class: a style has neither."""
+    """The adapters with a token: a style has none."""
     return [adapter for adapter, weight in adapters if adapter.card.token and weight.value]
 
 
 def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str) -> list[str]:
-    """Warnings about subjects that will not stay apart, one line each."""
+    """Warnings about subjects that will blend, one line each."""
     subjects = subjects_of(adapters)
     found = []
     for a, b in combinations(subjects, 2):
         if a.card.token == b.card.token:
             found.append(
                 f"two adapters share the token {a.card.token!r}: the prompt cannot tell them apart; "
-                "give each its region and prompt, or train one of them again with another token"
+                "pass a region with a prompt for each, or retrain one of them with another token"
             )
         elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
             found.append(
                 f"{phrase_of(a)!r} and {phrase_of(b)!r} are both {with_article(a.card.class_noun)}: they will blend; "
-                'use regions with isolate="noise"'
+                'use regions with isolate="noise" (--isolate noise)'
             )
     if len(subjects) > 1 and method == "sum":
-        found.append(f"method sum blends {len(subjects)} subjects; use regions, which keep them apart")
+        found.append(f"method sum blends {len(subjects)} subjects; use regions, which separate them")
     return found
 
 
@@ -91,13 +91,13 @@ def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str
 def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ...]:
     found = []
     for a, b in combinations([adapter for adapter, _ in adapters], 2):
-        with suppress(AdapterBaseMismatch):  # adapters of two bases; `misfits` says which one is wrong here
+        with suppress(AdapterBaseMismatch):  # adapters of two bases; `misfits` reports which one is wrong here
             found.append(Overlap(a.name, b.name, difference(a, b)))
     return tuple(found)
 
 
 def misfits(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[list[str], list[str]]:
-    """Messages about adapters that do not fit this base; and about those that fit, but were trained on another base."""
+    """Messages about adapters that do not fit this base, and about those that fit but were trained on another."""
     refused = []
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always", OtherBaseWarning)
@@ -112,4 +112,4 @@ def misfits(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]]) -> tupl
 def recommendation(adapters: Sequence[tuple[Adapter, Weight]]) -> str:
     if len(subjects_of(adapters)) < 2:
         return 'method "sum": one subject, and styles'
-    return 'regions="auto", or regions=[Region(adapter, box=...), ...] where you know the places'
+    return 'regions="auto" (--auto-regions), or regions=[Region(...)] (--region NAME:0,0,0.5,1) if you know the places'

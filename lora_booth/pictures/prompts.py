@@ -61,8 +61,8 @@ def paper_prompts(contexts: Sequence[str]) -> tuple[str, ...]:
 PROMPT_SETS = {"object": paper_prompts(OBJECT), "live": paper_prompts(LIVE)}  # 25 each
 
 PLACEHOLDERS = ("token", "class_noun", "a", "context")
-PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")  # other braces mean something to other tools, so they stay
-MAX_BYTES, MAX_PROMPTS, MAX_LENGTH = 2**20, 1_000, 2_000  # of a file of prompts; characters of one
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")  # other braces mean something to other tools, and stay
+MAX_BYTES, MAX_PROMPTS, MAX_LENGTH = 2**20, 1_000, 2_000  # of a file of prompts; characters of a prompt; chosen
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -76,7 +76,7 @@ def read_prompts(path: str | Path) -> list[str]:
             content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise SettingsError(f"{shown(path)}: {error.strerror}; give a text file with one prompt a line") from error
+        raise SettingsError(f"{shown(path)}: {error.strerror}; pass a text file with one prompt a line") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{shown(path)}: not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
@@ -97,7 +97,7 @@ def fill_prompts(
     """Each prompt with its placeholders filled: "a {token} {class_noun} {context}" -> a prompt for each context.
 
     {token}, {class_noun}  the subject's;  {a}  "a" or "an", by the class noun's sound;  {context}  each in turn
-    Raises SettingsError for a placeholder that is unknown or that nothing is given for.
+    Raises SettingsError for a placeholder that is unknown or has no value.
     """
     noun = class_noun or ""
     words = {"token": token, "class_noun": class_noun, "a": article(noun) if noun else None}
@@ -111,7 +111,7 @@ def fill_prompts(
             if name != "context" and words[name] is None:
                 raise SettingsError(f"prompt {shown(prompt)!r}: no adapter's card has {{{name}}}; write the word itself")
         if "context" in names and not contexts:
-            raise SettingsError(f"prompt {shown(prompt)!r}: no contexts for {{context}}; give some, e.g. 'in the snow'")
+            raise SettingsError(f"prompt {shown(prompt)!r}: no contexts for {{context}}; pass some, e.g. 'in the snow'")
         for context in contexts if "context" in names else ("",):
             given = words | {"context": context}
             filled[PLACEHOLDER.sub(lambda match, given=given: str(given[match[1]]), prompt)] = None  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Recipe: everything that made some pictures except the weights, as a small JSON file that replays to the same pictures."""
+"""Recipe: all that made some pictures except the weights, in a small JSON file from which to draw them again."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .regions import Region
 from .weights import Weight
 
 FORMAT = 1
-MAX_BYTES = 16 * 2**20
-MAX_MASK_SIDE = 4096  # pixels
-PICTURES: dict[str, tuple[type, ...]] = {  # what a recipe can ask of `generate`
+MAX_BYTES = 16 * 2**20  # chosen
+MAX_MASK_SIDE = 4096  # pixels; chosen
+PICTURES: dict[str, tuple[type, ...]] = {  # the arguments of `generate` that a recipe may have
     "prompt": (str,),
     "negative_prompt": (str, type(None)),
     "seeds": (list,),
@@ -41,7 +41,7 @@ PICTURES: dict[str, tuple[type, ...]] = {  # what a recipe can ask of `generate`
 
 
 def file_hash(adapter: Adapter) -> str:
-    """sha256 of the tensors as `adapter.save` writes them, which other tools show as sshs_model_hash."""
+    """sha256 of the tensors as `adapter.save` writes them; other tools show it as sshs_model_hash."""
     content, _ = packed(adapter, "kohya", torch.float16, Path("recipe"))
     header = int.from_bytes(content[:8], "little")
     return hashlib.sha256(content[8 + header :]).hexdigest()
@@ -49,9 +49,9 @@ def file_hash(adapter: Adapter) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A composition and what was asked of it. Adapters are named by the hash of their tensors.
+    """A composition and the arguments of its pictures. Adapters are identified by the hash of their tensors.
 
-    composition  keyword arguments of Composition; its regions name their adapters
+    composition  keyword arguments of Composition; its regions identify their adapters
     pictures     keyword arguments of generate, with the prompt
     """
 
@@ -87,11 +87,11 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe file. Raises SettingsError for what is not one, or asks for what `generate` does not have."""
+        """Read a recipe file. Raises SettingsError if it is not a recipe, or has arguments unknown to `generate`."""
         path = Path(path)
         try:
             if path.stat().st_size > MAX_BYTES:
-                raise SettingsError(f"{path}: larger than {MAX_BYTES} bytes, so not a recipe")
+                raise SettingsError(f"{path}: larger than {MAX_BYTES} bytes, so not a recipe; check the file name")
             entries = json.loads(path.read_text(encoding="utf-8"))
             if entries.pop("format") != FORMAT:
                 raise SettingsError(f"{path}: a recipe of another format; update lora_booth")
@@ -100,7 +100,7 @@ class Recipe:
                 if not isinstance(value, PICTURES.get(name, ())) or isinstance(value, bool):
                     raise SettingsError(f"{path}: a recipe cannot ask for {shown(name)} {shown(value)[:60]}")
             if not all(type(seed) is int for seed in entries["pictures"].get("seeds", ())):
-                raise SettingsError(f"{path}: its seeds are not whole numbers")
+                raise SettingsError(f"{path}: not all seeds are integers; correct them, e.g. [0, 1]")
             return cls(**entries)
         except OSError as error:
             raise SettingsError(f"{path}: {error.strerror}") from error
@@ -121,7 +121,7 @@ class Recipe:
             if entry["hash"] not in by_hash:
                 raise SettingsError(
                     f"the recipe needs {entry['name']} (hash {entry['hash'][:12]}), which is not among the adapters; "
-                    "give its file too"
+                    "pass its file too"
                 )
             return by_hash[entry["hash"]]
 
@@ -149,7 +149,7 @@ def region_entry(region: Region) -> dict[str, Any]:
     entry |= {"prompt": region.prompt, "feather": region.feather, "box": region.box}
     if region.mask is not None:
         content = io.BytesIO()
-        Image.fromarray(np.array(region.mask.convert("L"))).save(content, "PNG")  # pixels only: nothing of the mask's file
+        Image.fromarray(np.array(region.mask.convert("L"))).save(content, "PNG")  # pixels only: no metadata of the mask's file
         entry["mask"] = base64.b64encode(content.getvalue()).decode("ascii")
     return entry
 

@@ -1,9 +1,9 @@
-"""Regions: each adapter is active in its own part of the picture.
+"""Regions: each adapter is active in its part of the picture.
 
 delta   one pass: every adapter's change is multiplied by its mask at each layer's resolution; where the layer reads
-        the prompt (attn2's keys and values), by the subject's own words
-noise   one row for each region and one for the background: each predicts the whole picture with its adapter and its
-        prompt alone, and the predictions are mixed by the masks. Costs more, and keeps two subjects of one class apart
+        the prompt (attn2's keys and values), by the subject's words
+noise   one row for each region and one for the background: each predicts the full picture with only its adapter and
+        prompt, and the masks mix the predictions. Costs more, and separates even two subjects of one class
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .regions import Masks
 from .unet_hook import Branch, Gate, UNetCall, UNetHook, mix_branches
 
 Isolation = Literal["delta", "noise"]
-EMPTY = 1 / 255  # a background mask below this everywhere needs no row
+EMPTY = 1 / 255  # a background mask nowhere above this needs no row
 
 
 @dataclass
 class Regional:
-    """Answers the U-Net's calls region by region; one for each batch of pictures.
+    """Answers the U-Net's calls region by region.
 
     members     index of each region's adapter among the attached ones; the others are active everywhere
-    masks       None: found from the attention of the steps before `start`
-    words       token positions of each subject in the picture's prompt; () where it does not name it
-    texts       each region's own prompt, (1, tokens, d); None: the picture's prompt
+    masks       None: read from the attention of the steps before `start`
+    words       token positions of each subject in the picture's prompt; () if it does not name it
+    texts       each region's prompt, (1, tokens, d); None: the picture's prompt
     background  the prompt outside the regions; None: the picture's prompt
     start       share of the denoising steps before which all adapters are active everywhere
     """
@@ -74,7 +74,7 @@ class Regional:
             branches.append(Branch(everywhere, self.background))
         else:
             shares = shares[:-1]
-        return mix_branches(hook, call, branches, of_one(shares), together=self.together)
+        return mix_branches(hook, call, branches, normalized(shares), together=self.together)
 
     # --- delta
 
@@ -97,35 +97,35 @@ class Regional:
             hook.open_gates()
 
     def _word_gates(self, n: int, masks: Masks, tokens: int, prompted: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(P, all tokens) for region n: rows of the negative prompt, and rows of the prompt.
+        """Gates (P, all tokens) for region n: rows of the negative prompt, and rows of the prompt.
 
-        Its own words: 1. Another subject's: the share of that one's region that is also this one's. Other words: the
-        share of the picture. So equal regions give the plain sum, and one region without another the single adapter.
+        Words of its subject: 1. Of another subject: the share of that region which this one covers. Other words: the
+        share of the picture. So equal regions give the plain sum, and a single region the single adapter.
         """
         full = masks.full  # (N, P, H, W)
         mine = full[n]
         area = mine.mean((1, 2))  # (P,)
-        own = (mine.amax((1, 2)) > 0).to(area)
+        present = (mine.amax((1, 2)) > 0).to(area)
         both = (full * mine).sum((2, 3))  # (N, P)
         theirs = full.sum((2, 3))
-        overlap = torch.where(theirs > 0, both / theirs.clamp(min=1e-6), own)  # (N, P)
+        overlap = torch.where(theirs > 0, both / theirs.clamp(min=1e-6), present)  # (N, P)
         negative = area[:, None].repeat(1, tokens * (1 + len(prompted)))
         positive = area[:, None].repeat(1, tokens)
         for m, positions in enumerate(self.words):
             for position in positions:
-                positive[:, position] = own if m == n else overlap[m]
+                positive[:, position] = present if m == n else overlap[m]
         for m in prompted:
-            positive = torch.cat([positive, (own if m == n else overlap[m])[:, None].repeat(1, tokens)], 1)
+            positive = torch.cat([positive, (present if m == n else overlap[m])[:, None].repeat(1, tokens)], 1)
         return negative, positive
 
 
 def with_rest(masks: Tensor) -> Tensor:
-    """Masks (N, ...), and behind them what they leave of 1. (N + 1, ...)"""
+    """Masks (N, ...) followed by what they leave of 1. (N + 1, ...)"""
     return torch.cat([masks, (1 - masks.sum(0, keepdim=True)).clamp(0, 1)])
 
 
-def of_one(shares: Tensor) -> Tensor:
-    """Shares that add up to 1 at every pixel."""
+def normalized(shares: Tensor) -> Tensor:
+    """The shares, scaled to add up to 1 at every pixel."""
     return shares / shares.sum(0, keepdim=True).clamp(min=1e-6)
 
 
@@ -134,7 +134,7 @@ def of_one(shares: Tensor) -> Tensor:
 
 @contextmanager
 def attention_by_region(hook: UNetHook, masks: Masks, prompted: Sequence[int], tokens: int) -> Iterator[None]:
-    """attn2 of every transformer reads, at each pixel, the prompts of the regions that the pixel belongs to."""
+    """Let attn2 of every transformer read, at each pixel, the prompts of the regions that the pixel belongs to."""
     before = hook.unet.attn_processors
     regional = RegionalAttention(hook, masks, prompted, tokens)
     hook.unet.set_attn_processor({name: regional if ".attn2." in name else p for name, p in before.items()})
@@ -145,7 +145,7 @@ def attention_by_region(hook: UNetHook, masks: Masks, prompted: Sequence[int], t
 
 
 class RegionalAttention:
-    """Cross-attention to several prompts that lie one behind the other, mixed by masks."""
+    """Cross-attention to several concatenated prompts, mixed by masks."""
 
     def __init__(self, hook: UNetHook, masks: Masks, prompted: Sequence[int], tokens: int) -> None:
         self.hook, self.masks, self.prompted, self.tokens = hook, masks, prompted, tokens
@@ -164,7 +164,7 @@ class RegionalAttention:
         return attn.to_out[1](attn.to_out[0](mixed))
 
     def _shares(self, rows: int) -> Tensor:
-        """Of the picture's prompt, which has what the regions leave, and of each region's. (1 + prompted, rows, pixels)"""
+        """Shares of the picture's prompt (what the regions leave) and of each region's. (1 + prompted, rows, pixels)"""
         masks = self.masks.at(*self.hook.size)[list(self.prompted)].flatten(2)  # (prompted, P, pixels)
-        shares = of_one(with_rest(masks).roll(1, 0))
+        shares = normalized(with_rest(masks).roll(1, 0))
         return shares.repeat(1, rows // shares.shape[1], 1)

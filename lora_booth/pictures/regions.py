@@ -1,4 +1,4 @@
-"""Region: one adapter's place in the picture, and the masks that regions make together."""
+"""Region: one adapter's place in the picture, and the masks of several regions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import SettingsError
 from .making import FEATHER
 from .weights import Weight
 
-SIDE = 512  # of a drawn mask; it is reduced to the size of each layer
+SIDE = 512  # pixels of a drawn mask, which is reduced to the size of each layer; chosen
 COLORS = ("#e4572e", "#2e86ab", "#f2b134", "#56a3a6", "#a05195", "#76b041")  # of a preview
 
 
@@ -27,8 +27,8 @@ class Region:
 
     box      (x0, y0, x1, y1) as shares of width and height, 0 to 1, from the top left
     mask     instead of a box: a picture of any size, white where the subject goes
-    prompt   what this region shows; None: the picture's prompt, with every other subject reduced to its class
-    weight   of the adapter inside; None: what its card suggests
+    prompt   what this region shows; None: the picture's prompt, with the plain class for every other subject
+    weight   of the adapter in the region; None: what its card suggests
     feather  softness of the edge, as a share of the picture's side
     """
 
@@ -60,7 +60,7 @@ class Region:
 
 
 def feathered(mask: Image.Image, feather: float) -> Image.Image:
-    """Softened inside and outside the edge; what touches the picture's border stays full there."""
+    """The mask with a soft edge, but no fading at the picture's border."""
     if not feather:
         return mask
     values = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None]
@@ -69,7 +69,7 @@ def feathered(mask: Image.Image, feather: float) -> Image.Image:
 
 
 def blurred(maps: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur, cut off at two sigmas, with edges repeated. (N, P, H, W); sigma in pixels"""
+    """A Gaussian blur, truncated at two sigmas, with repeated edges. (N, P, H, W); sigma in pixels"""
     reach = max(1, round(2 * sigma))
     grid = torch.arange(-reach, reach + 1, device=maps.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (grid / max(sigma, 1e-3)) ** 2)
@@ -88,7 +88,7 @@ class Masks:
         self._sizes: dict[tuple[int, int], Tensor] = {}
 
     def at(self, height: int, width: int) -> Tensor:
-        """(N, P, height, width), the area mean."""
+        """The masks averaged down to (N, P, height, width)."""
         if (height, width) not in self._sizes:
             # by height and width, never by their product: 8 x 32 and 16 x 16 have as many tokens
             self._sizes[height, width] = F.interpolate(self.full, (height, width), mode="area")
@@ -96,7 +96,7 @@ class Masks:
 
     @property
     def background(self) -> Tensor:
-        """(P, H, W): what no subject has."""
+        """(P, H, W): what no subject covers."""
         return (1 - self.full.sum(0)).clamp(0, 1)
 
     def to(self, device: torch.device) -> Masks:

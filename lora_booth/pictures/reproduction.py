@@ -1,4 +1,4 @@
-"""The command and the Python lines that draw a picture again, safe to paste into a shell whatever its prompt holds."""
+"""The command and the Python lines that draw a picture again, safe to paste into a shell whatever the prompt contains."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .making import Making, Place, default_start
 from .picture import Picture
 
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # needs no quotes in any shell
-DOUBLE = re.compile(r"[^\"$`\\!%“”„]*")  # means the same between double quotes in any shell; PowerShell ends a string at “
+DOUBLE = re.compile(r"[^\"$`\\!%“”„]*")  # is the same between double quotes in any shell; PowerShell ends a string at “
 
 
 def command_of(picture: Picture) -> str | None:
-    """`lora-booth generate ...`; None where the command line cannot say it.
+    """`lora-booth generate ...`; None if the command line cannot express the picture.
 
-    Nor is there a command whose words hold control characters: pasted into a terminal, those are keys.
+    Also None if an argument has control characters: pasted into a terminal, those act as keys.
     """
     making = known_making(picture)
     if making is None or not picture.adapters:
@@ -47,7 +47,7 @@ def command_of(picture: Picture) -> str | None:
 
 
 def python_of(picture: Picture) -> str | None:
-    """The same in Python, ASCII but for printable letters; None where a few lines cannot say it."""
+    """The same in Python, with escapes for unprintable characters; None if a few lines cannot express the picture."""
     making = known_making(picture)
     if making is None:
         return None
@@ -83,7 +83,7 @@ def python_of(picture: Picture) -> str | None:
 
 
 def known_making(picture: Picture) -> Making | None:
-    """None for what no pipeline drew, and for what only a recipe can say."""
+    """None for what no pipeline drew, and for what only a recipe can express."""
     if not (picture.steps and picture.base):
         return None
     making = picture.making or Making(files=tuple(file_stem(name) for name, _ in picture.adapters))
@@ -95,13 +95,13 @@ def file_name(stem: str) -> str:
 
 
 def side_of(picture: Picture) -> int | None:
-    """For `size`; None for a picture that `generate` does not draw."""
+    """The argument `size`; None for a picture that `generate` would not draw."""
     width, height = picture.image.size
     return width if width == height and width % 8 == 0 else None
 
 
 def number(value: float) -> str:
-    """As short as it can be without another value: 1, 0.6."""
+    """The shortest text of exactly this value: 1, 0.6."""
     return repr(float(value)).removesuffix(".0")
 
 

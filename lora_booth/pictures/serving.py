@@ -1,4 +1,4 @@
-"""Serving: many adapters on one live pipeline, switched without a reload, and requests with different ones in one batch."""
+"""Serving: many adapters on one live pipeline, switched without reloading, and mixed in one batch."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Request:
 @dataclass
 class Loaded:
     on: AttachedAdapter
-    stack: ExitStack  # takes the adapter off
+    stack: ExitStack  # detaches the adapter
 
 
 class Serving:
-    """A base whose adapters you load and switch while it runs: `with lb.Serving(base) as live:`. Leaving restores the base.
+    """A base whose adapters you load and switch at run time: `with lb.Serving(base) as live:`. Leaving restores the base.
 
     live.load("rex", adapter)
     live.use({"rex": 0.8})          # for calls of your own of `live.pipeline`
@@ -63,7 +63,7 @@ class Serving:
             self.unload(name)
 
     def load(self, name: str, adapter: Adapter) -> None:
-        """Put an adapter on the base, with weight 0 until you use it. Raises AdapterBaseMismatch."""
+        """Attach an adapter to the base, with weight 0 until you use it. Raises AdapterBaseMismatch."""
         if name in self.loaded:
             raise SettingsError(f"{name!r} is already loaded; unload it first, or choose another name")
         stack = ExitStack()
@@ -76,7 +76,7 @@ class Serving:
         self.loaded.pop(name).stack.close()
 
     def use(self, weights: Mapping[str, float]) -> None:
-        """Make these adapters active, with these weights, and no others."""
+        """Activate exactly these adapters, with these weights."""
         for name, weight in weights.items():
             self._known(name)
             check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
@@ -91,9 +91,9 @@ class Serving:
     def generate(
         self, requests: Sequence[Request], *, steps: int = STEPS, guidance: float = GUIDANCE, size: int | None = None
     ) -> list[Picture]:
-        """All requests in one batch, each with its own adapters: the pictures that each would give alone."""
+        """Draw all requests in one batch, each with its adapters: the same pictures as one by one."""
         if not requests:
-            raise SettingsError("no requests; give one for each picture")
+            raise SettingsError("no requests; pass one for each picture")
         for request in requests:
             for name in request.adapters:
                 self._known(name)
@@ -141,12 +141,12 @@ class Serving:
 def set_weight(on: AttachedAdapter, weight: float) -> None:
     on.weight = weight
     for path, layer in on.layers.items():
-        layer._disable_adapters = weight == 0  # PEFT then computes the plain layer only
+        layer._disable_adapters = weight == 0  # PEFT then computes only the plain layer
         on.scale(path, weight)
 
 
 def text_arguments(prompts: Sequence[TextConditions], negatives: Sequence[TextConditions]) -> dict[str, Any]:
-    """What a pipeline takes instead of prompts."""
+    """The pipeline's arguments in place of prompts."""
     given = {
         "prompt_embeds": torch.cat([text.states for text in prompts]),
         "negative_prompt_embeds": torch.cat([text.states for text in negatives]),

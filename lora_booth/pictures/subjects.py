@@ -1,4 +1,4 @@
-"""Where a prompt names the subjects of adapters, and the prompt without them."""
+"""Find the subjects of adapters in a prompt, and remove them from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..subject.wording import subject_pattern, without_subject
 
 
 def phrase_of(adapter: Adapter) -> str | None:
-    """ "sks dog", as its card says; None for an adapter without a token (a style, say)."""
+    """ "sks dog", from the card; None for an adapter without a token, e.g. a style."""
     card = adapter.card
     return " ".join(filter(None, (card.token, card.class_noun))) if card.token else None
 
@@ -38,7 +38,7 @@ def token_positions(prompt: str, adapter: Adapter, tokenizer: Any) -> list[int]:
     if found is None:
         phrase = phrase_of(adapter)
         cause = f"the prompt {prompt!r} does not name {phrase!r}" if phrase else f"{adapter.name} has no token on its card"
-        raise SettingsError(f"{cause}; name every subject in the prompt, or give its region a box and a prompt")
+        raise SettingsError(f"{cause}; name every subject in the prompt, or pass a region with a box and a prompt")
     ids = tokenizer(prompt, truncation=True).input_ids
     wanted = tokenizer(found.group(), add_special_tokens=False).input_ids
     for first in range(len(ids) - len(wanted) + 1):

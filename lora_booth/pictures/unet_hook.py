@@ -1,7 +1,7 @@
-"""UNetHook: which attached adapter is active in the U-Net, at which step, in which row and at which pixel.
+"""UNetHook: which attached adapter is active in the U-Net, by step, row and pixel.
 
-The pipeline stays a stock one. While the hook is on, the U-Net's `forward` is wrapped, and a forward hook on the `up`
-factor of each adapter multiplies that layer's change by a gate; both are gone afterwards.
+The pipeline stays a stock one. While hooked, the U-Net's `forward` is wrapped, and a forward hook on the `up` factor of
+each adapter multiplies that layer's change by a gate; both are removed afterwards.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PROMPT_LAYERS = (".attn2.to_k", ".attn2.to_v")  # their outputs belong to the pr
 
 @dataclass(frozen=True)
 class UNetCall:
-    """One call of the U-Net: its arguments by name, and where in the denoising it is made."""
+    """One call of the U-Net: its arguments by name, and its place in the denoising."""
 
     forward: Callable[..., Any]
     arguments: Mapping[str, Any]
     step: int  # denoising steps done before it
     progress: float  # share of the denoising steps done before it, 0 to 1
-    rows: int  # of the pipeline's own batch: one for each picture, two with classifier-free guidance
+    rows: int  # of the pipeline's batch: one for each picture, two with classifier-free guidance
     guided: bool  # the first half of the rows is the negative prompt
     size: tuple[int, int]  # height and width of the latents
 
@@ -47,7 +47,7 @@ class UNetCall:
 
     @property
     def states(self) -> Tensor:
-        """What the text encoders made of the prompts. (rows, tokens, d)"""
+        """The text encoders' output for the prompts. (rows, tokens, d)"""
         states: Tensor = self.arguments["encoder_hidden_states"]
         return states
 
@@ -80,21 +80,21 @@ class UNetCall:
 
 @dataclass
 class Gate:
-    """What the changes of one adapter are multiplied by; None: 1."""
+    """Factors on the changes of one adapter; None: 1."""
 
     rows: Tensor | None = None  # (rows,)
-    masks: Masks | None = None  # of all subjects, which keep their reduced sizes from step to step
+    masks: Masks | None = None  # of all subjects, with their reduced sizes cached from step to step
     subject: int = 0  # which of them
     words: Tensor | None = None  # (rows or 1, tokens), for the layers that read the prompt
 
 
-Answer = Callable[["UNetHook", UNetCall], Any]  # what the pipeline gets instead of the U-Net's own answer
+Answer = Callable[["UNetHook", UNetCall], Any]  # returns what the pipeline gets in place of the U-Net's output
 
 
 class UNetHook:
     """Weights by step, and gates by row, pixel and word, for adapters that are attached to a pipeline.
 
-    gates    one for each attached adapter, to be set before a call runs; None: active everywhere
+    gates    one for each attached adapter, set before a call runs; None: active everywhere
     current  the U-Net call that is being answered
     size     height and width of the hidden states that pass through the current transformer
     """
@@ -112,17 +112,17 @@ class UNetHook:
         self._names = list(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]  # after self
         self._active = [True] * len(attached)
         self._timesteps: list[float] = []  # of this denoising so far
-        self._total = 1  # how many it has
+        self._total = 1  # timesteps of this denoising
 
     def open_gates(self) -> None:
-        """All adapters are active everywhere."""
+        """Make all adapters active everywhere."""
         self.gates = [None] * len(self.attached)
 
     # --- on and off
 
     @contextmanager
     def hooked(self, answer: Answer | None = None) -> Iterator[None]:
-        """`answer(hook, call)` answers every U-Net call meanwhile; None: the U-Net does."""
+        """Within the context, `answer(hook, call)` answers every U-Net call; None: the U-Net does."""
         with ExitStack() as stack:
             for module in self.unet.modules():
                 if type(module).__name__ == "Transformer2DModel":
@@ -216,13 +216,13 @@ class Branch:
     """One of several predictions that are mixed into one: its adapters, its prompt."""
 
     adapters: frozenset[int]  # which of the attached adapters are active
-    text: TextConditions | None = None  # (1, tokens, d); None: the pipeline's own
+    text: TextConditions | None = None  # (1, tokens, d); None: the pipeline's
 
 
 def mix_branches(hook: UNetHook, call: UNetCall, branches: Sequence[Branch], shares: Tensor, *, together: bool) -> Any:
     """The mean of the U-Net's predictions in several branches, weighted by `shares` (branches, P or 1, H or 1, W or 1).
 
-    together  all branches in one call with that many times the rows; else one call after the other, in less memory
+    together  run all branches as one larger batch; else one after the other, in less memory
     """
     calls, device = [call.prompted(branch.text) for branch in branches], hook.unet.device
     if together:

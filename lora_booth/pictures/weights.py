@@ -1,4 +1,4 @@
-"""Weight: how strongly an adapter acts, everywhere alike or by block and by denoising step."""
+"""Weight: an adapter's strength, uniform or by block and by denoising step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = "text"
 class Weight:
     """A weight that differs by block or by step: `Weight(0.8, blocks={"down": 0.5, "up.1": 0}, end=0.6)`.
 
-    value   of the whole adapter
+    value   of the adapter
     blocks  factors on it for "down", "mid", "up" (or one block, e.g. "up.1") of the U-Net and for "text"; others: 1
     start   share of the denoising steps, 0 to 1, from which on the adapter is active
     end     share until which it is active (in the text encoders: always, if start is 0)
@@ -61,7 +61,7 @@ class Weight:
 
 
 def names_of_block(path: str) -> tuple[str, ...]:
-    """The finest name first."""
+    """Names of the block, the most specific first."""
     component, block, index = (*path.split("."), "", "")[:3]
     if component != "unet":
         return (TEXT,)

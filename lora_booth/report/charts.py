@@ -9,8 +9,8 @@ from html import escape
 Point = tuple[float, float]
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 58, 22, 10, 26  # pixels
-MOST_POINTS = 600  # of one line; chosen: about one for each pixel
-HIGHEST = 0.98  # share of the raw losses that the chart must show, since a few lie far above; chosen
+MOST_POINTS = 600  # of one line; chosen: about one per pixel
+HIGHEST = 0.98  # share of the raw losses inside the chart, since a few lie far above; chosen
 
 
 def chart(
@@ -24,14 +24,14 @@ def chart(
     last: float | None = None,
     style: str = "",
 ) -> str | None:
-    """An SVG element, with every text escaped; None where there is no point to show.
+    """An SVG element, with all text escaped; None if there are no points.
 
-    label      what it shows, for screen readers
+    label      a description for screen readers
     lines      CSS class and points, by x
     top, last  ends of the axes; None: those of the points
-    dots       a dot at each point, which says its values
+    dots       a dot at each point, with its values on hover
     marks      x and text of vertical lines
-    style      CSS for svg.lb that makes it a picture of its own; "": the page around it has the style
+    style      CSS for svg.lb, for use outside the report; "": the page has the style
     """
     everything = [point for _, points in lines for point in points]
     if not everything:
@@ -88,15 +88,15 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     """At most about MOST_POINTS: the lowest and the highest of each stretch, so that spikes stay."""
     if len(points) <= MOST_POINTS:
         return list(points)
-    size, kept = math.ceil(2 * len(points) / MOST_POINTS), []
+    size, extremes = math.ceil(2 * len(points) / MOST_POINTS), []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
-    return kept
+        extremes += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return extremes
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Exponential mean over a twentieth of the points, and over 20 at least (chosen), not drawn towards its first value."""
+    """Exponential mean over a twentieth of the points, at least 20 (chosen), without bias towards its first value."""
     keep = 1 - 2 / (max(20, len(points) / 20) + 1)
     total, weight, means = 0.0, 0.0, []
     for x, y in points:
@@ -106,6 +106,6 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def usual_top(values: Sequence[float]) -> float:
-    """Where the axis of noisy values may end."""
+    """An upper end for the axis of noisy values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(HIGHEST * len(ordered)))] if ordered else 1.0

@@ -1,4 +1,4 @@
-"""What a run's folder holds, and what its figures suggest. What is missing or damaged is left out."""
+"""Read a run's folder, and what its figures suggest. Missing or damaged parts are left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import AdapterError, SettingsError, shown
 from ..training.checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of, read_record
 from ..training.samples import SAMPLE_LIST
 
-# chosen, not measured: where the advice changes its words
+# chosen, not measured: thresholds of the advice
 FEW_PHOTOS = 4
 FEW_STEPS, MANY_STEPS = 50, 250  # times that each photo was seen
 DRIFTED = 2.0  # times the loss of the first tenth
@@ -74,11 +74,11 @@ class Run:
 
     @property
     def step(self) -> int:
-        return whole(self.record.get("step"))
+        return integer(self.record.get("step"))
 
     @property
     def total(self) -> int:
-        return whole(self.record.get("steps"))
+        return integer(self.record.get("steps"))
 
     @property
     def finished(self) -> bool:
@@ -90,10 +90,10 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Raises SettingsError for a folder that no run has written."""
+    """Raises SettingsError if the folder is not that of a run."""
     record = read_record(path)
     if not record:
-        raise SettingsError(f"{shown(path)}: no {RECORD} that can be read; give the folder of a run, from train(out=...)")
+        raise SettingsError(f"{shown(path)}: no readable {RECORD}; pass the folder of a run, e.g. runs/rex")
     return Run(
         path,
         record,
@@ -122,16 +122,16 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 def updates(path: Path) -> Iterator[Update]:
     for line in lines_of(path):
         loss = number(line.get("loss"))
-        yield Update(whole(line.get("step")), loss, number(line.get("rate")) or 0.0, number(line.get("seconds")) or 0.0)
+        yield Update(integer(line.get("step")), loss, number(line.get("rate")) or 0.0, number(line.get("seconds")) or 0.0)
 
 
 def samples(folder: Path) -> list[Sample]:
-    """The last one of each file."""
+    """The samples in the folder; of several lines for one file, the last counts."""
     found = {}
     for line in lines_of(folder / SAMPLE_LIST):
         file = folder / Path(str(line.get("file"))).name
         if file.is_file():
-            found[file] = Sample(whole(line.get("step")), str(line.get("prompt")), whole(line.get("seed")), file)
+            found[file] = Sample(integer(line.get("step")), str(line.get("prompt")), integer(line.get("seed")), file)
     return list(found.values())
 
 
@@ -144,7 +144,7 @@ def scores_of(path: Path, identity: Any) -> dict[str, Any]:
 
 
 def adapter_in(path: Path, record: Mapping[str, Any]) -> Path | None:
-    """The finished one, or that of the newest checkpoint."""
+    """The finished adapter, or that of the newest checkpoint."""
     if record.get("status") == "finished" and (path / ADAPTER).is_file():
         return path / ADAPTER
     return max(path.glob(f"checkpoints/[0-9]*/{ADAPTER}"), key=lambda file: number_of(file.parent), default=None)
@@ -165,7 +165,7 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def whole(value: Any) -> int:
+def integer(value: Any) -> int:
     return int(number(value) or 0)
 
 
@@ -209,17 +209,17 @@ def of_status(run: Run) -> Iterator[Advice]:
 
 
 def of_events(run: Run) -> Iterator[Advice]:
-    said = [str(event.get("what", "")) for event in run.events]
-    if any("not finite" in text for text in said):
+    texts = [str(event.get("what", "")) for event in run.events]
+    if any("not finite" in text for text in texts):
         yield Advice("warning", "The loss was not finite for a while: use a lower learning rate, or the base in fp32.")
-    elif any("learning rate is halved" in text for text in said):
+    elif any("learning rate is halved" in text for text in texts):
         yield Advice("warning", "The loss jumped and the learning rate was halved: start with a lower one next time.")
-    if any("out of memory" in text for text in said):
+    if any("out of memory" in text for text in texts):
         yield Advice(
             "note",
             "Memory ran out, and a setting that saves memory was switched on: see the events, and set it from the start.",
         )
-    if any(text.startswith("no checkpoint") for text in said):
+    if any(text.startswith("no checkpoint") for text in texts):
         yield Advice("warning", "A checkpoint could not be written: see the events, and free disk space before the next run.")
 
 
@@ -229,13 +229,13 @@ def of_exposure(run: Run) -> Iterator[Advice]:
         return
     if photos < FEW_PHOTOS:
         yield Advice(
-            "note", f"{counted(photos, 'photo')}: a few more, in other places and light, let the subject appear in new scenes."
+            "note", f"{counted(photos, 'photo')}: a few more, in other places and light, help the subject appear in new scenes."
         )
     batch = number(run.config.get("batch_size")) or 1
     seen = run.step * batch * (number(run.config.get("gradient_accumulation")) or 1) / photos
     words = f"Each photo was seen {seen:.0f} times"
     if run.finished and seen < FEW_STEPS:
-        yield Advice("note", f"{words}, which is few. If it does not look like the subject yet, train for more steps.")
+        yield Advice("note", f"{words}, which is few. If pictures do not look like the subject yet, train for more steps.")
     elif seen > MANY_STEPS:
         more = "If pictures repeat the photos or ignore the prompt, use fewer steps or a lower weight."
         yield Advice("note", f"{words}, which is many. {more}")

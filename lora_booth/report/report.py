@@ -24,20 +24,20 @@ from ..pictures.gallery import SMALL, data_url, source_hash
 from ..training.checkpoint import REPORT
 from ..training.progress import clock
 from .charts import chart, smoothed, usual_top
-from .reading import Run, Sample, advice, counted, dicts, number, part, read_run, whole
+from .reading import Run, Sample, advice, counted, dicts, integer, number, part, read_run
 
 T = TypeVar("T")
 
-THUMBNAIL = 256  # pixels of a picture on the page, at most
+THUMBNAIL = 256  # pixels of a picture on the page, at most; chosen
 QUALITY = 80  # of WebP; chosen
 MOST_COLUMNS = 24  # pictures of a row of samples, at most; chosen
 TIMES = {"preparing": "preparing", "training": "training", "sampling": "of which sampling", "saving": "of which saving"}
 MEMORY = {"host": "peak memory of the process", "device": "peak memory of the GPU"}
-SHARES = (("subject_share", "subject", 0.0), ("prompt_share", "prompt", 1.0))  # with the base's own share, at step 0
+SHARES = (("subject_share", "subject", 0.0), ("prompt_share", "prompt", 1.0))  # with the share of the base, at step 0
 
 
 @dataclass(frozen=True)
-class Shown:
+class PagePicture:
     """A picture on the page."""
 
     url: str
@@ -48,10 +48,10 @@ class Shown:
 
 
 def write_report(run: str | Path, *, photos: bool = True) -> Path:
-    """Write `report.html` into the folder of a run, from what the folder holds.
+    """Write `report.html` to the folder of a run, from the files in it.
 
-    photos  show small copies of the photos; leave them out of a page that you pass on
-    Raises SettingsError for a folder that no run has written.
+    photos  show small copies of the photos; leave them out of a page that you share
+    Raises SettingsError if the folder is not that of a run.
     """
     found = read_run(Path(run))
     path = found.path / REPORT
@@ -59,16 +59,16 @@ def write_report(run: str | Path, *, photos: bool = True) -> Path:
     return path
 
 
-def try_report(run: Path, tell: Callable[[str], None]) -> None:
-    """`write_report`, where no failure may end a training: `tell` gets a line about it."""
+def try_report(run: Path, say: Callable[[str], None]) -> None:
+    """`write_report` for the end of a training, which a failure must not break: `say` gets a line about it."""
     try:
         write_report(run)
     except Exception as error:
-        tell(f"no {REPORT} ({type(error).__name__})")
+        say(f"no {REPORT} ({type(error).__name__})")
 
 
 def html(run: Run, *, photos: bool = True) -> str:
-    """One page that loads nothing from anywhere else; every text is escaped."""
+    """One self-contained page; all text is escaped."""
     style = file("page.css")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     adapter = run.adapter
@@ -78,7 +78,7 @@ def html(run: Run, *, photos: bool = True) -> str:
         None if one is None else Markup(one) for one in (fidelity_chart(run), loss_chart(run), rate_chart(run))
     )
     return page.from_string(file("page.html")).render(
-        style=Markup(style),  # our own file; charts escape what is in them
+        style=Markup(style),  # a file of this package; charts escape their text
         hash=source_hash,
         title=title_of(run),
         summary=summary(run),
@@ -131,7 +131,7 @@ def summary(run: Run) -> list[str]:
 # --- pictures
 
 
-def strips(run: Run) -> list[tuple[str, int, list[Shown]]]:
+def strips(run: Run) -> list[tuple[str, int, list[PagePicture]]]:
     """The samples of one prompt and seed over time, for each prompt and seed."""
     rows: dict[tuple[str, int], list[Sample]] = {}
     for sample in run.samples:
@@ -143,14 +143,14 @@ def strips(run: Run) -> list[tuple[str, int, list[Shown]]]:
 
 
 def spread(row: Sequence[T], most: int = MOST_COLUMNS) -> list[T]:
-    """At most so many of them, with the first and the last."""
+    """At most `most` of them, evenly spaced, with the first and the last."""
     if len(row) <= most:
         return list(row)
     return [row[round(i * (len(row) - 1) / (most - 1))] for i in range(most)]
 
 
-def picture(path: Path, text: str) -> Shown:
-    """Grey where the file cannot be read."""
+def picture(path: Path, text: str) -> PagePicture:
+    """A grey picture if the file cannot be read."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -158,7 +158,7 @@ def picture(path: Path, text: str) -> Shown:
         image, text = Image.new("RGB", (SMALL, SMALL), (128, 128, 128)), f"{text}: cannot be read"
     pixelated = image.width <= SMALL
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return Shown(data_url(image, QUALITY), image.width, image.height, text, pixelated)
+    return PagePicture(data_url(image, QUALITY), image.width, image.height, text, pixelated)
 
 
 # --- curves
@@ -181,7 +181,7 @@ def rate_chart(run: Run) -> str | None:
 def fidelity_chart(run: Run) -> str | None:
     rows, lines = [row for row in dicts(run.scores.get("adapters")) if row.get("step") is not None], []
     for key, kind, start in SHARES:
-        points = [(float(whole(row["step"])), value) for row in rows if (value := number(row.get(key))) is not None]
+        points = [(float(integer(row["step"])), value) for row in rows if (value := number(row.get(key))) is not None]
         if points:
             lines.append((kind, [(0.0, start), *points]))
     return chart("Subject and prompt fidelity by step", lines, top=1.0, dots=True, last=run.total)
@@ -217,7 +217,7 @@ Setting = tuple[str, str, str]  # name, value, default
 
 
 def settings(run: Run) -> tuple[list[Setting], list[Setting], list[Setting]]:
-    """Other than the default; without a fixed default (given, or chosen from the photos and the base); as the default."""
+    """Settings changed from the default; those without a fixed default (set, or chosen for this run); those at the default."""
     changed: list[Setting] = []
     chosen: list[Setting] = []
     usual: list[Setting] = []
@@ -254,7 +254,7 @@ def timings(run: Run) -> list[tuple[str, str]]:
 
 def event_words(event: dict[str, Any]) -> tuple[str, str, str]:
     at = str(event.get("at", "")).replace("T", " ").removesuffix("+00:00")
-    return at, f"step {whole(event.get('step'))}", str(event.get("what", ""))
+    return at, f"step {integer(event.get('step'))}", str(event.get("what", ""))
 
 
 # --- how to use the file
@@ -263,7 +263,7 @@ Way = tuple[str, list[str], str]  # program, sentences, code
 
 
 def ways(adapter: Adapter, file: Path, run: Path) -> Iterator[Way]:
-    """One for each program. The page names the run's folder, but not where it is."""
+    """A way for each program. The page has the name of the run's folder, but not its path."""
     card = adapter.card
     prompt, weight = one_line(card.prompt or words(card) or "a photo"), f"{card.weight:g}"
     base = card.base_model or "the base"
@@ -272,11 +272,11 @@ def ways(adapter: Adapter, file: Path, run: Path) -> Iterator[Way]:
     load = (
         f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({quoted(base)})"
         if on_hub(card.base_model)
-        else f"import lora_booth as lb\n\npipe = lb.BaseModel.load({quoted(base)}).pipeline  # or the place of this base"
+        else f"import lora_booth as lb\n\npipe = lb.BaseModel.load({quoted(base)}).pipeline  # or the path of this base"
     )
     used = f"pipe.load_lora_weights({quoted(folder)}, weight_name={quoted(name)})\nimage = pipe({quoted(prompt)}).images[0]"
     yield "diffusers", [here], f"{load}\n{used}"
-    copy = f"Copy {name} to models/{{}}/ under a name of its own, e.g. {stem}.safetensors."
+    copy = f"Copy {name} to models/{{}}/ under a unique name, e.g. {stem}.safetensors."
     node = f"Add a Load LoRA node between the checkpoint and the prompts, set both strengths to {weight}, and write:"
     yield "ComfyUI", [copy.format("loras"), node], prompt
     yield "A1111", [copy.format("Lora"), "Then write:"], f"{prompt} <lora:{stem}:{weight}>"
@@ -286,4 +286,4 @@ def ways(adapter: Adapter, file: Path, run: Path) -> Iterator[Way]:
         f"pictures = lb.Composition(base, [adapter]).generate({quoted(f'{prompt} in the snow')}, seeds=range(4))\n"
         'lb.Gallery(pictures).save("gallery.html")'
     )
-    yield "lora_booth", [here, f"To score every adapter that the run has kept, use lora-booth evaluate on {folder}."], script
+    yield "lora_booth", [here, f"To score every adapter that the run has saved, run lora-booth evaluate on {folder}."], script

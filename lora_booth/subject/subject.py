@@ -23,7 +23,7 @@ PLACEHOLDERS = ("token", "class_noun", "a")
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing to teach: its photos, the token that stands for it, and the class it belongs to."""
+    """A subject to teach: its photos, the token that stands for it, and the class it belongs to."""
 
     photos: tuple[Photo, ...]
     token: str
@@ -34,7 +34,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         if not self.photos:
-            raise SubjectError("a subject without photos; pass at least one (3 to 30 are usual)")
+            raise SubjectError("the subject has no photos; pass at least one (3 to 30 are usual)")
         check_token_text(self.token)
         _check_class_noun(self.class_noun)
         if self.token.lower() == self.class_noun.lower():
@@ -85,14 +85,14 @@ class Subject:
         """
         if isinstance(templates, str):
             templates = (templates,)
-        # Checked before every photo is decoded, so that a typo does not take that long to show.
+        # Checked before the photos are decoded, so that a typo shows at once.
         check_token_text(token)
         _check_class_noun(class_noun)
         found: PhotoSet = find_photos(folder, crop=crop, crops=crops, masks=masks, minimum=minimum, maximum=maximum)
         return cls(found.photos, token, class_noun, tuple(templates), class_template, found.skipped)
 
     def audit(self, *, resolution: int = 512) -> Audit:
-        """What the photos will teach at `resolution` pixels, and what to change. It is advice: nothing in it stops training.
+        """What the photos will teach at `resolution` pixels, and what to change. This is advice: nothing in it stops training.
 
         Raises PhotoError if a photo is gone or changed since it was found.
         """
@@ -105,7 +105,7 @@ class Subject:
 
     @property
     def card_prompt(self) -> str:
-        """The prompt that an adapter's card suggests: token and class noun only, never words of your templates or captions."""
+        """The prompt that an adapter's card suggests: only token and class noun, never your templates or captions."""
         return self.instance_prompt if self.templates[0] == INSTANCE_TEMPLATE else f"{self.token} {self.class_noun}"
 
     @property
@@ -127,10 +127,10 @@ class Subject:
             place = self.photos.index(photo) if photo in self.photos else 0
             return self._filled(self.templates[place % len(self.templates)])
         caption = self._filled(photo.caption)
-        if re.search(_whole_word(self.token), caption, re.IGNORECASE):
+        if re.search(_as_word(self.token), caption, re.IGNORECASE):
             return caption
         both = f"{self.token} {self.class_noun}"
-        renamed, count = re.subn(_whole_word(self.class_noun), lambda _: both, caption, count=1, flags=re.IGNORECASE)
+        renamed, count = re.subn(_as_word(self.class_noun), lambda _: both, caption, count=1, flags=re.IGNORECASE)
         return renamed if count else f"{self.instance_prompt}, {caption}"
 
     def _filled(self, template: str) -> str:
@@ -139,7 +139,7 @@ class Subject:
         return re.sub(r"\{(token|class_noun|a)\}", lambda match: words[match[1]], template)
 
 
-def _whole_word(words: str) -> str:
+def _as_word(words: str) -> str:
     return rf"(?<!\w){re.escape(words)}(?!\w)"
 
 
@@ -158,6 +158,6 @@ def _check_template(template: str, *, needs: str) -> None:
             allowed = ", ".join(f"{{{word}}}" for word in PLACEHOLDERS)
             raise SubjectError(f"template {shown(template)!r}: unknown placeholder {{{shown(name)}}}; allowed: {allowed}")
     if f"{{{needs}}}" not in template:
-        raise SubjectError(f"template {shown(template)!r} lacks {{{needs}}}; write it where the word belongs")
+        raise SubjectError(f"template {shown(template)!r} lacks {{{needs}}}; add it where the word belongs")
     if not template.isprintable():
         raise SubjectError(f"template {shown(template)!r} has a control character; needed: one line of text")

@@ -1,7 +1,7 @@
-"""Is a token free to take a new meaning? Looked up in the base's own vocabulary.
+"""Checks in the base's vocabulary whether a token is free to take a new meaning.
 
 DreamBooth binds a subject to a word that means nothing to the base. A token that already has a meaning, as a word or a
-name, pulls the result towards that meaning.
+name, pulls the pictures towards that meaning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VOWELS = "aeiouy"
 
 
 class Tokenizer(Protocol):
-    """What this needs of a tokenizer (transformers' CLIPTokenizer has it)."""
+    """The tokenizer methods used here (transformers' CLIPTokenizer has them)."""
 
     def tokenize(self, text: str) -> list[str]:
         """The pieces of `text`; the last of each word ends with `</w>`."""
@@ -46,7 +46,7 @@ class TokenReport:
 
     token: str
     pieces: tuple[str, ...]  # as the tokenizer writes them; the last ends with </w>
-    problems: tuple[str, ...]  # any of them means: take another token
+    problems: tuple[str, ...]  # with any of these, choose another token
     warnings: tuple[str, ...] = ()  # the token works, with these drawbacks
 
     @property
@@ -60,8 +60,8 @@ def check_token(token: str, tokenizer: Tokenizer, *, known_rare: Collection[str]
 
     A CLIP vocabulary is ordered by how often its pieces were seen. Any piece of five letters or more is a word (or a
     hashtag), and so is a shorter one, unless it stands near the end.
-    `known_rare` are tokens that the base was never taught: they always pass. A base with such a list has a closed
-    vocabulary, in which every other whole word was taught.
+    `known_rare` are tokens that the base was never trained on: they always pass. A base with such a list has a closed
+    vocabulary, and was trained on every other complete word in it.
     Raises SubjectError if the token is not one word (empty, with spaces or control characters).
     """
     check_token_text(token)
@@ -81,14 +81,14 @@ def check_token(token: str, tokenizer: Tokenizer, *, known_rare: Collection[str]
         if known_rare or _is_known_word(word, vocabulary):
             problems.append("the base knows it as a word and has pictures for it")
         elif word.isalpha() and _reads_like_a_word(word):
-            warnings.append("it reads like a word; if the base knows it, its meaning will show")
+            warnings.append("it reads like a word; if the base knows it, that meaning will show")
     else:
         parts = [piece.removesuffix(END) for piece in pieces]
         known = [part for part in parts if len(part) >= 3 and _is_known_word(part, vocabulary)]
         if known:
             warnings.append(f"it contains what the base knows as a word ({', '.join(map(shown, known))}), which may show")
         elif word.isalpha() and len(word) >= 5 and _reads_like_a_word(word):
-            warnings.append("it reads like a word or a name; if the base knows it, its meaning will show")
+            warnings.append("it reads like a word or a name; if the base knows it, that meaning will show")
         if all(len(part) == 1 for part in parts):
             warnings.append("the base spells it letter by letter, as it does with much other text; one piece is better")
     if word == "sks":
@@ -96,7 +96,7 @@ def check_token(token: str, tokenizer: Tokenizer, *, known_rare: Collection[str]
     if word in _words("first_names", "artists"):
         warnings.append("it is a person's name; the base links it to people's pictures or style")
     elif _looks_like_a_name(token):
-        warnings.append("it looks like a person's name; train on a person only with their consent, and take a rare token")
+        warnings.append("it looks like a person's name; train on a person only with their consent, and choose a rare token")
     if word != token:
         warnings.append(f"the base reads lower case only: {token} and {word} are the same to it")
     return TokenReport(token, pieces, tuple(problems), tuple(warnings))
@@ -105,8 +105,8 @@ def check_token(token: str, tokenizer: Tokenizer, *, known_rare: Collection[str]
 def propose_tokens(tokenizer: Tokenizer, count: int = 8, *, known_rare: Collection[str] = (), seed: int = 0) -> list[str]:
     """Up to `count` tokens of three or four letters, each one rare piece; the same for the same seed.
 
-    With `known_rare`, the proposals are those of it that are one piece. Otherwise they come from the last tenth of the
-    vocabulary, without what can be pronounced, names and well-known abbreviations.
+    With `known_rare`, those of them that are one piece. Otherwise they come from the last tenth of the vocabulary, without
+    pronounceable ones, names and well-known abbreviations.
     Raises SubjectError if the vocabulary has none.
     """
     vocabulary = tokenizer.get_vocab()
@@ -140,7 +140,7 @@ def _words(*lists: str) -> frozenset[str]:
 
 
 def _is_known_word(word: str, vocabulary: Mapping[str, int]) -> bool:
-    """It is a whole word in the vocabulary, and not one of the short leftovers at its end."""
+    """Whether it is a complete word in the vocabulary, and not one of the short leftovers at its end."""
     number = vocabulary.get(word + END)
     if number is None or not word.isalpha():
         return False
@@ -148,14 +148,14 @@ def _is_known_word(word: str, vocabulary: Mapping[str, int]) -> bool:
 
 
 def _reads_like_a_word(word: str) -> bool:
-    """It can be pronounced: it has a vowel and never three consonants in a row."""
+    """Whether it can be pronounced: it has a vowel and never three consonants in a row."""
     return bool(re.search(f"[{VOWELS}]", word)) and not re.search(f"[^{VOWELS}]{{3}}", word)
 
 
 def _looks_like_a_name(token: str) -> bool:
     """First and last name in one word: JohnSmith, john_smith, john-smith, gregrutkowski.
 
-    The signs are two capitalised parts, or a common first name or artist's surname among the parts. It is a hint, not a
+    The signs are two capitalised parts, or a common first name or artist's surname among the parts. This is a hint, not a
     check: it misses names of one part, of other scripts or outside the lists, and it takes a brand (TealCup) for a name.
     """
     first_names, artists = _words("first_names"), _words("artists")

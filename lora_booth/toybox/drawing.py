@@ -32,7 +32,7 @@ def blend(a: RGB, b: RGB, t: float) -> RGB:
 
 @dataclass
 class Canvas:
-    """A picture under way, `side` supersampled pixels wide."""
+    """A picture in the making, `side` supersampled pixels wide and high."""
 
     side: int
     image: Image.Image = field(init=False)
@@ -50,7 +50,7 @@ class Canvas:
             self.pen.polygon(self.scaled(shape), fill=color)
 
     def gradient(self, top: RGB, bottom: RGB, y0: float = 0.0, y1: float = 1.0) -> None:
-        """Vertical, in bands that are too fine to see."""
+        """A vertical gradient, row by row."""
         first, last = round(y0 * self.side), round(y1 * self.side)
         for y in range(first, last):
             t = (y - first) / max(1, last - first - 1)

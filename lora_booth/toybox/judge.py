@@ -1,7 +1,7 @@
-"""The toybox's judge: a small network that reads off a 64 x 64 picture what `world.py` would have drawn there.
+"""The toybox's judge: a small network that reads from a 64 x 64 picture what `world.py` would have drawn.
 
 It is trained on renders only and never seen by the generator. Its accuracy on held-out renders is the ceiling of
-every score that it gives (`benchmarks/RESULTS.md`).
+each of its scores (`benchmarks/RESULTS.md`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .scenery import CONTEXTS
 from .world import ACCESSORIES, CLASSES, COLORS, PATTERNS, STYLES, Identity, Scene
 
 NONE = "none"
-# what is read for each object (left to right; a single object is the first)
+# read for each object, left to right; a single object is the first
 OBJECT_HEADS: dict[str, tuple[str, ...]] = {
     "class_noun": (*CLASSES, NONE),
     "color": tuple(COLORS),
@@ -38,12 +38,12 @@ IDENTITY_PARTS = ("class_noun", "color", "second", "third", "pattern", "accessor
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one picture shows, as the judge sees it."""
+    """What one picture shows, according to the judge."""
 
     objects: tuple[Identity, ...]  # none, one or two; left to right
     context: str
     style: str
-    feature: np.ndarray  # (FEATURES,) float32, unit length: for cosine similarity of what is shown
+    feature: np.ndarray  # (FEATURES,) float32, unit length: for cosine similarity of contents
 
 
 class JudgeNet(nn.Module):

@@ -1,4 +1,4 @@
-"""The ten contexts: what lies behind the objects of a scene."""
+"""The ten contexts: backgrounds for the objects of a scene."""
 
 from __future__ import annotations
 

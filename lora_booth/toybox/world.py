@@ -1,13 +1,13 @@
 """The drawn world of the toybox: pictures with ground truth, the same for the same seed.
 
 A picture shows one or two objects in a context, in one of two styles. Captions may name an object's class and
-colour; the rest of its *look* (second and third colour, pattern, accessory) is never put into words, so a model can
-learn a particular object from pictures only. That is what makes it a world to try DreamBooth in. Some looks have a
-made-up name ("nemu dog", "nemu mug"), as some individuals are known to any large model: from them a base learns that
-a word before the class noun may stand for a look. No held-out subject has a look with a name.
+colour; the rest of its *look* (second and third colour, pattern, accessory) never appears in one, so a model can learn
+a particular object only from pictures, as in DreamBooth. Some looks have a made-up name ("nemu dog", "nemu mug"), as
+large models know some individuals by name: from them a base learns that a word before the class noun may stand for a
+look. No held-out subject has a look with a name.
 
-Everything is drawn in unit coordinates (x to the right, y down, 0..1) at three times the wanted size and reduced
-by area, so any size can be drawn and edges are smooth.
+Everything is drawn in unit coordinates (x to the right, y down, 0..1) at three times the target size and
+averaged down, so any size can be drawn and edges are smooth.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SUPERSAMPLING = 3
 
 @dataclass(frozen=True)
 class Identity:
-    """One particular object. `color` can be named in a caption; the rest never is."""
+    """One particular object. A caption may name `color`, and never the rest."""
 
     class_noun: str
     color: str
@@ -61,7 +61,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects (left to right), where, and in which style; `seed` fixes pose and scenery."""
+    """One or two objects (left to right), their context and style; `seed` fixes pose and scenery."""
 
     objects: tuple[Identity, ...]
     context: str
@@ -69,7 +69,7 @@ class Scene:
     seed: int = 0
 
     def caption(self, *, colors: bool = True, context: bool = True, names: Collection[int] = ()) -> str:
-        """What a person would write. `names`: the objects (0, 1) to call by their look's name instead of a colour."""
+        """A caption as people write it. names: the objects (0, 1) to call by their look's name instead of a colour"""
         phrases = [
             f"{name_of(o)} {o.class_noun}"
             if i in names
@@ -83,7 +83,7 @@ class Scene:
 @dataclass(frozen=True)
 class Render:
     image: Image.Image  # RGB, size x size
-    masks: np.ndarray  # (number of objects, size, size) bool: what each object covers
+    masks: np.ndarray  # (objects, size, size) bool: the pixels of each object
     scene: Scene
 
 
@@ -113,7 +113,7 @@ HELD_OUT: dict[str, Identity] = {
 
 
 def is_held_out(identity: Identity) -> bool:
-    """Also true for a near twin: the same class, colours and pattern with another accessory."""
+    """Also true for a near copy: the same class, colours and pattern with another accessory."""
     return any(replace(identity, accessory=h.accessory, third=h.third) == h for h in HELD_OUT.values())
 
 
@@ -124,7 +124,7 @@ def look_of(identity: Identity) -> Look:
     return (identity.color, identity.second, identity.third, identity.pattern, identity.accessory)
 
 
-NAMES = 240
+NAMES = 240  # chosen
 
 
 @cache
@@ -147,7 +147,7 @@ def names_of_looks() -> dict[Look, str]:
 
 
 def name_of(identity: Identity) -> str | None:
-    """The name of its look, where that has one."""
+    """The name of its look; None if it has none."""
     return names_of_looks().get(look_of(identity))
 
 
@@ -171,7 +171,7 @@ def random_scene(seed: int, *, pair_share: float = 0.4, sticker_share: float = 0
 
 @dataclass(frozen=True)
 class Figure:
-    """How a class looks, in the unit square. Parts are painted in order; "body" parts wear the pattern."""
+    """A class's shape in the unit square. Parts are painted in order; "body" parts get the pattern."""
 
     parts: Sequence[tuple[str | RGB, Shape]]  # ("body" or a colour, polygon)
     head: tuple[float, float, float]  # x, y, width of the place for a hat or a crown
@@ -295,7 +295,7 @@ CLASSES: tuple[str, ...] = tuple(FIGURES)
 
 
 def pattern_shapes(pattern: str, body: Sequence[Shape]) -> list[Shape]:
-    """The parts of the body's bounding box that have the second colour."""
+    """The shapes in the body's bounding box that get the second colour."""
     xs, ys = [x for s in body for x, _ in s], [y for s in body for _, y in s]
     x0, y0, w, h = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
     if pattern == "belly":
@@ -311,7 +311,7 @@ def pattern_shapes(pattern: str, body: Sequence[Shape]) -> list[Shape]:
 
 
 def accessory_shapes(accessory: str, figure: Figure) -> list[Shape]:
-    """What is worn, in the third colour, painted after the figure."""
+    """The accessory's shapes, painted after the figure in the third colour."""
     (hx, hy, hw), (nx, ny, nw) = figure.head, figure.neck
     if accessory == "none":
         return []
@@ -376,7 +376,7 @@ def paint_object(canvas: Canvas, identity: Identity, pose: Pose, style: str) -> 
     line = max(2, round(0.020 * canvas.side))
     mask = Image.new("L", canvas.image.size)
     mask_pen = ImageDraw.Draw(mask)
-    if style == "sticker":  # a white rim around the whole object
+    if style == "sticker":  # a white rim around the object
         for _, shape in parts:
             canvas.pen.line([*shape, *shape[:2]], fill=EYE_WHITE, width=3 * line, joint="curve")
     for paint, shape in parts:
@@ -410,6 +410,6 @@ def draw(scene: Scene, size: int = 64) -> Render:
 
 
 def photos_of(identity: Identity, count: int, contexts: Sequence[str], *, seed: int = 0, size: int = 256) -> list[Render]:
-    """What a user's photos would be: one object, `contexts` in turn."""
+    """Pictures like a user's photos: one object, in `contexts` by turns."""
     scenes = [Scene((identity,), contexts[i % len(contexts)], "photo", seed + i) for i in range(count)]
     return [draw(scene, size) for scene in scenes]
