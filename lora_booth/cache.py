@@ -1,7 +1,7 @@
 """The cache on disk: latents, text embeddings, class images and measurements, found by what they depend on.
 
 An entry is one safetensors file, named by the hash of everything its values depend on, so it can never be stale. It carries
-a checksum and is computed again if it is damaged. A full or read-only disk is no error: everything works without the cache.
+a checksum and is computed again if it is damaged. A full or read-only disk is not an error: everything works without the cache.
 
 Latents show your photos (not their names or places), so only their owner can read the folders; `clear_cache` empties them.
 """

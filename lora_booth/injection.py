@@ -160,7 +160,7 @@ def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: floa
     injection = Injection(model, required_grad, layers={})
     try:
         alone = nn.ModuleDict({keys[path]: plain for path, (_, _, plain) in homes.items()})
-        alone.is_loaded_in_4bit = is_quantized(alone)  # type: ignore[assignment]  # PEFT has layers of its own for these
+        alone.is_loaded_in_4bit = is_quantized(alone)  # type: ignore[assignment]  # PEFT has special layers for these
         inject_adapter_in_model(config, alone, adapter_name=NAME)
         for path, (parent, child, _) in homes.items():
             injection.layers[path] = parent._modules[child] = alone[keys[path]]
@@ -308,9 +308,9 @@ def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]])
         known = adapter.card.family
         if known is not None and known != family.name:
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} is {family.label}")
-        strangers = {key.partition(".")[0] for key in adapter.modules} - set(components)
-        if strangers:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} has no {sorted(strangers)[0]}")
+        unknown = {key.partition(".")[0] for key in adapter.modules} - set(components)
+        if unknown:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} has no {sorted(unknown)[0]}")
         plan.append((adapter, weight, {c: placed(model, c, adapter, where) for c, model in components.items()}))
     for adapter, weight, _ in plan:
         if weight:

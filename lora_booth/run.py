@@ -143,7 +143,7 @@ def train(
             shown.say(f"note: {note}")
         planned = config if state is not None else fitted(base, lora, config, photos=job.photos, say=shown.say)
         cache = processes.main_first(
-            lambda: prepare(base, subjects, lora=lora, config=config, display=shown, on_square=folder.keep_crop)
+            lambda: prepare(base, subjects, lora=lora, config=config, display=shown, on_square=folder.save_crop)
         )
         folder.begin(job.facts, base, config, cache, processes=processes.count)
         folder.timing("preparing", time.monotonic() - began)
@@ -176,7 +176,7 @@ def train(
         stop = follow(job, steps, folder, stopping, tracking, observers)
         adapter = job.adapter(steps.state())
         folder.end(adapter, stop)
-        processes.maximum(0)  # nobody leaves while another still needs it
+        processes.maximum(0)  # no process leaves while another still needs it
         if (stop := stopping.signal or stop) not in (0, TIME_UP):
             leave(stop)
         return adapter
@@ -217,7 +217,7 @@ def follow(
 
 
 def token_notes(base: BaseModel, subjects: Sequence[Subject]) -> Iterator[str]:
-    """Problems of the chosen tokens, by the base's own tokenizer."""
+    """Problems of the chosen tokens, by the base's tokenizer."""
     for subject in subjects:
         report = check_token(subject.token, base.tokenizer, known_rare=base.rare_tokens)
         yield from (*report.problems, *report.warnings)

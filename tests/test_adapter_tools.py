@@ -457,7 +457,7 @@ def test_extraction_says_what_it_leaves_out(bases):
 
 
 def test_what_cannot_be_extracted(bases):
-    with pytest.raises(BaseModelError, match="give the base that it was made from"):
+    with pytest.raises(BaseModelError, match="pass the base that it was tuned from"):
         lb.extract(bases["sd1"], bases["sdxl"], rank=4)
     with pytest.raises(BaseModelError, match="nothing to extract"):
         lb.extract(bases["sd1"], bases["sd1"], rank=4)

@@ -25,7 +25,7 @@ def test_a_second_run_is_refused_and_a_third_may(tmp_path: Path) -> None:
     with locked(tmp_path) as held:
         assert held is True
         for _ in range(2):
-            with pytest.raises(TrainingError, match=rf"another run is at work in it \(process {os.getpid()} on \S+\)"):
+            with pytest.raises(TrainingError, match=rf"another run is using it \(process {os.getpid()} on \S+\)"):
                 with locked(tmp_path):
                     raise AssertionError("not reached")
     with pytest.raises(KeyboardInterrupt), locked(tmp_path):

@@ -112,7 +112,10 @@ def test_when_one_is_killed_the_other_ends_and_the_checkpoint_is_whole(lost: int
     pair[lost].kill()
     other.join(60)
     assert other.exitcode not in (None, 0)
-    assert "another process of this run was lost; the same command continues it" in (results / f"error{1 - lost}").read_text()
+    assert (
+        "another process of this run was lost; run the same command again to continue"
+        in (results / f"error{1 - lost}").read_text()
+    )
     assert all(read_back(folder) is not None for folder in (run / "checkpoints").glob("[0-9]*"))
     found = newest([run / "checkpoints"])
     assert found is not None and found.step >= 4

@@ -107,7 +107,7 @@ def test_a_checkpoint_holds_the_adapter_so_far(photos: Path, tmp_path: Path) -> 
     again = adapter.save(tmp_path / "again.safetensors")
     assert load_file(again).keys() == load_file(folder / "adapter.safetensors").keys()
     tiny().pipeline.load_lora_weights(folder / "adapter.safetensors")  # stock diffusers reads it
-    assert record(tmp_path)["status"] == "broken off by Broken"
+    assert record(tmp_path)["status"] == "interrupted by Broken"
 
 
 # --- the same call again -------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_a_finished_run_of_another_version_is_refused(facts: Any, photos: Path, 
 
 def test_a_second_run_in_the_same_folder_is_refused(photos: Path, tmp_path: Path) -> None:
     def second() -> None:
-        with pytest.raises(TrainingError, match=rf"another run is at work in it \(process {os.getpid()} on \S+\)"):
+        with pytest.raises(TrainingError, match=rf"another run is using it \(process {os.getpid()} on \S+\)"):
             tiny_run(photos, tmp_path, config=QUICK)
 
     tiny_run(photos, tmp_path, config=QUICK, on_step=at(3, second))
@@ -402,7 +402,7 @@ def test_a_second_signal_acts_at_once(photos: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         tiny_run(photos, tmp_path, config=QUICK, on_step=at(3, twice))
-    assert record(tmp_path)["status"] == "broken off by KeyboardInterrupt"
+    assert record(tmp_path)["status"] == "interrupted by KeyboardInterrupt"
     with pytest.raises(KeyboardInterrupt):  # without a folder there is nothing to save, and the first one acts
         tiny_run(photos, None, config=QUICK, on_step=at(3, lambda: signal.raise_signal(signal.SIGINT)))
 
@@ -424,7 +424,7 @@ def test_a_second_sigterm_leaves_with_its_code(whole: tuple[Path, str], photos: 
             tiny_run(photos, tmp_path, config=QUICK)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert left.value.code == 143 and record(tmp_path)["status"] == "broken off by SystemExit"
+    assert left.value.code == 143 and record(tmp_path)["status"] == "interrupted by SystemExit"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000002"] and (tmp_path / "lock").read_text() == ""
     assert tiny_run(photos, tmp_path, config=QUICK) == whole[1]
 

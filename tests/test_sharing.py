@@ -217,7 +217,7 @@ def test_pictures_that_cannot_be_thumbnails(tmp_path: Path) -> None:
     for given in (tmp_path / "broken.jpg", str(tmp_path / "none.png")):
         with pytest.raises(PhotoError, match=Path(given).name):
             small().save(tmp_path / "a.safetensors", thumbnail=given)
-    with pytest.raises(SettingsError, match="a Picture is not a picture; give a PIL image"):
+    with pytest.raises(SettingsError, match="a Picture is not a picture; pass a PIL image"):
         small().save(tmp_path / "a.safetensors", thumbnail=picture())  # type: ignore[arg-type]
     assert not (tmp_path / "a.safetensors").exists()
 
@@ -391,7 +391,7 @@ def test_places_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             small().save_folder(tmp_path / name)
     monkeypatch.chdir(tmp_path / "real")
     for name in (".", "..", tmp_path):
-        with pytest.raises(AdapterError, match="is the current folder, or holds it"):
+        with pytest.raises(AdapterError, match="is the current folder, or contains it"):
             small().save_folder(name)
     with pytest.raises(AdapterError, match="cannot be written: .*; nothing was changed"):
         small().save_folder(tmp_path / "file" / "a")
@@ -647,7 +647,7 @@ def test_refusals_of_the_hub(online: Hub, part: str, status: int, answer: dict[s
 def test_a_hub_that_cannot_be_asked(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    with pytest.raises(AdapterError, match="not logged in .* `hf auth login` or give token="):
+    with pytest.raises(AdapterError, match="not logged in .* `hf auth login` or set HF_TOKEN"):
         small().push_to_hub("ann/rex")
     for name in ("ann/rex/a", "ann/r ex", "-ann/rex"):
         with pytest.raises(AdapterError, match="not the name of a repository .*; write it as user/name"):

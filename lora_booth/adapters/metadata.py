@@ -169,7 +169,7 @@ def _own_card(text: str | None) -> Card | None:
 
 
 def _family_by_width(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The width of the text condition tells the families apart at full size."""
+    """The width of the text condition distinguishes the families at full size."""
     widths = {shape[1] for name, shape in shapes.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
     return next((name for name, family in FAMILIES.items() if widths == {family.text_width}), None)
 

@@ -164,11 +164,11 @@ def words(card: Card) -> str:
 def sample_pictures(pictures: Placed) -> str:
     lines = []
     for number, (path, picture) in enumerate(pictures, 1):
-        said = [f"![picture {number}]({path})", code(picture.prompt), f"seed {picture.seed}"]
-        said += [f"without {code(picture.negative_prompt)}"] if picture.negative_prompt else []
-        said += [f"{picture.steps} steps, guidance {picture.guidance:g}"] if picture.steps else []
-        said += [", ".join(f"{code(name)} at {weight:g}" for name, weight in picture.adapters)] if picture.adapters else []
-        lines.append("- " + ", ".join(said))
+        parts = [f"![picture {number}]({path})", code(picture.prompt), f"seed {picture.seed}"]
+        parts += [f"without {code(picture.negative_prompt)}"] if picture.negative_prompt else []
+        parts += [f"{picture.steps} steps, guidance {picture.guidance:g}"] if picture.steps else []
+        parts += [", ".join(f"{code(name)} at {weight:g}" for name, weight in picture.adapters)] if picture.adapters else []
+        lines.append("- " + ", ".join(parts))
     return "\n".join(["## Pictures", "", *lines])
 
 

@@ -39,7 +39,7 @@ KOHYA_ENDS = (".lora_down.weight", ".lora_up.weight")
 class Program:
     """A program looks for a name that it knows of a module, with one of the pairs of endings.
 
-    The scale is `<name>.alpha` / rank, and 1 where there is no such tensor.
+    The scale is `<name>.alpha` / rank, and 1 without such a tensor.
     """
 
     source: str  # what the tables were written from
@@ -142,10 +142,10 @@ class Reading:
         if self.refusal is not None:
             return f"{self.reader}: refuses the file ({self.refusal})"
         count = len(self.scales)
-        said = f"reads {count} of {count + len(self.dropped)} modules" if count else "reads nothing"
+        text = f"reads {count} of {count + len(self.dropped)} modules" if count else "reads nothing"
         if self.rescaled:
-            said += f", {len(self.rescaled)} of them at another strength"
-        return f"{self.reader}: {said}" + (f" ({'; '.join(self.notes)})" if self.notes else "")
+            text += f", {len(self.rescaled)} of them at another strength"
+        return f"{self.reader}: {text}" + (f" ({'; '.join(self.notes)})" if self.notes else "")
 
 
 @dataclass(frozen=True)

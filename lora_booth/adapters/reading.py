@@ -188,7 +188,7 @@ def _inside(folder: Path, name: str) -> Path:
         raise _cannot_open(path, error) from None
     blob = target.parent.name == "blobs" and target.parent.parent in home.parents
     if target != home / name and not blob and not target.is_relative_to(home):
-        raise UnsafePath("a link out of its folder; give the path of the file itself", path)
+        raise UnsafePath("a link out of its folder; pass the path of the file itself", path)
     return path
 
 

@@ -52,7 +52,7 @@ def pixels_of(image: Image.Image | str | Path) -> Image.Image:
         except (Unusable, OSError) as error:
             raise PhotoError(f"the picture cannot be used: {first_line(error)}") from None
     if not isinstance(image, str | Path):
-        raise SettingsError(f"a {type(image).__name__} is not a picture; give a PIL image or a path")
+        raise SettingsError(f"a {type(image).__name__} is not a picture; pass a PIL image or a path")
     try:
         with opened(Path(image)) as (found, _, _):
             return rgb_copy(found)
@@ -120,7 +120,7 @@ def check_free(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise AdapterError("is not a folder; give another name", folder)
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise AdapterError("is the current folder, or holds it; give the name of a new one", folder)
+        raise AdapterError("is the current folder, or contains it; pass the name of a new one", folder)
     if any(folder.iterdir()) and not is_ours(folder):
         raise AdapterError("holds files that lora_booth did not write, or that were changed since; give another name", folder)
 
@@ -135,7 +135,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def mark(folder: Path, page: str) -> str:
-    """The last line of README.md, which tells a later call that nobody has changed the folder."""
+    """The last line of README.md, by which a later call knows that the folder is unchanged."""
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     if len(paths) > MOST_FILES or any(path.is_symlink() or not path.is_file() for path in paths):
         raise ValueError("not written by save_folder")
@@ -165,7 +165,7 @@ def put(temporary: Path, folder: Path) -> None:
 # --- the Hub -------------------------------------------------------------------------------------------------------
 
 REMEDIES = {  # HTTP status -> what it means here, and what helps
-    401: "the Hub does not accept this login; log in with `hf auth login` or give token=",
+    401: "the Hub does not accept this login; log in with `hf auth login` or set HF_TOKEN",
     403: "this token may not write there; create another at https://huggingface.co/settings/tokens, or choose another name",
     404: "no such user or organisation, or this token may not see it; check the name",
     413: "larger than the Hub accepts",
@@ -187,7 +187,7 @@ def push_to_hub(
     from huggingface_hub import HfApi, get_token
 
     if token is None and get_token() is None:
-        raise AdapterError("not logged in to the Hub; log in with `hf auth login` or give token=", repo_id)
+        raise AdapterError("not logged in to the Hub; log in with `hf auth login` or set HF_TOKEN", repo_id)
     api = HfApi(token=token, library_name="lora_booth", library_version=__version__)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -214,8 +214,8 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise AdapterError(f"not the name of a repository ({first_line(error)}); write it as user/name", repo_id) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = REMEDIES.get(status, f"the Hub answered {status}: {first_line(error)}")
-        raise AdapterError(said, repo_id) from error
+        reason = REMEDIES.get(status, f"the Hub answered {status}: {first_line(error)}")
+        raise AdapterError(reason, repo_id) from error
     except ValueError as error:  # of the page's front matter
         raise AdapterError(f"the Hub does not accept it: {' '.join(str(error).split())[:300]}", repo_id) from error
     except Exception as error:

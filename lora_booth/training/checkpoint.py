@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are complete or not there at all, from which a run resumes exactly.
+"""Checkpoints: folders that are complete or absent, from which a run resumes exactly.
 
 Every random draw comes from (seed, step), so the state is the adapter, the optimizer, the scaler, the recent losses and the
 step.
@@ -25,13 +25,13 @@ from ..files import make_folder, sync_folder, write_synced
 STATE, ADAPTER, METRICS, RECORD, MANIFEST = "state.pt", "adapter.safetensors", "metrics.jsonl", "run.json", "manifest.json"
 SAMPLES, CROPS, SCORES, REPORT = "samples", "crops", "scores.json", "report.html"  # beside them in the folder of a run
 ROOM = 3  # checkpoint sizes that must be free before one is written: chosen
-KEPT = 2  # the newest, and one more in case that is damaged
+KEPT = 2  # checkpoints; chosen: the newest, and one more in case that is damaged
 OURS = re.compile(r"\d{6,}(\.\d+)?|\..+\.tmp")  # names in a folder of checkpoints that pruning may touch
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read completely: every file is as it was written."""
+    """A checkpoint that was read completely, with every hash right."""
 
     folder: Path
     step: int
@@ -39,13 +39,13 @@ class Checkpoint:
     contents: Mapping[str, bytes]
 
     def record(self) -> dict[str, Any]:
-        """run.json as it was then."""
+        """run.json at that step."""
         found: dict[str, Any] = json.loads(self.contents[RECORD])
         return found
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """run.json of a run's folder; empty where there is none that can be read."""
+    """run.json of a run's folder; empty if it cannot be read."""
     try:
         record = json.loads((run / RECORD).read_bytes())
     except (OSError, ValueError):
@@ -106,27 +106,27 @@ def write_folder(
 
 
 def prune(parent: Path) -> None:
-    """Remove all but the newest checkpoints, and what dead processes left. The folder is locked: nobody else writes here."""
+    """Remove all but the newest checkpoints, and leftovers of dead processes. The lock keeps others from writing here."""
     ours = [path for path in parent.iterdir() if OURS.fullmatch(path.name)]
-    written = [folder for folder in in_place(ours) if (folder / MANIFEST).exists()]  # others are of another program
+    written = [folder for folder in in_place(ours) if (folder / MANIFEST).exists()]  # others belong to another program
     for old in sorted(written, key=number_of)[:-KEPT]:
-        aside = parent / f".{old.name}.{os.getpid()}.tmp"  # so that a checkpoint's name never stands on half of one
+        aside = parent / f".{old.name}.{os.getpid()}.tmp"  # so that no half-removed folder has a checkpoint's name
         try:
             ours.append(old.replace(aside))
         except OSError:
             continue
-    for litter in ours:
-        if litter.name.startswith("."):
-            shutil.rmtree(litter, ignore_errors=True)
+    for leftover in ours:
+        if leftover.name.startswith("."):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def in_place(paths: Iterable[Path]) -> list[Path]:
-    """Those with the name of a complete checkpoint."""
+    """The paths with the name of a complete checkpoint."""
     return [path for path in paths if OURS.fullmatch(path.name) and not path.name.startswith(".")]
 
 
 def number_of(folder: Path) -> int:
-    """Of the run's checkpoints, from 1, by the manifest alone; 0: it cannot be read."""
+    """The checkpoint's number in its run, from 1, by the manifest alone; 0 if that cannot be read."""
     try:
         return int(json.loads((folder / MANIFEST).read_bytes())["number"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -134,13 +134,13 @@ def number_of(folder: Path) -> int:
 
 
 def read_back(folder: Path) -> Checkpoint | None:
-    """The checkpoint in `folder` if every file has the hash that its manifest says, else None."""
+    """The checkpoint in `folder` if every file has the hash in its manifest, else None."""
     try:
         written = (folder / MANIFEST).read_bytes()
         manifest = json.loads(written)
         contents = {name: (folder / Path(name).name).read_bytes() for name in manifest["sha256"]} | {MANIFEST: written}
-        whole = all(hashlib.sha256(contents[name]).hexdigest() == sha for name, sha in manifest["sha256"].items())
-        return Checkpoint(folder, manifest["step"], manifest["number"], contents) if whole and STATE in contents else None
+        intact = all(hashlib.sha256(contents[name]).hexdigest() == sha for name, sha in manifest["sha256"].items())
+        return Checkpoint(folder, manifest["step"], manifest["number"], contents) if intact and STATE in contents else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

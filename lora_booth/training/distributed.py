@@ -30,7 +30,7 @@ LONGEST = timedelta(hours=2)  # how long a live process may keep the others wait
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run. A process alone sends nothing and waits for nobody."""
+    """The processes of a run. A single process neither sends nor waits."""
 
     index: int = 0  # of this one
     count: int = 1
@@ -130,7 +130,7 @@ def is_main() -> bool:
 
 
 def own_gpu() -> None:
-    """Call before loading a base: puts each process on its own GPU, as far as there are enough."""
+    """Call before loading a base: puts each process on a separate GPU while there are enough."""
     if started() and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
@@ -153,7 +153,7 @@ def joined_on(device: torch.device) -> Processes:
     control = dist.new_group(backend="gloo", timeout=LONGEST)
     places: list[Any] = [None] * count
     dist.all_gather_object(places, (socket.gethostname(), str(device)), group=control)
-    shared = device.type == "cuda" and len(set(places)) < count  # nccl wants a GPU for each
+    shared = device.type == "cuda" and len(set(places)) < count  # nccl needs a GPU for each
     return Processes(index, count, control=control, gradients=control if shared or device.type != "cuda" else None)
 
 
@@ -162,43 +162,45 @@ def naming_a_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TrainingError("another process of this run was lost; the same command continues it") from error
+        raise TrainingError("another process of this run was lost; run the same command again to continue") from error
 
 
 _calls = 0
 
 
 def next_call() -> int:
-    """A number of its own for each training of this program: they must not read each other's heartbeats."""
+    """A number for each training of this program, so that none reads another's heartbeats."""
     global _calls
     _calls += 1
     return _calls
 
 
 def watch(index: int, count: int, call: int, done: threading.Event) -> None:
-    """Exit when another process has been silent for LOST seconds. Listening runs in a thread of its own: it blocks for ever if
+    """Exit when another process has been silent for LOST seconds. Listening runs in a separate thread: it blocks forever if
     the process that holds the store stops without closing its connections."""
-    heard = {other: time.monotonic() for other in range(count) if other != index}
+    last_beats = {other: time.monotonic() for other in range(count) if other != index}
     gone = threading.Event()
-    threading.Thread(target=listen, args=(index, call, heard, done, gone), daemon=True).start()
-    while not (done.wait(BEAT) or gone.is_set() or time.monotonic() - min(heard.values()) > LOST):
+    threading.Thread(target=listen, args=(index, call, last_beats, done, gone), daemon=True).start()
+    while not (done.wait(BEAT) or gone.is_set() or time.monotonic() - min(last_beats.values()) > LOST):
         pass
     if not done.is_set() and not done.wait(2 * BEAT):  # the loop's own error is more helpful, if it comes
-        print("error: another process of this run was lost; the same command continues it", file=sys.stderr, flush=True)
+        print(
+            "error: another process of this run was lost; run the same command again to continue", file=sys.stderr, flush=True
+        )
         os._exit(1)
 
 
-def listen(index: int, call: int, heard: dict[int, float], done: threading.Event, gone: threading.Event) -> None:
-    """Send heartbeats, and note in `heard` when each other process last did. Sets `gone` when the store is unreachable."""
-    beats = dict.fromkeys(heard, -1)
+def listen(index: int, call: int, last_beats: dict[int, float], done: threading.Event, gone: threading.Event) -> None:
+    """Send heartbeats, and note the time of each other process's last one. Sets `gone` when the store is unreachable."""
+    beats = dict.fromkeys(last_beats, -1)
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LOST))  # type: ignore[attr-defined]
         while not done.wait(BEAT):
             store.add(f"lora_booth/{call}/{index}", 1)
-            for other in heard:
+            for other in last_beats:
                 now = store.add(f"lora_booth/{call}/{other}", 0)
                 if now != beats[other]:
-                    beats[other], heard[other] = now, time.monotonic()
+                    beats[other], last_beats[other] = now, time.monotonic()
     except RuntimeError:
         gone.set()

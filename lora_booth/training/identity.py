@@ -63,7 +63,7 @@ def identity_of(facts: Mapping[str, Any]) -> str:
 
 
 def surroundings(base: BaseModel, config: TrainingConfig, processes: int) -> dict[str, Any]:
-    """Where and how a run is computed: others give the same result up to rounding."""
+    """Where and how a run is computed; elsewhere, results are equal up to rounding."""
     device = base.device
     return {
         "lora_booth": __version__,

@@ -96,7 +96,7 @@ def step_seed(seed: int, step: int) -> int:
 def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> tuple[Batch, Tensor, Tensor]:
     """The batch of forward pass `step`, its noise (like latents) and its timesteps (N,) int64.
 
-    Every photo is drawn once before any is drawn twice. The VAE's posterior is sampled anew each time.
+    Every photo is drawn once before any is drawn twice. The VAE's posterior is sampled again each time.
     """
     device = cache.photos.mean.device
     generator = step_generator(seed, step, device)

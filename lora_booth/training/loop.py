@@ -23,7 +23,7 @@ from .settings import SettledConfig
 
 @dataclass
 class LoopState:
-    """All that the next update depends on. Whoever changes it between two updates changes how the loop goes on."""
+    """All that the next update depends on. Changing it between two updates changes how the loop continues."""
 
     base: BaseModel
     cache: LatentCache

@@ -13,7 +13,7 @@ from ..config import TrainingConfig
 C = TypeVar("C", bound=TrainingConfig)
 
 # Each level changes one setting and leaves rank, resolution, batch and steps alone: the same adapter up to rounding.
-# The first step needs as much memory as any later one, so levels are climbed there, or when another program takes memory.
+# The first step needs as much memory as any later one, so the ladder is used there, or when another program takes memory.
 LEVELS: tuple[tuple[str, Any], ...] = (
     ("pictures_at_a_time", 1),
     ("gradient_checkpointing", True),

@@ -101,7 +101,7 @@ def opened(path: Path) -> Image.Image | None:
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save it. A disk that is full or cannot be written is no obstacle: the next run draws the picture again."""
+    """Save the picture. On a full or read-only disk, the next run draws it again."""
     try:
         own_folder("class_images")
         path.parent.mkdir(exist_ok=True, mode=0o700)

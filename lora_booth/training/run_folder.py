@@ -53,24 +53,26 @@ from .settings import SettledConfig
 from .stopping import stop_words
 
 CHECKPOINTS, LOCK = "checkpoints", "lock"
-OWN = {  # the names that `clear` may remove
+REMOVABLE = {  # the names that `clear` may remove
     CHECKPOINTS: OURS,
     SAMPLES: re.compile(r"\d{6,}(-\d+)?\.(png|safetensors)|samples\.jsonl|\..+\.tmp"),
     CROPS: re.compile(r"\d{4,}\.webp"),
 }
-PATHS = re.compile(r"'[^']*[/\\][^']*'|\"[^\"]*[/\\][^\"]*\"|(?<!\w)(?:[A-Za-z]:)?[/\\][^\s'\"]+")  # in messages of others
-CROP_SIDE = 256  # pixels of a crop kept for the report, at most
-LOSSLESS_UP_TO = 128  # pixels: smaller crops are kept exactly
+PATHS = re.compile(
+    r"'[^']*[/\\][^']*'|\"[^\"]*[/\\][^\"]*\"|(?<!\w)(?:[A-Za-z]:)?[/\\][^\s'\"]+"
+)  # in messages of other libraries
+CROP_SIDE = 256  # pixels of a crop for the report, at most; chosen
+LOSSLESS_UP_TO = 128  # pixels; crops up to this are saved without loss; chosen
 
 State = dict[str, Any]  # of a TrainingRun
 Facts = dict[str, Any]  # of `run_facts`
 
 
 class NoFolder:
-    """The record of a run without a folder: events are said, and nothing is kept."""
+    """The record of a run without a folder: events are printed, and nothing is saved."""
 
     path: Path | None = None
-    copying_seconds = 0.0  # that the end of the run takes for the mirror
+    copying_seconds = 0.0  # that the mirror will take at the end of the run
 
     def __init__(self, *, say: Callable[[str], None] = lambda text: None) -> None:
         self.say = say
@@ -92,36 +94,36 @@ class NoFolder:
         """The run begins, or continues from what `open` found."""
 
     def event(self, text: str, *, step: int | None = None) -> None:
-        """One line for the user and for the record."""
+        """Report one line to the user and to the record."""
         self.say(shown(text))
 
     def timing(self, name: str, seconds: float) -> None:
         """Add to the seconds that this part of the run took."""
 
-    def keep_crop(self, number: int, square: Image.Image) -> None:
-        """Keep a small copy of a training square for the report."""
+    def save_crop(self, number: int, square: Image.Image) -> None:
+        """Save a small copy of a training square for the report."""
 
     def record_step(self, step: Step) -> None:
-        """An update is done."""
+        """Record an update."""
 
     def due(self, step: int, *, every: int, minutes: float) -> bool:
         """Whether to save a checkpoint now."""
         return False
 
     def save(self, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
-        """Save a checkpoint; a failure is an event, and the last good one stays."""
+        """Save a checkpoint. A failure is an event, and leaves the last good one."""
 
     def end(self, adapter: Adapter, stop: int) -> None:
-        """The run is done (stop 0), or ends before that."""
+        """End the run, finished (stop 0) or not."""
         if stop:
             self.event(f"{stop_words(stop)} at step {adapter.card.steps}; without out= it cannot be continued")
 
     def give_up(self, error: LoraBoothError, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
-        """The run cannot go on: save its last good state."""
+        """Save the last good state of a run that cannot continue."""
 
 
 class RunFolder(NoFolder):
-    """The folder of one run, held by this process. A failure in here never ends a training: it is said and recorded.
+    """The folder of one run, held by this process. A failure in here never ends a training: it is reported and recorded.
 
     path    created if missing
     mirror  a folder on mounted storage for copies of the checkpoints
@@ -137,8 +139,8 @@ class RunFolder(NoFolder):
         self.save_seconds = 0.0
         self._saved_at = time.monotonic()
         self._lines: list[str] = []  # of metrics.jsonl
-        self._written = 0  # how many of them are in the file; -1: the file holds others
-        self._steps: list[Step] = []  # whose losses are not read yet
+        self._written = 0  # how many of them are in the file; -1: the file has others
+        self._steps: list[Step] = []  # whose losses have not been read yet
         self._seconds = 0.0  # of the run before this process
         self._found: Checkpoint | None = None
         self._damaged: list[Path] = []
@@ -158,7 +160,7 @@ class RunFolder(NoFolder):
                 yield
             except BaseException as error:
                 if self.record.get("status") == "running":
-                    self.record["status"] = f"broken off by {type(error).__name__}"
+                    self.record["status"] = f"interrupted by {type(error).__name__}"
                     self._write_record()
                 raise
 
@@ -173,13 +175,13 @@ class RunFolder(NoFolder):
         return [self.path / CHECKPOINTS, *([] if self.mirror is None else [self.mirror.folder])]
 
     def tidy(self) -> None:
-        """Remove what dead processes left half-written."""
-        with suppress(OSError):  # it does no harm
+        """Remove files that dead processes left unfinished."""
+        with suppress(OSError):  # harmless leftovers
             for folder in self.checkpoints:
                 if folder.is_dir():
                     prune(folder)
-            for litter in self.path.glob(".*.tmp"):
-                litter.unlink()
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
 
     def clear(self) -> None:
         """Discard the run, also in the mirror; other files stay. Raises TrainingError."""
@@ -187,7 +189,7 @@ class RunFolder(NoFolder):
         try:
             for folder in (*self.checkpoints, self.path / SAMPLES, self.path / CROPS):
                 if folder.is_dir():
-                    files += [path for path in folder.iterdir() if OWN[folder.name].fullmatch(path.name)]
+                    files += [path for path in folder.iterdir() if REMOVABLE[folder.name].fullmatch(path.name)]
             for path in files:
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -207,7 +209,7 @@ class RunFolder(NoFolder):
         checkpoint, file = self.find(facts()), self.finished()
         if checkpoint is None or checkpoint.step < total:
             if file is not None:
-                self.say("the last checkpoint is gone: this is the adapter of the file, in half precision")
+                self.say("the last checkpoint is gone: continuing with the adapter file, which is in half precision")
                 return None, Adapter.load(file)
             return None if checkpoint is None else checkpoint.contents[STATE], None
         adapter = adapter_of(unpacked_state(checkpoint.contents[STATE], torch.device("cpu")))
@@ -227,7 +229,7 @@ class RunFolder(NoFolder):
             raise TrainingError(
                 f"{shown(place)}: holds a run with other photos, settings or base (step {step}): "
                 f"{'; '.join(differences_in(record, facts)) or 'made by another version'}; "
-                "use another folder, or begin anew with restart=True (--restart)"
+                "use another folder, or discard that run with restart=True (--restart)"
             )
         if found is not None:
             self.saved = found.step
@@ -236,7 +238,7 @@ class RunFolder(NoFolder):
         return found
 
     def finished(self) -> Path | None:
-        """The adapter's file, if the run is finished and the file is as it was written."""
+        """The adapter's file, if the run is finished and the file unchanged."""
         made, file = read_record(self.path).get("adapter"), self.path / ADAPTER
         try:
             intact = made is not None and sha256(file.read_bytes()).hexdigest() == made["sha256"]
@@ -252,7 +254,7 @@ class RunFolder(NoFolder):
         self._begin(facts(), surroundings(base, config, processes) | {"latents": hash_of_latents(cache)}, config.steps)
 
     def _begin(self, facts: dict[str, Any], where: dict[str, Any], total: int) -> None:
-        """Also of a checkpoint that `find` found: its record and metrics become the folder's again."""
+        """Begin, or continue from the checkpoint of `find`, whose record and metrics become the folder's again."""
         found, self._found = self._found, None
         if found is None:
             self.record = {"status": "running", "step": 0, "steps": total, "events": []}
@@ -261,7 +263,7 @@ class RunFolder(NoFolder):
             self.record, there = found.record(), read_record(self.path)
             events = there.get("events", [])
             if there.get("identity") == identity_of(facts) and len(events) > len(self.record["events"]):
-                self.record["events"] = events  # including what came after the checkpoint
+                self.record["events"] = events  # including those after the checkpoint
             self._lines = found.contents[METRICS].decode().splitlines()
             self._seconds = json.loads(self._lines[-1])["seconds"] if self._lines else 0.0
             self._written = -1
@@ -286,7 +288,7 @@ class RunFolder(NoFolder):
         self._write_record()
 
     def _record_event(self, text: str, *, step: int | None = None) -> None:
-        """In the record without paths, which another library may have put into the text."""
+        """Report and record an event, the latter without paths, which another library may have put into the text."""
         self.say(shown(text))
         at = datetime.now(timezone.utc).isoformat(timespec="seconds")
         happened = {"at": at, "step": self.record.get("step", 0) if step is None else step}
@@ -296,7 +298,7 @@ class RunFolder(NoFolder):
         timings = self.record.setdefault("seconds", {})
         timings[name] = round(timings.get(name, 0.0) + seconds, 3)
 
-    def keep_crop(self, number: int, square: Image.Image) -> None:
+    def save_crop(self, number: int, square: Image.Image) -> None:
         small = square.copy()
         small.info = {}
         small.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
@@ -306,8 +308,7 @@ class RunFolder(NoFolder):
             small.save(folder / f"{number:04d}.webp", quality=80, lossless=small.width <= LOSSLESS_UP_TO)
 
     def record_step(self, step: Step) -> None:
-        """A line of metrics.jsonl, written with the next checkpoint. After a rollback it replaces the lines that no longer
-        count."""
+        """Add a line to metrics.jsonl, written with the next checkpoint. After a rollback it replaces the obsolete lines."""
         if self._steps and step.index <= self._steps[-1].index:
             self._steps = [s for s in self._steps if s.index < step.index]
         if step.index <= len(self._lines):
@@ -316,7 +317,7 @@ class RunFolder(NoFolder):
         self.record["step"] = step.index
 
     def _read_steps(self) -> None:
-        """The losses of all recorded steps in one look at the device."""
+        """Read the losses of all recorded steps from the device at once."""
         if not self._steps:
             return
         losses = torch.stack([step.loss_tensor for step in self._steps]).tolist()
@@ -337,11 +338,11 @@ class RunFolder(NoFolder):
                     file.write(self._metrics(self._written))
             self._written = len(self._lines)
         except OSError:
-            self._written = -1  # half of it may be there: write the whole file next time
+            self._written = -1  # it may be half written: rewrite the file next time
 
     def _write_record(self) -> None:
         self.record["peak_memory"] = peak_memory()
-        with suppress(OSError):  # the event was said, and the next checkpoint holds the record
+        with suppress(OSError):  # the event was reported, and the next checkpoint has the record
             write_file(self.path / RECORD, json.dumps(self.record, indent=1).encode())
 
     # --- checkpoints
@@ -354,15 +355,15 @@ class RunFolder(NoFolder):
         step = int(state["step"])
         try:
             self._read_steps()
-            # as `adapter.save` writes it, without asking every reader each time; raises when it is not finite
+            # as `adapter.save` writes it, without a check of every reader each time; raises if it is not finite
             file, _ = packed(adapter_of(state), "kohya", torch.float16, Path(ADAPTER))
             record = json.dumps(self.record | {"step": step}, indent=1).encode()
             contents = {STATE: packed_state(state), ADAPTER: file, METRICS: self._metrics(end=step), RECORD: record}
             checkpoint = publish(self.path / CHECKPOINTS, step, self.number + 1, contents)
         except (OSError, AdapterError, MemoryError) as error:
             self._saved_at = time.monotonic()
-            kept = "there is no earlier one" if self.saved is None else f"that of step {self.saved} stays"
-            self.event(f"no checkpoint of step {step} ({why(error)}); {kept}", step=step)
+            earlier = "there is no earlier one" if self.saved is None else f"that of step {self.saved} stays"
+            self.event(f"no checkpoint of step {step} ({why(error)}); {earlier}", step=step)
             return
         self.number, self.saved, self._saved_at = self.number + 1, step, time.monotonic()
         self.save_seconds = time.monotonic() - started
@@ -384,7 +385,7 @@ class RunFolder(NoFolder):
     # --- the end
 
     def end(self, adapter: Adapter, stop: int) -> None:
-        """A finished run has its adapter's file, and its hash in the record."""
+        """Write the adapter of a finished run, and its hash to the record."""
         step, total = adapter.card.steps, self.record["steps"]
         if step == total:
             try:
@@ -392,11 +393,11 @@ class RunFolder(NoFolder):
                 self.record["adapter"] = {"sha256": sha256(file.read_bytes()).hexdigest(), "digest": adapter.digest()}
                 self.record["status"] = "finished"
             except (OSError, AdapterError) as error:
-                self.event(f"{ADAPTER} cannot be written ({why(error)}); the same call tries again", step=step)
-                self.record["status"] = f"trained, but for {ADAPTER}"
+                self.event(f"{ADAPTER} cannot be written ({why(error)}); run the same call again to retry", step=step)
+                self.record["status"] = f"trained, without {ADAPTER}"
         else:
             saved = "saved" if self.saved == step else f"not saved, the last checkpoint is of step {self.saved}"
-            self.event(f"{stop_words(stop)} at step {step} of {total}: {saved}; the same call continues", step=step)
+            self.event(f"{stop_words(stop)} at step {step} of {total}: {saved}; run the same call again to continue", step=step)
             self.record["status"] = stop_words(stop)
         self._report_mirror(wait=True)
         self._write_record()
@@ -417,7 +418,7 @@ class RunFolder(NoFolder):
 def locked(folder: Path) -> Iterator[bool]:
     """Hold the lock of `folder`, created if missing. False: the storage has no locks. Raises TrainingError.
 
-    The lock goes with its process, however that ends; `lock.txt` names the process for the error of a second run.
+    The lock ends with its process, however that ends; `lock.txt` names the process for the error of a second run.
     """
     holder = folder / f"{LOCK}.txt"
     try:
@@ -426,30 +427,30 @@ def locked(folder: Path) -> Iterator[bool]:
     except (OSError, ValueError) as error:  # the second: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
         raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); pass another folder as out=") from error
-    # without flock, not a file that marks the lock: it would stay when a machine is lost, and keep the run from continuing
+    # no lock file without flock: after a crash of the machine it would remain, and block the run
     lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         by = shown(holder.read_text("utf-8", "replace").strip()[:200]) if holder.exists() else "another process"
         raise TrainingError(
-            f"{shown(folder)}: another run is at work in it ({by}); wait for its end, or pass another folder as out="
+            f"{shown(folder)}: another run is using it ({by}); wait until it ends, or pass another folder as out="
         ) from None
     except (OSError, NotImplementedError):
         yield False
         return
     try:
-        with suppress(OSError):  # a full disk is no reason to stop
+        with suppress(OSError):  # a full disk does not matter here
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield True
     finally:
-        with suppress(OSError):  # a storage that is gone
+        with suppress(OSError):  # the storage is gone
             holder.unlink(missing_ok=True)
             lock.release()
 
 
 def differences_in(record: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """Empty if the record is not as this version writes it."""
+    """Empty if another version wrote the record."""
     try:
         return differences(record["facts"], facts)
     except (KeyError, TypeError, AttributeError):
@@ -464,7 +465,7 @@ def same_storage(one: Path, other: Path) -> bool:
 
 
 def why(error: BaseException) -> str:
-    """Without paths, which hold people's names."""
+    """The reason without paths, which may contain people's names."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     if isinstance(error, AdapterError) and error.path is not None:
@@ -475,7 +476,7 @@ def why(error: BaseException) -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """The most bytes that this process has held, by place."""
+    """The peak memory of this process in bytes, by place."""
     peaks = {}
     try:
         import resource

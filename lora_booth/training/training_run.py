@@ -242,7 +242,7 @@ class TrainingRun(Iterator[Step]):
         with torch.no_grad():
             for name, parameter in self.lora.named_parameters().items():
                 parameter.copy_(state["lora"][name])
-        loop.optimizer.load_state_dict(on_cpu(state["optimizer"]))  # a copy: the optimizer would go on in the state itself
+        loop.optimizer.load_state_dict(on_cpu(state["optimizer"]))  # a copy, since the optimizer would update the state itself
         loop.scaler.load_state_dict(state["scaler"])
         loop.step, self.smoothed = int(state["step"]), state["smoothed"].to(loop.base.device)
         loop.health = Health.from_state(state["health"])

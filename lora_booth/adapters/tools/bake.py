@@ -43,9 +43,9 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or give the name of a folder")
+        raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or pass the name of a folder")
     if path.is_dir() and (single or any(path.iterdir())) or (path.exists() and not single and not path.is_dir()):
-        raise SettingsError(f"{path}: already exists; give the name of a new folder or of a .safetensors file")
+        raise SettingsError(f"{path}: already exists; pass the name of a new folder or of a .safetensors file")
     channels = BaseModel.of(base).unet.config.in_channels
     if single and channels != LATENT_CHANNELS:
         raise BaseModelError(f"its latents have {channels} channels, which no program reads from a single file; bake a folder")

@@ -63,7 +63,7 @@ def scaled_up(factors: LoraFactors) -> Tensor:
 
 
 def unfolded(adapter: Adapter) -> Adapter:
-    """Give a folded adapter (alpha = rank in every module) the alpha of its card again, if nothing is lost by it.
+    """Give a folded adapter (alpha = rank in every module) the alpha of its card again, if that is lossless.
 
     The precision is the first from which folding gives this adapter, so fp32 that only folding needed is dropped.
     """

@@ -57,7 +57,7 @@ def extract(
     chosen = keep(rank, energy)
     if tuned.family != base.family:
         raise BaseModelError(
-            f"{tuned.name} is {tuned.family.label} and {base.name} is {base.family.label}; give the base that it was made from"
+            f"{tuned.name} is {tuned.family.label} and {base.name} is {base.family.label}; pass the base that it was tuned from"
         )
     for one in (tuned, base):
         refuse_quantized(one.structure["unet"], one.name, "extraction")
