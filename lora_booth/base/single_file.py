@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelError, first_line
+from .diffusers_folder import read_config
 from .families import FAMILIES, Family, labels
 from .original_naming import original_weights
 from .weight_files import LazyModule, LazyWeights, Place, UnreadableError, WeightFile, assemble, empty_module, matched
@@ -67,7 +68,7 @@ def assembled(
     missing."""
     folder = Path(config)
     if (folder / "model_index.json").is_file():
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = read_config(folder, "model_index.json")
         unread = {name: None for name in OPTIONAL if name in index}
         parts = parts_in_checkpoint(path, family, folder, index, dtype, device)
         if parts and index.get("_class_name") == family.pipeline:

@@ -15,7 +15,7 @@ from torch import nn
 from .. import __version__
 from ..base.base_model import BaseModel, TextConditions
 from ..base.memory import storage_bytes
-from ..base.quantization import quantized_bytes
+from ..base.quantization import quantized_bytes, tensors_of
 from ..cache import key_of, read_entry, write_entry
 from ..config import LoraSpec, TrainingConfig
 from ..injection import trainable
@@ -127,8 +127,8 @@ def count(work: Callable[[], Any]) -> Count:
 def count_weights(base: BaseModel, lora: LoraSpec) -> Weights:
     with trainable(base, lora) as adapter:
         factors = storage_bytes(adapter.named_parameters().values())
-    unet, vae = (storage_bytes([*m.parameters(), *m.buffers()]) for m in (base.unet, base.shell.vae))
-    text = sum(storage_bytes([*m.parameters(), *m.buffers()]) for m in base.text_encoders.values())
+    unet, vae = (storage_bytes(tensors_of(module)) for module in (base.unet, base.vae))
+    text = sum(storage_bytes(tensors_of(module)) for module in base.text_encoders.values())
     linear = [module.weight.nbytes for module in base.unet.modules() if type(module) is nn.Linear]
     return Weights(unet, vae, text, factors, max(linear), quantized_bytes(base.unet))
 
@@ -168,6 +168,6 @@ def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures
                     prior_loss_weight=1.0,
                     min_snr_gamma=config.min_snr_gamma,
                 )
-                kept = saved.bytes
+                kept = saved()
             torch.autograd.backward(loss)
         return Count(meter.peak, meter.peak_on_cpu, kept, meter.flops)

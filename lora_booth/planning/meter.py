@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,32 +13,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 
-@dataclass
-class Saved:
-    """Memory that autograd saves for a backward pass, without the models' weights and buffers."""
-
-    storages: dict[int, tuple[weakref.ref[Any], int]] = field(default_factory=dict)  # address -> storage, its bytes
-
-    @property
-    def bytes(self) -> int:
-        """Of what is still saved."""
-        return sum(size for storage, size in self.storages.values() if storage() is not None)
-
-
 @contextmanager
-def saved_for_backward(*models: nn.Module) -> Iterator[Saved]:
-    """Count what autograd saves inside. Read it before the backward pass, which frees the memory."""
+def saved_for_backward(*models: nn.Module) -> Iterator[Callable[[], int]]:
+    """Yields a function: the bytes that autograd has saved inside, without the models' weights and buffers.
+
+    Call it before the backward pass, which frees the memory.
+    """
     own = {t.untyped_storage()._cdata for model in models for t in (*model.parameters(), *model.buffers())}
-    saved = Saved()
+    storages: dict[int, tuple[weakref.ref[Any], int]] = {}  # address -> storage, its bytes
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            saved.storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
+            storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
         return tensor.detach()  # with its graph it would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+        yield lambda: sum(size for storage, size in storages.values() if storage() is not None)
 
 
 # --- everything that a computation allocates -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from ..base.base_model import BaseModel, default_device, default_dtype
 from ..base.generation import pictures_at_a_time
 from ..base.memory import storage_bytes
-from ..base.quantization import KINDS, check_kind, is_quantized
+from ..base.quantization import KINDS, check_kind, is_quantized, tensors_of
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
 from ..kernels.attention import fastest_attention
@@ -70,7 +70,6 @@ class Plan:
     dtype: str
     asked: TrainingConfig
     lora: LoraSpec
-    pictures: int  # in a batch
     forecasts: tuple[Forecast, ...]
     offered: Forecast | None  # with a quantized base: other numbers, so never taken unasked
     remedy: str = ""  # what would fit, when nothing does
@@ -133,7 +132,7 @@ class Plan:
             "family": self.family,
             "dtype": self.dtype,
             "resolution": self.asked.resolution,
-            "pictures": self.pictures,
+            "pictures": batch_of(self.asked),
             "rank": self.lora.rank,
             "machine": asdict(self.machine),
             "chosen": None if chosen is None else chosen.settings,
@@ -263,7 +262,7 @@ class Planner:
         if not isinstance(base, BaseModel):
             return cls(counter, machine, config, photos, quantize=quantize)
         others = [module for name, module in base.modules.items() if name != "vae" and name not in base.structure]
-        size = storage_bytes(tensor for one in others for tensor in (*one.parameters(), *one.buffers()))
+        size = storage_bytes(tensor for one in others for tensor in tensors_of(one))
         packed = KINDS[0] if is_quantized(base.structure["unet"]) else quantize
         return cls(counter, machine, config, photos, frozenset(filter(base.stays, base.modules)), size, packed)
 
@@ -281,7 +280,6 @@ class Planner:
             dtype=str(base.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else ""),
             asked=self.config,
             lora=self.counter.lora,
-            pictures=batch_of(self.config),
             forecasts=tuple(forecasts),
             offered=offered,
         )
