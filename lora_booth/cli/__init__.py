@@ -1,6 +1,6 @@
 """The command line: every command is one call into the API. Exit code 2 and one plain line for a user's mistake."""
 
-from . import training, planning, evaluation, pictures, grids, adapters  # isort: skip  # in the order of the help
+from . import training, evaluation, pictures, adapters  # isort: skip  # in the order of the help
 from .app import app, commands, fail, main
 from .arguments import file_and_weight, parse_seeds
 
@@ -11,10 +11,8 @@ __all__ = [
     "evaluation",
     "fail",
     "file_and_weight",
-    "grids",
     "main",
     "parse_seeds",
     "pictures",
-    "planning",
     "training",
 ]
