@@ -12,8 +12,7 @@ from typing import Any
 
 from . import __version__
 from .adapters.adapter import Adapter
-from .adapters.contents import Card, LoraFactors
-from .adapters.metadata import card_facts
+from .adapters.contents import Card, LoraFactors, card_facts
 from .base.base_model import BaseModel
 from .config import LoraSpec, TrainingConfig, check
 from .errors import SettingsError, TrainingError

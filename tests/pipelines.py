@@ -18,8 +18,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_booth.adapters.adapter import Adapter
-from lora_booth.adapters.contents import Card, LoraFactors
-from lora_booth.adapters.metadata import card_facts
+from lora_booth.adapters.contents import Card, LoraFactors, card_facts
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.injection import module_path, target_paths

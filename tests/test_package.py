@@ -98,6 +98,17 @@ def test_names_for_type_checkers_are_those_at_run_time():
     assert checked == lora_booth._HOMES
 
 
+@pytest.mark.slow
+def test_training_imports_neither_report_nor_composition(photos: Path):
+    code = f"""
+import lora_booth as lb
+subject = lb.Subject.from_folder({str(photos)!r}, token="zwx", class_noun="dog")
+config = lb.TrainingConfig(steps=1, prior_loss_weight=0)
+lb.train(lb.BaseModel.load("toybox"), subject, config=config, progress=False)
+"""
+    assert loaded(code, ("lora_booth.report.report", "lora_booth.pictures.composition", "jinja2")) == []
+
+
 # --- the way of the imports ----------------------------------------------------------------------------------------
 
 

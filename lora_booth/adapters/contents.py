@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..cache import bytes_of
 from ..errors import AdapterIncomplete, AdapterNonFinite, AdapterScaleError, AdapterTooLarge, SettingsError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and this file only calls methods of its tensors
     from torch import Tensor
+
+    from ..base.base_model import BaseModel
 
 Layout = Literal["kohya", "peft"]
 Dtype = Literal["fp16", "bf16", "fp32"]
@@ -156,3 +158,13 @@ def check_values(module: str, tensor: Tensor, path: Path | None) -> None:
 def check_scale(module: str, alpha: float, rank: int, path: Path | None) -> None:
     if not math.isfinite(alpha) or abs(alpha / rank) > MAX_SCALE:
         raise AdapterScaleError(f"{module}: alpha {alpha:g} with rank {rank}; allowed: up to {MAX_SCALE:g} x rank", path)
+
+
+def card_facts(base: BaseModel) -> dict[str, Any]:
+    """What a card says about the base that the adapter is for."""
+    return {
+        "family": base.family.name,
+        "prediction_type": base.prediction_type,
+        "base_model": base.name,
+        "base_hash": base.fingerprint,
+    }

@@ -13,7 +13,7 @@ from .contents import CONSENT, AdapterContents, Card, Layout, file_stem
 from .layouts import component_of
 
 if TYPE_CHECKING:
-    from ..base.base_model import BaseModel
+    pass
 
 CARD_KEY = "lora_booth.card"
 PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
@@ -69,16 +69,6 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
         }
     # half a character, e.g. from a file name that is not UTF-8, would make the header unreadable for the safetensors library
     return {key: value.encode("utf-8", "replace").decode() for key, value in entries.items() if value is not None}
-
-
-def card_facts(base: BaseModel) -> dict[str, Any]:
-    """What a card says about the base that the adapter is for."""
-    return {
-        "family": base.family.name,
-        "prediction_type": base.prediction_type,
-        "base_model": base.name,
-        "base_hash": base.fingerprint,
-    }
 
 
 def summary(card: Card, trigger: str | None) -> str:

@@ -15,9 +15,8 @@ from ...base.quantization import refuse_quantized
 from ...errors import AdapterTargetError, BaseModelError
 from ...injection import adaptable, module_path, unread_layers
 from ..adapter import Adapter
-from ..contents import Card, LoraFactors
+from ..contents import Card, LoraFactors, card_facts
 from ..layouts import RARE, checked_path
-from ..metadata import card_facts
 from .spectrum import Truncation, Truncations, keep, one_rank, spectrum_of, truncated
 
 
