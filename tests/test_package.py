@@ -106,7 +106,7 @@ subject = lb.Subject.from_folder({str(photos)!r}, token="zwx", class_noun="dog")
 config = lb.TrainingConfig(steps=1, prior_loss_weight=0)
 lb.train(lb.BaseModel.load("toybox"), subject, config=config, progress=False)
 """
-    assert loaded(code, ("lora_booth.report.report", "lora_booth.pictures.composition", "jinja2")) == []
+    assert loaded(code, ("lora_booth.report.report", "lora_booth.pictures.composition")) == []  # jinja2 comes with transformers
 
 
 # --- the way of the imports ----------------------------------------------------------------------------------------
