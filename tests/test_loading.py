@@ -224,7 +224,7 @@ def test_a_file_that_is_written_over_is_told(folders: dict[str, Path], tmp_path:
         handle.seek(-8, 2)
         handle.write(b"\0" * 8)
         handle.truncate(file.stat().st_size - 4)
-    with pytest.raises(BaseModelError, match="changed while it was in use"):
+    with pytest.raises(BaseModelError, match="changed while in use"):
         _ = base.vae
 
 

@@ -19,7 +19,7 @@ from lora_booth.adapters.tools.extract import extract
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import generate_images
 from lora_booth.base.memory import storage_bytes
-from lora_booth.base.quantization import is_packed, packed_bytes, quantized_bytes, tensors_of, whole
+from lora_booth.base.quantization import is_packed, packed_bytes, quantized_bytes, tensors_of, unpacked
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError, MissingExtraError, SettingsError
 from lora_booth.injection import attached, trainable
@@ -52,7 +52,7 @@ def rounded(packed: BaseModel) -> BaseModel:
     base = BaseModel.from_pipeline(make_pipeline("sd1"), name="rounded")
     for name, layer in packed.unet.named_modules():
         if is_packed(layer):
-            base.unet.get_submodule(name).weight.data = whole(layer.weight, layer.weight.quant_state).clone()
+            base.unet.get_submodule(name).weight.data = unpacked(layer.weight, layer.weight.quant_state).clone()
     return base
 
 
@@ -88,7 +88,7 @@ def test_linear_layers_are_packed_and_nothing_else(packed: BaseModel, folders: d
         assert is_packed(layer) == (kinds[name] is nn.Linear)
         if is_packed(layer):
             original = kept[f"{name}.weight"]
-            error = (whole(layer.weight, layer.weight.quant_state) - original).abs().max() / original.abs().max()
+            error = (unpacked(layer.weight, layer.weight.quant_state) - original).abs().max() / original.abs().max()
             assert 0 < error < 0.2 and layer.weight.dtype == torch.uint8
     same = [key for key in kept if not is_packed(packed.unet.get_submodule(key.rpartition(".")[0])) or key.endswith("bias")]
     assert len(same) > 30 and all(torch.equal(kept[key], packed.unet.state_dict()[key]) for key in same)
@@ -175,7 +175,7 @@ def test_it_is_planned_and_offered_but_never_taken(folders: dict[str, Path]) -> 
     assert offered.settings == {"quantize": "nf4"} and offered.phases == packed.phases and packed.settings == {}
     widest = max(m.weight.numel() for m in make_pipeline("sd1").unet.modules() if type(m) is nn.Linear)
     assert packed.training["working memory"] - chosen.training["working memory"] == 2 * widest  # one layer as it was, fp16
-    assert "if asked for" in str(plain) and ", nf4)" in str(asked)
+    assert "if you ask for it" in str(plain) and ", nf4)" in str(asked)
     least = min(one.peak for one in plain.forecasts)
     assert packed.peak == offered.peak < least
     tight = plan(folders["sd1"], **options, vram_gb=(offered.peak + least) / 2e9)

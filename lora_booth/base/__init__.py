@@ -1,1 +1,1 @@
-"""BaseModel: families, loading, weights, quantization; what it draws by itself."""
+"""BaseModel: families, loading, weights, quantization, and pictures of the base alone."""

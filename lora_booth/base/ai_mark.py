@@ -1,4 +1,4 @@
-"""The mark of pictures that a model made, and the one way in which such pictures are saved."""
+"""Save generated pictures, with a mark that a model made them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def save_marked(image: Image.Image, path: Path) -> Path:
-    """Save as PNG, JPEG or WebP: the pixels and the mark, without anything else that the picture carries.
+    """Save as PNG, JPEG or WebP: the pixels and the mark, without other metadata.
 
     Raises SettingsError for another ending.
     """
@@ -30,8 +30,8 @@ def save_marked(image: Image.Image, path: Path) -> Path:
         raise SettingsError(f"{path}: pictures are saved as .png, .jpg or .webp")
     path.parent.mkdir(parents=True, exist_ok=True)
     clean = image.copy()
-    clean.info = {}  # of which Pillow writes comments and colour profiles
-    content = io.BytesIO()  # Pillow overlooks a disk that takes only part of a JPEG
+    clean.info = {}  # Pillow would write comments and colour profiles from it
+    content = io.BytesIO()  # Pillow does not notice when a full disk truncates a JPEG
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("XML:com.adobe.xmp", AI_MARK)

@@ -1,4 +1,4 @@
-"""BaseModel: a frozen Stable Diffusion pipeline and the few things that training asks of it."""
+"""BaseModel: a frozen Stable Diffusion pipeline, and what training needs of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOYBOX_FOLDER = Path(__file__).parent.parent / "toybox" / "model"
 
 @dataclass(frozen=True)
 class TextConditions:
-    """What the text encoders tell the U-Net about N prompts."""
+    """The text encoders' output for N prompts, which conditions the U-Net."""
 
     states: Tensor  # (N, tokens, d); d = the U-Net's cross_attention_dim
     pooled: Tensor | None = None  # (N, p), SDXL only
@@ -41,18 +41,18 @@ class TextConditions:
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """A stock diffusers pipeline, recognised. The pipeline owns the modules; nothing here changes their weights.
+    """A stock diffusers pipeline of a known family. The pipeline owns the modules; nothing here changes their weights.
 
-    What `load` has found on disk is read when it is needed, and training gives the VAE and text encoders back while it does
-    not need them. Whoever asks for `pipeline`, `vae`, `text_encoders` or `components` gets modules that stay.
+    Modules on disk are read when first needed, and training releases the VAE and text encoders while it does not need them.
+    Modules that you get from `pipeline`, `vae`, `text_encoders` or `components` stay in memory.
     """
 
-    shell: Any  # the stock pipeline; some of its modules may not be read yet
+    shell: Any  # the stock pipeline; some of its modules may not have been read yet
     family: Family
-    name: str  # for cards and people: a Hub id, a folder's or file's bare name; never a path
-    weights: LazyWeights = field(default_factory=LazyWeights)  # of the modules that are read when they are needed
+    name: str  # for cards and messages: a Hub id, or the name of a folder or file without its path
+    weights: LazyWeights = field(default_factory=LazyWeights)  # of the modules that are read when needed
     quantized: str | None = None  # how the U-Net's linear layers were packed: "nf4"; None: not by this library
-    rare_tokens: tuple[str, ...] = ()  # words that mean nothing to it, as its folder declares them
+    rare_tokens: tuple[str, ...] = ()  # words without meaning to it, as its folder declares
 
     @classmethod
     @without_collections()
@@ -70,14 +70,14 @@ class BaseModel:
     ) -> BaseModel:
         """Load `"toybox"`, a Hub id, a diffusers folder or a single `.safetensors` checkpoint.
 
-        dtype            None: bf16 or fp16 on CUDA, bf16 on a CPU that has it, else fp32; the toybox: fp32 on a CPU
-        device           None: CUDA, Apple's MPS or the CPU, the first there is
+        dtype            None: bf16 or fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32; toybox on a CPU: fp32
+        device           None: the first available of CUDA, Apple's MPS and the CPU
         config           for a single file: a diffusers folder of its family, instead of the built-in configuration
-        prediction_type  for a single SD 2.x file that does not say: "epsilon" or "v_prediction"
+        prediction_type  for a single SD 2.x file whose metadata lacks it: "epsilon" or "v_prediction"
         variant          as in diffusers, e.g. "fp16"
-        quantize         "nf4": the U-Net's linear layers in 4 bits by bitsandbytes; less memory, other numbers, slower
+        quantize         "nf4": the U-Net's linear layers in 4 bits by bitsandbytes; less memory, less exact, slower
         Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError and
-        MissingExtraError where it cannot be quantized.
+        MissingExtraError if it cannot be quantized.
         """
         quiet_about_torchvision()
         place = torch.device(device) if device is not None else default_device()
@@ -93,20 +93,20 @@ class BaseModel:
             pipeline, weights = load_folder(path, precision, place, revision=revision, variant=variant)
         base = cls(pipeline, recognise(pipeline), name, weights, quantize, tokens)
         if quantize is not None:
-            _ = base.fingerprint  # cached: of the weights in the file, so that of the plain base
+            _ = base.fingerprint  # cached now, from the weights in the file, to equal the plain base's
             quantize_unet(pipeline.unet, weights.parts.get("unet"), precision)
         return base
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, *, name: str = "custom") -> BaseModel:
-        """Recognise a pipeline that is loaded already; its modules are shared, not copied."""
+        """The base of a loaded pipeline, whose modules are shared, not copied. Raises BaseModelError."""
         return cls(pipeline, recognise(pipeline), name)
 
     @classmethod
     def of(cls, base: BaseModel | Any, *, name: str = "custom") -> BaseModel:
-        """A base as it is, or any loaded pipeline under this name. Raises BaseModelError for anything else."""
+        """The base itself, or that of a loaded pipeline, with this name. Raises BaseModelError for anything else."""
         if isinstance(base, str | Path):
-            raise BaseModelError(f"{str(base)!r} is not loaded; give BaseModel.load({str(base)!r}) or a diffusers pipeline")
+            raise BaseModelError(f"{str(base)!r} is not loaded; pass BaseModel.load({str(base)!r}) or a diffusers pipeline")
         return base if isinstance(base, cls) else cls.from_pipeline(base, name=name)
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class BaseModel:
 
     @property
     def pipeline(self) -> Any:
-        """The stock pipeline, complete."""
+        """The stock pipeline, with all modules in memory."""
         self._keep(*self.weights.parts)
         return self.shell
 
@@ -132,7 +132,7 @@ class BaseModel:
 
     @property
     def text_encoders(self) -> Mapping[str, Any]:
-        """Under their names in the pipeline, which are also their names in adapter files."""
+        """By their names in the pipeline, which are also those in adapter files."""
         return Parts(self, TEXT_ENCODERS[: self.family.text_encoders])
 
     @property
@@ -155,31 +155,31 @@ class BaseModel:
 
     @property
     def structure(self) -> dict[str, Any]:
-        """The same modules for who looks at their layers and modes only: some may not have their weights yet."""
+        """The modules of `components`, perhaps without weights yet, to look at their layers and modes."""
         return {name: getattr(self.shell, name) for name in self.components}
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Everything with weights in the pipeline, e.g. also a safety checker; some may not have them yet."""
+        """All modules in the pipeline, e.g. also a safety checker; some may not have weights yet."""
         return {name: module for name, module in self.shell.components.items() if isinstance(module, nn.Module)}
 
     @property
     def loaded(self) -> dict[str, nn.Module]:
-        """Those of the modules that are in memory."""
+        """The modules that are in memory."""
         return {name: module for name, module in self.modules.items() if self.unread(name) is None}
 
     def _keep(self, *names: str) -> None:
-        """Read these for a caller who may hold on to them: from now on nothing is given back (the U-Net never is)."""
+        """Read modules for a caller who may hold on to them: from now on none is released (the U-Net never is)."""
         self.weights.fill(*names)
         self.weights.kept |= any(name != "unet" for name in names)
 
     def unread(self, name: str) -> LazyModule | None:
-        """A module that is still on disk; None: it is in memory."""
+        """A module that is still on disk; None if it is in memory."""
         part = self.weights.parts.get(name)
         return None if part is None or part.is_read else part
 
     def stays(self, name: str) -> bool:
-        """Whether this module is in memory and training does not give it back."""
+        """Whether this module is in memory and training does not release it."""
         return self.unread(name) is None and (name == "unet" or name not in self.weights.parts or self.weights.kept)
 
     @property
@@ -197,7 +197,7 @@ class BaseModel:
 
     @property
     def resolution(self) -> int:
-        """Side of the pictures that this base was made for, in pixels."""
+        """Side of the pictures that this base was trained for, in pixels."""
         size = self.shell.unet.config.sample_size
         return int(size if isinstance(size, int) else size[0]) * self.pixels_per_latent
 
@@ -215,9 +215,9 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which weights these are, whatever precision they were loaded in: sha256 of the signs of every tensor's start.
+        """Identifies the weights, whatever their precision: sha256 of the signs at the start of every tensor.
 
-        A pipeline that came here quantized has rounded some signs away: it has one of its own, longer than others.
+        A pipeline that was quantized elsewhere has lost some signs to rounding: its fingerprint differs, and is longer.
         """
         digest = hashlib.sha256()
         unread = self.unread("unet")
@@ -236,14 +236,14 @@ class BaseModel:
 
     @contextmanager
     def upcast_vae(self) -> Iterator[Any]:
-        """The VAE, meanwhile in fp32 where fp16 overflows (SDXL's): the stock pipeline decodes in the same way."""
+        """The VAE, within the context in fp32 where fp16 overflows (SDXL), as in the stock pipeline."""
         self.weights.fill("vae")
         vae = self.shell.vae
         stored = vae.dtype
         upcast = stored == torch.float16 and vae.config.force_upcast
         try:
             if upcast:
-                nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of every change of precision
+                nn.Module.to(vae, torch.float32)  # diffusers' `to` warns at every change of precision
             yield vae
         finally:
             if upcast:
@@ -254,7 +254,7 @@ class BaseModel:
         return float(self.shell.vae.config.scaling_factor)
 
     def encode_text(self, prompts: Sequence[str]) -> TextConditions:
-        """As the stock pipeline does it. Gradients flow when they are enabled (text-encoder LoRA)."""
+        """Encode like the stock pipeline. With gradients if they are enabled (text-encoder LoRA)."""
         self.weights.fill(*TEXT_ENCODERS)
         encoded = self.shell.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -272,7 +272,7 @@ class BaseModel:
 
     @contextmanager
     def only_unet_on_device(self) -> Iterator[None]:
-        """Meanwhile all but the U-Net is given back, or kept in the host's memory when it cannot be read again."""
+        """Within the context, release all but the U-Net, or move it to the host if it cannot be read again."""
         self.weights.drop(name for name in self.weights.parts if name != "unet")
         with moved(self._others, torch.device("cpu")):
             if self.device.type == "cuda":
@@ -281,7 +281,7 @@ class BaseModel:
 
     @contextmanager
     def all_on_device(self) -> Iterator[Any]:
-        """Also inside `only_unet_on_device`: the whole pipeline where the U-Net is, for a picture."""
+        """The complete pipeline on the U-Net's device, to draw with, also inside `only_unet_on_device`."""
         read = self.weights.fill(*self.weights.parts)
         try:
             with moved(self._others, self.device):
@@ -291,12 +291,12 @@ class BaseModel:
 
     @property
     def _others(self) -> list[nn.Module]:
-        """The modules in memory, without the U-Net."""
+        """The modules in memory except the U-Net."""
         return [module for name, module in self.loaded.items() if name != "unet"]
 
 
 class Parts(Mapping[str, Any]):
-    """Modules by name, each read when it is taken out."""
+    """Modules by name, each read on access."""
 
     def __init__(self, base: BaseModel, names: Sequence[str]) -> None:
         self._base, self._names = base, tuple(names)
@@ -333,7 +333,7 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device, source: str | Path = "") -> torch.dtype:
-    """bf16 where the chip computes in it, fp16 on older GPUs, else fp32; the toybox on a CPU: fp32."""
+    """bf16 where the hardware supports it, fp16 on older GPUs, else fp32; fp32 for the toybox on a CPU."""
     if device.type == "cpu" and str(source) == TOYBOX:
         return torch.float32
     if device.type == "cuda":
@@ -353,7 +353,7 @@ def located(source: str | Path, *, or_else: str = "") -> tuple[str, Path | str]:
     if is_hub_id(str(source)):
         return str(source), str(source)
     raise BaseModelError(
-        f"{source}: no such folder or file; give {or_else}'toybox', a Hub id (owner/name), a diffusers folder "
+        f"{source}: no such folder or file; pass {or_else}'toybox', a Hub id (owner/name), a diffusers folder "
         "or a .safetensors checkpoint"
     )
 
@@ -366,15 +366,15 @@ def is_hub_id(source: str) -> bool:
 
 
 def recognise(pipeline: Any) -> Family:
-    """The family of a loaded pipeline, from its modules. Raises BaseModelError for what cannot be trained."""
+    """The family of a loaded pipeline, from its modules. Raises BaseModelError if it cannot be trained."""
     what = type(pipeline).__name__
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     if unet is None or vae is None:
         raise BaseModelError(f"{what} has no U-Net and VAE; lora_booth trains {labels()}")
     if unet.config.in_channels != vae.config.latent_channels:
         raise BaseModelError(
-            f"its U-Net takes {unet.config.in_channels} channels and the VAE gives {vae.config.latent_channels}: "
-            "an inpainting or editing model; take the text-to-image model of the same family"
+            f"its U-Net takes {unet.config.in_channels} channels and the VAE has {vae.config.latent_channels}: "
+            "an inpainting or editing model; use the text-to-image model of the same family"
         )
     encoders = [e for e in (getattr(pipeline, n, None) for n in ("text_encoder", "text_encoder_2")) if e is not None]
     time_ids = unet.config.addition_embed_type == "text_time"
@@ -386,17 +386,17 @@ def recognise(pipeline: Any) -> Family:
     else:
         raise BaseModelError(
             f"{what} with {len(encoders)} text encoder(s) is not {labels()} "
-            "(an SDXL refiner cannot be trained; take the SDXL base)"
+            "(an SDXL refiner cannot be trained; use the SDXL base)"
         )
     if widths != unet.config.cross_attention_dim:
         raise BaseModelError(
-            f"the text encoder gives {widths} values a token, the U-Net wants {unet.config.cross_attention_dim}: "
-            "the parts are of different models"
+            f"the text encoder gives {widths} values per token, the U-Net takes {unet.config.cross_attention_dim}: "
+            "they are from different models; load them from one"
         )
     for name in ("tokenizer", "tokenizer_2")[: family.text_encoders]:
         if not has_vocabulary(getattr(pipeline, name)):
-            raise BaseModelError(f"its {name} has no vocabulary; are the files in its {name} folder complete?")
+            raise BaseModelError(f"its {name} has no vocabulary; check that its {name} folder is complete")
     prediction = pipeline.scheduler.config.get("prediction_type")
     if prediction not in family.modelspec:
-        raise BaseModelError(f"prediction type {prediction!r} is not supported; {' or '.join(family.modelspec)} is")
+        raise BaseModelError(f"prediction type {prediction!r} is not supported; allowed: {', '.join(family.modelspec)}")
     return family

@@ -1,4 +1,4 @@
-"""Diffusers folders and Hub ids: which pipeline it is, and its weights to be read later."""
+"""Load diffusers folders and Hub ids, with weights that are read later."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..errors import BaseModelError, first_line
 from .families import FAMILIES, labels
 from .weight_files import LazyWeights, assemble, parts_in_folder
 
-DECLARED = "lora_booth.json"  # in a diffusers folder: what its maker declares of the base
+DECLARED = "lora_booth.json"  # in a diffusers folder: facts that the base's author declares
 
 
 def load_folder(
     source: str | Path, dtype: torch.dtype, device: torch.device, *, revision: str | None = None, variant: str | None = None
 ) -> tuple[Any, LazyWeights]:
-    """A diffusers folder, or a Hub id (from the cache when it is there): the pipeline, and what of it is read later."""
+    """The pipeline of a diffusers folder or Hub id (from the cache if possible), and its weights to read later."""
     index = read_config(source, "model_index.json", revision)
     known = {family.pipeline for family in FAMILIES.values()}
     if index.get("_class_name") not in known:
@@ -34,11 +34,11 @@ def load_folder(
         folder = source if isinstance(source, Path) else Path(cls.download(source, revision=revision, **given))
         return assemble(cls, folder, parts_in_folder(folder, index, dtype, device, variant), dtype, device, **given)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BaseModelError(f"{source}: cannot be loaded ({first_line(error)}); is the folder complete?") from error
+        raise BaseModelError(f"{source}: cannot be loaded ({first_line(error)}); check that the folder is complete") from error
 
 
 def declared_rare_tokens(folder: Path) -> tuple[str, ...]:
-    """Tokens that mean nothing to this base, as its folder declares them: {"rare_tokens": ["sks"]} in lora_booth.json."""
+    """Tokens without meaning to this base, as its folder declares: {"rare_tokens": ["sks"]} in lora_booth.json."""
     path = folder / DECLARED
     if not path.is_file():
         return ()
@@ -52,7 +52,7 @@ def declared_rare_tokens(folder: Path) -> tuple[str, ...]:
 
 
 def read_config(source: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
-    """One JSON file, e.g. unet/config.json, of a diffusers folder or a Hub id (from the cache when it is there).
+    """One JSON file, e.g. unet/config.json, of a diffusers folder or a Hub id (from the cache if possible).
 
     Raises BaseModelError.
     """
@@ -60,7 +60,7 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> d
         path = source / name
         if not path.is_file():
             raise BaseModelError(
-                f"{source}: no {name}, so not a complete diffusers folder; save one with pipe.save_pretrained(folder)"
+                f"{source}: no {name}, so this is not a complete diffusers folder; save one with pipe.save_pretrained(folder)"
             )
     else:
         from huggingface_hub import hf_hub_download
@@ -70,14 +70,14 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> d
             path = Path(hf_hub_download(source, name, revision=revision))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             raise BaseModelError(
-                f"{source}: not in the local cache, and the Hub cannot be reached; download it once with a network"
+                f"{source}: not in the local cache, and the Hub cannot be reached; load it once while online"
             ) from error
         except HFValidationError as error:
-            raise BaseModelError(f"{source}: not a Hub id ({first_line(error)}), and no such folder or file") from error
+            raise BaseModelError(f"{source}: not a Hub id ({first_line(error)}), file or folder; check the name") from error
         except HfHubHTTPError as error:
             raise BaseModelError(f"{source}: {first_line(error)}; check the name, or log in with `hf auth login`") from error
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
+        raise BaseModelError(f"{path}: cannot be read as JSON ({first_line(error)}); download it again") from error
     return config if isinstance(config, dict) else {}

@@ -1,4 +1,4 @@
-"""The families of base models, as a table. Code asks the table; it does not ask for a family by name."""
+"""The families of base models, as a table: code looks up facts here instead of testing for a family's name."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """What all bases of one family share. What differs within a family (resolution, widths) is read off the base."""
+    """What all bases of a family share. What differs within one (resolution, widths) comes from the base."""
 
     name: str
-    label: str  # for people
+    label: str  # for messages
     pipeline: str  # the class in diffusers
     text_encoders: int
-    unread_text_layers: tuple[int, ...]  # for each text encoder: how many of its last layers condition nothing
+    unread_text_layers: tuple[int, ...]  # for each text encoder: how many of its last layers are unused
     linear_projection: bool  # the U-Net's proj_in / proj_out are linear layers (else 1x1 convolutions)
     text_width: int  # d of the (N, 77, d) condition at full size
-    time_ids: bool  # pooled embedding and six size ids are conditions too
+    time_ids: bool  # also conditioned on a pooled embedding and six size ids
     resolution: Mapping[str, int]  # prediction type -> pixels; the usual one at full size
     kohya_text_prefixes: tuple[str, ...]  # one for each text encoder
     kohya_sgm: bool  # kohya files name U-Net blocks as the original code does (input_blocks_4_1)
@@ -86,5 +86,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def labels() -> str:
-    """All families, for people."""
+    """The labels of all families, for messages."""
     return ", ".join(family.label for family in FAMILIES.values())

@@ -1,4 +1,4 @@
-"""Pictures from a stock pipeline, one seed for each: the one way in which this library calls it."""
+"""Draw pictures with a stock pipeline, one seed for each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from ..config import GUIDANCE, STEPS
 from .memory import return_to_system
 
-PIXELS_AT_A_TIME = 4 * 512 * 512  # through the VAE or the sampler: what fits a GPU of 15 GB in fp32
+PIXELS_AT_A_TIME = 4 * 512 * 512  # through the VAE or the sampler; chosen to fit a GPU of 15 GB in fp32
 MOST_AT_A_TIME = 8  # chosen: more gains little speed
 
 
@@ -34,11 +34,11 @@ def generate_images(
     batch_size: int = 1,
     on_image: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
-    """One picture for each seed, whichever other seeds are asked for with it.
+    """One picture for each seed, whatever the other seeds are.
 
     steps       denoising steps
     guidance    classifier-free guidance scale
-    size        side in pixels; None: what the model was made for
+    size        side in pixels; None: the resolution that the base was trained for
     batch_size  pictures at a time; more than one is faster and may differ by rounding
     """
     images: list[Image.Image] = []
@@ -62,7 +62,7 @@ def generate_images(
 
 
 def make_room(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """After the last step, for the VAE: what the U-Net has left between its tensors would stay beside the VAE's."""
+    """After the last step, return the U-Net's freed memory to the system before the VAE needs some."""
     if step + 1 == pipeline.num_timesteps and pipeline.device.type == "cpu":
         return_to_system()
     return tensors
@@ -70,7 +70,7 @@ def make_room(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) 
 
 @contextmanager
 def quiet(pipeline: Any) -> Iterator[None]:
-    """Without diffusers' own progress bar."""
+    """Hide diffusers' progress bar."""
     before = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(**before | {"disable": True})
     try:

@@ -1,4 +1,4 @@
-"""What other libraries would say while this one works."""
+"""Silence messages and progress bars of other libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 def quiet_about_torchvision() -> None:
-    """transformers advises to install it, at every start; nothing here uses it, and its wheels break a torch for the CPU."""
+    """Hide transformers' advice to install torchvision: nothing here uses it, and its wheels break a CPU build of torch."""
     logging.getLogger("transformers.utils.import_utils").addFilter(not_about_torchvision)
 
 
@@ -18,19 +18,19 @@ def not_about_torchvision(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Meanwhile diffusers and transformers show no bars of their own; those of a download stay as they are."""
+    """Hide the progress bars of diffusers and transformers, but not those of downloads."""
     from diffusers.utils import logging as of_diffusers
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as of_transformers
 
     downloads = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
-    shown = [one for one in (of_diffusers, of_transformers) if one.is_progress_bar_enabled()]
+    enabled = [one for one in (of_diffusers, of_transformers) if one.is_progress_bar_enabled()]
     try:
-        for one in shown:
-            one.disable_progress_bar()  # transformers turns those of downloads off and on with its own
+        for one in enabled:
+            one.disable_progress_bar()  # transformers also switches those of downloads
         downloads()
         yield
     finally:
-        for one in shown:
+        for one in enabled:
             one.enable_progress_bar()
         downloads()

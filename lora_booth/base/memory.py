@@ -1,4 +1,4 @@
-"""Memory of this process: what tensors take, and what goes back to the system."""
+"""Memory of this process: bytes of tensors, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind these tensors; memory that they share counts once."""
+    """Bytes of the storage of these tensors; shared storage counts once."""
     return sum({one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}.values())
 
 
 def return_to_system() -> None:
-    """Hand freed memory of the host back to the system: glibc would keep what lies below memory in use."""
+    """Return freed host memory to the system; glibc would hold on to what lies below memory in use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -25,7 +25,7 @@ def return_to_system() -> None:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """No garbage collection inside: while libraries are imported it would walk all of them, again and again."""
+    """Disable garbage collection, which repeatedly walks all libraries while they are imported."""
     on = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
-"""A pipeline's weights under the names of the original (LDM, A1111) checkpoints: what the stock single-file loader undoes.
+"""Rename a pipeline's weights as in original (LDM, A1111) checkpoints: the inverse of the stock single-file loader.
 
 The names are those of CompVis/latent-diffusion (`ldm/modules/diffusionmodules`), Stability-AI/generative-models for SDXL
-and mlfoundations/open_clip for the text encoders that come from there.
+and mlfoundations/open_clip for the text encoders from there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .families import Family
 
 Weights = dict[str, Tensor]
-Renames = Iterable[tuple[str, str]]  # how a name begins, or a part of it -> what that becomes
+Renames = Iterable[tuple[str, str]]  # the beginning or a part of a name -> its replacement
 
 OUTSIDE = {  # the U-Net's modules outside of its blocks
     "time_embedding.linear_1": "time_embed.0",
@@ -65,14 +65,14 @@ OPEN_CLIP_LAYER = (
 
 
 def original_weights(pipeline: Any, family: Family, weights: Mapping[str, Mapping[str, Tensor]]) -> Weights:
-    """weights: component -> its state dict, under diffusers' and transformers' names. The pipeline tells the configuration."""
+    """weights: component -> its state dict, with diffusers' and transformers' names. The pipeline has the configuration."""
     named = _prefixed("model.diffusion_model.", unet_weights(weights["unet"], pipeline.unet.config))
     named |= _prefixed("first_stage_model.", vae_weights(weights["vae"], pipeline.vae.config))
     for component, (prefix, renamed) in TEXT[family.name].items():
         named |= _prefixed(prefix, renamed(weights[component]))
     scheduler = pipeline.scheduler.config
     if family.name == "sdxl" and scheduler.get("prediction_type") == "v_prediction":
-        # how SDXL files say it: ComfyUI looks for these names (comfy/supported_models.py)
+        # as SDXL files mark it: ComfyUI looks for these names (comfy/supported_models.py)
         named["v_pred"] = torch.empty(0)
         if scheduler.get("rescale_betas_zero_snr"):
             named["ztsnr"] = torch.empty(0)
@@ -90,11 +90,11 @@ def unet_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
 
 
 class UNetNames:
-    """The original names of a U-Net's modules: one numbering over all resolutions, each with its layers and its sampler.
+    """The original names of a U-Net's modules, numbered over all resolutions, each with its layers and its sampler.
 
     layers    resnets in a block on the way down
     count     resolutions
-    attended  those that have attention on the way up, from 0
+    attended  indices of those with attention on the way up
     """
 
     def __init__(self, layers: int, count: int, attended: Collection[int]) -> None:
@@ -109,11 +109,11 @@ class UNetNames:
                     self.blocks[f"up_blocks.{i}.{kind}.{j}"] = f"output_blocks.{i * step + j}.{inner}"
         for i in range(count - 1):  # the last has no sampler
             self.modules[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * step}.0.op"
-            after = 2 if i in attended else 1  # the resnet, and the attention where there is one
+            after = 2 if i in attended else 1  # the resnet, and the attention if there is one
             self.modules[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{(i + 1) * step - 1}.{after}.conv"
 
     def original(self, path: str) -> str | None:
-        """The name of the module at `path` (below the U-Net); None: such a U-Net has no such module."""
+        """The name of the module at `path` (below the U-Net); None if this U-Net has no such module."""
         if path in self.modules:
             return self.modules[path]
         parts = path.split(".")
@@ -123,7 +123,7 @@ class UNetNames:
 
 
 def vae_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
-    """The decoder's blocks are counted from the picture, and linear layers were 1x1 convolutions."""
+    """The decoder's blocks are counted from the picture, and linear layers become 1x1 convolutions."""
     last = len(config.up_block_types) - 1
     renames: list[tuple[str, str]] = []
     for i in range(last + 1):
@@ -137,14 +137,14 @@ def vae_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
     named = {}
     for key, value in weights.items():
         convolution = ".attentions." in key and key.endswith(".weight") and value.ndim == 2
-        named[_with(_begun(key, renames), [("conv_shortcut.", "nin_shortcut.")])] = (
+        named[_with_part(_with_prefix(key, renames), [("conv_shortcut.", "nin_shortcut.")])] = (
             value[:, :, None, None] if convolution else value
         )
     return named
 
 
 def clip_weights(weights: Mapping[str, Tensor]) -> Weights:
-    """transformers' names before release 5, which had one level more."""
+    """transformers' names before release 5, with one more level."""
     named = {}
     for key, value in weights.items():
         named[key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"] = value
@@ -152,18 +152,18 @@ def clip_weights(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def open_clip_weights(weights: Mapping[str, Tensor]) -> Weights:
-    """One input projection for query, key and value, and the final projection the other way round."""
+    """One input projection for query, key and value, and a transposed final projection."""
     named: Weights = {}
     joint: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
-        key = _begun(key.removeprefix("text_model."), OPEN_CLIP)
+        key = _with_prefix(key.removeprefix("text_model."), OPEN_CLIP)
         layer, part, rest = key.partition(".self_attn.")
         if part and rest[:7] in ("q_proj.", "k_proj.", "v_proj."):
             joint.setdefault(f"{layer}.attn.in_proj_{rest[7:]}", {})[rest[0]] = value
         elif key == "text_projection.weight":
             named["text_projection"] = value.T
         else:
-            named[_with(key, OPEN_CLIP_LAYER)] = value
+            named[_with_part(key, OPEN_CLIP_LAYER)] = value
     named |= {key: torch.cat([parts[letter] for letter in "qkv"]) for key, parts in joint.items()}
     if "text_projection" not in named:  # readers take the width from it; SD 2.x does not use it
         embedding = named["token_embedding.weight"]
@@ -185,11 +185,11 @@ def _prefixed(prefix: str, weights: Weights) -> Weights:
     return {prefix + key: value for key, value in weights.items()}
 
 
-def _begun(key: str, renames: Renames) -> str:
-    """`key` with another beginning; each name has at most one that fits."""
+def _with_prefix(key: str, renames: Renames) -> str:
+    """`key` with a renamed beginning; at most one rename applies."""
     return next((new + key.removeprefix(old) for old, new in renames if key.startswith(old)), key)
 
 
-def _with(key: str, renames: Renames) -> str:
-    """`key` with another part in the middle."""
+def _with_part(key: str, renames: Renames) -> str:
+    """`key` with a renamed part in the middle."""
     return next((key.replace(f".{old}", f".{new}") for old, new in renames if f".{old}" in key), key)

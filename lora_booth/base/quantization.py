@@ -1,7 +1,7 @@
-"""A base in 4 bits: the U-Net's linear layers as NF4 by bitsandbytes, made one tensor at a time while it is read.
+"""A base in 4 bits: the U-Net's linear layers as NF4 by bitsandbytes, packed one by one while it is read.
 
-They compute in the base's precision from values that are rounded to 16 levels in blocks of 64. Convolutions, norms, the VAE
-and the text encoders stay as they are. An adapter that was trained on such a base fits the plain one.
+They compute in the base's precision, from values rounded to 16 levels in blocks of 64. Convolutions, norms, the VAE and the
+text encoders are unchanged. An adapter trained on such a base fits the plain one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from ..errors import BaseModelError, MissingExtraError, SettingsError, first_lin
 from .weight_files import LazyModule, put
 
 KINDS = ("nf4",)
+# bitsandbytes' defaults
 BLOCK = 64  # values that share a scale
-BLOCK_OF_SCALES = 256  # scales that share a scale of their own
-TABLES = (16 + 256) * 4  # bytes: what the 4 bits and the scales' 8 bits stand for, kept with every layer
+BLOCK_OF_SCALES = 256  # scales that share a second scale
+TABLES = (16 + 256) * 4  # bytes: the values of the 4 bits and of the scales' 8 bits, stored with every layer
 
 
 def check_kind(kind: str | None) -> None:
@@ -29,15 +30,15 @@ def check_kind(kind: str | None) -> None:
 
 
 def check_quantization(kind: str, device: torch.device) -> None:
-    """Raises SettingsError or MissingExtraError when a U-Net cannot be kept so on this device."""
+    """Raises SettingsError or MissingExtraError if a U-Net cannot be quantized on this device."""
     check_kind(kind)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError(f'quantize="{kind}"', "quant")
     try:
         packed, state = packed_and_state(torch.ones(BLOCK, BLOCK, device=device))
-        works = bool(torch.isfinite(whole(packed, state)).all())
+        works = bool(torch.isfinite(unpacked(packed, state)).all())
         reason = "its numbers are not finite"
-    except Exception as error:  # what a library without a kernel for the device raises is its own affair
+    except Exception as error:  # without a kernel for the device, it may raise anything
         works, reason = False, first_line(error)
     if not works:
         version = importlib.metadata.version("bitsandbytes")
@@ -47,7 +48,7 @@ def check_quantization(kind: str, device: torch.device) -> None:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """A linear layer of bitsandbytes in 4 bits: ours, or of a pipeline that the user has quantized."""
+    """Whether this is a 4-bit linear layer of bitsandbytes, packed here or by the user."""
     return type(layer).__name__ == "Linear4bit" and isinstance(layer, nn.Linear)
 
 
@@ -65,7 +66,7 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def weight_dtype(layer: nn.Module) -> torch.dtype:
-    """What the layer computes in."""
+    """The precision that the layer computes in."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if weight.is_floating_point():
@@ -75,24 +76,26 @@ def weight_dtype(layer: nn.Module) -> torch.dtype:
 
 
 def refuse_quantized(module: nn.Module, name: str, what: str) -> None:
-    """Raises BaseModelError where sums and differences of weights are asked for and there are only rounded ones."""
+    """Raises BaseModelError if the module has only rounded weights, which cannot be added or subtracted."""
     if is_quantized(module):
-        raise BaseModelError(f"the U-Net of {name} is quantized, and {what} needs its weights; load it without quantize=")
+        raise BaseModelError(
+            f'the U-Net of {name} is quantized, and {what} needs its weights; load it without quantize="nf4" (--quantize nf4)'
+        )
 
 
 # --- packing -------------------------------------------------------------------------------------------------------
 
 
 def packed_and_state(weight: Tensor) -> tuple[Tensor, Any]:
-    """(out, in) -> two values a byte, and what gives them back (a QuantState); the scales are quantized as well."""
+    """(out, in) -> two values per byte, and the QuantState to unpack them; the scales are quantized as well."""
     from bitsandbytes.functional import quantize_4bit  # type: ignore[import-not-found]
 
     packed, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
     return packed, state
 
 
-def whole(weight: Tensor, state: Any) -> Tensor:
-    """The inverse, but for rounding: (out, in) in the precision that was packed. Without a state `weight` itself."""
+def unpacked(weight: Tensor, state: Any) -> Tensor:
+    """The inverse up to rounding: (out, in) in the precision that was packed. Without a state, `weight` itself."""
     if state is None:
         return weight
     from bitsandbytes.functional import dequantize_4bit
@@ -102,7 +105,7 @@ def whole(weight: Tensor, state: Any) -> Tensor:
 
 
 def quantize(unet: nn.Module, lazy: LazyModule | None, dtype: torch.dtype) -> None:
-    """Pack the linear layers of `unet`: now, or where it is still to be read, each tensor as it comes from its file."""
+    """Pack the linear layers of `unet`: now, or each one when it is read from its file."""
     for name, layer in list(unet.named_modules()):
         if type(layer) is nn.Linear:
             parent, _, child = name.rpartition(".")
@@ -112,14 +115,14 @@ def quantize(unet: nn.Module, lazy: LazyModule | None, dtype: torch.dtype) -> No
 
 
 def packed_layer(layer: nn.Linear, dtype: torch.dtype) -> Any:
-    """In place of `layer`, whose weight is packed when it is there."""
+    """The layer to replace `layer`; its weight is packed now if it is in memory."""
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[import-not-found]
 
     size = (layer.in_features, layer.out_features)
     made = Linear4bit(*size, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta")
     made.bias = layer.bias
     made.train(layer.training)
-    # bitsandbytes lays the weights out anew for a CPU's pictures, in a form that has no gradient
+    # for inference on a CPU, bitsandbytes repacks the weights in a form without gradients
     made.support_avx512bf16_for_cpu = False
     if layer.weight.is_meta:
         made.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=made)
@@ -139,7 +142,7 @@ def pack_into(layer: Any, weight: Tensor) -> None:
 
 
 def put_packed(module: nn.Module, key: str, value: Tensor) -> None:
-    """As `put`, but a linear layer's weight is packed."""
+    """Like `put`, but pack a linear layer's weight."""
     above, _, name = key.rpartition(".")
     layer = module.get_submodule(above)
     if name == "weight" and is_packed(layer):
@@ -164,7 +167,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def packed_bytes(layer: nn.Linear) -> int:
-    """What a layer's weight takes when it is packed, with its scales."""
+    """Bytes of a layer's packed weight, with its scales."""
     count = layer.in_features * layer.out_features
     blocks = -(-count // BLOCK)
     return -(-count // 2) + blocks + 4 * -(-blocks // BLOCK_OF_SCALES) + 4 + TABLES

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read under limits: the file may come from anyone."""
+"""Read the header of an untrusted safetensors file, within limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEY_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may have. All were chosen: far above every good file that is known, and cheap to reach."""
+    """Limits on a file. All were chosen: far above every good file known, and cheap to check."""
 
     file: int = 2**30  # bytes
     header: int = 4 * 2**20  # bytes
@@ -26,7 +26,7 @@ class Limits:
     tensors: int = 4096
     key: int = 256  # characters of a tensor's name
     key_characters: frozenset[str] | None = KEY_CHARACTERS  # None: any
-    brackets: int = 100_000  # lists and tables, counting those in strings; a million take seconds
+    brackets: int = 100_000  # lists and tables, counting those in strings; a million would take seconds
     empty: bool = False  # whether a tensor may have no elements
 
 
@@ -34,9 +34,9 @@ ADAPTER = Limits()
 CHECKPOINT = Limits(
     file=2**40, header=2**26, metadata=2**26, tensors=2**20, key=2**20, key_characters=None, brackets=2**26, empty=True
 )
-MAX_EXTENT = 2**40  # of a dimension or an offset
+MAX_EXTENT = 2**40  # of a dimension or an offset; chosen
 
-# Training logs, settings and pictures that other tools put into good files, often more than MAX_METADATA. We never read them.
+# Training logs, settings and pictures that other tools put into good files, often beyond the limit. They are never read.
 BULK = frozenset(
     (
         *("ss_tag_frequency", "ss_bucket_info", "ss_datasets", "ss_dataset_dirs", "ss_reg_dataset_dirs"),
@@ -50,7 +50,7 @@ ITEM_SIZE = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
-DTYPES = {  # those that are read
+DTYPES = {  # the readable ones
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -86,8 +86,8 @@ def read_header(handle: BinaryIO, size: int, path: Path, limits: Limits = ADAPTE
     first = exactly(handle, min(size, 9), path)
     length = int.from_bytes(first[:8], "little")
     if length > limits.header or first[8:] != b"{":
-        if first[:2] == b"PK" or first[:1] == b"\x80":  # a header's length can begin so too, but not with that size or text
-            raise UnsafeFormat("a pickle under another name; it could run its code; ask for a .safetensors file", path)
+        if first[:2] == b"PK" or first[:1] == b"\x80":  # a header's length may also begin so, but not with that size or text
+            raise UnsafeFormat("a pickle under another name, which could run code; use a .safetensors file", path)
         if size >= 9 and first[8:] == b"{" and 8 + length <= size:
             raise AdapterTooLarge(f"its header has {length} bytes; allowed: {limits.header}", path)
         raise AdapterFormatError(f"not a safetensors file (header length {length}, file {size} bytes)", path)
@@ -116,17 +116,17 @@ def read_header(handle: BinaryIO, size: int, path: Path, limits: Limits = ADAPTE
 def exactly(handle: BinaryIO, count: int, path: Path) -> bytes:
     content = handle.read(count)
     if len(content) != count:
-        raise AdapterFormatError("shorter than its header says; download it again", path)
+        raise AdapterFormatError("shorter than its header states; download it again", path)
     return content
 
 
 def parse_json(content: bytes, path: Path, *, brackets: int = ADAPTER.brackets) -> dict[str, Any]:
-    """An object whose keys are unique; an AdapterError for anything else, however deep or long."""
+    """A JSON object with unique keys. Raises AdapterError for anything else, however deep or long."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError("a key twice")
+            raise ValueError("a duplicate key")
         return result
 
     def refuse(constant: str) -> None:
@@ -148,11 +148,11 @@ def parse_json(content: bytes, path: Path, *, brackets: int = ADAPTER.brackets) 
 def _metadata(metadata: Any, path: Path, limits: Limits) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterFormatError("__metadata__ is not a table of strings", path)
-    kept = {key: value for key, value in metadata.items() if key not in BULK}
-    size = sum(len(key) + len(value) for key, value in kept.items())
+    small = {key: value for key, value in metadata.items() if key not in BULK}
+    size = sum(len(key) + len(value) for key, value in small.items())
     if size > limits.metadata:
         raise AdapterTooLarge(f"{size} characters of metadata; allowed: {limits.metadata}", path)
-    return kept
+    return small
 
 
 def _key(key: str, path: Path, limits: Limits) -> str:

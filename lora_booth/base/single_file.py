@@ -1,8 +1,8 @@
-"""Single `.safetensors` checkpoints in the original (A1111) naming, read with configurations that are kept as data.
+"""Load single `.safetensors` checkpoints with original (A1111) names.
 
-The published configurations are in `single_file_configs/`; only a tokenizer's vocabulary is not in such a file and
-not in this package, so it comes from the local cache of the Hub (any copy of the family's repository or of OpenAI's
-CLIP), from the Hub itself, or from the folder given as `config`.
+The published configurations are in `single_file_configs/`. A tokenizer's vocabulary is neither in such a file nor in this
+package: it comes from the local cache of the Hub (any copy of the family's repository or of OpenAI's CLIP), from the Hub,
+or from the folder passed as `config`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .weight_files import LazyModule, LazyWeights, Place, UnreadableError, Weigh
 
 CONFIGS = Path(__file__).parent / "single_file_configs"
 
-# a key that only this family's checkpoints have
+# keys that only this family's checkpoints have
 FAMILY_KEYS = {
     "sdxl": "conditioner.embedders.1.model.ln_final.weight",
     "sd2": "cond_stage_model.model.ln_final.weight",
     "sd1": "cond_stage_model.transformer.text_model.final_layer_norm.weight",
 }
-OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # in no such file
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # never in such a file
 UNET_KEY = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 def load_single_file(
     path: Path, dtype: torch.dtype, device: torch.device, *, config: str | Path | None, prediction_type: str | None
 ) -> tuple[Any, LazyWeights]:
-    """The pipeline, and what of it is read later."""
+    """The pipeline, and its weights to read later. Raises BaseModelError."""
     family, metadata = inspect_checkpoint(path)
     import diffusers
 
@@ -64,7 +64,7 @@ def load_single_file(
 def assembled(
     cls: Any, family: Family, path: Path, config: str, dtype: torch.dtype, device: torch.device, **given: Any
 ) -> tuple[Any, LazyWeights]:
-    """With weights that are read later when every tensor is found in the file; else by the stock loader, which says what is
+    """With weights to read later if every tensor is found in the file; else from the stock loader, which reports what is
     missing."""
     folder = Path(config)
     if (folder / "model_index.json").is_file():
@@ -80,10 +80,10 @@ def assembled(
 def parts_in_checkpoint(
     path: Path, family: Family, folder: Path, index: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> dict[str, LazyModule]:
-    """The modules whose tensors are all in the file, to be read later; {}: some are not there under the names known here.
+    """The modules to read later; {} if not all of their tensors are in the file under known names.
 
-    `original_weights` says how the tensors of a pipeline are named in such files: here it names pairs of numbers, so that
-    each name in the file tells which tensors it holds, in which order and whether transposed.
+    `original_weights` maps a pipeline's tensors to the names in such files. Here it maps pairs of numbers instead, which
+    show for each name in the file which tensors it holds, in which order and whether transposed.
     """
     names = ("unet", "vae", *("text_encoder", "text_encoder_2")[: family.text_encoders])
     modules = {name: empty_module(folder, name, index.get(name), dtype) for name in names}
@@ -101,7 +101,7 @@ def parts_in_checkpoint(
         for original, mark in original_weights(pipeline, family, marks).items():
             held = [i // 2 for i in mark.flatten().tolist() if i % 2 == 0]
             for part, i in enumerate(held):
-                if i == 0:  # made up by the writer for readers that want it
+                if i == 0:  # added by `original_weights` for other readers
                     continue
                 name, key = keys[i - 1]
                 place = places[original]
@@ -115,11 +115,11 @@ def parts_in_checkpoint(
 
 
 def inspect_checkpoint(path: Path) -> tuple[Family, dict[str, str]]:
-    """Family and metadata, from the header alone."""
+    """Family and metadata, from the header alone. Raises BaseModelError."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        raise BaseModelError(f"{path}: a pickle, which can run code when it is read; use the .safetensors file of this model")
+        raise BaseModelError(f"{path}: a pickle, which can run code when read; use the .safetensors file of this model")
     try:
         with safe_open(path, framework="pt") as file:
             keys, metadata = set(file.keys()), dict(file.metadata() or {})
@@ -130,22 +130,22 @@ def inspect_checkpoint(path: Path) -> tuple[Family, dict[str, str]]:
         if key in keys and channels is not None:
             if channels != 4:
                 raise BaseModelError(
-                    f"{path}: its U-Net takes {channels} channels: an inpainting or editing model; take the text-to-image one"
+                    f"{path}: its U-Net takes {channels} channels: an inpainting or editing model; use the text-to-image one"
                 )
             return FAMILIES[name], metadata
     if any("lora_" in key for key in keys):
-        raise BaseModelError(f"{path}: an adapter, not a base model; load it with Adapter.load")
+        raise BaseModelError(f"{path}: an adapter, not a base model; pass the base that it was made for")
     raise BaseModelError(f"{path}: not a checkpoint of {labels()} in the original naming")
 
 
 def stated_prediction_type(metadata: dict[str, str]) -> str | None:
-    """What ModelSpec metadata says; absent in most files."""
+    """The prediction type in ModelSpec metadata; None in most files."""
     stated = metadata.get("modelspec.prediction_type", "")
     return {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(stated)
 
 
 def has_vocabulary(tokenizer: Any) -> bool:
-    """More than special tokens: transformers 5 makes a tokenizer without any words when its files are missing."""
+    """Whether it has more than special tokens: without its files, transformers 5 makes a tokenizer without words."""
     return tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_tokens))
 
 
@@ -156,7 +156,7 @@ def published_configs(family: str) -> dict[str, Any]:
 
 
 def write_config(family: Family, folder: Path) -> None:
-    """Lay the family's configuration out as a diffusers folder."""
+    """Write the family's configuration as a diffusers folder."""
     parts = published_configs(family.name)
     (folder / "model_index.json").write_text(json.dumps(parts.pop("model_index")))
     for name, values in parts.items():
@@ -182,7 +182,7 @@ def tokenizers(family: Family) -> dict[str, Any]:
         if all(map(has_vocabulary, found.values())):
             return found
     raise BaseModelError(
-        f"a single file has no tokenizer, and CLIP's is not in the local cache; give config=FOLDER (any diffusers folder of "
-        f"{family.label}), or once with a network:"
-        f" hf download openai/clip-vit-large-patch14 vocab.json merges.txt tokenizer_config.json"
+        "a single file has no tokenizer, and CLIP's is not in the local cache; run this once while online: "
+        "hf download openai/clip-vit-large-patch14 vocab.json merges.txt tokenizer_config.json (or load a diffusers folder of "
+        f"{family.label} instead)"
     )

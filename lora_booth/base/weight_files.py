@@ -1,7 +1,7 @@
-"""Weights on disk: read one tensor at a time in the wanted precision, when a module is needed, and given back when it is not.
+"""Weights on disk: read tensor by tensor in the target precision when a module is needed, and released when it is not.
 
 The stock loaders map a whole file into memory: SD 1.5 as bf16 from an fp32 file takes 5.2 GiB that way. Here a tensor is
-read in pieces into its final place, so a module costs its own size and a few MB.
+read in pieces into its final place, so a module takes its size and a few MB.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .library_logging import without_bars
 from .memory import return_to_system
 from .safetensors_header import CHECKPOINT, DTYPES, read_header
 
-PIECE = 2**24  # bytes read at a time
-STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a module's weights
-MODULES = {  # component -> the classes that are read here; all others are left to the stock loader
+PIECE = 2**24  # bytes read at a time; chosen
+STEMS = ("diffusion_pytorch_model", "model")  # of the files with a module's weights in diffusers and transformers
+MODULES = {  # component -> the classes that are read here; the stock loader reads all others
     "unet": {"UNet2DConditionModel": "diffusers"},
     "vae": {"AutoencoderKL": "diffusers"},
     "text_encoder": {"CLIPTextModel": "transformers"},
     "text_encoder_2": {"CLIPTextModelWithProjection": "transformers"},
     "safety_checker": {"StableDiffusionSafetyChecker": "diffusers.pipelines.stable_diffusion.safety_checker"},
 }
-OTHER_NAMES = (  # a name now -> in files of another release of diffusers or transformers
+OTHER_NAMES = (  # current name -> name in files of other releases of diffusers or transformers
     ("", "text_model."),
     ("text_model.", ""),
     ("vision_model.", "vision_model.vision_model."),
@@ -45,11 +45,11 @@ OTHER_NAMES = (  # a name now -> in files of another release of diffusers or tra
 
 
 class UnreadableError(Exception):
-    """Not a well-formed safetensors file; the stock loader says what is wrong with it."""
+    """Not a well-formed safetensors file; the stock loader reports what is wrong with it."""
 
 
 class WeightFile:
-    """An open safetensors file. It stays open: when it is deleted or replaced meanwhile, it is still read as it was."""
+    """An open safetensors file. It stays open, so the original is read even after the file was deleted or replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,28 +71,28 @@ class WeightFile:
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def read(self, start: int, into: Tensor) -> None:
-        """Bytes from `start` on, into a flat tensor on the CPU."""
+        """Read the bytes from `start` into a flat tensor on the CPU."""
         view = memoryview(into.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
         while view:
             got = os.preadv(self.descriptor, [view], start)
             if not got:
-                raise BaseModelError(f"{self.path}: cut off while it was in use; load the base again")
+                raise BaseModelError(f"{self.path}: truncated while in use; load the base again")
             view, start = view[got:], start + got
 
     def check_unchanged(self) -> None:
         if self._stamp() != self.stamp:
-            raise BaseModelError(f"{self.path}: changed while it was in use; load the base again")
+            raise BaseModelError(f"{self.path}: changed while in use; load the base again")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies."""
+    """Where a tensor is in a file."""
 
     file: WeightFile
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # bytes
-    transposed: bool = False  # it lies there so
+    transposed: bool = False  # in the file
 
     @property
     def numel(self) -> int:
@@ -104,17 +104,17 @@ class Place:
         return replace(self, shape=(rows, *self.shape[1:]), start=self.start + i * self.numel // 3 * self.dtype.itemsize)
 
     def start_of(self, count: int) -> Tensor:
-        """The first values, flat, as they lie there."""
+        """The first values in the file, flat."""
         found = torch.empty(min(count, self.numel), dtype=self.dtype)
         self.file.read(self.start, found)
         return found
 
     def read(self, dtype: torch.dtype, device: torch.device, scratch: Tensor | None = None) -> Tensor:
-        """The tensor, as `dtype` when it has floats. scratch: PIECE bytes; one for all tensors leaves no holes between them."""
+        """The tensor, as `dtype` if it is floating-point. scratch: PIECE bytes; sharing it avoids holes between tensors."""
         count = self.numel
-        wanted = dtype if self.dtype.is_floating_point else self.dtype
-        found = torch.empty(count, dtype=wanted, device=device)
-        straight = wanted == self.dtype and device.type == "cpu"
+        target = dtype if self.dtype.is_floating_point else self.dtype
+        found = torch.empty(count, dtype=target, device=device)
+        straight = target == self.dtype and device.type == "cpu"
         step = PIECE // self.dtype.itemsize
         if scratch is None:
             scratch = torch.empty(0 if straight else min(count, step) * self.dtype.itemsize, dtype=torch.uint8)
@@ -130,11 +130,11 @@ class Place:
 
 
 class LazyModule:
-    """A module whose weights are read when they are needed."""
+    """A module whose weights are read when needed."""
 
     def __init__(self, module: Any, places: Mapping[str, Place], dtype: torch.dtype, device: torch.device) -> None:
         self.module, self.places, self.dtype, self.device = module, places, dtype, device
-        self.put: Callable[[nn.Module, str, Tensor], None] = put  # where a tensor that was read goes
+        self.put: Callable[[nn.Module, str, Tensor], None] = put  # stores a tensor that was read
         self.is_read = False
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class LazyModule:
         for key, place in self.places.items():
             self.put(self.module, key, place.read(self.dtype, self.device, scratch).view(shapes[key]))
         for key, buffer in list(self.module.named_buffers()):
-            put(self.module, key, buffer.to(self.device))  # those that no file holds, as position ids
+            put(self.module, key, buffer.to(self.device))  # those that are in no file, e.g. position ids
         self.is_read = True
 
     @torch.no_grad()
@@ -160,19 +160,19 @@ class LazyModule:
             self.is_read = False
 
     def stamp(self) -> str:
-        """Tells the files, and where the weights lie in them, from all others on this machine."""
+        """Identifies the files on this machine, and the places of the weights in them."""
         return repr(sorted((key, place.file.stamp, place.start) for key, place in self.places.items()))
 
 
 class LazyWeights:
-    """The modules of a pipeline that are read when they are needed. `kept`: somebody holds them, so none is given back."""
+    """The modules of a pipeline that are read when needed. `kept`: a caller has them, so none is released."""
 
     def __init__(self, parts: Mapping[str, LazyModule] | None = None) -> None:
         self.parts = dict(parts or {})
         self.kept = False
 
     def fill(self, *names: str) -> list[str]:
-        """Read these; returns those that were not there before."""
+        """Read these modules; returns those that were not in memory before."""
         unread = [name for name in names if name in self.parts and not self.parts[name].is_read]
         for name in unread:
             self.parts[name].fill()
@@ -186,7 +186,7 @@ class LazyWeights:
 
 
 def put(module: nn.Module, key: str, value: Tensor) -> None:
-    """Another tensor for a parameter or buffer."""
+    """Replace the tensor of a parameter or buffer."""
     above, _, name = key.rpartition(".")
     parent = module.get_submodule(above)
     old = parent._parameters.get(name)
@@ -199,7 +199,7 @@ def put(module: nn.Module, key: str, value: Tensor) -> None:
 def assemble(
     cls: Any, folder: Path, parts: Mapping[str, LazyModule], dtype: torch.dtype, device: torch.device, **given: Any
 ) -> tuple[Any, LazyWeights]:
-    """The stock pipeline of a folder: `parts` are read later, the stock loader reads the others. given: more for it."""
+    """The stock pipeline of a folder: `parts` are read later, the rest by the stock loader, with the arguments `given`."""
     modules = {component: part.module for component, part in parts.items()}
     with without_bars():
         pipeline = cls.from_pretrained(folder, dtype=dtype, **modules, **given)
@@ -215,7 +215,7 @@ def assemble(
 def parts_in_folder(
     folder: Path, index: Mapping[str, Any], dtype: torch.dtype, device: torch.device, variant: str | None
 ) -> dict[str, LazyModule]:
-    """What of a diffusers folder can be read later."""
+    """The modules of a diffusers folder that can be read later."""
     parts = {}
     for component, entry in index.items():
         module = empty_module(folder, component, entry, dtype)
@@ -227,7 +227,7 @@ def parts_in_folder(
 
 
 def empty_module(folder: Path, component: str, entry: Any, dtype: torch.dtype) -> Any:
-    """The module without weights, as its configuration says; None where that is left to the stock loader."""
+    """The module without weights, from its configuration; None if the stock loader must load it."""
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in MODULES.get(component, {}):
         return None
     if not hasattr(os, "preadv"):  # Windows, where an open file also cannot be replaced
@@ -250,7 +250,7 @@ def empty_module(folder: Path, component: str, entry: Any, dtype: torch.dtype) -
 
 
 def places_in_folder(folder: Path, variant: str | None) -> dict[str, Place] | None:
-    """The tensors of a component's folder; None: not plainly one set of safetensors files."""
+    """The tensors of a component's folder; None if it has not exactly one set of safetensors files."""
     singles, indices = [], []
     for stem in STEMS:
         singles.append(folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"))
@@ -269,9 +269,9 @@ def places_in_folder(folder: Path, variant: str | None) -> dict[str, Place] | No
 
 
 def matched(module: nn.Module, places: Mapping[str, Place], *, ones: bool = False) -> dict[str, Place] | None:
-    """A place for every tensor of the module; None where one is missing or has another shape.
+    """A place for every tensor of the module; None if one is missing or has another shape.
 
-    ones: a linear layer may be a 1x1 convolution there, which is the same numbers
+    ones: a linear layer may be a 1x1 convolution in the file, with the same values
     """
     found = {}
     for key, value in module.state_dict().items():

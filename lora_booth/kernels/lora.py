@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..base.quantization import is_packed, whole
+from ..base.quantization import is_packed, unpacked
 from . import dispatch
 
 APART = 64  # values; each factor begins at a multiple of this; chosen: kernels read 16 bytes at a time
@@ -95,8 +95,8 @@ class LoraPiece:
     trigger: Tensor  # requires a gradient, so that autograd runs the backward pass
 
     @property
-    def whole(self) -> Tensor:
-        return whole(self.weight, self.packing)
+    def unpacked(self) -> Tensor:
+        return unpacked(self.weight, self.packing)
 
 
 class LoraPieces:
@@ -155,7 +155,7 @@ class LoraLinears(Function):
     def forward(ctx: Any, x: Tensor, trigger: Tensor, pieces: Sequence[LoraPiece]) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.fused = fusible(rows, pieces)
-        weights = [piece.whole for piece in pieces]
+        weights = [piece.unpacked for piece in pieces]
         work = dispatch.lora_linear if ctx.fused else plain_forward
         results, low = work(rows, weights, pieces)
         ctx.save_for_backward(x, *low)
@@ -165,7 +165,7 @@ class LoraLinears(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, *low = ctx.saved_tensors
-        weights = [piece.whole for piece in ctx.pieces]
+        weights = [piece.unpacked for piece in ctx.pieces]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         flat = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in gradients]
         work = dispatch.lora_linear_backward if ctx.fused else plain_backward

@@ -1,1 +1,1 @@
-"""Planning: what fits, from counted memory."""
+"""Planning: which settings fit, from counted memory."""

@@ -1,4 +1,4 @@
-"""The budget: memory that a device has free, and an upper bound of what a training takes."""
+"""The budget: free memory of a device, and an upper bound on what a training needs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..kernels.attention import attention_shapes, candidates, halvings
 
 GB = 1e9  # bytes
 CPU_CONTEXT = 0.07 * GB  # kernels that oneDNN and others compile; measured by benchmarks/plan.py
-CUDA_CONTEXT = 0.75 * GB  # what CUDA itself takes of a GPU; 0.72 to 0.90 on an H100 with PyTorch 2.11
-CUDA_WORKSPACES = 0.2 * GB  # what PyTorch keeps for matrix products; 0.2 to 0.4 on the same machine
-RESERVE = 0.15  # of what a phase takes beside its weights; the largest error of benchmarks/plan.py is 0.10
-ADAPTER_BYTES = 40  # for each value of an adapter, at most: itself, gradient, optimizer, copies to go back to, padding
+CUDA_CONTEXT = 0.75 * GB  # of CUDA itself; 0.72 to 0.90 on an H100 with PyTorch 2.11
+CUDA_WORKSPACES = 0.2 * GB  # of PyTorch's matrix products; 0.2 to 0.4 on the same machine
+RESERVE = 0.15  # share of a phase's memory without its weights; the largest error of benchmarks/plan.py is 0.10
+ADAPTER_BYTES = 40  # per value of an adapter, at most: itself, gradient, optimizer, copies to roll back to, padding
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ GPUS = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """By the last word of its name: "T4", "tesla t4", "RTX-4090". Raises SettingsError."""
+    """The GPU by the last word of its name: "T4", "tesla t4", "RTX-4090". Raises SettingsError."""
     words = name.lower().replace("_", " ").replace("-", " ").split()
     known = GPUS.get(words[-1]) if words else None
     if known is None:
@@ -55,7 +55,7 @@ def gpu_named(name: str) -> Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the training is to run."""
+    """The machine to train on."""
 
     name: str
     type: str  # "cuda", "cpu", "mps"
@@ -64,7 +64,7 @@ class Machine:
 
 
 def machine_for(base: object, device: torch.device, *, gpu: Gpu | None = None, vram_gb: float | None = None) -> Machine:
-    """A GPU of the table, or the device as it is here. vram_gb: the budget, in place of the GPU's memory or of what is free"""
+    """A GPU of the table, or this machine's device. vram_gb: the budget, in place of the GPU's memory or of what is free"""
     if gpu is not None:
         return Machine(gpu.label, "cuda", GB * (vram_gb or gpu.memory_gb), CUDA_CONTEXT + CUDA_WORKSPACES)
     context = {"cuda": CUDA_WORKSPACES, "cpu": CPU_CONTEXT}.get(device.type, 0.0)
@@ -80,17 +80,17 @@ def device_name(device: torch.device) -> str:
 
 
 def available_bytes(base: object, device: torch.device) -> int:
-    """What a training may take: what is free, and what the modules of a base in memory take already."""
+    """Bytes for a training: what is free, and what the base's modules in memory already take."""
     return free_bytes(device) + (in_memory(base, device) if isinstance(base, BaseModel) else 0)
 
 
 def in_memory(base: BaseModel, device: torch.device) -> int:
-    """Bytes of the base's modules that are on the device already."""
+    """Bytes of the base's modules that are already on the device."""
     return storage_bytes(t for module in base.loaded.values() for t in tensors_of(module) if t.device.type == device.type)
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process may still take: of the GPU, or of the memory of this machine or its container."""
+    """Free bytes: of the GPU, or of the memory of this machine or its container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil  # type: ignore[import-untyped]  # comes with accelerate
@@ -102,7 +102,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def container_free() -> list[int]:
-    """What the limit of a Linux container (cgroup v2) leaves; [] without one."""
+    """Free bytes below the limit of a Linux container (cgroup v2); [] without one."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -116,9 +116,9 @@ def container_free() -> list[int]:
 
 
 def upper_bound(base: BaseModel, lora: LoraSpec, config: TrainingConfig, *, photos: int) -> float:
-    """Bytes, with the reserve, that no phase of this training exceeds: from the sizes of layers, in milliseconds.
+    """Bytes, with the reserve, that no phase of this training exceeds: computed from layer sizes, in milliseconds.
 
-    It is up to several times what the counter finds. config: settled
+    Up to several times the counted memory. config: settled
     """
     assert config.resolution and config.class_images
     resolution, itemsize, unet = config.resolution, base.dtype.itemsize, base.structure["unet"]
@@ -145,7 +145,7 @@ def upper_bound(base: BaseModel, lora: LoraSpec, config: TrainingConfig, *, phot
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Its linear layers and convolutions, by path."""
+    """Linear layers and convolutions by path."""
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
@@ -156,7 +156,7 @@ def layer_values(base: BaseModel, resolution: int) -> tuple[int, int, int]:
     levels = len(unet.config.block_out_channels)  # type: ignore[union-attr, arg-type]
     every, skips, largest = 0, 0, 0
     for path, layer in layers_of(unet).items():
-        once = "time_emb" in path or "add_embedding" in path  # not for each pixel
+        once = "time_emb" in path or "add_embedding" in path  # once per picture
         pixels = 1 if once else max(math.ceil(side / 2 ** halvings(path, levels)) ** 2, tokens if "attn" in path else 1)
         wrote, read = weight_shape(layer)[:2]
         every += pixels * (read + wrote)

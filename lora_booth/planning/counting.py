@@ -1,4 +1,4 @@
-"""Memory of each phase of a training, counted on a base without weights."""
+"""Count the memory of each phase of a training on a base without weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .shapes import plain
 class Count:
     """One forward pass, or one forward and backward pass."""
 
-    peak: int  # bytes at once, beyond what was there before
-    peak_on_cpu: int  # the same where convolutions work on copies
+    peak: int  # bytes at once, beyond those before
+    peak_on_cpu: int  # the same, with the copies that convolutions on a CPU use
     saved: int  # bytes that the forward pass saves for the backward pass
     flops: int
 
@@ -52,7 +52,7 @@ KIND = "counts"  # of entries in the cache
 
 
 class Counter:
-    """Counts for one base without weights and one adapter, each made once and then read from the cache on disk."""
+    """Counts for a base without weights and an adapter, each cached on disk."""
 
     def __init__(self, base: BaseModel, lora: LoraSpec) -> None:
         self.base, self.lora = base, lora
@@ -62,7 +62,7 @@ class Counter:
         self._about = json.dumps(facts, sort_keys=True, default=str)
 
     def step(self, config: TrainingConfig, *, pictures: int, resolution: int) -> Count:
-        """Forward and backward pass over `pictures` of a batch. Beyond two, a line through one and two."""
+        """Forward and backward pass over `pictures` of a batch; beyond two, extrapolated linearly."""
         if pictures > 2:
             one, two = (asdict(self.step(config, pictures=few, resolution=resolution)) for few in (1, 2))
             return Count(**{name: one[name] + (two[name] - one[name]) * (pictures - 1) for name in one})
@@ -113,12 +113,12 @@ class Counter:
 
 
 def counted_attention(config: TrainingConfig) -> str:
-    """Kernels without a matrix of all scores save the same, so they count as one. "auto" must be settled before."""
+    """Kernels without a matrix of all scores save the same, so they count as one. "auto" must be settled first."""
     return "plain" if config.attention == "plain" else "sdpa"
 
 
 def count(work: Callable[[], Any]) -> Count:
-    """Without gradients."""
+    """Count a computation without gradients."""
     with torch.no_grad(), fused_attention(), Meter() as meter:
         work()
     return Count(meter.peak, meter.peak_on_cpu, 0, meter.flops)
@@ -147,13 +147,13 @@ def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[torch.Tensor, T
 
 
 def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures: int, resolution: int) -> Count:
-    """One forward and backward pass as in training, on a base of any device; the gradients exist before."""
+    """One forward and backward pass as in training, on any device; the gradients exist before."""
     config = replace(config, attention=counted_attention(config), compile=False)  # type: ignore[arg-type]
     with trainable(base, lora) as adapter, training_mode(base, adapter, config):
         latents, text, time_ids = inputs(base, pictures, resolution)
         batch = Batch(latents, ("",) * pictures, time_ids, photos=pictures)
         times = torch.zeros(pictures, dtype=torch.long, device=base.device)
-        _ = base.alphas_cumprod  # made once for a base, so not counted
+        _ = base.alphas_cumprod  # made once per base, so not counted
         with fused_attention(), Meter() as meter:
             with saved_for_backward(*base.structure.values()) as saved:
                 adapter.flat.near.copy_(adapter.flat.values.data)
@@ -168,6 +168,6 @@ def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures
                     prior_loss_weight=1.0,
                     min_snr_gamma=config.min_snr_gamma,
                 )
-                kept = saved()
+                for_backward = saved()
             torch.autograd.backward(loss)
-        return Count(meter.peak, meter.peak_on_cpu, kept, meter.flops)
+        return Count(meter.peak, meter.peak_on_cpu, for_backward, meter.flops)

@@ -1,4 +1,4 @@
-"""How much memory a computation takes: counted tensor by tensor, on any device and on none ("meta")."""
+"""Count the memory of a computation tensor by tensor, on any device, also "meta"."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def saved_for_backward(*models: nn.Module) -> Iterator[Callable[[], int]]:
 
     Call it before the backward pass, which frees the memory.
     """
-    own = {t.untyped_storage()._cdata for model in models for t in (*model.parameters(), *model.buffers())}
+    weights = {t.untyped_storage()._cdata for model in models for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, tuple[weakref.ref[Any], int]] = {}  # address -> storage, its bytes
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in weights:
             storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
-        return tensor.detach()  # with its graph it would keep itself alive
+        return tensor.detach()  # its graph would keep the tensor alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(size for storage, size in storages.values() if storage() is not None)
@@ -39,13 +39,13 @@ FLOPS: dict[Any, Any] = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
-REORDERED = {aten.convolution: (0, 1), aten.convolution_backward: (0, 2)}  # arguments that oneDNN copies into its own layout
+REORDERED = {aten.convolution: (0, 1), aten.convolution_backward: (0, 2)}  # arguments that oneDNN copies to its layout
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the peak of memory, and the arithmetic, of everything that runs inside.
+    """Count peak memory and arithmetic of everything in the context.
 
-    Tensors that existed before are not counted. Tensors on the "meta" device have sizes and take no memory.
+    Tensors that existed before are not counted. Tensors on the "meta" device count with their sizes, but take no memory.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = self.peak = 0  # bytes of new storages
         self.peak_on_cpu = 0  # the same, with the copies that convolutions on a CPU work on
         self.flops = 0  # of matrix products, convolutions and attention
-        self._known: dict[int, weakref.ref[Any]] = {}  # address -> storage, to notice its end
+        self._known: dict[int, weakref.ref[Any]] = {}  # address -> storage, to notice when it is freed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,7 +97,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def fused_attention() -> Iterator[None]:
     """Attention on the "meta" device as real devices compute it, without a matrix of all scores.
 
-    What it saves for the backward pass is the same: query, key, value, output and one float32 a row.
+    It saves the same for the backward pass: query, key, value, output and one float32 per row.
     """
     functional: Any = nn.functional
     stock = functional.scaled_dot_product_attention

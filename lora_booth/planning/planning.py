@@ -1,4 +1,4 @@
-"""plan(): what memory a training takes, and the settings with the least extra computation that fit."""
+"""plan(): the memory of a training, and the settings that fit with the least extra computation."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from .counting import Count, Counter, inputs
 from .shapes import without_weights
 
 ADAM_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each value of the adapter
-COMMON_SIDES = (1536, 1024, 768, 640, 512, 384, 256, 192, 128, 64)  # pixels, to suggest where nothing fits
-WARM_UPS, TIMED = 2, 3  # updates of a measurement; the first ones compile and record
+COMMON_SIDES = (1536, 1024, 768, 640, 512, 384, 256, 192, 128, 64)  # pixels, to suggest if nothing fits; chosen
+WARM_UPS, TIMED = 2, 3  # updates of a measurement; the first ones compile and record; chosen
 
 
 class DoesNotFit(SettingsError):
-    """No settings that leave the result alone make the training fit; the message says which others would."""
+    """No settings fit without changing the result; the message names changes that would fit."""
 
 
 @dataclass(frozen=True)
 class Forecast:
     """The memory of one way to train. Bytes."""
 
-    settings: dict[str, Any]  # of TrainingConfig, beyond what was asked for; and `quantize` of BaseModel.load
+    settings: dict[str, Any]  # changes to the TrainingConfig you passed, and `quantize` of BaseModel.load
     training: dict[str, float]  # the parts of the loop's memory
     phases: dict[str, float]  # the peak of each phase
     reserve: float
@@ -62,7 +62,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every way to train, the least extra computation first; `config` is the one to take."""
+    """All ways to train, the least extra computation first; `config` is the one to use."""
 
     base: str
     family: str
@@ -71,8 +71,8 @@ class Plan:
     asked: TrainingConfig
     lora: LoraSpec
     forecasts: tuple[Forecast, ...]
-    offered: Forecast | None  # with a quantized base: other numbers, so never taken unasked
-    remedy: str = ""  # what would fit, when nothing does
+    offered: Forecast | None  # with a quantized base, which changes the result and so is never chosen for you
+    remedy: str = ""  # what would fit, if nothing does
     seconds: float | None = None  # for one update with `config`, measured here; None: not measured
 
     @property
@@ -93,7 +93,7 @@ class Plan:
         return replace(self.asked, **self.chosen.settings)
 
     def __str__(self) -> str:
-        """A table of the ways, and what the numbers are made of."""
+        """A table of the ways, and the parts of the memory."""
         config, machine, one = self.asked, self.machine, self.chosen or self.least
         batch = f"{config.batch_size} photo(s)"
         batch += f" + {config.batch_size} class image(s)" if config.prior_loss_weight > 0 else ""
@@ -122,7 +122,7 @@ class Plan:
     def _verdict(self, way: Forecast) -> str:
         if way is self.chosen:
             return "chosen"
-        return ("fits" if way.fits else "does not fit") + (", if asked for" if way is self.offered else "")
+        return ("fits" if way.fits else "does not fit") + (", if you ask for it" if way is self.offered else "")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, and seconds a step if they were measured."""
@@ -158,14 +158,14 @@ def plan(
 ) -> Plan:
     """Predict the memory of a training, counted on the base's structure without its weights.
 
-    base     in memory; or what `BaseModel.load` takes, of which only configuration files are read; or "sd1", "sd2", "sdxl"
+    base     a loaded base; what `BaseModel.load` takes (only configuration files are read); or "sd1", "sd2", "sdxl"
     vram_gb  budget in 10^9 bytes; None: what is free on the device, or the memory of `gpu`
     gpu      plan for another machine: T4, L4, 3090, 4090, A100, H100, H200. Without a GPU here, vram_gb alone means a T4
-    device   None: the base's own, else as BaseModel.load chooses
-    dtype    None: the base's own, else as BaseModel.load chooses
-    photos   how many there will be
-    quantize as in BaseModel.load; a quantized base in memory is counted as it is
-    measure  also time a few training steps with the chosen settings: of a base in memory, on this machine
+    device   None: that of a loaded base, or the default of BaseModel.load
+    dtype    None: that of a loaded base, or the default of BaseModel.load
+    photos   number of photos
+    quantize as in BaseModel.load; a loaded base that is quantized counts as such
+    measure  also time a few training steps of a loaded base on this machine, with the chosen settings
     Raises BaseModelError, SettingsError; and DoesNotFit when you read `config` of a plan in which nothing fits.
     """
     lora = lora or LoraSpec()
@@ -174,7 +174,7 @@ def plan(
     loaded = base if isinstance(base, BaseModel) else None
     if measure and (elsewhere or loaded is None):
         wrong = f"{elsewhere[0]}=" if elsewhere else f"{str(base)!r}"
-        raise SettingsError(f"measure=True with {wrong}: only a loaded base can be timed, as it is; give BaseModel.load(...)")
+        raise SettingsError(f"measure=True with {wrong}: only a loaded base can be timed, unchanged; pass BaseModel.load(...)")
     check_kind(quantize)
     here = torch.device(device) if device is not None else loaded.device if loaded is not None else default_device()
     if gpu is None and vram_gb is not None and device is None and here.type != "cuda":
@@ -196,27 +196,27 @@ def plan(
 def fitted(
     base: BaseModel, lora: LoraSpec, config: TrainingConfig, *, photos: int, say: Callable[[str], None] = lambda text: None
 ) -> TrainingConfig:
-    """`config` (settled), changed where the free memory of this machine is not enough for it. Raises DoesNotFit.
+    """`config` (settled), changed if this machine has not enough free memory for it. Raises DoesNotFit.
 
-    Nothing is counted where an upper bound is free.
+    If an upper bound is free, nothing is counted.
     """
     if len(ways(config)) == 1 or upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device):
         return config
     machine = machine_for(base, base.device)
     planner = Planner.of(base, lora, config, machine, dtype=base.dtype, photos=photos)
-    if planner.forecast(config, {}).fits:  # the other ways need not be counted
+    if planner.forecast(config, {}).fits:  # without counting the other ways
         return config
     found = planner.plan()
     chosen = found.config
     if chosen != config and found.chosen is not None:
         asked = next(one for one in found.forecasts if not one.settings)
-        needs = f"{asked.peak / GB:.1f} GB would be needed without, and {found.machine.budget / GB:.1f} GB are free"
+        needs = f"{asked.peak / GB:.1f} GB would be needed without it, and {found.machine.budget / GB:.1f} GB are free"
         say(f"plan: {found.chosen.words}, as {needs}")
     return chosen
 
 
 def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> float:
-    """Seconds for one optimizer update on this machine: the median of three, on latents without a picture. config: settled"""
+    """Seconds for one optimizer update on this machine: the median of three, on zero latents. config: settled"""
     with torch.no_grad():
         mean, _, time_ids = inputs(base, config.batch_size, config.resolution)
         prompts = {} if lora.text_encoder else {"a photo": base.encode_text(["a photo"])}
@@ -241,8 +241,8 @@ class Planner:
     machine: Machine
     config: TrainingConfig  # settled
     photos: int
-    resident: frozenset[str] = frozenset()  # modules that are in memory and stay: training cannot give them back
-    others: int = 0  # bytes of modules such as a safety checker, which draw with the base but are not trained
+    resident: frozenset[str] = frozenset()  # modules in memory that training cannot release
+    others: int = 0  # bytes of modules that only drawing uses, e.g. a safety checker
     quantize: str | None = None
 
     @classmethod
@@ -287,7 +287,7 @@ class Planner:
 
     @cached_property
     def _sampling(self) -> float:
-        """Peak of drawing class images, beside all weights."""
+        """Peak bytes of drawing class images, without the weights."""
         assert self.config.resolution
         few = {"pictures": pictures_at_a_time(self.config.resolution), "resolution": self.config.resolution}
         return max(self._peak(self.counter.sample(**few)), self._peak(self.counter.decode(**few)))
@@ -343,45 +343,45 @@ class Planner:
         """Bytes of the modules in memory, for each phase."""
         sizes, stays = self.counter.weights, self.resident
         unet = sizes.packed if quantize else sizes.unet
-        whole = unet + sizes.vae + sizes.text_encoders
+        everything = unet + sizes.vae + sizes.text_encoders
         beside = self.others if stays - {"unet", "vae", "text_encoder", "text_encoder_2"} else 0
         if self.counter.lora.text_encoder:
-            training = whole + beside
-        elif self.machine.type == "cuda":  # the host takes what stays
+            training = everything + beside
+        elif self.machine.type == "cuda":  # the rest goes to the host
             training = unet
         else:
             training = unet + sizes.vae * ("vae" in stays) + sizes.text_encoders * ("text_encoder" in stays) + beside
-        encoding = whole if prior or "unet" in stays else whole - unet
-        return {"through the VAE": encoding + beside, "drawing class images": whole + self.others, "training": training}
+        encoding = everything if prior or "unet" in stays else everything - unet
+        return {"through the VAE": encoding + beside, "drawing class images": everything + self.others, "training": training}
 
     def _of_adapter(self, config: TrainingConfig) -> dict[str, float]:
         lora = float(self.counter.weights.lora)
         state = lora * ADAM_BYTES[config.optimizer] / 4
-        half = 0.0 if self.counter.base.dtype == torch.float32 else lora / 2  # a copy for the layers, and one of its gradients
+        half = 0.0 if self.counter.base.dtype == torch.float32 else lora / 2  # a copy for the layers, and one of the gradients
         found = {"adapter": lora + half, "gradients": lora + half, "optimizer": state}
-        return found if self.machine.type == "cuda" else found | {"state to go back to": lora + state}  # which is on the host
+        return found if self.machine.type == "cuda" else found | {"state to roll back to": lora + state}  # else on the host
 
     def _remedy(self, least: Forecast, offered: Forecast | None) -> str:
         config, resolution, budget = self.config, self.config.resolution, self.machine.budget
         assert resolution
         offers = []
         if offered is not None and offered.peak <= budget:
-            offers.append(f'a base with quantize="{KINDS[0]}" would need {offered.peak / GB:.1f} GB')
+            offers.append(f'quantize="{KINDS[0]}" (--quantize {KINDS[0]}) would need {offered.peak / GB:.1f} GB')
         for side in (one for one in COMMON_SIDES if one < resolution and one % self.counter.base.pixels_per_latent == 0):
             smaller = replace(config, resolution=side)
             found = replace(self, config=smaller).forecast(smaller, least.settings)
             if found.peak <= budget:
-                offers.append(f"resolution={side} would need {found.peak / GB:.1f} GB")
+                offers.append(f"resolution={side} (--resolution {side}) would need {found.peak / GB:.1f} GB")
                 break
         if self.counter.base.dtype == torch.float32:
-            offers.append("a base in half precision takes half as much for its weights")
+            offers.append("a base in half precision needs half as much for its weights")
         cause = f"{self.counter.base.name} at {resolution} px needs at least {least.peak / GB:.1f} GB"
         value = f"{self.machine.name} has {budget / GB:.1f} GB"
         return f"{cause} and {value}; {'; '.join(offers) or 'no smaller resolution fits'}"
 
 
 def ways(config: TrainingConfig) -> list[dict[str, Any]]:
-    """What `config` leaves open of the memory ladder, as changes to it: the least arithmetic first, then the fewest passes."""
+    """Levels of the memory ladder that `config` leaves open, as changes to it: least arithmetic first, then fewest passes."""
     parts: list[dict[str, Any]] = [{}]
     if config.pictures_at_a_time is None:
         pictures = batch_of(config)

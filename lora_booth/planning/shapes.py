@@ -1,4 +1,4 @@
-"""A base without weights: modules of the right shapes on the "meta" device, built from configurations alone."""
+"""A base without weights: modules on the "meta" device, built from configurations alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def without_weights(source: BaseModel | str | Path, dtype: torch.dtype) -> BaseModel:
-    """A base in memory; a family ("sd1", "sd2", "sdxl"); or whatever `BaseModel.load` takes, of which only configuration
-    files are read: all of its structure, none of its memory. Raises BaseModelError."""
+    """The structure of a loaded base, of a family ("sd1", "sd2", "sdxl") or of what `BaseModel.load` takes, of which only
+    configuration files are read. Raises BaseModelError."""
     if isinstance(source, BaseModel):
         components = {"vae": source.shell.vae, **source.structure, "scheduler": source.scheduler}
         parts = {name: plain(component.config) for name, component in components.items()}
@@ -43,7 +43,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 class StandIn:
-    """In place of a tokenizer: as many tokens for every prompt, whatever they mean."""
+    """Replaces a tokenizer: gives every prompt the full number of tokens, without meaning."""
 
     all_special_tokens: tuple[str, ...] = ()
 
@@ -62,10 +62,10 @@ class StandIn:
 
 
 def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype, tokenizers: Sequence[Any] = ()) -> BaseModel:
-    """On the "meta" device. Raises BaseModelError.
+    """A base on the "meta" device. Raises BaseModelError.
 
     parts       module or "scheduler" -> its configuration; "model_index" -> each one's [library, class]
-    tokenizers  of a base in memory; none: stand-ins
+    tokenizers  of a loaded base; none: stand-ins
     """
     import diffusers
     import transformers
@@ -81,7 +81,7 @@ def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype,
                 else:
                     module = getattr(transformers, cls)(transformers.CLIPTextConfig(**config))
             except (AttributeError, TypeError, ValueError, KeyError) as error:
-                raise BaseModelError(f"{name}: no {part} can be made of its configuration ({first_line(error)})") from error
+                raise BaseModelError(f"{name}: no {part} can be built from its configuration ({first_line(error)})") from error
             modules[part] = nn.Module.to(module, dtype).eval()
     encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if part in modules]
     tokenizers = tokenizers or [StandIn(encoder.config.max_position_embeddings) for encoder in encoders]
