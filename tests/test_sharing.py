@@ -377,7 +377,7 @@ def test_what_anyone_has_worked_on_is_not_replaced(tmp_path: Path, change: str) 
     folder = small().save_folder(tmp_path / "a", pictures=[picture()])
     CHANGES[change](folder)
     before = files(folder)
-    with pytest.raises(AdapterError, match="did not write, or that were changed since; give another name"):
+    with pytest.raises(AdapterError, match="did not write, or that were changed since; pass another name"):
         small().save_folder(folder)
     assert files(folder) == before and [p.name for p in tmp_path.iterdir()] == ["a"]
 

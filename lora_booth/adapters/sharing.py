@@ -118,11 +118,11 @@ def check_free(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise AdapterError("is not a folder; give another name", folder)
+        raise AdapterError("is not a folder; pass another name", folder)
     if Path.cwd().is_relative_to(folder.resolve()):
         raise AdapterError("is the current folder, or contains it; pass the name of a new one", folder)
     if any(folder.iterdir()) and not is_ours(folder):
-        raise AdapterError("holds files that lora_booth did not write, or that were changed since; give another name", folder)
+        raise AdapterError("holds files that lora_booth did not write, or that were changed since; pass another name", folder)
 
 
 def is_ours(folder: Path) -> bool:

@@ -18,7 +18,8 @@ LEVELS: tuple[tuple[str, Any], ...] = (
     ("pictures_at_a_time", 1),
     ("gradient_checkpointing", True),
 )
-LEFT_TO_TRY = 'a smaller resolution or rank, or a base in half precision or with quantize="nf4"'  # these change the result
+# these change the result
+LEFT_TO_TRY = 'a smaller resolution or rank, or a base in half precision or with quantize="nf4" (--quantize nf4)'
 SIGNS = (  # in the message of a RuntimeError, in lower case
     "can't allocate memory",  # PyTorch on a CPU
     "not enough memory",  # the same, on Windows
