@@ -74,7 +74,7 @@ def write_entry(kind: str, key: str, tensors: Mapping[str, Tensor]) -> bool:
     try:
         own_folder(kind)
         path.parent.mkdir(exist_ok=True, mode=0o700)
-        with replacing(path) as temporary:
+        with replacing(path, durable=False) as temporary:
             save_file(whole, temporary, {"key": key, "sha256": checksum(whole)})
     except OSError:
         return False

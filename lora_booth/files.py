@@ -13,17 +13,22 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # how some network drives
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. What the block writes there replaces `path`; after an error it is removed."""
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`. What the block writes there replaces `path`; after an error it is removed.
+
+    durable  wait until it is on the disk; not needed for what can be computed again
+    """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            sync(file.fileno())
+        if durable:
+            with open(temporary, "rb+") as file:
+                sync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def write_file(path: Path, content: bytes) -> None:

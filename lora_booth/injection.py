@@ -204,8 +204,9 @@ class TrainableLora:
     def check_gradients(self) -> None:
         """After the first backward pass. Raises TrainingError unless all gradients are finite and no up factor's is zero."""
         remedy = "try another attention= or dtype=torch.float32"
-        if not self.flat.gradient.isfinite().all():
-            raise TrainingError(f"the first gradients are not finite; {remedy}")
+        broken = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+        if broken:
+            raise TrainingError(f"the first gradient of {broken[0]} is not finite; {remedy}")
         ups = [name for name in self.parameters if name.endswith(".up")]
         silent = [name for name in ups if not self.parameters[name].grad.any()]  # type: ignore[union-attr]
         if len(silent) == len(ups):

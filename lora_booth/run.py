@@ -1,4 +1,4 @@
-"""train(): photos in, one small adapter file out. The whole way of a run, in order."""
+"""train(): photos in, one small adapter out. A run from start to finish, in order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ class Job:
         factors = {p: LoraFactors(tensors[f"{p}.down"], tensors[f"{p}.up"], self.lora.scale_alpha) for p in paths}
         return Adapter(factors, self.card(int(state["step"])))
 
+    def adapter_of(self, step: Step) -> Adapter:
+        """The adapter learnt up to `step`, which must be the last one."""
+        return Adapter(step.factors(), self.card(step.index))
+
     def card(self, steps: int) -> Card:
         first = self.subjects[0]
         return Card(
@@ -95,7 +100,7 @@ def train(
                 run it returns the adapter. Ctrl-C, SIGTERM and SIGHUP save a checkpoint before they end the program.
     mirror      a folder on other storage: each checkpoint is copied there and read back, and a run whose own folder is lost
                 continues from it
-    time_limit  minutes for this call: it saves and returns the adapter learnt so far before they are over
+    time_limit  minutes for this call: before they are over, it saves and returns the adapter learnt so far
     restart     discard what `out` and `mirror` hold of an earlier run
     track       "tensorboard", "wandb" or another tracker of accelerate, or several: losses, rates, settings, samples
     on_step     called after every optimizer update
@@ -156,7 +161,7 @@ def train(
             lora,
             config,
             resume=None if state is None else unpacked_state(state, base.device),
-            levels=[] if planned is config else levels_between(config, planned),
+            levels=levels_between(config, planned),
             say=folder.event,
             processes=processes,
         )
@@ -205,7 +210,7 @@ def follow(
             if stop and not last:
                 return stop
             if config.sample_every and step.index % config.sample_every == 0:
-                adapter = None if last else Adapter(step.factors(), job.card(step.index))
+                adapter = None if last else partial(job.adapter_of, step)
                 draw_samples(folder, tracking, job.base, job.subjects[0], config, step.index, adapter)
         return 0
     except TrainingError as error:

@@ -19,8 +19,10 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.tools.difference import difference
 from lora_booth.adapters.tools.merge import merge
 from lora_booth.base.base_model import BaseModel
+from lora_booth.cli.arguments import by_file, composition_of
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError
+from lora_booth.pictures.composition import Composition
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = cli.commands()
@@ -203,6 +205,15 @@ def test_regions_recipes_and_previews(call, rex, tiny, tmp_path):
         assert one.tobytes() == other.tobytes()
     auto = ["--auto-regions", "--isolate", "delta", "--preview", tmp_path / "found.png"]
     assert call("generate", dog, owl, *words, *auto)[0] == 0 and (tmp_path / "found.png").is_file()
+
+
+def test_two_subjects_are_separated_by_default_as_in_python(rex, tiny, tmp_path):
+    loaded = Adapter.load(rex)
+    owl = replace(loaded, card=replace(loaded.card, token="do", class_noun="owl"))
+    files = [str(rex), str(owl.save(tmp_path / "owl.safetensors"))]
+    found = composition_of(by_file(files), str(tiny), method=None)
+    expected = Composition(BaseModel.load(tiny), [(Adapter.load(file), 1.0) for file in files])
+    assert found.method == expected.method == "regions" and found.by_default and expected.by_default
 
 
 @pytest.mark.slow

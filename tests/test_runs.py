@@ -389,7 +389,7 @@ def test_a_signal_saves_at_the_step_boundary(
         assert signal.getsignal(number) == signal.SIG_DFL  # put back
     signal.signal(number, before)
     words = "interrupted" if number == signal.SIGINT else f"stopped by {name}"
-    assert events(tmp_path) == [f"{words} at step 4 of 6: saved; the same call continues"]
+    assert events(tmp_path) == [f"{words} at step 4 of 6: saved; run the same call again to continue"]
     assert seen == [1, 2, 3, 4] and record(tmp_path)["status"] == words
     assert tiny_run(photos, tmp_path, config=QUICK) == whole[1]
 
@@ -435,7 +435,7 @@ def test_a_second_sigterm_leaves_with_its_code(whole: tuple[Path, str], photos: 
     [
         ("vae.encoder", []),  # preparation: nothing to save yet, it leaves at once
         ("unet", []),  # class images
-        ("vae.decoder", ["interrupted at step 3 of 4: saved; the same call continues"]),  # samples, of step 2
+        ("vae.decoder", ["interrupted at step 3 of 4: saved; run the same call again to continue"]),  # samples, of step 2
     ],
 )
 def test_ctrl_c_at_any_time_loses_nothing(part: str, said: list[str], photos: Path, tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_a_time_limit_ends_with_a_usable_adapter(whole: tuple[Path, str], photos
     out = tmp_path / "run"
     early = train(tiny(), subject(photos), lora=LORA, config=QUICK, out=out, progress=False, time_limit=1e-6)
     assert early.card.steps == 1 and any(f.up.any() for f in early.modules.values())
-    assert events(out) == ["time is up at step 1 of 6: saved; the same call continues"]
+    assert events(out) == ["time is up at step 1 of 6: saved; run the same call again to continue"]
     assert not (out / "adapter.safetensors").exists()  # that is the finished one
     assert Adapter.load(out / "checkpoints" / "000001" / "adapter.safetensors").card.steps == 1
     assert tiny_run(photos, out, config=QUICK, time_limit=60) == whole[1]
@@ -500,7 +500,8 @@ def test_a_lost_folder_goes_on_from_the_mirror(whole: tuple[Path, str], photos: 
     seen: list[int] = []
     assert tiny_run(photos, run, config=QUICK, mirror=drive, on_step=lambda s: seen.append(s.index)) == whole[1]
     assert seen == [5, 6] and [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
-    assert "interrupted at step 4 of 6: saved; the same call continues" not in events(run)  # that came after the copy
+    # that came after the copy
+    assert "interrupted at step 4 of 6: saved; run the same call again to continue" not in events(run)
     shutil.rmtree(run)
     assert tiny_run(photos, run, config=QUICK, mirror=drive, on_step=lambda s: broken()) == whole[1]  # finished there too
 

@@ -26,6 +26,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError, TrainingError
 from lora_booth.pictures.composition import Composition
+from lora_booth.planning.planning import plan
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import prepare
@@ -517,7 +518,11 @@ def test_a_broken_base_is_told_at_the_first_step(rex: Subject) -> None:
 
 @pytest.mark.parametrize(
     ("factor", "overflows", "message"),
-    [(0.0, 0, "all gradients are zero at the first step"), (1.0, 100, "the first gradients are not finite"), (1.0, 2, None)],
+    [
+        (0.0, 0, "all gradients are zero at the first step"),
+        (1.0, 100, "the first gradient of .* is not finite"),
+        (1.0, 2, None),
+    ],
 )
 def test_the_first_gradients_are_checked_under_a_scaler_too(
     factor: float, overflows: int, message: str | None, rex: Subject, monkeypatch: pytest.MonkeyPatch
@@ -545,6 +550,45 @@ def test_the_first_gradients_are_checked_under_a_scaler_too(
                 list(training_steps(base, cache, lora=LORA, config=config))
     finally:
         hook.remove()
+
+
+def test_a_layer_that_learns_nothing_is_refused_every_time(rex: Subject, tmp_path: Path) -> None:
+    """Nothing is saved of a first step whose gradients are wrong, so the next call checks them again."""
+    for _ in range(2):
+        base = base_of("sd1")
+        layer = base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        with pytest.raises(TrainingError, match="gradient .*; try another attention="):
+            original = layer.weight.data.clone()
+            layer.weight.data.fill_(math.nan)
+            try:
+                run(base, rex, ALONE, out=tmp_path / "run")
+            finally:
+                layer.weight.data.copy_(original)
+        assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_variant_of_a_planned_config_is_settled_again() -> None:
+    base = base_of("sd1")
+    first = settled(TrainingConfig(steps=7), base, 3)
+    assert settled(first, base, 3) == first
+    again = settled(replace(first, steps=None, resolution=None, learning_rate=None), base, 3)
+    assert None not in (again.steps, again.resolution, again.learning_rate)
+    with pytest.raises(SettingsError, match="resolution 65"):
+        settled(replace(first, resolution=65), base, 3)
+    assert type(plan(base, photos=3, config=TrainingConfig(resolution=64)).config) is TrainingConfig
+
+
+def test_memory_that_runs_out_in_the_update_is_no_reason_to_climb(rex: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only drawing, forward and backward pass may be done again: an update could be half done."""
+    base = base_of("sd1")
+    cache = prepare(base, rex, lora=LORA, config=ALONE)
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("lora_booth.training.loop.step_if_finite", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(training_steps(base, cache, lora=LORA, config=ALONE))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")

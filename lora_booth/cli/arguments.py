@@ -144,7 +144,7 @@ def composition_of(
         load_base(base, quantize=quantize),
         [item for name, item in adapters if name not in places],
         method=method,  # type: ignore[arg-type]  # checked by Composition
-        regions="auto" if auto_regions else list(places.values()),
+        regions="auto" if auto_regions else list(places.values()) or None,
         isolate=isolate,  # type: ignore[arg-type]
     )
 

@@ -21,7 +21,7 @@ from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
-from ..training.settings import SettledConfig, settled
+from ..training.settings import SettledConfig, plain, settled
 from ..training.training_run import TrainingRun
 from .budget import GB, GPUS, RESERVE, Machine, available_bytes, batch_of, cache_bytes, gpu_named, machine_for, upper_bound
 from .counting import Count, Counter, inputs
@@ -207,7 +207,7 @@ def fitted(
     if planner.forecast(config, {}).fits:  # without counting the other ways
         return config
     found = planner.plan()
-    chosen = found.config
+    chosen = settled(found.config, base, photos)
     if chosen != config and found.chosen is not None:
         asked = next(one for one in found.forecasts if not one.settings)
         needs = f"{asked.peak / GB:.1f} GB would be needed without it, and {found.machine.budget / GB:.1f} GB are free"
@@ -278,7 +278,7 @@ class Planner:
             family=base.family.label,
             machine=self.machine,
             dtype=str(base.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else ""),
-            asked=self.config,
+            asked=plain(self.config),
             lora=self.counter.lora,
             forecasts=tuple(forecasts),
             offered=offered,

@@ -22,12 +22,14 @@ from .latents import LatentCache
 # settings that may change when a run is resumed: those that do not affect the adapter, and those that affect rounding only
 FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_seeds")
 ROUNDING = ("pictures_at_a_time", "gradient_checkpointing", "attention", "lean", "capture", "compile")
+FORMAT = 2  # of a run's state and record; those of others are refused
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
 
 def run_facts(base: BaseModel, subjects: Sequence[Subject], lora: LoraSpec, config: TrainingConfig) -> dict[str, Any]:
     """What a run computes: equal facts give equal adapters in equal `surroundings`. Photos are hashes."""
     return {
+        "format": FORMAT,
         "base": {"name": base.name, "fingerprint": base.fingerprint, "dtype": precision_of(base)},
         "lora": as_json(asdict(lora)),
         "config": {k: v for k, v in as_json(asdict(config)).items() if k not in FREE + ROUNDING},

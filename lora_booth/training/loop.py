@@ -35,33 +35,45 @@ class LoopState:
     processes: Processes = ALONE  # that share each batch
     step: int = 0  # updates done
     health: Health = field(default_factory=Health)
+    check: Callable[[], None] | None = None  # of the first gradients, before they are clipped
 
 
-def updates(state: LoopState, backward: Callable[[Inputs], Tensor]) -> Iterator[Tensor]:
+def updates(state: LoopState, gradients: Callable[[], Tensor]) -> Iterator[Tensor]:
     """One optimizer update after the other, up to `config.steps`. Yields its loss () and does not wait for the device.
 
-    backward  forward and backward pass of a batch or a part of it: adds to the gradient of the factors, returns its loss ()
+    gradients  `accumulate`, or what wraps it
     An update whose loss or gradients are not finite changes nothing and yields nan.
     """
-    base, factors, optimizer, scaler = state.base, state.factors, state.optimizer, state.scaler
+    factors, optimizer, scaler = state.factors, state.optimizer, state.scaler
     while state.step < state.config.steps:
         set_rate(optimizer, learning_rate(state.config, state.step) * state.health.rate_share)
-        factors.gradient.zero_()
-        loss = torch.zeros((), device=base.device)
-        batches = state.config.gradient_accumulation
-        for index in range(state.step * batches, (state.step + 1) * batches):
-            with dropout_seeded(state, index):
-                for inputs in inputs_of(state, index):  # drawn
-                    loss += backward(inputs)  # forward and backward
+        loss = gradients()
         if state.processes.count > 1:
             loss = state.processes.sum_gradients(loss, factors.gradient)
         scaler.unscale_(optimizer)
+        if state.check is not None:
+            state.check()
         norm = torch.nn.utils.clip_grad_norm_(factors.values, state.config.max_grad_norm)
         finite = loss.isfinite() & norm.isfinite()
         step_if_finite(optimizer, scaler, finite)
         state.step += 1
         # gradients that overflow under a scaler are its own business: it lowers its scale
         yield loss if scaler.is_enabled() else torch.where(finite, loss, torch.nan)
+
+
+def accumulate(state: LoopState, backward: Callable[[Inputs], Tensor]) -> Tensor:
+    """The gradients of one update, summed over its batches; returns its loss ().
+
+    backward  forward and backward pass of a batch or a part of it: adds to the gradient of the factors, returns its loss ()
+    """
+    state.factors.gradient.zero_()
+    loss = torch.zeros((), device=state.base.device)
+    batches = state.config.gradient_accumulation
+    for index in range(state.step * batches, (state.step + 1) * batches):
+        with dropout_seeded(state, index):
+            for inputs in inputs_of(state, index):  # drawn
+                loss += backward(inputs)  # forward and backward
+    return loss
 
 
 def inputs_of(state: LoopState, index: int) -> Iterator[Inputs]:

@@ -9,7 +9,7 @@ from ..base.base_model import BaseModel, TextConditions
 from ..kernels.lora import Flat
 from .latents import Batch, Inputs
 
-# of what a mask leaves black: a choice; at 0 the adapter is free to draw anything behind the subject
+# of the error where a mask is black: chosen; at 0 the adapter is free to draw anything behind the subject
 BACKGROUND_WEIGHT = 0.1
 
 
@@ -52,7 +52,7 @@ def dreambooth_loss(
 ) -> Tensor:
     """Mean squared error of the prediction on the photos, plus the weighted one on the class images, in one forward pass.
 
-    batch.latents  (N, C, H/f, W/f)  scaled by the VAE's factor f; H, W in pixels; photos first, then class images
+    batch.latents  (N, C, H/f, W/f)  times the scaling_factor; H, W in pixels, f pixels a latent; photos before class images
     text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
     noise          like latents      standard normal
     timesteps      (N,) int64        in [0, 1000)

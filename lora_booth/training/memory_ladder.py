@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ..config import TrainingConfig
-
-C = TypeVar("C", bound=TrainingConfig)
 
 # Each level changes one setting and leaves rank, resolution, batch and steps alone: the same adapter up to rounding.
 # The first step needs as much memory as any later one, so the ladder is used there, or when another program takes memory.
@@ -34,21 +30,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
-def next_level(config: TrainingConfig, *, pictures: int) -> str | None:
-    """The next setting that can still save memory, or None. pictures: in this process's share of a batch."""
+def next_level(config: TrainingConfig, *, pictures: int) -> tuple[str, Any] | None:
+    """The next setting that can still save memory, and its value; or None. pictures: in this process's share of a batch."""
     for setting, value in LEVELS:
         useless = setting == "pictures_at_a_time" and pictures <= 1
         if getattr(config, setting) != value and not useless:
-            return setting
+            return setting, value
     return None
 
 
-def levels_between(config: TrainingConfig, lower: TrainingConfig) -> list[str]:
-    """The levels that lead from `config` to `lower`."""
-    return [setting for setting, value in LEVELS if getattr(lower, setting) == value != getattr(config, setting)]
-
-
-def at_levels(config: C, levels: Sequence[str]) -> C:
-    """`config` with these levels of the ladder."""
-    changed: dict[str, Any] = {setting: value for setting, value in LEVELS if setting in levels}
-    return replace(config, **changed)
+def levels_between(config: TrainingConfig, lower: TrainingConfig) -> dict[str, Any]:
+    """The settings of the ladder, and their values, by which `lower` differs from `config`."""
+    return {name: getattr(lower, name) for name, _ in LEVELS if getattr(lower, name) != getattr(config, name)}

@@ -116,7 +116,7 @@ class NoFolder:
     def end(self, adapter: Adapter, stop: int) -> None:
         """End the run, finished (stop 0) or not."""
         if stop:
-            self.event(f"{stop_words(stop)} at step {adapter.card.steps}; without out= it cannot be continued")
+            self.say(f"{stop_words(stop)} at step {adapter.card.steps}; without out= the run cannot be continued")
 
     def give_up(self, error: LoraBoothError, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
         """Save the last good state of a run that cannot continue."""
@@ -432,20 +432,23 @@ def locked(folder: Path) -> Iterator[bool]:
     try:
         lock.acquire()
     except Timeout:
-        by = shown(holder.read_text("utf-8", "replace").strip()[:200]) if holder.exists() else "another process"
+        by = "another process"
+        with suppress(OSError):
+            by = shown(holder.read_text("utf-8", "replace").strip()[:200]) or by
         raise TrainingError(
             f"{shown(folder)}: another run is using it ({by}); wait until it ends, or pass another folder as out="
         ) from None
     except (OSError, NotImplementedError):
-        yield False
-        return
+        pass
     try:
         with suppress(OSError):  # a full disk does not matter here
+            holder.unlink(missing_ok=True)  # of a process that was killed
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield True
+        yield lock.is_locked
     finally:
         with suppress(OSError):  # the storage is gone
             holder.unlink(missing_ok=True)
+        with suppress(OSError):
             lock.release()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def draw_samples(
     subject: Subject,
     config: SettledConfig,
     step: int,
-    adapter: Adapter | None,
+    adapter: Callable[[], Adapter] | None,
 ) -> None:
     """Draw a round of samples into the folder, with the adapter that drew them unless that is None. A failure is an event."""
     if folder.path is None:
@@ -43,7 +43,7 @@ def draw_samples(
     began, rows = time.monotonic(), rows_of(subject, config)
     try:
         images = sample(base, rows, config)
-        keep(folder.path / SAMPLES, step, rows, images, adapter)
+        keep(folder.path / SAMPLES, step, rows, images, None if adapter is None else adapter())
         if tracking is not None:
             tracking.samples(step, rows, images)
     except (OSError, RuntimeError, AdapterError) as error:

@@ -28,10 +28,13 @@ class SettledConfig(TrainingConfig):
     resolution: int = 0
 
 
+def plain(config: TrainingConfig) -> TrainingConfig:
+    """The same settings as a TrainingConfig, e.g. for the user to make variants of."""
+    return TrainingConfig(**{field.name: getattr(config, field.name) for field in fields(config)})
+
+
 def settled(config: TrainingConfig, base: BaseModel, photos: int) -> SettledConfig:
-    """Choose what `config` leaves open, from the base and the number of photos. A settled config is returned as it is."""
-    if isinstance(config, SettledConfig):
-        return config
+    """Choose what `config` leaves open, from the base and the number of photos. Settling twice changes nothing."""
     steps = config.steps or min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PHOTO * photos))
     width = max(base.shell.unet.config.block_out_channels)
     resolution = config.resolution or base.resolution

@@ -16,6 +16,7 @@ from ..config import LoraSpec, TrainingConfig
 from ..errors import MissingExtraError, SettingsError
 from ..injection import TrainableLora, target_paths
 from ..kernels.attention import attention_kernel, check_attention
+from ..kernels.capture import can_capture
 from ..kernels.lean import channels_last, lean
 from .settings import SettledConfig
 
@@ -25,6 +26,8 @@ def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> N
     target_paths(base, lora)
     check_attention(base, config.attention)
     check_optimizer(config, base.device)
+    if config.capture == "on":
+        can_capture(base, lora, config)
 
 
 @contextmanager

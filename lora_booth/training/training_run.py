@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from ..kernels.capture import StepGraph, can_capture
 from .distributed import ALONE, Processes
 from .health import Health, RollBack
 from .latents import Inputs, LatentCache
-from .loop import LoopState, updates
+from .loop import LoopState, accumulate, updates
 from .loss import backward
-from .memory_ladder import LEFT_TO_TRY, at_levels, is_out_of_memory, next_level
+from .memory_ladder import LEFT_TO_TRY, is_out_of_memory, next_level
 from .progress import Step
 from .settings import SettledConfig, settled
 from .training_mode import make_optimizer, make_scaler, training_mode
@@ -50,7 +51,7 @@ class TrainingRun(Iterator[Step]):
     """An iterator of `Step`s. `close()` takes the adapter out of the base.
 
     resume     what `state()` returned earlier
-    levels     of the memory ladder to start with; those of `resume` take precedence
+    levels     settings of the memory ladder to start with; those of `resume` take precedence
     say        called with one line for each event: a rollback, a halved rate, a level of the memory ladder
     processes  that share each batch
     """
@@ -63,15 +64,15 @@ class TrainingRun(Iterator[Step]):
         config: SettledConfig,
         *,
         resume: dict[str, Any] | None = None,
-        levels: Sequence[str] = (),
+        levels: Mapping[str, Any] = MappingProxyType({}),
         say: Callable[[str], None] = lambda text: None,
         processes: Processes = ALONE,
     ) -> None:
         self.say = say
         self.processes = processes
-        self.levels: list[str] = list(levels if resume is None else resume["levels"])
+        self.levels: dict[str, Any] = dict(levels if resume is None else resume["levels"])
         if self.levels:
-            config = at_levels(config, self.levels)
+            config = replace(config, **self.levels)
         if config.attention == "auto":  # a resumed run keeps the kernel that it started with
             kernel: Any = resume["attention"] if resume else fastest_for(base, cache, config, processes)
             config = replace(config, attention=kernel)
@@ -87,7 +88,7 @@ class TrainingRun(Iterator[Step]):
             self.backward: Callable[[Inputs], Tensor] = self._backward
             if base.device.type == "cuda" or config.capture == "on":
                 self._capture(lora, say)
-            self._updates = updates(self.loop, self.backward)
+            self._updates = updates(self.loop, self._gradients)
             self.started = time.monotonic()
             self.look_every = 1 if base.device.type == "cpu" else LOOK_EVERY
             self.smoothed = torch.full((), torch.nan, device=base.device)
@@ -95,7 +96,8 @@ class TrainingRun(Iterator[Step]):
             if resume is not None:
                 self._restore(resume)
             self.first = self.loop.step
-            self._checked = self.first > 0  # the first gradients, for zeros
+            if self.first == 0:
+                self.loop.check = self._check_gradients
             good = None if resume is None else resume["good"]
             self._good: dict[str, Any] = good or self._now()  # to roll back to
         except BaseException:
@@ -113,20 +115,21 @@ class TrainingRun(Iterator[Step]):
     def __next__(self) -> Step:
         while True:
             began = time.monotonic()
+            loss = next(self._updates)
+            if self.loop.config.compile and self.step == self.first + 1:
+                self.say(f"compile: the first step took {time.monotonic() - began:.1f} s")
+            if self._went_well(loss):
+                return self._report(loss)
+
+    def _gradients(self) -> Tensor:
+        """`accumulate`, from the start again at the next level of the memory ladder where memory runs out."""
+        while True:
             try:
-                loss = next(self._updates)
-            except StopIteration:
-                raise
+                return accumulate(self.loop, self.backward)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            else:
-                if self.loop.config.compile and self.step == self.first + 1:
-                    self.say(f"compile: the first step took {time.monotonic() - began:.1f} s")
-                if self._went_well(loss):
-                    return self._report(loss)
-                continue
             self._climb(reason)  # out here: the exception's traceback holds tensors
 
     def _capture(self, lora: LoraSpec, say: Callable[[str], None]) -> None:
@@ -149,30 +152,28 @@ class TrainingRun(Iterator[Step]):
         )
 
     def _climb(self, reason: str) -> None:
-        """Do the update again at the next level of the memory ladder. Raises TrainingError at its end."""
+        """Go to the next level of the memory ladder. Raises TrainingError at its end."""
         loop = self.loop
         pictures = loop.config.batch_size * (1 if loop.cache.class_images is None else 2)
         level = next_level(loop.config, pictures=-(-pictures // loop.processes.count))
         if level is None:
             raise TrainingError(f"out of memory at step {self.step + 1} at every level ({reason}); try {LEFT_TO_TRY}")
-        self.levels.append(level)
-        loop.config = at_levels(loop.config, [level])
+        setting, value = level
+        self.levels[setting] = value
+        loop.config = replace(loop.config, **{setting: value})
         self._modes.close()
         self._modes.enter_context(training_mode(loop.base, self.lora, loop.config))
         if isinstance(self.backward, StepGraph):
             self.backward.forget()
-        self._updates = updates(loop, self.backward)
         if loop.base.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.say(f"out of memory at step {self.step + 1}: continuing with {level}={getattr(loop.config, level)}")
+        self.say(f"out of memory at step {self.step + 1}: continuing with {setting}={value}")
 
     # --- looking at the losses
 
     def _went_well(self, loss: Tensor) -> bool:
         """Look at the losses now and then. False: they went wrong, and the run is back at its last good state."""
         self._smooth(loss)
-        if not self._checked:
-            self._check_gradients()
         self._unread.append(loss)
         if not (self.step == self.loop.config.steps or self.step % self.look_every == 0):
             return True
@@ -197,7 +198,7 @@ class TrainingRun(Iterator[Step]):
         if scaler.is_enabled() and scaler.get_scale() >= 1 and not self.loop.factors.gradient.isfinite().all():
             return
         self.lora.check_gradients()
-        self._checked = True
+        self.loop.check = None
 
     def _smooth(self, loss: Tensor) -> None:
         mean = torch.where(self.smoothed.isnan(), loss, SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss)
@@ -233,7 +234,7 @@ class TrainingRun(Iterator[Step]):
             "smoothed": on_cpu(self.smoothed),
             "health": loop.health.state(),
             "unread": on_cpu(torch.stack(self._unread)) if self._unread else None,
-            "levels": list(self.levels),
+            "levels": dict(self.levels),
             "attention": loop.config.attention,
         }
 
