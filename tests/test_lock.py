@@ -35,6 +35,16 @@ def test_a_second_run_is_refused_and_a_third_may(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
+def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (tmp_path / "lock.txt").unlink()
+        (tmp_path / "lock.txt").mkdir()
+        with pytest.raises(TrainingError, match=r"another run is using it \(another process\)"), locked(tmp_path):
+            raise AssertionError("not reached")
+    with locked(tmp_path) as held:  # released, although the name could not be removed
+        assert held is True
+
+
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_storage_without_locks(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(descriptor: int, operation: int) -> None:

@@ -552,7 +552,7 @@ def test_the_first_gradients_are_checked_under_a_scaler_too(
         hook.remove()
 
 
-def test_a_layer_that_learns_nothing_is_refused_every_time(rex: Subject, tmp_path: Path) -> None:
+def test_wrong_first_gradients_are_refused_every_time(rex: Subject, tmp_path: Path) -> None:
     """Nothing is saved of a first step whose gradients are wrong, so the next call checks them again."""
     for _ in range(2):
         base = base_of("sd1")

@@ -1,7 +1,7 @@
 """How many of the package's files each part of the job runs through: `python tools/files_run.py [--list]`.
 
-A file counts when code of it runs during the call (a function, a method, a lazy import's module is not enough). On the
-embedded base, with photos that the world draws, warm caches not assumed.
+A file counts when a function or method of it runs during the call; being imported is not enough. On the embedded base, with
+photos that its world draws and everything in the cache: a training before has encoded them.
 """
 
 from __future__ import annotations
