@@ -229,7 +229,7 @@ def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos
         patched.setattr("lora_booth.training.progress.Lines.update", stop)
         code, _, err = call(*train_words(photos, tiny, out))
     assert code == 130
-    assert err.splitlines()[-1] == "interrupted; run the same command again to continue a training"
+    assert err.splitlines()[-1] == "interrupted; a training continues when you run the same command again"
     assert not out.exists()
     assert max(f.name for f in (tmp_path / "again" / "checkpoints").iterdir()) == "000004"
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         command = next((word for word in words if word in commands()), "")
         fail(f"{error.format_message().rstrip('.')}; see: lora-booth {command} --help".replace("  ", " "))
     if code == INTERRUPTED:
-        print("interrupted; run the same command again to continue a training", file=sys.stderr)
+        print("interrupted; a training continues when you run the same command again", file=sys.stderr)
     sys.exit(code or 0)
 
 
