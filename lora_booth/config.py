@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import SettingsError
+from .errors import SettingsError, shown
 
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; chosen
@@ -25,10 +31,13 @@ class LoraSpec:
     text_target_modules: tuple[str, ...] = TEXT_TARGETS
 
     def __post_init__(self) -> None:
+        check_types(self)
         check(1 <= self.rank <= 512, f"rank {self.rank}", "a whole number from 1 to 512; 4 to 32 is usual")
         check(self.alpha is None or 0 < self.alpha <= 16 * self.rank, f"alpha {self.alpha}", "above 0, at most 16 x rank")
         check(0 <= self.dropout < 1, f"dropout {self.dropout}", "at least 0 and below 1")
         check(bool(self.target_modules), "target_modules ()", f"at least one, as in {ATTENTION_TARGETS}")
+        text_targets = not self.text_encoder or bool(self.text_target_modules)
+        check(text_targets, "text_target_modules ()", f"at least one, as in {TEXT_TARGETS}")
 
     @property
     def scale_alpha(self) -> float:
@@ -67,36 +76,96 @@ class TrainingConfig:
     sample_seeds: int = 1  # pictures of each prompt, with `seed` and the seeds after it
 
     def __post_init__(self) -> None:
-        check(self.steps is None or self.steps >= 1, f"steps {self.steps}", "at least 1")
-        rate = self.learning_rate
+        check_types(self)
+        for name in AT_LEAST_1:
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"{name} {value}", "at least 1")
+        rate, images = self.learning_rate, self.class_images
         check(rate is None or 0 < rate <= 0.1, f"learning_rate {rate}", "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA")
-        check(self.batch_size >= 1, f"batch_size {self.batch_size}", "at least 1")
-        check(self.gradient_accumulation >= 1, f"gradient_accumulation {self.gradient_accumulation}", "at least 1")
-        few = self.pictures_at_a_time
-        check(few is None or few >= 1, f"pictures_at_a_time {few}", "at least 1")
-        check(self.lr_schedule in ("constant", "cosine"), f"lr_schedule {self.lr_schedule!r}", "constant or cosine")
+        check(images is None or images >= 1, f"class_images {images}", "at least 1; to train without, prior_loss_weight=0")
         check(self.warmup_steps is None or self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}", "at least 0")
+        check(0 <= self.weight_decay <= 1, f"weight_decay {self.weight_decay}", "from 0 to 1")
         check(self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm}", "above 0 (math.inf: no clipping)")
-        check(
-            math.isfinite(self.prior_loss_weight) and self.prior_loss_weight >= 0,
-            f"prior_loss_weight {self.prior_loss_weight}",
-            "at least 0 (0: no prior preservation)",
-        )
-        check(self.class_images is None or self.class_images >= 1, f"class_images {self.class_images}", "at least 1")
+        prior = self.prior_loss_weight
+        check(0 <= prior < math.inf, f"prior_loss_weight {prior}", "at least 0 (0: no prior preservation)")
         check(self.min_snr_gamma is None or self.min_snr_gamma > 0, f"min_snr_gamma {self.min_snr_gamma}", "above 0")
         check(self.resolution is None or self.resolution >= 8, f"resolution {self.resolution}", "a multiple of 8")
-        kernels = ("auto", "sdpa", "plain", "xformers")
-        check(self.attention in kernels, f"attention {self.attention!r}", "auto, plain, sdpa or xformers")
-        check(self.capture in ("auto", "on", "off"), f"capture {self.capture!r}", "auto, on or off")
-        check(self.optimizer in ("adamw", "adamw8bit"), f"optimizer {self.optimizer!r}", "adamw or adamw8bit")
-        check(self.checkpoint_every >= 1, f"checkpoint_every {self.checkpoint_every}", "at least 1")
-        check(
-            self.checkpoint_minutes > 0, f"checkpoint_minutes {self.checkpoint_minutes}", "above 0 (math.inf: by steps alone)"
-        )
-        check(self.sample_every is None or self.sample_every >= 1, f"sample_every {self.sample_every}", "at least 1")
-        check(self.sample_seeds >= 1, f"sample_seeds {self.sample_seeds}", "at least 1")
+        check(0 <= self.seed < MOST, f"seed {self.seed}", "0 to 2**63 - 1")
+        minutes = self.checkpoint_minutes
+        check(minutes > 0, f"checkpoint_minutes {minutes}", "above 0 (math.inf: by steps alone)")
+
+
+AT_LEAST_1 = (
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "pictures_at_a_time",
+    "checkpoint_every",
+    "sample_every",
+    "sample_seeds",
+)
 
 
 def check(ok: bool, value: str, allowed: str) -> None:
     if not ok:
         raise SettingsError(f"{value} is out of range; allowed: {allowed}")
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+MOST = 2**63  # whole numbers are below it, as PyTorch's are
+NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path", NoneType: "None"}
+
+
+def check_types(settings: Any) -> None:
+    """Give each field of a frozen dataclass the type that it is declared with, by `typed`. Raises SettingsError."""
+    declared: Any = type(settings)
+    for name, kind in hints(declared).items():
+        object.__setattr__(settings, name, typed(name, getattr(settings, name), kind))
+
+
+hints = cache(get_type_hints)
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as a `kind`: int, float, bool, str, Path, a class, Literal["a", "b"], tuple[str, ...] or a union of these.
+
+    Whole floats become ints, ints floats, lists tuples, a single string a tuple of one, strings paths. Raises SettingsError.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for one in kinds:
+        found = as_type(value, one)
+        if found is not None or (value is None and one is NoneType):
+            return found
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python prints
+        text = "with thousands of digits"
+    raise SettingsError(f"{name} {shown(text)[:80]}; needed: {' or '.join(map(needed, kinds))}")
+
+
+def as_type(value: Any, kind: Any) -> Any:
+    """None for a value that cannot be taken for this kind."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and value == value
+    if get_origin(kind) is Literal:
+        return value if isinstance(value, str) and value in get_args(kind) else None
+    if get_origin(kind) is tuple:
+        several = value if isinstance(value, list | tuple) else [value]
+        found = [as_type(one, get_args(kind)[0]) for one in several]
+        return None if None in found else tuple(found)
+    if kind is int:
+        return int(value) if number and abs(value) < MOST and value == int(value) else None
+    if kind is float:
+        return float(value) if number and (abs(value) < sys.float_info.max or abs(value) == math.inf) else None
+    if kind is Path:
+        named = isinstance(value, str | os.PathLike) and "\0" not in os.fsdecode(value)
+        return Path(os.path.expanduser(value)) if named else None
+    return value if isinstance(value, kind) else None
+
+
+def needed(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a tuple of {needed(get_args(kind)[0]).removeprefix('a ')}s"
+    return NEEDED.get(kind) or str(kind.__name__)

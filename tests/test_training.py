@@ -288,6 +288,49 @@ def test_defaults_depend_on_photos_and_base() -> None:
         settled(TrainingConfig(resolution=60), base, 3)
 
 
+def test_settings_take_the_type_that_they_plainly_mean() -> None:
+    lora = LoraSpec(rank=np.int64(4), alpha=8, target_modules="to_q", text_target_modules=["q_proj"])  # type: ignore[arg-type]
+    assert lora == LoraSpec(4, 8.0, target_modules=("to_q",), text_target_modules=("q_proj",))
+    config = TrainingConfig(steps=10.0, resolution=512.0, seed=3.0, sample_prompt=["a", "b"])  # type: ignore[arg-type]
+    assert (config.steps, config.resolution, config.seed, config.sample_prompt) == (10, 512, 3, ("a", "b"))
+    assert all(type(value) is int for value in (lora.rank, config.steps, config.resolution, config.seed))
+    assert type(lora.alpha) is float and TrainingConfig(max_grad_norm=math.inf).max_grad_norm == math.inf
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (LoraSpec, {"rank": "4"}, "rank '4'; needed: a whole number"),
+        (LoraSpec, {"rank": 4.5}, "rank 4.5; needed: a whole number"),
+        (LoraSpec, {"rank": 10**5000}, "rank with thousands of digits; needed: a whole number"),
+        (LoraSpec, {"alpha": math.nan}, "alpha nan; needed: a number or None"),
+        (LoraSpec, {"dropout": None}, "dropout None; needed: a number"),
+        (LoraSpec, {"text_encoder": 1}, "text_encoder 1; needed: True or False"),
+        (LoraSpec, {"target_modules": ["to_q", 3]}, r"target_modules \['to_q', 3\]; needed: a tuple of strings"),
+        (LoraSpec, {"text_encoder": True, "text_target_modules": ()}, r"text_target_modules \(\) is out of range"),
+        (TrainingConfig, {"learning_rate": "1e-4"}, "learning_rate '1e-4'; needed: a number or None"),
+        (TrainingConfig, {"learning_rate": 10**400}, "learning_rate 1000"),
+        (TrainingConfig, {"steps": True}, "steps True; needed: a whole number or None"),
+        (TrainingConfig, {"steps": 10**400}, "steps 1000"),
+        (TrainingConfig, {"steps": math.inf}, "steps inf"),
+        (TrainingConfig, {"seed": None}, "seed None; needed: a whole number"),
+        (TrainingConfig, {"seed": -1}, "seed -1 is out of range; allowed: 0 to"),
+        (TrainingConfig, {"weight_decay": math.nan}, "weight_decay nan; needed: a number"),
+        (TrainingConfig, {"weight_decay": -0.1}, "weight_decay -0.1 is out of range"),
+        (TrainingConfig, {"max_grad_norm": "inf"}, "max_grad_norm 'inf'; needed: a number"),
+        (TrainingConfig, {"prior_loss_weight": math.inf}, "prior_loss_weight inf is out of range"),
+        (TrainingConfig, {"class_images": 0}, "class_images 0 is out of range; .*prior_loss_weight=0"),
+        (TrainingConfig, {"lr_schedule": "linear"}, "lr_schedule 'linear'; needed: 'constant' or 'cosine'"),
+        (TrainingConfig, {"attention": None}, "attention None; needed: 'auto' or"),
+        (TrainingConfig, {"sample_prompt": ("a", 3)}, "sample_prompt .*; needed: a string or a tuple of strings or None"),
+        (TrainingConfig, {"flip": np.ones(100_000)}, r"flip array\(.{,80}; needed: True or False"),
+    ],
+)
+def test_settings_of_another_type_are_refused_at_construction(kind: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        kind(**settings)
+
+
 # --- what is drawn -------------------------------------------------------------------------------------------------
 
 
