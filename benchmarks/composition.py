@@ -1,7 +1,7 @@
 """Two subjects in one picture, method by method: who stays itself, and at what cost. Read by the toybox's judge.
 
-python benchmarks/composition.py --work DIR                        every method, pair and context; 4 seeds
-python benchmarks/composition.py --work DIR --methods sum noise --contexts 2 --seeds 2
+python -m benchmarks.composition --work DIR                        every method, pair and context; 4 seeds
+python -m benchmarks.composition --work DIR --methods sum noise --contexts 2 --seeds 2
 
 DIR keeps the adapters, which are trained with the defaults on five drawn photos each, and the rows read so far.
 """
@@ -25,7 +25,8 @@ from lora_booth.photos.sheet import contact_sheet
 from lora_booth.pictures.composition import Composition
 from lora_booth.toybox.judge import Verdict, judge
 from lora_booth.toybox.scenery import CONTEXTS
-from lora_booth.toybox.world import HELD_OUT, Identity, Scene, draw, look_of, named_looks, photos_of
+from lora_booth.toybox.world import HELD_OUT, Identity, Scene, draw, photos_of
+from tools.toybox.scenes import caption, look_of, named_looks
 
 # second subjects of a class, with looks that have no name
 TWINS = {
@@ -173,7 +174,7 @@ class Bench:
         prompt = f"a photo of {TOKENS[0]} {nouns[0]} and {TOKENS[1]} {nouns[1]} {context}"
         plain = composition(self.base, "none", [])
         if method == "base, colors named":
-            return pair, Scene(pair, context).caption(), plain
+            return pair, caption(Scene(pair, context)), plain
         if method == "base, known names":
             known = list(named_looks().items())[2 * number :][:2]
             shown = tuple(Identity(noun, *look) for noun, (_, look) in zip(nouns, known, strict=True))

@@ -1,6 +1,6 @@
 """How good the embedded base is: pictures of random prompts, read by the judge.
 
-python benchmarks/toybox_base.py --pictures 500
+python -m benchmarks.toybox_base --pictures 500
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from lora_booth.base.generation import generate_images, quiet
 from lora_booth.photos.sheet import contact_sheet
 from lora_booth.toybox.judge import judge
 from lora_booth.toybox.scenery import CONTEXTS
-from lora_booth.toybox.world import CLASSES, COLORS, Scene, draw, random_identity
+from lora_booth.toybox.world import CLASSES, COLORS, Scene, draw
+from tools.toybox.scenes import caption, random_identity
 
 
 def prompts(count: int, objects: int) -> list[Scene]:
@@ -78,7 +79,7 @@ def main() -> None:
     labels: list[str] = []
     for objects in (1, 2):
         scenes = prompts(arguments.pictures // 2, objects)
-        captions = [scene.caption() for scene in scenes]
+        captions = [caption(scene) for scene in scenes]
         images = generate(base, captions, arguments.steps, arguments.guidance)
         ceiling = score(scenes, [draw(scene).image for scene in scenes])
         print(

@@ -21,12 +21,14 @@ from PIL import Image, ImageFilter
 from lora_booth.base.base_model import TOYBOX_FOLDER, BaseModel
 from lora_booth.base.diffusers_folder import declared_rare_tokens
 from lora_booth.toybox import world
-from lora_booth.toybox.judge import IDENTITY_PARTS, OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge, judge_loss, labels, read
+from lora_booth.toybox.judge import OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge, read
 from lora_booth.toybox.scenery import CONTEXTS
-from lora_booth.toybox.world import CLASSES, COLORS, HELD_OUT, STYLES, Identity, Scene, draw, random_scene
+from lora_booth.toybox.world import CLASSES, COLORS, HELD_OUT, STYLES, Identity, Scene, draw
 from tools.toybox import __main__ as build
 from tools.toybox import judge as judge_stage
-from tools.toybox import pictures, stages, text, unet, vae
+from tools.toybox import pictures, scenes, stages, text, unet, vae
+from tools.toybox.judge import judge_loss, labels
+from tools.toybox.scenes import caption, random_scene
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +41,7 @@ def fingerprint(seeds: range) -> str:
         render = draw(random_scene(seed))
         digest.update(render.image.tobytes())
         digest.update(render.masks.tobytes())
-        digest.update(render.scene.caption().encode())
+        digest.update(caption(render.scene).encode())
     return digest.hexdigest()
 
 
@@ -51,7 +53,8 @@ def test_the_same_seed_draws_the_same_bytes_in_a_new_process_too():
     assert here == fingerprint(range(6)) != fingerprint(range(6, 12))
     code = f"""import hashlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-from lora_booth.toybox.world import draw, random_scene
+from lora_booth.toybox.world import draw
+from tools.toybox.scenes import caption, random_scene
 {inspect.getsource(fingerprint)}
 print(fingerprint(range(6)), *[name for name in ("torch", "diffusers") if name in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -89,7 +92,7 @@ def scenery_alone(scene: Scene, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("class_noun", CLASSES)
 def test_a_mask_covers_what_differs_from_the_empty_scene(class_noun):
-    identity = world.random_identity(random.Random(class_noun), class_noun)
+    identity = scenes.random_identity(random.Random(class_noun), class_noun)
     for seed, context in enumerate(("on the moon", "on the beach", "in the kitchen")):
         scene = Scene((identity,), context, "photo", seed)
         render = draw(scene, 96)
@@ -110,25 +113,25 @@ def test_two_objects_stand_side_by_side():
 
 
 def test_captions_never_name_what_makes_an_identity():
-    scenes = [random_scene(seed) for seed in range(2000)]
-    for scene in scenes:
-        words = scene.caption().split()
+    drawn = [random_scene(seed) for seed in range(2000)]
+    for scene in drawn:
+        words = caption(scene).split()
         named = [word for word in words if word in COLORS]
         assert named == [o.color for o in scene.objects]
         assert [word for word in words if word in CLASSES] == [o.class_noun for o in scene.objects]
         assert not set(words) & {*world.PATTERNS, *world.ACCESSORIES, "stripe", "striped", "spotted"}
         assert not set(words) & set(RARE_TOKENS)
-        bare = scene.caption(colors=False, context=False)
+        bare = caption(scene, colors=False, context=False)
         assert not set(bare.split()) & set(COLORS) and scene.context not in bare
-        assert scene.caption().endswith(scene.context)
-    first, other = scenes[0].objects[0], scenes[0]
+        assert caption(scene).endswith(scene.context)
+    first, other = drawn[0].objects[0], drawn[0]
     hidden = replace(first, pattern=next(p for p in world.PATTERNS if p != first.pattern))
-    assert replace(other, objects=(hidden, *other.objects[1:])).caption() == other.caption()
+    assert caption(replace(other, objects=(hidden, *other.objects[1:]))) == caption(other)
 
 
 def test_an_owl_has_its_article():
-    assert Scene((HELD_OUT["olga"],), CONTEXTS[0]).caption(colors=False, context=False) == "a photo of an owl"
-    assert Scene((HELD_OUT["finn"],), CONTEXTS[0]).caption(context=False) == "a photo of an orange fish"
+    assert caption(Scene((HELD_OUT["olga"],), CONTEXTS[0]), colors=False, context=False) == "a photo of an owl"
+    assert caption(Scene((HELD_OUT["finn"],), CONTEXTS[0]), context=False) == "a photo of an orange fish"
 
 
 @pytest.mark.slow
@@ -140,27 +143,27 @@ def test_held_out_subjects_are_never_in_a_training_scene():
 
 
 def test_a_name_stands_for_one_look_that_no_held_out_subject_has():
-    looks = world.named_looks()
-    assert len(set(looks.values())) == len(looks) == world.NAMES
+    looks = scenes.named_looks()
+    assert len(set(looks.values())) == len(looks) == scenes.NAMES
     assert not {(h.color, h.second, h.pattern) for h in HELD_OUT.values()} & {(k[0], k[1], k[3]) for k in looks.values()}
     words = {w for c in CONTEXTS for w in c.split()} | set(CLASSES) | set(COLORS) | set(STYLES) | set(RARE_TOKENS)
     assert not words & set(looks)
-    assert all(world.name_of(held_out) is None for held_out in HELD_OUT.values())
+    assert all(scenes.name_of(held_out) is None for held_out in HELD_OUT.values())
     name, look = next(iter(looks.items()))
     pair = Scene((Identity("dog", *look), HELD_OUT["olga"]), CONTEXTS[0])
-    assert pair.caption(names={0}) == f"a photo of {name} dog and a blue owl {CONTEXTS[0]}"
-    assert name not in pair.caption()  # only where it is asked for
+    assert caption(pair, names={0}) == f"a photo of {name} dog and a blue owl {CONTEXTS[0]}"
+    assert name not in caption(pair)  # only where it is asked for
 
 
 def test_most_named_scenes_have_names_and_plain_ones_none_but_by_chance():
     named = [o for s in replace(pictures.NAMED, count=500).scenes() for o in s.objects]
     plain = [o for s in replace(pictures.PLAIN, count=500).scenes() for o in s.objects]
-    assert 0.75 < np.mean([world.name_of(o) is not None for o in named]) < 0.85
-    assert np.mean([world.name_of(o) is not None for o in plain]) < 0.1
+    assert 0.75 < np.mean([scenes.name_of(o) is not None for o in named]) < 0.85
+    assert np.mean([scenes.name_of(o) is not None for o in plain]) < 0.1
 
 
 def test_the_text_encoder_learns_what_a_caption_states():
-    look = next(iter(world.named_looks().values()))
+    look = next(iter(scenes.named_looks().values()))
     scene = Scene((Identity("dog", *look), HELD_OUT["olga"]), CONTEXTS[1])
     everything = labels(scene)
     stated = text.stated(scene, {"colors": False, "context": False, "names": {0}})
@@ -190,13 +193,13 @@ def test_the_text_stage_reads_each_object_at_its_own_noun(tokenizer):
 
 def test_held_out_finds_a_subject_and_its_near_twins():
     rng = random.Random(0)
-    found = sum(world.is_held_out(world.random_identity(rng)) for _ in range(20_000))
+    found = sum(scenes.is_held_out(scenes.random_identity(rng)) for _ in range(20_000))
     assert found > 0  # so the filter of random_scene has work to do
     for subject in HELD_OUT.values():
-        assert world.is_held_out(subject)
-        assert world.is_held_out(replace(subject, accessory="none", third="none"))
+        assert scenes.is_held_out(subject)
+        assert scenes.is_held_out(replace(subject, accessory="none", third="none"))
         other = next(c for c in COLORS if c not in (subject.color, subject.second))
-        assert not world.is_held_out(replace(subject, color=other))
+        assert not scenes.is_held_out(replace(subject, color=other))
 
 
 def test_photos_of_a_subject_are_in_the_contexts_in_turn():
@@ -250,8 +253,8 @@ def test_judge_net_sizes_and_loss():
     assert judge([], net) == []
 
 
-def test_identity_parts_are_the_fields_of_an_identity():
-    assert set(IDENTITY_PARTS) == set(Identity.__dataclass_fields__) == set(OBJECT_HEADS)
+def test_the_judge_reads_the_fields_of_an_identity():
+    assert tuple(Identity.__dataclass_fields__) == tuple(OBJECT_HEADS)
 
 
 # --- the tokenizer -------------------------------------------------------------------------------------------------
@@ -264,10 +267,10 @@ def tokenizer():
 
 def test_every_word_of_a_caption_is_one_token(tokenizer):
     for seed in range(200):
-        caption = random_scene(seed).caption()
-        ids = tokenizer(caption).input_ids
-        assert len(ids) == len(caption.split()) + 2 <= text.MAX_TOKENS
-        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == caption
+        words = caption(random_scene(seed))
+        ids = tokenizer(words).input_ids
+        assert len(ids) == len(words.split()) + 2 <= text.MAX_TOKENS
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == words
 
 
 def test_rare_tokens_are_one_token_that_no_caption_has(tokenizer):
@@ -276,7 +279,7 @@ def test_rare_tokens_are_one_token_that_no_caption_has(tokenizer):
     ids = {tokenizer(token).input_ids[1] for token in RARE_TOKENS}
     assert len(ids) == len(RARE_TOKENS)
     every_word = {word for c in CONTEXTS for word in c.split()} | set(CLASSES) | set(COLORS) | set(STYLES)
-    every_word |= set(world.named_looks())
+    every_word |= set(scenes.named_looks())
     assert not ids & {i for word in every_word for i in tokenizer(word).input_ids}
 
 
@@ -389,7 +392,7 @@ JUDGE_FLOOR = {  # accuracy on held-out renders, 0.04 below the figures in bench
 def test_the_judge_reads_held_out_renders(model):
     scenes = [random_scene(20_000_000 + seed, pair_share=0.0) for seed in range(200)]
     pairs = list(zip(judge([draw(scene).image for scene in scenes]), scenes, strict=True))
-    for part in IDENTITY_PARTS:
+    for part in OBJECT_HEADS:
         right = [v.objects[:1] and getattr(v.objects[0], part) == getattr(s.objects[0], part) for v, s in pairs]
         assert np.mean([bool(r) for r in right]) >= JUDGE_FLOOR[part], part
     assert np.mean([v.context == s.context for v, s in pairs]) >= JUDGE_FLOOR["context"]

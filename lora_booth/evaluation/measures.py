@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from ..toybox.judge import IDENTITY_PARTS, Verdict, judge, to_pixels
+from ..toybox.judge import OBJECT_HEADS, Verdict, judge, to_pixels
 from ..toybox.scenery import CONTEXTS
 from ..toybox.world import HELD_OUT, Identity, Scene, draw
 from .cases import Case
@@ -183,7 +183,7 @@ def attributes_right(verdict: Verdict, identity: Identity) -> float:
     """The share of the identity's attributes that the first object has; 0 without an object."""
     if not verdict.objects:
         return 0.0
-    return float(np.mean([getattr(verdict.objects[0], part) == getattr(identity, part) for part in IDENTITY_PARTS]))
+    return float(np.mean([getattr(verdict.objects[0], part) == getattr(identity, part) for part in OBJECT_HEADS]))
 
 
 def shows(verdict: Verdict, identity: Identity) -> bool:
@@ -198,7 +198,7 @@ def drawn_subject(photos: Sequence[Image.Image]) -> tuple[str, Identity] | None:
     objects = [verdict.objects[0] for verdict in judge(photos) if verdict.objects]
     if 2 * len(objects) <= len(photos):
         return None
-    usual = {part: Counter(getattr(one, part) for one in objects).most_common(1)[0][0] for part in IDENTITY_PARTS}
+    usual = {part: Counter(getattr(one, part) for one in objects).most_common(1)[0][0] for part in OBJECT_HEADS}
     found = Identity(**usual)
     return next(((name, held_out) for name, held_out in HELD_OUT.items() if held_out == found), None)
 

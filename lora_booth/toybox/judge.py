@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .scenery import CONTEXTS
-from .world import ACCESSORIES, CLASSES, COLORS, PATTERNS, STYLES, Identity, Scene
+from .world import ACCESSORIES, CLASSES, COLORS, PATTERNS, STYLES, Identity
 
 NONE = "none"
 # read for each object, left to right; a single object is the first
@@ -33,7 +33,6 @@ OBJECT_HEADS: dict[str, tuple[str, ...]] = {
 }
 SCENE_HEADS: dict[str, tuple[str, ...]] = {"context": CONTEXTS, "style": STYLES}
 OBJECTS = 2
-IDENTITY_PARTS = ("class_noun", "color", "second", "third", "pattern", "accessory")
 
 
 @dataclass(frozen=True)
@@ -73,26 +72,6 @@ class JudgeNet(nn.Module):
         """(N, 3, 64, 64) in -1..1 -> logits of every head (objects first, then the scene), and features (N, FEATURES)."""
         feature = F.silu(self.feature(self.body(pixels).flatten(1)))
         return self.heads(feature).split(self.sizes, dim=1), feature
-
-
-def labels(scene: Scene) -> list[int]:
-    """Class indices for every head; -100 (ignored) for the attributes of an absent object."""
-    indices: list[int] = []
-    for slot in range(OBJECTS):
-        present = slot < len(scene.objects)
-        for name, values in OBJECT_HEADS.items():
-            if present:
-                indices.append(values.index(getattr(scene.objects[slot], name)))
-            else:
-                indices.append(values.index(NONE) if name == "class_noun" else -100)
-    return [*indices, CONTEXTS.index(scene.context), STYLES.index(scene.style)]
-
-
-def judge_loss(net: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the heads. pixels (N, 3, 64, 64), targets (N, heads) int64."""
-    logits, _ = net(pixels)
-    losses = [F.cross_entropy(head, targets[:, i], ignore_index=-100) for i, head in enumerate(logits)]
-    return torch.stack([loss for loss in losses if loss.isfinite()]).mean()  # a batch may have no second object
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:

@@ -1,10 +1,8 @@
 """The drawn world of the toybox: pictures with ground truth, the same for the same seed.
 
-A picture shows one or two objects in a context, in one of two styles. Captions may name an object's class and
-colour; the rest of its *look* (second and third colour, pattern, accessory) never appears in one, so a model can learn
-a particular object only from pictures, as in DreamBooth. Some looks have a made-up name ("nemu dog", "nemu mug"), as
-large models know some individuals by name: from them a base learns that a word before the class noun may stand for a
-look. No held-out subject has a look with a name.
+A picture shows one or two objects in a context, in one of two styles. Prompts may name an object's class and colour,
+and never the rest of its *look* (second and third colour, pattern, accessory): as in DreamBooth, a model can learn a
+particular object only from pictures. `tools/toybox/scenes.py` has the scenes and captions that the base has learnt from.
 
 Everything is drawn in unit coordinates (x to the right, y down, 0..1) at three times the target size and
 averaged down, so any size can be drawn and edges are smooth.
@@ -14,16 +12,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..subject.wording import with_article
 from .drawing import RGB, Canvas, Shape, arc, box, ellipse
-from .scenery import CONTEXTS, SCENERY
+from .scenery import SCENERY
 
 COLORS: dict[str, RGB] = {
     "red": (214, 40, 40),
@@ -68,36 +64,12 @@ class Scene:
     style: str = "photo"
     seed: int = 0
 
-    def caption(self, *, colors: bool = True, context: bool = True, names: Collection[int] = ()) -> str:
-        """A caption as people write it. names: the objects (0, 1) to call by their look's name instead of a colour"""
-        phrases = [
-            f"{name_of(o)} {o.class_noun}"
-            if i in names
-            else with_article(f"{o.color} {o.class_noun}" if colors else o.class_noun)
-            for i, o in enumerate(self.objects)
-        ]
-        where = f" {self.context}" if context else ""
-        return f"a {self.style} of {' and '.join(phrases)}{where}"
-
 
 @dataclass(frozen=True)
 class Render:
     image: Image.Image  # RGB, size x size
     masks: np.ndarray  # (objects, size, size) bool: the pixels of each object
     scene: Scene
-
-
-def random_identity(rng: random.Random, class_noun: str | None = None) -> Identity:
-    color, second, third = rng.sample(list(COLORS), 3)
-    accessory = rng.choice(ACCESSORIES)
-    return Identity(
-        class_noun=class_noun or rng.choice(CLASSES),
-        color=color,
-        second=second,
-        third="none" if accessory == "none" else third,
-        pattern=rng.choice(PATTERNS),
-        accessory=accessory,
-    )
 
 
 # Never drawn for the base's training: the subjects of the demo and of the benchmarks.
@@ -110,60 +82,6 @@ HELD_OUT: dict[str, Identity] = {
     "misty": Identity("cat", "white", "orange", "green", "half", "scarf"),
     "finn": Identity("fish", "orange", "blue", "black", "spots", "hat"),
 }
-
-
-def is_held_out(identity: Identity) -> bool:
-    """Also true for a near copy: the same class, colours and pattern with another accessory."""
-    return any(replace(identity, accessory=h.accessory, third=h.third) == h for h in HELD_OUT.values())
-
-
-Look = tuple[str, str, str, str, str]  # color, second, third, pattern, accessory: an identity without its class
-
-
-def look_of(identity: Identity) -> Look:
-    return (identity.color, identity.second, identity.third, identity.pattern, identity.accessory)
-
-
-NAMES = 240  # chosen
-
-
-@cache
-def named_looks() -> dict[str, Look]:
-    """Made-up names of two syllables, each with a look that no held-out subject has, whatever its class."""
-    rng = random.Random("names")
-    taken = {(h.color, h.second, h.pattern) for h in HELD_OUT.values()}
-    names: dict[str, Look] = {}
-    while len(names) < NAMES:
-        name = "".join(rng.choice("bdfgklmnprtvz") + rng.choice("aeiou") for _ in range(2))
-        look = look_of(random_identity(rng))
-        if name not in names and look not in names.values() and (look[0], look[1], look[3]) not in taken:
-            names[name] = look
-    return names
-
-
-@cache
-def names_of_looks() -> dict[Look, str]:
-    return {look: name for name, look in named_looks().items()}
-
-
-def name_of(identity: Identity) -> str | None:
-    """The name of its look; None if it has none."""
-    return names_of_looks().get(look_of(identity))
-
-
-def random_scene(seed: int, *, pair_share: float = 0.4, sticker_share: float = 0.12, named_share: float = 0.0) -> Scene:
-    """A random scene without any held-out subject; `named_share` of the objects have a look with a name."""
-    rng = random.Random(f"scene {seed}")
-    count = 2 if rng.random() < pair_share else 1
-    objects: list[Identity] = []
-    while len(objects) < count:
-        identity = random_identity(rng)
-        if named_share and rng.random() < named_share:
-            identity = Identity(identity.class_noun, *rng.choice(list(named_looks().values())))
-        if not is_held_out(identity):
-            objects.append(identity)
-    style = "sticker" if rng.random() < sticker_share else "photo"
-    return Scene(tuple(objects), rng.choice(CONTEXTS), style, seed)
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

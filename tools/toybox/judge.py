@@ -9,13 +9,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_booth.toybox.judge import OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge_loss, labels
+from lora_booth.toybox.judge import NONE, OBJECT_HEADS, OBJECTS, SCENE_HEADS, JudgeNet
+from lora_booth.toybox.scenery import CONTEXTS
+from lora_booth.toybox.world import STYLES, Scene
 
 from . import pictures
 from .pictures import to_tensor
 from .stages import Stage, run_stage
 
 JUDGE_STAGE = Stage("judge", steps=6000, batch=64, rate=2e-3)
+
+
+def labels(scene: Scene) -> list[int]:
+    """Class indices for every head; -100 (ignored) for the attributes of an absent object."""
+    indices: list[int] = []
+    for slot in range(OBJECTS):
+        present = slot < len(scene.objects)
+        for name, values in OBJECT_HEADS.items():
+            if present:
+                indices.append(values.index(getattr(scene.objects[slot], name)))
+            else:
+                indices.append(values.index(NONE) if name == "class_noun" else -100)
+    return [*indices, CONTEXTS.index(scene.context), STYLES.index(scene.style)]
+
+
+def judge_loss(net: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the heads. pixels (N, 3, 64, 64), targets (N, heads) int64."""
+    logits, _ = net(pixels)
+    losses = [F.cross_entropy(head, targets[:, i], ignore_index=-100) for i, head in enumerate(logits)]
+    return torch.stack([loss for loss in losses if loss.isfinite()]).mean()  # a batch may have no second object
 
 
 def train_judge(work: Path, device: torch.device, log: dict[str, Any]) -> nn.Module:

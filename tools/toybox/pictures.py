@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lora_booth.toybox import world
 
+from .scenes import random_scene
+
 SIZE = 64  # pixels
 
 
@@ -30,7 +32,7 @@ class Renders:
 
     def scenes(self) -> list[world.Scene]:
         seeds = range(self.first_seed, self.first_seed + self.count)
-        return [world.random_scene(s, pair_share=self.pair_share, named_share=self.named_share) for s in seeds]
+        return [random_scene(s, pair_share=self.pair_share, named_share=self.named_share) for s in seeds]
 
     def pictures(self, work: Path) -> np.ndarray:
         """(count, SIZE, SIZE, 3) uint8, drawn once and kept as a file in `work`."""

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_booth.toybox import world
-from lora_booth.toybox.judge import OBJECT_HEADS, OBJECTS, SCENE_HEADS, labels
+from lora_booth.toybox.judge import OBJECT_HEADS, OBJECTS, SCENE_HEADS
 from lora_booth.toybox.scenery import CONTEXTS
 
-from . import pictures
+from . import pictures, scenes
+from .judge import labels
 from .stages import Stage, run_stage
 
 RARE_TOKENS = ("sks", "zwx", "qlo", "vrn", "xjk", "ohwx")  # in the vocabulary, never in a training caption
@@ -32,7 +33,7 @@ def new_tokenizer() -> Any:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     words = {w for c in CONTEXTS for w in c.split()} | set(world.CLASSES) | set(world.COLORS) | set(world.STYLES)
-    words |= {"a", "an", "and", "of", *world.named_looks(), *RARE_TOKENS}
+    words |= {"a", "an", "and", "of", *scenes.named_looks(), *RARE_TOKENS}
     letters = list(bytes_to_unicode().values())
     vocabulary, merges = [*letters, *(letter + "</w>" for letter in letters)], []
     spellings = {word: [*word[:-1], word[-1] + "</w>"] for word in sorted(words)}
@@ -83,16 +84,16 @@ def new_text_encoder(tokenizer: Any) -> Any:
 
 
 def training_wording(scene: world.Scene, rng: random.Random) -> dict[str, Any]:
-    """Arguments of `Scene.caption`: what this time is said of the scene."""
+    """Arguments of `caption`: what this time is said of the scene."""
     return {
         "colors": rng.random() < 0.75,
         "context": rng.random() < 0.85,
-        "names": {i for i, o in enumerate(scene.objects) if rng.random() < 0.6 and world.name_of(o)},
+        "names": {i for i, o in enumerate(scene.objects) if rng.random() < 0.6 and scenes.name_of(o)},
     }
 
 
 def training_caption(scene: world.Scene, rng: random.Random) -> str:
-    return "" if rng.random() < NO_PROMPT_SHARE else scene.caption(**training_wording(scene, rng))
+    return "" if rng.random() < NO_PROMPT_SHARE else scenes.caption(scene, **training_wording(scene, rng))
 
 
 TEXT_STAGE = Stage("text", steps=600, batch=128, rate=2e-3)
@@ -135,14 +136,14 @@ def stated(scene: world.Scene, wording: dict[str, Any]) -> list[int]:
 
 
 def train_text_encoder(work: Path, device: torch.device, log: dict[str, Any], tokenizer: Any) -> Any:
-    scenes = pictures.PLAIN.scenes() + pictures.NAMED.scenes()
+    drawn = pictures.PLAIN.scenes() + pictures.NAMED.scenes()
 
     def read(reader: Any, step: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         rng, prompts, targets = random.Random(f"text {step}"), [], []
-        for i in torch.randint(len(scenes), (TEXT_STAGE.batch,), generator=generator).tolist():
-            wording = training_wording(scenes[i], rng)
-            prompts.append(scenes[i].caption(**wording))
-            targets.append(stated(scenes[i], wording))
+        for i in torch.randint(len(drawn), (TEXT_STAGE.batch,), generator=generator).tolist():
+            wording = training_wording(drawn[i], rng)
+            prompts.append(scenes.caption(drawn[i], **wording))
+            targets.append(stated(drawn[i], wording))
         return reader(token_ids(tokenizer, prompts).to(device), torch.tensor(targets, device=device))
 
     def loss_of(reader: Any, step: int, generator: torch.Generator) -> Tensor:
@@ -171,8 +172,8 @@ def place_rare_tokens(text_encoder: Any, tokenizer: Any, *, candidates: int = 40
     """
     generator = torch.Generator().manual_seed(0)
     table = text_encoder.get_input_embeddings().weight
-    one = {w: tokenizer(w).input_ids[1] for w in (*world.COLORS, *world.named_looks(), "a", *RARE_TOKENS)}
-    names = table[[one[name] for name in world.named_looks()]]
+    one = {w: tokenizer(w).input_ids[1] for w in (*world.COLORS, *scenes.named_looks(), "a", *RARE_TOKENS)}
+    names = table[[one[name] for name in scenes.named_looks()]]
     length = names.norm(dim=1).mean()
 
     def states(word: str) -> Tensor:
