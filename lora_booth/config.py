@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import SettingsError, shown
+from .errors import SettingsError, setting, shown
 
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; chosen
@@ -82,17 +82,21 @@ class TrainingConfig:
             check(value is None or value >= 1, f"{name} {value}", "at least 1")
         rate, images = self.learning_rate, self.class_images
         check(rate is None or 0 < rate <= 0.1, f"learning_rate {rate}", "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA")
-        check(images is None or images >= 1, f"class_images {images}", "at least 1; to train without, prior_loss_weight=0")
+        check(
+            images is None or images >= 1,
+            f"class_images {images}",
+            f"at least 1; to train without, {setting('prior_loss_weight', 0)}",
+        )
         check(self.warmup_steps is None or self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}", "at least 0")
         check(0 <= self.weight_decay <= 1, f"weight_decay {self.weight_decay}", "from 0 to 1")
-        check(self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm}", "above 0 (math.inf: no clipping)")
+        check(self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm}", "above 0 (infinity: no clipping)")
         prior = self.prior_loss_weight
         check(0 <= prior < math.inf, f"prior_loss_weight {prior}", "at least 0 (0: no prior preservation)")
         check(self.min_snr_gamma is None or self.min_snr_gamma > 0, f"min_snr_gamma {self.min_snr_gamma}", "above 0")
         check(self.resolution is None or self.resolution >= 8, f"resolution {self.resolution}", "a multiple of 8")
         check(0 <= self.seed < MOST, f"seed {self.seed}", "0 to 2**63 - 1")
         minutes = self.checkpoint_minutes
-        check(minutes > 0, f"checkpoint_minutes {minutes}", "above 0 (math.inf: by steps alone)")
+        check(minutes > 0, f"checkpoint_minutes {minutes}", "above 0 (infinity: by steps alone)")
 
 
 AT_LEAST_1 = (
@@ -108,7 +112,12 @@ AT_LEAST_1 = (
 
 def check(ok: bool, value: str, allowed: str) -> None:
     if not ok:
-        raise SettingsError(f"{value} is out of range; allowed: {allowed}")
+        name, space, number = value.partition(" ")
+        raise SettingsError(f"{named(name)}{space}{number} is out of range; allowed: {allowed}")
+
+
+def named(name: str) -> str:
+    return setting(name) if "_" in name else name  # a plain word is the same in Python and on the command line
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         text = repr(value)
     except ValueError:  # more digits than Python prints
         text = "with thousands of digits"
-    raise SettingsError(f"{name} {shown(text)[:80]}; needed: {' or '.join(map(needed, kinds))}")
+    raise SettingsError(f"{named(name)} {shown(text)[:80]}; needed: {' or '.join(map(needed, kinds))}")
 
 
 def as_type(value: Any, kind: Any) -> Any:

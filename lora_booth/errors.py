@@ -14,6 +14,23 @@ LoraBoothError
     └── AdapterIncomplete, AdapterTargetError, AdapterBaseMismatch          what they are for
 """
 
+from contextvars import ContextVar
+
+in_command: ContextVar[bool] = ContextVar("in_command", default=False)  # set by the command line
+
+
+def setting(argument: str, value: object = None, *, option: str | None = None) -> str:
+    """How a message names a setting: as an argument in Python, as an option within a command.
+
+    setting("rank", 8)                                rank=8, or --rank 8
+    setting("minimum", 1, option="--min-photos 1")    where the option has another name
+    """
+    if in_command.get():
+        words = "" if value is None or value is True else f" {value}"
+        return option or f"--{argument.replace('_', '-')}{words}"
+    text = f'"{value}"' if isinstance(value, str) else value
+    return argument if value is None else f"{argument}={text}"
+
 
 def shown(name: object) -> str:
     """`name` safe to print: line breaks, escape codes, direction marks and stray bytes become backslash escapes."""

@@ -19,7 +19,7 @@ from .base.base_model import BaseModel
 from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape
 from .config import LoraSpec
-from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError
+from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError, setting
 from .kernels.lora import Flat
 
 TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
@@ -203,7 +203,7 @@ class TrainableLora:
 
     def check_gradients(self) -> None:
         """After the first backward pass. Raises TrainingError unless all gradients are finite and no up factor's is zero."""
-        remedy = "try another attention= or dtype=torch.float32"
+        remedy = f"try another {setting('attention')} or {setting('dtype=torch.float32', option='--dtype fp32')}"
         broken = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
         if broken:
             raise TrainingError(f"the first gradient of {broken[0]} is not finite; {remedy}")

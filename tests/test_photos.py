@@ -202,7 +202,7 @@ def test_too_few(tmp_path: Path) -> None:
         f"{tmp_path}: 1 usable photo, 3 needed; skipped: "
         "c.heic: HEIC needs an optional package; pip install 'lora-booth[heic]'; "
         "b.jpg: not a photo (none of JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP); "
-        "add photos (JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP), or pass minimum=1 (--min-photos 1)"
+        "add photos (JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP), or pass minimum=1"
     )
     assert len(find_photos(tmp_path, minimum=1).photos) == 1
 

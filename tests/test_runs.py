@@ -293,7 +293,7 @@ def test_a_strange_name_is_a_name_and_is_shown_escaped(
 def test_a_folder_that_cannot_be_had_is_one_plain_error(photos: Path, tmp_path: Path) -> None:
     with failing_disk(tmp_path / "run", 1, times=10**6, error=errno.EROFS):
         with pytest.raises(
-            TrainingError, match=r"run: cannot be written \(Read-only file system\); pass another folder as out="
+            TrainingError, match=r"run: cannot be written \(Read-only file system\); pass another folder as out"
         ):
             tiny_run(photos, tmp_path / "run", config=QUICK)
     with pytest.raises(TrainingError, match="cannot be written .*null"):

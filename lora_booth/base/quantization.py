@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, MissingExtraError, SettingsError, first_line
+from ..errors import BaseModelError, MissingExtraError, SettingsError, first_line, setting
 from .weight_files import LazyModule, put
 
 KINDS = ("nf4",)
@@ -78,9 +78,8 @@ def weight_dtype(layer: nn.Module) -> torch.dtype:
 def refuse_quantized(module: nn.Module, name: str, what: str) -> None:
     """Raises BaseModelError if the module has only rounded weights, which cannot be added or subtracted."""
     if is_quantized(module):
-        raise BaseModelError(
-            f'the U-Net of {name} is quantized, and {what} needs its weights; load it without quantize="nf4" (--quantize nf4)'
-        )
+        packed = setting("quantize", "nf4")
+        raise BaseModelError(f"the U-Net of {name} is quantized, and {what} needs its weights; load it without {packed}")
 
 
 # --- packing -------------------------------------------------------------------------------------------------------

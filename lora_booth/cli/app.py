@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..base.library_logging import quiet_about_torchvision
-from ..errors import CompositionWarning, LoraBoothError, OtherBaseWarning, shown
+from ..errors import CompositionWarning, LoraBoothError, OtherBaseWarning, in_command, shown
 
 app = typer.Typer(
     help="DreamBooth with LoRA: teach Stable Diffusion one subject from a few photos.",
@@ -32,18 +31,13 @@ def say(text: str) -> None:
 
 OUR_WARNINGS = (CompositionWarning, OtherBaseWarning)
 INTERRUPTED = 130  # the shell's exit code for it
-ARGUMENT_AND_OPTION = re.compile(r"\w+[=(]\S+ \((--[^)]+)\)")  # how messages name both, e.g. minimum=1 (--min-photos 1)
-
-
-def in_options(message: str) -> str:
-    """The message with command line options in place of Python arguments."""
-    return ARGUMENT_AND_OPTION.sub(r"\1", message)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point. Exits with 0, 1 (a token that cannot be used), 2 (a user's mistake) or 130 (interrupted)."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     quiet_about_torchvision()
+    outside = in_command.set(True)
     try:
         with plain_warnings():
             code = app(args=words or ["--help"], prog_name="lora-booth", standalone_mode=False)
@@ -58,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         command = next((word for word in words if word in commands()), "")
         fail(f"{error.format_message().rstrip('.')}; see: lora-booth {command} --help".replace("  ", " "))
+    finally:
+        in_command.reset(outside)
     if code == INTERRUPTED:
         print("interrupted; a training continues when you run the same command again", file=sys.stderr)
     sys.exit(code or 0)
@@ -69,7 +65,7 @@ def plain_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, OUR_WARNINGS):
-            print(f"note: {shown(in_options(str(message)))}", file=sys.stderr, flush=True)
+            print(f"note: {shown(message)}", file=sys.stderr, flush=True)
         else:
             usual(message, category, *place, **more)
 
@@ -87,5 +83,5 @@ def commands() -> list[str]:
 
 def fail(message: str) -> NoReturn:
     """Print the message in one line, whatever it holds, and exit."""
-    print(f"error: {shown(' '.join(in_options(message).split()))}", file=sys.stderr)
+    print(f"error: {shown(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)

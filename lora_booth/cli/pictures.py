@@ -10,7 +10,7 @@ import typer
 
 from ..config import GUIDANCE, STEPS
 from ..errors import SettingsError
-from .app import Base, app, in_options, say
+from .app import Base, app, say
 from .arguments import (
     Adapters,
     AutoRegions,
@@ -128,7 +128,7 @@ def preflight(
 ) -> None:
     """Report conflicts between adapters, how they overlap and what a picture costs, before you draw it."""
     studio = composition_of(by_file(adapters), base, method=method, region=region, auto_regions=auto_regions, isolate=isolate)
-    say(in_options(str(studio.preflight(prompt, steps=steps, size=size, trial=trial))))
+    say(str(studio.preflight(prompt, steps=steps, size=size, trial=trial)))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SettingsError
-from .app import Base, Photos, app, in_options, say
+from .app import Base, Photos, app, say
 from .arguments import Quantize, check_adapter_file, check_dtype, check_layout, load_base
 
 Crop = Annotated[str, typer.Option(help="which square of a photo to use: smart (keeps the subject, no black bars) or center")]
@@ -240,5 +240,5 @@ def plan(
         quantize=None if measure else quantize,
         measure=measure,
     )
-    say(dumps(found.to_json(), indent=1) if json else in_options(str(found)))
+    say(dumps(found.to_json(), indent=1) if json else str(found))
     _ = found.config  # raises DoesNotFit

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..adapters.contents import Card
-from ..errors import SettingsError, shown
+from ..errors import SettingsError, setting, shown
 from ..pictures.prompts import fill_prompts
 from ..subject.subject import CLASS_TEMPLATE
 from ..subject.wording import without_subject
@@ -38,9 +38,8 @@ def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ())
     Raises SettingsError for a prompt that does not name the subject, and for a card without token or class noun.
     """
     if not (card.token and card.class_noun):
-        raise SettingsError(
-            "the adapter's card has no token or class noun; add them with with_card(...) (--token and --class-noun)"
-        )
+        remedy = setting("with_card(token=..., class_noun=...)", option="--token and --class-noun")
+        raise SettingsError(f"the adapter's card has no token or class noun; add them with {remedy}")
     token, noun = card.token, card.class_noun
     found: dict[str, Case] = {}
     for text in templates:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel
 from ..cache import cache_folder, key_of
-from ..errors import MissingExtraError, SettingsError
+from ..errors import MissingExtraError, SettingsError, setting
 from ..files import write_file
 
 PROCESSORS = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor", "xformers": "XFormersAttnProcessor"}  # of diffusers
@@ -39,9 +39,7 @@ def check_attention(base: BaseModel, name: str) -> None:
     if importlib.util.find_spec("xformers") is None:
         raise MissingExtraError('attention="xformers"', "xformers")
     if base.device.type != "cuda":
-        raise SettingsError(
-            f'xformers needs a CUDA GPU and the base is on {base.device}; pass attention="auto" (--attention auto)'
-        )
+        raise SettingsError(f"xformers needs a CUDA GPU and the base is on {base.device}; pass {setting('attention', 'auto')}")
 
 
 def kernel_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:

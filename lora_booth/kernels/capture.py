@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
-from ..errors import SettingsError, first_line
+from ..errors import SettingsError, first_line, setting
 
 WARM_UPS = 3  # passes before a recording, for one-time set-up in cuDNN, cuBLAS and autograd; as in PyTorch's documentation
 
@@ -24,7 +24,7 @@ def can_capture(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> bool
     """Whether to record the step. Raises SettingsError if `capture="on"` is impossible."""
     reason = obstacle(base, lora, config)
     if config.capture == "on" and reason is not None:
-        raise SettingsError(f'capture="on" is not possible: {reason}; use capture="auto"')
+        raise SettingsError(f"{setting('capture', 'on')} is not possible: {reason}; use {setting('capture', 'auto')}")
     return config.capture != "off" and reason is None
 
 

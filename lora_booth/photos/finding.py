@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import PhotoError, shown
+from ..errors import PhotoError, setting, shown
 from .cropping import BAR_COPY, Cropping, check_cropping, focus_of, without_black_bars
 from .opening import FORMATS, begins_like_a_photo, opened, rgb_copy, row_strips, upright_size
 from .photo import Photo, PhotoSet, Region, Skipped, Unusable
@@ -219,7 +219,7 @@ def _check_not_too_many(where: str, count: int, maximum: int) -> None:
     if count > maximum:
         raise PhotoError(
             f"{where}: more than {maximum} photos; 5 to 30 good ones teach a subject better: choose the best, "
-            f"or pass maximum=N (--max-photos N)"
+            f"or pass {setting('maximum=N', option='--max-photos N')}"
         )
 
 
@@ -243,5 +243,5 @@ def _too_few(where: str, count: int, minimum: int, skipped: Sequence[Skipped]) -
     message = f"{where}: {usable}, {minimum} needed"
     if listed:
         message += f"; skipped: {'; '.join(listed)}"
-    anyway = "" if count == 0 else f", or pass minimum={count} (--min-photos {count})"
+    anyway = "" if count == 0 else f", or pass {setting('minimum', count, option=f'--min-photos {count}')}"
     return f"{message}; add photos ({FORMATS}){anyway}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import SettingsError
+from ..errors import SettingsError, setting
 from ..kernels.attention import split_heads
 from .regions import Masks, blurred
 from .unet_hook import UNetHook
@@ -71,9 +71,8 @@ class AttentionMaps:
     def masks(self) -> Masks:
         """Give each pixel to the subject whose words it attends to most, with soft edges. Raises SettingsError."""
         if self.total is None:  # fused projections, or another kind of attention
-            raise SettingsError(
-                "no attention could be read to find regions; pass regions=[Region(...)] (--region NAME:0,0,0.5,1)"
-            )
+            boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
+            raise SettingsError(f"no attention could be read to find regions; pass {boxes}")
         side = self.total.shape[-1]
         winner = blurred(self.total, SOFTNESS * side).argmax(0)  # (P, side, side)
         won = torch.stack([(winner == n).float() for n in range(len(self.total))])

@@ -25,7 +25,7 @@ from ..injection import AttachedAdapter, attached_layers
 from .attention_maps import AttentionMaps
 from .making import Making, Place, default_start
 from .picture import Picture
-from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, subjects_of, unnamed
+from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, subjects_of, unnamed, ways_to_place
 from .regional import EMPTY, Isolation, Regional
 from .regions import Region, masks_of
 from .subjects import find_phrase, token_positions, without
@@ -79,8 +79,7 @@ class Composition:
         if regions and self.method != "regions":
             raise SettingsError(f"method {method!r} has no regions; leave out the method or the regions")
         if not regions and self.method == "regions":
-            places = 'regions="auto" (--auto-regions) or regions=[Region(...)] (--region NAME:0,0,0.5,1)'
-            raise SettingsError(f'method "regions" needs places; pass {places}')
+            raise SettingsError(f'method "regions" needs places; pass {" or ".join(ways_to_place())}')
         if isolate not in ("delta", "noise"):
             raise SettingsError(f"isolate {isolate!r} is unknown; allowed: delta, noise")
         self.regions, self.isolate, self.background, self.together = regions, isolate, background, together
@@ -91,7 +90,7 @@ class Composition:
         if regions == "auto":
             check(self.start > 0, "start 0", "more than 0 with automatic regions, which read attention until then")
             if not self.adapters:
-                raise SettingsError('regions="auto" without adapters; pass one for each subject')
+                raise SettingsError("automatic regions without adapters; pass one for each subject")
 
     def __repr__(self) -> str:
         names = ", ".join(f"{adapter.name} {weight}" for adapter, weight in self.everyone()) or "no adapter"

@@ -11,7 +11,7 @@ from itertools import combinations
 from ..adapters.adapter import Adapter
 from ..adapters.tools.difference import Difference, difference
 from ..base.base_model import BaseModel
-from ..errors import AdapterBaseMismatch, OtherBaseWarning
+from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting
 from ..injection import placements
 from ..subject.wording import with_article
 from .subjects import find_phrase, phrase_of
@@ -75,7 +75,7 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: st
         elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
             found.append(
                 f"{phrase_of(a)!r} and {phrase_of(b)!r} are both {with_article(a.card.class_noun)}: they will blend; "
-                'use regions with isolate="noise" (--isolate noise)'
+                f"use regions with {setting('isolate', 'noise')}"
             )
     if len(subjects) > 1 and method == "sum":
         found.append(f"method sum blends {len(subjects)} subjects; use regions, which separate them")
@@ -112,4 +112,10 @@ def misfits(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]]) -> tupl
 def recommendation(adapters: Sequence[tuple[Adapter, Weight]]) -> str:
     if len(subjects_of(adapters)) < 2:
         return 'method "sum": one subject, and styles'
-    return 'regions="auto" (--auto-regions), or regions=[Region(...)] (--region NAME:0,0,0.5,1) if you know the places'
+    return "{}, or {} if you know the places".format(*ways_to_place())
+
+
+def ways_to_place() -> tuple[str, str]:
+    """The settings that say where each subject goes."""
+    auto = setting("regions", "auto", option="--auto-regions")
+    return auto, setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")

@@ -18,7 +18,7 @@ from ..base.generation import pictures_at_a_time
 from ..base.memory import storage_bytes
 from ..base.quantization import KINDS, check_kind, is_quantized, tensors_of
 from ..config import LoraSpec, TrainingConfig
-from ..errors import SettingsError
+from ..errors import SettingsError, setting
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
 from ..training.settings import SettledConfig, plain, settled
@@ -366,12 +366,12 @@ class Planner:
         assert resolution
         offers = []
         if offered is not None and offered.peak <= budget:
-            offers.append(f'quantize="{KINDS[0]}" (--quantize {KINDS[0]}) would need {offered.peak / GB:.1f} GB')
+            offers.append(f"{setting('quantize', KINDS[0])} would need {offered.peak / GB:.1f} GB")
         for side in (one for one in COMMON_SIDES if one < resolution and one % self.counter.base.pixels_per_latent == 0):
             smaller = replace(config, resolution=side)
             found = replace(self, config=smaller).forecast(smaller, least.settings)
             if found.peak <= budget:
-                offers.append(f"resolution={side} (--resolution {side}) would need {found.peak / GB:.1f} GB")
+                offers.append(f"{setting('resolution', side)} would need {found.peak / GB:.1f} GB")
                 break
         if self.counter.base.dtype == torch.float32:
             offers.append("a base in half precision needs half as much for its weights")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..adapters.adapter import Adapter
-from ..errors import AdapterError, SettingsError, shown
+from ..errors import AdapterError, SettingsError, setting, shown
 from ..training.checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of, read_record
 from ..training.samples import SAMPLE_LIST
 
@@ -193,7 +193,7 @@ def advice(run: Run) -> Iterator[Advice]:
     yield from of_exposure(run)
     yield from of_losses(run)
     if not run.samples:
-        yield Advice("note", "No samples were drawn: sample_every=100 (--sample-every 100) shows how the subject develops.")
+        yield Advice("note", f"No samples were drawn: {setting('sample_every', 100)} shows how the subject develops.")
     elif not scores:
         yield Advice("note", "Compare the samples: the best step shows the subject and still follows the prompt.")
     if run.config.get("prior_loss_weight") == 0:

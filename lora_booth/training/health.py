@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from ..errors import TrainingError
+from ..errors import TrainingError, setting
 
 # all chosen; benchmarks/reliability.py counts how faults end with them
 BAD_STEPS = 3  # updates in a row without a finite loss
@@ -74,7 +74,8 @@ class Health:
         if kind == "spike":
             return what
         raise TrainingError(
-            f"{what}, with half the rate as well; lower learning_rate (now {rate:g}) or load the base with dtype=torch.float32"
+            f"{what}, with half the rate as well; lower {setting('learning_rate')} (now {rate:g}) "
+            f"or load the base with {setting('dtype=torch.float32', option='--dtype fp32')}"
         )
 
     def _parts(self) -> tuple[list[float], list[float]]:

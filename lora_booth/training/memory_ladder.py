@@ -15,7 +15,7 @@ LEVELS: tuple[tuple[str, Any], ...] = (
     ("gradient_checkpointing", True),
 )
 # these change the result
-LEFT_TO_TRY = 'a smaller resolution or rank, or a base in half precision or with quantize="nf4" (--quantize nf4)'
+LEFT_TO_TRY = "a smaller resolution or rank, or a base in half precision or in 4 bits"
 SIGNS = (  # in the message of a RuntimeError, in lower case
     "can't allocate memory",  # PyTorch on a CPU
     "not enough memory",  # the same, on Windows

@@ -24,7 +24,7 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
 from ..base.base_model import BaseModel
-from ..errors import AdapterError, LoraBoothError, TrainingError, shown
+from ..errors import AdapterError, LoraBoothError, TrainingError, setting, shown
 from ..files import make_folder, write_file
 from .checkpoint import (
     ADAPTER,
@@ -197,7 +197,8 @@ class RunFolder(NoFolder):
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise TrainingError(
-                f"{shown(self.path)}: the earlier run cannot be removed ({why(error)}); pass another folder as out="
+                f"{shown(self.path)}: the earlier run cannot be removed ({why(error)}); pass another "
+                f"folder as {setting('out', option='--run')}"
             ) from error
 
     def open(
@@ -229,7 +230,7 @@ class RunFolder(NoFolder):
             raise TrainingError(
                 f"{shown(place)}: holds a run with other photos, settings or base (step {step}): "
                 f"{'; '.join(differences_in(record, facts)) or 'made by another version'}; "
-                "use another folder, or discard that run with restart=True (--restart)"
+                f"use another folder, or discard that run with {setting('restart', True)}"
             )
         if found is not None:
             self.saved = found.step
@@ -426,7 +427,8 @@ def locked(folder: Path) -> Iterator[bool]:
         (folder / LOCK).touch()
     except (OSError, ValueError) as error:  # the second: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-        raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); pass another folder as out=") from error
+        place = setting("out", option="--run")
+        raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); pass another folder as {place}") from error
     # no lock file without flock: after a crash of the machine it would remain, and block the run
     lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
@@ -436,7 +438,8 @@ def locked(folder: Path) -> Iterator[bool]:
         with suppress(OSError):
             by = shown(holder.read_text("utf-8", "replace").strip()[:200]) or by
         raise TrainingError(
-            f"{shown(folder)}: another run is using it ({by}); wait until it ends, or pass another folder as out="
+            f"{shown(folder)}: another run is using it ({by}); wait until it ends, "
+            f"or pass another folder as {setting('out', option='--run')}"
         ) from None
     except (OSError, NotImplementedError):
         pass

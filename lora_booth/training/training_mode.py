@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
-from ..errors import MissingExtraError, SettingsError
+from ..errors import MissingExtraError, SettingsError, setting
 from ..injection import TrainableLora, target_paths
 from ..kernels.attention import attention_kernel, check_attention
 from ..kernels.capture import can_capture
@@ -117,7 +117,7 @@ def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError('optimizer="adamw8bit"', "quant")
     if device.type != "cuda":
-        raise SettingsError(f'optimizer="adamw8bit" needs a CUDA GPU and the base is on {device}; use optimizer="adamw"')
+        raise SettingsError(f"adamw8bit needs a CUDA GPU and the base is on {device}; use {setting('optimizer', 'adamw')}")
 
 
 def make_optimizer(parameter: Tensor, config: SettledConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SettingsError
+from ...errors import SettingsError, setting
 from ..contents import MAX_RANK, LoraFactors
 
 NOTHING = 1e-6  # of the largest singular value; anything smaller is rounding
@@ -126,7 +126,7 @@ class Truncations:
 def keep(rank: int | None, energy: float | None) -> Callable[[Spectrum], int]:
     """How many directions to keep of a spectrum: at most `rank`, and no more than hold `energy` of the squared norm."""
     if rank is None and energy is None:
-        raise SettingsError("neither a rank nor an energy; pass rank=8 (--rank 8) or energy=0.99 (--energy 0.99), for example")
+        raise SettingsError(f"neither a rank nor an energy; pass e.g. {setting('rank', 8)} or {setting('energy', 0.99)}")
     if rank is not None and not 1 <= rank <= MAX_RANK:
         raise SettingsError(f"rank {rank} is out of range; allowed: 1 to {MAX_RANK}")
     if energy is not None and not 0 < energy <= 1:
