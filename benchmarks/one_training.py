@@ -193,16 +193,19 @@ def class_pictures() -> dict[str, Any]:
     from PIL import Image
 
     import lora_booth as lb
-    from lora_booth.training.prior import class_image_folder
+    from lora_booth.cache import write_entry
+    from lora_booth.training.prior import image_key
 
     base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]))
-    ours_ = class_image_folder(base, "a photo of a dog", resolution=JOB["resolution"], seed=0)
-    for folder in (ours_, Path(JOB["class_images"])):
-        folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(1)
-        for i in range(JOB["count"]):
-            coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
-            coarse.resize((JOB["resolution"],) * 2, Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
+    folder = Path(JOB["class_images"])
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(1)
+    for i in range(JOB["count"]):
+        coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+        picture = coarse.resize((JOB["resolution"],) * 2, Image.Resampling.BICUBIC)
+        picture.save(folder / f"{i:04d}.png")
+        key = image_key(base, "a photo of a dog", resolution=JOB["resolution"], seed=i)
+        write_entry("class_images", key, {"pixels": torch.from_numpy(np.array(picture))})
     return {}
 
 

@@ -3,16 +3,20 @@
 An entry is one safetensors file, named by the hash of everything its values depend on, so it can never be stale. It carries
 a checksum and is computed again if it is damaged. A full or read-only disk is not an error: everything works without the cache.
 
-Latents show your photos (not their names or places), so only their owner can read the folders; `clear_cache` empties them.
+Latents show your photos (not their names or places), so only their owner can read the files; `clear_cache` deletes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import shutil
+import re
+import stat
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of what entries contain
 KINDS = ("latents", "text", "digests", "class_images", "attention", "counts")
+OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{16}\.tmp")  # names of our files; no other is counted or deleted
 LIMIT = 2.0  # GB; $LORA_BOOTH_CACHE_GB
 FRESH = 3600  # seconds after its last use in which an entry is never pruned, since a run may need it: chosen
 
@@ -31,15 +36,6 @@ def cache_folder() -> Path:
     """$LORA_BOOTH_CACHE, else `lora_booth` in the user's cache folder."""
     chosen = os.environ.get("LORA_BOOTH_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_booth"
-
-
-def own_folder(kind: str) -> Path:
-    """The folder of one kind of entry, created if missing and readable by its owner only."""
-    folder = cache_folder() / kind
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_mode & 0o077:
-        folder.chmod(0o700)
-    return folder
 
 
 def key_of(**facts: Any) -> str:
@@ -67,20 +63,17 @@ def read_entry(kind: str, key: str) -> dict[str, Tensor] | None:
 
 def write_entry(kind: str, key: str, tensors: Mapping[str, Tensor]) -> bool:
     """Keep `tensors`, completely or not at all. Returns False if the disk cannot take them."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = place_of(kind, key)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        own_folder(kind)
-        path.parent.mkdir(exist_ok=True, mode=0o700)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with replacing(path, durable=False) as temporary:
             save_file(whole, temporary, {"key": key, "sha256": checksum(whole)})
-    except OSError:
-        return False
-    except Exception as error:  # safetensors reports a full disk by its own error
-        if type(error).__name__ != "SafetensorError":
-            raise
+            temporary.chmod(0o600)
+    except (OSError, SafetensorError):  # safetensors reports a full disk by its own error
         return False
     return True
 
@@ -108,15 +101,14 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def entries() -> Iterator[tuple[Path, int, float]]:
-    """Every file of the cache, its bytes and the time of its last use."""
-    for kind in KINDS:
-        for path in (cache_folder() / kind).rglob("*"):
-            try:
-                status = path.stat()
-            except OSError:  # another process removed it
-                continue
-            if path.is_file():
-                yield path, status.st_size, status.st_mtime
+    """Every file that this library wrote into the cache, its bytes and the time of its last use. Links are not followed."""
+    for path in cache_folder().glob("*/[0-9a-f][0-9a-f]/*"):
+        shard, kind = path.parents[:2]
+        if kind.name in KINDS and OURS.fullmatch(path.name) and not (shard.is_symlink() or kind.is_symlink()):
+            with suppress(OSError):  # another process removed it
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode):
+                    yield path, status.st_size, status.st_mtime
 
 
 def cache_size() -> int:
@@ -132,35 +124,27 @@ def limit() -> int:
         return int(LIMIT * 1e9)
 
 
-def prune_cache(most: int | None = None, *, now: float | None = None) -> int:
+def prune_cache(most: int | None = None, *, unused_for: float = FRESH) -> int:
     """Delete the least recently used entries until at most `most` bytes (None: the limit) are left. Returns the bytes deleted.
 
-    Entries used in the last hour stay, and so do temporary files that may still be written.
+    unused_for  seconds; entries used since then stay, and so do temporary files that may still be written
     """
-    import time
-
-    most, now = limit() if most is None else most, time.time() if now is None else now
+    most, now, gone = limit() if most is None else most, time.time(), 0
     found = sorted(entries(), key=lambda entry: entry[2])
-    size, gone = sum(entry[1] for entry in found), 0
+    size = sum(entry[1] for entry in found)
     for path, bytes_, used in found:
-        if size - gone <= most and path.suffix != ".tmp":
-            continue
-        if now - used > FRESH and drop(path):
-            gone += bytes_
+        if (size - gone > most or path.suffix == ".tmp") and now - used > unused_for:
+            with suppress(OSError):
+                path.unlink()
+                gone += bytes_
     return gone
 
 
 def clear_cache() -> int:
     """Delete every entry: latents, text embeddings, class images, measurements. Returns the bytes deleted."""
-    before = cache_size()
+    gone = prune_cache(-1, unused_for=-math.inf)
     for kind in KINDS:
-        shutil.rmtree(cache_folder() / kind, ignore_errors=True)
-    return before - cache_size()
-
-
-def drop(path: Path) -> bool:
-    try:
-        path.unlink()
-    except OSError:
-        return False
-    return True
+        for folder in [*(cache_folder() / kind).glob("[0-9a-f][0-9a-f]"), cache_folder() / kind]:
+            with suppress(OSError):  # it holds other files, or is a link
+                folder.rmdir()
+    return gone

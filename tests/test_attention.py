@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pipelines import KINDS, make_pipeline
 
 import lora_booth.kernels.attention as attention
 from lora_booth.base.base_model import BaseModel
+from lora_booth.cache import read_entry, write_entry
 from lora_booth.kernels.attention import KERNELS, attention_kernel, attention_shapes, candidates, fastest_attention
 
 
@@ -93,18 +93,18 @@ def test_a_choice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
     base = base_of("sd1")
     assert fastest_attention(base, resolution=64, pictures=2) == "sdpa"  # nothing to win
-    assert not list(tmp_path.rglob("*.json"))
+    assert not list(tmp_path.rglob("*.safetensors"))
     monkeypatch.setattr(attention, "FEWEST_SCORES", 0)
     first = fastest_attention(base, resolution=64, pictures=2)
-    (file,) = tmp_path.rglob("*.json")
-    seconds = json.loads(file.read_text())
-    assert set(seconds) == {"sdpa", "plain"} and all(0 < value < 60 for value in seconds.values())
+    (file,) = tmp_path.rglob("*.safetensors")
+    seconds = read_entry("attention", file.stem)
+    assert seconds is not None and set(seconds) == {"sdpa", "plain"} and all(0 < value < 60 for value in seconds.values())
     assert first in seconds
     for sdpa, expected in ((1.0, "sdpa"), (1.1, "sdpa"), (1.3, "plain")):  # what it has read, and not by a hair
-        file.write_text(json.dumps({"sdpa": sdpa, "plain": 1.0}))
+        write_entry("attention", file.stem, {"sdpa": torch.tensor(sdpa), "plain": torch.tensor(1.0)})
         assert fastest_attention(base, resolution=64, pictures=2) == expected
     file.write_text("{")
     fastest_attention(base, resolution=64, pictures=2)
-    assert set(json.loads(file.read_text())) == {"sdpa", "plain"}
+    assert set(read_entry("attention", file.stem) or {}) == {"sdpa", "plain"}
     fastest_attention(base, resolution=64, pictures=1)
-    assert len(list(tmp_path.rglob("*.json"))) == 2 and not list(tmp_path.rglob("*.tmp"))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2 and not list(tmp_path.rglob("*.tmp"))

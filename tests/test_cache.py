@@ -25,7 +25,7 @@ from lora_booth.subject.subject import Subject
 from lora_booth.training import prior
 from lora_booth.training.encoding import TextCache, VaeCache, digest_of, digest_on_disk, prepare
 from lora_booth.training.latents import LatentCache
-from lora_booth.training.prior import class_image_folder, class_images
+from lora_booth.training.prior import class_images
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=2, class_images=2, warmup_steps=0, flip=True)
@@ -289,7 +289,7 @@ def write_many(folder: str, number: int) -> int:
         found = read_entry("latents", key)
         bad += found is not None and not torch.equal(found["a"], torch.full((1000,), float(i % 5)))
         if i % 10 == number:
-            prune_cache(0, now=time.time() + 2 * cache.FRESH)
+            prune_cache(0, unused_for=-1)
     return bad
 
 
@@ -301,11 +301,13 @@ def test_processes_at_the_same_time(own_cache: Path) -> None:
 
 @pytest.mark.slow
 def test_nobody_else_can_look_into_it(rex: Subject, folders: dict[str, Path], own_cache: Path) -> None:
-    (own_cache / "latents").mkdir(parents=True, mode=0o755)  # as an older release may have left it
-    (own_cache / "latents").chmod(0o755)
+    (own_cache / "latents").mkdir(parents=True)
+    (own_cache / "latents").chmod(0o755)  # a folder of yours keeps its mode
     prepare(load(folders["sd1"]), [rex], lora=LORA, config=CONFIG)
-    for kind in ("latents", "text", "digests", "class_images"):
-        assert stat.S_IMODE((own_cache / kind).stat().st_mode) == 0o700
+    assert stat.S_IMODE((own_cache / "latents").stat().st_mode) == 0o755
+    entries = list(own_cache.rglob("*.safetensors"))
+    assert {path.relative_to(own_cache).parts[0] for path in entries} == {"latents", "text", "digests", "class_images"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in entries} == {0o600}
     told = b"".join(path.read_bytes() + bytes(path) for path in own_cache.rglob("*.safetensors"))
     for private in ("photos", "rex", "sks", "dog", ".jpg"):
         assert private.encode() not in told.replace(bytes(own_cache), b"")
@@ -328,7 +330,7 @@ def test_what_was_used_long_ago_goes_first(own_cache: Path, monkeypatch: pytest.
     assert [read_entry("latents", key) is not None for key in keys] == [True, False, False, True]
     assert prune_cache(0) == 0  # all were used within the hour
     monkeypatch.setenv("LORA_BOOTH_CACHE_GB", "0")
-    assert prune_cache(now=time.time() + 2 * cache.FRESH) == 2 * each and cache_size() == 0
+    assert prune_cache(unused_for=-1) == 2 * each and cache_size() == 0
     monkeypatch.setenv("LORA_BOOTH_CACHE_GB", "much")
     assert cache.limit() == 2_000_000_000
 
@@ -337,7 +339,7 @@ def test_what_was_used_long_ago_goes_first(own_cache: Path, monkeypatch: pytest.
 def test_class_images_count_and_are_cleared(rex: Subject, folders: dict[str, Path], own_cache: Path) -> None:
     base = load(folders["sd1"])
     prepare(base, [rex], lora=LORA, config=CONFIG)
-    pictures = list(class_image_folder(base, "a photo of a dog", resolution=64).glob("*.png"))
+    pictures = list((own_cache / "class_images").rglob("*.safetensors"))
     assert len(pictures) == 2 and cache_size() > sum(path.stat().st_size for path in pictures)
     (own_cache / "mine.txt").write_text("of somebody else")
     size = cache_size()

@@ -277,7 +277,7 @@ def test_every_made_picture_is_marked(house: tuple[Path, str]) -> None:
     out, _ = house
     files = [path for path in files_of(out) if path.suffix in (".png", ".jpg", ".webp", ".html")]
     kinds = {path.relative_to(out).parts[0] for path in files}
-    assert {"run", "cache", "share", "gallery.html", "gallery.png", "picture.jpg", "picture.webp"} <= kinds
+    assert {"run", "share", "gallery.html", "gallery.png", "picture.jpg", "picture.webp"} <= kinds
     for path in files:
         pictures = list(pictures_in(path))
         assert pictures, path

@@ -32,7 +32,7 @@ from lora_booth.subject.subject import Subject
 from lora_booth.training.identity import run_facts
 from lora_booth.training.latents import Batch
 from lora_booth.training.loss import dreambooth_loss
-from lora_booth.training.prior import class_image_folder
+from lora_booth.training.prior import image_key
 from lora_booth.training.training_mode import training_mode
 
 LORA = LoraSpec(rank=2, target_modules=("to_q", "to_v", "to_out.0", "ff.net.2"))
@@ -206,7 +206,7 @@ def test_runs_and_class_images_know_it(packed: BaseModel, folders: dict[str, Pat
     rex = Subject.from_folder(photos, token="sks", class_noun="dog")
     facts = [run_facts(base, [rex], LORA, CONFIG)["base"] for base in (packed, plain)]
     assert facts[0] == facts[1] | {"dtype": "float32, nf4"} and facts[1]["dtype"] == "float32"
-    assert len({class_image_folder(base, "a dog", resolution=64) for base in (packed, plain)}) == 2
+    assert len({image_key(base, "a dog", resolution=64, seed=0) for base in (packed, plain)}) == 2
 
 
 @bitsandbytes

@@ -7,7 +7,6 @@ times faster on small images (`benchmarks/attention.py`). It stores all scores, 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import time
 from collections import Counter
@@ -20,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.base_model import BaseModel
-from ..cache import cache_folder, key_of
+from ..cache import key_of, read_entry, write_entry
 from ..errors import MissingExtraError, SettingsError, setting
-from ..files import write_file
 
 PROCESSORS = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor", "xformers": "XFormersAttnProcessor"}  # of diffusers
 MOST_SCORES = 2**28  # bytes that plain attention may store for the backward pass; chosen
@@ -123,24 +121,14 @@ def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device
         pictures=pictures,
         kernels=names,
     )
-    path = cache_folder() / "attention" / f"{key[:24]}.json"
-    try:
-        seconds = json.loads(path.read_text(encoding="utf-8"))
-        if set(seconds) != set(names):
-            raise ValueError(path)
-    except (OSError, ValueError, TypeError):
+    entry = read_entry("attention", key)
+    if entry is not None and entry.keys() == set(names):
+        seconds = {name: float(value) for name, value in entry.items()}
+    else:
         seconds = {name: seconds_of(name, shapes, pictures, base.dtype, device) for name in names}
-        save_seconds(path, seconds)
+        write_entry("attention", key, {name: torch.tensor(value) for name, value in seconds.items()})
     best = min(names, key=lambda name: seconds[name])
     return best if seconds[best] * CLEARLY <= seconds["sdpa"] else "sdpa"
-
-
-def save_seconds(path: Any, seconds: dict[str, float]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(seconds).encode())
-    except OSError:
-        pass  # measured again next time
 
 
 def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dtype, device: torch.device) -> float:

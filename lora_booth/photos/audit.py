@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -11,10 +11,9 @@ from PIL import Image
 from ..errors import PhotoError
 from . import measures as m
 from .measures import Likeness, Measures, likeness, measure
-from .opening import open_mask
 from .photo import Photo, Skipped
 from .sheet import contact_sheet
-from .square import box, square_box, training_square
+from .square import square_box, training_square
 
 SHEET_SIDE = 160  # pixels of a square on the contact sheet
 FEW, MANY = 5, 30  # photos; chosen: fewer repeat themselves, more add little
@@ -111,30 +110,12 @@ def _look(photo: Photo, resolution: int) -> tuple[PhotoReport, Likeness]:
         image = square.image.resize((judged, judged), Image.Resampling.LANCZOS, reducing_gap=2.0)
         mask = None if square.mask is None else square.mask.resize((judged, judged))
     found = measure(image, mask)
-    kept = _kept(photo) if photo.mask is not None else None
-    notes = [*([photo.note] if photo.note else []), *_enlarged(photo, resolution), *_notes(found, kept)]
+    notes = [photo.note] if photo.note else []
+    if side < resolution:
+        notes.append(f"small: {side} px, enlarged to {resolution}")
+    notes += _notes(found, square.kept)
     thumbnail = square.image.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return PhotoReport(photo, tuple(notes), found, kept, thumbnail), likeness(image, mask)
-
-
-def _enlarged(photo: Photo, resolution: int) -> list[str]:
-    x0, y0, x1, y1 = box(photo.width, photo.height, photo.crop)
-    short = min(x1 - x0, y1 - y0)
-    return [f"small: {short} px, enlarged to {resolution}"] if short < resolution else []
-
-
-def _kept(photo: Photo) -> float:
-    """The share of the mask that lies inside the training square."""
-    assert photo.mask is not None
-    greys = open_mask(photo.mask, photo.name)
-    left, top, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
-    across, down = greys.width / photo.width, greys.height / photo.height
-    part = greys.crop((round(left * across), round(top * down), round((left + side) * across), round((top + side) * down)))
-    return _total(part) / max(1, _total(greys))
-
-
-def _total(greys: Image.Image) -> int:
-    return sum(level * count for level, count in enumerate(greys.histogram()))
+    return PhotoReport(photo, tuple(notes), found, square.kept, thumbnail), likeness(image, mask)
 
 
 BLURRED, DARK, BRIGHT, FLAT = "blurred", "too dark", "too bright", "hardly any contrast"
@@ -167,12 +148,7 @@ def _facts_of(report: PhotoReport) -> dict[str, Any]:
         "height": photo.height,
         "square": [left, top, left + side, top + side],  # pixels of the upright photo
         "mask": photo.mask is not None,
-        "sharpness": round(found.sharpness, 1),
-        "brightest": round(found.brightest),
-        "contrast": round(found.contrast),
-        "white": round(found.white, 3),
-        "black": round(found.black, 3),
-        "subject": None if found.subject is None else round(found.subject, 3),
+        **{name: None if value is None else round(value, 3) for name, value in asdict(found).items()},
         "kept": None if report.kept is None else round(report.kept, 3),
         "notes": list(report.notes),
     }

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from PIL import Image
 
 from ..errors import PhotoError, setting, shown
 from .cropping import BAR_COPY, Cropping, check_cropping, focus_of, without_black_bars
-from .opening import FORMATS, begins_like_a_photo, opened, rgb_copy, row_strips, upright_size
+from .opening import FORMATS, begins_like_a_photo, opened, rgb_copy, upright_size
 from .photo import Photo, PhotoSet, Region, Skipped, Unusable
 from .sidecars import CROPS_FILE, MASK_ENDING, MaskSource, caption_of, find_mask, fractions, read_crops
 from .square import box
@@ -79,48 +77,26 @@ def _natural(path: Path) -> tuple[list[tuple[int, int, str]], str]:
 
 def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path], list[Skipped], dict[str, Region]]:
     """The source's name for messages, the files worth opening, the others with reasons, and the crops of crops.json."""
+    root = None  # of a folder
     if isinstance(source, (str, Path)):
-        if not str(source):
-            raise PhotoError("no photos: the folder's name is empty; pass a folder with photos")
-        folder = Path(source)
-        if not folder.exists():
-            raise PhotoError(f"{shown(source)}: no such folder; pass a folder with photos")
-        if folder.is_dir():
-            return _folder_listing(folder)
-        source = [folder]
-    files = [Path(path) for path in source]
-    stems = _photo_stems(files)
-    candidates, skipped = [], []
-    for path in files:
-        if not path.exists():
-            raise PhotoError(f"{shown(path)}: no such file; check the name")
-        if path.is_dir():
-            skipped.append(Skipped(path, "a folder"))
-        elif not _is_mask(path):
-            candidates.append(path)
-        elif not _has_photo(path, stems):
-            skipped.append(Skipped(path, LONELY_MASK))
-    return f"{len(candidates)} files", candidates, skipped, {}
-
-
-def _folder_listing(folder: Path) -> tuple[str, list[Path], list[Skipped], dict[str, Region]]:
-    where = shown(folder)
-    try:
-        root = folder.resolve(strict=True)
-        files = sorted(folder.iterdir(), key=_natural)
-    except (OSError, RuntimeError) as error:
-        raise PhotoError(f"{where}: the folder cannot be read ({type(error).__name__}); check its permissions") from None
-    stems = _photo_stems(files)
+        where, files, root = _folder_listing(source)
+    else:
+        files = [Path(path) for path in source]
+        where = f"{len(files)} files"
+    # names without ending that captions and masks can belong to
+    stems = {path.stem for path in files if path.suffix.lower() != ".txt" and not _is_mask(path)}
     candidates: list[Path] = []
     skipped: list[Skipped] = []
     regions: dict[str, Region] = {}
     for path in files:
+        if root is None and not path.exists():
+            raise PhotoError(f"{shown(path)}: no such file; check the name")
         if (reason := _unfit_entry(path, root)) is not None:
             skipped.append(Skipped(path, reason))
-        elif path.name == CROPS_FILE:
+        elif root is not None and path.name == CROPS_FILE:
             regions = read_crops(path)
         elif _is_mask(path):
-            if not _has_photo(path, stems):
+            if not (path.name.endswith(MASK_ENDING) and path.name.removesuffix(MASK_ENDING) in stems):
                 skipped.append(Skipped(path, LONELY_MASK))
         elif path.suffix.lower() != ".txt":
             candidates.append(path)
@@ -129,21 +105,29 @@ def _folder_listing(folder: Path) -> tuple[str, list[Path], list[Skipped], dict[
     return where, candidates, skipped, regions
 
 
+def _folder_listing(source: Path | str) -> tuple[str, list[Path], Path | None]:
+    """The name for messages, the entries in natural order, and the folder without links; of a file, only itself and None."""
+    if not str(source):
+        raise PhotoError("no photos: the folder's name is empty; pass a folder with photos")
+    folder, where = Path(source), shown(source)
+    if not folder.exists():
+        raise PhotoError(f"{where}: no such folder; pass a folder with photos")
+    if not folder.is_dir():
+        return where, [folder], None
+    try:
+        return where, sorted(folder.iterdir(), key=_natural), folder.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise PhotoError(f"{where}: the folder cannot be read ({type(error).__name__}); check its permissions") from None
+
+
 def _is_mask(path: Path) -> bool:
     return path.name.lower().endswith(MASK_ENDING)
 
 
-def _has_photo(mask: Path, stems: set[str]) -> bool:
-    return mask.name.endswith(MASK_ENDING) and mask.name[: -len(MASK_ENDING)] in stems
-
-
-def _photo_stems(files: Iterable[Path]) -> set[str]:
-    """Names without ending that captions and masks can belong to."""
-    return {path.stem for path in files if path.suffix.lower() != ".txt" and not _is_mask(path)}
-
-
-def _unfit_entry(path: Path, root: Path) -> str | None:
-    """Why an entry of the folder `root` (resolved) is skipped; None: it is worth opening."""
+def _unfit_entry(path: Path, root: Path | None) -> str | None:
+    """Why a file is skipped; None: it is worth opening. root: the folder that was listed, without links; None: files were"""
+    if root is None:
+        return "a folder" if path.is_dir() else None
     if path.name.startswith("."):
         return "hidden"
     if path.name.lower() in SYSTEM_FILES:
@@ -154,9 +138,7 @@ def _unfit_entry(path: Path, root: Path) -> str | None:
                 return "a link that leaves the folder"
         except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
             return "a broken link"
-    if path.is_dir():
-        return "a folder"
-    return None
+    return "a folder" if path.is_dir() else None
 
 
 def _check(
@@ -177,7 +159,8 @@ def _check(
         raise PhotoError(f"crop of {shown(path.name)}: {unfit}; choose a larger region")
     if unfit is not None:
         raise Unusable(unfit)
-    pixel_key = f"{_pixel_digest(rgb)} {crop}"  # also finds copies that were saved again without loss
+    pixels = hashlib.sha256(rgb.tobytes()).hexdigest()
+    pixel_key = f"{width}x{height} {pixels} {crop}"  # also finds copies that were saved again without loss
     if pixel_key in first_with:
         raise Unusable(f"the same picture as {first_with[pixel_key]}")
     caption, notes = caption_of(path), []
@@ -208,13 +191,6 @@ def _check_names(where: str, what: str, given: Mapping[str, object], candidates:
         raise PhotoError(f"{where}: a {what} for {shown(unknown[0])!r}, but there is no such photo; check the name")
 
 
-def _pixel_digest(rgb: Image.Image) -> str:
-    digest = hashlib.sha256(repr(rgb.size).encode())
-    for rows in row_strips(rgb):
-        digest.update(rows.tobytes())
-    return digest.hexdigest()
-
-
 def _check_not_too_many(where: str, count: int, maximum: int) -> None:
     if count > maximum:
         raise PhotoError(
@@ -228,11 +204,8 @@ def _too_few(where: str, count: int, minimum: int, skipped: Sequence[Skipped]) -
     for one in skipped:
         by_reason.setdefault(one.reason, []).append(one.name)
 
-    def weight(group: tuple[str, list[str]]) -> int:
-        """Remedies come first. Hidden and system files explain nothing: they come last and are left out first."""
-        return 0 if "pip install" in group[0] else 2 if group[0] in ("hidden", "a system file") else 1
-
-    groups = sorted(by_reason.items(), key=weight)
+    # remedies first; hidden and system files explain nothing, so they come last and are the first to be left out
+    groups = sorted(by_reason.items(), key=lambda one: ("pip install" not in one[0], one[0] in ("hidden", "a system file")))
     listed = []
     for reason, names in groups[:6]:
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""

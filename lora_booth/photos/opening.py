@@ -17,7 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from ..errors import MissingExtraError, PhotoError, shown
 from .photo import Mask, Photo, Unusable
@@ -45,16 +45,7 @@ MAX_PIXELS = 50_000_000  # width x height, read from the header before anything 
 MAX_BYTES = 512 * 2**20  # of a photo's file; chosen
 
 STRIP = 64  # rows; chosen
-UPRIGHT = {  # EXIF orientation -> what sets the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SIDEWAYS = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # those that swap width and height
+ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
 COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # modes besides large greys
 MEANS = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "F")  # modes that Pillow can average, weighted by alpha if there is one
 Convert = Callable[[Image.Image], Image.Image]  # makes a strip 8-bit sRGB or grey
@@ -210,19 +201,17 @@ def rgb_copy(image: Image.Image, smaller: int = 1) -> Image.Image:
 
     smaller  as for `open_photo`
     """
-    image.load()
-    return _upright_copy(image, "RGB", _srgb_on_white(image), smaller)
+    return _upright_copy(image, "RGB", smaller)
 
 
 def grey_copy(image: Image.Image) -> Image.Image:
     """Decode a mask: upright 8-bit greys without a colour profile; transparent pixels become black. Raises Unusable."""
-    image.load()
-    return _upright_copy(image, "L", _grey_on_black(image))
+    return _upright_copy(image, "L")
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height in pixels of a decoded picture's upright copy."""
-    return (image.height, image.width) if _turn(image) in SIDEWAYS else (image.width, image.height)
+    return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
 
 
 def row_strips(image: Image.Image, rows: int = STRIP) -> Iterator[Image.Image]:
@@ -231,67 +220,61 @@ def row_strips(image: Image.Image, rows: int = STRIP) -> Iterator[Image.Image]:
         yield image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _upright_copy(image: Image.Image, mode: str, convert: Convert, smaller: int = 1) -> Image.Image:
+def _upright_copy(image: Image.Image, mode: str, smaller: int = 1) -> Image.Image:
+    image.load()
+    convert = _converter(image, mode)
     copy, top = Image.new(mode, (-(-image.width // smaller), -(-image.height // smaller))), 0
     first = image.mode in MEANS and "transparency" not in image.info
     for rows in row_strips(image, smaller * max(1, STRIP // smaller)):
         part = convert(rows.reduce(smaller)) if first else convert(rows).reduce(smaller)
         copy.paste(part, (0, top))
         top += part.height
-    turn = _turn(image)
-    return copy if turn is None else copy.transpose(turn)
+    if (orientation := _orientation(image)) > 1:
+        copy.getexif()[ORIENTATION] = orientation
+        ImageOps.exif_transpose(copy, in_place=True)
+    return copy
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How to turn a decoded picture upright: Pillow's TIFF and HEIC decoders do so themselves and then drop the tag."""
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, of a decoded picture: Pillow's TIFF and HEIC decoders turn it upright themselves and then drop the tag."""
     try:
-        return UPRIGHT.get(image.getexif().get(0x0112, 1))
+        found = int(image.getexif().get(ORIENTATION, 1))
+        return found if found in range(1, 9) else 1
     except Exception:  # a broken EXIF block does not mean broken pixels
-        return None
+        return 1
 
 
-def _srgb_on_white(image: Image.Image) -> Convert:
-    """Raises Unusable for colours that cannot be interpreted."""
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith(("I", "F")):
-        return _large_greys_on_white(image, profile)
-    if image.mode not in COLOURS:
+def _converter(image: Image.Image, mode: str) -> Convert:
+    """To 8-bit sRGB on white (RGB, for photos) or to 8-bit greys on black (L, for masks).
+
+    Raises Unusable for colours that cannot be interpreted.
+    """
+    large = image.mode.startswith(("I", "F"))
+    if not large and image.mode not in COLOURS:
         raise Unusable(f"colour mode {shown(image.mode)}; save it as RGB")
-    if not image.has_transparency_data:
-        opaque = _opaque_mode(image.mode)
-        to_srgb = _to_srgb(opaque, profile)
-        return lambda rows: to_srgb(rows if rows.mode == opaque else rows.convert(opaque))
-    grey = image.mode in ("LA", "La")
-    to_srgb = _to_srgb("L" if grey else "RGB", profile)
-
-    def on_white(rows: Image.Image) -> Image.Image:
-        if rows.mode == "La":
-            rows = rows.convert("LA")
-        rgba = rows.convert("RGBA")
-        rgb = to_srgb(rows.convert("L") if grey else rgba.convert("RGB"))
-        white = Image.new("RGB", rgb.size, (255, 255, 255))
-        white.paste(rgb, mask=rgba.getchannel("A"))
-        return white
-
-    return on_white
-
-
-def _large_greys_on_white(image: Image.Image, profile: bytes | None) -> Convert:
-    to_grey8, to_srgb = _grey8(image), _to_srgb("L", profile)
+    grey = large or image.mode in ("1", "L", "LA", "La")
+    opaque = "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB"
+    to_grey8 = _grey8(image) if large else None
+    to_mode = _to_srgb(opaque, image.info.get("icc_profile")) if mode == "RGB" else lambda rows: rows.convert("L")
     transparent = image.info.get("transparency")
-    if not isinstance(transparent, int):  # PNG: one grey value means transparent
-        return lambda rows: to_srgb(to_grey8(rows))
 
-    def on_white(rows: Image.Image) -> Image.Image:
-        rgb = to_srgb(to_grey8(rows))
-        rgb.paste((255, 255, 255), mask=Image.fromarray(np.asarray(rows) == transparent))
-        return rgb
+    def convert(rows: Image.Image) -> Image.Image:
+        alpha = None
+        if to_grey8 is not None:
+            if isinstance(transparent, int):  # PNG: one grey value means transparent
+                alpha = Image.fromarray(np.asarray(rows) != transparent)
+            rows = to_grey8(rows)
+        elif image.has_transparency_data:
+            rows = (rows.convert("LA") if rows.mode == "La" else rows).convert("RGBA")
+            alpha = rows.getchannel("A")
+        copy = to_mode(rows.convert(opaque))
+        if alpha is None:
+            return copy
+        behind = Image.new(mode, copy.size, "white" if mode == "RGB" else "black")
+        behind.paste(copy, mask=alpha)
+        return behind
 
-    return on_white
-
-
-def _opaque_mode(mode: str) -> str:
-    return mode if mode in ("L", "RGB", "CMYK") else "L" if mode == "1" else "RGB"
+    return convert
 
 
 def _to_srgb(mode: str, profile: bytes | None) -> Convert:
@@ -313,21 +296,6 @@ def _to_srgb(mode: str, profile: bytes | None) -> Convert:
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass  # a broken profile: sRGB is the best guess
     return lambda rows: rows.convert("RGB")
-
-
-def _grey_on_black(image: Image.Image) -> Convert:
-    if image.mode.startswith(("I", "F")):
-        return _grey8(image)
-    if not image.has_transparency_data:
-        return lambda rows: rows.convert("L")
-
-    def on_black(rows: Image.Image) -> Image.Image:
-        grey = rows.convert("RGBA").convert("LA")
-        black = Image.new("L", grey.size)
-        black.paste(grey.getchannel("L"), mask=grey.getchannel("A"))
-        return black
-
-    return on_black
 
 
 def _grey8(image: Image.Image) -> Convert:

@@ -104,11 +104,6 @@ def _make_mask(photo: Photo, segmenter: Segmenter, *, alone: bool) -> MadeMask:
     mask = Image.new("L", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     inside = box(mask.width, mask.height, photo.crop)
     mask.paste(greys.resize((inside[2] - inside[0], inside[3] - inside[1]), Image.Resampling.BILINEAR), inside[:2])
-    _write(mask, path)
-    return MadeMask(photo, path, None)
-
-
-def _write(mask: Image.Image, path: Path) -> None:
     try:
         with replacing(path) as temporary:
             mask.save(temporary, "PNG")
@@ -116,3 +111,4 @@ def _write(mask: Image.Image, path: Path) -> None:
         raise PhotoError(
             f"{shown(path)}: cannot be written ({error.strerror or type(error).__name__}); make the photos' folder writable"
         ) from None
+    return MadeMask(photo, path, None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..errors import PhotoError, shown
 
@@ -29,12 +30,8 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
         left, top = gap + index % columns * cell[0], gap + index // columns * cell[1]
-        scale = side / max(image.size)
-        fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        small = image.convert("RGB")
-        if fitted != small.size:
-            small = small.resize(fitted, Image.Resampling.LANCZOS, reducing_gap=2.0)
-        sheet.paste(small, (left + (side - fitted[0]) // 2, top + (side - fitted[1]) // 2))
+        fitted = ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color="white")
+        sheet.paste(fitted, (left, top))
         for row, text in enumerate(lines):
             draw.text((left, top + side + 2 + row * line), text, fill=(30, 30, 30), font=font)
     return sheet
@@ -42,19 +39,8 @@ def contact_sheet(
 
 def wrapped_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
     """`text` in up to `most` lines of at most `width` pixels, broken at spaces if possible."""
-    lines: list[str] = []
-    rest = " ".join(text.split())[:500]
-    while rest and len(lines) < most:
-        end = len(rest)
-        while end > 1 and font.getlength(rest[:end]) > width:
-            end -= 1
-        if end < len(rest) and (space := rest.rfind(" ", 0, end + 1)) > 0:
-            end = space
-        lines.append(rest[:end])
-        rest = rest[end:].lstrip()
-    if rest:
-        last = lines[-1]
-        while last and font.getlength(f"{last}...") > width:
-            last = last[:-1]
-        lines[-1] = f"{last}..."
-    return lines
+    for characters in range(width // 3, 3, -1):  # fewer to a line until it fits; few characters are narrower than 3 pixels
+        lines = textwrap.wrap(text[:500], characters, max_lines=most, placeholder="...")
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return []

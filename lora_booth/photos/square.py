@@ -33,6 +33,7 @@ class Square:
     image: Image.Image  # RGB, resolution x resolution
     crop: Crop
     mask: Image.Image | None  # greys, as large; white is the subject
+    kept: float | None  # share of the mask that is inside the square; None without a mask
 
 
 def training_square(photo: Photo, resolution: int) -> Square:
@@ -42,13 +43,15 @@ def training_square(photo: Photo, resolution: int) -> Square:
     image = crop_and_resize(open_photo(photo, smaller=smaller), resolution, photo.crop, focus=photo.focus)
     crop = crop_of(photo.width, photo.height, resolution, photo.crop, photo.focus)
     if photo.mask is None:
-        return Square(image, crop, None)
+        return Square(image, crop, None, None)
     greys = open_mask(photo.mask, photo.name)
     across, down = greys.width / photo.width, greys.height / photo.height
     region = (left * across, top * down, (left + side) * across, (top + side) * down)
     # not Lanczos: it overshoots at a mask's hard edge
     method = Image.Resampling.BOX if region[2] - region[0] >= resolution else Image.Resampling.BILINEAR
-    return Square(image, crop, greys.resize((resolution, resolution), method, box=region))
+    mask = greys.resize((resolution, resolution), method, box=region)
+    inside = np.asarray(greys.crop(region)).sum()
+    return Square(image, crop, mask, float(inside / max(1, np.asarray(greys).sum())))
 
 
 def crop_and_resize(

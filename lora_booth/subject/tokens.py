@@ -13,9 +13,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from ..errors import SubjectError, shown
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 # words.json: `meaningful`, abbreviations, slurs and word stems among the rare pieces of CLIP's vocabulary; `first_names`,
 # the most common given names of English-speaking countries and some from elsewhere; `artists`, surnames often used as a
@@ -26,18 +29,6 @@ MAX_PIECES = 3  # chosen
 COMMON_SHARE = 0.8  # of a CLIP vocabulary, which is ordered by frequency: short pieces before that are words; chosen
 RARE_SHARE = 0.9  # proposals come from behind that; chosen
 VOWELS = "aeiouy"
-
-
-class Tokenizer(Protocol):
-    """The tokenizer methods used here (transformers' CLIPTokenizer has them)."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """The pieces of `text`; the last of each word ends with `</w>`."""
-        ...
-
-    def get_vocab(self) -> dict[str, int]:
-        """Piece -> id; pieces with lower ids were merged earlier, so they are more frequent."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class TokenReport:
         return not self.problems
 
 
-def check_token(token: str, tokenizer: Tokenizer, *, known_rare: Collection[str] = ()) -> TokenReport:
+def check_token(token: str, tokenizer: CLIPTokenizer, *, known_rare: Collection[str] = ()) -> TokenReport:
     """Judge a token by the vocabulary of the base.
 
     A CLIP vocabulary is ordered by how often its pieces were seen. Any piece of five letters or more is a word (or a
@@ -102,7 +93,7 @@ def check_token(token: str, tokenizer: Tokenizer, *, known_rare: Collection[str]
     return TokenReport(token, pieces, tuple(problems), tuple(warnings))
 
 
-def propose_tokens(tokenizer: Tokenizer, count: int = 8, *, known_rare: Collection[str] = (), seed: int = 0) -> list[str]:
+def propose_tokens(tokenizer: CLIPTokenizer, count: int = 8, *, known_rare: Collection[str] = (), seed: int = 0) -> list[str]:
     """Up to `count` tokens of three or four letters, each one rare piece; the same for the same seed.
 
     With `known_rare`, those of them that are one piece. Otherwise they come from the last tenth of the vocabulary, without

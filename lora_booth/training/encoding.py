@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -84,8 +83,7 @@ def prepare(
     )
     prior = None
     if pictures:
-        whole = replace(squares[0].crop, top=0, left=0, original_size=(config.resolution, config.resolution))
-        crops = [whole] * len(pictures)
+        crops = [Crop(0, 0, (config.resolution, config.resolution))] * len(pictures)
         prior = encode(
             base, pictures, crops, class_prompts, flip=config.flip, on_picture=lambda n: display.encoded(done + n, total)
         )

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
-from ..base.ai_mark import save_marked
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images, pictures_at_a_time
-from ..cache import cache_folder, own_folder
+from ..cache import key_of, read_entry, write_entry
 from ..errors import TrainingError
 
 SAMPLER_STEPS = 20  # this and the guidance were chosen: class images need variety rather than polish
@@ -37,22 +35,20 @@ def class_images(
     They are cached under all that decides how they look (base, prompt, sampler, size, seed). Image i has its own seed, so a
     larger count only adds images. A disk that is full or read-only does no harm.
     """
-    folder = class_image_folder(base, prompt, resolution=resolution, seed=seed)
-    paths = [folder / f"{i:04d}.png" for i in range(count)]
-    images = {i: image for i, path in enumerate(paths) if (image := opened(path)) is not None}
-    missing = [i for i in range(count) if i not in images]
-    if not missing:
-        return [images[i] for i in range(count)]
+    seeds = [seed * 1_000_003 + i for i in range(count)]
+    keys = {one: image_key(base, prompt, resolution=resolution, seed=one) for one in seeds}
+    images = {one: image for one in seeds if (image := read_image(keys[one], resolution)) is not None}
+    missing = [one for one in seeds if one not in images]
     at_a_time = pictures_at_a_time(resolution)
-    with base.all_on_device() as pipeline:
+    with base.all_on_device() if missing else nullcontext() as pipeline:
         for first in range(0, len(missing), at_a_time):
             part = missing[first : first + at_a_time]
-            for i, image in zip(part, drawn(pipeline, prompt, [seed * 1_000_003 + i for i in part], resolution), strict=True):
-                images[i] = image.convert("RGB")
-                keep(image, paths[i])
+            for one, image in zip(part, drawn(pipeline, prompt, part, resolution), strict=True):
+                images[one] = image.convert("RGB")
+                write_entry("class_images", keys[one], {"pixels": torch.from_numpy(np.array(images[one]))})
             if on_progress is not None:
                 on_progress(len(images), count)
-    return [images[i] for i in range(count)]
+    return [images[one] for one in seeds]
 
 
 def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> list[Image.Image]:
@@ -72,39 +68,23 @@ def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> 
     return images
 
 
-def class_image_folder(base: BaseModel, prompt: str, *, resolution: int, seed: int = 0) -> Path:
-    """Where the class images of these facts are cached, as 0000.png, 0001.png, ..."""
-    key = {
-        "base": base.fingerprint,
-        "dtype": str(base.dtype) + (f" {base.quantized}" if base.quantized else ""),
-        "prompt": prompt,
-        "scheduler": dict(base.scheduler.config),
-        "class": type(base.scheduler).__name__,
-        "steps": SAMPLER_STEPS,
-        "guidance": GUIDANCE,
-        "resolution": resolution,
-        "seed": seed,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    return cache_folder() / "class_images" / digest
+def image_key(base: BaseModel, prompt: str, *, resolution: int, seed: int) -> str:
+    """Of all that decides how a class image looks."""
+    return key_of(
+        of="class image",
+        base=base.fingerprint,
+        dtype=f"{base.dtype} {base.quantized}",
+        prompt=prompt,
+        scheduler=[type(base.scheduler).__name__, dict(base.scheduler.config)],
+        sampler=[SAMPLER_STEPS, GUIDANCE],
+        resolution=resolution,
+        seed=seed,
+    )
 
 
-def opened(path: Path) -> Image.Image | None:
-    """The picture; None if it is missing or damaged."""
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-        os.utime(path)  # when it was last used
-    except OSError:
+def read_image(key: str, resolution: int) -> Image.Image | None:
+    """A cached picture; None if it is missing or damaged, or black or of another size after all."""
+    pixels = (read_entry("class_images", key) or {}).get("pixels")
+    if pixels is None or pixels.shape != (resolution, resolution, 3) or pixels.dtype != torch.uint8 or not pixels.any():
         return None
-    return picture
-
-
-def keep(image: Image.Image, path: Path) -> None:
-    """Save the picture. On a full or read-only disk, the next run draws it again."""
-    try:
-        own_folder("class_images")
-        path.parent.mkdir(exist_ok=True, mode=0o700)
-        save_marked(image, path)
-    except OSError:
-        pass
+    return Image.fromarray(pixels.numpy())
