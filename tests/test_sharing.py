@@ -26,8 +26,8 @@ from safetensors import safe_open
 from spoilt import taken_apart
 
 from lora_booth.adapters.adapter import Adapter
-from lora_booth.adapters.contents import CONSENT, Card, LoraFactors, file_stem
-from lora_booth.adapters.model_card import HUB_LICENSES, STATEMENTS, code, fenced, on_hub
+from lora_booth.adapters.contents import CONSENT, Card, LoraFactors, file_stem, on_hub
+from lora_booth.adapters.model_card import HUB_LICENSES, STATEMENTS, code, fenced
 from lora_booth.adapters.sharing import MAX_THUMBNAIL, MOST_FILES, REMEDIES
 from lora_booth.base.ai_mark import AI_MARK
 from lora_booth.base.base_model import BaseModel
@@ -437,10 +437,10 @@ HOSTILE = (
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
 def test_no_text_of_a_card_becomes_markup(tmp_path: Path, text: str, layout: Any) -> None:
-    fields = ("base_model", "token", "class_noun", "prompt", "title", "description", "author", "license", "tags", "date")
-    adapter = small(**dict.fromkeys(fields, text))
+    fields = ("base_model", "token", "class_noun", "prompt", "title", "description", "author", "license", "tags")
+    adapter = small(**dict.fromkeys(fields, text), date="2026-07-01")
     shown = picture(text, negative_prompt=text, adapters=((text, 1.0),), base=text)
-    plain_folder = small(description="-", author="-", date="-", license="l").save_folder(
+    plain_folder = small(description="-", author="-", date="2026-07-01", license="l").save_folder(
         tmp_path / "plain", pictures=[picture(negative_prompt="-")], layout=layout
     )
     folder = adapter.save_folder(tmp_path / "hostile", pictures=[shown], layout=layout)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..base.families import FAMILIES
 from ..cache import bytes_of
 from ..errors import AdapterIncomplete, AdapterNonFinite, AdapterScaleError, AdapterTooLarge, SettingsError
 
@@ -50,7 +53,10 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class Card:
-    """What an adapter says about itself. Nothing private: no path, no caption, no photo metadata. None: unknown."""
+    """What an adapter says about itself. Nothing private: no path, no caption, no photo metadata. None: unknown.
+
+    Raises SettingsError for a value that does not fit its fact.
+    """
 
     family: str | None = None  # a key of FAMILIES
     prediction_type: str | None = None  # epsilon or v_prediction
@@ -75,19 +81,72 @@ class Card:
     consent: str = CONSENT[0]  # a declaration, not a proof
 
     def __post_init__(self) -> None:
+        for fact in fields(self):
+            value, kind = getattr(self, fact.name), str(fact.type)
+            if value is not None or "None" not in kind:
+                _check_fact(fact.name, value, kind.split(" ")[0])
         if self.base_model is not None:
             object.__setattr__(self, "base_model", bare_name(self.base_model))
-        if self.consent not in CONSENT:
-            raise SettingsError(f"consent {self.consent!r} is unknown; allowed: {', '.join(CONSENT)}")
+
+    @property
+    def words(self) -> str:
+        """What stands for the subject in a prompt: token and class noun."""
+        return " ".join(filter(None, (self.token, self.class_noun)))
+
+
+CHOICES = {"family": tuple(FAMILIES), "prediction_type": ("epsilon", "v_prediction"), "consent": CONSENT}
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+}
+MAX_NUMBER = 1e9  # of a fact; chosen
+
+
+def _check_fact(name: str, value: Any, kind: str) -> None:
+    types, words = KINDS[kind]
+    if not isinstance(value, types) or isinstance(value, bool) or (kind != "str" and not abs(value) < MAX_NUMBER):
+        raise SettingsError(f"{name} {ascii(value)[:60]} is not {words}")
+    if value not in CHOICES.get(name, (value,)):
+        raise SettingsError(f"{name} {value!r} is unknown; allowed: {', '.join(CHOICES[name])}")
+    if name == "date":
+        try:
+            datetime.fromisoformat(value)
+        except ValueError:
+            raise SettingsError(f"date {value!r}; write it as 2026-07-01") from None
+
+
+# --- text that may come from an untrusted file ----------------------------------------------------------------------
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """At most `most` characters, without what a terminal would obey: line ends, escape codes, direction marks."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:most]).split())
+
+
+def quoted(text: str) -> str:
+    """A string literal of Python and of JSON."""
+    return json.dumps(one_line(text), ensure_ascii=False)
+
+
+def loading(card: Card) -> str:
+    """Python lines that load the card's base as a pipeline of diffusers, `pipe`."""
+    base = quoted(card.base_model or "the base")
+    if on_hub(card.base_model):
+        return f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base})"
+    return f"import lora_booth as lb\n\npipe = lb.BaseModel.load({base}).pipeline  # or where you have this base"
+
+
+def on_hub(base_model: str | None) -> bool:
+    """Whether it can be a Hub id; only the Hub knows whether there is such a model."""
+    parts = (base_model or "").split("/")
+    plain = all(p.isascii() and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
+    return len(parts) == 2 and plain and not any(p.startswith((".", "-")) or p.endswith((".", "-", ".git")) for p in parts)
 
 
 def bare_name(base_model: str) -> str:
     """Keep a Hub id; cut anything else that is a path to its last part, since paths hold people's names."""
-    slashed = base_model.replace("\\", "/")
-    hub_id = (
-        slashed == base_model and slashed.count("/") <= 1 and not slashed.startswith(("/", ".", "~")) and ":" not in slashed
-    )
-    return base_model if hub_id else slashed.rstrip("/").rsplit("/", 1)[-1]
+    return base_model if on_hub(base_model) else base_model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def file_stem(name: str) -> str:

@@ -40,20 +40,45 @@ COMPONENTS = {
     "text_encoder": (*TEXT, "text_projection"),
     "text_encoder_2": (*TEXT, "text_projection"),
 }
-KOHYA_PREFIXES = {  # longest first where one begins another
+PEFT_PREFIX = "base_model.model."
+PREFIXES = {  # how the name of a module begins; longest first where one begins another
     "lora_unet_": "unet",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
     "lycoris_": "unet",  # SimpleTuner's
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "diffusion_model.": "unet",  # ComfyUI's, as the next three
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
-COMFYUI_TEXT = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 LYCORIS = frozenset(
     (
         *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     )
 )
+ENDS: dict[str, Role] = {  # of a key -> which tensor of its module it is; longest first
+    **{f".{role}": role for role in LYCORIS},
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora.alpha": "alpha",
+    ".lora_linear_layer.alpha": "alpha",
+    ".alpha": "alpha",
+}
+OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # diffusers, before it knew PEFT
 OTHER_MODELS = (  # how the keys of other kinds of model begin
     "transformer.",
     "diffusion_model.",
@@ -99,24 +124,18 @@ LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the
 MOST_BLOCKS = 34  # as many as two digits number
 
 
-def _shape(parts: Iterable[str]) -> tuple[str, ...]:
-    return tuple("#" if part.isdigit() else part for part in parts)
+def _words(name: str) -> list[str]:
+    return name.replace(".", "_").split("_")
 
 
-Table = dict[tuple[str, ...], list[str]]  # the shape of a name -> the templates that have it
+def _shape(words: Iterable[str]) -> tuple[str, ...]:
+    return tuple("#" if word.isdigit() else word for word in words)
 
 
-def _table(templates: Iterable[str], separator: str) -> Table:
-    table: Table = {}
-    for template in dict.fromkeys(templates):
-        table.setdefault(_shape(template.replace("#", "0").replace(".", separator).split(separator)), []).append(template)
-    return table
-
-
-_DOTTED = {component: _table(templates, ".") for component, templates in COMPONENTS.items()}
-_UNDERSCORED = {component: _table(templates, "_") for component, templates in COMPONENTS.items()}
-_STEMS = tuple(KOHYA_PREFIXES)
-_ATTENTION = _table(ATTENTION, "_")
+_TEMPLATES: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # component and shape of a name -> the templates that have it
+for _component, _names in COMPONENTS.items():
+    for _name in _names:
+        _TEMPLATES.setdefault((_component, _shape(_words(_name.replace("#", "0")))), []).append(_name)
 _RESNET = {RESNET[name].replace(".", "_"): name for name in RESNET_MODULES}
 _SGM = [UNetNames(LAYERS, MOST_BLOCKS, attended) for attended in ((), range(MOST_BLOCKS))]
 _SGM_BLOCKS = {name.replace(".", "_"): path for path, name in _SGM[0].blocks.items()}
@@ -124,115 +143,64 @@ _SGM_MODULES = {name.replace(".", "_"): path for names in _SGM for path, name in
 del _SGM_MODULES["out_0"]  # a norm
 
 
-def _filled(template: str, parts: list[str], separator: str) -> str | None:
-    """`template` with the indices of `parts`; None if `parts` differs in a number that the template fixes."""
-    wanted = template.replace(".", separator).split(separator)
-    for want, part in zip(wanted, parts, strict=True):
-        if want == "#":
-            if len(part) > 3 or str(int(part)) != part:
-                return None
-        elif want != part:
-            return None
-    indices = iter([part for want, part in zip(wanted, parts, strict=True) if want == "#"])
-    return "".join(next(indices) if c == "#" else c for c in template)
+def _matched(component: str, words: list[str]) -> str | None:
+    """The path of the module whose name has these words between its dots and underscores."""
+    for template in _TEMPLATES.get((component, _shape(words)), ()):
+        indices = [word for want, word in zip(_words(template), words, strict=True) if want == "#"]
+        if all(len(index) <= 3 and str(int(index)) == index for index in indices):
+            path = template.replace("#", "{}").format(*indices)
+            if _words(path) == words:  # it also has the numbers that the template fixes
+                return path
+    return None
 
 
-def _matched(table: Table, parts: list[str], separator: str) -> str | None:
-    found = (_filled(template, parts, separator) for template in table.get(_shape(parts), ()))
-    return next((module for module in found if module is not None), None)
-
-
-def _from_sgm(name: str) -> str | None:
+def _from_sgm(words: list[str]) -> str | None:
     """`input_blocks_4_1_proj_in` -> `down_blocks.1.attentions.0.proj_in`."""
-    if name in _SGM_MODULES:
-        return _SGM_MODULES[name]
-    parts = name.split("_")
-    size = 3 if parts[0] == "middle" else 4
-    block, rest = _SGM_BLOCKS.get("_".join(parts[:size])), parts[size:]
-    if block is None:
-        return None
-    module = _RESNET.get("_".join(rest)) if ".resnets." in block else _matched(_ATTENTION, rest, "_")
-    return None if module is None else f"{block}.{module}"
+    if module := _SGM_MODULES.get("_".join(words)):
+        return module
+    size = 3 if words[0] == "middle" else 4
+    block, rest = _SGM_BLOCKS.get("_".join(words[:size])), "_".join(words[size:])
+    return None if block is None else _matched("unet", _words(f"{block}.{_RESNET.get(rest, rest)}"))
 
 
-def _kohya_module(stem: str) -> str | None:
-    for prefix, component in KOHYA_PREFIXES.items():
-        if stem.startswith(prefix):
-            name = stem.removeprefix(prefix)
-            module = _matched(_UNDERSCORED[component], name.split("_"), "_")
-            if module is None and component == "unet":
-                module = _from_sgm(name)
-            return None if module is None else f"{component}.{module}"
-    return None
+def _module(name: str) -> str | None:
+    """The canonical path of the module that a file calls `name`."""
+    name = name.removeprefix(PEFT_PREFIX)
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    name = name.removeprefix(prefix).removeprefix(PEFT_PREFIX)
+    text = name.startswith(("text_model.", "encoder."))
+    component = PREFIXES[prefix] if prefix else "text_encoder" if text else "unet"
+    words = _words(name.replace(".processor.", "."))
+    if component == "unet":
+        words += ["0"] if words[-2:] == ["to", "out"] else []
+        path = _matched(component, words) or _from_sgm(words)
+    else:
+        words = ["text", "model", *words] if words[0] == "encoder" else words  # transformers 5 lost this level
+        last = "_".join(words[-2:])
+        path = _matched(component, words[:-2] + OLD_TEXT.get(last, last).split("_"))
+    return None if path is None else f"{component}.{path}"
 
 
-def _dotted_module(parts: list[str]) -> str | None:
-    component = ""
-    if parts[:1] == ["diffusion_model"]:  # ComfyUI's: the names of the original code with dots
-        module = _from_sgm("_".join(parts[1:]))
-        return None if module is None else f"unet.{module}"
-    if parts[:1] == ["text_encoders"] and parts[2:3] == ["transformer"]:
-        parts = [COMFYUI_TEXT.get(parts[1], ""), *parts[3:]]
-    if parts[:2] == ["base_model", "model"]:
-        parts = parts[2:]
-    if parts and parts[0] in COMPONENTS:
-        component, parts = parts[0], parts[1:]
-        if parts[:2] == ["base_model", "model"]:
-            parts = parts[2:]
-    if not component:
-        component = "text_encoder" if parts[:1] in (["text_model"], ["encoder"]) else "unet"
-    parts = [part for part in parts if part != "processor"]
-    if component != "unet" and parts[:1] == ["encoder"]:  # transformers 5 lost this level of the first text encoder
-        parts = ["text_model", *parts]
-    if parts and parts[-1].endswith("_lora"):
-        last = parts[-1].removesuffix("_lora")
-        if component != "unet":
-            last = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}.get(last, last)
-        parts = [*parts[:-1], last]
-    if parts[-1:] == ["to_out"]:
-        parts = [*parts, "0"]
-    module = _matched(_DOTTED[component], parts, ".")
-    return None if module is None else f"{component}.{module}"
-
-
-def _split(key: str) -> tuple[list[str], Role] | None:
-    """The parts of the module's name in a key, and which tensor of the module it is."""
-    parts = key.split(".")
-    if len(parts) >= 2 and parts[-1] == "alpha":
-        parts = parts[:-1]
-        return parts[:-1] if len(parts) > 1 and parts[-1] in ("lora", "lora_linear_layer") else parts, "alpha"
-    for size in (1, 2):  # PEFT may put the adapter's name at the end
-        if len(parts) > size and parts[-size] in LYCORIS:
-            return parts[:-size], parts[-size]
-    if len(parts) < 3 or parts[-1] != "weight":
-        return None
-    parts = parts[:-1]
-    halves: dict[str, Role] = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up", "lora_mid": "mid"}
-    if parts[-1] in halves:
-        return parts[:-1], halves[parts[-1]]
-    if parts[-2] in ("lora_A", "lora_B"):  # lora_A.<adapter's name>.weight
-        return parts[:-2], halves[parts[-2]]
-    if parts[-1] in ("down", "up"):
-        role: Role = "down" if parts[-1] == "down" else "up"
-        if parts[-2] in ("lora", "lora_linear_layer"):
-            return parts[:-2], role
-        if parts[-2].endswith("_lora"):
-            return parts[:-1], role
-    return None
+def _split(key: str) -> tuple[str, Role] | None:
+    """The module's name in a key, and which tensor of the module it is."""
+    parts = key.split(".")  # PEFT may put the adapter's name at the end
+    if parts[-1] == "weight" and parts[-3:-2] in (["lora_A"], ["lora_B"]):
+        del parts[-2]
+    elif parts[-2:-1] and parts[-2] in LYCORIS:
+        del parts[-1]
+    key = ".".join(parts)
+    return next(((key.removesuffix(end), role) for end, role in ENDS.items() if key.endswith(end)), None)
 
 
 def understood(key: str, *, allow: Collection[str] = (), path: object = None) -> tuple[str, Role]:
     """Return the canonical module path and the role of a tensor called `key` in a file."""
-    split = _split(key)
-    module = None
-    if split is not None:
-        parts = split[0]
-        module = _kohya_module(parts[0]) if len(parts) == 1 and parts[0].startswith(_STEMS) else _dotted_module(parts)
-    if split is None or module is None:
+    name, role = _split(key) or ("", "")
+    module = _module(name)
+    if module is None:
         raise _no_lora(key, path)
     if module in RARE and module not in allow:
         raise AdapterTargetError(f"{key} changes {module}, which adapters rarely do; to accept it, allow {module!r}", path)
-    return module, split[1]
+    return module, role
 
 
 def _no_lora(key: str, path: object) -> AdapterError:
@@ -296,7 +264,7 @@ def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
 def checked_path(module: str) -> str:
     """Return `module` if it is a canonical path that a file may hold."""
     component, _, name = module.partition(".")
-    if component not in COMPONENTS or _matched(_DOTTED[component], name.split("."), ".") != name:
+    if _matched(component, _words(name)) != name:
         raise AdapterTargetError(f"{module!r} is not the canonical path of a module that adapters change")
     if module.endswith(".text_projection"):
         raise AdapterTargetError(f"{module} cannot be saved: most programs cannot read it")

@@ -10,23 +10,18 @@ tuners/lokr compute the same. m: outputs, n: inputs, k: side of a kernel, r: ran
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from ..errors import AdapterIncomplete
 from .layouts import Role
 
-LORA, TUCKER, LOHA, LOKR = "LoRA", "LoRA with a middle factor", "LoHa", "LoKr"
+TUCKER, LOHA, LOKR = "LoRA with a middle factor", "LoHa", "LoKr"
 _HADA = frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
 _W1 = (frozenset(("lokr_w1",)), frozenset(("lokr_w1_a", "lokr_w1_b")))
 _W2 = (frozenset(("lokr_w2",)), frozenset(("lokr_w2_a", "lokr_w2_b")), frozenset(("lokr_w2_a", "lokr_w2_b", "lokr_t2")))
 FORMS: dict[frozenset[Role], str] = {  # the tensors of one module except alpha
-    frozenset(("down", "up")): LORA,
     frozenset(("down", "mid", "up")): TUCKER,
     _HADA: LOHA,
     _HADA | {"hada_t1", "hada_t2"}: LOHA,
@@ -34,133 +29,60 @@ FORMS: dict[frozenset[Role], str] = {  # the tensors of one module except alpha
 }
 KERNEL_3X3 = (".conv1", ".conv2", ".conv", ".conv_in", ".conv_out")  # ends of the modules with one, in every family
 
-Shape = tuple[int, ...]
+Lora = tuple[Tensor, Tensor, int | None]  # down, up, and the rank of alpha / rank; None: the scale is 1 whatever alpha is
 
 
-class Plan(NamedTuple):
-    """What the factors of one module will be, as known from the header."""
-
-    kind: str
-    down: Shape
-    up: Shape
-    rank: int | None  # of alpha / rank; None: the scale is 1 whatever alpha is
+def kind_of(roles: Collection[Role]) -> str | None:
+    """What these tensors of a module are together, without alpha; None if they are not complete."""
+    return FORMS.get(frozenset(roles))
 
 
-def plan(module: str, shapes: Mapping[Role, Shape], path: Path) -> Plan:
-    """shapes: of the module's tensors except alpha. Raises AdapterIncomplete if they do not fit together."""
-    kind = FORMS.get(frozenset(shapes))
-    if kind is None:
-        raise AdapterIncomplete(f"{module}: {', '.join(sorted(shapes))} are not a complete LoRA, LoHa or LoKr", path)
-    if kind == LORA:
-        return Plan(kind, shapes["down"], shapes["up"], shapes["up"][1] if len(shapes["up"]) > 1 else 1)
-    try:
-        return {TUCKER: _plan_tucker, LOHA: _plan_loha, LOKR: _plan_lokr}[kind](module, shapes)
-    except _Misfit:
-        listed = ", ".join(f"{role} {list(shape)}" for role, shape in sorted(shapes.items()))
-        raise AdapterIncomplete(f"{module}: the parts of its {kind} do not fit together: {listed}", path) from None
+def as_lora(module: str, parts: Mapping[Role, Tensor]) -> Lora:
+    """parts: complete, all float32. On the meta device it computes the shapes alone.
 
-
-def factors(plan: Plan, tensors: Mapping[Role, Tensor]) -> tuple[Tensor, Tensor]:
-    """down and up of the planned shapes; float32 if anything had to be computed."""
-    if plan.kind == LORA:
-        return tensors["down"], tensors["up"]
-    parts = {role: tensor.float() for role, tensor in tensors.items()}
-    down, up = {TUCKER: _tucker, LOHA: _loha, LOKR: _lokr}[plan.kind](plan, parts)
-    return down.reshape(plan.down).contiguous(), up.reshape(plan.up).contiguous()
-
-
-class _Misfit(Exception):
-    pass
+    Raises ValueError, RuntimeError or IndexError if the parts do not fit together.
+    """
+    down, up, rank = {TUCKER: _tucker, LOHA: _loha, LOKR: _lokr}[FORMS[frozenset(parts)]](module, parts)
+    return down.contiguous(), up.reshape(*up.shape[:2], *(1 for _ in down.shape[2:])).contiguous(), rank
 
 
 def _must(fits: bool) -> None:
     if not fits:
-        raise _Misfit
+        raise ValueError("the parts do not fit together")
 
 
-# --- from shapes ---------------------------------------------------------------------------------------------------
+def _applied(core: Tensor, right: Tensor) -> Tensor:
+    """(r, r, k, k) and (r, n) -> (r, n, k, k)"""
+    _must(core.ndim == 4 and core.shape[0] == core.shape[1] == right.shape[0])
+    return torch.einsum("ijkl,jn->inkl", core, right)
 
 
-def _planned(kind: str, outer: int, inner: Shape, low: int, rank: int | None) -> Plan:
-    up = (outer, low, *(1 for _ in inner[1:]))
-    return Plan(kind, (low, *inner), up, rank)
+def _kernel(module: str, matrix: Tensor) -> Tensor:
+    """(m, n) or (m, n, k, k); a kernel may have been flattened."""
+    _must(matrix.ndim in (2, 4))
+    return matrix.reshape(matrix.shape[0], -1, 3, 3) if matrix.ndim == 2 and module.endswith(KERNEL_3X3) else matrix
 
 
-def _inner(module: str, sizes: Shape) -> Shape:
-    """The input side of a weight, (n,) or (n, k, k); a kernel may have been flattened."""
-    if len(sizes) == 1 and module.endswith(KERNEL_3X3):
-        _must(sizes[0] % 9 == 0)
-        return (sizes[0] // 9, 3, 3)
-    _must(len(sizes) in (1, 3))
-    return sizes
-
-
-def _product(module: str, a: Shape, b: Shape, t: Shape | None) -> tuple[int, int, Shape]:
-    """Outputs, rank and input side of a @ b, or with a core t (r, r, k, k) of a (r, m) and b (r, n)."""
-    if t is None:
-        _must(len(a) == 2 and len(b) in (2, 4) and a[1] == b[0])
-        return a[0], a[1], _inner(module, b[1:])
-    _must(len(a) == len(b) == 2 and len(t) == 4 and t[:2] == (a[0], b[0]) and t[0] == t[1])
-    return a[1], a[0], (b[1], *t[2:])
-
-
-def _plan_tucker(module: str, shapes: Mapping[Role, Shape]) -> Plan:
-    down, mid, up = shapes["down"], shapes["mid"], shapes["up"]
-    _must(all(len(s) in (2, 4) and s[2:] in ((), (1, 1)) for s in (down, up)) and len(mid) == 4)
-    _must(mid[:2] == (up[1], down[0]) and mid[0] == mid[1])
-    return _planned(TUCKER, up[0], (down[1], *mid[2:]), up[1], up[1])
-
-
-def _plan_loha(module: str, shapes: Mapping[Role, Shape]) -> Plan:
-    first, second = (_product(module, shapes[f"hada_w{i}_a"], shapes[f"hada_w{i}_b"], shapes.get(f"hada_t{i}")) for i in (1, 2))
-    outer, rank, inner = first
-    _must(first == second)
-    return _planned(LOHA, outer, inner, min(rank * rank, outer, math.prod(inner)), rank)
-
-
-def _plan_lokr(module: str, shapes: Mapping[Role, Shape]) -> Plan:
-    rank: int | None = None
-    if "lokr_w1" in shapes:
-        _must(len(shapes["lokr_w1"]) == 2)
-        a, c = shapes["lokr_w1"]
-    else:
-        a, rank, side = _product("", shapes["lokr_w1_a"], shapes["lokr_w1_b"], None)
-        _must(len(side) == 1)
-        c = side[0]
-    if "lokr_w2" in shapes:
-        b, *rest = shapes["lokr_w2"] or (0,)
-        inner = _inner(module, tuple(rest))
-        second = min(b, math.prod(inner))
-    else:
-        b, low, inner = _product(module, shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes.get("lokr_t2"))
-        _must(rank in (None, low))
-        second = min(low, b, math.prod(inner))
-    first = min(a, c) if rank is None else min(rank, a, c)
-    scaled_by = shapes["lokr_w2_b"][0] if "lokr_w2_b" in shapes else rank
-    return _planned(LOKR, a * b, (c * inner[0], *inner[1:]), first * second, scaled_by)
-
-
-# --- from tensors; all float32 -------------------------------------------------------------------------------------
-
-
-def _applied(t: Tensor, b: Tensor) -> Tensor:
-    """(r, r', k, k) and (r', n) -> (r, n, k, k)"""
-    return torch.einsum("ijkl,jn->inkl", t, b)
-
-
-def _halves(parts: Mapping[Role, Tensor], a: Role, b: Role, t: Role) -> tuple[Tensor, Tensor]:
+def _halves(module: str, parts: Mapping[Role, Tensor], a: Role, b: Role, core: Role) -> tuple[Tensor, Tensor]:
     """left (m, r) and right (r, n) or (r, n, k, k), whose product is the part."""
-    if t in parts:
-        return parts[a].T, _applied(parts[t], parts[b])
-    return parts[a], parts[b]
+    left, right = parts[a], parts[b]
+    _must(left.ndim == 2)
+    if core in parts:
+        _must(left.shape[0] == right.shape[0] and right.ndim == 2)
+        return left.T, _applied(parts[core], right)
+    _must(left.shape[1] == right.shape[0])
+    return left, _kernel(module, right)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return (left @ right.flatten(1)).reshape(left.shape[0], *right.shape[1:])
 
 
 def _thin(whole: Tensor) -> tuple[Tensor, Tensor]:
     """The matrix itself, with an identity on its smaller side."""
     outer, inner = whole.shape[0], whole[0].numel()
-    if outer <= inner:
-        return torch.eye(outer), whole
-    return whole.flatten(1), torch.eye(inner).reshape(inner, *whole.shape[1:])
+    identity = torch.eye(min(outer, inner), device=whole.device)
+    return (identity, whole) if outer <= inner else (whole.flatten(1), identity.reshape(inner, *whole.shape[1:]))
 
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:
@@ -170,31 +92,33 @@ def _kron(a: Tensor, b: Tensor) -> Tensor:
     return product.reshape(m * p, n * q, *kernel)
 
 
-def _tucker(plan: Plan, parts: Mapping[Role, Tensor]) -> tuple[Tensor, Tensor]:
-    return _applied(parts["mid"], parts["down"].flatten(1)), parts["up"]
+def _tucker(module: str, parts: Mapping[Role, Tensor]) -> Lora:
+    down, mid, up = parts["down"], parts["mid"], parts["up"]
+    _must(all(t.ndim in (2, 4) and t.shape[2:] in ((), (1, 1)) for t in (down, up)) and up.shape[1] == mid.shape[0])
+    return _applied(mid, down.flatten(1)), up.flatten(1), mid.shape[0]
 
 
-def _loha(plan: Plan, parts: Mapping[Role, Tensor]) -> tuple[Tensor, Tensor]:
-    left1, right1 = _halves(parts, "hada_w1_a", "hada_w1_b", "hada_t1")
-    left2, right2 = _halves(parts, "hada_w2_a", "hada_w2_b", "hada_t2")
-    right1, right2 = right1.flatten(1), right2.flatten(1)
-    if plan.down[0] == left1.shape[1] ** 2:  # the products of every column with every column (Khatri-Rao)
+def _loha(module: str, parts: Mapping[Role, Tensor]) -> Lora:
+    (left1, right1), (left2, right2) = (_halves(module, parts, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
+    _must(left1.shape == left2.shape and right1.shape == right2.shape)
+    outer, rank = left1.shape
+    if rank**2 <= min(outer, right1[0].numel()):  # the products of every column with every column (Khatri-Rao)
         up = (left1[:, :, None] * left2[:, None, :]).flatten(1)
-        return (right1[:, None] * right2[None]).flatten(0, 1), up
-    up, down = _thin((left1 @ right1) * (left2 @ right2))
-    return down, up
+        return (right1[:, None] * right2[None]).flatten(0, 1), up, rank
+    up, down = _thin(_product(left1, right1) * _product(left2, right2))
+    return down, up, rank
 
 
-def _lokr(plan: Plan, parts: Mapping[Role, Tensor]) -> tuple[Tensor, Tensor]:
-    halves = []
-    for i, inner in ((1, ()), (2, plan.down[2:])):
-        whole = parts.get(f"lokr_w{i}")
-        if whole is None:
-            left, right = _halves(parts, f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}")
-            if left.shape[1] <= min(left.shape[0], right[0].numel()):
-                halves.append((left, right))
-                continue
-            whole = left @ right.flatten(1)
-        halves.append(_thin(whole.reshape(whole.shape[0], -1, *inner)))
+def _lokr(module: str, parts: Mapping[Role, Tensor]) -> Lora:
+    halves, ranks = [], []
+    for i, name in ((1, ""), (2, module)):  # only the second part has a kernel
+        if f"lokr_w{i}" in parts:
+            halves.append(_thin(_kernel(name, parts[f"lokr_w{i}"])))
+            continue
+        left, right = _halves(name, parts, f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}")
+        ranks.append(left.shape[1])
+        low = left.shape[1] <= min(left.shape[0], right[0].numel())
+        halves.append((left, right) if low else _thin(_product(left, right)))
     (left1, right1), (left2, right2) = halves
-    return _kron(right1, right2.reshape(right2.shape[0], -1, *plan.down[2:])), _kron(left1, left2)
+    _must(right1.ndim == 2 and len(set(ranks)) < 2)
+    return _kron(right1, right2), _kron(left1, left2), ranks[0] if ranks else None

@@ -6,19 +6,18 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import Any
 
 from ..base.families import FAMILIES
-from .contents import CONSENT, AdapterContents, Card, Layout, file_stem
+from ..errors import SettingsError
+from .contents import CONSENT, AdapterContents, Card, Layout, file_stem, one_line
 from .layouts import component_of
-
-if TYPE_CHECKING:
-    pass
 
 CARD_KEY = "lora_booth.card"
 PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
 SGM_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
-FIELD_LENGTH = 500  # characters; longer text in a file is cut
+FIELD_LENGTH = 500  # characters; longer text in a file is cut; chosen
 MAX_WEIGHT = 10.0  # a larger suggestion in a file is ignored, since it applies where the user gives no weight
 
 
@@ -27,14 +26,14 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
     card = adapter.card
     ranks = Counter(f.rank for f in adapter.modules.values())
     rank = ranks.most_common(1)[0][0] if len(ranks) == 1 else None
-    trigger = " ".join(filter(None, (card.token, card.class_noun))) or None
+    trigger = card.words or None
     entries: dict[str, str | None] = {
         "format": "pt",
         CARD_KEY: json.dumps(dataclasses.asdict(card), sort_keys=True, ensure_ascii=True),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": adapter.name,
         "modelspec.hash_sha256": f"0x{data_sha256}",
-        "modelspec.description": card.description or summary(card, trigger),
+        "modelspec.description": card.description or summary(card),
         "modelspec.author": card.author,
         "modelspec.date": card.date,
         "modelspec.license": card.license,
@@ -71,12 +70,12 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
     return {key: value.encode("utf-8", "replace").decode() for key, value in entries.items() if value is not None}
 
 
-def summary(card: Card, trigger: str | None) -> str:
+def summary(card: Card) -> str:
     """Say what the adapter is in one or two sentences."""
     family = FAMILIES[card.family].label if card.family in FAMILIES else "Stable Diffusion"
     photos = f", trained on {card.photos} photo{'' if card.photos == 1 else 's'}" if card.photos else ""
     stated = "" if card.consent == CONSENT[0] else f" The maker states of what it shows: {card.consent}."
-    return f"A LoRA{f' of {trigger}' if trigger else ''} for {family}{photos}.{stated}"
+    return f"A LoRA{f' of {card.words}' if card.words else ''} for {family}{photos}.{stated}"
 
 
 def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], *, sgm: bool) -> Card:
@@ -90,7 +89,9 @@ def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
         return own if own.family is not None else dataclasses.replace(own, family=family)
 
     def text(*keys: str) -> str | None:
-        return next((clean(metadata[key]) for key in keys if metadata.get(key, "None") not in ("", "None")), None)
+        return next(
+            (one_line(metadata[key], FIELD_LENGTH) for key in keys if metadata.get(key, "None") not in ("", "None")), None
+        )
 
     prediction = text("modelspec.prediction_type")
     if prediction is None and metadata.get("ss_v_parameterization") == "True":
@@ -113,11 +114,6 @@ def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
     )
 
 
-def clean(text: str) -> str:
-    """Text from a file without what a terminal would obey (escape codes, line ends, direction marks)."""
-    return "".join(c if c.isprintable() else " " for c in text[:FIELD_LENGTH]).strip()
-
-
 def _whole(text: str | None) -> int | None:
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
@@ -132,30 +128,19 @@ def _number(text: str | None) -> float | None:
 
 
 def _own_card(text: str | None) -> Card | None:
-    """A malformed card is ignored: good tensors are not refused because of it."""
+    """What is malformed in it is ignored: good tensors are not refused because of their card."""
     try:
         values: Any = json.loads(text or "")
     except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict) or "family" not in values:
         return None
-    known: dict[str, Any] = {}
-    for field in dataclasses.fields(Card):
-        value = values.get(field.name)
-        kind = str(field.type).split(" ")[0]
-        if kind == "str" and isinstance(value, str):
-            known[field.name] = clean(value)
-        elif kind in ("int", "float") and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
-            known[field.name] = int(value) if kind == "int" else float(value)
-    if abs(known.get("weight", 1.0)) > MAX_WEIGHT:
-        del known["weight"]
-    if known.get("consent", CONSENT[0]) not in CONSENT:
-        del known["consent"]
-    if known.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        del known["prediction_type"]
-    if known.get("family") not in FAMILIES:
-        known.pop("family", None)
-    return Card(**known)
+    card = Card()
+    for name in values.keys() & vars(card).keys():
+        value = values[name]
+        with suppress(SettingsError):
+            card = dataclasses.replace(card, **{name: one_line(value, FIELD_LENGTH) if isinstance(value, str) else value})
+    return card if abs(card.weight) <= MAX_WEIGHT else dataclasses.replace(card, weight=1.0)
 
 
 def _family_by_width(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -6,13 +6,12 @@ quotes, in Python's string literals, and in Markdown code, where nothing is a li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
 from ..base.families import FAMILIES
-from .contents import CONSENT, AdapterContents, Card, Layout, file_stem
+from .contents import CONSENT, AdapterContents, Card, Layout, file_stem, loading, on_hub, one_line, quoted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +43,6 @@ STATEMENTS = dict(
         strict=True,
     )
 )
-MOST_TEXT = 2000  # characters of one text on the page
 
 
 class SharedPicture(Protocol):
@@ -79,7 +77,7 @@ def model_card(adapter: AdapterContents, file: str, layout: Layout, pictures: Pl
     card = adapter.card
     base = code(card.base_model) if card.base_model else "a base that it does not name"
     family = f" ({FAMILIES[card.family].label})" if card.family in FAMILIES else ""
-    trigger = f" Its words in a prompt: {code(words(card))}." if words(card) else ""
+    trigger = f" Its words in a prompt: {code(card.words)}." if card.words else ""
     parts = [
         front_matter(adapter, pictures),
         f"# {code(adapter.name)}",
@@ -95,16 +93,6 @@ def model_card(adapter: AdapterContents, file: str, layout: Layout, pictures: Pl
 
 
 # --- untrusted text made harmless --------------------------------------------------------------------------------------
-
-
-def one_line(text: str) -> str:
-    """Without line ends, escape codes and direction marks."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:MOST_TEXT]).split())
-
-
-def quoted(text: str) -> str:
-    """A JSON string, which is a Python literal too."""
-    return json.dumps(one_line(text), ensure_ascii=False)
 
 
 def fence(text: str, least: int) -> str:
@@ -150,17 +138,6 @@ def front_matter(adapter: AdapterContents, pictures: Placed) -> str:
     return f"---\n{page.to_yaml()}\n---"
 
 
-def on_hub(base_model: str | None) -> bool:
-    """Whether it can be a Hub id; only the Hub knows whether there is such a model."""
-    parts = (base_model or "").split("/")
-    plain = all(p.isascii() and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
-    return len(parts) == 2 and plain and not any(p.startswith((".", "-")) or p.endswith((".", "-", ".git")) for p in parts)
-
-
-def words(card: Card) -> str:
-    return " ".join(filter(None, (card.token, card.class_noun)))
-
-
 def sample_pictures(pictures: Placed) -> str:
     lines = []
     for number, (path, picture) in enumerate(pictures, 1):
@@ -174,20 +151,10 @@ def sample_pictures(pictures: Placed) -> str:
 
 def usage(adapter: AdapterContents, file: str, layout: Layout, source: str) -> str:
     card = adapter.card
-    prompt = card.prompt or words(card) or "a photo"
+    prompt = card.prompt or card.words or "a photo"
     name, stem = file_stem(adapter.name), file.removesuffix(".safetensors")
-    if on_hub(card.base_model):
-        load = (
-            "from diffusers import DiffusionPipeline\n\n"
-            f"pipe = DiffusionPipeline.from_pretrained({quoted(card.base_model or '')})"
-        )
-    else:
-        load = (
-            "import lora_booth as lb\n\n"
-            f"pipe = lb.BaseModel.load({quoted(card.base_model or 'the base')}).pipeline  # or where you have this base"
-        )
     script = (
-        f"{load}\n"
+        f"{loading(card)}\n"
         f"pipe.load_lora_weights({quoted(source)}, weight_name={quoted(file)}, adapter_name={quoted(name)})\n"
         f"pipe.set_adapters({quoted(name)}, {card.weight:g})\n"
         f"image = pipe({quoted(prompt)}).images[0]"

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from ..errors import (
     UnsafePath,
 )
 from . import lycoris
-from .contents import AdapterContents, LoraFactors, check_scale, check_shapes, check_values
+from .contents import AdapterContents, LoraFactors, check_scale, check_shapes, check_values, one_line
 from .layouts import SGM_KEYS, Role, are_pair, understood
-from .metadata import PEFT_KEY, card_from, clean
+from .metadata import PEFT_KEY, card_from
 from .peft_config import PeftConfig
 
 ALPHA_DTYPES = (*FACTOR_DTYPES, "F64", "I64", "I32")  # some tools save alpha as one of the last
@@ -36,6 +36,15 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 CONFIG_FILE = "adapter_config.json"  # PEFT's, beside the first of them
 MAX_CONFIG = 2**20  # bytes of it
+
+
+class Plan(NamedTuple):
+    """What the factors of one module will be, as known from the header."""
+
+    kind: str | None  # of LyCORIS; None: plain LoRA
+    down: tuple[int, ...]  # shape
+    up: tuple[int, ...]
+    rank: int | None  # of alpha / rank; None: the scale is 1 whatever alpha is
 
 
 def load(path: Path, *, allow: Collection[str] = ()) -> AdapterContents:
@@ -46,27 +55,23 @@ def load(path: Path, *, allow: Collection[str] = ()) -> AdapterContents:
 
 
 def read(
-    handle: BinaryIO,
-    size: int,
-    path: Path,
-    *,
-    config: Path | None = None,
-    allow: Collection[str] = (),
+    handle: BinaryIO, size: int, path: Path, *, config: Path | None = None, allow: Collection[str] = ()
 ) -> AdapterContents:
     """The adapter in `size` bytes, read once from start to end. path: for messages and the adapter's name."""
     header = read_header(handle, size, path)
     named = _named(header, allow, path)
     plans = {module: _plan(module, keys, header, path) for module, keys in named.items()}
-    expanded = sum(4 * (math.prod(p.down) + math.prod(p.up)) for p in plans.values() if p.kind != lycoris.LORA)
+    expanded = sum(4 * (math.prod(plan.down) + math.prod(plan.up)) for plan in plans.values() if plan.kind)
     if expanded > ADAPTER.file:
         raise AdapterTooLarge(f"its LoHa or LoKr has {expanded} bytes as LoRA; allowed: {ADAPTER.file}", path)
     peft = _peft_config(header.metadata.get(PEFT_KEY), config, path)
-    modules, shapes = {}, {}
+    modules = {}
     for module, keys in sorted(named.items()):
-        modules[module] = _read_module(module, keys, plans[module], header, handle, peft, path)
-        shapes[module] = tuple(modules[module].down.shape)
+        tensors = {role: _tensor(header, key, handle, path) for role, key in keys.items()}
+        modules[module] = _factors(module, tensors, plans[module], peft, path)
+    shapes = {module: tuple(factors.down.shape) for module, factors in modules.items()}
     sgm = any(key.startswith(SGM_KEYS) for key in header.tensors)
-    return AdapterContents(modules, card_from(header.metadata, shapes, sgm=sgm), clean(path.stem))
+    return AdapterContents(modules, card_from(header.metadata, shapes, sgm=sgm), one_line(path.stem))
 
 
 def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConfig | None:
@@ -102,47 +107,56 @@ def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict
     return named
 
 
-def _plan(module: str, keys: Mapping[Role, str], header: Header, path: Path) -> lycoris.Plan:
+def _plan(module: str, keys: Mapping[Role, str], header: Header, path: Path) -> Plan:
     """What the module's factors will be. Every pair is complete, and no rank too large."""
-    plan = lycoris.plan(module, {role: header.tensors[key].shape for role, key in keys.items() if role != "alpha"}, path)
-    if "down" in keys and not are_pair(keys["down"], keys["up"]):
+    if "down" in keys and "up" in keys and not are_pair(keys["down"], keys["up"]):
         raise AdapterIncomplete(f"{keys['down']} and {keys['up']} are named differently, so they are not a pair", path)
-    what = module if plan.kind == lycoris.LORA else f"{module} is {plan.kind}, as LoRA"
-    check_shapes(what, plan.down, plan.up, path)
+    shapes = {role: header.tensors[key].shape for role, key in keys.items() if role != "alpha"}
+    if shapes.keys() == {"down", "up"}:
+        down, up = shapes["down"], shapes["up"]
+        plan = Plan(None, down, up, up[1] if len(up) > 1 else 1)
+    else:
+        plan = _lycoris_plan(module, shapes, path)
+    check_shapes(f"{module} is {plan.kind}, as LoRA" if plan.kind else module, plan.down, plan.up, path)
     return plan
 
 
-def _read_module(
-    module: str,
-    keys: Mapping[Role, str],
-    plan: lycoris.Plan,
-    header: Header,
-    handle: BinaryIO,
-    peft: PeftConfig | None,
-    path: Path,
-) -> LoraFactors:
-    tensors = {role: _tensor(header, key, handle, path) for role, key in keys.items()}
+def _lycoris_plan(module: str, shapes: Mapping[Role, tuple[int, ...]], path: Path) -> Plan:
+    kind = lycoris.kind_of(shapes)
+    if kind is None:
+        raise AdapterIncomplete(f"{module}: {', '.join(sorted(shapes))} are not a complete LoRA, LoHa or LoKr", path)
+    try:
+        parts = {role: torch.empty(shape, device="meta") for role, shape in shapes.items()}
+        down, up, rank = lycoris.as_lora(module, parts)
+    except (ValueError, RuntimeError, IndexError):
+        listed = ", ".join(f"{role} {list(shape)}" for role, shape in sorted(shapes.items()))
+        raise AdapterIncomplete(f"{module}: the parts of its {kind} do not fit together: {listed}", path) from None
+    return Plan(kind, tuple(down.shape), tuple(up.shape), rank)
+
+
+def _factors(module: str, tensors: dict[Role, Tensor], plan: Plan, peft: PeftConfig | None, path: Path) -> LoraFactors:
     given = tensors.pop("alpha", None)
     if given is not None:
         alpha = float(given.item())
-    elif peft is None:
-        alpha = float(plan.rank or 1)
-    else:
+    elif peft is not None:
         alpha = peft.alpha(module, plan.rank, lycoris=plan.kind in (lycoris.LOHA, lycoris.LOKR))
+    else:
+        alpha = float(plan.rank or 1)
     if plan.rank is None and given is not None and math.isfinite(alpha):
         alpha = 1.0  # LyCORIS and programs that read its files scale only low-rank parts
     check_scale(module, alpha, plan.rank or 1, path)
     for tensor in tensors.values():
         check_values(module, tensor, path)
-    down, up = lycoris.factors(plan, tensors)
+    if plan.kind is None:
+        down, up = tensors["down"], tensors["up"]
+        if up.ndim != down.ndim:
+            up = up.flatten(1) if down.ndim == 2 else up[:, :, None, None]
+        return LoraFactors(down, up, alpha)
+    down, up, _ = lycoris.as_lora(module, {role: tensor.float() for role, tensor in tensors.items()})
+    for tensor in (down, up):
+        check_values(module, tensor, path)
     rank = down.shape[0]
-    if plan.kind != lycoris.LORA:
-        for tensor in (down, up):
-            check_values(module, tensor, path)
-        alpha = alpha if plan.rank == rank else alpha / (plan.rank or 1) * rank
-    elif up.ndim != down.ndim:
-        up = up.flatten(1) if down.ndim == 2 else up[:, :, None, None]
-    return LoraFactors(down, up, alpha)
+    return LoraFactors(down, up, alpha if plan.rank == rank else alpha / (plan.rank or 1) * rank)
 
 
 def _tensor(header: Header, key: str, handle: BinaryIO, path: Path) -> Tensor:

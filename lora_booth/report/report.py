@@ -15,8 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.contents import file_stem
-from ..adapters.model_card import on_hub, one_line, quoted, words
+from ..adapters.contents import file_stem, loading, one_line, quoted
 from ..config import LoraSpec, TrainingConfig
 from ..errors import shown
 from ..files import write_file
@@ -265,17 +264,12 @@ Way = tuple[str, list[str], str]  # program, sentences, code
 def ways(adapter: Adapter, file: Path, run: Path) -> Iterator[Way]:
     """A way for each program. The page has the name of the run's folder, but not its path."""
     card = adapter.card
-    prompt, weight = one_line(card.prompt or words(card) or "a photo"), f"{card.weight:g}"
+    prompt, weight = one_line(card.prompt or card.words or "a photo"), f"{card.weight:g}"
     base = card.base_model or "the base"
     folder, name, stem = one_line(run.resolve().name), file.relative_to(run).as_posix(), file_stem(adapter.name)
     here = f"From the folder above {folder}:"
-    load = (
-        f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({quoted(base)})"
-        if on_hub(card.base_model)
-        else f"import lora_booth as lb\n\npipe = lb.BaseModel.load({quoted(base)}).pipeline  # or the path of this base"
-    )
     used = f"pipe.load_lora_weights({quoted(folder)}, weight_name={quoted(name)})\nimage = pipe({quoted(prompt)}).images[0]"
-    yield "diffusers", [here], f"{load}\n{used}"
+    yield "diffusers", [here], f"{loading(card)}\n{used}"
     copy = f"Copy {name} to models/{{}}/ under a unique name, e.g. {stem}.safetensors."
     node = f"Add a Load LoRA node between the checkpoint and the prompts, set both strengths to {weight}, and write:"
     yield "ComfyUI", [copy.format("loras"), node], prompt
