@@ -4,31 +4,68 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
+import re
 import secrets
+import shutil
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # how some network drives answer fsync
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+TEMPORARY = re.compile(r"\.lora_booth-([0-9a-f]{8})-([0-9]{1,9})-[0-9a-f]{16}\.tmp")  # host, process
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. What the block writes there replaces `path`; after an error it is removed.
+    """Yield a temporary path beside `path`. The file or folder that the block writes there replaces `path`.
 
+    After an error it is removed; what a killed process left, the next call removes.
     durable  wait until it is on the disk; not needed for what can be computed again
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".lora_booth-{HOST}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    aside = temporary.with_suffix(".old")
     try:
         yield temporary
-        if durable:
+        if durable and temporary.is_file():
             with open(temporary, "rb+") as file:
                 sync(file.fileno())
+        if temporary.is_dir() and path.is_dir():  # the old folder is removed only once the new one is in its place
+            path.rename(aside)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if aside.exists() and not path.exists():
+            aside.rename(path)
+        remove(temporary)
+    remove(aside)
     if durable:
         sync_folder(path.parent)
+        sweep(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes of this machine left unfinished in `folder`."""
+    for left in folder.glob(".lora_booth-*.tmp"):
+        named = TEMPORARY.fullmatch(left.name)
+        if named and named[1] == HOST and not left.is_symlink() and not is_running(int(named[2])):
+            with suppress(OSError):
+                remove(left)
+
+
+def is_running(process: int) -> bool:
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+    return bool(psutil.pid_exists(process))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 
 import lora_booth as lb
 from lora_booth.errors import AdapterError
-from lora_booth.files import replacing, write_file
+from lora_booth.files import HOST, replacing, write_file
 from lora_booth.pictures.picture import Picture
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -99,3 +101,45 @@ def test_an_error_in_the_block_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(path):
         pass  # nothing was written
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from lora_booth.files import replacing
+for name, write in (("a.safetensors", lambda p: p.write_bytes(b"half")), ("shared", lambda p: (p.mkdir(), (p / "x").touch()))):
+    child = os.fork()
+    if child == 0:
+        with replacing(pathlib.Path(sys.argv[1]) / name) as temporary:
+            write(temporary)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_the_next_save_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """A file and a folder; what others wrote, or a process that runs still writes, stays."""
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
+    (left, folder), outside = sorted(tmp_path.iterdir(), key=Path.is_dir), tmp_path.parent / "outside"
+    assert left.read_bytes() == b"half" and (folder / "x").is_file()
+    outside.mkdir()
+    (outside / "x").touch()
+    linked = tmp_path / left.name.replace(left.name[-20:-4], "0" * 16)
+    linked.symlink_to(outside)
+    other_host = tmp_path / left.name.replace(HOST, "0" * 8)
+    names = (".tmp", ".lora_booth-notes.tmp", f"{left.name}.bak", other_host.name)
+    for name in names:
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "b") as writing:
+        writing.touch()
+        adapter().save(tmp_path / "a.safetensors")
+        assert {p.name for p in tmp_path.iterdir()} == {*names, linked.name, writing.name, "a.safetensors"}
+    assert (outside / "x").is_file()
+
+
+def test_a_folder_replaces_another(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for name in ("old", "new"):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+    assert [p.name for p in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -165,9 +166,9 @@ def test_names_for_files_and_prompts() -> None:
     "facts, words",
     [
         ({"licence": "mit"}, "no 'licence'; it has family"),
-        ({"license": 4}, "license 4 is not text"),
+        ({"license": 4}, "license 4; needed: a string"),
         ({"date": "yesterday"}, "write it as 2026-07-01"),
-        ({"consent": "sure"}, "allowed: not stated, self"),
+        ({"consent": "sure"}, "needed: .not stated. or .self."),
     ],
 )
 def test_facts_that_a_card_cannot_have(facts: dict[str, Any], words: str) -> None:
@@ -403,14 +404,14 @@ def test_a_failure_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.Mon
     before = files(folder)
     with pytest.raises(SettingsError):
         small(title="new").save_folder(folder, pictures=[picture(), object()])  # type: ignore[list-item]
-    rename = Path.rename
+    replace = os.replace
 
-    def only_away(self: Path, target: Path) -> Path:
-        if self.suffix == ".part":
+    def only_files(old: Path, new: Path) -> None:
+        if old.is_dir():
             raise OSError(5, "Input/output error")
-        return rename(self, target)
+        replace(old, new)
 
-    monkeypatch.setattr(Path, "rename", only_away)
+    monkeypatch.setattr(os, "replace", only_files)
     with pytest.raises(AdapterError, match="Input/output error; nothing was changed"):
         small(title="new").save_folder(folder)
     assert files(folder) == before and [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -6,13 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..base.families import FAMILIES
 from ..cache import bytes_of
+from ..config import check_types
 from ..errors import AdapterIncomplete, AdapterNonFinite, AdapterScaleError, AdapterTooLarge, SettingsError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and this file only calls methods of its tensors
@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and this file only calls met
 Layout = Literal["kohya", "peft"]
 Dtype = Literal["fp16", "bf16", "fp32"]
 
-CONSENT = ("not stated", "self", "consenting person", "object", "own art", "licensed art")
+FamilyName = Literal["sd1", "sd2", "sdxl"]  # the keys of FAMILIES
+Consent = Literal["not stated", "self", "consenting person", "object", "own art", "licensed art"]
+CONSENT: tuple[Consent, ...] = get_args(Consent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +60,8 @@ class Card:
     Raises SettingsError for a value that does not fit its fact.
     """
 
-    family: str | None = None  # a key of FAMILIES
-    prediction_type: str | None = None  # epsilon or v_prediction
+    family: FamilyName | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
     base_model: str | None = None  # a Hub id or a name; a path is cut to its last part
     base_hash: str | None = None
     resolution: int | None = None  # pixels
@@ -78,13 +80,14 @@ class Card:
     license: str | None = None
     tags: str | None = None  # e.g. "dog, pet"; None: the class noun
     date: str | None = None  # ISO 8601; never set by itself, since equal adapters give equal bytes
-    consent: str = CONSENT[0]  # a declaration, not a proof
+    consent: Consent = "not stated"  # a declaration, not a proof
 
     def __post_init__(self) -> None:
-        for fact in fields(self):
-            value, kind = getattr(self, fact.name), str(fact.type)
-            if value is not None or "None" not in kind:
-                _check_fact(fact.name, value, kind.split(" ")[0])
+        check_types(self)
+        try:
+            datetime.fromisoformat(self.date or "2026-07-01")
+        except ValueError:
+            raise SettingsError(f"date {self.date!r}; write it as 2026-07-01") from None
         if self.base_model is not None:
             object.__setattr__(self, "base_model", bare_name(self.base_model))
 
@@ -92,28 +95,6 @@ class Card:
     def words(self) -> str:
         """What stands for the subject in a prompt: token and class noun."""
         return " ".join(filter(None, (self.token, self.class_noun)))
-
-
-CHOICES = {"family": tuple(FAMILIES), "prediction_type": ("epsilon", "v_prediction"), "consent": CONSENT}
-KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "str": (str, "text"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-}
-MAX_NUMBER = 1e9  # of a fact; chosen
-
-
-def _check_fact(name: str, value: Any, kind: str) -> None:
-    types, words = KINDS[kind]
-    if not isinstance(value, types) or isinstance(value, bool) or (kind != "str" and not abs(value) < MAX_NUMBER):
-        raise SettingsError(f"{name} {ascii(value)[:60]} is not {words}")
-    if value not in CHOICES.get(name, (value,)):
-        raise SettingsError(f"{name} {value!r} is unknown; allowed: {', '.join(CHOICES[name])}")
-    if name == "date":
-        try:
-            datetime.fromisoformat(value)
-        except ValueError:
-            raise SettingsError(f"date {value!r}; write it as 2026-07-01") from None
 
 
 # --- text that may come from an untrusted file ----------------------------------------------------------------------

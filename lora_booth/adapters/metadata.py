@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..base.families import FAMILIES
@@ -18,6 +18,7 @@ CARD_KEY = "lora_booth.card"
 PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
 SGM_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 FIELD_LENGTH = 500  # characters; longer text in a file is cut; chosen
+MAX_NUMBER = 1e9  # a larger one is ignored; chosen
 MAX_WEIGHT = 10.0  # a larger suggestion in a file is ignored, since it applies where the user gives no weight
 
 
@@ -29,7 +30,7 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
     trigger = card.words or None
     entries: dict[str, str | None] = {
         "format": "pt",
-        CARD_KEY: json.dumps(dataclasses.asdict(card), sort_keys=True, ensure_ascii=True),
+        CARD_KEY: json.dumps(asdict(card), sort_keys=True, ensure_ascii=True),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": adapter.name,
         "modelspec.hash_sha256": f"0x{data_sha256}",
@@ -81,42 +82,49 @@ def summary(card: Card) -> str:
 def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], *, sgm: bool) -> Card:
     """Our own card if the file has one, else what kohya's and ModelSpec's entries and the shapes say.
 
+    What is malformed in it is ignored: good tensors are not refused because of their card.
     shapes: canonical module -> shape of its `down`. sgm: some keys have the block names of the original code.
     """
     family = _family_by_width(shapes) or _family_by_words(metadata) or _family_by_names(shapes, sgm)
-    own = _own_card(metadata.get(CARD_KEY))
-    if own is not None:
-        return own if own.family is not None else dataclasses.replace(own, family=family)
+    card: Any = Card()
+    for name, value in (("family", family), *(_own_facts(metadata) or _facts_of_others(metadata)).items()):
+        with suppress(SettingsError):
+            card = replace(card, **{name: one_line(value, FIELD_LENGTH) if isinstance(value, str) else value})
+    return replace(card, weight=1.0) if abs(card.weight) > MAX_WEIGHT else card
 
-    def text(*keys: str) -> str | None:
-        return next(
-            (one_line(metadata[key], FIELD_LENGTH) for key in keys if metadata.get(key, "None") not in ("", "None")), None
-        )
 
-    prediction = text("modelspec.prediction_type")
-    if prediction is None and metadata.get("ss_v_parameterization") == "True":
-        prediction = "v"
-    size = text("modelspec.resolution", "ss_resolution") or ""
-    alpha = text("ss_network_alpha")
-    return Card(
-        family=family,
-        prediction_type={"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(prediction or ""),
-        base_model=text("ss_sd_model_name"),
-        base_hash=text("ss_new_sd_model_hash", "ss_sd_model_hash"),
-        resolution=_whole(size.strip("()").replace("x", ",").split(",")[0]),
-        token=text("modelspec.trigger_phrase"),
-        rank=_whole(text("ss_network_dim")),
-        alpha=_number(alpha),
-        steps=_whole(text("ss_steps", "ss_max_train_steps")),
-        photos=_whole(text("ss_num_train_images")),
-        title=text("modelspec.title", "ss_output_name"),
-        license=text("modelspec.license"),
+def _own_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        values: Any = json.loads(metadata.get(CARD_KEY, ""))
+    except (ValueError, RecursionError):
+        return {}
+    known = isinstance(values, dict) and "family" in values
+    return (
+        {name: value for name, value in values.items() if name in Card.__dataclass_fields__ and value is not None}
+        if known
+        else {}
     )
 
 
-def _whole(text: str | None) -> int | None:
-    text = (text or "").strip()
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+def _facts_of_others(metadata: Mapping[str, str]) -> dict[str, Any]:
+    def text(*keys: str) -> str | None:
+        return next((metadata[key] for key in keys if metadata.get(key, "None") not in ("", "None")), None)
+
+    prediction = text("modelspec.prediction_type") or ("v" if metadata.get("ss_v_parameterization") == "True" else None)
+    size = (text("modelspec.resolution", "ss_resolution") or "").strip("()").replace("x", ",").split(",")[0]
+    return {
+        "prediction_type": "v_prediction" if prediction == "v" else prediction,
+        "base_model": text("ss_sd_model_name"),
+        "base_hash": text("ss_new_sd_model_hash", "ss_sd_model_hash"),
+        "resolution": _number(size),
+        "token": text("modelspec.trigger_phrase"),
+        "rank": _number(text("ss_network_dim")),
+        "alpha": _number(text("ss_network_alpha")),
+        "steps": _number(text("ss_steps", "ss_max_train_steps")),
+        "photos": _number(text("ss_num_train_images")),
+        "title": text("modelspec.title", "ss_output_name"),
+        "license": text("modelspec.license"),
+    }
 
 
 def _number(text: str | None) -> float | None:
@@ -124,23 +132,7 @@ def _number(text: str | None) -> float | None:
         value = float(text or "")
     except ValueError:
         return None
-    return value if abs(value) < 1e9 else None
-
-
-def _own_card(text: str | None) -> Card | None:
-    """What is malformed in it is ignored: good tensors are not refused because of their card."""
-    try:
-        values: Any = json.loads(text or "")
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict) or "family" not in values:
-        return None
-    card = Card()
-    for name in values.keys() & vars(card).keys():
-        value = values[name]
-        with suppress(SettingsError):
-            card = dataclasses.replace(card, **{name: one_line(value, FIELD_LENGTH) if isinstance(value, str) else value})
-    return card if abs(card.weight) <= MAX_WEIGHT else dataclasses.replace(card, weight=1.0)
+    return value if abs(value) < MAX_NUMBER else None
 
 
 def _family_by_width(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -6,8 +6,6 @@ import base64
 import hashlib
 import io
 import os
-import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from PIL import Image
 from .. import __version__
 from ..base.ai_mark import save_marked
 from ..errors import AdapterError, PhotoError, SettingsError, first_line, shown
+from ..files import replacing
 from ..photos.opening import opened, rgb_copy
 from ..photos.photo import Unusable
 from ..photos.square import crop_and_resize
@@ -76,16 +75,14 @@ def save_folder(
     """See `Adapter.save_folder`."""
     check_free(folder)
     place = Path(os.path.abspath(folder))
-    temporary = place.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        temporary.mkdir(parents=True)
-        fill(adapter, temporary, pictures, layout=layout, dtype=dtype)
-        write_page(adapter, temporary, pictures, layout=layout, source=".")
-        put(temporary, place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as temporary:
+            temporary.mkdir()
+            fill(adapter, temporary, pictures, layout=layout, dtype=dtype)
+            write_page(adapter, temporary, pictures, layout=layout, source=".")
     except OSError as error:
         raise AdapterError(f"cannot be written: {error.strerror}; nothing was changed", folder) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -145,21 +142,6 @@ def mark(folder: Path, page: str) -> str:
             digest.update(f"\0{path.relative_to(folder).as_posix()}\0".encode("utf-8", "surrogateescape"))
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return f"{MARK}{digest.hexdigest()} -->\n"
-
-
-def put(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`. An earlier one is removed only once the new one is in place."""
-    old = temporary.with_name(f"{temporary.name}.old")
-    there = folder.exists()
-    if there:
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if there:
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # --- the Hub -------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,20 +49,13 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
         raise BaseModelError(f"its latents have {channels} channels, which no program reads from a single file; bake a folder")
     pipeline = baked(base, adapters, dtype=DTYPES[dtype])
     path.parent.mkdir(parents=True, exist_ok=True)
-    if single:
-        name = BaseModel.of(base, name="base").name
-        title = " + ".join([name, *(f"{adapter.name} {weight:g}" for adapter, weight in adapters)])
-        with replacing(path) as file:
-            save_single_file(pipeline, file, title=title)
-        return path
-    folder = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        save_folder(pipeline, folder)
-        if path.is_dir():
-            path.rmdir()
-        folder.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with replacing(path) as temporary:
+        if single:
+            name = BaseModel.of(base, name="base").name
+            title = " + ".join([name, *(f"{adapter.name} {weight:g}" for adapter, weight in adapters)])
+            save_single_file(pipeline, temporary, title=title)
+        else:
+            save_folder(pipeline, temporary)
     return path
 
 
