@@ -131,7 +131,7 @@ def random_base(family: str, folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from lora_booth.base.families import FAMILIES
-    from lora_booth.base.single_file import write_config
+    from lora_booth.base.single_file import CONFIGS
 
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -141,7 +141,7 @@ def random_base(family: str, folder: Path) -> None:
 
         shutil.copytree(TOYBOX_FOLDER, unfinished, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     else:
-        write_config(FAMILIES[family], unfinished)
+        shutil.copytree(CONFIGS / family, unfinished, dirs_exist_ok=True)
     classes = {
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
@@ -158,7 +158,7 @@ def random_base(family: str, folder: Path) -> None:
         model = cls(CLIPTextConfig(**config)) if name.startswith("text") else cls.from_config(config)
         model.save_pretrained(unfinished / name, safe_serialization=True)
         del model
-    for name in () if family == "toybox" else ("tokenizer", "tokenizer_2")[: FAMILIES[family].text_encoders]:
+    for name in () if family == "toybox" else FAMILIES[family].tokenizers:
         words().save_pretrained(unfinished / name)
     unfinished.rename(folder)
 

@@ -26,10 +26,10 @@ import lora_booth as lb
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import generate_images, pictures_at_a_time
 from lora_booth.base.quantization import put_packed, quantize
-from lora_booth.base.single_file import published_configs
+from lora_booth.base.single_file import CONFIGS
 from lora_booth.base.weight_files import put
 from lora_booth.planning.planning import fitted, plan
-from lora_booth.planning.shapes import built
+from lora_booth.planning.shapes import built, configured
 from lora_booth.training.latents import LatentCache, LatentSet
 from lora_booth.training.settings import settled
 from lora_booth.training.training_run import training_steps
@@ -68,7 +68,7 @@ CASES = {
 
 def base_of(case: Case, device: str = "cpu") -> BaseModel:
     """Random weights in the case's shapes."""
-    parts = published_configs(case.family)
+    parts = configured(CONFIGS / case.family)
     parts["unet"] |= dict(case.unet)
     parts["vae"] |= VAE
     base = built(case.family, parts, case.dtype)

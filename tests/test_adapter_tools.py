@@ -321,10 +321,9 @@ def test_original_names_are_those_of_the_published_models():
         "sdxl": {"label_emb.0.2.bias", "output_blocks.2.2.conv.weight", "input_blocks.8.1.transformer_blocks.9.ff.net.2.bias"},
     }
     for family, some in spots.items():
-        config = json.loads((CONFIGS / f"{family}.json").read_text())
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(config["unet"])
-            vae = AutoencoderKL.from_config(config["vae"])
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / family / "unet"))
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(CONFIGS / family / "vae"))
         named = unet_weights(unet.state_dict(), unet.config)
         assert some <= named.keys() and len(named) == len(unet.state_dict())
         stock = convert_ldm_unet_checkpoint({f"model.diffusion_model.{k}": v for k, v in named.items()}, dict(unet.config))

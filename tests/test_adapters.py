@@ -95,7 +95,7 @@ def full_adapter(unet, family, ranks=(4,), alphas=(8.0,), text=True):
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and ("block" in name):
             n = len(modules)
             modules[f"unet.{name}"] = random_factors(module.weight, g, ranks[n % len(ranks)], alphas[n % len(alphas)])
-    for component in ("text_encoder", "text_encoder_2")[: FAMILIES[family].text_encoders if text else 0]:
+    for component in FAMILIES[family].text_encoders if text else ():
         for layer in range(2):
             for target in TEXT:
                 shape = {"mlp.fc1": (48, 32), "mlp.fc2": (32, 48)}.get(target, (32, 32))
@@ -559,7 +559,7 @@ def test_a_rank_8_adapter_of_sd15_is_under_3_4_megabytes(tmp_path):
     from lora_booth.base.single_file import CONFIGS
     from lora_booth.config import ATTENTION_TARGETS
 
-    config = json.loads((CONFIGS / "sd1.json").read_text())["unet"]
+    config = json.loads((CONFIGS / "sd1" / "unet" / "config.json").read_text())
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(config)
     layers = {n: m for n, m in unet.named_modules() if any(n.endswith("." + target) for target in ATTENTION_TARGETS)}

@@ -56,7 +56,7 @@ def test_recognised_from_the_model(kind: str) -> None:
     base = BaseModel.from_pipeline(make_pipeline(kind), name="tiny")
     assert (base.family.name, base.prediction_type, base.name) == (FAMILY[kind], PREDICTION[kind], "tiny")
     assert (base.resolution, base.pixels_per_latent) == (64, 8)
-    assert list(base.text_encoders) == ["text_encoder", "text_encoder_2"][: base.family.text_encoders]
+    assert list(base.text_encoders) == list(base.family.text_encoders)
     assert base.alphas_cumprod.shape == (1000,)
     assert (base.alphas_cumprod[-1] == 0) == (kind == "sd2-zsnr")
 
@@ -91,16 +91,11 @@ def test_single_file_with_a_config_folder(kind: str, folders: dict[str, Path], t
 
 @pytest.fixture
 def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny pipelines' configurations in place of the built-in ones, in the same form."""
+    """The tiny pipelines' configurations in place of the built-in ones, without weights and tokenizers as these."""
     for kind in ORIGINAL:
-        folder = save(kind, tmp_path / "whole" / kind)
-        parts: dict[str, Any] = {"model_index": json.loads((folder / "model_index.json").read_text())}
-        for part in sorted(folder.iterdir()):
-            for name in ("config.json", "scheduler_config.json"):
-                if (part / name).is_file() and not part.name.startswith("tokenizer"):
-                    parts[part.name] = json.loads((part / name).read_text())
-        (tmp_path / "configs").mkdir(exist_ok=True)
-        (tmp_path / "configs" / f"{FAMILY[kind]}.json").write_text(json.dumps(parts))
+        folder = save(kind, tmp_path / "configs" / FAMILY[kind])
+        for part in (*folder.glob("tokenizer*"), *folder.glob("*/*.safetensors")):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
     monkeypatch.setattr(single_file, "CONFIGS", tmp_path / "configs")
 
 
@@ -150,7 +145,7 @@ def test_prediction_type_of_a_single_file(tiny_configs: None, folders: dict[str,
     ],
 )
 def test_built_in_configs_are_those_of_the_published_models(family: str, part: str, count: int) -> None:
-    config = json.loads((single_file.CONFIGS / f"{family}.json").read_text())[part]
+    config = json.loads((single_file.CONFIGS / family / part / "config.json").read_text())
     with torch.device("meta"):
         if part == "unet":
             model = UNet2DConditionModel.from_config(config)
@@ -371,7 +366,7 @@ def test_rare_tokens_are_declared_in_the_folder(folders: dict[str, Path], tmp_pa
     assert BaseModel.load(folder, device="cpu").rare_tokens == ("sks", "zwx")
     for wrong in ("[]", "{}", "no json", '{"rare_tokens": "sks"}', '{"rare_tokens": [1]}'):
         (folder / "lora_booth.json").write_text(wrong)
-        with pytest.raises(BaseModelError, match=r"lora_booth.json.*a list of words"):
+        with pytest.raises(BaseModelError, match=r"lora_booth.json.*(a list of words|cannot be read as JSON)"):
             BaseModel.load(folder, device="cpu")
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_booth import cli
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.memory import storage_bytes
-from lora_booth.base.single_file import published_configs
+from lora_booth.base.single_file import CONFIGS
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.kernels.attention import attention_shapes
@@ -30,7 +30,7 @@ from lora_booth.planning.budget import CPU_CONTEXT, GPUS, RESERVE, Machine, avai
 from lora_booth.planning.counting import Counter, count, count_step, inputs
 from lora_booth.planning.meter import Meter, saved_for_backward
 from lora_booth.planning.planning import DoesNotFit, Plan, Planner, fitted, plan
-from lora_booth.planning.shapes import built, without_weights
+from lora_booth.planning.shapes import built, configured, without_weights
 from lora_booth.training.settings import settled
 
 LORA = LoraSpec(rank=2)
@@ -217,7 +217,7 @@ def test_families_are_built_in() -> None:
 
 
 def test_what_cannot_be_trained_cannot_be_planned() -> None:
-    parts = published_configs("sd1")
+    parts = configured(CONFIGS / "sd1")
     parts["unet"]["in_channels"] = 9
     with pytest.raises(BaseModelError, match="inpainting"):
         built("other", parts, torch.float32)

@@ -41,7 +41,7 @@ def shapes() -> dict[str, dict[str, tuple[int, ...]]]:
     found = {}
     for family, sizes in TEXT_SIZES.items():
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(json.loads((CONFIGS / f"{family}.json").read_text())["unet"])
+            unet = UNet2DConditionModel.from_config(json.loads((CONFIGS / family / "unet" / "config.json").read_text()))
         layers = {f"unet.{name}": module for name, module in unet.named_modules()}
         found[family] = {n: tuple(m.weight.shape) for n, m in layers.items() if n.endswith((*TRANSFORMER, *RESNET))}
         for component, (count, width) in zip(("text_encoder", "text_encoder_2"), sizes, strict=False):
@@ -245,7 +245,7 @@ def tiny() -> dict[str, dict[str, tuple[int, ...]]]:
     for family in FAMILIES:
         pipeline = make_pipeline(family)
         found[family] = {}
-        for component in ("unet", "text_encoder", "text_encoder_2")[: FAMILIES[family].text_encoders + 1]:
+        for component in FAMILIES[family].components:
             for name, module in getattr(pipeline, component).named_modules():
                 if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and ("block" in name or "layers" in name):
                     level = "" if component == "unet" or name.startswith("text_model.") else "text_model."

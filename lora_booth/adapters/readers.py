@@ -274,7 +274,7 @@ def by_diffusers(file: OpenFile) -> dict[str, float]:
     if alphas and config:
         raise ValueError(f"alphas and {PEFT_KEY}, of which only one may be there")
     scales: dict[str, float] = {}
-    for component in ("unet", "text_encoder", "text_encoder_2")[: FAMILIES[file.family].text_encoders + 1]:
+    for component in FAMILIES[file.family].components:
         if part := _below(tensors, component):
             fields = None if config is None else _below(config, component)
             scales |= _component_scales(component, part, _below(alphas, component), fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError
+from ..errors import BaseModelError, LoraBoothError, first_line
 from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import FAMILIES, Family, labels
 from .library_logging import quiet_about_torchvision
@@ -24,7 +25,6 @@ from .single_file import has_vocabulary, load_single_file
 from .weight_files import LazyModule, LazyWeights
 
 TOYBOX = "toybox"
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOYBOX_FOLDER = Path(__file__).parent.parent / "toybox" / "model"
 
 
@@ -86,12 +86,18 @@ class BaseModel:
         precision = dtype or default_dtype(place, source)
         name, path = located(source)
         tokens: tuple[str, ...] = ()
-        if isinstance(path, Path) and path.is_file():
-            pipeline, weights = load_single_file(path, precision, place, config=config, prediction_type=prediction_type)
-        else:
-            tokens = declared_rare_tokens(path) if isinstance(path, Path) else ()
-            pipeline, weights = load_folder(path, precision, place, revision=revision, variant=variant)
-        base = cls(pipeline, recognise(pipeline), name, weights, quantize, tokens)
+        try:
+            if isinstance(path, Path) and path.is_file():
+                pipeline, weights = load_single_file(path, precision, place, config=config, prediction_type=prediction_type)
+            else:
+                tokens = declared_rare_tokens(path) if isinstance(path, Path) else ()
+                pipeline, weights = load_folder(path, precision, place, revision=revision, variant=variant)
+            base = cls(pipeline, recognise(pipeline), name, weights, quantize, tokens)
+        except LoraBoothError:
+            raise
+        except Exception as error:  # what the libraries raise for files that are incomplete or wrong has no bounds
+            reason = "a pickle that could run code" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+            raise BaseModelError(f"{source}: cannot be loaded ({reason}); check that it is complete") from error
         if quantize is not None:
             _ = base.fingerprint  # cached now, from the weights in the file, to equal the plain base's
             quantize_unet(pipeline.unet, weights.parts.get("unet"), precision)
@@ -133,7 +139,7 @@ class BaseModel:
     @property
     def text_encoders(self) -> Mapping[str, Any]:
         """By their names in the pipeline, which are also those in adapter files."""
-        return Parts(self, TEXT_ENCODERS[: self.family.text_encoders])
+        return Parts(self, self.family.text_encoders)
 
     @property
     def tokenizer(self) -> Any:
@@ -142,7 +148,7 @@ class BaseModel:
     @property
     def tokenizers(self) -> list[Any]:
         """One for each text encoder."""
-        return [getattr(self.shell, name) for name in ("tokenizer", "tokenizer_2")[: self.family.text_encoders]]
+        return [getattr(self.shell, name) for name in self.family.tokenizers]
 
     @property
     def scheduler(self) -> Any:
@@ -151,7 +157,7 @@ class BaseModel:
     @property
     def components(self) -> Mapping[str, nn.Module]:
         """Every module that an adapter can change."""
-        return Parts(self, ("unet", *TEXT_ENCODERS[: self.family.text_encoders]))
+        return Parts(self, self.family.components)
 
     @property
     def structure(self) -> dict[str, Any]:
@@ -255,7 +261,7 @@ class BaseModel:
 
     def encode_text(self, prompts: Sequence[str]) -> TextConditions:
         """Encode like the stock pipeline. With gradients if they are enabled (text-encoder LoRA)."""
-        self.weights.fill(*TEXT_ENCODERS)
+        self.weights.fill(*self.family.text_encoders)
         encoded = self.shell.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -359,10 +365,14 @@ def located(source: str | Path, *, or_else: str = "") -> tuple[str, Path | str]:
 
 
 def is_hub_id(source: str) -> bool:
-    parts = source.split("/")
-    return len(parts) == 2 and all(
-        p and not p.startswith(".") and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts
-    )
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return "/" in source
 
 
 def recognise(pipeline: Any) -> Family:
@@ -381,7 +391,7 @@ def recognise(pipeline: Any) -> Family:
     linear = bool(unet.config.use_linear_projection)
     widths = sum(e.config.hidden_size for e in encoders)
     for family in FAMILIES.values():
-        if (len(encoders), time_ids, linear) == (family.text_encoders, family.time_ids, family.linear_projection):
+        if (len(encoders), time_ids, linear) == (len(family.text_encoders), family.time_ids, family.linear_projection):
             break
     else:
         raise BaseModelError(
@@ -393,7 +403,7 @@ def recognise(pipeline: Any) -> Family:
             f"the text encoder gives {widths} values per token, the U-Net takes {unet.config.cross_attention_dim}: "
             "they are from different models; load them from one"
         )
-    for name in ("tokenizer", "tokenizer_2")[: family.text_encoders]:
+    for name in family.tokenizers:
         if not has_vocabulary(getattr(pipeline, name)):
             raise BaseModelError(f"its {name} has no vocabulary; check that its {name} folder is complete")
     prediction = pipeline.scheduler.config.get("prediction_type")

@@ -13,7 +13,8 @@ class Family:
     name: str
     label: str  # for messages
     pipeline: str  # the class in diffusers
-    text_encoders: int
+    text_encoders: tuple[str, ...]  # components of the pipeline, as are the next
+    tokenizers: tuple[str, ...]
     unread_text_layers: tuple[int, ...]  # for each text encoder: how many of its last layers are unused
     linear_projection: bool  # the U-Net's proj_in / proj_out are linear layers (else 1x1 convolutions)
     text_width: int  # d of the (N, 77, d) condition at full size
@@ -26,13 +27,19 @@ class Family:
     ss_base_model_version: str  # what kohya's tools read
     ss_v2: str
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The modules that an adapter can change."""
+        return ("unet", *self.text_encoders)
+
 
 FAMILIES: dict[str, Family] = {
     "sd1": Family(
         name="sd1",
         label="Stable Diffusion 1.x",
         pipeline="StableDiffusionPipeline",
-        text_encoders=1,
+        text_encoders=("text_encoder",),
+        tokenizers=("tokenizer",),
         unread_text_layers=(0,),
         linear_projection=False,
         text_width=768,
@@ -49,7 +56,8 @@ FAMILIES: dict[str, Family] = {
         name="sd2",
         label="Stable Diffusion 2.x",
         pipeline="StableDiffusionPipeline",
-        text_encoders=1,
+        text_encoders=("text_encoder",),
+        tokenizers=("tokenizer",),
         unread_text_layers=(0,),
         linear_projection=True,
         text_width=1024,
@@ -66,7 +74,8 @@ FAMILIES: dict[str, Family] = {
         name="sdxl",
         label="Stable Diffusion XL",
         pipeline="StableDiffusionXLPipeline",
-        text_encoders=2,
+        text_encoders=("text_encoder", "text_encoder_2"),
+        tokenizers=("tokenizer", "tokenizer_2"),
         unread_text_layers=(1, 0),
         linear_projection=True,
         text_width=2048,

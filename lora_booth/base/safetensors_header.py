@@ -44,20 +44,22 @@ BULK = frozenset(
         *("ot_config", "prompt", "workflow"),
     )
 )
-ITEM_SIZE = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
-DTYPES = {  # the readable ones
-    "F64": torch.float64,
-    "F32": torch.float32,
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
+    "U32": torch.uint32,
     "I32": torch.int32,
-    "U8": torch.uint8,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
 }
 FACTOR_DTYPES = ("F16", "BF16", "F32")
 
@@ -171,8 +173,8 @@ def _entry(key: str, value: Any, path: Path, limits: Limits) -> Entry:
         raise AdapterFormatError(f"{key}: dtype, shape or data_offsets malformed", path)
     if (0 in shape and not limits.empty) or any(n > MAX_EXTENT for n in shape + offsets):
         raise AdapterFormatError(f"{key}: impossible shape or offsets", path)
-    if dtype not in ITEM_SIZE:
+    if dtype not in DTYPES:
         raise AdapterDtypeError(f"{key}: dtype {ascii(dtype[:20])}; allowed: {', '.join(FACTOR_DTYPES)}", path)
-    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZE[dtype]:
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise AdapterFormatError(f"{key}: {dtype} {shape} does not fill bytes {offsets[0]} to {offsets[1]}", path)
     return Entry(dtype, tuple(shape), *offsets)

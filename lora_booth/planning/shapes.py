@@ -13,7 +13,8 @@ from torch import nn
 from ..base.base_model import BaseModel, located, recognise
 from ..base.diffusers_folder import read_config
 from ..base.families import FAMILIES
-from ..base.single_file import inspect_checkpoint, published_configs
+from ..base.single_file import CONFIGS, family_of
+from ..base.weight_files import WeightFile
 from ..errors import BaseModelError, first_line
 
 MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -28,14 +29,18 @@ def without_weights(source: BaseModel | str | Path, dtype: torch.dtype) -> BaseM
         parts["model_index"] = {name: ["", type(component).__name__] for name, component in components.items()}
         return built(source.name, parts, dtype, source.tokenizers)
     if str(source) in FAMILIES:
-        return built(FAMILIES[str(source)].label, published_configs(str(source)), dtype)
+        return built(FAMILIES[str(source)].label, configured(CONFIGS / str(source)), dtype)
     name, place = located(source, or_else=f"a family ({', '.join(FAMILIES)}), ")
     if isinstance(place, Path) and place.is_file():
-        return built(name, published_configs(inspect_checkpoint(place)[0].name), dtype)
+        place = CONFIGS / family_of(WeightFile(place)).name
+    return built(name, configured(place), dtype)
+
+
+def configured(place: Path | str) -> dict[str, dict[str, Any]]:
+    """The configurations in a diffusers folder or of a Hub id, for `built`."""
     index = read_config(place, "model_index.json")
     parts = {part: read_config(place, f"{part}/config.json") for part in MODULES if (index.get(part) or [None])[-1]}
-    parts |= {"model_index": index, "scheduler": read_config(place, "scheduler/scheduler_config.json")}
-    return built(name, parts, dtype)
+    return parts | {"model_index": index, "scheduler": read_config(place, "scheduler/scheduler_config.json")}
 
 
 def plain(config: Any) -> dict[str, Any]:

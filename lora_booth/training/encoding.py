@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..base.base_model import TEXT_ENCODERS, BaseModel, TextConditions
+from ..base.base_model import BaseModel, TextConditions
 from ..base.weight_files import LazyModule
 from ..cache import bytes_of, key_of, prune_cache, read_entry, write_entry
 from ..config import LoraSpec, TrainingConfig
@@ -176,7 +176,7 @@ class TextCache:
 
     @cached_property
     def facts(self) -> dict[str, Any] | None:
-        each = [facts_of(self.base, name) for name in TEXT_ENCODERS[: self.base.family.text_encoders]]
+        each = [facts_of(self.base, name) for name in self.base.family.text_encoders]
         return None if None in each else {"encoders": each, "pipeline": type(self.base.shell).__name__}
 
     def encode(self, prompt: str) -> TextConditions:
