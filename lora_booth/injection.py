@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters.adapter import Adapter
 from .adapters.contents import LoraFactors
 from .base.base_model import BaseModel
+from .base.changes import undone, unhook
 from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape
 from .config import LoraSpec
@@ -87,95 +88,6 @@ def unread_layers(base: BaseModel, component: str) -> list[str]:
     return [f"layers.{i}" for i in range(depth - count, depth)]
 
 
-# --- in and out ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Injection:
-    """PEFT layers around some layers of one module tree, and how to undo them.
-
-    They wrap the plain layer itself, below any PEFT layer that the user put there, so the user's own adapters stay as they are
-    (active, disabled or fused).
-    """
-
-    model: Any
-    required_grad: list[tuple[nn.Parameter, bool]]  # to restore
-    layers: dict[str, Any]  # path -> PEFT layer
-
-    def remove(self) -> None:
-        """Take the layers out. Several injections may be removed in any order."""
-        for path, wrapper in self.layers.items():
-            held = holder_of(self.model, path, wrapper)
-            if held is not None:
-                parent, child = held
-                parent._modules[child] = wrapper._modules["base_layer"]
-        self.layers = {}
-        for parameter, required in self.required_grad:
-            parameter.requires_grad_(required)
-
-
-def holder_of(model: nn.Module, path: str, wrapper: nn.Module) -> tuple[nn.Module, str] | None:
-    """The module that holds `wrapper` and its name there: in the model, or in PEFT layers around it."""
-    above, _, child = path.rpartition(".")
-    parent = model.get_submodule(above)
-    while (held := parent._modules.get(child)) is not wrapper:
-        if held is None:
-            return None  # interrupted before it was put in
-        parent, child = held, "base_layer"
-    return parent, child
-
-
-def home(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
-    """The module that holds the plain layer of `path`, its name there, and the layer."""
-    above, _, child = path.rpartition(".")
-    parent = model.get_submodule(above)
-    while isinstance(inner := getattr(parent._modules[child], "base_layer", None), nn.Module):
-        parent, child = parent.get_submodule(child), "base_layer"
-        assert parent._modules[child] is inner
-    plain = parent._modules[child]
-    assert plain is not None
-    return parent, child, plain
-
-
-def inject(model: Any, shapes: Mapping[str, tuple[int, float]], *, dropout: float = 0.0, freeze: bool = False) -> Injection:
-    """Wrap the layers at `shapes` (path -> rank, alpha) with a fresh adapter that changes nothing yet (up = 0).
-
-    freeze: all other weights of the model are frozen until it is removed
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    keys = {path: f"m{i}" for i, path in enumerate(shapes)}  # PEFT sees the layers alone, not the model
-    (rank, alpha), _ = Counter(shapes.values()).most_common(1)[0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int and computes with float
-        target_modules=list(keys.values()),
-        rank_pattern={keys[path]: r for path, (r, _) in shapes.items() if r != rank},
-        alpha_pattern={keys[path]: a for path, (_, a) in shapes.items() if a != alpha},
-        lora_dropout=dropout,
-        init_lora_weights="gaussian",
-    )
-    homes = {path: home(model, path) for path in shapes}
-    required_grad = [(p, p.requires_grad) for p in model.parameters()]
-    injection = Injection(model, required_grad, layers={})
-    try:
-        alone = nn.ModuleDict({keys[path]: plain for path, (_, _, plain) in homes.items()})
-        alone.is_loaded_in_4bit = is_quantized(alone)  # type: ignore[assignment]  # PEFT has special layers for these
-        inject_adapter_in_model(config, alone, adapter_name=NAME)
-        for path, (parent, child, _) in homes.items():
-            injection.layers[path] = parent._modules[child] = alone[keys[path]]
-        if freeze:
-            model.requires_grad_(False)
-        else:  # PEFT has frozen the plain layers
-            for parameter, required in required_grad:
-                parameter.requires_grad_(required)
-            injection.required_grad = []
-    except BaseException:
-        injection.remove()
-        raise
-    return injection
-
-
 # --- training ------------------------------------------------------------------------------------------------------
 
 
@@ -215,26 +127,76 @@ class TrainableLora:
             raise TrainingError(f"no gradient reaches {len(silent)} adapter tensors, first {silent[0]}; please report this")
 
 
+@dataclass
+class Injection:
+    """PEFT layers around some layers of a model whose weights are all frozen meanwhile.
+
+    They wrap the plain layer itself, below any PEFT layer that the user put there, so the user's own adapters stay as they are
+    (active, disabled or fused).
+    """
+
+    model: nn.Module
+    layers: dict[str, Any] = field(default_factory=dict)  # path -> PEFT layer
+
+    def __post_init__(self) -> None:
+        self._required_grad = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+
+    def put(self, paths: Sequence[str], *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        """Wrap these layers with fresh factors that change nothing yet (up = 0)."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        homes = [list(layers_at(self.model, path))[-1] for path in paths]
+        alone = nn.ModuleDict({f"m{i}": plain for i, (_, _, plain) in enumerate(homes)})  # PEFT sees these layers only
+        alone.is_loaded_in_4bit = is_quantized(alone)  # type: ignore[assignment]  # PEFT has special layers for these
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int and computes with float
+            target_modules=list(alone),
+            lora_dropout=dropout,
+            init_lora_weights="gaussian",
+        )
+        inject_adapter_in_model(config, alone, adapter_name=NAME)
+        self.layers.update(zip(paths, alone.values(), strict=True))
+        for (holder, child, _), layer in zip(homes, self.layers.values(), strict=True):
+            holder._modules[child] = layer
+        self.model.requires_grad_(False)
+
+    def remove(self) -> None:
+        """Take the layers out, wherever they are by now; a second call finishes what an interrupt left."""
+        for path, ours in self.layers.items():
+            for holder, child, layer in layers_at(self.model, path):
+                if layer is ours:
+                    holder._modules[child] = ours._modules["base_layer"]
+                    break
+        for parameter, required in self._required_grad:
+            parameter.requires_grad_(required)
+
+
+def layers_at(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The layer at `path`, then those that it wraps, down to the plain one: (holder, its name for the layer, layer)."""
+    above, _, child = path.rpartition(".")
+    holder = model.get_submodule(above)
+    while (layer := holder._modules.get(child)) is not None:
+        yield holder, child, layer
+        holder, child = layer, "base_layer"
+
+
 @contextmanager
 def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[TrainableLora]:
     """Inject a new adapter to train. Leaving takes it out and restores the base, also after an exception."""
     chosen = target_paths(base, lora)
-    injections: dict[str, Injection] = {}
+    injections = {component: Injection(base.components[component]) for component in chosen}
     parameters: dict[str, nn.Parameter] = {}
-    try:
-        for component, paths in chosen.items():
+    with undone(*(injection.remove for injection in injections.values())):
+        for component, injection in injections.items():
             with torch.random.fork_rng(devices=[]):  # PEFT draws the down factors from the global generator
                 torch.manual_seed(seed)
-                shapes = dict.fromkeys(paths, (lora.rank, lora.scale_alpha))
-                injections[component] = inject(base.components[component], shapes, dropout=lora.dropout, freeze=True)
-            for path, layer in injections[component].layers.items():
+                injection.put(chosen[component], rank=lora.rank, alpha=lora.scale_alpha, dropout=lora.dropout)
+            for path, layer in injection.layers.items():
                 for name, factor in (("down", layer.lora_A[NAME]), ("up", layer.lora_B[NAME])):
                     factor.to(torch.float32).requires_grad_(True)
                     parameters[f"{module_path(component, path)}.{name}"] = factor.weight
         yield TrainableLora(parameters, lora.scale_alpha, Flat(list(parameters.values()), base.dtype))
-    finally:
-        for injection in injections.values():
-            injection.remove()
 
 
 def check_rank(path: str, layer: nn.Module, rank: int) -> None:
@@ -279,21 +241,69 @@ def made_for(adapter: Adapter) -> str:
     return f"{adapter.name} was made for {card.base_model or label}" + (f" ({label})" if card.base_model else "")
 
 
+class AttachedLayer:
+    """One adapter's change of one layer, added by a forward hook of the plain layer: below whatever PEFT or accelerate put
+    around it, so that no call of theirs changes it.
+
+    scale  alpha / rank times the adapter's weight; 0: off
+    gate   multiplies the change, e.g. by a mask; None: active everywhere
+    """
+
+    def __init__(self, layer: nn.Module, factors: LoraFactors, weight: float) -> None:
+        self.layer, self.scale = layer, factors.scale * weight
+        self.gate: Callable[[Tensor], Tensor] | None = None
+        self.down, self.up = (factor.to(weight_dtype(layer)) for factor in (factors.down, factors.up))
+
+    def __call__(self, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self.scale == 0:
+            return None
+        if self.down.device != output.device:  # at the first call, and when the pipeline was moved
+            self.down, self.up = self.down.to(output.device), self.up.to(output.device)
+        x = args[0].to(self.down)
+        if isinstance(layer, nn.Conv2d):
+            change = F.conv2d(F.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation), self.up)
+        else:
+            change = F.linear(F.linear(x, self.down), self.up)
+        if self.gate is not None:
+            change = self.gate(change)
+        return (output + change * self.scale).to(output.dtype)
+
+
 @dataclass
 class AttachedAdapter:
-    """One adapter on a pipeline: its PEFT layers by their path in adapter files, and its weight."""
+    """One adapter on a pipeline: its layers by their path in adapter files, and its weight."""
 
     adapter: Adapter
     weight: float
-    layers: dict[str, Any]
+    layers: dict[str, AttachedLayer]
+    models: Sequence[nn.Module]  # that hold them
+
+    def attach(self) -> None:
+        for layer in self.layers.values():
+            layer.layer.register_forward_hook(layer)
+        forget_compiled(self.models)
+
+    def detach(self) -> None:
+        for layer in self.layers.values():
+            unhook(layer.layer, layer)
+        forget_compiled(self.models)
 
     def scale(self, path: str, weight: float) -> None:
         """Set the weight of one layer."""
-        self.layers[path].scaling[NAME] = self.adapter.modules[path].scale * weight
+        self.layers[path].scale = self.adapter.modules[path].scale * weight
 
-    def up(self, path: str) -> nn.Module:
-        """The module whose output, times the layer's scaling, is added to that layer's output."""
-        return self.layers[path].lora_B[NAME]
+    def use(self, weight: float) -> None:
+        """Set the weight of all layers; with 0 they cost nothing."""
+        self.weight = weight
+        for path in self.layers:
+            self.scale(path, weight)
+
+
+def forget_compiled(models: Sequence[nn.Module]) -> None:
+    """Compiled modules do not notice hooks that come or go: they are compiled again at their next call."""
+    modules = [module for model in models for module in model.modules()]
+    if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in modules):
+        torch._dynamo.reset()
 
 
 Placement = tuple[Adapter, float, dict[str, dict[str, LoraFactors]]]  # adapter, weight, component -> module path -> factors
@@ -350,35 +360,23 @@ def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -
 @contextmanager
 def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[list[AttachedAdapter]]:
     """Like `attached`, for code that changes weights while the adapters are on: yields an AttachedAdapter for each."""
-    pipeline = BaseModel.of(base).pipeline
-    plan = placements(base, adapters)
-    injections: list[Injection] = []
-    try:
-        on: list[AttachedAdapter] = []
-        for adapter, weight, parts in plan:
-            layers: dict[str, Any] = {}
-            for component, factors in parts.items():
-                if factors and weight:
-                    model = getattr(pipeline, component)
-                    injections.append(attach(model, factors, weight))
-                    layers |= {module_path(component, path): layer for path, layer in injections[-1].layers.items()}
-            on.append(AttachedAdapter(adapter, weight, layers))
+    on = attachable(base, adapters)
+    with undone(*(one.detach for one in on)):
+        for one in on:
+            one.attach()
         yield on
-    finally:
-        for injection in reversed(injections):
-            injection.remove()
 
 
-def attach(model: Any, factors: Mapping[str, LoraFactors], weight: float) -> Injection:
-    injection = inject(model, {path: (f.rank, f.alpha) for path, f in factors.items()})
-    try:
-        for path, layer in injection.layers.items():
-            plain = base_layer(layer)
-            device, dtype = next(plain.parameters()).device, weight_dtype(plain)
-            for factor, value in ((layer.lora_A[NAME], factors[path].down), (layer.lora_B[NAME], factors[path].up)):
-                factor.weight = nn.Parameter(value.to(device, dtype), requires_grad=False)
-            layer.scaling[NAME] = factors[path].scale * weight
-    except BaseException:
-        injection.remove()
-        raise
-    return injection
+def attachable(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> list[AttachedAdapter]:
+    """The adapters, checked and ready to `attach`; those of weight 0 have no layers."""
+    models = BaseModel.of(base).components
+    on = []
+    for adapter, weight, parts in placements(base, adapters):
+        layers = {
+            module_path(component, path): AttachedLayer(base_layer(models[component].get_submodule(path)), factors, weight)
+            for component, placed_here in parts.items()
+            for path, factors in placed_here.items()
+            if weight
+        }
+        on.append(AttachedAdapter(adapter, weight, layers, list(models.values())))
+    return on

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import KINDS, make_pipeline, random_adapter, same_state, state
 from torch import Tensor, nn
 
+import lora_booth
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import LoraFactors
 from lora_booth.base.base_model import BaseModel
@@ -140,25 +143,56 @@ def test_restored_after(error: type[BaseException]) -> None:
     assert traces(pipeline) == before and same_state(state(pipeline), weights)
 
 
-def test_restored_when_injecting_fails_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_booth import injection
+def interrupted(job: Callable[[], object], at: int) -> list[tuple[str, int]]:
+    """Run `job` with Ctrl-C at the line that runs as number `at`, of this package or of contextlib; returns all that ran."""
+    lines: list[tuple[str, int]] = []
 
-    pipeline = make_pipeline("sdxl")
-    base = BaseModel.from_pipeline(pipeline)
-    before, weights = traces(pipeline), state(pipeline)
-    adapter = random_adapter(base, TEXT_TOO)
-    real, calls = injection.base_layer, []
+    def on_line(frame: Any, event: str, _: object) -> Any:
+        if event == "line":
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(lines) == at:
+                raise KeyboardInterrupt
+        return on_line
 
-    def interrupted(module: nn.Module) -> nn.Module:
-        calls.append(module)
-        if len(calls) == len(adapter.modules) + 40:  # the checks look at each layer once, then each is filled
-            raise KeyboardInterrupt
-        return real(module)
+    def on_call(frame: Any, event: str, _: object) -> Any:
+        return on_line if frame.f_code.co_filename.startswith(WATCHED) else None
 
-    monkeypatch.setattr(injection, "base_layer", interrupted)
-    with pytest.raises(KeyboardInterrupt), attached(base, [(adapter, 1.0)]):
+    sys.settrace(on_call)
+    try:
+        job()
+    except KeyboardInterrupt:
         pass
-    assert traces(pipeline) == before and same_state(state(pipeline), weights)
+    finally:
+        sys.settrace(None)
+    return lines
+
+
+WATCHED = (str(Path(lora_booth.__file__).parent), contextlib.__file__)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["attached", "trainable"])
+def test_an_interrupt_at_any_line_leaves_nothing(training: bool) -> None:
+    pipeline = make_pipeline("sd1")
+    base = BaseModel.from_pipeline(pipeline)
+    whole = random_adapter(base, TEXT_TOO)
+    small = dict(list(whole.modules.items())[:2] + list(whole.modules.items())[-2:])
+    adapter = Adapter(small, replace(whole.card, base_hash=None))
+    lora = LoraSpec(rank=2, target_modules=("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"))
+    before, weights = traces(pipeline), state(pipeline)
+
+    def job() -> None:
+        with trainable(base, lora) if training else attached(base, [(adapter, 1.0)]):
+            pass
+
+    lines = interrupted(job, at=0)
+    assert traces(pipeline) == before
+    first, last = {line: at for at, line in reversed([*enumerate(lines, 1)])}, {line: at for at, line in enumerate(lines, 1)}
+    assert len(first) > 50
+    for at in sorted({*first.values(), *last.values()}):
+        interrupted(job, at)
+        assert traces(pipeline) == before, at
+    assert same_state(state(pipeline), weights)
 
 
 # --- on a pipeline that has the user's own adapter -----------------------------------------------------------------
@@ -205,6 +239,79 @@ def test_the_users_own_adapter_stays(put: Callable[[Any], None], tmp_path: Path)
         }
     assert traces(pipeline) == before and same_state(state(pipeline), weights)
     pipeline.unload_lora_weights()
+
+
+LIVE: dict[str, Callable[[Any, str], object]] = {
+    "load": lambda pipe, file: pipe.load_lora_weights(file, adapter_name="more"),
+    "load, set": lambda pipe, file: (pipe.load_lora_weights(file, adapter_name="more"), pipe.set_adapters("more", 0.5)),
+    "set": lambda pipe, file: pipe.set_adapters("own", 0.5),
+    "delete": lambda pipe, file: pipe.delete_adapters("own"),
+    "disable": lambda pipe, file: pipe.disable_lora(),
+    "disable, enable": lambda pipe, file: (pipe.disable_lora(), pipe.enable_lora()),
+    "unload": lambda pipe, file: pipe.unload_lora_weights(),
+    "fuse": lambda pipe, file: pipe.fuse_lora(),
+    "fuse, unfuse": lambda pipe, file: (pipe.fuse_lora(), pipe.unfuse_lora()),
+    "fuse, unload": lambda pipe, file: (pipe.fuse_lora(), pipe.unload_lora_weights()),
+    "device": lambda pipe, file: pipe.set_lora_device(["own"], "cpu"),
+    "unet only": lambda pipe, file: pipe.unet.load_lora_adapter(pipe.lora_state_dict(file)[0], prefix="unet"),
+    "half and back": lambda pipe, file: (pipe.to(torch.float16), pipe.to(torch.float32)),
+}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "with their own"])
+@pytest.mark.parametrize("call", LIVE)
+@pytest.mark.filterwarnings("ignore")
+def test_the_users_calls_within_leave_ours_on(call: str, own: bool, tmp_path: Path) -> None:
+    """Whatever is called on the pipeline within, the picture is that of the same calls and our change; afterwards, theirs."""
+
+    def prepared() -> Any:
+        pipeline = make_pipeline("sd1")
+        if own:
+            pipeline.load_lora_weights(theirs, adapter_name="own")
+        return pipeline
+
+    clean = BaseModel.from_pipeline(make_pipeline("sd1"))
+    lora = LoraSpec(rank=2, text_encoder=True)
+    theirs, more = (str(random_adapter(clean, lora, seed=s).save(tmp_path / f"{s}.safetensors", dtype="fp32")) for s in (1, 2))
+    ours = random_adapter(clean, LoraSpec(rank=3, target_modules=("to_q", "ff.net.2", "conv1"), text_encoder=True), seed=9)
+    without = prepared()
+    try:
+        LIVE[call](without, more)
+    except Exception as error:  # there is nothing to set or delete
+        refused: Exception | None = error
+    else:
+        refused = None
+    pipeline = prepared()
+    with attached(pipeline, [(ours, 0.7)]):
+        if refused is None:
+            LIVE[call](pipeline, more)
+        else:
+            with pytest.raises(type(refused)):
+                LIVE[call](pipeline, more)
+        inside = predict(pipeline)
+    if own:
+        assert torch.equal(predict(pipeline), predict(without))
+    assert same_state(state(pipeline), state(without))
+    with attached(without, [(ours, 0.7)]):
+        assert torch.allclose(inside, predict(without), atol=1e-5)
+    assert not any(module._forward_hooks for module in pipeline.unet.modules())
+
+
+@pytest.mark.slow
+def test_a_compiled_pipeline_sees_adapters_come_and_go() -> None:
+    pipeline = make_pipeline("sd1")
+    base = BaseModel.from_pipeline(pipeline)
+    adapter, plain = random_adapter(base), predict(pipeline)
+    with attached(pipeline, [(adapter, 1.0)]):
+        expected = predict(pipeline)
+    pipeline.unet.down_blocks[0].attentions[0].compile(backend="eager")
+    assert torch.allclose(predict(pipeline), plain, atol=1e-5)
+    with attached(pipeline, [(adapter, 1.0)]):
+        assert torch.allclose(predict(pipeline), expected, atol=1e-5)
+    assert torch.allclose(predict(pipeline), plain, atol=1e-5)
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    with attached(pipeline, [(adapter, 1.0)]):  # without a warning of another base
+        pass
 
 
 # --- stock diffusers reads our files to the same picture -----------------------------------------------------------

@@ -127,11 +127,12 @@ def narrow_unet(dtype: torch.dtype) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.7), (torch.bfloat16, 0.6)])
 def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
-    from lora_booth.injection import inject
+    from lora_booth.injection import Injection
 
     unet = narrow_unet(dtype)
     paths = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear) and n.endswith(EVERY[:4])]
-    injection = inject(unet, {path: (4, 4.0) for path in paths}, freeze=True)
+    injection = Injection(unet)
+    injection.put(paths, rank=4, alpha=4.0)
     for layer in injection.layers.values():
         for factor in (layer.lora_A["lora_booth"], layer.lora_B["lora_booth"]):
             factor.to(torch.float32).requires_grad_(True)

@@ -227,7 +227,8 @@ class BaseModel:
         """
         digest = hashlib.sha256()
         unread = self.unread("unet")
-        for name, value in sorted(self.shell.unet.state_dict().items()):
+        unet = getattr(self.shell.unet, "_orig_mod", self.shell.unet)  # inside torch.compile
+        for name, value in sorted(unet.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
             start = value.flatten()[:256] if unread is None else unread.places[name].start_of(256)
             digest.update(torch.signbit(start).cpu().numpy().tobytes())

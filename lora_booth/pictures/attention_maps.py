@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.changes import hooked
 from ..errors import SettingsError, setting
 from ..kernels.attention import split_heads
 from .regions import Masks, blurred
@@ -36,11 +37,9 @@ class AttentionMaps:
 
     @contextmanager
     def collecting(self, hook: UNetHook) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, module in hook.unet.named_modules():
-                if name.endswith(".attn2"):
-                    stack.enter_context(module.to_q.register_forward_hook(self._store_query(module, hook)))
-                    stack.enter_context(module.to_k.register_forward_hook(self._add(module, hook)))
+        read = [module for name, module in hook.unet.named_modules() if name.endswith(".attn2")]
+        queries = [(module.to_q, self._store_query(module, hook)) for module in read]
+        with hooked([*queries, *((module.to_k, self._add(module, hook)) for module in read)]):
             yield
 
     def _store_query(self, attention: nn.Module, hook: UNetHook) -> Callable[..., None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,7 @@ from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import quiet
 from ..config import GUIDANCE, STEPS, check
 from ..errors import SettingsError
-from ..injection import AttachedAdapter, attached_layers
+from ..injection import AttachedAdapter, attachable
 from .picture import Picture
 from .unet_hook import Gate, UNetCall, UNetHook
 from .weights import Weight
@@ -32,12 +31,6 @@ class Request:
     negative_prompt: str | None = None
 
 
-@dataclass
-class Loaded:
-    on: AttachedAdapter
-    stack: ExitStack  # detaches the adapter
-
-
 class Serving:
     """A base whose adapters you load and switch at run time: `with lb.Serving(base) as live:`. Leaving restores the base.
 
@@ -49,7 +42,7 @@ class Serving:
 
     def __init__(self, base: BaseModel | Any) -> None:
         self.base = BaseModel.of(base)
-        self.loaded: dict[str, Loaded] = {}
+        self.loaded: dict[str, AttachedAdapter] = {}
 
     @property
     def pipeline(self) -> Any:
@@ -66,22 +59,23 @@ class Serving:
         """Attach an adapter to the base, with weight 0 until you use it. Raises AdapterBaseMismatch."""
         if name in self.loaded:
             raise SettingsError(f"{name!r} is already loaded; unload it first, or choose another name")
-        stack = ExitStack()
-        [on] = stack.enter_context(attached_layers(self.base, [(adapter, 1.0)]))
-        self.loaded[name] = Loaded(on, stack)
-        set_weight(on, 0.0)
+        [on] = attachable(self.base, [(adapter, 1.0)])
+        on.use(0.0)
+        self.loaded[name] = on
+        on.attach()
 
     def unload(self, name: str) -> None:
         self._known(name)
-        self.loaded.pop(name).stack.close()
+        self.loaded[name].detach()
+        del self.loaded[name]
 
     def use(self, weights: Mapping[str, float]) -> None:
         """Activate exactly these adapters, with these weights."""
         for name, weight in weights.items():
             self._known(name)
             check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
-        for name, loaded in self.loaded.items():
-            set_weight(loaded.on, weights.get(name, 0.0))
+        for name, on in self.loaded.items():
+            on.use(weights.get(name, 0.0))
 
     def _known(self, name: str) -> None:
         if name not in self.loaded:
@@ -98,7 +92,7 @@ class Serving:
             for name in request.adapters:
                 self._known(name)
         names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
-        before = {name: loaded.on.weight for name, loaded in self.loaded.items()}
+        before = {name: on.weight for name, on in self.loaded.items()}
         try:
             prompts = [self._text(request, request.prompt) for request in requests]
             negatives = [self._negative(request) for request in requests]
@@ -109,7 +103,7 @@ class Serving:
                 hook.gates = [Gate(rows=rows[n].repeat(2 if call.guided else 1).to(self.base.device)) for n in names]
                 return call.run()
 
-            hook = UNetHook(self.pipeline, [self.loaded[n].on for n in names], [Weight()] * len(names))
+            hook = UNetHook(self.pipeline, [self.loaded[n] for n in names], [Weight()] * len(names))
             with hook.hooked(answer), quiet(self.pipeline):
                 images = self.pipeline(
                     **text_arguments(prompts, negatives),
@@ -136,13 +130,6 @@ class Serving:
             assert text.pooled is not None
             return TextConditions(torch.zeros_like(text.states), torch.zeros_like(text.pooled))
         return text
-
-
-def set_weight(on: AttachedAdapter, weight: float) -> None:
-    on.weight = weight
-    for path, layer in on.layers.items():
-        layer._disable_adapters = weight == 0  # PEFT then computes only the plain layer
-        on.scale(path, weight)
 
 
 def text_arguments(prompts: Sequence[TextConditions], negatives: Sequence[TextConditions]) -> dict[str, Any]:

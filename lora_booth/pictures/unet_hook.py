@@ -1,14 +1,14 @@
 """UNetHook: which attached adapter is active in the U-Net, by step, row and pixel.
 
-The pipeline stays a stock one. While hooked, the U-Net's `forward` is wrapped, and a forward hook on the `up` factor of
-each adapter multiplies that layer's change by a gate; both are removed afterwards.
+The pipeline stays a stock one. While hooked, the U-Net's `forward` is wrapped, and a gate multiplies each layer's change;
+both are removed afterwards.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.base_model import TextConditions
+from ..base.changes import hooked, undone
 from ..errors import SettingsError
 from ..injection import AttachedAdapter
 from .regions import Masks
@@ -123,28 +124,27 @@ class UNetHook:
     @contextmanager
     def hooked(self, answer: Answer | None = None) -> Iterator[None]:
         """Within the context, `answer(hook, call)` answers every U-Net call; None: the U-Net does."""
-        with ExitStack() as stack:
-            for module in self.unet.modules():
-                if type(module).__name__ == "Transformer2DModel":
-                    stack.enter_context(module.register_forward_pre_hook(self._note_size, with_kwargs=True))
-            for index, adapter in enumerate(self.attached):
-                for path in adapter.layers:
-                    if path.startswith("unet."):
-                        stack.enter_context(adapter.up(path).register_forward_hook(self._gating(index, path)))
-            forward, wrapped_before = self.unet.forward, "forward" in self.unet.__dict__
+        sizes = [(m.norm, self._note_size) for m in self.unet.modules() if type(m).__name__ == "Transformer2DModel"]
+        inside = [(i, *item) for i, one in enumerate(self.attached) for item in one.layers.items() if item[0][:5] == "unet."]
+        forward, before = self.unet.forward, vars(self.unet).get("forward")
 
-            def hooked(*args: Any, **kwargs: Any) -> Any:
-                self.current = self._call(forward, {**dict(zip(self._names, args, strict=False)), **kwargs})
-                return self.current.run() if answer is None else answer(self, self.current)
+        def answering(*args: Any, **kwargs: Any) -> Any:
+            self.current = self._call(forward, {**dict(zip(self._names, args, strict=False)), **kwargs})
+            return self.current.run() if answer is None else answer(self, self.current)
 
-            self.unet.forward = hooked
-            try:
-                yield
-            finally:
-                if wrapped_before:
-                    self.unet.forward = forward
-                else:
-                    del self.unet.forward
+        def undo() -> None:
+            for _, _, layer in inside:
+                layer.gate = None
+            if before is not None:
+                self.unet.forward = before
+            else:
+                vars(self.unet).pop("forward", None)
+
+        with undone(undo), hooked(sizes):
+            for index, path, layer in inside:
+                layer.gate = self._gating(index, path)
+            self.unet.forward = answering
+            yield
 
     def _call(self, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> UNetCall:
         sample, timestep = arguments["sample"], arguments["timestep"]
@@ -175,26 +175,25 @@ class UNetHook:
 
     # --- gates
 
-    def _note_size(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
+    def _note_size(self, norm: nn.Module, args: Any, states: Tensor) -> None:
         self.size = (states.shape[-2], states.shape[-1])
 
-    def _gating(self, index: int, path: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    def _gating(self, index: int, path: str) -> Callable[[Tensor], Tensor]:
         reads_prompt = path.endswith(PROMPT_LAYERS)
 
-        def multiplied(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        def gated(change: Tensor) -> Tensor:
             gate = self.gates[index]
             if gate is None:
-                return None
+                return change
             if gate.rows is not None:
-                output = output * gate.rows.to(output.dtype).reshape([len(output)] + [1] * (output.ndim - 1))
+                change = change * gate.rows.to(change.dtype).reshape([len(change)] + [1] * (change.ndim - 1))
             if reads_prompt and gate.words is not None:
-                output = output * gate.words.to(output.dtype)[..., None]
+                change = change * gate.words.to(change.dtype)[..., None]
             elif not reads_prompt and gate.masks is not None:
-                output = output * self._pixels(gate.masks, gate.subject, output)
-            return output
+                change = change * self._pixels(gate.masks, gate.subject, change)
+            return change
 
-        return multiplied
+        return gated
 
     def _pixels(self, masks: Masks, subject: int, output: Tensor) -> Tensor:
         """The mask in the shape of a layer's output: (rows, H, W) -> (rows, 1, H, W), (rows, H * W, 1) or (rows, 1)."""
