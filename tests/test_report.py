@@ -26,9 +26,8 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError
 from lora_booth.photos.square import training_square
-from lora_booth.report.charts import BOTTOM, MOST_POINTS, TOP, chart, smoothed, thinned, ticks
 from lora_booth.report.reading import advice, read_run
-from lora_booth.report.report import write_report
+from lora_booth.report.report import BOTTOM, MOST_POINTS, TOP, chart, smoothed, thinned, ticks, write_report
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
 
@@ -156,7 +155,7 @@ def test_crops_are_what_training_saw(run: Path, rex: Subject) -> None:
 def test_how_to_use_the_file_names_the_file(run: Path) -> None:
     _, parsed = page_of(run)
     texts = ["".join(parsed.text["pre"])]
-    assert 'weight_name="adapter.safetensors")' in texts[0] and 'load_lora_weights("rex & co"' in texts[0]
+    assert 'weight_name="adapter.safetensors", ' in texts[0] and 'load_lora_weights("rex & co"' in texts[0]
     assert "a photo of sks dog <lora:sks_dog:1>" in texts[0]
     assert 'Adapter.load("rex & co/adapter.safetensors")' in texts[0]
     assert {"diffusers", "ComfyUI", "A1111"} <= set(parsed.text["summary"])

@@ -253,7 +253,7 @@ def test_what_is_in_a_folder(tmp_path: Path) -> None:
     }
     for words in (
         "`a photo of sks dog <lora:sks_dog:0.8>`",
-        "put `sks_dog.safetensors` into `models/loras/`",
+        "In ComfyUI: Put `sks_dog.safetensors` into models/loras/, add a Load LoRA node",
         'weight_name="sks_dog.safetensors"',
         "seed 7, without `blurry`, 25 steps, guidance 5",
         "- steps: 400\n",

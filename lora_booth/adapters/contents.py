@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -110,12 +110,30 @@ def quoted(text: str) -> str:
     return json.dumps(one_line(text), ensure_ascii=False)
 
 
-def loading(card: Card) -> str:
-    """Python lines that load the card's base as a pipeline of diffusers, `pipe`."""
-    base = quoted(card.base_model or "the base")
+def ways(adapter: AdapterContents, file: str, source: str, *, new_name: str = "") -> Iterator[tuple[str, str, str]]:
+    """How to use a file with kohya's names: program, sentence (none for diffusers), and what to write there.
+
+    source    what diffusers' load_lora_weights gets: a Hub id or a folder
+    new_name  the file's name in the folders of the other programs; "": as it is
+    """
+    card, weight, name = adapter.card, f"{adapter.card.weight:g}", file_stem(adapter.name)
+    prompt, base = one_line(card.prompt or card.words or "a photo"), quoted(card.base_model or "the base")
     if on_hub(card.base_model):
-        return f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base})"
-    return f"import lora_booth as lb\n\npipe = lb.BaseModel.load({base}).pipeline  # or where you have this base"
+        load = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base})"
+    else:
+        load = f"import lora_booth as lb\n\npipe = lb.BaseModel.load({base}).pipeline  # or where you have this base"
+    lines = (
+        load,
+        f"pipe.load_lora_weights({quoted(source)}, weight_name={quoted(file)}, adapter_name={quoted(name)})",
+        f"pipe.set_adapters({quoted(name)}, {weight})",
+        f"image = pipe({quoted(prompt)}).images[0]",
+    )
+    yield "diffusers", "", "\n".join(lines)
+    put = f"Put {file} into models/{{}}/{f' as {new_name}' if new_name else ''}"
+    node = f"add a Load LoRA node between the checkpoint and the prompts, set both strengths to {weight}"
+    yield "ComfyUI", f"{put.format('loras')}, {node}, and write", prompt
+    stem = (new_name or file).removesuffix(".safetensors")
+    yield "A1111", f"{put.format('Lora')} and write", f"{prompt} <lora:{stem}:{weight}>"
 
 
 def on_hub(base_model: str | None) -> bool:

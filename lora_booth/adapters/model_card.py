@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
 from ..base.families import FAMILIES
-from .contents import CONSENT, AdapterContents, Card, Layout, file_stem, loading, on_hub, one_line, quoted
+from .contents import CONSENT, AdapterContents, Card, Layout, file_stem, on_hub, one_line, ways
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -150,23 +150,12 @@ def sample_pictures(pictures: Placed) -> str:
 
 
 def usage(adapter: AdapterContents, file: str, layout: Layout, source: str) -> str:
-    card = adapter.card
-    prompt = card.prompt or card.words or "a photo"
-    name, stem = file_stem(adapter.name), file.removesuffix(".safetensors")
-    script = (
-        f"{loading(card)}\n"
-        f"pipe.load_lora_weights({quoted(source)}, weight_name={quoted(file)}, adapter_name={quoted(name)})\n"
-        f"pipe.set_adapters({quoted(name)}, {card.weight:g})\n"
-        f"image = pipe({quoted(prompt)}).images[0]"
-    )
+    (_, _, script), *others = ways(adapter, file, source)
     parts = ["## Use", "In diffusers:", fenced(script, "python")]
     if layout == "kohya":
-        parts += [
-            f"In ComfyUI: put `{file}` into `models/loras/`, add a *Load LoRA* node between the checkpoint and the prompts, "
-            f"set both strengths to {card.weight:g}, and write {code(prompt)}.",
-            f"In A1111: put `{file}` into `models/Lora/` and write {code(f'{prompt} <lora:{stem}:{card.weight:g}>')}.",
-        ]
+        parts += [f"In {program}: {sentence.replace(file, code(file), 1)} {code(text)}." for program, sentence, text in others]
     else:
+        stem = file.removesuffix(".safetensors")
         parts.append(
             "This file has PEFT's names. For ComfyUI and A1111 rewrite it: "
             f"`lora-booth convert {file} {stem}_kohya.safetensors --layout kohya`."

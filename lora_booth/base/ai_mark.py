@@ -1,9 +1,11 @@
-"""Save generated pictures, with a mark that a model made them."""
+"""Generated pictures as files and in pages, with a mark that a model made them."""
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, PngImagePlugin
 
@@ -17,6 +19,7 @@ AI_MARK = (
     'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
     "</rdf:RDF></x:xmpmeta>"
 )
+LOSSLESS = 128  # pixels; chosen: WebP pictures up to this width lose nothing
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -29,14 +32,24 @@ def save_marked(image: Image.Image, path: Path) -> Path:
     if kind is None:
         raise SettingsError(f"{path}: pictures are saved as .png, .jpg or .webp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    clean = image.copy()
-    clean.info = {}  # Pillow would write comments and colour profiles from it
-    content = io.BytesIO()  # Pillow does not notice when a full disk truncates a JPEG
+    options: dict[str, Any] = {"xmp": AI_MARK.encode(), "quality": 95}
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("XML:com.adobe.xmp", AI_MARK)
-        clean.save(content, kind, pnginfo=info)
-    else:
-        clean.save(content, kind, xmp=AI_MARK.encode(), quality=95)
-    write_file(path, content.getvalue())
+        options = {"pnginfo": info}
+    write_file(path, _encoded(image, kind, options))
     return path
+
+
+def data_url(image: Image.Image, quality: int, *, generated: bool = True) -> str:
+    """A picture as WebP for a page. generated: with the mark; without it for photos"""
+    options = {"quality": quality, "lossless": image.width <= LOSSLESS} | ({"xmp": AI_MARK.encode()} if generated else {})
+    return "data:image/webp;base64," + base64.b64encode(_encoded(image, "WEBP", options)).decode()
+
+
+def _encoded(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
+    clean = image.copy()
+    clean.info = {}  # Pillow would write comments and colour profiles from it
+    content = io.BytesIO()  # Pillow does not notice when a full disk truncates a JPEG
+    clean.save(content, kind, **options)
+    return content.getvalue()

@@ -55,7 +55,7 @@ def watch(run: str | Path, *, every: float = 5.0) -> Callable[[Step], None]:
     """For `train(on_step=...)`: the loss and the newest samples, redrawn in place. every: in seconds"""
     from IPython.display import HTML, display
 
-    from ..report.charts import chart
+    from ..report.report import chart
     from ..training.progress import clock, described
 
     points: list[tuple[float, float]] = []
@@ -79,7 +79,8 @@ def watch(run: str | Path, *, every: float = 5.0) -> Callable[[Step], None]:
 def newest_samples(run: Path) -> str:
     from PIL import Image
 
-    from ..pictures.gallery import FULL_QUALITY, data_url
+    from ..base.ai_mark import data_url
+    from ..pictures.gallery import FULL_QUALITY
     from ..report.reading import samples as samples_in
     from ..training.checkpoint import SAMPLES
 

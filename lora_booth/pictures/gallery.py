@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
-from ..base.ai_mark import AI_MARK, KINDS
+from ..base.ai_mark import KINDS, LOSSLESS, data_url
 from ..errors import SettingsError
-from ..files import write_file
+from ..files import page, write_file
 from ..photos.sheet import contact_sheet
 from .picture import Picture
 from .reproduction import command_of, number, python_of
@@ -26,7 +20,6 @@ PAGE = (".html", ".htm")
 SHEET_SIDE = 256  # pixels of a picture on a sheet, at most
 THUMBNAIL = 384  # pixels of a picture on the page, at most
 THUMBNAIL_QUALITY, FULL_QUALITY = 78, 92  # WebP
-SMALL = 128  # pixels: pictures up to this are lossless
 
 
 def check_output(path: Path) -> None:
@@ -71,14 +64,10 @@ class Gallery:
         """
         adapters = list(dict.fromkeys(name for picture in self.pictures for name, _ in picture.adapters))
         bases = {picture.base for picture in self.pictures}
-        style, script = part("page.css"), part("page.js")
-        page = Environment(autoescape=True, undefined=StrictUndefined).from_string(part("page.html"))
-        return page.render(
+        return page(
+            __package__,
             title=self.title,
-            style=Markup(style),  # files of this package, with nothing from the pictures
-            script=Markup(script),
-            hash=source_hash,
-            pixelated=max(p.image.width for p in self.pictures) <= SMALL,
+            pixelated=max(p.image.width for p in self.pictures) <= LOSSLESS,
             adapters=adapters,
             entries=[entry(i, picture, adapters, bases) for i, picture in enumerate(self.pictures, 1)],
         )
@@ -136,18 +125,3 @@ def facts_of(picture: Picture, used: str) -> Iterator[tuple[str, str]]:
         yield "method", picture.making.method
     if picture.making is not None and picture.making.recipe_only is not None:
         yield "note", f"made with {picture.making.recipe_only}, which only a recipe records"
-
-
-def data_url(image: Image.Image, quality: int) -> str:
-    content = io.BytesIO()
-    image.save(content, format="WEBP", quality=quality, lossless=image.width <= SMALL, xmp=AI_MARK.encode())
-    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
-
-
-def part(name: str) -> str:
-    return (files(__package__) / name).read_text(encoding="utf-8")
-
-
-def source_hash(text: str) -> str:
-    """How a content security policy names a style or script that it allows."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError, SettingsError, setting, shown
+from ..files import json_lines, number, read_json
 from ..training.checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of, read_record
 from ..training.samples import SAMPLE_LIST
 
@@ -21,16 +20,14 @@ FEW_STEPS, MANY_STEPS = 50, 250  # times that each photo was seen
 DRIFTED = 2.0  # times the loss of the first tenth
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     step: int  # from 1
     loss: float | None  # None: not finite
     rate: float
     seconds: float  # since the run began
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     step: int
     prompt: str
     seed: int
@@ -61,16 +58,12 @@ class Run:
         return part(self.record, "facts", "config")
 
     @property
-    def lora(self) -> dict[str, Any]:
-        return part(self.record, "facts", "lora")
-
-    @property
     def subjects(self) -> list[dict[str, Any]]:
         return dicts(part(self.record, "facts").get("subjects"))
 
     @property
     def photos(self) -> int:
-        return sum(len(one.get("photos") or ()) for one in self.subjects)
+        return sum(len(dicts(one.get("photos"))) for one in self.subjects)
 
     @property
     def step(self) -> int:
@@ -105,30 +98,16 @@ def read_run(path: Path) -> Run:
     )
 
 
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return
-    for line in text.splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:  # half a line, from a power cut
-            continue
-        if isinstance(found, dict):
-            yield found
-
-
 def updates(path: Path) -> Iterator[Update]:
-    for line in lines_of(path):
-        loss = number(line.get("loss"))
-        yield Update(integer(line.get("step")), loss, number(line.get("rate")) or 0.0, number(line.get("seconds")) or 0.0)
+    for line in json_lines(path):
+        rate, seconds = (number(line.get(name), least=0) or 0.0 for name in ("rate", "seconds"))
+        yield Update(integer(line.get("step")), number(line.get("loss"), least=0), rate, seconds)
 
 
 def samples(folder: Path) -> list[Sample]:
     """The samples in the folder; of several lines for one file, the last counts."""
     found = {}
-    for line in lines_of(folder / SAMPLE_LIST):
+    for line in json_lines(folder / SAMPLE_LIST):
         file = folder / Path(str(line.get("file"))).name
         if file.is_file():
             found[file] = Sample(integer(line.get("step")), str(line.get("prompt")), integer(line.get("seed")), file)
@@ -137,7 +116,7 @@ def samples(folder: Path) -> list[Sample]:
 
 def scores_of(path: Path, identity: Any) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and found.get("identity") == identity else {}
@@ -161,12 +140,8 @@ def dicts(value: Any) -> list[dict[str, Any]]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
-def number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def integer(value: Any) -> int:
-    return int(number(value) or 0)
+    return int(number(value, least=0) or 0)
 
 
 def counted(count: int, noun: str) -> str:
@@ -176,21 +151,41 @@ def counted(count: int, noun: str) -> str:
 # --- advice
 
 
-@dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
     """One sentence about what the run's figures suggest."""
 
     kind: Literal["good", "note", "warning"]
     text: str
 
 
+OF_EVENTS = {  # words of an event -> advice; the first that an event contains counts
+    "not finite": Advice("warning", "The loss was not finite for a while: use a lower learning rate, or the base in fp32."),
+    "learning rate is halved": Advice(
+        "warning", "The loss jumped and the learning rate was halved: start with a lower one next time."
+    ),
+    "out of memory": Advice(
+        "note", "Memory ran out, and a setting that saves memory was switched on: see the events, and set it from the start."
+    ),
+    "no checkpoint": Advice(
+        "warning", "A checkpoint could not be written: see the events, and free disk space before the next run."
+    ),
+}
+
+
 def advice(run: Run) -> Iterator[Advice]:
-    yield from of_status(run)
-    yield from of_events(run)
+    if run.finished:
+        yield Advice("good", f"Finished: {run.step} steps on {counted(run.photos, 'photo')}.")
+    elif run.total:
+        words = f"{run.step} of {run.total} steps so far ({run.record.get('status', 'running')})."
+        yield Advice("warning", f"{words} Run the same call or command again to continue.")
+    texts = [str(event.get("what", "")) for event in run.events]
+    found = {next((words for words in OF_EVENTS if words in text), "") for text in texts}
+    yield from (one for words, one in OF_EVENTS.items() if words in found)
     scores = run.scores.get("advice")
     for text in scores if isinstance(scores, list) else ():
         yield Advice("good" if "learnt well" in str(text) else "note", str(text))
-    yield from of_exposure(run)
+    if run.photos:
+        yield from of_exposure(run)
     yield from of_losses(run)
     if not run.samples:
         yield Advice("note", f"No samples were drawn: {setting('sample_every', 100)} shows how the subject develops.")
@@ -200,39 +195,12 @@ def advice(run: Run) -> Iterator[Advice]:
         yield Advice("note", "Without prior preservation, the plain class may come to look like the subject.")
 
 
-def of_status(run: Run) -> Iterator[Advice]:
-    if run.finished:
-        yield Advice("good", f"Finished: {run.step} steps on {counted(run.photos, 'photo')}.")
-    elif run.total:
-        words = f"{run.step} of {run.total} steps so far ({run.record.get('status', 'running')})."
-        yield Advice("warning", f"{words} Run the same call or command again to continue.")
-
-
-def of_events(run: Run) -> Iterator[Advice]:
-    texts = [str(event.get("what", "")) for event in run.events]
-    if any("not finite" in text for text in texts):
-        yield Advice("warning", "The loss was not finite for a while: use a lower learning rate, or the base in fp32.")
-    elif any("learning rate is halved" in text for text in texts):
-        yield Advice("warning", "The loss jumped and the learning rate was halved: start with a lower one next time.")
-    if any("out of memory" in text for text in texts):
-        yield Advice(
-            "note",
-            "Memory ran out, and a setting that saves memory was switched on: see the events, and set it from the start.",
-        )
-    if any(text.startswith("no checkpoint") for text in texts):
-        yield Advice("warning", "A checkpoint could not be written: see the events, and free disk space before the next run.")
-
-
 def of_exposure(run: Run) -> Iterator[Advice]:
-    photos = run.photos
-    if not photos:
-        return
-    if photos < FEW_PHOTOS:
-        yield Advice(
-            "note", f"{counted(photos, 'photo')}: a few more, in other places and light, help the subject appear in new scenes."
-        )
-    batch = number(run.config.get("batch_size")) or 1
-    seen = run.step * batch * (number(run.config.get("gradient_accumulation")) or 1) / photos
+    if run.photos < FEW_PHOTOS:
+        few = counted(run.photos, "photo")
+        yield Advice("note", f"{few}: a few more, in other places and light, help the subject appear in new scenes.")
+    batch, accumulated = (number(run.config.get(name)) or 1 for name in ("batch_size", "gradient_accumulation"))
+    seen = run.step * batch * accumulated / run.photos
     words = f"Each photo was seen {seen:.0f} times"
     if run.finished and seen < FEW_STEPS:
         yield Advice("note", f"{words}, which is few. If pictures do not look like the subject yet, train for more steps.")

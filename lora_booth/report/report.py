@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from importlib.resources import files
+from dataclasses import asdict
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.contents import file_stem, loading, one_line, quoted
+from ..adapters.contents import file_stem, one_line, quoted, ways
+from ..base.ai_mark import LOSSLESS, data_url
 from ..config import LoraSpec, TrainingConfig
 from ..errors import shown
-from ..files import write_file
-from ..pictures.gallery import SMALL, data_url, source_hash
+from ..files import number, page, write_file
 from ..training.checkpoint import REPORT
 from ..training.progress import clock
-from .charts import chart, smoothed, usual_top
-from .reading import Run, Sample, advice, counted, dicts, integer, number, part, read_run
+from .reading import Run, Sample, advice, counted, dicts, integer, part, read_run
 
 T = TypeVar("T")
+Point = tuple[float, float]
 
 THUMBNAIL = 256  # pixels of a picture on the page, at most; chosen
 QUALITY = 80  # of WebP; chosen
 MOST_COLUMNS = 24  # pictures of a row of samples, at most; chosen
 TIMES = {"preparing": "preparing", "training": "training", "sampling": "of which sampling", "saving": "of which saving"}
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 58, 22, 10, 26  # pixels of a chart
+MOST_POINTS = 600  # of one line; chosen: about one per pixel
+HIGHEST = 0.98  # share of the raw losses inside the chart, since a few lie far above; chosen
 MEMORY = {"host": "peak memory of the process", "device": "peak memory of the GPU"}
 SHARES = (("subject_share", "subject", 0.0), ("prompt_share", "prompt", 1.0))  # with the share of the base, at step 0
-
-
-@dataclass(frozen=True)
-class PagePicture:
-    """A picture on the page."""
-
-    url: str
-    width: int
-    height: int
-    text: str  # caption and alternative text
-    pixelated: bool
 
 
 def write_report(run: str | Path, *, photos: bool = True) -> Path:
@@ -68,41 +60,26 @@ def try_report(run: Path, say: Callable[[str], None]) -> None:
 
 def html(run: Run, *, photos: bool = True) -> str:
     """One self-contained page; all text is escaped."""
-    style = file("page.css")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     adapter = run.adapter
     card = {} if adapter is None else {k: v for k, v in asdict(adapter.card).items() if v is not None}
-    changed, chosen, usual = settings(run)
-    fidelity, losses, rates = (
-        None if one is None else Markup(one) for one in (fidelity_chart(run), loss_chart(run), rate_chart(run))
-    )
-    return page.from_string(file("page.html")).render(
-        style=Markup(style),  # a file of this package; charts escape their text
-        hash=source_hash,
+    return page(
+        __package__,
         title=title_of(run),
         summary=summary(run),
         advice=list(advice(run)),
         strips=strips(run),
-        ways=[] if adapter is None or run.adapter_file is None else list(ways(adapter, run.adapter_file, run.path)),
-        losses=losses,
-        rates=rates,
-        fidelity=fidelity,
+        ways=[] if adapter is None or run.adapter_file is None else list(uses(adapter, run.adapter_file, run.path)),
+        charts={"loss": loss_chart(run), "rate": rate_chart(run), "fidelity": fidelity_chart(run)},
         scores=scores_table(run),
-        crops=[picture(path, f"photo {i}") for i, path in enumerate(run.crops if photos else (), 1)],
+        crops=[picture(path, f"photo {i}", generated=False) for i, path in enumerate(run.crops if photos else (), 1)],
         mirrored=bool(run.config.get("flip")),
         resolution=run.config.get("resolution"),
         events=[event_words(event) for event in run.events],
         timings=timings(run),
-        changed=changed,
-        chosen=chosen,
-        usual=usual,
+        settings=settings(run),
         versions=[(str(k).replace("_", " "), str(v)) for k, v in part(run.record, "surroundings").items()],
         card=[(k.replace("_", " "), str(v)) for k, v in card.items()],
     )
-
-
-def file(name: str) -> str:
-    return (files(__package__) / name).read_text(encoding="utf-8")
 
 
 # --- the head
@@ -130,7 +107,7 @@ def summary(run: Run) -> list[str]:
 # --- pictures
 
 
-def strips(run: Run) -> list[tuple[str, int, list[PagePicture]]]:
+def strips(run: Run) -> list[tuple[str, int, list[dict[str, Any]]]]:
     """The samples of one prompt and seed over time, for each prompt and seed."""
     rows: dict[tuple[str, int], list[Sample]] = {}
     for sample in run.samples:
@@ -148,22 +125,23 @@ def spread(row: Sequence[T], most: int = MOST_COLUMNS) -> list[T]:
     return [row[round(i * (len(row) - 1) / (most - 1))] for i in range(most)]
 
 
-def picture(path: Path, text: str) -> PagePicture:
-    """A grey picture if the file cannot be read."""
+def picture(path: Path, text: str, *, generated: bool = True) -> dict[str, Any]:
+    """A picture on the page, with its caption; a grey one if the file cannot be read."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except OSError:
-        image, text = Image.new("RGB", (SMALL, SMALL), (128, 128, 128)), f"{text}: cannot be read"
-    pixelated = image.width <= SMALL
+        image, text = Image.new("RGB", (LOSSLESS, LOSSLESS), (128, 128, 128)), f"{text}: cannot be read"
+    pixelated = image.width <= LOSSLESS
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return PagePicture(data_url(image, QUALITY), image.width, image.height, text, pixelated)
+    url = data_url(image, QUALITY, generated=generated)
+    return {"url": url, "width": image.width, "height": image.height, "text": text, "pixelated": pixelated}
 
 
 # --- curves
 
 
-def loss_chart(run: Run, *, style: str = "") -> str | None:
+def loss_chart(run: Run, *, style: str = "") -> Markup | None:
     points = [(float(u.step), u.loss) for u in run.updates if u.loss is not None]
     mean = smoothed(points)
     label = f"Loss by step; its mean went from {mean[0][1]:.3g} to {mean[-1][1]:.3g}" if mean else ""
@@ -172,12 +150,12 @@ def loss_chart(run: Run, *, style: str = "") -> str | None:
     return chart(label, [("raw", points), ("mean", mean)], top=top, marks=marks, last=run.total, style=style)
 
 
-def rate_chart(run: Run) -> str | None:
+def rate_chart(run: Run) -> Markup | None:
     points = [(float(u.step), u.rate) for u in run.updates]
     return chart("Learning rate by step", [("rate", points)], height=120, last=run.total)
 
 
-def fidelity_chart(run: Run) -> str | None:
+def fidelity_chart(run: Run) -> Markup | None:
     rows, lines = [row for row in dicts(run.scores.get("adapters")) if row.get("step") is not None], []
     for key, kind, start in SHARES:
         points = [(float(integer(row["step"])), value) for row in rows if (value := number(row.get(key))) is not None]
@@ -210,25 +188,117 @@ def scores_table(run: Run) -> dict[str, Any] | None:
     }
 
 
+def chart(
+    label: str,
+    lines: Sequence[tuple[str, Sequence[Point]]],
+    *,
+    height: int = 240,
+    top: float | None = None,
+    dots: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
+    last: float | None = None,
+    style: str = "",
+) -> Markup | None:
+    """A line chart as an SVG element, with all text escaped; None if there are no points.
+
+    label      a description for screen readers
+    lines      CSS class and points, by x
+    top, last  ends of the axes; None: those of the points
+    dots       a dot at each point, with its values on hover
+    marks      x and text of vertical lines
+    style      CSS for svg.lb, for use outside the report; "": the page has the style
+    """
+    everything = [point for _, points in lines for point in points]
+    if not everything:
+        return None
+    last_x = max(1.0, last or 0.0, *(x for x, _ in everything))
+    highest = top if top is not None else max(y for _, y in everything)
+    y_ticks = ticks(0.0, highest or 1.0, max(1, height // 60))
+    highest = max(highest, y_ticks[-1])
+    right, floor = WIDTH - RIGHT, height - BOTTOM
+
+    def across(x: float) -> str:
+        return f"{LEFT + x / last_x * (right - LEFT):.1f}"
+
+    def up(y: float) -> str:
+        return f"{floor - min(max(y, 0.0), highest) / highest * (floor - TOP):.1f}"
+
+    x_ticks = [x for x in ticks(0.0, last_x, 6) if x <= last_x and x.is_integer()]
+    title = f'aria-label="{escape(label)}"'
+    alone = f'xmlns="http://www.w3.org/2000/svg" class="lb" width="{WIDTH}" height="{height}" ' if style else ""
+    parts = [f'<svg {alone}viewBox="0 0 {WIDTH} {height}" role="img" {title}>', f"<style>{style}</style>" if style else ""]
+    for y in y_ticks:
+        parts.append(f'<path class="grid" d="M{LEFT} {up(y)}H{right}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{up(y)}" dy=".32em" text-anchor="end">{short(y)}</text>')
+    for x in x_ticks:
+        text = f"{x:g}" if x else "step 0"
+        parts.append(f'<text x="{across(x)}" y="{height - 6}" text-anchor="middle">{text}</text>')
+    for x, text in marks:
+        if 0 <= x <= last_x:
+            parts.append(f'<path class="mark" d="M{across(x)} {TOP}V{floor}"><title>{escape(text)}</title></path>')
+    for kind, points in lines:
+        if points:
+            path = "L".join(f"{across(x)} {up(y)}" for x, y in thinned(points))
+            parts.append(f'<path class="{kind}" d="M{path}"/>')
+        for x, y in points if dots else ():
+            place = f'cx="{across(x)}" cy="{up(y)}" r="4"'
+            parts.append(f'<circle class="{kind}" {place}><title>step {x:g}: {y:.3g}</title></circle>')
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers over low..high, about `count` of them; the last is at or above `high`."""
+    raw = max((high - low) / count, 1e-12)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    return [round((first + i) * step, 12) for i in range(math.ceil(high / step - 1e-9) - first + 1)]
+
+
+def short(value: float) -> str:
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most about MOST_POINTS: the lowest and the highest of each stretch, so that spikes stay."""
+    if len(points) <= MOST_POINTS:
+        return list(points)
+    size, extremes = math.ceil(2 * len(points) / MOST_POINTS), []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        extremes += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return extremes
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """Exponential mean over a twentieth of the points, at least 20 (chosen), without bias towards its first value."""
+    keep = 1 - 2 / (max(20, len(points) / 20) + 1)
+    total, weight, means = 0.0, 0.0, []
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1
+        means.append((x, total / weight))
+    return means
+
+
+def usual_top(values: Sequence[float]) -> float:
+    """An upper end for the axis of noisy values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(HIGHEST * len(ordered)))] if ordered else 1.0
+
+
 # --- facts
 
-Setting = tuple[str, str, str]  # name, value, default
 
-
-def settings(run: Run) -> tuple[list[Setting], list[Setting], list[Setting]]:
-    """Settings changed from the default; those without a fixed default (set, or chosen for this run); those at the default."""
-    changed: list[Setting] = []
-    chosen: list[Setting] = []
-    usual: list[Setting] = []
-    for spec, values in ((TrainingConfig, run.config), (LoraSpec, run.lora)):
-        for one in fields(spec):
-            if one.name not in values:
-                continue
-            value, default = values[one.name], None if one.default is MISSING else one.default
-            same = text_of(value) == text_of(default)
-            group = usual if same else chosen if default is None else changed
-            group.append((one.name, text_of(value), text_of(default)))
-    return changed, chosen, usual
+def settings(run: Run) -> dict[str, list[tuple[str, str, str]]]:
+    """Names, values and defaults: changed ones, those without a fixed default (set, or chosen for this run), and the usual."""
+    groups: dict[str, list[tuple[str, str, str]]] = {"changed": [], "chosen": [], "usual": []}
+    for values, defaults in ((run.config, asdict(TrainingConfig())), (part(run.record, "facts", "lora"), asdict(LoraSpec()))):
+        for name, default in defaults.items():
+            if name in values:
+                value, usual = text_of(values[name]), text_of(default)
+                group = "usual" if value == usual else "chosen" if default is None else "changed"
+                groups[group].append((name, value, usual))
+    return groups
 
 
 def text_of(value: Any) -> str:
@@ -258,26 +328,18 @@ def event_words(event: dict[str, Any]) -> tuple[str, str, str]:
 
 # --- how to use the file
 
-Way = tuple[str, list[str], str]  # program, sentences, code
 
-
-def ways(adapter: Adapter, file: Path, run: Path) -> Iterator[Way]:
-    """A way for each program. The page has the name of the run's folder, but not its path."""
-    card = adapter.card
-    prompt, weight = one_line(card.prompt or card.words or "a photo"), f"{card.weight:g}"
-    base = card.base_model or "the base"
-    folder, name, stem = one_line(run.resolve().name), file.relative_to(run).as_posix(), file_stem(adapter.name)
-    here = f"From the folder above {folder}:"
-    used = f"pipe.load_lora_weights({quoted(folder)}, weight_name={quoted(name)})\nimage = pipe({quoted(prompt)}).images[0]"
-    yield "diffusers", [here], f"{loading(card)}\n{used}"
-    copy = f"Copy {name} to models/{{}}/ under a unique name, e.g. {stem}.safetensors."
-    node = f"Add a Load LoRA node between the checkpoint and the prompts, set both strengths to {weight}, and write:"
-    yield "ComfyUI", [copy.format("loras"), node], prompt
-    yield "A1111", [copy.format("Lora"), "Then write:"], f"{prompt} <lora:{stem}:{weight}>"
+def uses(adapter: Adapter, file: Path, run: Path) -> Iterator[tuple[str, str, str]]:
+    """Program, sentence and code, for each program. The page has the name of the run's folder, but not its path."""
+    folder, name = one_line(run.resolve().name), file.relative_to(run).as_posix()
+    here = f"From the folder above {folder}"
+    for program, sentence, code in ways(adapter, name, folder, new_name=f"{file_stem(adapter.name)}.safetensors"):
+        yield program, sentence or here, code
+    prompt = f"{one_line(adapter.card.prompt or 'a photo')} in the snow"
     script = (
-        f"import lora_booth as lb\n\nbase = lb.BaseModel.load({quoted(base)})\n"
+        f"import lora_booth as lb\n\nbase = lb.BaseModel.load({quoted(adapter.card.base_model or 'the base')})\n"
         f"adapter = lb.Adapter.load({quoted(f'{folder}/{name}')})\n"
-        f"pictures = lb.Composition(base, [adapter]).generate({quoted(f'{prompt} in the snow')}, seeds=range(4))\n"
+        f"pictures = lb.Composition(base, [adapter]).generate({quoted(prompt)}, seeds=range(4))\n"
         'lb.Gallery(pictures).save("gallery.html")'
     )
-    yield "lora_booth", [here, f"To score every adapter that the run has saved, run lora-booth evaluate on {folder}."], script
+    yield "lora_booth", f"To score every adapter that the run has saved, run lora-booth evaluate on {folder}. {here}", script
