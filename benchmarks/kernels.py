@@ -65,8 +65,8 @@ def pieces(outs: int, ins: int, count: int, rank: int = 8) -> list[LoraPiece]:
     for _ in range(count):
         weight, bias = (torch.randn(*size, device="cuda").to(DTYPE) * 0.05 for size in ((outs, ins), (outs,)))
         down, up = (torch.randn(*size, device="cuda").to(DTYPE) for size in ((rank, ins), (outs, rank)))
-        near = torch.zeros_like(down), torch.zeros_like(up)
-        found.append(LoraPiece(weight, bias, None, down, up, 1.0, near, near[0].float(), near[1].float(), trigger=down))
+        places = torch.zeros_like(down).float(), torch.zeros_like(up).float()
+        found.append(LoraPiece(weight, bias, None, down, up, 1.0, *places, trigger=down))
     return found
 
 

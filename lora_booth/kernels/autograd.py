@@ -15,8 +15,8 @@ from torch.autograd import Function
 
 from . import dispatch
 
-# Where one product of patches is faster than a convolution: measured on SD 1.5's layers, on one core.
-FEW_PIXELS = 128  # of a batch, at most
+# Where one product of patches is faster than a convolution: measured on SD 1.5's layers (benchmarks/convolutions.py)
+FEW_PIXELS = 128  # of all outputs in a batch, at most
 MANY_WEIGHTS = 2**20  # at least
 
 
@@ -24,21 +24,7 @@ def fused(x: Tensor) -> bool:
     return x.is_cuda and dispatch.works_on(x.device)
 
 
-# --- products --------------------------------------------------------------------------------------------------------
-
-
-class FrozenLinear(Function):
-    """Saves only its weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        return gradient @ weight, None, None
+# --- convolutions ----------------------------------------------------------------------------------------------------
 
 
 class ConvOptions(NamedTuple):
@@ -50,49 +36,45 @@ class ConvOptions(NamedTuple):
     groups: int = 1
 
 
-def few_pixels(x: Tensor, weight: Tensor, how: ConvOptions) -> bool:
-    """Whether a CPU convolution is faster as one product of patches: PyTorch's reorders its weights at every call."""
-    pixels = len(x) * (x.shape[2] // how.stride[0]) * (x.shape[3] // how.stride[1])
-    small = pixels <= FEW_PIXELS and weight.numel() >= MANY_WEIGHTS
-    return small and x.device.type == "cpu" and how.groups == 1 and weight.is_contiguous()
-
-
 class FrozenConv2d(Function):
     """Saves only its weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: ConvOptions) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.how = x.shape, how
-        pointwise = weight.shape[2:] == how.stride == (1, 1) and how.padding == (0, 0)
-        ctx.linear = pointwise and x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
-        if ctx.linear:  # a linear layer on pixels, which adds the bias as well
-            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        ctx.product = few_pixels(x, weight, how)
-        if ctx.product:
-            patches = F.unfold(x, weight.shape[2:], how.dilation, how.padding, how.stride)  # type: ignore[arg-type]
-            result = weight.flatten(1) @ patches.transpose(0, 1).flatten(1)  # (o, N pixels)
-            result = result if bias is None else result.add_(bias[:, None])
-            height = (x.shape[2] + 2 * how.padding[0] - how.dilation[0] * (weight.shape[2] - 1) - 1) // how.stride[0] + 1
-            return result.view(len(weight), len(x), height, -1).transpose(0, 1).contiguous()
-        return F.conv2d(x, weight, bias, *how)
+        steps = [divmod(far, stride) for far, stride in zip(reach(x, weight, how), how.stride, strict=True)]
+        ctx.shape, ctx.how, ctx.left = x.shape, how, tuple(left for _, left in steps)
+        height, width = (count + 1 for count, _ in steps)
+        ctx.product = as_product(x, weight, how, len(x) * height * width)
+        if not ctx.product:
+            return F.conv2d(x, weight, bias, *how)
+        patches = F.unfold(x, weight.shape[2:], how.dilation, how.padding, how.stride)  # type: ignore[arg-type]
+        result = weight.flatten(1) @ patches.transpose(0, 1).flatten(1)  # (outs, N pixels)
+        result = result if bias is None else result.add_(bias[:, None])
+        return result.view(len(weight), len(x), height, width).transpose(0, 1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (weight,), how = ctx.saved_tensors, ctx.how
-        if ctx.linear:
-            return (gradient.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2), None, None, None
-        if ctx.product:
-            patches = (gradient.flatten(2).transpose(1, 2) @ weight.flatten(1)).transpose(1, 2)
-            sizes = ctx.shape[2:], weight.shape[2:], how.dilation, how.padding, how.stride
-            return F.fold(patches, *sizes), None, None, None  # type: ignore[arg-type]
-        left = tuple(
-            size - ((out - 1) * stride - 2 * pad + spread * (kernel - 1) + 1)
-            for size, out, stride, pad, spread, kernel in zip(
-                ctx.shape[2:], gradient.shape[2:], how.stride, how.padding, how.dilation, weight.shape[2:], strict=True
-            )
-        )
-        return F.conv_transpose2d(gradient, weight, output_padding=left, **how._asdict()), None, None, None
+        if not ctx.product:
+            for_x = F.conv_transpose2d(gradient, weight, output_padding=ctx.left, **how._asdict())
+            return for_x, None, None, None
+        rows = gradient.flatten(2).transpose(1, 2).flatten(0, 1)  # (N pixels, outs): one product, however many images
+        patches = (rows @ weight.flatten(1)).unflatten(0, (len(gradient), -1)).transpose(1, 2)
+        sizes = ctx.shape[2:], weight.shape[2:], how.dilation, how.padding, how.stride
+        return F.fold(patches, *sizes), None, None, None  # type: ignore[arg-type]
+
+
+def reach(x: Tensor, weight: Tensor, how: ConvOptions) -> list[int]:
+    """Down and across: how far the kernel moves from the first pixel to the last."""
+    sizes = zip(x.shape[2:], how.padding, how.dilation, weight.shape[2:], strict=True)
+    return [size + 2 * pad - spread * (kernel - 1) - 1 for size, pad, spread, kernel in sizes]
+
+
+def as_product(x: Tensor, weight: Tensor, how: ConvOptions, pixels: int) -> bool:
+    """Whether one product of patches is faster: on a CPU, a convolution reorders its weights at every call."""
+    small = pixels <= FEW_PIXELS and weight.numel() >= MANY_WEIGHTS
+    return small and x.device.type == "cpu" and how.groups == 1 and weight.is_contiguous()
 
 
 # --- norms and gates -------------------------------------------------------------------------------------------------
@@ -128,10 +110,8 @@ class NormBeside(Function):
             work = dispatch.group_norm_backward
             for_x = work(gradient, skip, x, shift, mean, rstd, weight, bias, ctx.groups, silu=ctx.silu)
             return for_x, None, None, None, None, None, None
-        sizes, gradient = (
-            (*sizes_of(x), ctx.groups),
-            gradient.contiguous(),
-        )  # PyTorch reads it as contiguous, whatever its strides
+        sizes = (*sizes_of(x), ctx.groups)
+        gradient = gradient.contiguous()  # PyTorch reads it as contiguous, whatever its strides
         if ctx.silu:
             normal = torch.native_group_norm(x, weight, bias, *sizes, ctx.eps)[0]
             gradient = torch.ops.aten.silu_backward(gradient, normal)
@@ -198,17 +178,3 @@ class Geglu(Function):
         torch.mul(gradient, F.gelu(gates), out=for_values)
         torch.ops.aten.gelu_backward.grad_input(gradient * values, gates, grad_input=for_gates)
         return result
-
-
-class SumWithBias(Function):
-    """x + bias (by channel) + more; all share the gradient of the sum. x, more (N, C, H, W)"""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, more: Tensor) -> Tensor:
-        if bias is not None and fused(x):
-            return dispatch.sum_with_bias(x, bias, more)
-        return (x if bias is None else x + bias[:, None, None]) + more
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None, gradient

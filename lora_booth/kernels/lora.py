@@ -6,8 +6,7 @@ one kernel each, however many layers there are. Layers in half precision read on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +26,14 @@ class Factor:
     """Views of one factor for its layer, all in the shape of its parameter."""
 
     value: Tensor  # in the precision of the base
-    gradient: Tensor  # in that precision, for products that can write no other
-    full_gradient: Tensor  # float32
+    gradient: Tensor  # float32
 
 
 class Flat:
     """Turn `parameters` (float32, on one device) and their gradients into views of two long tensors.
 
     values    (n,) float32; `.grad` is never None
-    near      a copy of the values in `dtype`, made by `computing`; the values themselves if `dtype` is float32
+    near      a copy of the values in `dtype`, made by `refresh`; the values themselves if `dtype` is float32
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
@@ -47,16 +45,13 @@ class Flat:
         device = parameters[0].device
         self.values = nn.Parameter(torch.zeros(end, dtype=torch.float32, device=device))
         self.values.grad = torch.zeros_like(self.values)
-        same = dtype == torch.float32
-        self.near = self.values.data if same else torch.zeros(end, dtype=dtype, device=device)
-        self.near_gradient = self.values.grad if same else torch.zeros_like(self.near)
+        self.near = self.values.data.to(dtype)
         self.factors: dict[nn.Parameter, Factor] = {}
-        tensors = (self.values.data, self.values.grad, self.near, self.near_gradient)
-        for parameter, *views in zip(parameters, *map(self.parts_of, tensors), strict=True):
-            value, gradient, near, near_gradient = views
+        tensors = (self.values.data, self.values.grad, self.near)
+        for parameter, value, gradient, near in zip(parameters, *map(self.parts_of, tensors), strict=True):
             value.copy_(parameter.data)
             parameter.data, parameter.grad = value, gradient
-            self.factors[parameter] = Factor(near, near_gradient, gradient)
+            self.factors[parameter] = Factor(near, gradient)
 
     def parts_of(self, tensor: Tensor) -> list[Tensor]:
         """A tensor like `values` -> views of it, one for each parameter, in its shape."""
@@ -67,21 +62,15 @@ class Flat:
         assert self.values.grad is not None
         return self.values.grad
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Wrap a forward and a backward pass: refresh the layers' copy of the values, then add their gradients."""
-        if self.near.dtype == torch.float32:
-            yield
-            return
-        self.near.copy_(self.values.data)
-        self.near_gradient.zero_()
-        yield
-        self.gradient.add_(self.near_gradient)
+    def refresh(self) -> None:
+        """Make the layers' copy of the values equal to them; to be called before each forward pass."""
+        if self.near.dtype != torch.float32:
+            self.near.copy_(self.values.data)
 
 
 @dataclass(frozen=True)
 class LoraPiece:
-    """One layer: W x + b + scale B A x. Gradients of A and B are added in place, never returned."""
+    """One layer: W x + b + scale B A x. Gradients of A and B are added in place, in float32, never returned."""
 
     weight: Tensor  # (outs, ins), or packed
     bias: Tensor | None
@@ -89,8 +78,7 @@ class LoraPiece:
     down: Tensor  # A, (rank, ins), in the precision of the input
     up: Tensor  # B, (outs, rank)
     scale: float
-    near_gradients: tuple[Tensor, Tensor]  # of A and B, in the precision of the input
-    down_gradient: Tensor  # the same in float32
+    down_gradient: Tensor
     up_gradient: Tensor
     trigger: Tensor  # requires a gradient, so that autograd runs the backward pass
 
@@ -138,9 +126,8 @@ class LoraPieces:
             down=down.value,
             up=up.value,
             scale=layer.scaling[name],
-            near_gradients=(down.gradient, up.gradient),
-            down_gradient=down.full_gradient,
-            up_gradient=up.full_gradient,
+            down_gradient=down.gradient,
+            up_gradient=up.gradient,
             trigger=parameters[0],
         )
 
@@ -198,13 +185,12 @@ def plain_backward(
     gradients: Sequence[Tensor], x: Tensor, low: Sequence[Tensor], weights: Sequence[Tensor], pieces: Sequence[LoraPiece], *,
     for_input: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Like `dispatch.lora_linear_backward`, except that the gradients of A and B go to `near_gradients`."""
+    """Like `dispatch.lora_linear_backward`."""
     for_x: Tensor | None = None
     for gradient, one, weight, piece in zip(gradients, low, weights, pieces, strict=True):
         back = gradient @ piece.up
-        down_gradient, up_gradient = piece.near_gradients
-        down_gradient.addmm_(back.t(), x, alpha=piece.scale)
-        up_gradient.t().addmm_(one.t(), gradient, alpha=piece.scale)
+        piece.down_gradient.add_(back.t() @ x, alpha=piece.scale)
+        piece.up_gradient.t().add_(one.t() @ gradient, alpha=piece.scale)
         if for_input:
             through = gradient @ weight
             for_x = through if for_x is None else for_x.add_(through)

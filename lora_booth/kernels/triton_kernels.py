@@ -205,17 +205,6 @@ def geglu_backward_kernel(halves, gradient, out, width, WIDTH: tl.constexpr):
     tl.store(out + row * 2 * width + width + column, for_gate, mask=here)
 
 
-@triton.jit
-def sum_with_bias_kernel(x, bias, more, out, count, channels, BLOCK: tl.constexpr):
-    """out = x + bias + more, the bias by channel, channels last."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = place < count
-    value = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
-    value += tl.load(bias + place % channels, mask=here, other=0.0).to(tl.float32)
-    value += tl.load(more + place, mask=here, other=0.0).to(tl.float32)
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=here)
-
-
 # --- linear layers with a LoRA: up to three that read the same input -------------------------------------------------
 
 

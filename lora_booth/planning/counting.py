@@ -156,7 +156,7 @@ def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures
         _ = base.alphas_cumprod  # made once per base, so not counted
         with fused_attention(), Meter() as meter:
             with saved_for_backward(*base.structure.values()) as saved:
-                adapter.flat.near.copy_(adapter.flat.values.data)
+                adapter.flat.refresh()
                 if lora.text_encoder:
                     text = base.encode_text(batch.prompts)
                 loss = dreambooth_loss(

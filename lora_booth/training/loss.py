@@ -24,18 +24,18 @@ def backward(
     divisor: int = 1,
 ) -> Tensor:
     """Forward and backward pass: adds the gradient of the loss / `divisor` to that of `factors`; returns it, () float32."""
-    with factors.computing():
-        loss = dreambooth_loss(
-            base,
-            inputs.batch,
-            inputs.text,
-            inputs.noise,
-            inputs.timesteps,
-            prior_loss_weight=prior_loss_weight,
-            min_snr_gamma=min_snr_gamma,
-        )
-        loss = loss / divisor
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    factors.refresh()
+    loss = dreambooth_loss(
+        base,
+        inputs.batch,
+        inputs.text,
+        inputs.noise,
+        inputs.timesteps,
+        prior_loss_weight=prior_loss_weight,
+        min_snr_gamma=min_snr_gamma,
+    )
+    loss = loss / divisor
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
