@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pipelines import make_pipeline
 from lora_booth.base.base_model import BaseModel, TextConditions
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError
-from lora_booth.kernels.capture import StepGraph, can_capture, copied, fill, layout_of, obstacle, tensors_of
+from lora_booth.kernels.capture import StepGraph, can_capture, fill, layout_of, obstacle, tensors_of
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import Batch, Inputs
@@ -51,7 +52,7 @@ def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_buffers_take_in_every_tensor() -> None:
     one, other = some_inputs(1), some_inputs(2)
-    buffers = copied(one)
+    buffers = copy.deepcopy(one)
     assert len(tensors_of(one)) == 6  # latents, time_ids, states, pooled, noise, timesteps
     places = [tensor.data_ptr() for tensor in tensors_of(buffers)]
     assert not set(places) & {tensor.data_ptr() for tensor in tensors_of(one)}

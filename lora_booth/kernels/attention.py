@@ -26,6 +26,7 @@ PROCESSORS = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor", "xformers": 
 MOST_SCORES = 2**28  # bytes that plain attention may store for the backward pass; chosen
 FEWEST_SCORES = 2**20  # multiply-adds of the widest layer's scores in one head that make measuring worth it; chosen
 CLEARLY = 1.2  # times faster than sdpa that a kernel must be to replace it, above measurement noise; chosen
+CALLS = 5  # of each kernel, of which the shortest counts; chosen
 
 Shape = tuple[int, int, int, int]  # heads, query tokens, key tokens, channels of a head
 
@@ -58,11 +59,8 @@ def attention_kernel(unet: Any, name: str) -> Iterator[list[str]]:
     stock, kind = tuple(kinds.values()), kinds[name]
     custom = sorted({type(processor).__name__ for processor in before.values() if type(processor) not in stock})
     changed = {path: kind() if type(p) in stock and type(p) is not kind else p for path, p in before.items()}
-    if all(changed[path] is processor for path, processor in before.items()):
-        yield custom
-        return
-    unet.set_attn_processor(changed)
     try:
+        unet.set_attn_processor(changed)
         yield custom
     finally:
         unet.set_attn_processor(dict(before))
@@ -138,22 +136,17 @@ def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dt
         sizes = ((pictures, tokens, heads * width) for tokens in (queries, keys, keys))
         q, k, v = (torch.randn(*size, device=device).to(dtype).requires_grad_() for size in sizes)
         try:
-            total += count * seconds_for(lambda: KERNELS[name](q, k, v, heads), device)  # noqa: B023  # called at once
+            total += count * min(seconds_for(KERNELS[name], q, k, v, heads) for _ in range(CALLS))
         except (RuntimeError, NotImplementedError, ValueError):
             return math.inf
     return total
 
 
-def seconds_for(kernel: Callable[[], Tensor], device: torch.device, *, times: int = 4) -> float:
-    """The shortest of `times` calls, after a warm-up."""
-    best = math.inf
-    for i in range(times + 1):
-        began = now(device)
-        result = kernel()
-        result.backward(torch.ones_like(result))  # type: ignore[no-untyped-call]
-        if i:
-            best = min(best, now(device) - began)
-    return best
+def seconds_for(kernel: Callable[[Tensor, Tensor, Tensor, int], Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int) -> float:
+    began = now(q.device)
+    result = kernel(q, k, v, heads)
+    result.backward(torch.ones_like(result))  # type: ignore[no-untyped-call]
+    return now(q.device) - began
 
 
 def now(device: torch.device) -> float:

@@ -6,8 +6,9 @@ that cannot be recorded runs as usual, and the run reports why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+import copy
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError, first_line, setting
+from .lean import watched
 
 WARM_UPS = 3  # passes before a recording, for one-time set-up in cuDNN, cuBLAS and autograd; as in PyTorch's documentation
 
@@ -38,8 +40,7 @@ def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | N
         return "dropout draws from a generator that is reseeded for every step"
     if config.compile:
         return "compile=True"
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, kind) for module in base.unet.modules() for kind in kinds):
+    if any(watched(module) for module in base.unet.modules()):
         return "the U-Net has hooks, which a replay would not call"
     return None
 
@@ -53,32 +54,13 @@ def tensors_of(value: Any) -> list[Tensor]:
     return []
 
 
-def copied(value: Any) -> Any:
-    """The tree with every tensor copied."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: copied(getattr(value, field.name)) for field in fields(value)})
-    return value
-
-
-def layout_of(value: Any, *, apart: Sequence[str] = ("prompts",)) -> Any:
+def layout_of(value: Any) -> Any:
     """What a recording depends on: sizes, precisions and plain values, but not the prompts."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if is_dataclass(value):
-        return tuple(layout_of(getattr(value, field.name)) for field in fields(value) if field.name not in apart)
+        return tuple(layout_of(getattr(value, field.name)) for field in fields(value) if field.name != "prompts")
     return value
-
-
-@dataclass
-class Recording:
-    inputs: Any  # the buffers that it reads
-    start: Callable[[], Tensor]  # returns the loss
-
-    def play(self, inputs: Any) -> Tensor:
-        fill(self.inputs, inputs)
-        return self.start()
 
 
 def fill(buffers: Any, inputs: Any) -> None:
@@ -100,7 +82,7 @@ class StepGraph:
     ) -> None:
         self.work, self.gradient, self.say = work, gradient, say
         self.on = True
-        self._recordings: dict[Any, Recording] = {}
+        self._recordings: dict[Any, Callable[[Any], Tensor]] = {}
         self._begun: set[Any] = set()
         self._pool: Any = None
 
@@ -113,15 +95,16 @@ class StepGraph:
             return self.work(inputs)
         if layout not in self._recordings:
             try:
-                self._recordings[layout] = self._graph_of(copied(inputs))
+                self._recordings[layout] = self._recorded(copy.deepcopy(inputs))
             except RuntimeError as error:
                 reason = first_line(error)
                 self.close()
                 self.say(f"the step cannot be recorded ({reason}); continuing without a recording")
                 return self.work(inputs)
-        return self._recordings[layout].play(inputs)
+        return self._recordings[layout](inputs)
 
-    def _graph_of(self, buffers: Any) -> Recording:
+    def _recorded(self, buffers: Any) -> Callable[[Any], Tensor]:
+        """`work`, replayed on its inputs' copies in `buffers`."""
         before = self.gradient.clone()
         torch.cuda.empty_cache()  # the graph's own pool cannot use memory cached by earlier steps
         try:
@@ -136,11 +119,12 @@ class StepGraph:
                 loss = self.work(buffers)
             self._pool = graph.pool()
 
-            def start() -> Tensor:
+            def replay(inputs: Any) -> Tensor:
+                fill(buffers, inputs)
                 graph.replay()
                 return loss.clone()
 
-            return Recording(buffers, start)
+            return replay
         finally:
             self.gradient.copy_(before)
 

@@ -36,21 +36,19 @@ def lean(
     factors  of the adapter under training: `Flat.factors`
     say      gets a line for each kind of module whose stock forward differs from the known one, and so stays
     """
-    patched: list[nn.Module] = []
-    pieces, present = LoraPieces(factors), {type(module) for module in model.modules()}
+    pieces, modules = LoraPieces(factors), list(model.modules())
+    for rewrite in rewrites().values():
+        if not rewrite.agrees and any(type(module) is rewrite.kind for module in modules):
+            name = rewrite.kind.__name__
+            say(f"note: {name} of this diffusers differs from its lean forward, so the stock one is used: more memory")
+    found = [(module, lean_forward(module, pieces)) for module in modules if "forward" not in vars(module)]
+    forwards = {module: forward for module, forward in found if forward is not None}
     try:
-        for kind, rewrite in rewrites().items():
-            if kind in present and not rewrite.agrees:
-                name = kind.__name__
-                say(f"note: {name} of this diffusers differs from its lean forward, so the stock one is used: more memory")
-        chosen = [(module, lean_forward(module, pieces)) for module in model.modules() if "forward" not in vars(module)]
-        for module, forward in chosen:
-            if forward is not None:
-                patched.append(module)
-                module.forward = forward
-        yield len(patched)
+        for module, forward in forwards.items():
+            module.forward = forward  # type: ignore[assignment]
+        yield len(forwards)
     finally:
-        for module in patched:
+        for module in forwards:
             vars(module).pop("forward", None)
 
 
@@ -139,16 +137,12 @@ def projected(x: Tensor, pieces: list[LoraPiece]) -> tuple[Tensor, ...]:
 
 def together(layers: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of these layers for x, in one step where all of them are lean LoRA layers without hooks."""
-    pieces = []
-    for layer in layers:
-        forward = vars(layer).get("forward")
-        if not isinstance(forward, partial) or forward.func is not lean_lora or watched(layer):
-            break
-        piece = forward.args[0].of(layer, x)
-        if piece is None:
-            break
-        pieces.append(piece)
-    return projected(x, pieces) if len(pieces) == len(layers) else tuple(layer(x) for layer in layers)
+    forwards = [vars(layer).get("forward") for layer in layers]
+    if all(getattr(forward, "func", None) is lean_lora for forward in forwards) and not any(map(watched, layers)):
+        pieces = [forward.args[0].of(layer, x) for forward, layer in zip(forwards, layers, strict=True)]  # type: ignore[union-attr]
+        if None not in pieces:
+            return projected(x, pieces)
+    return tuple(layer(x) for layer in layers)
 
 
 def is_lora(layer: Any) -> bool:
@@ -238,9 +232,9 @@ def plain_block(block: Any) -> bool:
 
 def lean_transformer(
     model: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, return_dict: bool = True, **more: Any
-) -> Any:
+) -> tuple[Tensor]:
     """In channels-last format the tokens are the pixels as they lie in memory, so nothing is copied. x (N, C, H, W)"""
-    if encoder_hidden_states is None or given(more):
+    if encoder_hidden_states is None or return_dict or given(more):
         return NotImplemented
     rows, _, height, width = x.shape
     skip, normal = norm_beside(model.norm, x)
@@ -252,12 +246,7 @@ def lean_transformer(
             tokens = block(tokens, encoder_hidden_states=encoder_hidden_states)
     result = on_tokens(model.proj_out, tokens).view(rows, height, width, -1).permute(0, 3, 1, 2)
     channels_last = skip.is_contiguous(memory_format=torch.channels_last) and not skip.is_contiguous()
-    result = (result if channels_last else result.contiguous()) + skip
-    if not return_dict:
-        return (result,)
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=result)
+    return ((result if channels_last else result.contiguous()) + skip,)
 
 
 def on_tokens(layer: nn.Module, x: Tensor) -> Tensor:

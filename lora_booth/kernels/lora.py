@@ -82,10 +82,6 @@ class LoraPiece:
     up_gradient: Tensor
     trigger: Tensor  # requires a gradient, so that autograd runs the backward pass
 
-    @property
-    def unpacked(self) -> Tensor:
-        return unpacked(self.weight, self.packing)
-
 
 class LoraPieces:
     """The pieces of an adapter under training, made once per setting of a layer.
@@ -142,7 +138,7 @@ class LoraLinears(Function):
     def forward(ctx: Any, x: Tensor, trigger: Tensor, pieces: Sequence[LoraPiece]) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.fused = fusible(rows, pieces)
-        weights = [piece.unpacked for piece in pieces]
+        weights = [unpacked(piece.weight, piece.packing) for piece in pieces]
         work = dispatch.lora_linear if ctx.fused else plain_forward
         results, low = work(rows, weights, pieces)
         ctx.save_for_backward(x, *low)
@@ -152,7 +148,7 @@ class LoraLinears(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, *low = ctx.saved_tensors
-        weights = [piece.unpacked for piece in ctx.pieces]
+        weights = [unpacked(piece.weight, piece.packing) for piece in ctx.pieces]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         flat = [gradient.reshape(-1, gradient.shape[-1]).contiguous() for gradient in gradients]
         work = dispatch.lora_linear_backward if ctx.fused else plain_backward
