@@ -193,8 +193,12 @@ def comparison(**subject: list[float]) -> Comparison:
 def test_the_best_and_whether_it_is_clear() -> None:
     clear = comparison(weak=[0.5, 0.5, 0.52, 0.5], strong=[0.7, 0.72, 0.7, 0.7])
     assert clear.best.name == "strong" and clear.advice()[0] == "The best is strong, clearly ahead of weak."
-    assert clear.subject_share(clear.best) == pytest.approx(0.7625) and clear.prompt_share(clear.best) == pytest.approx(1)
-    assert clear.overall(clear.best) == pytest.approx(0.7625)
+    assert clear.standing(clear.best) == {
+        "subject_share": pytest.approx(0.7625),
+        "prompt_share": pytest.approx(1),
+        "overall": pytest.approx(0.7625),
+        "drift": 0.0,
+    }
     lead = clear.lead
     assert lead is not None and lead[0].name == "weak" and lead[1] <= 0.7625 - 0.2625 <= lead[2]
     unclear = comparison(one=[0.5, 0.7, 0.5, 0.7], other=[0.7, 0.5, 0.7, 0.51])
@@ -203,12 +207,26 @@ def test_the_best_and_whether_it_is_clear() -> None:
     deaf = replace(clear, adapters=(replace(strong, values={**strong.values, "clip_t": [[0.22]] * 4}), clear.adapters[0]))
     assert deaf.best.name == "weak"  # who no longer follows prompts is not the best
     drifted = replace(clear, adapters=(replace(strong, values={**strong.values, "pres": [[0.7]]}),))
-    assert drifted.drift(drifted.best) == pytest.approx(0.75) and any("plain class" in line for line in drifted.advice())
+    assert drifted.standing(drifted.best)["drift"] == pytest.approx(0.75) and any(
+        "plain class" in line for line in drifted.advice()
+    )
     deaf_base = replace(clear, floor=replace(clear.floor, values={**clear.floor.values, CHANCE: [[0.3]] * 4}))
-    assert deaf_base.prompt_share(strong) is None and deaf_base.overall(strong) == clear.subject_share(strong)
+    standing = deaf_base.standing(strong)
+    assert standing["prompt_share"] is None and standing["overall"] == clear.standing(strong)["subject_share"]
     assert any("base itself" in line for line in deaf_base.advice())
     flat = replace(clear, ceiling=Row("photos", {"dino": [[0.4]]}))
     assert flat.overall(strong) is None and "one subject" in flat.advice()[0]
+
+
+@pytest.mark.parametrize("subject", [0.42, 0.55, 0.7])  # hardly, partly and well learnt
+@pytest.mark.parametrize("sign", [{"clip_t": [[0.22]] * 4}, {"copies": [[0.5]] * 4}, {"pres": [[0.7]]}, {}])
+def test_advice_never_asks_for_more_steps_and_fewer_at_once(subject: float, sign: dict[str, list[list[float]]]) -> None:
+    plain = comparison(one=[subject] * 4)
+    row = plain.adapters[0]
+    said = " ".join(replace(plain, adapters=(replace(row, values={**row.values, **sign}),)).advice())
+    more, fewer = any(words in said for words in ("train longer", ": more steps")), "fewer steps" in said
+    assert not (more and fewer) and ("learnt well" in said) == (subject == 0.7)
+    assert more == (not sign and subject < 0.7) and fewer == (bool(sign) and subject == 0.7)
 
 
 # --- pictures of the world -----------------------------------------------------------------------------------------

@@ -113,7 +113,6 @@ def candidates(text: str, token: str | None, class_noun: str | None) -> Iterator
 
 def written(made: Comparison, runs: list[Path], out: Path | None) -> Iterator[Path]:
     from ..evaluation.runs import scores_file
-    from ..files import write_file
     from ..pictures.gallery import Gallery
     from ..report.report import write_report
 
@@ -122,8 +121,6 @@ def written(made: Comparison, runs: list[Path], out: Path | None) -> Iterator[Pa
         yield write_report(runs[0])
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        file = out / "scores.json"
-        write_file(file, json_text.dumps(made.as_dict(), indent=1).encode())
-        yield file
+        yield scores_file(out, made)
         pictures = [picture for row in (made.floor, *made.adapters) for picture in row.pictures]
         yield Gallery(pictures, title="evaluation").save(out / "gallery.html")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -22,27 +21,14 @@ Groups = Sequence[Sequence[Image.Image]]  # by prompt
 RENDER_SEED = 77_000  # chosen: far from the seeds of the photos, so that the ceiling shows other poses
 
 
-class Measure(Protocol):
-    metrics: tuple[Metric, ...]
-    described: str
-
-    def of_subject(self, cases: Sequence[Case], drawn: Groups) -> dict[str, Values]:
-        """Values for the pictures of each case. CHANCE is their fidelity to the other cases' prompts."""
-        ...
-
-    def of_class(self, pictures: Sequence[Image.Image]) -> dict[str, Values]:
-        """Values for pictures of the plain class."""
-        ...
-
-    def of_photos(self, cases: Sequence[Case], seeds: int) -> dict[str, Values]:
-        """The ceiling."""
-        ...
-
-
 class PhotoMeasure:
     """arXiv 2208.12242, sec. 4.2: DINO and CLIP-I, the mean cosine of each picture with every photo; CLIP-T, the cosine of
     picture and prompt; PRES, DINO of the plain class's pictures with the photos. DIV is 1 - DINO among the pictures of one
     prompt here, and LPIPS in the paper. CLIP-T compares with the class noun without the token, which CLIP does not know.
+
+    of_subject  values for the pictures of each case; CHANCE is their fidelity to the other cases' prompts
+    of_class    values for pictures of the plain class
+    of_photos   the ceiling
     """
 
     metrics: tuple[Metric, ...] = (
@@ -89,6 +75,7 @@ class PhotoMeasure:
 class ToyboxMeasure:
     """The judge's reading of each picture. If the photos show a subject of the drawn world, its attributes are counted and
     the ceiling is real renders in the prompts' contexts; else the judge's features replace DINO and the ceiling is the photos.
+    The same three methods as of PhotoMeasure.
     """
 
     def __init__(self, photos: Sequence[Image.Image]) -> None:

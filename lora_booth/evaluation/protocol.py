@@ -22,7 +22,7 @@ from ..pictures.picture import Picture
 from ..pictures.prompts import SHARED
 from .cases import TEMPLATE, Case, cases_of, class_prompt
 from .encoders import CLIP, DINO, Clip, Dino
-from .measures import Measure, PhotoMeasure, ToyboxMeasure, unseen_contexts
+from .measures import PhotoMeasure, ToyboxMeasure, unseen_contexts
 from .results import Comparison, Row
 
 PHOTO_SIDE = 512  # pixels of the photos' squares; chosen: the encoders take less
@@ -82,7 +82,7 @@ def evaluate(
     if contexts is None:
         contexts = unseen_contexts(images) if toybox else SHARED
     cases = cases_of(card, prompts, contexts)
-    measure: Measure = (
+    measure = (
         ToyboxMeasure(images)
         if toybox
         else PhotoMeasure(images, Dino(dino, device=base.device), Clip(clip, device=base.device))
@@ -114,7 +114,7 @@ class Drawing:
     """Draw and measure one row after the other, and count the pictures."""
 
     base: BaseModel
-    measure: Measure
+    measure: PhotoMeasure | ToyboxMeasure
     cases: Sequence[Case]
     class_prompt: str
     seeds: Sequence[int]

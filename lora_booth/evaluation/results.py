@@ -17,6 +17,12 @@ FOLLOWED = 0.8  # share of the base's prompt fidelity
 MANY_COPIES = 0.2  # share of the pictures
 ROOM = 1e-3  # below this, floor and ceiling count as equal; chosen
 
+OVERFITTED = (  # what is seen, a remedy, and where the subject is learnt another
+    ("Prompts are followed less closely than by the base", "use a weight below 1", "an adapter with fewer steps"),
+    ("{copies:.0%} of the pictures are copies of photos", "use photos taken in more places", "fewer steps"),
+    ("The plain class has begun to look like the subject", "train with prior preservation", "for fewer steps"),
+)
+
 CHANCE = "chance"  # key of a row's fidelity to prompts that its pictures were not drawn for
 
 
@@ -62,22 +68,25 @@ class Comparison:
     class_pictures: int
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the sampler
 
+    def _key(self, of: str) -> str:
+        return next((metric.key for metric in self.metrics if metric.of == of), "")
+
     @property
-    def prompt_chance(self) -> float:
-        """Prompt fidelity of the base's pictures to prompts that they were not drawn for."""
-        return self.floor.mean(CHANCE) or 0.0
+    def _scales(self) -> dict[str, tuple[float | None, float | None]]:
+        """What counts as 0 and as 1: of the subject the base alone and the photos, of the prompt the base's pictures of other
+        prompts and of these. No prompt where the base does not follow these prompts."""
+        subject, prompt = self._key("subject"), self._key("prompt")
+        scales = {subject: (self.floor.mean(subject), self.ceiling.mean(subject))}
+        chance, followed = self.floor.mean(CHANCE) or 0.0, self.floor.mean(prompt)
+        return scales if followed is None or followed - chance < ROOM else scales | {prompt: (chance, followed)}
 
     def _shares(self, row: Row, chosen: np.ndarray | None = None) -> np.ndarray | None:
-        """(rounds, 2): subject and prompt fidelity, each scaled to 0..1 between floor and ceiling; (rounds, 1) if the base does
-        not follow the prompts; None if the photos are no nearer to each other than the base's pictures are to them.
+        """(rounds, 2): subject and prompt fidelity, each scaled to 0..1; (rounds, 1) if the base does not follow the prompts;
+        None if the photos are no nearer to each other than the base's pictures are to them.
         chosen: (rounds, prompts), the prompts drawn in each round; None: one round with each prompt once"""
-        floor, ceiling = self._mean(self.floor, "subject"), self._mean(self.ceiling, "subject")
-        scales = [("subject", floor, ceiling)]
-        if self._base_follows:
-            scales.append(("prompt", self.prompt_chance, self._mean(self.floor, "prompt")))
         shares = []
-        for of, low, high in scales:
-            means = np.array([np.mean(group) for group in row.values.get(self._key(of), ()) if len(group)])
+        for key, (low, high) in self._scales.items():
+            means = np.array([np.mean(group) for group in row.values.get(key, ()) if len(group)])
             if not len(means) or low is None or high is None or high - low < ROOM:
                 return None
             if chosen is not None and chosen.shape[1] != len(means):
@@ -86,32 +95,28 @@ class Comparison:
             shares.append(((means.mean(axis=1) - low) / (high - low)).clip(0, 1))
         return np.stack(shares, axis=1)
 
-    @property
-    def _base_follows(self) -> bool:
-        """Whether the base's pictures fit their prompts better than others."""
-        fidelity = self._mean(self.floor, "prompt")
-        return fidelity is not None and fidelity - self.prompt_chance >= ROOM
+    def standing(self, row: Row) -> dict[str, float | None]:
+        """Where the row stands; None where there is nothing to compare with.
 
-    def _key(self, of: str) -> str:
-        return next((metric.key for metric in self.metrics if metric.of == of), "")
-
-    def _mean(self, row: Row, of: str) -> float | None:
-        return row.mean(self._key(of))
-
-    def subject_share(self, row: Row) -> float | None:
-        """Subject fidelity from the base alone (0) to the photos (1)."""
-        shares = self._shares(row)
-        return None if shares is None else float(shares[0, 0])
-
-    def prompt_share(self, row: Row) -> float | None:
-        """Prompt fidelity from pictures of other prompts (0) to the base alone (1)."""
-        shares = self._shares(row)
-        return None if shares is None or shares.shape[1] < 2 else float(shares[0, 1])
+        subject_share  subject fidelity from the base alone (0) to the photos (1)
+        prompt_share   prompt fidelity from pictures of other prompts (0) to the base alone (1)
+        overall        the product of both, so that neither makes up for the other
+        drift          how far pictures of the plain class have moved from the base's (0) towards the photos (1)
+        """
+        shares = [] if (found := self._shares(row)) is None else found[0].tolist()
+        before, now, top = (one.mean("pres") for one in (self.floor, row, self.ceiling))
+        drift = None
+        if before is not None and now is not None and top is not None and top - before >= ROOM:
+            drift = float(np.clip((now - before) / (top - before), 0, 1))
+        return {
+            "subject_share": shares[0] if shares else None,
+            "prompt_share": shares[1] if len(shares) > 1 else None,
+            "overall": float(np.prod(shares)) if shares else None,
+            "drift": drift,
+        }
 
     def overall(self, row: Row) -> float | None:
-        """The product of both shares, so that neither makes up for the other."""
-        shares = self._shares(row)
-        return None if shares is None else float(shares[0].prod())
+        return self.standing(row)["overall"]
 
     @property
     def best(self) -> Row:
@@ -136,46 +141,33 @@ class Comparison:
 
     def advice(self) -> list[str]:
         """What the scores of the best adapter suggest, in plain sentences."""
-        row, lines = self.best, []
-        if self._shares(row) is None:
+        row, standing = self.best, self.standing(self.best)
+        subject, prompt, drift = (standing[name] for name in ("subject_share", "prompt_share", "drift"))
+        copies = row.mean("copies") or 0.0
+        if subject is None:
             return ["The photos are no more alike than the base's pictures are like them: check that all show one subject."]
+        lines = []
         if len(self.adapters) > 1:
-            lines.append(self._which())
-        subject, prompt = self.subject_share(row) or 0.0, self.prompt_share(row)
-        copies, drift = row.mean("copies") or 0.0, self.drift(row)
-        if subject < BARELY:
-            lines.append("The subject is hardly learnt yet: train longer, or check that the photos show it clearly.")
-        elif subject < WELL:
-            lines.append("The subject is partly learnt: more steps, more photos or a higher rank may help.")
-        else:
+            ahead = ""
+            if self.lead is not None:
+                ahead = f", {'clearly' if self.lead[1] > 0 else 'but not clearly'} ahead of {self.lead[0].name}"
+            lines.append(f"The best is {row.name}{ahead}.")
+        deaf, drifted = prompt is not None and prompt < FOLLOWED, drift is not None and drift > BARELY
+        signs = [sign for sign, seen in zip(OVERFITTED, (deaf, copies > MANY_COPIES, drifted), strict=True) if seen]
+        amount = "learnt well" if subject >= WELL else "partly learnt" if subject >= BARELY else "hardly learnt yet"
+        if subject >= WELL:
             lines.append("The subject is learnt well.")
-        if prompt is not None and prompt < FOLLOWED:
-            lines.append(
-                "Prompts are followed less closely than by the base: use a weight below 1, or an adapter with fewer steps."
-            )
-        if not self._base_follows:
+        elif signs:
+            lines.append(f"The subject is {amount}, but more steps would make the rest worse: use more or clearer photos.")
+        elif subject >= BARELY:
+            lines.append(f"The subject is {amount}: more steps, more photos or a higher rank may help.")
+        else:
+            lines.append(f"The subject is {amount}: train longer, or check that the photos show it clearly.")
+        for words, remedy, fewer in signs:
+            lines.append(f"{words.format(copies=copies)}: {remedy}{f', or {fewer}' if subject >= WELL else ''}.")
+        if prompt is None:
             lines.append("The base itself does not follow these prompts: use others to measure prompt fidelity.")
-        if copies > MANY_COPIES:
-            lines.append(f"{copies:.0%} of the pictures are copies of photos: use fewer steps, or photos taken in more places.")
-        if drift is not None and drift > BARELY:
-            lines.append(
-                "The plain class has begun to look like the subject: train with prior preservation, or for fewer steps."
-            )
         return lines
-
-    def drift(self, row: Row) -> float | None:
-        """How far pictures of the plain class have moved from the base's (0) towards the photos (1)."""
-        now, before = row.mean("pres"), self.floor.mean("pres")
-        top = self.ceiling.mean("pres")
-        if now is None or before is None or top is None or top - before < ROOM:
-            return None
-        return float(np.clip((now - before) / (top - before), 0, 1))
-
-    def _which(self) -> str:
-        if self.lead is None:
-            return f"The best is {self.best.name}."
-        second, low, _ = self.lead
-        return f"The best is {self.best.name}, {'clearly' if low > 0 else 'but not clearly'} ahead of {second.name}."
 
     def lines(self) -> Iterator[str]:
         """A table: photos, base and adapters with their means and half of the 95 % intervals; then the advice."""
@@ -200,28 +192,18 @@ class Comparison:
             scores = {m.key: None if (s := row.score(m.key)) is None else asdict(s) for m in self.metrics}
             return {"name": row.name, "step": row.step, "digest": row.digest, "scores": scores}
 
-        adapters = [
-            one(row)
-            | {
-                "subject_share": self.subject_share(row),
-                "prompt_share": self.prompt_share(row),
-                "overall": self.overall(row),
-                "drift": self.drift(row),
-            }
-            for row in self.adapters
-        ]
         return {
             "measured_with": self.described,
             "metrics": [asdict(metric) for metric in self.metrics],
             "photos": one(self.ceiling) | {"count": self.photos},
             "base": one(self.floor),
-            "adapters": adapters,
+            "adapters": [one(row) | self.standing(row) for row in self.adapters],
             "best": self.best.name,
             "advice": self.advice(),
             "prompts": list(self.prompts),
             "seeds": self.seeds,
             "class_prompt": self.class_prompt,
             "class_pictures": self.class_pictures,
-            "prompt_chance": self.prompt_chance,
+            "prompt_chance": self.floor.mean(CHANCE) or 0.0,
             "settings": dict(self.settings),
         }

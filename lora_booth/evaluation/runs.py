@@ -42,9 +42,10 @@ def saved_adapters(run: Path) -> Iterator[tuple[int, Path]]:
         yield last, run / ADAPTER
 
 
-def scores_file(run: str | Path, made: Comparison) -> Path:
-    """Write the scores to the run's folder; its report shows them until another run starts there."""
-    path = Path(run) / SCORES
-    content = made.as_dict() | {"identity": read_record(Path(run)).get("identity")}
+def scores_file(folder: str | Path, made: Comparison) -> Path:
+    """Write the scores to a folder; in that of a run, the report shows them until another run starts there."""
+    path = Path(folder) / SCORES
+    identity = read_record(Path(folder)).get("identity")
+    content = made.as_dict() | ({} if identity is None else {"identity": identity})
     write_file(path, (json.dumps(content, indent=1) + os.linesep).encode())
     return path
