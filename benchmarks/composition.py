@@ -47,8 +47,8 @@ def adapter_of(base: lb.BaseModel, name: str, token: str, work: Path) -> lb.Adap
     if not file.exists():
         folder = work / "photos" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for i, render in enumerate(photos_of(SUBJECTS[name], 5, PHOTO_CONTEXTS, seed=500)):
-            render.image.save(folder / f"{i}.png")
+        for i, image in enumerate(photos_of(SUBJECTS[name], 5, PHOTO_CONTEXTS, seed=500)):
+            image.save(folder / f"{i}.png")
         subject = lb.Subject.from_folder(folder, token=token, class_noun=SUBJECTS[name].class_noun)
         lb.train(base, subject, progress=False).save(file)
     return lb.Adapter.load(file)
@@ -153,7 +153,7 @@ class Bench:
             pair = (SUBJECTS[names[0]], SUBJECTS[names[1]])
             for context in self.contexts:
                 if method == "renders":
-                    shown, images = pair, [draw(Scene(pair, context, "photo", 900 + seed)).image for seed in self.seeds]
+                    shown, images = pair, [draw(Scene(pair, context, "photo", 900 + seed)) for seed in self.seeds]
                 else:
                     shown, prompt, studio = self.asked(method, names, pair, context, number)
                     started = time.perf_counter()

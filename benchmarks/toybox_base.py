@@ -81,7 +81,7 @@ def main() -> None:
         scenes = prompts(arguments.pictures // 2, objects)
         captions = [caption(scene) for scene in scenes]
         images = generate(base, captions, arguments.steps, arguments.guidance)
-        ceiling = score(scenes, [draw(scene).image for scene in scenes])
+        ceiling = score(scenes, [draw(scene) for scene in scenes])
         print(
             json.dumps({"objects": objects, "pictures": len(images), "base": score(scenes, images), "renders": ceiling}),
             flush=True,

@@ -303,16 +303,16 @@ def test_what_cannot_be_scored_together(tiny: BaseModel, photos: Path) -> None:
 
 @pytest.mark.parametrize("name", ["olga", "brew", "bolt"])
 def test_photos_of_the_drawn_world_are_recognised(name: str) -> None:
-    images = [render.image for render in photos_of(HELD_OUT[name], 5, CONTEXTS[:3], seed=500)]
+    images = photos_of(HELD_OUT[name], 5, CONTEXTS[:3], seed=500)
     assert drawn_subject(images) == (name, HELD_OUT[name])
     assert drawn_subject(pictures(4)) is None
 
 
 def test_the_judges_figures_are_as_written() -> None:
     def renders(name: str, context: str, count: int) -> list[Image.Image]:
-        return [draw(Scene((HELD_OUT[name],), context, "photo", 40 + seed)).image for seed in range(count)]
+        return [draw(Scene((HELD_OUT[name],), context, "photo", 40 + seed)) for seed in range(count)]
 
-    photos = [render.image for render in photos_of(HELD_OUT["olga"], 4, CONTEXTS[:3], seed=500, size=64)]
+    photos = photos_of(HELD_OUT["olga"], 4, CONTEXTS[:3], seed=500, size=64)
     measure = ToyboxMeasure(photos)
     cases = cases_of(Card(token="sks", class_noun="owl"), [TEMPLATE], ["in the jungle", "on a stage"])
     drawn = [renders("olga", "in the jungle", 2), [photos[0], *renders("brew", "on a stage", 1)]]

@@ -48,8 +48,8 @@ def main() -> None:
         folder = Path(scratch)
         photos = folder / "photos"
         photos.mkdir()
-        for number, render in enumerate(photos_of(next(iter(HELD_OUT.values())), 4, CONTEXTS)):
-            render.image.save(photos / f"{number}.png")
+        for number, image in enumerate(photos_of(next(iter(HELD_OUT.values())), 4, CONTEXTS)):
+            image.save(photos / f"{number}.png")
         base = lb.BaseModel.load("toybox")
         subject = lb.Subject.from_folder(photos, token="zwx", class_noun="dog")
         config = lb.TrainingConfig(steps=3, class_images=2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
@@ -21,7 +22,7 @@ from ..run import train
 from ..subject.subject import Subject
 from ..subject.wording import with_article
 from ..toybox.scenery import CONTEXTS as EVERY_CONTEXT
-from ..toybox.world import HELD_OUT, Render, photos_of
+from ..toybox.world import HELD_OUT, photos_of
 
 PHOTOS = 5
 CONTEXTS = ("in a meadow", "in the kitchen", "on the beach")  # of the photos
@@ -38,7 +39,7 @@ class DemoSubject:
     scores: Comparison
 
 
-def drawn_photos(name: str, count: int = PHOTOS, contexts: Sequence[str] = CONTEXTS) -> list[Render]:
+def drawn_photos(name: str, count: int = PHOTOS, contexts: Sequence[str] = CONTEXTS) -> list[Image.Image]:
     """A held-out subject as a user's photos would show it, 256 x 256 pixels."""
     return photos_of(HELD_OUT[name], count, contexts, seed=500)
 
@@ -46,15 +47,14 @@ def drawn_photos(name: str, count: int = PHOTOS, contexts: Sequence[str] = CONTE
 def write_photos(name: str, folder: Path, *, count: int = PHOTOS, contexts: Sequence[str] = CONTEXTS) -> Path:
     """`drawn_photos` as PNG files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, render in enumerate(drawn_photos(name, count, contexts)):
-        render.image.save(folder / f"{name}{i + 1}.png")
+    for i, image in enumerate(drawn_photos(name, count, contexts)):
+        image.save(folder / f"{name}{i + 1}.png")
     return folder
 
 
 def score(base: BaseModel, adapter: Adapter, name: str, *, count: int = PHOTOS, seeds: Sequence[int] = range(4)) -> Comparison:
     """The adapter of a held-out subject in the contexts that its photos do not show. count: of the photos"""
-    images = [render.image for render in drawn_photos(name, count)]
-    return evaluate(base, adapter, images, contexts=NEW_CONTEXTS, seeds=seeds, batch_size=8, **SAMPLER)
+    return evaluate(base, adapter, drawn_photos(name, count), contexts=NEW_CONTEXTS, seeds=seeds, batch_size=8, **SAMPLER)
 
 
 def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> list[DemoSubject]:
@@ -84,7 +84,7 @@ def before_after(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) ->
     """For each subject a row of photos, a row without the adapter and a row with it."""
     images, labels = [], []
     for one in subjects:
-        images += [render.image for render in drawn_photos(one.name, len(SHOWN))]
+        images += drawn_photos(one.name, len(SHOWN))
         labels += [f"photo {i + 1} of {one.name}" for i in range(len(SHOWN))]
         for title, adapters in (("before", []), ("after", [one.adapter])):
             for context in SHOWN:

@@ -126,7 +126,7 @@ class ToyboxMeasure:
             return {"cosine": [near], "pres": [near]}
         contexts = [case.context or CONTEXTS[index % len(CONTEXTS)] for index, case in enumerate(cases)]
         renders = [
-            [draw(Scene((self.identity,), context, "photo", RENDER_SEED + 100 * i + seed)).image for seed in range(seeds)]
+            [draw(Scene((self.identity,), context, "photo", RENDER_SEED + 100 * i + seed)) for seed in range(seeds)]
             for i, context in enumerate(contexts)
         ]
         pres = self.of_class([image for group in renders for image in group])["pres"]

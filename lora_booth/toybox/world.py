@@ -1,4 +1,4 @@
-"""The drawn world of the toybox: pictures with ground truth, the same for the same seed.
+"""The drawn world of the toybox: the same for the same seed.
 
 A picture shows one or two objects in a context, in one of two styles. Prompts may name an object's class and colour,
 and never the rest of its *look* (second and third colour, pattern, accessory): as in DreamBooth, a model can learn a
@@ -15,7 +15,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from .drawing import RGB, Canvas, Shape, arc, box, ellipse
@@ -63,13 +62,6 @@ class Scene:
     context: str
     style: str = "photo"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Render:
-    image: Image.Image  # RGB, size x size
-    masks: np.ndarray  # (objects, size, size) bool: the pixels of each object
-    scene: Scene
 
 
 # Never drawn for the base's training: the subjects of the demo and of the benchmarks.
@@ -281,8 +273,7 @@ def random_pose(rng: random.Random, index: int, count: int) -> Pose:
     return Pose(x, rng.uniform(0.90, 0.95), scale, rng.uniform(-5, 5), rng.random() < 0.5)
 
 
-def paint_object(canvas: Canvas, identity: Identity, pose: Pose, style: str) -> Image.Image:
-    """Paint one object; returns its mask (mode "L", supersampled)."""
+def paint_object(canvas: Canvas, identity: Identity, pose: Pose, style: str) -> None:
     figure = FIGURES[identity.class_noun]
     body = [shape for paint, shape in figure.parts if paint == "body"]
     cloth = Canvas(canvas.side)
@@ -292,26 +283,21 @@ def paint_object(canvas: Canvas, identity: Identity, pose: Pose, style: str) -> 
     worn = [(COLORS[identity.third], s) for s in accessory_shapes(identity.accessory, figure)]
     parts = [(paint, canvas.scaled(pose.place(shape))) for paint, shape in [*figure.parts, *worn]]
     line = max(2, round(0.020 * canvas.side))
-    mask = Image.new("L", canvas.image.size)
-    mask_pen = ImageDraw.Draw(mask)
     if style == "sticker":  # a white rim around the object
         for _, shape in parts:
             canvas.pen.line([*shape, *shape[:2]], fill=EYE_WHITE, width=3 * line, joint="curve")
     for paint, shape in parts:
         canvas.pen.line([*shape, *shape[:2]], fill=OUTLINE, width=line, joint="curve")
-        mask_pen.line([*shape, *shape[:2]], fill=255, width=line, joint="curve")
-        mask_pen.polygon(shape, fill=255)
         if paint == "body":
             part = Image.new("L", canvas.image.size)
             ImageDraw.Draw(part).polygon(shape, fill=255)
             canvas.image.paste(cloth.image, mask=part)
         else:
             canvas.pen.polygon(shape, fill=paint)
-    return mask
 
 
-def draw(scene: Scene, size: int = 64) -> Render:
-    """Draw `scene` as `size` x `size` pixels."""
+def draw(scene: Scene, size: int = 64) -> Image.Image:
+    """Draw `scene` as `size` x `size` pixels, RGB."""
     if not 1 <= len(scene.objects) <= 2:
         raise ValueError(f"a scene has one or two objects, not {len(scene.objects)}")
     rng = random.Random(f"picture {scene.seed}")
@@ -319,15 +305,11 @@ def draw(scene: Scene, size: int = 64) -> Render:
     SCENERY[scene.context](canvas, rng)
     if scene.style == "sticker":
         canvas.image.paste(Image.blend(canvas.image, Image.new("RGB", canvas.image.size, EYE_WHITE), 0.55))
-    masks = []
     for index, identity in enumerate(scene.objects):
-        mask = paint_object(canvas, identity, random_pose(rng, index, len(scene.objects)), scene.style)
-        masks.append(np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 127)
-    image = canvas.image.resize((size, size), Image.Resampling.BOX)
-    return Render(image, np.stack(masks), scene)
+        paint_object(canvas, identity, random_pose(rng, index, len(scene.objects)), scene.style)
+    return canvas.image.resize((size, size), Image.Resampling.BOX)
 
 
-def photos_of(identity: Identity, count: int, contexts: Sequence[str], *, seed: int = 0, size: int = 256) -> list[Render]:
+def photos_of(identity: Identity, count: int, contexts: Sequence[str], *, seed: int = 0, size: int = 256) -> list[Image.Image]:
     """Pictures like a user's photos: one object, in `contexts` by turns."""
-    scenes = [Scene((identity,), contexts[i % len(contexts)], "photo", seed + i) for i in range(count)]
-    return [draw(scene, size) for scene in scenes]
+    return [draw(Scene((identity,), contexts[i % len(contexts)], "photo", seed + i), size) for i in range(count)]

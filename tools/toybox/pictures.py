@@ -38,7 +38,7 @@ class Renders:
         """(count, SIZE, SIZE, 3) uint8, drawn once and kept as a file in `work`."""
         path = work / f"renders_{self.name}.npy"
         if not path.exists():
-            pictures = np.stack([np.asarray(world.draw(scene, SIZE).image) for scene in self.scenes()])
+            pictures = np.stack([np.asarray(world.draw(scene, SIZE)) for scene in self.scenes()])
             np.save(path.with_suffix(".tmp.npy"), pictures)
             os.replace(path.with_suffix(".tmp.npy"), path)
         return np.load(path, mmap_mode="r")
