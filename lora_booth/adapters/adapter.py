@@ -49,7 +49,7 @@ class Adapter(AdapterContents):
         """
         from .writing import save
 
-        return save(self._with_thumbnail(thumbnail), Path(path), layout=layout, dtype=dtype)
+        return save(self._with(thumbnail), Path(path), layout=layout, dtype=dtype)
 
     def save_folder(
         self,
@@ -70,8 +70,7 @@ class Adapter(AdapterContents):
         """
         from .sharing import save_folder
 
-        adapter = self._with_thumbnail(thumbnail)._with_license(license)
-        return save_folder(adapter, Path(folder), pictures, layout=layout, dtype=dtype)
+        return save_folder(self._with(thumbnail, license), Path(folder), pictures, layout=layout, dtype=dtype)
 
     def push_to_hub(
         self,
@@ -93,18 +92,16 @@ class Adapter(AdapterContents):
         """
         from .sharing import push_to_hub
 
-        adapter = self._with_thumbnail(thumbnail)._with_license(license)
+        adapter = self._with(thumbnail, license)
         return push_to_hub(adapter, repo_id, pictures, private=private, token=token, layout=layout, dtype=dtype)
 
-    def _with_thumbnail(self, thumbnail: Image.Image | str | Path | None) -> Adapter:
+    def _with(self, thumbnail: Image.Image | str | Path | None, license: str | None = None) -> Adapter:
+        adapter = self if license is None else self.with_card(license=license)
         if thumbnail is None:
-            return self
+            return adapter
         from .sharing import thumbnail_url
 
-        return replace(self, thumbnail=thumbnail_url(thumbnail))
-
-    def _with_license(self, license: str | None) -> Adapter:
-        return self if license is None else self.with_card(license=license)
+        return replace(adapter, thumbnail=thumbnail_url(thumbnail))
 
     def with_card(self, **facts: Any) -> Adapter:
         """Return the same adapter with other facts on its card, e.g. author=, license=, consent=, tags=, date=.

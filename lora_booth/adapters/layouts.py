@@ -237,12 +237,9 @@ def tail_of(module: str) -> str:
 def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
     """Canonical path -> kohya stem, for the modules of one file."""
     texts = ("text_encoder", "text_encoder_2")
-    if family is None:
-        two = any(component_of(m) == texts[1] for m in modules)
-        prefixes: tuple[str, ...] = ("lora_te1", "lora_te2") if two else ("lora_te",)
-        sgm = False
-    else:
-        prefixes, sgm = FAMILIES[family].kohya_text_prefixes, FAMILIES[family].kohya_sgm
+    likely = family or ("sdxl" if any(component_of(m) == texts[1] for m in modules) else "sd1")
+    prefixes = FAMILIES[likely].kohya_text_prefixes
+    sgm = family is not None and FAMILIES[family].kohya_sgm
     attended = {int(m.split(".")[2]) for m in modules if m.startswith("unet.up_blocks.") and ".attentions." in m}
     original = UNetNames(LAYERS, MOST_BLOCKS, attended | {0, 1})  # sgm is SDXL, whose first two blocks up have attention
     names: dict[str, str] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
 from ..base.families import FAMILIES
-from .contents import CONSENT, AdapterContents, Card, Layout, file_stem, on_hub, one_line, ways
+from .contents import AdapterContents, Card, Consent, Layout, file_stem, on_hub, one_line, ways
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,20 +29,14 @@ FAMILY_TAGS = {  # the Hub's tags for the family
     "sd2": ("stable-diffusion", "stable-diffusion-diffusers"),
     "sdxl": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
 }
-STATEMENTS = dict(
-    zip(
-        CONSENT,
-        (
-            "The maker has not stated whom or what it shows, nor that anyone agreed.",
-            "The maker states that it shows the maker.",
-            "The maker states that it shows a person who agreed to it.",
-            "The maker states that it shows an object, an animal or a place, and no person.",
-            "The maker states that it was trained on the maker's own art.",
-            "The maker states that it was trained on art that is licensed for it.",
-        ),
-        strict=True,
-    )
-)
+STATEMENTS: dict[Consent, str] = {
+    "not stated": "The maker has not stated whom or what it shows, nor that anyone agreed.",
+    "self": "The maker states that it shows the maker.",
+    "consenting person": "The maker states that it shows a person who agreed to it.",
+    "object": "The maker states that it shows an object, an animal or a place, and no person.",
+    "own art": "The maker states that it was trained on the maker's own art.",
+    "licensed art": "The maker states that it was trained on art that is licensed for it.",
+}
 
 
 class SharedPicture(Protocol):

@@ -27,7 +27,6 @@ from .reading import PICKLE_SUFFIXES, load
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAMES = {HEADER_DTYPES[name]: name for name in FACTOR_DTYPES}
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000  # the part of a file that kohya's old hash is taken of
-MAX_PEFT_ENTRY = 32 * 2**10  # characters
 
 
 def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
@@ -164,8 +163,7 @@ def _peft_entry(modules: Mapping[str, LoraFactors]) -> dict[str, str]:
         others = {module: other for module, other in ranks.items() if other != rank}
         if others:
             fields[f"{component}.rank_pattern"] = fields[f"{component}.alpha_pattern"] = others
-    text = json.dumps(fields, sort_keys=True)
-    return {PEFT_KEY: text} if len(text) <= MAX_PEFT_ENTRY else {}
+    return {PEFT_KEY: json.dumps(fields, sort_keys=True)}
 
 
 def _header_bytes(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
