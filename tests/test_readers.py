@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pipelines import make_pipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 from spoilt import saved
 
@@ -122,6 +123,15 @@ def test_a_peft_file_is_for_diffusers(shapes, family, tmp_path):
     for reader in ("A1111", "sd-scripts"):
         assert not readings[reader].scales
         assert str(readings[reader]) == f"{reader}: reads nothing (its names are those of PEFT or diffusers)"
+
+
+def test_a_peft_file_of_many_ranks_has_long_metadata(shapes, tmp_path):
+    """They cannot be left out: diffusers would give every module the scale of the first."""
+    modules = {name: factors((8, 8, *shape[2:]), rank=1 + i % 4) for i, (name, shape) in enumerate(shapes["sdxl"].items())}
+    path = Adapter(modules, Card(family="sdxl")).save(tmp_path / "a.safetensors", layout="peft")
+    with safe_open(path, "pt") as file:
+        assert len(file.metadata()["lora_adapter_metadata"]) > 2**16
+    assert {name: f.rank for name, f in Adapter.load(path).modules.items()} == {name: f.rank for name, f in modules.items()}
 
 
 @pytest.mark.parametrize(

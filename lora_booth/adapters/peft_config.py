@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base.safetensors_header import KEY_CHARACTERS
 from ..errors import AdapterFormatError, AdapterScaleError, AdapterTargetError, AdapterTooLarge
 from .contents import MAX_RANK
 from .layouts import component_of
 
+NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.")
 NUMBER_LENGTH = 40  # characters of a wrong number that a message quotes
 
 # Fields that make something else of the same tensors (peft/tuners/lora/config.py and variants.py); False, None and [] do not.
@@ -70,7 +71,7 @@ class PeftConfig:
         texts: dict[str, tuple[int, Any]] = {}
         for place, (text, value) in enumerate(pattern.items()):
             plain = text.replace("\\.", ".").removesuffix("$")
-            if not KEY_CHARACTERS.issuperset(plain.removeprefix("^")):
+            if not NAME_CHARACTERS.issuperset(plain.removeprefix("^")):
                 raise AdapterScaleError(
                     f"{name} in its metadata holds {ascii(text[:NUMBER_LENGTH])}, a regular expression, which is never run; "
                     "ask for a file with complete module names",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -13,8 +12,9 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import files
 from ..base.families import labels
-from ..base.safetensors_header import ADAPTER, DTYPES, FACTOR_DTYPES, Header, parse_json, read_header
+from ..base.safetensors_header import DTYPES, FACTOR_DTYPES, Header, parse_json, read_header
 from ..errors import (
     AdapterBaseMismatch,
     AdapterDtypeError,
@@ -35,7 +35,8 @@ ALPHA_DTYPES = (*FACTOR_DTYPES, "F64", "I64", "I32")  # some tools save alpha as
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 CONFIG_FILE = "adapter_config.json"  # PEFT's, beside the first of them
-MAX_CONFIG = 2**20  # bytes of it
+MAX_CONFIG = 2**20  # bytes of it; chosen
+MAX_BYTES = 2**30  # of the tensors; chosen: far above every good file known
 
 
 class Plan(NamedTuple):
@@ -62,8 +63,8 @@ def read(
     named = _named(header, allow, path)
     plans = {module: _plan(module, keys, header, path) for module, keys in named.items()}
     expanded = sum(4 * (math.prod(plan.down) + math.prod(plan.up)) for plan in plans.values() if plan.kind)
-    if expanded > ADAPTER.file:
-        raise AdapterTooLarge(f"its LoHa or LoKr has {expanded} bytes as LoRA; allowed: {ADAPTER.file}", path)
+    if max(size, expanded) > MAX_BYTES:
+        raise AdapterTooLarge(f"{max(size, expanded)} bytes{' as LoRA' if expanded > size else ''}; allowed: {MAX_BYTES}", path)
     peft = _peft_config(header.metadata.get(PEFT_KEY), config, path)
     modules = {}
     for module, keys in sorted(named.items()):
@@ -209,16 +210,13 @@ def _inside(folder: Path, name: str) -> Path:
 def open_regular(path: Path) -> BinaryIO:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UnsafeFormat(f"a {path.suffix} file is a pickle and could run its code; ask for a .safetensors file", path)
-    try:  # not blocking: a named pipe would never answer
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        return files.open_regular(path)
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENXIO, errno.ENODEV):  # a socket or a dead device
+        # EINVAL: of `files`; the others: a socket or a dead device
+        if isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.ENXIO, errno.ENODEV):
             raise AdapterFormatError("not a regular file", path) from None
         raise _cannot_open(path, error) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise AdapterFormatError("not a regular file", path)
-    return os.fdopen(descriptor, "rb")
 
 
 def _cannot_open(path: Path, error: Exception) -> AdapterError:

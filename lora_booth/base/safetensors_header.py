@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,39 +10,25 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from .. import files
 from ..errors import AdapterDtypeError, AdapterFormatError, AdapterTooLarge, UnsafeFormat
-
-KEY_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on a file. All were chosen: far above every good file known, and cheap to check."""
+    """Limits on a header. All were chosen: far above every good file known, and cheap to check."""
 
-    file: int = 2**30  # bytes
     header: int = 4 * 2**20  # bytes
-    metadata: int = 64 * 2**10  # characters, keys and values
     tensors: int = 4096
     key: int = 256  # characters of a tensor's name
-    key_characters: frozenset[str] | None = KEY_CHARACTERS  # None: any
     brackets: int = 100_000  # lists and tables, counting those in strings; a million would take seconds
     empty: bool = False  # whether a tensor may have no elements
 
 
 ADAPTER = Limits()
-CHECKPOINT = Limits(
-    file=2**40, header=2**26, metadata=2**26, tensors=2**20, key=2**20, key_characters=None, brackets=2**26, empty=True
-)
+CHECKPOINT = Limits(header=2**26, tensors=2**20, key=2**20, brackets=2**26, empty=True)
 MAX_EXTENT = 2**40  # of a dimension or an offset; chosen
 
-# Training logs, settings and pictures that other tools put into good files, often beyond the limit. They are never read.
-BULK = frozenset(
-    (
-        *("ss_tag_frequency", "ss_bucket_info", "ss_datasets", "ss_dataset_dirs", "ss_reg_dataset_dirs"),
-        *("modelspec.thumbnail", "sd_merge_models", "sd_merge_recipe"),
-        *("ot_config", "prompt", "workflow"),
-    )
-)
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -76,7 +61,7 @@ class Entry(NamedTuple):
 @dataclass(frozen=True)
 class Header:
     tensors: Mapping[str, Entry]
-    metadata: Mapping[str, str]  # without BULK
+    metadata: Mapping[str, str]
     data_start: int  # bytes
 
 
@@ -95,19 +80,24 @@ def read_header(handle: BinaryIO, size: int, path: Path, limits: Limits = ADAPTE
         raise AdapterFormatError(f"not a safetensors file (header length {length}, file {size} bytes)", path)
     if length < 2:
         raise AdapterFormatError(f"header length {length}: not a safetensors file", path)
-    if size > limits.file:
-        raise AdapterTooLarge(f"{size} bytes; allowed: {limits.file}", path)
     if 8 + length > size:
         raise AdapterFormatError(f"header length {length} is more than the file has ({size} bytes); download it again", path)
     content = parse_json(first[8:] + exactly(handle, length - 1, path), path, brackets=limits.brackets)
-    metadata = _metadata(content.pop("__metadata__", {}), path, limits)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterFormatError("__metadata__ is not a table of strings", path)
     if len(content) > limits.tensors:
         raise AdapterTooLarge(f"{len(content)} tensors; allowed: {limits.tensors}", path)
-    tensors = {_key(key, path, limits): _entry(key, value, path, limits) for key, value in content.items()}
+    longest = max(map(len, content), default=1)
+    if longest > limits.key or "" in content:
+        raise AdapterFormatError(f"tensor names of {longest} characters; allowed: 1 to {limits.key}", path)
+    tensors = {key: _entry(key, value, path, limits) for key, value in content.items()}
     end = 0
     for key, entry in sorted(tensors.items(), key=lambda item: item[1].start):
         if entry.start != end:
-            raise AdapterFormatError(f"{'overlap' if entry.start < end else 'hole'} before {key}, at byte {entry.start}", path)
+            raise AdapterFormatError(
+                f"{'overlap' if entry.start < end else 'hole'} before {brief(key)}, at byte {entry.start}", path
+            )
         end = entry.end
     if 8 + length + end != size:
         what = "trailing bytes" if 8 + length + end < size else "tensors cut off"
@@ -124,47 +114,25 @@ def exactly(handle: BinaryIO, count: int, path: Path) -> bytes:
 
 def parse_json(content: bytes, path: Path, *, brackets: int = ADAPTER.brackets) -> dict[str, Any]:
     """A JSON object with unique keys. Raises AdapterError for anything else, however deep or long."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a duplicate key")
-        return result
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     found = content.count(b"[") + content.count(b"{")
     if found > brackets:
         raise AdapterTooLarge(f"{found} lists and tables in its JSON; allowed: {brackets}", path)
     try:
-        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else ascii(str(error))[1:120].rstrip("'")
-        raise AdapterFormatError(f"JSON that cannot be read: {reason}", path) from None
+        parsed = files.parse_json(content)
+    except ValueError as error:
+        raise AdapterFormatError(f"JSON that cannot be read: {brief(str(error))}", path) from None
     if not isinstance(parsed, dict):
         raise AdapterFormatError("JSON that is not an object", path)
     return parsed
 
 
-def _metadata(metadata: Any, path: Path, limits: Limits) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterFormatError("__metadata__ is not a table of strings", path)
-    small = {key: value for key, value in metadata.items() if key not in BULK}
-    size = sum(len(key) + len(value) for key, value in small.items())
-    if size > limits.metadata:
-        raise AdapterTooLarge(f"{size} characters of metadata; allowed: {limits.metadata}", path)
-    return small
+def brief(text: str) -> str:
+    """Text from a file, e.g. a tensor's name, for a message."""
+    return ascii(text)[1:-1][:160]
 
 
-def _key(key: str, path: Path, limits: Limits) -> str:
-    characters = limits.key_characters
-    if not 0 < len(key) <= limits.key or (characters is not None and not characters.issuperset(key)):
-        raise AdapterFormatError(f"tensor name {ascii(key[:60])}; allowed: A-Z a-z 0-9 _ . up to {limits.key}", path)
-    return key
-
-
-def _entry(key: str, value: Any, path: Path, limits: Limits) -> Entry:
+def _entry(name: str, value: Any, path: Path, limits: Limits) -> Entry:
+    key = brief(name)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise AdapterFormatError(f"{key}: not a tensor's entry (dtype, shape, data_offsets)", path)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
