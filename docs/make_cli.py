@@ -48,7 +48,8 @@ def section(name: str, callback: Callable[..., Any]) -> str:
         if kind is bool:
             shown = f"`{option}` / `--no-{option[2:]}`"
         else:
-            shown = f"`{option} {TYPES[kind]}`"
+            value = "\\|".join(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else TYPES[kind]
+            shown = f"`{option} {value}`"
         if required:
             usage.append(f"{option} {TYPES[kind]}")
         options.append(f"| {shown} | {text} | {'required' if required else default(parameter.default)} |")

@@ -19,7 +19,9 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.tools.difference import difference
 from lora_booth.adapters.tools.merge import merge
 from lora_booth.base.base_model import BaseModel
-from lora_booth.cli.arguments import by_file, composition_of
+from lora_booth.cli.app import fail
+from lora_booth.cli.arguments import by_file, file_and_weight, parse_seeds
+from lora_booth.cli.options import Loading, Placement
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError
 from lora_booth.pictures.composition import Composition
@@ -211,7 +213,7 @@ def test_two_subjects_are_separated_by_default_as_in_python(rex, tiny, tmp_path)
     loaded = Adapter.load(rex)
     owl = replace(loaded, card=replace(loaded.card, token="do", class_noun="owl"))
     files = [str(rex), str(owl.save(tmp_path / "owl.safetensors"))]
-    found = composition_of(by_file(files), str(tiny), method=None)
+    found = Placement().composition(by_file(files), str(tiny), Loading())
     expected = Composition(BaseModel.load(tiny), [(Adapter.load(file), 1.0) for file in files])
     assert found.method == expected.method == "regions" and found.by_default and expected.by_default
 
@@ -319,7 +321,7 @@ MISTAKES = [
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.pt --base {tiny}", ".safetensors"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a --base {tiny}", ".safetensors"),
     ("train {photos} --token sks --class-noun dog --out {folder} --base {tiny}", "is a folder"),
-    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --layout webui", "allowed: kohya, peft"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --layout webui", "is not one of 'kohya', 'peft'"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --rank 0", "rank 0"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --rank ten", "--rank"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --learning-rate 3", "--learning-rate 3.0"),
@@ -327,7 +329,10 @@ MISTAKES = [
         "train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --prior-loss-weight nan",
         "--prior-loss-weight nan",
     ),
-    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --attention flash", "'plain' or 'xformers'"),
+    (
+        "train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --attention flash",
+        "is not one of 'auto', 'sdpa', 'plain', 'xformers'",
+    ),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny} --resolution 60", "resolution 60"),
     (
         "train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny} --prior-loss-weight 0 --rank 300",
@@ -361,10 +366,10 @@ MISTAKES = [
     ("show {tmp}/nothing.safetensors", "nothing.safetensors"),
     ("show {file}", "file.txt"),
     ("show {broken}", "broken.safetensors"),
-    ("convert {rex} {tmp}/b.safetensors --layout webui", "allowed: kohya, peft"),
+    ("convert {rex} {tmp}/b.safetensors --layout webui", "is not one of 'kohya', 'peft'"),
     ("convert {rex} {tmp}/b.ckpt", ".safetensors"),
     ("convert {rex}", "out"),
-    ("convert {rex} {tmp}/b.safetensors --dtype int8", "allowed: fp16, bf16, fp32"),
+    ("convert {rex} {tmp}/b.safetensors --dtype int8", "is not one of 'fp16', 'bf16', 'fp32'"),
     ("merge {rex}:much --out {tmp}/a.safetensors", "'much' is not a weight"),
     ("merge {rex} --out {tmp}/a.safetensors --method mean", "allowed: sum (exact), svd"),
     ("merge {rex} --out {tmp}/a.safetensors --rank 3", "rank 3 with method sum"),
@@ -375,10 +380,10 @@ MISTAKES = [
     ("resize {rex} --out {tmp}/a.safetensors", "neither a rank nor an energy"),
     ("resize {rex} --out {tmp}/a.safetensors --rank 600", "rank 600"),
     ("resize {rex} --out {tmp}/a.safetensors --energy 2", "energy 2.0"),
-    ("resize {rex} --out {tmp}/a.safetensors --rank 1 --layout webui", "allowed: kohya, peft"),
+    ("resize {rex} --out {tmp}/a.safetensors --rank 1 --layout webui", "is not one of 'kohya', 'peft'"),
     ("bake {rex} --base {tiny} --out {tmp}/a.ckpt", "a.ckpt: a pickle's name"),
     ("bake {rex} --base {tiny} --out {two}", "already exists"),
-    ("bake {rex} --base {tiny} --out {tmp}/a.safetensors --dtype int8", "allowed: fp16, bf16, fp32"),
+    ("bake {rex} --base {tiny} --out {tmp}/a.safetensors --dtype int8", "is not one of 'fp16', 'bf16', 'fp32'"),
     ("bake {rex} --out {tmp}/a.safetensors", "--base"),
     ("bake {rex} --base toybox --out {tmp}/a", "was made for tiny"),
     ("bake {rex} --base toybox --out {tmp}/a.safetensors", "its latents have 6 channels"),
@@ -421,7 +426,7 @@ def test_a_mistake_is_told_in_one_line(call, photos, tiny, rex, tmp_path, words,
 
 def test_an_error_is_one_line_whatever_it_holds(capsys):
     with pytest.raises(SystemExit) as left:
-        cli.fail("first\nsecond\r\n  third")
+        fail("first\nsecond\r\n  third")
     assert left.value.code == 2
     assert capsys.readouterr().err == "error: first second third\n"
 
@@ -434,7 +439,7 @@ def test_an_error_is_one_line_whatever_it_holds(capsys):
     [("0-3", [0, 1, 2, 3]), ("1,5,8", [1, 5, 8]), ("7", [7]), ("4-4", [4]), ("2, 0-2", [2, 0, 1]), ("9,9", [9])],
 )
 def test_seeds(text, seeds):
-    assert cli.parse_seeds(text) == seeds
+    assert parse_seeds(text) == seeds
 
 
 @pytest.mark.parametrize(
@@ -442,24 +447,24 @@ def test_seeds(text, seeds):
 )
 def test_bad_seeds(text):
     with pytest.raises(SettingsError, match="seeds"):
-        cli.parse_seeds(text)
+        parse_seeds(text)
 
 
 def test_files_and_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd:0.5").write_bytes(b"")
-    assert cli.file_and_weight("ink.safetensors:0.6") == (Path("ink.safetensors"), 0.6)
-    assert cli.file_and_weight("ink.safetensors:-1") == (Path("ink.safetensors"), -1.0)
-    assert cli.file_and_weight("ink.safetensors") == (Path("ink.safetensors"), None)
-    assert cli.file_and_weight("odd:0.5") == (Path("odd:0.5"), None)  # a file of that very name
-    assert cli.file_and_weight("C:\\ink.safetensors") == (Path("C:\\ink.safetensors"), None)
-    assert cli.file_and_weight("C:\\ink.safetensors:0.5") == (Path("C:\\ink.safetensors"), 0.5)
+    assert file_and_weight("ink.safetensors:0.6") == (Path("ink.safetensors"), 0.6)
+    assert file_and_weight("ink.safetensors:-1") == (Path("ink.safetensors"), -1.0)
+    assert file_and_weight("ink.safetensors") == (Path("ink.safetensors"), None)
+    assert file_and_weight("odd:0.5") == (Path("odd:0.5"), None)  # a file of that very name
+    assert file_and_weight("C:\\ink.safetensors") == (Path("C:\\ink.safetensors"), None)
+    assert file_and_weight("C:\\ink.safetensors:0.5") == (Path("C:\\ink.safetensors"), 0.5)
 
 
 @pytest.mark.parametrize("text", ["ink.safetensors:", "ink.safetensors:a", "ink.safetensors:inf", "ink:nan", ":0.5"])
 def test_bad_weights(text):
     with pytest.raises(SettingsError, match="is not a weight"):
-        cli.file_and_weight(text)
+        file_and_weight(text)
 
 
 # --- help ----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,6 @@
 """The command line: every command is one call into the API. Exit code 2 and one plain line for a user's mistake."""
 
 from . import training, evaluation, pictures, adapters  # isort: skip  # in the order of the help
-from .app import app, commands, fail, main
-from .arguments import file_and_weight, parse_seeds
+from .app import app, commands, main
 
-__all__ = [
-    "adapters",
-    "app",
-    "commands",
-    "evaluation",
-    "fail",
-    "file_and_weight",
-    "main",
-    "parse_seeds",
-    "pictures",
-    "training",
-]
+__all__ = ["adapters", "app", "commands", "evaluation", "main", "pictures", "training"]

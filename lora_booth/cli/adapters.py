@@ -3,33 +3,69 @@
 from __future__ import annotations
 
 import json as json_text  # --json is a parameter of that name
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..adapters.contents import Dtype
 from ..errors import SettingsError, shown
-from .app import app, say
-from .arguments import check_adapter_file, check_dtype, check_layout, load_base, weighted
+from .app import say
+from .arguments import check_adapter_file, weighted
+from .options import Base, Json, Names, Reading, command, option
 
 if TYPE_CHECKING:
-    from ..adapters.tools.inspection import Inspection
+    from ..adapters.adapter import Adapter
     from ..adapters.tools.spectrum import Truncations
 
 AdapterFile = Annotated[Path, typer.Argument(help="adapter file, e.g. rex.safetensors")]
 Weighted = Annotated[list[str], typer.Argument(help="adapter files, each with an optional weight, e.g. rex.safetensors:0.8")]
-Out = Annotated[Path, typer.Option(help="adapter file to write, e.g. small.safetensors")]
-Layout = Annotated[str, typer.Option(help="names of the tensors: kohya (diffusers, ComfyUI, A1111) or peft")]
-Dtype = Annotated[str, typer.Option(help="precision of the file: fp16, bf16 or fp32")]
+Precision = Annotated[Dtype, typer.Option(help="precision of the file: fp16, bf16 or fp32")]
 Rank = Annotated[int | None, typer.Option(help="keep at most this rank in each layer, e.g. 4")]
 Energy = Annotated[float | None, typer.Option(help="keep this share of each layer's squared norm, e.g. 0.95")]
 Modules = Annotated[bool, typer.Option(help="also print a line for each module")]
-Json = Annotated[bool, typer.Option(help="print everything as JSON")]
 MOST_NAMED = 8  # modules in one line; chosen
 
 
-@app.command()
+@dataclass(frozen=True)
+class Output:
+    """The adapter file that a tool writes."""
+
+    out: Annotated[Path, typer.Option(help="adapter file to write, e.g. small.safetensors")]
+    layout: Names = "kohya"
+    dtype: Precision = "fp16"
+    modules: Modules = False
+
+    def __post_init__(self) -> None:  # before the work, not after it
+        check_adapter_file(self.out)
+
+    def write(self, adapter: Adapter, report: Truncations) -> None:
+        """Save the adapter, and print what was cut from it."""
+        file = adapter.save(self.out, layout=self.layout, dtype=self.dtype)
+        low, high = report.ranks
+        worst = max(report.modules, key=lambda m: m.error)
+        most = f", {worst.error:.3g} in {worst.module}" if worst.error else ""
+        say_row("rank", low if low == high else f"{low} to {high}")
+        say_row("error", f"{report.error:.3g} of the change in total{most}")
+        if self.modules:
+            for m in report.modules:
+                say(f"{m.error:10.3g}  rank {m.rank_before} -> {m.rank}  norm {m.norm:.4g}  {m.module}")
+        say_file(file)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a person adds to an adapter's card."""
+
+    title: str | None = option(None, "title on the card, e.g. 'Rex the dog'")
+    author: str | None = option(None, "author on the card, e.g. anna")
+    license: str | None = option(None, "license of the adapter, e.g. cc-by-4.0")
+    consent: str | None = option(None, "who agreed to be shown, e.g. self or 'consenting person'")
+    tags: str | None = option(None, "search terms, separated by commas, e.g. dog,plush")
+
+
+@command
 def show(adapter: AdapterFile, modules: Modules = False, json: Json = False) -> None:
     """Print an adapter's card, ranks, size, norms by block, modules without effect, and what each program reads of it."""
     from ..adapters.adapter import Adapter
@@ -52,145 +88,109 @@ def show(adapter: AdapterFile, modules: Modules = False, json: Json = False) -> 
     for name, reading in readings.items():
         say_row(name, str(reading).removeprefix(f"{name}: "))
     if modules:
-        say_modules(found)
+        for m in found.modules:
+            say(f"{m.norm:10.4g}  rank {m.rank:<4} alpha {m.alpha:<8g} {m.module}")
 
 
-def say_modules(found: Inspection) -> None:
-    for m in found.modules:
-        say(f"{m.norm:10.4g}  rank {m.rank:<4} alpha {m.alpha:<8g} {m.module}")
-
-
-@app.command()
+@command
 def convert(
     adapter: Annotated[Path, typer.Argument(help="adapter file to read, e.g. rex.safetensors")],
     out: Annotated[Path, typer.Argument(help="adapter file to write, e.g. rex-peft.safetensors")],
-    layout: Layout = "kohya",
+    layout: Names = "kohya",
     dtype: Annotated[
-        str | None, typer.Option(help="precision of the file: fp16, bf16 or fp32 [the input's, or fp32 if that is lossy]")
+        Dtype | None, typer.Option(help="precision of the file: fp16, bf16 or fp32 [the input's, or fp32 if that is lossy]")
     ] = None,
 ) -> None:
     """Rewrite an adapter with other tensor names, without loss."""
     from ..adapters.tools.convert import convert as rewrite
 
-    check_layout(layout)
-    if dtype is not None:
-        check_dtype(dtype)
-    say(f"wrote {rewrite(adapter, out, layout=layout, dtype=dtype)}")  # type: ignore[arg-type]
+    say(f"wrote {rewrite(adapter, out, layout=layout, dtype=dtype)}")
 
 
-@app.command()
+@command
 def share(
     adapter: Annotated[Path, typer.Argument(help="adapter file to share, e.g. rex.safetensors")],
+    *,
     out: Annotated[Path | None, typer.Option(help="write file, README.md and pictures to this folder, e.g. shared/rex")] = None,
     push: Annotated[str | None, typer.Option(help="upload the folder to this Hub repository, e.g. anna/rex")] = None,
     private: Annotated[bool, typer.Option(help="make the repository private")] = False,
-    layout: Layout = "kohya",
-    title: Annotated[str | None, typer.Option(help="title on the card, e.g. 'Rex the dog'")] = None,
-    author: Annotated[str | None, typer.Option(help="author on the card, e.g. anna")] = None,
-    license: Annotated[str | None, typer.Option(help="license of the adapter, e.g. cc-by-4.0")] = None,
-    consent: Annotated[str | None, typer.Option(help="who agreed to be shown, e.g. self or 'consenting person'")] = None,
-    tags: Annotated[str | None, typer.Option(help="search terms, separated by commas, e.g. dog,plush")] = None,
+    layout: Names = "kohya",
+    facts: Facts,
     thumbnail: Annotated[Path | None, typer.Option(help="picture for the file's header, e.g. rex.png")] = None,
 ) -> None:
     """Make a folder ready for the Hub, or upload it."""
     from ..adapters.adapter import Adapter
 
-    check_layout(layout)
     if (out is None) == (push is None):
         raise SettingsError("share writes a folder or uploads it; pass either --out FOLDER or --push OWNER/NAME")
-    facts = {"title": title, "author": author, "license": license, "consent": consent, "tags": tags}
-    card = {name: fact for name, fact in facts.items() if fact is not None}
+    card = {name: fact for name, fact in asdict(facts).items() if fact is not None}
     shared = Adapter.load(adapter).with_card(**card)
     if out is not None:
-        say(f"wrote {shared.save_folder(out, layout=layout, thumbnail=thumbnail)}")  # type: ignore[arg-type]
+        say(f"wrote {shared.save_folder(out, layout=layout, thumbnail=thumbnail)}")
     else:
         assert push is not None
-        say(shared.push_to_hub(push, private=private, layout=layout, thumbnail=thumbnail))  # type: ignore[arg-type]
+        say(shared.push_to_hub(push, private=private, layout=layout, thumbnail=thumbnail))
 
 
-@app.command()
+@command
 def merge(
     adapters: Weighted,
-    out: Out,
+    output: Output,
     method: Annotated[str, typer.Option(help="how to merge: sum (exact, the ranks add up) or svd (cut to --rank)")] = "sum",
     rank: Annotated[int | None, typer.Option(help="rank of the result of svd, e.g. 8 [the largest of the inputs]")] = None,
-    layout: Layout = "kohya",
-    dtype: Dtype = "fp16",
-    modules: Modules = False,
 ) -> None:
     """Write several adapters as one: the weighted sum of their changes."""
     from ..adapters.tools.merge import merge as merged
 
-    check_output(out, layout, dtype)
-    adapter, report = merged(weighted(adapters), method=method, rank=rank)  # type: ignore[arg-type]
-    file = adapter.save(out, layout=layout, dtype=dtype)  # type: ignore[arg-type]
-    say_truncations(report, modules)
-    say_file(file)
+    output.write(*merged(weighted(adapters), method=method, rank=rank))  # type: ignore[arg-type]
 
 
-@app.command()
-def resize(
-    adapter: AdapterFile,
-    out: Out,
-    rank: Rank = None,
-    energy: Energy = None,
-    layout: Layout = "kohya",
-    dtype: Dtype = "fp16",
-    modules: Modules = False,
-) -> None:
+@command
+def resize(adapter: AdapterFile, output: Output, rank: Rank = None, energy: Energy = None) -> None:
     """Write the nearest adapter of a lower rank."""
     from ..adapters.adapter import Adapter
     from ..adapters.tools.resize import resize as resized
 
-    check_output(out, layout, dtype)
-    smaller, report = resized(Adapter.load(adapter), rank=rank, energy=energy)
-    file = smaller.save(out, layout=layout, dtype=dtype)  # type: ignore[arg-type]
-    say_truncations(report, modules)
-    say_file(file)
+    output.write(*resized(Adapter.load(adapter), rank=rank, energy=energy))
 
 
-@app.command()
+@command
 def extract(
     tuned: Annotated[str, typer.Argument(help="fine-tuned model: a Hub id, a diffusers folder or a .safetensors checkpoint")],
     base: Annotated[str, typer.Option(help="model it was tuned from: 'toybox', a Hub id, a folder or a checkpoint")],
-    out: Out,
+    output: Output,
+    reading: Reading,
     rank: Rank = None,
     energy: Energy = None,
     text_encoder: Annotated[bool, typer.Option(help="also compare the text encoders")] = False,
-    layout: Layout = "kohya",
-    dtype: Dtype = "fp16",
-    modules: Modules = False,
 ) -> None:
     """Write the difference of a fine-tuned model and its base as an adapter."""
     from ..adapters.tools.extract import extract as extracted
     from ..adapters.tools.spectrum import keep
 
-    check_output(out, layout, dtype)
     keep(rank, energy)  # checked before gigabytes are read
-    models = (load_base(tuned, exact=True), load_base(base, exact=True))
+    models = reading.exact(tuned), reading.exact(base)
     adapter, report = extracted(*models, rank=rank, energy=energy, text_encoder=text_encoder)
-    file = adapter.save(out, layout=layout, dtype=dtype)  # type: ignore[arg-type]
-    say_truncations(report.truncations, modules)
     if report.left_out:
         say_row("left out", f"{named(tuple(report.left_out))}; with them the error is {report.error:.3g}")
-    say_file(file)
+    output.write(adapter, report.truncations)
 
 
-@app.command()
+@command
 def bake(
     adapters: Weighted,
-    base: Annotated[str, typer.Option(help="base model: 'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")],
+    base: Base,
     out: Annotated[Path, typer.Option(help="checkpoint to write, e.g. rex-sd15.safetensors, or else a new diffusers folder")],
-    dtype: Dtype = "fp16",
+    reading: Reading,
+    dtype: Precision = "fp16",
 ) -> None:
     """Write a base with adapters in its weights, as a checkpoint that needs no adapter."""
     from ..adapters.tools.bake import bake as baked
 
-    check_dtype(dtype)
-    say_file(baked(load_base(base, exact=True), weighted(adapters), out, dtype=dtype))  # type: ignore[arg-type]
+    say_file(baked(reading.exact(base), weighted(adapters), out, dtype=dtype))
 
 
-@app.command()
+@command
 def diff(
     a: Annotated[Path, typer.Argument(help="adapter file, e.g. rex.safetensors")],
     b: Annotated[Path, typer.Argument(help="adapter file to compare it with, e.g. ink.safetensors")],
@@ -224,31 +224,12 @@ def diff(
 # --- how figures are printed ---------------------------------------------------------------------------------------
 
 
-def check_output(out: Path, layout: str, dtype: str) -> None:
-    check_layout(layout)
-    check_dtype(dtype)
-    check_adapter_file(out)
-
-
 def say_row(label: str, text: object) -> None:
     say(f"{label:16} {text}")
 
 
 def say_json(report: dict[str, Any]) -> None:
     say(json_text.dumps(report, indent=2))
-
-
-def say_truncations(report: Truncations, modules: bool) -> None:
-    low, high = report.ranks
-    worst = max(report.modules, key=lambda m: m.error)
-    say_row("rank", low if low == high else f"{low} to {high}")
-    say_row(
-        "error",
-        f"{report.error:.3g} of the change in total" + (f", {worst.error:.3g} in {worst.module}" if worst.error else ""),
-    )
-    if modules:
-        for m in report.modules:
-            say(f"{m.error:10.3g}  rank {m.rank_before} -> {m.rank}  norm {m.norm:.4g}  {m.module}")
 
 
 def say_file(path: Path) -> None:

@@ -6,8 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -20,9 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Base = Annotated[str, typer.Option(help="base model: 'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")]
-Photos = Annotated[Path, typer.Argument(help="folder of photos, e.g. photos/rex")]
 
 
 def say(text: str) -> None:
@@ -51,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if not hasattr(error, "format_message"):  # what every usage error has, both typer's and click's
             raise
         command = next((word for word in words if word in commands()), "")
-        fail(f"{error.format_message().rstrip('.')}; see: lora-booth {command} --help".replace("  ", " "))
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        fail(f"{message}; see: lora-booth {command} --help".replace("  ", " "))
     finally:
         in_command.reset(outside)
     if code == INTERRUPTED:

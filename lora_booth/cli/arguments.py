@@ -1,67 +1,28 @@
-"""Options that commands share, and parsers for adapters with weights, seeds, regions and bases."""
+"""Parsers of what options and arguments hold: adapters with weights, seeds, regions, precisions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
 
 if TYPE_CHECKING:
-    from ..adapters.adapter import Adapter
-    from ..base.base_model import BaseModel
-    from ..pictures.composition import Composition
-
-Adapters = Annotated[list[str], typer.Argument(help="adapter files, each with an optional weight, e.g. ink.safetensors:0.6")]
-Prompt = Annotated[str | None, typer.Option(help='what to draw, e.g. "a photo of sks dog at sea", with the adapter\'s token')]
-Prompts = Annotated[Path | None, typer.Option(help="instead of --prompt: a text file, one prompt a line, e.g. prompts.txt")]
-PromptSet = Annotated[
-    str | None, typer.Option(help="instead of --prompt: the DreamBooth paper's 25, object (things) or live (animals)")
-]
-Contexts = Annotated[
-    list[str] | None, typer.Option(help='what {context} in a prompt stands for, e.g. "in the snow"; repeat for several')
-]
-NegativePrompt = Annotated[str | None, typer.Option(help='what to avoid, e.g. "blurry, text"')]
-Steps = Annotated[int, typer.Option(help="denoising steps; 20 to 50 is usual")]
-Guidance = Annotated[float, typer.Option(help="guidance scale: how closely to follow the prompt; 4 to 8 is usual")]
-Size = Annotated[int | None, typer.Option(help="side in pixels, e.g. 768 [the base's own]")]
-BatchSize = Annotated[int, typer.Option(help="pictures at a time, e.g. 4: faster, but takes more memory")]
-Method = Annotated[str | None, typer.Option(help="how adapters combine: sum or regions [regions for several subjects]")]
-Places = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="where an adapter is active, and optionally a prompt, e.g. rex:0,0,0.5,1 or 'rex:0,0,0.5,1:sks dog'; "
-        "repeat for several"
-    ),
-]
-AutoRegions = Annotated[bool, typer.Option(help="find the place of each subject that the prompt names")]
-Quantize = Annotated[str | None, typer.Option(help="nf4 loads the U-Net in 4 bits (bitsandbytes): less memory, less exact")]
-Isolate = Annotated[str, typer.Option(help="how regions are kept apart: noise (a pass for each) or delta (about one pass)")]
-
-
-def load_base(source: str, *, exact: bool = False, quantize: str | None = None) -> BaseModel:
-    """The base of a command. exact: in fp32 on the CPU, to add and subtract weights."""
     import torch
 
-    from ..base.base_model import BaseModel
+    from ..adapters.adapter import Adapter
+    from ..adapters.contents import Dtype
 
-    if exact:
-        return BaseModel.load(source, dtype=torch.float32, device="cpu")
-    return BaseModel.load(source, quantize=quantize)  # type: ignore[arg-type]  # checked by it
-
-
-def check_layout(layout: str) -> None:
-    if layout not in ("kohya", "peft"):
-        raise SettingsError(f"layout {layout!r} is unknown; allowed: kohya, peft")
+MOST_SEEDS = 10_000  # chosen
+PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
-def check_dtype(dtype: str) -> None:
-    if dtype not in ("fp16", "bf16", "fp32"):
-        raise SettingsError(f"dtype {dtype!r} is unknown; allowed: fp16, bf16, fp32")
+def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
+    import torch
+
+    return None if dtype is None else getattr(torch, PRECISIONS[dtype])
 
 
 def check_adapter_file(out: Path) -> None:
@@ -87,69 +48,17 @@ def file_and_weight(text: str) -> tuple[Path, float | None]:
     return Path(path), number
 
 
-def weighted(texts: list[str]) -> list[tuple[Adapter, float]]:
-    """The adapters of FILE or FILE:WEIGHT arguments, with their weights."""
+def by_file(texts: Sequence[str]) -> list[tuple[str, tuple[Adapter, float]]]:
+    """The adapters of FILE or FILE:WEIGHT arguments, with their file's name (for `--region`) and weight."""
     from ..adapters.adapter import Adapter
 
     files = [file_and_weight(text) for text in texts]
-    loaded = [(Adapter.load(path), weight) for path, weight in files]
-    return [(adapter, adapter.card.weight if weight is None else weight) for adapter, weight in loaded]
+    loaded = [(path.stem, Adapter.load(path), weight) for path, weight in files]
+    return [(name, (adapter, adapter.card.weight if weight is None else weight)) for name, adapter, weight in loaded]
 
 
-def prompts_asked_for(prompt: str | None, file: Path | None, prompt_set: str | None) -> Sequence[str]:
-    """The one prompt, those of the file, or a known set; with their placeholders."""
-    from ..pictures.prompts import PROMPT_SETS, read_prompts
-
-    if sum(given is not None for given in (prompt, file, prompt_set)) != 1:
-        raise SettingsError("which prompts? pass exactly one of --prompt TEXT, --prompts FILE and --prompt-set object or live")
-    if prompt_set is not None:
-        if prompt_set not in PROMPT_SETS:
-            raise SettingsError(f"prompt set {prompt_set!r} is unknown; allowed: {', '.join(PROMPT_SETS)}")
-        return PROMPT_SETS[prompt_set]
-    return [prompt] if prompt is not None else read_prompts(file or "")
-
-
-def by_file(texts: list[str]) -> list[tuple[str, tuple[Adapter, float]]]:
-    """The same, each with its file's name, which `--region` uses."""
-    return list(zip([file_and_weight(text)[0].stem for text in texts], weighted(texts), strict=True))
-
-
-def composition_of(
-    adapters: Sequence[tuple[str, tuple[Adapter, float]]],
-    base: str,
-    *,
-    method: str | None,
-    region: Sequence[str] | None = None,
-    auto_regions: bool = False,
-    isolate: str = "noise",
-    quantize: str | None = None,
-) -> Composition:
-    """The composition of a command; everything else is checked before the base is loaded."""
-    from ..pictures.composition import Composition
-    from ..pictures.regions import Region
-
-    if region and auto_regions:
-        raise SettingsError("--region and --auto-regions exclude each other; pass one of them")
-    names = [name for name, _ in adapters]
-    if region and len(set(names)) < len(names):
-        raise SettingsError("two adapter files have the same name; rename one, so that --region can name either")
-    places: dict[str, Region] = {}
-    for text in region or []:
-        name, box, words = region_words(text)
-        if name not in names:
-            raise SettingsError(f"region {text!r}: no adapter {name!r}; use one of: {', '.join(names)}")
-        adapter, weight = dict(adapters)[name]
-        places[name] = Region(adapter, box=box, prompt=words, weight=weight)
-    return Composition(
-        load_base(base, quantize=quantize),
-        [item for name, item in adapters if name not in places],
-        method=method,  # type: ignore[arg-type]  # checked by Composition
-        regions="auto" if auto_regions else list(places.values()) or None,
-        isolate=isolate,  # type: ignore[arg-type]
-    )
-
-
-MOST_SEEDS = 10_000  # chosen
+def weighted(texts: Sequence[str]) -> list[tuple[Adapter, float]]:
+    return [item for _, item in by_file(texts)]
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -5,36 +5,35 @@ from __future__ import annotations
 import json as json_text  # --json is a parameter of that name
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Base, app, say
-from .arguments import Contexts, Prompt, Prompts, PromptSet, file_and_weight, load_base, parse_seeds, prompts_asked_for
+from .app import say
+from .arguments import file_and_weight, parse_seeds
+from .options import Base, Loading, Prompting, Sampling, command
 
 if TYPE_CHECKING:
     from ..evaluation.protocol import Candidate
     from ..evaluation.results import Comparison
 
 
-@app.command()
+@command
 def evaluate(
     adapters: Annotated[
         list[str],
         typer.Argument(help="adapter files with an optional weight, or folders of runs, e.g. rex.safetensors:0.8 runs/rex"),
     ],
+    *,
     photos: Annotated[Path, typer.Option(help="folder of photos of the subject, e.g. photos/rex")],
     base: Base = "toybox",
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    prompt_set: PromptSet = None,
-    context: Contexts = None,
+    loading: Loading,
+    prompting: Prompting,
+    sampling: Sampling,
     seeds: Annotated[str, typer.Option(help="seeds of the pictures of each prompt, e.g. 0-3 or 1,5,8")] = "0-3",
     class_seeds: Annotated[str, typer.Option(help="seeds of the pictures of the plain class, e.g. 0-15")] = "0-15",
-    steps: Annotated[int, typer.Option(help="denoising steps, e.g. 25")] = 25,
-    guidance: Annotated[float, typer.Option(help="guidance scale: how closely to follow the prompt, e.g. 5")] = 5.0,
-    size: Annotated[int | None, typer.Option(help="side in pixels, e.g. 512 [the base's own]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="pictures at a time, e.g. 4 [4 at 512 pixels]")] = None,
     dino: Annotated[
         str | None, typer.Option(help="DINO model: a Hub id or folder, e.g. models/dino [facebook/dino-vits16]")
@@ -48,35 +47,28 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="folder for scores.json and a gallery of the pictures, e.g. scored")] = None,
 ) -> None:
     """Score adapters, or all that a run has saved, by new pictures, and name the best."""
-    from ..evaluation.cases import TEMPLATE
-    from ..evaluation.encoders import CLIP, DINO
     from ..evaluation.protocol import evaluate as compared
     from ..evaluation.runs import is_run
-
-    given = any(one is not None for one in (prompt, prompts, prompt_set))
-    templates = prompts_asked_for(prompt, prompts, prompt_set) if given else (TEMPLATE,)
-    of_subject, of_class = parse_seeds(seeds), parse_seeds(class_seeds)
-    chosen = [one for text in adapters for one in candidates(text, token, class_noun)]
-    runs = [path for text in adapters if is_run(path := file_and_weight(text)[0])]
 
     def show(done: int, total: int) -> None:
         print(f"picture {done}/{total}", file=sys.stderr, flush=True)
 
+    changes: dict[str, Any] = {"prompts": prompting.templates()} if prompting.given else {}
+    changes |= {name: model for name, model in (("dino", dino), ("clip", clip)) if model is not None}
+    of_subject, of_class = parse_seeds(seeds), parse_seeds(class_seeds)
+    chosen = [one for text in adapters for one in candidates(text, token, class_noun)]
+    runs = [path for text in adapters if is_run(path := file_and_weight(text)[0])]
     made = compared(
-        load_base(base),
+        loading.base(base),
         chosen,
         photos,
-        prompts=templates,
-        contexts=context,
+        contexts=prompting.context or None,
         seeds=of_subject,
         class_seeds=of_class,
-        steps=steps,
-        guidance=guidance,
-        size=size,
         batch_size=batch_size,
-        dino=dino or DINO,
-        clip=clip or CLIP,
         on_progress=show,
+        **asdict(sampling),
+        **changes,
     )
     for line in [json_text.dumps(made.as_dict(), indent=1)] if json else made.lines():
         say(line)
@@ -84,7 +76,7 @@ def evaluate(
         print(f"wrote {file}", file=sys.stderr if json else sys.stdout, flush=True)
 
 
-@app.command()
+@command
 def report(
     run: Annotated[Path, typer.Argument(help="folder of a run, e.g. runs/rex")],
     photos: Annotated[
@@ -98,8 +90,6 @@ def report(
 
 
 def candidates(text: str, token: str | None, class_noun: str | None) -> Iterator[Candidate]:
-    from dataclasses import replace
-
     from ..adapters.adapter import Adapter
     from ..evaluation.protocol import Candidate
     from ..evaluation.runs import candidates_of, is_run

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import GUIDANCE, STEPS
+from ..config import STEPS
 from ..errors import SettingsError
-from .app import Base, app, say
-from .arguments import (
-    Adapters,
-    AutoRegions,
-    BatchSize,
-    Contexts,
-    Guidance,
-    Isolate,
-    Method,
-    NegativePrompt,
-    Places,
-    Prompt,
-    Prompts,
-    PromptSet,
-    Quantize,
-    Size,
-    Steps,
-    by_file,
-    composition_of,
-    load_base,
-    parse_seeds,
-    parse_weights,
-    prompts_asked_for,
-    weighted,
-)
+from .app import say
+from .arguments import by_file, parse_seeds, parse_weights, weighted
+from .options import Adapters, Base, Drawing, Loading, Method, Placement, Prompting, Size, Steps, command
 
 if TYPE_CHECKING:
     from ..pictures.picture import Picture
@@ -42,51 +21,40 @@ if TYPE_CHECKING:
 Out = Annotated[Path, typer.Option(help="folder for the pictures and their gallery, e.g. beach")]
 
 
-@app.command()
+@command
 def generate(
     adapters: Adapters,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    prompt_set: PromptSet = None,
-    context: Contexts = None,
+    *,
+    prompting: Prompting,
     base: Base = "toybox",
+    loading: Loading,
+    placement: Placement,
+    drawing: Drawing,
     seeds: Annotated[str, typer.Option(help="seeds, a picture of every prompt for each, e.g. 0-3 or 1,5,8")] = "0-3",
     out: Out = Path("pictures"),
-    negative_prompt: NegativePrompt = None,
-    steps: Steps = STEPS,
-    guidance: Guidance = GUIDANCE,
-    size: Size = None,
-    batch_size: BatchSize = 1,
-    method: Method = None,
-    region: Places = None,
-    auto_regions: AutoRegions = False,
-    isolate: Isolate = "noise",
     preview: Annotated[Path | None, typer.Option(help="write a picture of the regions here, e.g. regions.png")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="write a recipe of these pictures here, for replay, e.g. pair.json")
     ] = None,
-    quantize: Quantize = None,
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
     from ..base.ai_mark import save_marked
     from ..pictures.gallery import Gallery
     from ..pictures.grids import batches, warned_once
-    from ..pictures.prompts import prompts_for
     from ..pictures.recipe import Recipe
     from ..pictures.regions import preview as drawn
 
-    templates = prompts_asked_for(prompt, prompts, prompt_set)
     wanted = parse_seeds(seeds)
-    if preview is not None and not (region or auto_regions):
+    if preview is not None and not (placement.region or placement.auto_regions):
         raise SettingsError("--preview shows regions; pass --region or --auto-regions")
     chosen = by_file(adapters)
-    texts = prompts_for([adapter for _, (adapter, _) in chosen], templates, contexts=context or ())
+    texts = prompting.texts([adapter for _, (adapter, _) in chosen])
     prompt, several = texts[0], len(texts) > 1
     if several and (preview is not None or recipe is not None):
         raise SettingsError(f"--preview and --recipe are for one prompt, and there are {len(texts)}; pass one with --prompt")
-    how: dict[str, Any] = {"region": region, "auto_regions": auto_regions, "isolate": isolate, "quantize": quantize}
-    studio = composition_of(chosen, base, method=method, **how)
-    settings: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "size": size}
+    studio = placement.composition(chosen, base, loading)
+    settings = asdict(drawing)
+    batch_size = settings.pop("batch_size")
     title = prompt if not several else f"{len(texts)} prompts"
     pictures: list[Picture] = []
     files: list[Path] = []
@@ -113,29 +81,30 @@ def generate(
     say(str(Gallery(pictures, title=title).save(out / "gallery.html")))
 
 
-@app.command()
+@command
 def preflight(
     adapters: Adapters,
+    *,
     prompt: Annotated[str, typer.Option(help='what to draw, e.g. "a photo of sks dog and zwx mug"')],
     base: Base = "toybox",
-    method: Method = None,
-    region: Places = None,
-    auto_regions: AutoRegions = False,
-    isolate: Isolate = "noise",
+    loading: Loading,
+    placement: Placement,
     steps: Steps = STEPS,
     size: Size = None,
     trial: Annotated[bool, typer.Option(help="run a few denoising steps to measure time and memory")] = False,
 ) -> None:
     """Report conflicts between adapters, how they overlap and what a picture costs, before you draw it."""
-    studio = composition_of(by_file(adapters), base, method=method, region=region, auto_regions=auto_regions, isolate=isolate)
+    studio = placement.composition(by_file(adapters), base, loading)
     say(str(studio.preflight(prompt, steps=steps, size=size, trial=trial)))
 
 
-@app.command()
+@command
 def replay(
     recipe: Annotated[Path, typer.Argument(help="recipe file of `generate --recipe`, e.g. pair.json")],
     adapters: Annotated[list[Path], typer.Argument(help="adapter files that it needs, in any order, e.g. rex.safetensors")],
+    *,
     base: Base = "toybox",
+    loading: Loading,
     seeds: Annotated[str | None, typer.Option(help="other seeds than the recipe's, e.g. 0-3 or 1,5,8")] = None,
     out: Out = Path("pictures"),
 ) -> None:
@@ -147,20 +116,20 @@ def replay(
     written = Recipe.load(recipe)
     changes: dict[str, Any] = {} if seeds is None else {"seeds": parse_seeds(seeds)}
     loaded = [Adapter.load(path) for path in adapters]
-    pictures = written.generate(load_base(base), loaded, **changes)
+    pictures = written.generate(loading.base(base), loaded, **changes)
     for picture in pictures:
         say(str(picture.save(out / f"{picture.seed:06d}.png")))
     say(str(Gallery(pictures, title=str(written.pictures.get("prompt", ""))).save(out / "gallery.html")))
 
 
-@app.command()
+@command
 def grid(
     adapters: Adapters,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    prompt_set: PromptSet = None,
-    context: Contexts = None,
+    *,
+    prompting: Prompting,
+    drawing: Drawing,
     base: Base = "toybox",
+    loading: Loading,
     weights: Annotated[
         str | None,
         typer.Option(help="factors on the adapters' weights, e.g. 0,0.5,1, a column for each; 0: the base alone [0,0.4,0.8,1]"),
@@ -168,40 +137,29 @@ def grid(
     before_after: Annotated[bool, typer.Option(help="draw two rows: without and with the adapters")] = False,
     seeds: Annotated[str, typer.Option(help="seeds, a row for each and every prompt, e.g. 0-3 or 1,5,8")] = "0-3",
     out: Annotated[Path, typer.Option(help="file to write, e.g. grid.png (also .jpg, .webp) or grid.html")] = Path("grid.png"),
-    negative_prompt: NegativePrompt = None,
-    steps: Steps = STEPS,
-    guidance: Guidance = GUIDANCE,
-    size: Size = None,
-    batch_size: BatchSize = 1,
     method: Method = None,
 ) -> None:
     """Draw the same prompts and seeds at several weights, on one labelled sheet."""
     from ..pictures.gallery import check_output
     from ..pictures.grids import WEIGHTS, before_after_of, grid_steps
-    from ..pictures.prompts import prompts_for
 
-    templates = prompts_asked_for(prompt, prompts, prompt_set)
     if before_after and weights is not None:
         raise SettingsError("--before-after and --weights exclude each other; pass one of them")
     factors = (0.0, 1.0) if before_after else WEIGHTS if weights is None else parse_weights(weights)
     wanted = parse_seeds(seeds)
     check_output(out)
     chosen = weighted(adapters)
-    texts = prompts_for([adapter for adapter, _ in chosen], templates, contexts=context or ())
+    texts = prompting.texts([adapter for adapter, _ in chosen])
     made = None
     try:
         for made in grid_steps(
-            load_base(base),
+            loading.base(base),
             chosen,
             texts,
             weights=factors,
             seeds=wanted,
             method=method,  # type: ignore[arg-type]  # checked by Composition
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance=guidance,
-            size=size,
-            batch_size=batch_size,
+            **asdict(drawing),
         ):
             print(f"picture {len(made.pictures)}/{made.total}", file=sys.stderr, flush=True)
     finally:  # also when interrupted: what is drawn is saved

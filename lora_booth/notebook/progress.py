@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from ..pictures.grids import Grid
     from ..training.progress import Step
 
-THUMBNAIL = 256  # pixels of a live sample, at most; chosen
+THUMBNAIL = 160  # pixels of a live sample; chosen
 MOST_COLUMNS = 8  # steps on a sheet of samples; chosen
 CHART = (  # how a curve looks outside the report's page
     ".lb{background:#fff}.lb path{fill:none}.lb text{font:12px sans-serif;fill:#3a3f4b}.lb .grid{stroke:#e6e8ee}"
@@ -77,24 +76,11 @@ def watch(run: str | Path, *, every: float = 5.0) -> Callable[[Step], None]:
 
 
 def newest_samples(run: Path) -> str:
-    from PIL import Image
-
     from ..base.ai_mark import data_url
     from ..pictures.gallery import FULL_QUALITY
-    from ..report.reading import samples as samples_in
-    from ..training.checkpoint import SAMPLES
 
-    found = samples_in(run / SAMPLES)
-    last = max((one.step for one in found), default=0)
-    parts = []
-    for one in found:
-        if one.step == last:
-            with Image.open(one.file) as opened:
-                picture = opened.convert("RGB")
-            picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            text = escape(f"step {one.step}: {one.prompt}")
-            parts.append(f'<img src="{data_url(picture, FULL_QUALITY)}" alt="{text}" title="{text}" width="160">')
-    return f"<p>{' '.join(parts)}</p>" if parts else ""
+    found = samples_of(run, most=1)
+    return "" if found is None else f'<img src="{data_url(found.sheet(side=THUMBNAIL), FULL_QUALITY)}" alt="newest samples">'
 
 
 def loss_curve(run: str | Path) -> Any:
@@ -113,27 +99,30 @@ def loss_curve(run: str | Path) -> Any:
 
 def samples(run: str | Path, *, side: int = 160) -> Image.Image | None:
     """A run's samples on one sheet: a row for each prompt and seed, a column for each step. side: of a sample, in pixels"""
-    found = samples_of(Path(run))
+    found = samples_of(Path(run), most=MOST_COLUMNS)
     if found is None:
         print("No samples: pass TrainingConfig(sample_every=100) to draw some; they stay in the session that draws them.")
         return None
     return found.sheet(side=side)
 
 
-def samples_of(run: Path) -> Grid | None:
+def samples_of(run: Path, *, most: int) -> Grid | None:
+    """A row for each prompt and seed, and columns for at most so many steps, the last one among them."""
     from PIL import Image
 
     from ..pictures.grids import Grid
     from ..pictures.picture import Picture
-    from ..report.reading import read_run
+    from ..report.reading import samples as samples_in
     from ..report.report import spread
+    from ..training.checkpoint import SAMPLES
 
-    found = read_run(run).samples
+    found = samples_in(run / SAMPLES)
     if not found:
         return None
     at = {(one.prompt, one.seed, one.step): one.file for one in found}
     rows = list(dict.fromkeys((one.prompt, one.seed) for one in found))
-    steps = spread(sorted({one.step for one in found}), MOST_COLUMNS)
+    every = sorted({one.step for one in found})
+    steps = every[-1:] if most == 1 else spread(every, most)
 
     def cell(prompt: str, seed: int, step: int) -> Picture | None:
         file = at.get((prompt, seed, step))
