@@ -358,7 +358,7 @@ MISTAKES = [
     ("generate {rex} --prompt x --base {tiny} --method blend", "'blend' is unknown"),
     ("replay {tmp}/none.json {rex}", "none.json"),
     ("share {rex}", "either --out FOLDER or --push"),
-    ("share {rex} --out {tmp}/s --consent maybe", "consent 'maybe' is unknown"),
+    ("share {rex} --out {tmp}/s --consent maybe", "consent 'maybe'; needed: "),
     ("share {rex} --push me/rex", "me/rex"),
     ("generate {rex}", "--prompt"),
     ("generate {rex} --prompt x --seed 3", "--seed"),
