@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,16 @@ def write_entry(kind: str, key: str, tensors: Mapping[str, Tensor]) -> bool:
     except (OSError, SafetensorError):  # safetensors reports a full disk by its own error
         return False
     return True
+
+
+def cached(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The tensors of an entry; of `make` if it is missing or damaged, and these are then kept unless they are not finite."""
+    found: Mapping[str, Tensor] | None = read_entry(kind, key)
+    if found is None:
+        found = make()
+        if all(bool(tensor.isfinite().all()) for tensor in found.values()):
+            write_entry(kind, key, found)
+    return found
 
 
 def place_of(kind: str, key: str) -> Path:

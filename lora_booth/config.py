@@ -110,6 +110,42 @@ AT_LEAST_1 = (
 )
 
 
+# 400 to 1,500 steps and 50 to 100 class images, as in diffusers' DreamBooth examples for 3 to 30 photos
+STEPS_PER_PHOTO = 100
+FEWEST_STEPS, MOST_STEPS = 400, 1500
+CLASS_IMAGES_PER_PHOTO, MOST_CLASS_IMAGES = 10, 100
+WARMUP_SHARE, MOST_WARMUP = 20, 50  # one update in 20, at most 50: chosen
+CUSTOMARY_RATE, CUSTOMARY_WIDTH = 1e-4, 1280  # of LoRA on SD 1.x, 2.x and SDXL, whose widest layers have 1280 channels
+RATE_POWER = 1.5  # a narrower U-Net bears a higher rate: 3e-3 measured at 128 channels (the toybox)
+
+
+@dataclass(frozen=True)
+class SettledConfig(TrainingConfig):
+    """A TrainingConfig with a value for everything that training needs."""
+
+    steps: int = 0
+    learning_rate: float = 0.0
+    warmup_steps: int = 0
+    class_images: int = 0
+    resolution: int = 0
+
+
+def settled(config: TrainingConfig, base: Any, photos: int) -> SettledConfig:
+    """Choose what `config` leaves open, from the BaseModel and the number of photos. Settling twice changes nothing."""
+    steps = config.steps or min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PHOTO * photos))
+    width = max(base.shell.unet.config.block_out_channels)
+    resolution = config.resolution or base.resolution
+    check(resolution % base.pixels_per_latent == 0, f"resolution {resolution}", f"multiples of {base.pixels_per_latent}")
+    chosen = {
+        "steps": steps,
+        "learning_rate": config.learning_rate or CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER,
+        "warmup_steps": min(steps // WARMUP_SHARE, MOST_WARMUP) if config.warmup_steps is None else config.warmup_steps,
+        "class_images": config.class_images or min(MOST_CLASS_IMAGES, CLASS_IMAGES_PER_PHOTO * photos),
+        "resolution": resolution,
+    }
+    return SettledConfig(**vars(config) | chosen)
+
+
 def check(ok: bool, value: str, allowed: str) -> None:
     if not ok:
         name, space, number = value.partition(" ")
@@ -123,7 +159,8 @@ def named(name: str) -> str:
 # --- types -----------------------------------------------------------------------------------------------------------
 
 MOST = 2**63  # whole numbers are below it, as PyTorch's are
-NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path", NoneType: "None"}
+NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
+NEEDED[Path] = "a path without null bytes"
 
 
 def check_types(settings: Any) -> None:
@@ -147,10 +184,11 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         if found is not None or (value is None and one is NoneType):
             return found
     try:
-        text = repr(value)
+        text = shown(repr(os.fspath(value) if isinstance(value, os.PathLike) else value))
     except ValueError:  # more digits than Python prints
         text = "with thousands of digits"
-    raise SettingsError(f"{named(name)} {shown(text)[:80]}; needed: {' or '.join(map(needed, kinds))}")
+    text = text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
+    raise SettingsError(f"{named(name)} {text}; needed: {' or '.join(map(needed, kinds))}")
 
 
 def as_type(value: Any, kind: Any) -> Any:

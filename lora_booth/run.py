@@ -2,81 +2,37 @@
 
 from __future__ import annotations
 
-import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from . import __version__
 from .adapters.adapter import Adapter
-from .adapters.contents import Card, LoraFactors, card_facts
 from .base.base_model import BaseModel
-from .config import LoraSpec, TrainingConfig, check
+from .config import LoraSpec, TrainingConfig, check, settled, typed
 from .errors import SettingsError, TrainingError
-from .planning.planning import fitted
+from .planning.budget import levels_that_fit
 from .subject.subject import Subject
 from .subject.tokens import check_token
-from .training.checkpoint import unpacked_state
 from .training.distributed import joined
 from .training.encoding import prepare
-from .training.identity import identity_of, run_facts
-from .training.memory_ladder import levels_between
+from .training.job import Job
 from .training.progress import Step, display
 from .training.run_folder import NoFolder, RunFolder
 from .training.samples import draw_samples
-from .training.settings import SettledConfig, settled
-from .training.stopping import TIME_UP, Stopping, leave
 from .training.tracking import Track, Tracking, trackers_of
 from .training.training_mode import check_feasible
 from .training.training_run import TrainingRun
 
-
-@dataclass(frozen=True)
-class Job:
-    """What a run computes."""
-
-    base: BaseModel
-    subjects: Sequence[Subject]
-    lora: LoraSpec
-    config: SettledConfig
-
-    @property
-    def photos(self) -> int:
-        return sum(len(subject.photos) for subject in self.subjects)
-
-    def facts(self) -> dict[str, Any]:
-        return run_facts(self.base, self.subjects, self.lora, self.config)
-
-    def adapter(self, state: dict[str, Any]) -> Adapter:
-        """The adapter of a `TrainingRun.state()`."""
-        tensors = {name: tensor.detach().float().cpu() for name, tensor in state["lora"].items()}
-        paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-        factors = {p: LoraFactors(tensors[f"{p}.down"], tensors[f"{p}.up"], self.lora.scale_alpha) for p in paths}
-        return Adapter(factors, self.card(int(state["step"])))
-
-    def adapter_of(self, step: Step) -> Adapter:
-        """The adapter learnt up to `step`, which must be the last one."""
-        return Adapter(step.factors(), self.card(step.index))
-
-    def card(self, steps: int) -> Card:
-        first = self.subjects[0]
-        return Card(
-            **card_facts(self.base),
-            resolution=self.config.resolution,
-            token=first.token,
-            class_noun=first.class_noun,
-            prompt=first.card_prompt,
-            rank=self.lora.rank,
-            alpha=self.lora.scale_alpha,
-            steps=steps,
-            photos=self.photos,
-            library_version=__version__,
-            title=" and ".join(f"{s.token} {s.class_noun}" for s in self.subjects),
-        )
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
+TIME_UP = 1000  # above every signal's number
+MARGIN = 2.0  # a time limit must leave room for so many of the longest update, with its checkpoint: chosen
 
 
 def train(
@@ -115,29 +71,27 @@ def train(
     if out is None and (mirror is not None or restart):
         raise SettingsError("mirror and restart need a run folder; pass out=")
     check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
-    out, mirror = (None if place is None else Path(os.path.expanduser(place)) for place in (out, mirror))
+    place: Path | None = typed("out", out, Path | None)
+    copies: Path | None = typed("mirror", mirror, Path | None)
     lora = lora or LoraSpec()
     config = settled(config or TrainingConfig(), base, sum(len(s.photos) for s in subjects))
     check_feasible(base, lora, config)
-    trackers = trackers_of(track, out) if track else []
+    trackers = trackers_of(track, place) if track else []
     job, processes = Job(base, subjects, lora, config), joined(base.device)
 
     with ExitStack() as stack:
         stack.enter_context(processes.watched())
         shown = stack.enter_context(display(progress and processes.main))
-        folder = NoFolder(say=shown.say)
-        if out is not None and processes.main:
-            folder = RunFolder(out, mirror=mirror, say=shown.say)
+        folder = NoFolder(job, say=shown.say)
+        if place is not None and processes.main:
+            folder = RunFolder(place, job, mirror=copies, say=shown.say)
         stack.callback(leave_report, folder)  # before all that holds the folder: its last entry is in the report
+        stack.enter_context(folder)
 
         # what the folder holds of this run: nothing, a state to continue from, or the finished adapter
-        def opened() -> tuple[bytes | None, Adapter | None]:
-            stack.enter_context(folder.held())
-            return folder.open(job.facts, job.adapter, config.steps, restart=restart)
-
-        state, done = processes.from_main(opened)
+        state, done = processes.from_main(partial(folder.open, restart=restart))
         if processes.count > 1:
-            processes.check_same(identity_of(job.facts()), "photos, settings or base")
+            processes.check_same(job.identity, "photos, settings or base")
         if done is not None:
             shown.say(f"finished already, {config.steps} steps")
             return done
@@ -145,27 +99,16 @@ def train(
         # photos -> latents, with settings that fit into memory; a resumed run keeps those that it started with
         for note in token_notes(base, subjects):
             shown.say(f"note: {note}")
-        planned = config if state is not None else fitted(base, lora, config, photos=job.photos, say=shown.say)
-        cache = processes.main_first(
-            lambda: prepare(base, subjects, lora=lora, config=config, display=shown, on_square=folder.save_crop)
-        )
-        folder.begin(job.facts, base, config, cache, processes=processes.count)
-        folder.timing("preparing", time.monotonic() - began)
+        levels = levels_that_fit(base, lora, config, photos=job.photos, say=shown.say) if state is None else {}
+        encode = partial(prepare, say=shown.say, on_progress=shown.progress, on_square=folder.save_crop)
+        cache = processes.main_first(lambda: encode(base, subjects, lora=lora, config=config))
+        folder.begin(cache, processes=processes.count)
         if not lora.text_encoder:
             stack.enter_context(base.only_unet_on_device())
 
         # latents -> adapter
-        steps = TrainingRun(
-            base,
-            cache,
-            lora,
-            config,
-            resume=None if state is None else unpacked_state(state, base.device),
-            levels=levels_between(config, planned),
-            say=folder.event,
-            processes=processes,
-        )
-        stack.callback(steps.close)
+        run = TrainingRun(base, cache, lora, config, resume=state, levels=levels, say=folder.event, processes=processes)
+        stack.callback(run.close)
         del state
         tracking = None
         if trackers and processes.main:
@@ -176,48 +119,41 @@ def train(
         if out is not None:
             stack.enter_context(stopping)
         observers = [shown.update, *([tracking.update] if tracking else []), *([on_step] if on_step else [])]
-        shown.start(config.steps)
-        stop = follow(job, steps, folder, stopping, tracking, observers)
-        adapter = job.adapter(steps.state())
-        folder.end(adapter, stop)
-        processes.maximum(0)  # no process leaves while another still needs it
+        stop = follow(run, job, folder, stopping, tracking, observers)
+        adapter = job.adapter(run.state())
+        folder.end(adapter, words_of(stop) if stop else "")
+        processes.wait_for_all()
         if (stop := stopping.signal or stop) not in (0, TIME_UP):
             leave(stop)
         return adapter
 
 
 def follow(
+    run: TrainingRun,
     job: Job,
-    steps: TrainingRun,
     folder: NoFolder,
     stopping: Stopping,
     tracking: Tracking | None,
     observers: Sequence[Callable[[Step], None]],
 ) -> int:
     """Every update, with its checkpoints and samples. Returns why it stopped: 0 for the end, TIME_UP or a signal's number."""
-    config, began = job.config, time.monotonic()
+    every, draw = job.config.sample_every, partial(draw_samples, job, folder, tracking)
     try:
-        if config.sample_every and steps.step == 0:
-            draw_samples(folder, tracking, job.base, job.subjects[0], config, 0, None)
-        for step in steps:
-            asked = stopping.asked(copying=folder.copying_seconds)
-            stop, last = steps.processes.maximum(asked), step.index == config.steps
-            folder.record_step(step)
-            if stop or last or folder.due(step.index, every=config.checkpoint_every, minutes=config.checkpoint_minutes):
-                folder.save(steps.state, job.adapter)
+        if every and run.step == 0:
+            draw(0, None)
+        for step in run:
+            stop, last = run.processes.maximum(stopping.asked(copying=folder.copying_seconds)), step.index == job.config.steps
+            folder.update(step, run.state, save=bool(stop) or last)
             for observe in observers:
                 observe(step)
             if stop and not last:
                 return stop
-            if config.sample_every and step.index % config.sample_every == 0:
-                adapter = None if last else partial(job.adapter_of, step)
-                draw_samples(folder, tracking, job.base, job.subjects[0], config, step.index, adapter)
+            if every and step.index % every == 0:
+                draw(step.index, None if last else partial(job.adapter_of, step))
         return 0
     except TrainingError as error:
-        folder.give_up(error, steps.state, job.adapter)
+        folder.give_up(error, run.state)
         raise
-    finally:
-        folder.timing("training", time.monotonic() - began)
 
 
 def token_notes(base: BaseModel, subjects: Sequence[Subject]) -> Iterator[str]:
@@ -229,7 +165,62 @@ def token_notes(base: BaseModel, subjects: Sequence[Subject]) -> Iterator[str]:
 
 def leave_report(folder: NoFolder) -> None:
     """A page on what this process did in the folder, however it ended."""
-    if folder.path is not None and folder.record:
+    if isinstance(folder, RunFolder) and folder.record.content:
         from .report.report import try_report
 
         try_report(folder.path, folder.say)
+
+
+# --- stopping before the end: Ctrl-C and similar signals, and a time limit ------------------------------------------
+
+
+class Stopping:
+    """Asked after every update. Inside `with`, the first signal waits until then, and the second acts at once.
+
+    time_limit  minutes from `began` (a time.monotonic())
+    """
+
+    def __init__(self, *, began: float, time_limit: float | None = None) -> None:
+        self.ends = None if time_limit is None else began + 60 * time_limit
+        self.signal = 0
+        self.longest, self._last = 0.0, time.monotonic()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                if before not in (None, signal.SIG_IGN):  # nohup stays nohup
+                    self._before[number] = signal.signal(number, self._keep)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            leave(number)
+        self.signal = number
+
+    def asked(self, *, copying: float = 0.0) -> int:
+        """After an update: 0, TIME_UP or a signal's number. copying: seconds that the end also takes, for the mirror."""
+        now = time.monotonic()
+        self.longest, self._last = max(self.longest, now - self._last), now
+        if self.signal:
+            return self.signal
+        return TIME_UP if self.ends is not None and now + MARGIN * (self.longest + copying) >= self.ends else 0
+
+
+def leave(number: int) -> NoReturn:
+    """End as Python does at Ctrl-C, or with the exit code of a process that a signal ended."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def words_of(stop: int) -> str:
+    if stop == TIME_UP:
+        return "time is up"
+    return "interrupted" if stop == signal.SIGINT else f"stopped by {signal.Signals(stop).name}"

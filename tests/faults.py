@@ -26,7 +26,7 @@ from pipelines import make_pipeline  # noqa: E402
 
 from lora_booth.adapters.adapter import Adapter  # noqa: E402
 from lora_booth.base.base_model import BaseModel  # noqa: E402
-from lora_booth.config import LoraSpec, TrainingConfig  # noqa: E402
+from lora_booth.config import LoraSpec, TrainingConfig, settled  # noqa: E402
 from lora_booth.errors import TrainingError  # noqa: E402
 from lora_booth.run import train  # noqa: E402,F401
 from lora_booth.subject.subject import Subject  # noqa: E402
@@ -34,7 +34,6 @@ from lora_booth.training.checkpoint import ADAPTER, STATE, newest, read_back, un
 from lora_booth.training.health import RAISED, RECENT  # noqa: E402
 from lora_booth.training.loop import learning_rate  # noqa: E402
 from lora_booth.training.memory_ladder import LEVELS  # noqa: E402
-from lora_booth.training.settings import settled  # noqa: E402
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=12, checkpoint_every=3, prior_loss_weight=0.0, warmup_steps=0, batch_size=2, attention="sdpa")
@@ -306,7 +305,7 @@ def wrong_with(kind: str, at: int, photos: Path, run: Path, reference: Mapping[i
     if (0 if found is None else found.step) != last:
         wrong.append(f"the newest checkpoint is {found and found.step} instead of {last}")
     elif found is not None and error is not None and expected.good:
-        lora, good = unpacked_state(found.contents[STATE], torch.device("cpu"))["lora"], reference[expected.good]
+        lora, good = unpacked_state(found.contents[STATE])["lora"], reference[expected.good]
         if not all(torch.equal(lora[f"{key}.{half}"], getattr(f, half)) for key, f in good.items() for half in ("down", "up")):
             wrong.append(f"the saved state is not that of step {expected.good}")
     if record["facts"]["lora"]["rank"] != LORA.rank or record["facts"]["config"]["resolution"] != 64:
@@ -322,7 +321,7 @@ def wrong_in(checkpoint: Path) -> list[str]:
     whole = read_back(checkpoint)
     if whole is None:
         return [f"{checkpoint.name} is torn"]
-    state = unpacked_state(whole.contents[STATE], torch.device("cpu"))
+    state = unpacked_state(whole.contents[STATE])
     wrong = wrong_adapter(Adapter.load(checkpoint / ADAPTER))
     parts = {name: part for name, part in (("state", state), ("good", state["good"])) if part is not None}
     for name, part in parts.items():

@@ -155,7 +155,7 @@ def test_other_weights_settings_or_precision_are_other_entries(folders: dict[str
     def keys(change: Any = lambda base: None, kind: str = "sd1", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
         base = load(folders[kind], dtype)
         change(base)
-        return key_of(facts=VaeCache(base).facts), key_of(facts=TextCache(base).facts)
+        return key_of(facts=VaeCache(base).depends_on), key_of(facts=TextCache(base).depends_on)
 
     plain = keys()
     assert keys() == plain
@@ -183,10 +183,10 @@ def test_other_words_are_other_entries(folders: dict[str, Path]) -> None:
 def test_adapters_in_a_module_switch_its_cache_off(folders: dict[str, Path], own_cache: Path) -> None:
     base = BaseModel.from_pipeline(make_pipeline("sd1"))
     with trainable(base, LoraSpec(rank=2, text_encoder=True)):
-        assert TextCache(base).facts is None and VaeCache(base).facts is not None
+        assert TextCache(base).depends_on is None and VaeCache(base).depends_on is not None
         TextCache(base).encode("a dog")
     assert not (own_cache / "text").exists()
-    assert TextCache(base).facts is not None
+    assert TextCache(base).depends_on is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ import pytest
 from lora_booth.errors import TrainingError
 from lora_booth.files import write_file
 from lora_booth.training.checkpoint import publish, read_back
-from lora_booth.training.run_folder import locked
+from lora_booth.training.lock import locked
 
 fcntl = pytest.importorskip("fcntl")
 

@@ -20,18 +20,27 @@ from lora_booth import cli
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.memory import storage_bytes
 from lora_booth.base.single_file import CONFIGS
-from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.kernels.attention import attention_shapes
 from lora_booth.kernels.lora import APART
 from lora_booth.pictures.composition import Composition
 from lora_booth.planning import budget, planning
-from lora_booth.planning.budget import CPU_CONTEXT, GPUS, RESERVE, Machine, available_bytes, free_bytes, gpu_named, upper_bound
+from lora_booth.planning.budget import (
+    CPU_CONTEXT,
+    GPUS,
+    RESERVE,
+    Machine,
+    available_bytes,
+    free_bytes,
+    gpu_named,
+    levels_that_fit,
+    upper_bound,
+)
 from lora_booth.planning.counting import Counter, count, count_step, inputs
 from lora_booth.planning.meter import Meter, saved_for_backward
-from lora_booth.planning.planning import DoesNotFit, Plan, Planner, fitted, plan
+from lora_booth.planning.planning import DoesNotFit, Plan, Planner, plan
 from lora_booth.planning.shapes import built, configured, without_weights
-from lora_booth.training.settings import settled
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=4, batch_size=2, prior_loss_weight=0.0)
@@ -287,22 +296,22 @@ def test_the_reserve_is_given_up_before_the_training() -> None:
 def test_training_takes_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     base, said = base_of("sd1"), []
     config = settled(CONFIG, base, 3)
-    assert fitted(base, LORA, config, photos=3, say=said.append) == config and not said  # far below what is free
-    monkeypatch.setattr(planning, "upper_bound", lambda *_, **__: math.inf)
+    assert levels_that_fit(base, LORA, config, photos=3, say=said.append) == {} and not said  # far below what is free
+    monkeypatch.setattr(budget, "upper_bound", lambda *_, **__: math.inf)
     with monkeypatch.context() as patch:  # it fits: no other way is counted
         patch.setattr(Planner, "plan", None)
-        assert fitted(base, LORA, config, photos=3, say=said.append) == config and not said
+        assert levels_that_fit(base, LORA, config, photos=3, say=said.append) == {} and not said
     asked, *_ = (one for one in plan(base, lora=LORA, config=config, photos=3).forecasts if not one.settings)
     free = asked.peak - storage_bytes(p for m in (*base.structure.values(), base.vae) for p in m.parameters())
     monkeypatch.setattr(budget, "free_bytes", lambda device: int(free) - 1)
-    chosen = fitted(base, LORA, config, photos=3, say=said.append)
-    assert chosen != config and replace(chosen, pictures_at_a_time=None, gradient_checkpointing=False) == config
+    levels = levels_that_fit(base, LORA, config, photos=3, say=said.append)
+    assert levels and set(levels) <= {"pictures_at_a_time", "gradient_checkpointing"}
     assert len(said) == 1 and "plan: " in said[0]
     monkeypatch.setattr(budget, "free_bytes", lambda device: -(10**9))
     with pytest.raises(DoesNotFit):
-        fitted(base, LORA, config, photos=3)
+        levels_that_fit(base, LORA, config, photos=3)
     both = replace(config, pictures_at_a_time=1, gradient_checkpointing=True)
-    assert fitted(base, LORA, both, photos=3) == both  # somebody who set both wants to try
+    assert levels_that_fit(base, LORA, both, photos=3) == {}  # somebody who set both wants to try
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

@@ -20,7 +20,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import generate_images
 from lora_booth.base.memory import storage_bytes
 from lora_booth.base.quantization import is_packed, packed_bytes, quantized_bytes, tensors_of, unpacked
-from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import BaseModelError, MissingExtraError, SettingsError
 from lora_booth.injection import attached, trainable
 from lora_booth.planning.budget import in_memory
@@ -29,7 +29,7 @@ from lora_booth.planning.planning import DoesNotFit, plan
 from lora_booth.planning.shapes import without_weights
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
-from lora_booth.training.identity import run_facts
+from lora_booth.training.job import Job
 from lora_booth.training.latents import Batch
 from lora_booth.training.loss import dreambooth_loss
 from lora_booth.training.prior import image_key
@@ -204,7 +204,7 @@ def test_a_packed_base_is_planned_as_it_is(packed: BaseModel) -> None:
 def test_runs_and_class_images_know_it(packed: BaseModel, folders: dict[str, Path], photos: Path) -> None:
     plain = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu")
     rex = Subject.from_folder(photos, token="sks", class_noun="dog")
-    facts = [run_facts(base, [rex], LORA, CONFIG)["base"] for base in (packed, plain)]
+    facts = [Job(base, [rex], LORA, settled(CONFIG, base, 3)).facts["base"] for base in (packed, plain)]
     assert facts[0] == facts[1] | {"dtype": "float32, nf4"} and facts[1]["dtype"] == "float32"
     assert len({image_key(base, "a dog", resolution=64, seed=0) for base in (packed, plain)}) == 2
 

@@ -23,7 +23,7 @@ from pipelines import KINDS, make_pipeline, same_state, state
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.base import generation
 from lora_booth.base.base_model import BaseModel
-from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import MissingExtraError, SettingsError, TrainingError
 from lora_booth.pictures.composition import Composition
 from lora_booth.planning.planning import plan
@@ -35,7 +35,6 @@ from lora_booth.training.loop import learning_rate
 from lora_booth.training.loss import dreambooth_loss
 from lora_booth.training.prior import class_images
 from lora_booth.training.progress import Step
-from lora_booth.training.settings import settled
 from lora_booth.training.training_run import training_steps
 
 LORA = LoraSpec(rank=2)

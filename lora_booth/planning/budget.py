@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..base.base_model import BaseModel
-from ..base.generation import pictures_at_a_time
-from ..base.memory import storage_bytes
+from ..base.memory import pictures_at_a_time, storage_bytes
 from ..base.quantization import tensors_of, weight_shape
-from ..config import LoraSpec, TrainingConfig
+from ..config import LoraSpec, SettledConfig, TrainingConfig
 from ..errors import SettingsError
 from ..kernels.attention import attention_shapes, candidates, halvings
 
@@ -112,15 +113,39 @@ def container_free() -> list[int]:
     return [int(limit) - int(used) + int(cached.get("inactive_file", 0))] if limit.isdigit() else []
 
 
+# --- the settings of a run ------------------------------------------------------------------------------------------
+
+
+def levels_that_fit(
+    base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Settings of the memory ladder to train with on this machine; none where an upper bound is free. Raises DoesNotFit."""
+    if upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device):
+        return {}
+    from .planning import Planner, ways
+
+    if len(ways(config)) == 1:  # somebody who set them all wants to try
+        return {}
+    machine = machine_for(base, base.device)
+    planner = Planner.of(base, lora, config, machine, dtype=base.dtype, photos=photos)
+    asked = planner.forecast(config, {})
+    if asked.fits:  # without counting the other ways
+        return {}
+    chosen = planner.plan().fitting
+    if chosen.settings:
+        needs = f"{asked.peak / GB:.1f} GB would be needed without it, and {machine.budget / GB:.1f} GB are free"
+        say(f"plan: {chosen.words}, as {needs}")
+    return chosen.settings
+
+
 # --- an upper bound ------------------------------------------------------------------------------------------------
 
 
-def upper_bound(base: BaseModel, lora: LoraSpec, config: TrainingConfig, *, photos: int) -> float:
+def upper_bound(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int) -> float:
     """Bytes, with the reserve, that no phase of this training exceeds: computed from layer sizes, in milliseconds.
 
-    Up to several times the counted memory. config: settled
+    Up to several times the counted memory.
     """
-    assert config.resolution and config.class_images
     resolution, itemsize, unet = config.resolution, base.dtype.itemsize, base.structure["unet"]
     weights = storage_bytes(tensor for module in base.modules.values() for tensor in tensors_of(module))
     adapted = base.structure.values() if lora.text_encoder else (unet,)
@@ -183,9 +208,8 @@ def vae_values(base: BaseModel, resolution: int) -> int:
     return int(6 * max(wide))
 
 
-def cache_bytes(base: BaseModel, config: TrainingConfig, *, photos: int) -> int:
-    """The `LatentCache`: means and deviations of the latents in float32, and two text conditions. config: settled"""
-    assert config.resolution and config.class_images
+def cache_bytes(base: BaseModel, config: SettledConfig, *, photos: int) -> int:
+    """The `LatentCache`: means and deviations of the latents in float32, and two text conditions."""
     side, unet = config.resolution // base.pixels_per_latent, base.structure["unet"].config
     pictures = photos + (config.class_images if config.prior_loss_weight > 0 else 0)
     latents = pictures * (2 if config.flip else 1) * 2 * 4 * unet.in_channels * side**2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from .. import __version__
 from ..base.base_model import BaseModel, TextConditions
 from ..base.memory import storage_bytes
 from ..base.quantization import quantized_bytes, tensors_of
-from ..cache import key_of, read_entry, write_entry
+from ..cache import cached, key_of
 from ..config import LoraSpec, TrainingConfig
 from ..injection import trainable
 from ..training.latents import Batch
@@ -103,13 +103,9 @@ class Counter:
         return count_weights(self.base, self.lora)
 
     def _counted(self, about: list[Any], work: Callable[[], Count]) -> Count:
-        key, names = key_of(of="count", base=self._about, about=about), [one.name for one in fields(Count)]
-        entry = read_entry(KIND, key)
-        if entry is not None and entry.keys() == set(names):
-            return Count(**{name: int(value) for name, value in entry.items()})
-        counted = work()
-        write_entry(KIND, key, {name: torch.tensor(getattr(counted, name)) for name in names})
-        return counted
+        key = key_of(of="count", base=self._about, about=about)
+        found = cached(KIND, key, lambda: {name: torch.tensor(value) for name, value in asdict(work()).items()})
+        return Count(**{name: int(value) for name, value in found.items()})
 
 
 def counted_attention(config: TrainingConfig) -> str:

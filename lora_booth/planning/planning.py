@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,16 +13,14 @@ from typing import Any
 import torch
 
 from ..base.base_model import BaseModel, default_device, default_dtype
-from ..base.generation import pictures_at_a_time
-from ..base.memory import storage_bytes
+from ..base.memory import pictures_at_a_time, storage_bytes
 from ..base.quantization import KINDS, check_kind, is_quantized, tensors_of
-from ..config import LoraSpec, TrainingConfig
+from ..config import LoraSpec, SettledConfig, TrainingConfig, settled
 from ..errors import SettingsError, setting
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
-from ..training.settings import SettledConfig, plain, settled
 from ..training.training_run import TrainingRun
-from .budget import GB, GPUS, RESERVE, Machine, available_bytes, batch_of, cache_bytes, gpu_named, machine_for, upper_bound
+from .budget import GB, GPUS, RESERVE, Machine, batch_of, cache_bytes, gpu_named, machine_for
 from .counting import Count, Counter, inputs
 from .shapes import without_weights
 
@@ -86,11 +83,16 @@ class Plan:
         return next((forecast for forecast in self.forecasts if forecast.fits), least)
 
     @property
-    def config(self) -> TrainingConfig:
-        """The settings to train with. Raises DoesNotFit."""
+    def fitting(self) -> Forecast:
+        """The same. Raises DoesNotFit if there is none."""
         if self.chosen is None:
             raise DoesNotFit(self.remedy)
-        return replace(self.asked, **self.chosen.settings)
+        return self.chosen
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The settings to train with. Raises DoesNotFit."""
+        return replace(self.asked, **self.fitting.settings)
 
     def __str__(self) -> str:
         """A table of the ways, and the parts of the memory."""
@@ -193,30 +195,8 @@ def plan(
     return found
 
 
-def fitted(
-    base: BaseModel, lora: LoraSpec, config: TrainingConfig, *, photos: int, say: Callable[[str], None] = lambda text: None
-) -> TrainingConfig:
-    """`config` (settled), changed if this machine has not enough free memory for it. Raises DoesNotFit.
-
-    If an upper bound is free, nothing is counted.
-    """
-    if len(ways(config)) == 1 or upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device):
-        return config
-    machine = machine_for(base, base.device)
-    planner = Planner.of(base, lora, config, machine, dtype=base.dtype, photos=photos)
-    if planner.forecast(config, {}).fits:  # without counting the other ways
-        return config
-    found = planner.plan()
-    chosen = settled(found.config, base, photos)
-    if chosen != config and found.chosen is not None:
-        asked = next(one for one in found.forecasts if not one.settings)
-        needs = f"{asked.peak / GB:.1f} GB would be needed without it, and {found.machine.budget / GB:.1f} GB are free"
-        say(f"plan: {found.chosen.words}, as {needs}")
-    return chosen
-
-
 def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> float:
-    """Seconds for one optimizer update on this machine: the median of three, on zero latents. config: settled"""
+    """Seconds for one optimizer update on this machine: the median of three, on zero latents."""
     with torch.no_grad():
         mean, _, time_ids = inputs(base, config.batch_size, config.resolution)
         prompts = {} if lora.text_encoder else {"a photo": base.encode_text(["a photo"])}
@@ -239,7 +219,7 @@ def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> 
 class Planner:
     counter: Counter
     machine: Machine
-    config: TrainingConfig  # settled
+    config: SettledConfig
     photos: int
     resident: frozenset[str] = frozenset()  # modules in memory that training cannot release
     others: int = 0  # bytes of modules that only drawing uses, e.g. a safety checker
@@ -258,13 +238,13 @@ class Planner:
         quantize: str | None = None,
     ) -> Planner:
         counter = Counter(without_weights(base, dtype), lora)
-        config = settled(config, counter.base, photos)
+        settled_config = settled(config, counter.base, photos)
         if not isinstance(base, BaseModel):
-            return cls(counter, machine, config, photos, quantize=quantize)
+            return cls(counter, machine, settled_config, photos, quantize=quantize)
         others = [module for name, module in base.modules.items() if name != "vae" and name not in base.structure]
         size = storage_bytes(tensor for one in others for tensor in tensors_of(one))
         packed = KINDS[0] if is_quantized(base.structure["unet"]) else quantize
-        return cls(counter, machine, config, photos, frozenset(filter(base.stays, base.modules)), size, packed)
+        return cls(counter, machine, settled_config, photos, frozenset(filter(base.stays, base.modules)), size, packed)
 
     def plan(self) -> Plan:
         base = self.counter.base
@@ -278,7 +258,7 @@ class Planner:
             family=base.family.label,
             machine=self.machine,
             dtype=str(base.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else ""),
-            asked=plain(self.config),
+            asked=TrainingConfig(**vars(self.config)),
             lora=self.counter.lora,
             forecasts=tuple(forecasts),
             offered=offered,
@@ -288,18 +268,16 @@ class Planner:
     @cached_property
     def _sampling(self) -> float:
         """Peak bytes of drawing class images, without the weights."""
-        assert self.config.resolution
         few = {"pictures": pictures_at_a_time(self.config.resolution), "resolution": self.config.resolution}
         return max(self._peak(self.counter.sample(**few)), self._peak(self.counter.decode(**few)))
 
     def _peak(self, count: Count) -> int:
         return count.peak_on_cpu if self.machine.type == "cpu" else count.peak
 
-    def forecast(self, config: TrainingConfig, settings: dict[str, Any]) -> Forecast:
-        """config: settled; settings: changes to it, and `quantize`"""
+    def forecast(self, config: SettledConfig, settings: dict[str, Any]) -> Forecast:
+        """settings: changes to `config`, and `quantize`"""
         quantize = settings.get("quantize", self.quantize)
         config = replace(config, **{name: value for name, value in settings.items() if name != "quantize"})
-        assert config.resolution and config.class_images
         machine, resolution, prior = self.machine, config.resolution, config.prior_loss_weight > 0
         pictures = batch_of(config)
         size = min(config.pictures_at_a_time or pictures, pictures)
@@ -363,7 +341,6 @@ class Planner:
 
     def _remedy(self, least: Forecast, offered: Forecast | None) -> str:
         config, resolution, budget = self.config, self.config.resolution, self.machine.budget
-        assert resolution
         offers = []
         if offered is not None and offered.peak <= budget:
             offers.append(f"{setting('quantize', KINDS[0])} would need {offered.peak / GB:.1f} GB")

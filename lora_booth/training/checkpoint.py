@@ -59,8 +59,8 @@ def packed_state(state: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def unpacked_state(content: bytes, device: torch.device) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+def unpacked_state(content: bytes) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return state
 
 

@@ -66,6 +66,10 @@ class Processes:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return int(value)
 
+    def wait_for_all(self) -> None:
+        """No process leaves while another still needs it."""
+        self.maximum(0)
+
     def from_main(self, work: Callable[[], T]) -> T:
         """The result of `work` in the main process, for all; an error there is raised everywhere."""
         if self.count == 1:

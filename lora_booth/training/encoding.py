@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,12 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
 from ..base.weight_files import LazyModule
-from ..cache import bytes_of, key_of, prune_cache, read_entry, write_entry
-from ..config import LoraSpec, TrainingConfig
+from ..cache import bytes_of, cached, key_of, prune_cache
+from ..config import LoraSpec, TrainingConfig, settled
 from ..photos.square import Crop, to_tensor, training_square
 from ..subject.subject import Subject
 from .latents import LatentCache, LatentSet
 from .prior import class_images
-from .progress import Display
-from .settings import settled
 
 # in a config, without effect on what is computed
 NO_EFFECT = ("architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version")
@@ -39,25 +38,27 @@ def prepare(
     *,
     lora: LoraSpec | None = None,
     config: TrainingConfig | None = None,
-    display: Display | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     on_square: Callable[[int, Image.Image], None] = lambda number, square: None,
 ) -> LatentCache:
     """Encode the photos, class images and prompts of one subject or several, for `training_steps`.
 
     Afterwards the VAE is no longer needed, nor the text encoders unless `lora` trains them. Whatever an earlier call left in
     the cache on disk is not computed again, even if that call was interrupted.
-    on_square  called with each photo's number, from 0, and its training square
+    say          called with one line of news
+    on_progress  called with what is made ("class images", "encoding"), how many are done, and their total
+    on_square    called with each photo's number, from 0, and its training square
     """
     subjects = [subject] if isinstance(subject, Subject) else list(subject)
     config = settled(config or TrainingConfig(), base, sum(len(s.photos) for s in subjects))
-    display = display or Display()
     squares, prompts = [], []
     for one in subjects:
         for photo in one.photos:
             squares.append(training_square(photo, config.resolution))
             on_square(len(squares) - 1, squares[-1].image)
             prompts.append(one.prompt_for(photo))
-    display.say(f"{len(squares)} photos at {config.resolution} px")
+    say(f"{len(squares)} photos at {config.resolution} px")
     pictures, class_prompts = [], []
     if config.prior_loss_weight > 0:
         for prompt in dict.fromkeys(s.class_prompt for s in subjects):
@@ -67,11 +68,16 @@ def prepare(
                 config.class_images,
                 resolution=config.resolution,
                 seed=config.seed,
-                on_progress=display.class_images,
+                on_progress=partial(on_progress, "class images"),
             )
             class_prompts += [prompt] * config.class_images
     views = 2 if config.flip else 1
-    total, done = views * (len(squares) + len(pictures)), views * len(squares)
+    total, done = views * (len(squares) + len(pictures)), count()
+
+    def on_picture() -> None:
+        on_progress("encoding", next(done), total)
+
+    on_picture()
     photos = encode(
         base,
         [s.image for s in squares],
@@ -79,14 +85,12 @@ def prepare(
         prompts,
         flip=config.flip,
         masks=[s.mask for s in squares],
-        on_picture=lambda n: display.encoded(n, total),
+        on_picture=on_picture,
     )
     prior = None
     if pictures:
         crops = [Crop(0, 0, (config.resolution, config.resolution))] * len(pictures)
-        prior = encode(
-            base, pictures, crops, class_prompts, flip=config.flip, on_picture=lambda n: display.encoded(done + n, total)
-        )
+        prior = encode(base, pictures, crops, class_prompts, flip=config.flip, on_picture=on_picture)
     text = {} if lora is not None and lora.text_encoder else encode_prompts(base, [*prompts, *class_prompts])
     prune_cache()
     return LatentCache(photos, prior, base.scaling_factor, text)
@@ -100,12 +104,12 @@ def encode(
     *,
     flip: bool,
     masks: Sequence[Image.Image | None] = (),
-    on_picture: Callable[[int], None] = lambda done: None,
+    on_picture: Callable[[], None] = lambda: None,
 ) -> LatentSet:
     """Pictures of one size -> LatentSet on the base's device, through the cache on disk.
 
     masks       grey pictures of the same size, one for each picture; None for a picture without a mask
-    on_picture  called after each picture with the number done so far
+    on_picture  called after each picture
     """
     cache = VaeCache(base)
     views: list[tuple[Tensor, Tensor]] = []
@@ -113,7 +117,7 @@ def encode(
         encoded = []
         for image in images:
             encoded.append(cache.encode(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image))
-            on_picture(len(views) * len(images) + len(encoded))
+            on_picture()
         views.append((torch.cat([mean for mean, _ in encoded]), torch.cat([std for _, std in encoded])))
     ids = [base.time_ids(crop.original_size, (crop.top, crop.left), images[0].width) for crop in crops]
     return LatentSet(
@@ -148,24 +152,18 @@ class VaeCache:
         self.base = base
 
     @cached_property
-    def facts(self) -> dict[str, Any] | None:
-        return facts_of(self.base, "vae")
+    def depends_on(self) -> dict[str, Any] | None:
+        return dependencies(self.base, "vae")
 
     def encode(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """A picture -> mean and standard deviation of its latents, each (1, C, H/f, W/f) float32."""
         pixels = to_tensor(image)
-        if self.facts is None:
+        if self.depends_on is None:
             return self.base.encode_images(pixels)
         picture = hashlib.sha256(bytes_of(pixels)).hexdigest()
-        key = key_of(of="latents", picture=picture, shape=tuple(pixels.shape), **self.facts)
-        found = read_entry("latents", key)
-        if found is None or found.keys() != {"mean", "std"}:
-            mean, std = self.base.encode_images(pixels)
-            found = {"mean": mean, "std": std}
-            if bool(mean.isfinite().all()) and bool(std.isfinite().all()):
-                write_entry("latents", key, found)
-        device = self.base.device
-        return found["mean"].to(device), found["std"].to(device)
+        key = key_of(of="latents", picture=picture, shape=tuple(pixels.shape), **self.depends_on)
+        found = cached("latents", key, lambda: dict(zip(("mean", "std"), self.base.encode_images(pixels), strict=True)))
+        return found["mean"].to(self.base.device), found["std"].to(self.base.device)
 
 
 class TextCache:
@@ -175,26 +173,23 @@ class TextCache:
         self.base = base
 
     @cached_property
-    def facts(self) -> dict[str, Any] | None:
-        each = [facts_of(self.base, name) for name in self.base.family.text_encoders]
+    def depends_on(self) -> dict[str, Any] | None:
+        each = [dependencies(self.base, name) for name in self.base.family.text_encoders]
         return None if None in each else {"encoders": each, "pipeline": type(self.base.shell).__name__}
 
     def encode(self, prompt: str) -> TextConditions:
-        if self.facts is None:
-            return self.base.encode_text([prompt])
-        tokens = [words([prompt], padding="max_length", truncation=True).input_ids for words in self.base.tokenizers]
-        key = key_of(of="text", prompt=prompt, tokens=tokens, **self.facts)
-        found = read_entry("text", key)
-        if found is None or "states" not in found:
+        def made() -> dict[str, Tensor]:
             text = self.base.encode_text([prompt])
-            found = {"states": text.states} | ({} if text.pooled is None else {"pooled": text.pooled})
-            write_entry("text", key, found)
-        device = self.base.device
-        pooled = found.get("pooled")
-        return TextConditions(found["states"].to(device), None if pooled is None else pooled.to(device))
+            return {"states": text.states} | ({} if text.pooled is None else {"pooled": text.pooled})
+
+        if self.depends_on is None:
+            return TextConditions(**made())
+        tokens = [words([prompt], padding="max_length", truncation=True).input_ids for words in self.base.tokenizers]
+        found = cached("text", key_of(of="text", prompt=prompt, tokens=tokens, **self.depends_on), made)
+        return TextConditions(**{name: tensor.to(self.base.device) for name, tensor in found.items()})
 
 
-def facts_of(base: BaseModel, name: str) -> dict[str, Any] | None:
+def dependencies(base: BaseModel, name: str) -> dict[str, Any] | None:
     """All that a module's outputs depend on besides its inputs; None if that is unknown, because it has adapters in it."""
     import diffusers
     import transformers
@@ -228,14 +223,13 @@ def digest_of(module: Any) -> str:
 
 def digest_on_disk(unread: LazyModule) -> str:
     """The same for a module that is not loaded yet; computed once for each state of its files."""
-    key = key_of(of="digest", files=unread.stamp(), dtype=unread.dtype)
-    found = read_entry("digests", key)
-    if found is not None and "sha256" in found:
-        return bytes(found["sha256"].tolist()).hex()
-    digest = hashlib.sha256()
-    for name, place in sorted(unread.places.items()):
-        value = place.read(unread.dtype, torch.device("cpu"))
-        digest.update(f"{name} {tuple(unread.module.state_dict()[name].shape)}".encode())
-        digest.update(bytes_of(value))
-    write_entry("digests", key, {"sha256": torch.tensor(list(digest.digest()), dtype=torch.uint8)})
-    return digest.hexdigest()
+
+    def computed() -> dict[str, Tensor]:
+        digest = hashlib.sha256()
+        for name, place in sorted(unread.places.items()):
+            digest.update(f"{name} {tuple(unread.module.state_dict()[name].shape)}".encode())
+            digest.update(bytes_of(place.read(unread.dtype, torch.device("cpu"))))
+        return {"sha256": torch.tensor(list(digest.digest()), dtype=torch.uint8)}
+
+    found = cached("digests", key_of(of="digest", files=unread.stamp(), dtype=unread.dtype), computed)
+    return bytes(found["sha256"].tolist()).hex()

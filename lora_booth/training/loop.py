@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel
+from ..config import SettledConfig
 from ..kernels.lora import Flat
 from .distributed import ALONE, Processes
 from .health import Health
 from .latents import Inputs, LatentCache, conditions, draw, step_seed
-from .settings import SettledConfig
 
 
 @dataclass

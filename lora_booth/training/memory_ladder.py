@@ -37,8 +37,3 @@ def next_level(config: TrainingConfig, *, pictures: int) -> tuple[str, Any] | No
         if getattr(config, setting) != value and not useless:
             return setting, value
     return None
-
-
-def levels_between(config: TrainingConfig, lower: TrainingConfig) -> dict[str, Any]:
-    """The settings of the ladder, and their values, by which `lower` differs from `config`."""
-    return {name: getattr(lower, name) for name, _ in LEVELS if getattr(lower, name) != getattr(config, name)}

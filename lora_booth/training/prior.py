@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from ..base.base_model import BaseModel
-from ..base.generation import generate_images, pictures_at_a_time
+from ..base.generation import generate_images
+from ..base.memory import pictures_at_a_time
 from ..cache import key_of, read_entry, write_entry
 from ..errors import TrainingError
 
@@ -28,7 +29,7 @@ def class_images(
     *,
     resolution: int,
     seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Image.Image]:
     """`count` pictures of `prompt` by `base`, from the cache or drawn now.
 
@@ -40,14 +41,15 @@ def class_images(
     images = {one: image for one in seeds if (image := read_image(keys[one], resolution)) is not None}
     missing = [one for one in seeds if one not in images]
     at_a_time = pictures_at_a_time(resolution)
+    if missing:
+        on_progress(len(images), count)
     with base.all_on_device() if missing else nullcontext() as pipeline:
         for first in range(0, len(missing), at_a_time):
             part = missing[first : first + at_a_time]
             for one, image in zip(part, drawn(pipeline, prompt, part, resolution), strict=True):
                 images[one] = image.convert("RGB")
                 write_entry("class_images", keys[one], {"pixels": torch.from_numpy(np.array(images[one]))})
-            if on_progress is not None:
-                on_progress(len(images), count)
+            on_progress(len(images), count)
     return [images[one] for one in seeds]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from ..adapters.contents import LoraFactors
     from ..injection import TrainableLora
+
+EVERY = 5.0  # seconds between two lines on something that takes long: chosen
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,31 @@ class Display:
     def say(self, text: str) -> None:
         """One line of news."""
 
-    def class_images(self, done: int, total: int) -> None:
-        """`done` of `total` class images exist."""
-
-    def encoded(self, done: int, total: int) -> None:
-        """`done` of `total` pictures are encoded."""
-
-    def start(self, total: int) -> None:
-        """The loop starts; it makes `total` updates."""
+    def progress(self, what: str, done: int, total: int) -> None:
+        """`done` of `total`, e.g. of the class images. The first call is the start."""
 
     def update(self, step: Step) -> None:
-        """An update is done."""
+        """An optimizer update is done."""
 
 
 class Lines(Display):
-    """About 20 lines for a run, for logs and pipes."""
+    """About 20 lines for the updates of a run, and one every few seconds before them; for logs and pipes."""
+
+    def __init__(self) -> None:
+        self.starts: dict[str, tuple[int, float]] = {}  # what was done then, and when
+        self.said = 0.0
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def class_images(self, done: int, total: int) -> None:
-        self.say(f"class images {done}/{total}")
-
-    def encoded(self, done: int, total: int) -> None:
-        if done == total:
-            self.say(f"{total} pictures encoded")
+    def progress(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        first, began = self.starts.setdefault(what, (done, now))
+        if done == first:
+            self.say(f"{what} {done}/{total}")
+        elif done == total or now - self.said > EVERY:
+            self.said = now
+            self.say(f"{what} {done}/{total}  {clock((now - began) / (done - first) * (total - done))} left")
 
     def update(self, step: Step) -> None:
         if step.index % max(1, step.total // 20) == 0 or step.index == step.total:
@@ -81,32 +84,22 @@ class Lines(Display):
 
 
 class Bar(Display):
-    """A live bar, in a terminal or a notebook."""
+    """Live bars, in a terminal or a notebook."""
 
-    def __init__(self, progress: Any) -> None:
-        self.progress = progress
-        self.images: Any = None
-        self.encodings: Any = None
-        self.steps: Any = None
+    def __init__(self, bars: Any) -> None:
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False, markup=False)
+        self.bars.console.print(text, highlight=False, markup=False)
 
-    def class_images(self, done: int, total: int) -> None:
-        if self.images is None:
-            self.images = self.progress.add_task("class images", total=total, note="")
-        self.progress.update(self.images, completed=done, total=total)
-
-    def encoded(self, done: int, total: int) -> None:
-        if self.encodings is None:
-            self.encodings = self.progress.add_task("encoding", total=total, note="")
-        self.progress.update(self.encodings, completed=done, total=total)
-
-    def start(self, total: int) -> None:
-        self.steps = self.progress.add_task("training", total=total, note="")
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=total, completed=done, note=note)
+        self.bars.update(self.tasks[what], completed=done, note=note)
 
     def update(self, step: Step) -> None:
-        self.progress.update(self.steps, completed=step.index, note=described(step))
+        self.progress("training", step.index, step.total, described(step))
 
 
 def described(step: Step) -> str:
@@ -139,5 +132,5 @@ def display(wanted: bool) -> Iterator[Display]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        yield Bar(progress)
+    with Progress(*columns, console=console) as bars:
+        yield Bar(bars)

@@ -1,31 +1,22 @@
-"""A run's folder: its lock, its record (run.json, metrics.jsonl) and its checkpoints. docs/runs.md lists its files."""
+"""A run's folder: what it holds of a run, its checkpoints, and its end. docs/runs.md lists its files."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
 import shutil
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
-from ..base.base_model import BaseModel
 from ..errors import AdapterError, LoraBoothError, TrainingError, setting, shown
-from ..files import make_folder, write_file
 from .checkpoint import (
     ADAPTER,
     CROPS,
@@ -45,27 +36,23 @@ from .checkpoint import (
     read_record,
     unpacked_state,
 )
-from .identity import changes, differences, hash_of_latents, identity_of, surroundings
+from .job import Job, changes, differences
 from .latents import LatentCache
+from .lock import locked
 from .mirror import Mirror
 from .progress import Step
-from .settings import SettledConfig
-from .stopping import stop_words
+from .record import Record
 
-CHECKPOINTS, LOCK = "checkpoints", "lock"
+CHECKPOINTS = "checkpoints"
 REMOVABLE = {  # the names that `clear` may remove
     CHECKPOINTS: OURS,
     SAMPLES: re.compile(r"\d{6,}(-\d+)?\.(png|safetensors)|samples\.jsonl|\..+\.tmp"),
     CROPS: re.compile(r"\d{4,}\.webp"),
 }
-PATHS = re.compile(
-    r"'[^']*[/\\][^']*'|\"[^\"]*[/\\][^\"]*\"|(?<!\w)(?:[A-Za-z]:)?[/\\][^\s'\"]+"
-)  # in messages of other libraries
 CROP_SIDE = 256  # pixels of a crop for the report, at most; chosen
 LOSSLESS_UP_TO = 128  # pixels; crops up to this are saved without loss; chosen
 
 State = dict[str, Any]  # of a TrainingRun
-Facts = dict[str, Any]  # of `run_facts`
 
 
 class NoFolder:
@@ -74,51 +61,38 @@ class NoFolder:
     path: Path | None = None
     copying_seconds = 0.0  # that the mirror will take at the end of the run
 
-    def __init__(self, *, say: Callable[[str], None] = lambda text: None) -> None:
-        self.say = say
-        self.record: dict[str, Any] = {}
+    def __init__(self, job: Job, *, say: Callable[[str], None]) -> None:
+        self.job, self.say = job, say
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        yield
+    def __enter__(self) -> NoFolder:
+        return self
 
-    def open(
-        self, facts: Callable[[], Facts], adapter_of: Callable[[State], Adapter], total: int, *, restart: bool
-    ) -> tuple[bytes | None, Adapter | None]:
-        """What the folder holds of this run: the state to continue from, or the finished adapter."""
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """The run is over, by an exception or not."""
+
+    def open(self, *, restart: bool) -> tuple[State | None, Adapter | None]:
+        """What is there of this run: a state to continue from, or the finished adapter."""
         return None, None
 
-    def begin(
-        self, facts: Callable[[], Facts], base: BaseModel, config: SettledConfig, cache: LatentCache, *, processes: int
-    ) -> None:
+    def begin(self, cache: LatentCache, *, processes: int) -> None:
         """The run begins, or continues from what `open` found."""
 
-    def event(self, text: str, *, step: int | None = None) -> None:
+    def event(self, text: str) -> None:
         """Report one line to the user and to the record."""
         self.say(shown(text))
-
-    def timing(self, name: str, seconds: float) -> None:
-        """Add to the seconds that this part of the run took."""
 
     def save_crop(self, number: int, square: Image.Image) -> None:
         """Save a small copy of a training square for the report."""
 
-    def record_step(self, step: Step) -> None:
-        """Record an update."""
+    def update(self, step: Step, state_of: Callable[[], State], *, save: bool) -> None:
+        """Record an update. Save a checkpoint if one is due, or with `save`."""
 
-    def due(self, step: int, *, every: int, minutes: float) -> bool:
-        """Whether to save a checkpoint now."""
-        return False
+    def end(self, adapter: Adapter, stopped: str) -> None:
+        """The loop is over, finished or `stopped` by something."""
+        if stopped:
+            self.say(f"{stopped} at step {adapter.card.steps}; without out= the run cannot be continued")
 
-    def save(self, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
-        """Save a checkpoint. A failure is an event, and leaves the last good one."""
-
-    def end(self, adapter: Adapter, stop: int) -> None:
-        """End the run, finished (stop 0) or not."""
-        if stop:
-            self.say(f"{stop_words(stop)} at step {adapter.card.steps}; without out= the run cannot be continued")
-
-    def give_up(self, error: LoraBoothError, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
+    def give_up(self, error: LoraBoothError, state_of: Callable[[], State]) -> None:
         """Save the last good state of a run that cannot continue."""
 
 
@@ -130,39 +104,23 @@ class RunFolder(NoFolder):
     say     called with one line for each event
     """
 
-    def __init__(self, path: Path, *, mirror: Path | None = None, say: Callable[[str], None] = lambda text: None) -> None:
-        super().__init__(say=say)
+    def __init__(self, path: Path, job: Job, *, mirror: Path | None = None, say: Callable[[str], None]) -> None:
+        super().__init__(job, say=say)
         self.path: Path = path
+        self.record = Record(path, say=say)
         self.mirror = None if mirror is None else Mirror(mirror / CHECKPOINTS)
         self.number = 0  # of checkpoints so far, including those of earlier runs
         self.saved: int | None = None  # the step of the last checkpoint
-        self.save_seconds = 0.0
-        self._saved_at = time.monotonic()
-        self._lines: list[str] = []  # of metrics.jsonl
-        self._written = 0  # how many of them are in the file; -1: the file has others
-        self._steps: list[Step] = []  # whose losses have not been read yet
-        self._seconds = 0.0  # of the run before this process
+        self._opened = self._saved_at = time.monotonic()
         self._found: Checkpoint | None = None
         self._damaged: list[Path] = []
+        self._held = ExitStack()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Raises TrainingError if another run has the folder, or it cannot be written."""
-        with locked(self.path) as is_locked:
-            if not is_locked:
-                self.say(f"note: {shown(self.path.name)} is on storage without locks; never start a second run in it")
-            self.tidy()
-            if self.mirror is not None:
-                self.mirror.begin()
-                if same_storage(self.path, self.mirror.folder):
-                    self.say("note: the mirror is on the same storage as the run folder, and is lost with it")
-            try:
-                yield
-            except BaseException as error:
-                if self.record.get("status") == "running":
-                    self.record["status"] = f"interrupted by {type(error).__name__}"
-                    self._write_record()
-                raise
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._held:
+            if kind is not None and self.record.content.get("status") == "running":
+                self.record.content["status"] = f"interrupted by {kind.__name__}"
+                self.record.write()
 
     @property
     def copying_seconds(self) -> float:  # type: ignore[override]
@@ -173,6 +131,32 @@ class RunFolder(NoFolder):
     @property
     def checkpoints(self) -> list[Path]:
         return [self.path / CHECKPOINTS, *([] if self.mirror is None else [self.mirror.folder])]
+
+    def open(self, *, restart: bool) -> tuple[State | None, Adapter | None]:
+        """Raises TrainingError if another process has the folder, it holds another run, or cannot be written."""
+        if not self._held.enter_context(locked(self.path)):
+            self.say(f"note: {shown(self.path.name)} is on storage without locks; never start a second run in it")
+        self.tidy()
+        if self.mirror is not None:
+            self.mirror.begin()
+            if same_storage(self.path, self.mirror.folder):
+                self.say("note: the mirror is on the same storage as the run folder, and is lost with it")
+        if restart:
+            self.clear()
+        checkpoint, file, total = self.find(), self.finished(), self.job.config.steps
+        if file is not None and (checkpoint is None or checkpoint.step < total):
+            self.say("the last checkpoint is gone: continuing with the adapter file, which is in half precision")
+            return None, Adapter.load(file)
+        if checkpoint is None:
+            return None, None
+        state = unpacked_state(checkpoint.contents[STATE])
+        if checkpoint.step < total:
+            return state, None
+        adapter = self.job.adapter(state)
+        if file is None:
+            self._begin(checkpoint.record()["surroundings"])
+            self.end(adapter, "")
+        return None, adapter
 
     def tidy(self) -> None:
         """Remove files that dead processes left unfinished."""
@@ -201,35 +185,17 @@ class RunFolder(NoFolder):
                 f"folder as {setting('out', option='--run')}"
             ) from error
 
-    def open(
-        self, facts: Callable[[], Facts], adapter_of: Callable[[State], Adapter], total: int, *, restart: bool
-    ) -> tuple[bytes | None, Adapter | None]:
-        """Raises TrainingError if the folder holds another run."""
-        if restart:
-            self.clear()
-        checkpoint, file = self.find(facts()), self.finished()
-        if checkpoint is None or checkpoint.step < total:
-            if file is not None:
-                self.say("the last checkpoint is gone: continuing with the adapter file, which is in half precision")
-                return None, Adapter.load(file)
-            return None if checkpoint is None else checkpoint.contents[STATE], None
-        adapter = adapter_of(unpacked_state(checkpoint.contents[STATE], torch.device("cpu")))
-        if file is None:
-            self._begin(facts(), checkpoint.record()["surroundings"], total)
-            self.end(adapter, 0)
-        return None, adapter
-
-    def find(self, facts: dict[str, Any]) -> Checkpoint | None:
+    def find(self) -> Checkpoint | None:
         """The newest intact checkpoint, here or in the mirror. Raises TrainingError if it is of another run."""
         found = newest(self.checkpoints, damaged=self._damaged)
         there = read_record(self.path)
         record = found.record() if found is not None else there if there.get("status") == "finished" else {}
-        if record and record.get("identity") != identity_of(facts):
+        if record and record.get("identity") != self.job.identity:
             step = found.step if found is not None else 0
             place = self.path if found is None else found.folder.parent.parent
             raise TrainingError(
                 f"{shown(place)}: holds a run with other photos, settings or base (step {step}): "
-                f"{'; '.join(differences_in(record, facts)) or 'made by another version'}; "
+                f"{'; '.join(differences(record.get('facts', {}), self.job.facts)) or 'made by another version'}; "
                 f"use another folder, or discard that run with {setting('restart', True)}"
             )
         if found is not None:
@@ -247,57 +213,35 @@ class RunFolder(NoFolder):
             intact = False
         return file if intact else None
 
-    # --- the record
+    # --- while it runs
 
-    def begin(
-        self, facts: Callable[[], Facts], base: BaseModel, config: SettledConfig, cache: LatentCache, *, processes: int
-    ) -> None:
-        self._begin(facts(), surroundings(base, config, processes) | {"latents": hash_of_latents(cache)}, config.steps)
+    def begin(self, cache: LatentCache, *, processes: int) -> None:
+        self._begin(self.job.surroundings(cache, processes))
 
-    def _begin(self, facts: dict[str, Any], where: dict[str, Any], total: int) -> None:
+    def _begin(self, surroundings: dict[str, Any]) -> None:
         """Begin, or continue from the checkpoint of `find`, whose record and metrics become the folder's again."""
-        found, self._found = self._found, None
-        if found is None:
-            self.record = {"status": "running", "step": 0, "steps": total, "events": []}
-            self._report_damage()
-        else:
-            self.record, there = found.record(), read_record(self.path)
-            events = there.get("events", [])
-            if there.get("identity") == identity_of(facts) and len(events) > len(self.record["events"]):
-                self.record["events"] = events  # including those after the checkpoint
-            self._lines = found.contents[METRICS].decode().splitlines()
-            self._seconds = json.loads(self._lines[-1])["seconds"] if self._lines else 0.0
-            self._written = -1
-            others = changes(self.record["surroundings"], where)
-            more = f", computed differently ({'; '.join(others)}): equal up to rounding" if others else ""
-            self._report_damage()
-            self._record_event(f"continued at step {found.step}{more}", step=found.step)
-        if self._lines == []:
-            self._written = -1  # those of an earlier run
-        self.record |= {"status": "running", "facts": facts, "identity": identity_of(facts), "surroundings": where}
-        self._write_metrics()
-        self._write_record()
-
-    def _report_damage(self) -> None:
+        record, found = self.record, self._found
+        record.content = {"status": "running", "step": 0, "steps": self.job.config.steps, "events": []}
+        if found is not None:
+            record.go_on(found.record(), found.contents[METRICS])
+            there = read_record(self.path)
+            if there.get("identity") == self.job.identity and len(there["events"]) > len(record.content["events"]):
+                record.content["events"] = there["events"]  # including those after the checkpoint
         for folder in self._damaged:
-            there = "" if folder.parent == self.checkpoints[0] else " in the mirror"
-            self._record_event(f"checkpoint {folder.name}{there} is damaged: skipped")
-        self._damaged = []
+            where = "" if folder.parent == self.checkpoints[0] else " in the mirror"
+            record.event(f"checkpoint {folder.name}{where} is damaged: skipped")
+        if found is not None:
+            others = changes(found.record()["surroundings"], surroundings)
+            more = f", computed differently ({'; '.join(others)}): equal up to rounding" if others else ""
+            record.event(f"continued at step {found.step}{more}", step=found.step)
+        facts = {"facts": self.job.facts, "identity": self.job.identity, "surroundings": surroundings}
+        record.content |= {"status": "running", **facts}
+        record.timing("preparing", time.monotonic() - self._opened)
+        record.write(metrics=True)
 
     def event(self, text: str, *, step: int | None = None) -> None:
-        self._record_event(text, step=step)
-        self._write_record()
-
-    def _record_event(self, text: str, *, step: int | None = None) -> None:
-        """Report and record an event, the latter without paths, which another library may have put into the text."""
-        self.say(shown(text))
-        at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        happened = {"at": at, "step": self.record.get("step", 0) if step is None else step}
-        self.record.setdefault("events", []).append(happened | {"what": PATHS.sub("(a path)", shown(text))})
-
-    def timing(self, name: str, seconds: float) -> None:
-        timings = self.record.setdefault("seconds", {})
-        timings[name] = round(timings.get(name, 0.0) + seconds, 3)
+        self.record.event(text, step=step)
+        self.record.write()
 
     def save_crop(self, number: int, square: Image.Image) -> None:
         small = square.copy()
@@ -308,58 +252,26 @@ class RunFolder(NoFolder):
             folder.mkdir(parents=True, exist_ok=True)
             small.save(folder / f"{number:04d}.webp", quality=80, lossless=small.width <= LOSSLESS_UP_TO)
 
-    def record_step(self, step: Step) -> None:
-        """Add a line to metrics.jsonl, written with the next checkpoint. After a rollback it replaces the obsolete lines."""
-        if self._steps and step.index <= self._steps[-1].index:
-            self._steps = [s for s in self._steps if s.index < step.index]
-        if step.index <= len(self._lines):
-            self._lines, self._written = self._lines[: step.index - 1], -1
-        self._steps.append(step)
-        self.record["step"] = step.index
+    def update(self, step: Step, state_of: Callable[[], State], *, save: bool) -> None:
+        self.record.update(step)
+        config, waited = self.job.config, time.monotonic() - self._saved_at
+        if save or step.index % config.checkpoint_every == 0 or waited >= 60 * config.checkpoint_minutes:
+            self.save(state_of)
 
-    def _read_steps(self) -> None:
-        """Read the losses of all recorded steps from the device at once."""
-        if not self._steps:
-            return
-        losses = torch.stack([step.loss_tensor for step in self._steps]).tolist()
-        for step, loss in zip(self._steps, losses, strict=True):
-            line = {"step": step.index, "loss": loss if math.isfinite(loss) else None, "rate": step.learning_rate}
-            self._lines.append(json.dumps(line | {"seconds": round(self._seconds + step.seconds, 3)}))
-        self._steps = []
-
-    def _metrics(self, first: int = 0, end: int | None = None) -> bytes:
-        return "".join(f"{line}\n" for line in self._lines[first:end]).encode()
-
-    def _write_metrics(self) -> None:
-        try:
-            if self._written < 0:
-                write_file(self.path / METRICS, self._metrics())
-            elif self._written < len(self._lines):
-                with open(self.path / METRICS, "ab") as file:
-                    file.write(self._metrics(self._written))
-            self._written = len(self._lines)
-        except OSError:
-            self._written = -1  # it may be half written: rewrite the file next time
-
-    def _write_record(self) -> None:
-        self.record["peak_memory"] = peak_memory()
-        with suppress(OSError):  # the event was reported, and the next checkpoint has the record
-            write_file(self.path / RECORD, json.dumps(self.record, indent=1).encode())
-
-    # --- checkpoints
-
-    def due(self, step: int, *, every: int, minutes: float) -> bool:
-        return step % every == 0 or time.monotonic() - self._saved_at >= 60 * minutes
-
-    def save(self, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
+    def save(self, state_of: Callable[[], State]) -> None:
+        """Save a checkpoint. A failure is an event, and leaves the last good one."""
         started, state = time.monotonic(), state_of()
         step = int(state["step"])
         try:
-            self._read_steps()
+            self.record.read_losses()
             # as `adapter.save` writes it, without a check of every reader each time; raises if it is not finite
-            file, _ = packed(adapter_of(state), "kohya", torch.float16, Path(ADAPTER))
-            record = json.dumps(self.record | {"step": step}, indent=1).encode()
-            contents = {STATE: packed_state(state), ADAPTER: file, METRICS: self._metrics(end=step), RECORD: record}
+            file, _ = packed(self.job.adapter(state), "kohya", torch.float16, Path(ADAPTER))
+            contents = {
+                STATE: packed_state(state),
+                ADAPTER: file,
+                METRICS: self.record.metrics(step),
+                RECORD: self.record.packed(step=step),
+            }
             checkpoint = publish(self.path / CHECKPOINTS, step, self.number + 1, contents)
         except (OSError, AdapterError, MemoryError) as error:
             self._saved_at = time.monotonic()
@@ -367,10 +279,8 @@ class RunFolder(NoFolder):
             self.event(f"no checkpoint of step {step} ({why(error)}); {earlier}", step=step)
             return
         self.number, self.saved, self._saved_at = self.number + 1, step, time.monotonic()
-        self.save_seconds = time.monotonic() - started
-        self.timing("saving", self.save_seconds)
-        self._write_metrics()
-        self._write_record()
+        self.record.timing("saving", self._saved_at - started)
+        self.record.write(metrics=True)
         if self.mirror is not None:
             self.mirror.copy(checkpoint)
             self._report_mirror()
@@ -383,84 +293,36 @@ class RunFolder(NoFolder):
         for line in self.mirror.news():
             self.event(line)
 
-    # --- the end
+    # --- its end
 
-    def end(self, adapter: Adapter, stop: int) -> None:
+    def end(self, adapter: Adapter, stopped: str) -> None:
         """Write the adapter of a finished run, and its hash to the record."""
-        step, total = adapter.card.steps, self.record["steps"]
+        step, total = adapter.card.steps, self.job.config.steps
         if step == total:
             try:
                 file = adapter.save(self.path / ADAPTER)
-                self.record["adapter"] = {"sha256": sha256(file.read_bytes()).hexdigest(), "digest": adapter.digest()}
-                self.record["status"] = "finished"
+                self.record.content["adapter"] = {"sha256": sha256(file.read_bytes()).hexdigest(), "digest": adapter.digest()}
+                self.record.content["status"] = "finished"
             except (OSError, AdapterError) as error:
                 self.event(f"{ADAPTER} cannot be written ({why(error)}); run the same call again to retry", step=step)
-                self.record["status"] = f"trained, without {ADAPTER}"
+                self.record.content["status"] = f"trained, without {ADAPTER}"
         else:
             saved = "saved" if self.saved == step else f"not saved, the last checkpoint is of step {self.saved}"
-            self.event(f"{stop_words(stop)} at step {step} of {total}: {saved}; run the same call again to continue", step=step)
-            self.record["status"] = stop_words(stop)
+            self.event(f"{stopped} at step {step} of {total}: {saved}; run the same call again to continue", step=step)
+            self.record.content["status"] = stopped
         self._report_mirror(wait=True)
-        self._write_record()
+        self.record.write()
 
-    def give_up(self, error: LoraBoothError, state_of: Callable[[], State], adapter_of: Callable[[State], Adapter]) -> None:
+    def give_up(self, error: LoraBoothError, state_of: Callable[[], State]) -> None:
         self.event(f"stopped: {error}")
-        self.record["status"] = "stopped by an error"
+        self.record.content["status"] = "stopped by an error"
         state = state_of()
         if state["step"] and state["step"] != self.saved:
-            self.save(lambda: state, adapter_of)
+            self.save(lambda: state)
             if self.saved == state["step"]:
                 self.event(f"the last good state, of step {state['step']}, is saved")
         self._report_mirror(wait=True)
-        self._write_record()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of `folder`, created if missing. False: the storage has no locks. Raises TrainingError.
-
-    The lock ends with its process, however that ends; `lock.txt` names the process for the error of a second run.
-    """
-    holder = folder / f"{LOCK}.txt"
-    try:
-        make_folder(folder)
-        (folder / LOCK).touch()
-    except (OSError, ValueError) as error:  # the second: a name that no file can have
-        reason = getattr(error, "strerror", None) or str(error)
-        place = setting("out", option="--run")
-        raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); pass another folder as {place}") from error
-    # no lock file without flock: after a crash of the machine it would remain, and block the run
-    lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        by = "another process"
-        with suppress(OSError):
-            by = shown(holder.read_text("utf-8", "replace").strip()[:200]) or by
-        raise TrainingError(
-            f"{shown(folder)}: another run is using it ({by}); wait until it ends, "
-            f"or pass another folder as {setting('out', option='--run')}"
-        ) from None
-    except (OSError, NotImplementedError):
-        pass
-    try:
-        with suppress(OSError):  # a full disk does not matter here
-            holder.unlink(missing_ok=True)  # of a process that was killed
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield lock.is_locked
-    finally:
-        with suppress(OSError):  # the storage is gone
-            holder.unlink(missing_ok=True)
-        with suppress(OSError):
-            lock.release()
-
-
-def differences_in(record: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """Empty if another version wrote the record."""
-    try:
-        return differences(record["facts"], facts)
-    except (KeyError, TypeError, AttributeError):
-        return []
+        self.record.write()
 
 
 def same_storage(one: Path, other: Path) -> bool:
@@ -479,17 +341,3 @@ def why(error: BaseException) -> str:
     if isinstance(error, LoraBoothError):
         return str(error)
     return type(error).__name__
-
-
-def peak_memory() -> dict[str, int]:
-    """The peak memory of this process in bytes, by place."""
-    peaks = {}
-    try:
-        import resource
-
-        peaks["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:  # Windows
-        pass
-    if torch.cuda.is_available():
-        peaks["device"] = torch.cuda.max_memory_allocated()
-    return peaks

@@ -15,13 +15,14 @@ from ..adapters.writing import packed
 from ..base.ai_mark import save_marked
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
+from ..config import SettledConfig
 from ..errors import AdapterError
 from ..files import write_file
 from ..subject.subject import Subject
 from .checkpoint import SAMPLES
+from .job import Job
 from .memory_ladder import is_out_of_memory
-from .run_folder import NoFolder, why
-from .settings import SettledConfig
+from .run_folder import NoFolder, RunFolder, why
 from .tracking import Row, Tracking
 from .training_mode import modes_restored
 
@@ -29,20 +30,18 @@ SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, fi
 
 
 def draw_samples(
+    job: Job,
     folder: NoFolder,
     tracking: Tracking | None,
-    base: BaseModel,
-    subject: Subject,
-    config: SettledConfig,
     step: int,
     adapter: Callable[[], Adapter] | None,
 ) -> None:
     """Draw a round of samples into the folder, with the adapter that drew them unless that is None. A failure is an event."""
-    if folder.path is None:
+    if not isinstance(folder, RunFolder):
         return
-    began, rows = time.monotonic(), rows_of(subject, config)
+    began, rows = time.monotonic(), rows_of(job.subjects[0], job.config)
     try:
-        images = sample(base, rows, config)
+        images = sample(job.base, rows, job.config)
         keep(folder.path / SAMPLES, step, rows, images, None if adapter is None else adapter())
         if tracking is not None:
             tracking.samples(step, rows, images)
@@ -51,7 +50,7 @@ def draw_samples(
             raise
         reason = "out of memory" if isinstance(error, RuntimeError) else why(error)
         folder.event(f"no samples of step {step}: {reason}", step=step)
-    folder.timing("sampling", time.monotonic() - began)
+    folder.record.timing("sampling", time.monotonic() - began)
 
 
 def rows_of(subject: Subject, config: SettledConfig) -> list[Row]:

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..base.base_model import BaseModel
-from ..config import LoraSpec, TrainingConfig
+from ..config import LoraSpec, SettledConfig, TrainingConfig
 from ..errors import MissingExtraError, SettingsError, setting
 from ..injection import TrainableLora, target_paths
 from ..kernels.attention import attention_kernel, check_attention
 from ..kernels.capture import can_capture
 from ..kernels.lean import channels_last, lean
-from .settings import SettledConfig
 
 
 def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel
-from ..config import LoraSpec, TrainingConfig
+from ..config import LoraSpec, SettledConfig, TrainingConfig, settled
 from ..errors import TrainingError, first_line
 from ..injection import TrainableLora, trainable
 from ..kernels.attention import fastest_attention
@@ -25,7 +25,6 @@ from .loop import LoopState, accumulate, updates
 from .loss import backward
 from .memory_ladder import LEFT_TO_TRY, is_out_of_memory, next_level
 from .progress import Step
-from .settings import SettledConfig, settled
 from .training_mode import make_optimizer, make_scaler, training_mode
 
 LOOK_EVERY = 16  # updates on a GPU between two looks at the losses, since each waits for the GPU: chosen

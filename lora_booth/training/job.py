@@ -1,0 +1,161 @@
+"""What a run computes: enough to refuse the state of another run, to say what differs, and to make the adapter of a state."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..adapters.adapter import Adapter
+from ..adapters.contents import Card, LoraFactors, card_facts
+from ..base.base_model import BaseModel
+from ..config import LoraSpec, SettledConfig
+from ..photos.photo import Photo
+from ..subject.subject import Subject
+from .latents import LatentCache
+from .progress import Step
+
+# settings that may change when a run is resumed: those that do not affect the adapter, and those that affect rounding only
+FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_seeds")
+ROUNDING = ("pictures_at_a_time", "gradient_checkpointing", "attention", "lean", "capture", "compile")
+FORMAT = 2  # of a run's state and record; those of others are refused
+PACKAGES = ("torch", "diffusers", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run computes."""
+
+    base: BaseModel
+    subjects: Sequence[Subject]
+    lora: LoraSpec
+    config: SettledConfig
+
+    @property
+    def photos(self) -> int:
+        return sum(len(subject.photos) for subject in self.subjects)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Equal facts give equal adapters in equal `surroundings`. As they come back from a file; photos are hashes."""
+        precision = str(self.base.dtype).removeprefix("torch.") + (f", {self.base.quantized}" if self.base.quantized else "")
+        found = {
+            "format": FORMAT,
+            "base": {"name": self.base.name, "fingerprint": self.base.fingerprint, "dtype": precision},
+            "lora": asdict(self.lora),
+            "config": {name: value for name, value in asdict(self.config).items() if name not in FREE + ROUNDING},
+            "subjects": [
+                {
+                    "token": s.token,
+                    "class_noun": s.class_noun,
+                    "class_prompt": s.class_prompt,
+                    "photos": [{"sha256": p.sha256, "use": use_of(p, s.prompt_for(p))} for p in s.photos],
+                }
+                for s in self.subjects
+            ],
+        }
+        back: dict[str, Any] = json.loads(json.dumps(found))
+        return back
+
+    @cached_property
+    def identity(self) -> str:
+        """The hash of the facts, without the base's name: a renamed folder is the same base."""
+        kept = {**self.facts, "base": {k: v for k, v in self.facts["base"].items() if k != "name"}}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def surroundings(self, cache: LatentCache, processes: int) -> dict[str, Any]:
+        """Where and how the run is computed; elsewhere, results are equal up to rounding."""
+        device = self.base.device
+        latents = hashlib.sha256()
+        for pictures in filter(None, (cache.photos, cache.class_images)):
+            latents.update(pictures.mean.cpu().numpy().tobytes())
+        return {
+            "lora_booth": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+            "machine": f"{platform.system()} {platform.machine()}",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "processes": processes,
+            **{name: getattr(self.config, name) for name in ROUNDING},
+            "latents": latents.hexdigest()[:16],
+        }
+
+    # --- its adapter
+
+    def adapter(self, state: dict[str, Any]) -> Adapter:
+        """The adapter of a `TrainingRun.state()`."""
+        tensors = {name: tensor.detach().float().cpu() for name, tensor in state["lora"].items()}
+        paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+        factors = {p: LoraFactors(tensors[f"{p}.down"], tensors[f"{p}.up"], self.lora.scale_alpha) for p in paths}
+        return Adapter(factors, self.card(int(state["step"])))
+
+    def adapter_of(self, step: Step) -> Adapter:
+        """The adapter learnt up to `step`, which must be the last one."""
+        return Adapter(step.factors(), self.card(step.index))
+
+    def card(self, steps: int) -> Card:
+        first = self.subjects[0]
+        return Card(
+            **card_facts(self.base),
+            resolution=self.config.resolution,
+            token=first.token,
+            class_noun=first.class_noun,
+            prompt=first.card_prompt,
+            rank=self.lora.rank,
+            alpha=self.lora.scale_alpha,
+            steps=steps,
+            photos=self.photos,
+            library_version=__version__,
+            title=" and ".join(f"{s.token} {s.class_noun}" for s in self.subjects),
+        )
+
+
+def use_of(photo: Photo, prompt: str) -> str:
+    """A hash of how a photo is used: its prompt, crop and mask, not its name."""
+    ignored = ("path", "note", "caption", "mask")
+    facts = {f.name: getattr(photo, f.name) for f in fields(photo) if f.name not in ignored}
+    mask = getattr(photo, "mask", None)
+    text = json.dumps([facts, None if mask is None else mask.sha256, prompt], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the facts of two jobs, in words. Empty if another version wrote those before."""
+    try:
+        return list(found_differences(before, now))
+    except (KeyError, TypeError, AttributeError):
+        return []
+
+
+def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if before["base"]["fingerprint"] != now["base"]["fingerprint"]:
+        yield f"base {before['base']['name']} -> {now['base']['name']} (other weights)"
+    yield from changes({"dtype": before["base"]["dtype"]}, {"dtype": now["base"]["dtype"]})
+    for group in ("lora", "config"):
+        yield from changes(before[group], now[group])
+    words = [[{k: s[k] for k in ("token", "class_noun", "class_prompt")} for s in f["subjects"]] for f in (before, now)]
+    if len(words[0]) != len(words[1]):
+        yield f"subjects {len(words[0])} -> {len(words[1])}"
+    for old, new in zip(*words, strict=False):
+        yield from changes(old, new)
+    old_photos, new_photos = ([p["sha256"] for s in f["subjects"] for p in s["photos"]] for f in (before, now))
+    if len(old_photos) != len(new_photos):
+        yield f"photos {len(old_photos)} -> {len(new_photos)}"
+    elif sorted(old_photos) != sorted(new_photos):
+        yield f"{len(set(new_photos) - set(old_photos))} of {len(new_photos)} photos were replaced or edited"
+    elif words[0] == words[1] and before["subjects"] != now["subjects"]:
+        yield "the order, a caption, a crop or a mask of the photos"
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {before.get(name)} -> {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name)]

@@ -1,0 +1,54 @@
+"""The lock of a run's folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import TrainingError, setting, shown
+from ..files import make_folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of `folder`, created if missing. False: the storage has no locks. Raises TrainingError.
+
+    The lock ends with its process, however that ends; `lock.txt` names the process for the error of a second run.
+    """
+    holder = folder / "lock.txt"
+    try:
+        make_folder(folder)
+        (folder / "lock").touch()
+    except (OSError, ValueError) as error:  # the second: a name that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
+        place = setting("out", option="--run")
+        raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); pass another folder as {place}") from error
+    # no lock file without flock: after a crash of the machine it would remain, and block the run
+    lock = FileLock(folder / "lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        by = "another process"
+        with suppress(OSError):
+            by = shown(holder.read_text("utf-8", "replace").strip()[:200]) or by
+        raise TrainingError(
+            f"{shown(folder)}: another run is using it ({by}); wait until it ends, "
+            f"or pass another folder as {setting('out', option='--run')}"
+        ) from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        with suppress(OSError):  # a full disk does not matter here
+            holder.unlink(missing_ok=True)  # of a process that was killed
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield lock.is_locked
+    finally:
+        with suppress(OSError):  # the storage is gone
+            holder.unlink(missing_ok=True)
+        with suppress(OSError):
+            lock.release()
