@@ -30,7 +30,7 @@ from lora_booth.base.quantization import put_packed, quantize
 from lora_booth.base.single_file import CONFIGS
 from lora_booth.base.weight_files import put
 from lora_booth.config import settled
-from lora_booth.planning.budget import levels_that_fit
+from lora_booth.planning.budget import is_ample
 from lora_booth.planning.planning import plan
 from lora_booth.planning.shapes import built, configured
 from lora_booth.training.latents import LatentCache, LatentSet
@@ -159,7 +159,7 @@ def start() -> None:
     for weight in (0.0, 1.0):
         config = settled(lb.TrainingConfig(resolution=256, prior_loss_weight=weight), base, 5)
         began = time.perf_counter()
-        levels_that_fit(base, lb.LoraSpec(), config, photos=5)
+        assert is_ample(base, lb.LoraSpec(), config, photos=5)
         asked = time.perf_counter()
         plan(base, config=config, photos=5)
         print(f"prior_loss_weight {weight:g}: {asked - began:.2f} s, counted {time.perf_counter() - asked:.2f} s", flush=True)

@@ -17,7 +17,8 @@ from .adapters.adapter import Adapter
 from .base.base_model import BaseModel
 from .config import LoraSpec, TrainingConfig, check, settled, typed
 from .errors import SettingsError, TrainingError
-from .planning.budget import levels_that_fit
+from .planning.budget import is_ample
+from .planning.planning import levels_that_fit
 from .subject.subject import Subject
 from .subject.tokens import check_token
 from .training.distributed import joined
@@ -99,7 +100,9 @@ def train(
         # photos -> latents, with settings that fit into memory; a resumed run keeps those that it started with
         for note in token_notes(base, subjects):
             shown.say(f"note: {note}")
-        levels = levels_that_fit(base, lora, config, photos=job.photos, say=shown.say) if state is None else {}
+        levels = {}
+        if state is None and not is_ample(base, lora, config, photos=job.photos):
+            levels = levels_that_fit(base, lora, config, photos=job.photos, say=shown.say)
         encode = partial(prepare, say=shown.say, on_progress=shown.progress, on_square=folder.save_crop)
         cache = processes.main_first(lambda: encode(base, subjects, lora=lora, config=config))
         folder.begin(cache, processes=processes.count)

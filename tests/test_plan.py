@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -34,12 +33,12 @@ from lora_booth.planning.budget import (
     available_bytes,
     free_bytes,
     gpu_named,
-    levels_that_fit,
+    is_ample,
     upper_bound,
 )
 from lora_booth.planning.counting import Counter, count, count_step, inputs
 from lora_booth.planning.meter import Meter, saved_for_backward
-from lora_booth.planning.planning import DoesNotFit, Plan, Planner, plan
+from lora_booth.planning.planning import DoesNotFit, Plan, Planner, levels_that_fit, plan
 from lora_booth.planning.shapes import built, configured, without_weights
 
 LORA = LoraSpec(rank=2)
@@ -296,14 +295,14 @@ def test_the_reserve_is_given_up_before_the_training() -> None:
 def test_training_takes_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     base, said = base_of("sd1"), []
     config = settled(CONFIG, base, 3)
-    assert levels_that_fit(base, LORA, config, photos=3, say=said.append) == {} and not said  # far below what is free
-    monkeypatch.setattr(budget, "upper_bound", lambda *_, **__: math.inf)
+    assert is_ample(base, LORA, config, photos=3)
     with monkeypatch.context() as patch:  # it fits: no other way is counted
         patch.setattr(Planner, "plan", None)
         assert levels_that_fit(base, LORA, config, photos=3, say=said.append) == {} and not said
     asked, *_ = (one for one in plan(base, lora=LORA, config=config, photos=3).forecasts if not one.settings)
     free = asked.peak - storage_bytes(p for m in (*base.structure.values(), base.vae) for p in m.parameters())
     monkeypatch.setattr(budget, "free_bytes", lambda device: int(free) - 1)
+    assert not is_ample(base, LORA, config, photos=3)
     levels = levels_that_fit(base, LORA, config, photos=3, say=said.append)
     assert levels and set(levels) <= {"pictures_at_a_time", "gradient_checkpointing"}
     assert len(said) == 1 and "plan: " in said[0]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -113,32 +111,12 @@ def container_free() -> list[int]:
     return [int(limit) - int(used) + int(cached.get("inactive_file", 0))] if limit.isdigit() else []
 
 
-# --- the settings of a run ------------------------------------------------------------------------------------------
-
-
-def levels_that_fit(
-    base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Settings of the memory ladder to train with on this machine; none where an upper bound is free. Raises DoesNotFit."""
-    if upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device):
-        return {}
-    from .planning import Planner, ways
-
-    if len(ways(config)) == 1:  # somebody who set them all wants to try
-        return {}
-    machine = machine_for(base, base.device)
-    planner = Planner.of(base, lora, config, machine, dtype=base.dtype, photos=photos)
-    asked = planner.forecast(config, {})
-    if asked.fits:  # without counting the other ways
-        return {}
-    chosen = planner.plan().fitting
-    if chosen.settings:
-        needs = f"{asked.peak / GB:.1f} GB would be needed without it, and {machine.budget / GB:.1f} GB are free"
-        say(f"plan: {chosen.words}, as {needs}")
-    return chosen.settings
-
-
 # --- an upper bound ------------------------------------------------------------------------------------------------
+
+
+def is_ample(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int) -> bool:
+    """Whether the free memory is more than this training can need, so that nothing need be counted."""
+    return upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device)
 
 
 def upper_bound(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -193,6 +194,22 @@ def plan(
     if measure and loaded is not None and found.chosen is not None:
         return replace(found, seconds=measured_seconds(loaded, lora, settled(found.config, loaded, photos)))
     return found
+
+
+def levels_that_fit(
+    base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """The settings of the memory ladder with which a training fits on this machine. Raises DoesNotFit."""
+    if len(ways(config)) == 1:  # somebody who set them all wants to try
+        return {}
+    machine = machine_for(base, base.device)
+    planner = Planner.of(base, lora, config, machine, dtype=base.dtype, photos=photos)
+    asked = planner.forecast(config, {})
+    chosen = asked if asked.fits else planner.plan().fitting
+    if chosen.settings:
+        needs = f"{asked.peak / GB:.1f} GB would be needed without it, and {machine.budget / GB:.1f} GB are free"
+        say(f"plan: {chosen.words}, as {needs}")
+    return chosen.settings
 
 
 def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> float:
