@@ -13,8 +13,7 @@ from browser import CHROMEDRIVER, CHROMIUM, Browser, chromium
 from PIL import Image
 
 from lora_booth.pictures.gallery import Gallery
-from lora_booth.pictures.making import Making
-from lora_booth.pictures.picture import Picture
+from lora_booth.pictures.picture import Making, Picture
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no chromium and chromedriver here")
 

@@ -19,7 +19,7 @@ from ..photos.finding import find_photos
 from ..photos.square import training_square
 from ..pictures.composition import Composition
 from ..pictures.picture import Picture
-from ..pictures.prompts import SHARED
+from ..pictures.prompts import PAPER
 from .cases import TEMPLATE, Case, cases_of, class_prompt
 from .encoders import CLIP, DINO, Clip, Dino
 from .measures import PhotoMeasure, ToyboxMeasure, unseen_contexts
@@ -80,7 +80,7 @@ def evaluate(
     images, toybox = opened(photos), is_toybox(base)
     card = candidates[0].adapter.card
     if contexts is None:
-        contexts = unseen_contexts(images) if toybox else SHARED
+        contexts = unseen_contexts(images) if toybox else PAPER["shared"]
     cases = cases_of(card, prompts, contexts)
     measure = (
         ToyboxMeasure(images)

@@ -23,8 +23,7 @@ from ..config import GUIDANCE, STEPS, check
 from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attached_layers
 from .attention_maps import AttentionMaps
-from .making import Making, Place, default_start
-from .picture import Picture
+from .picture import Making, Picture, Place, default_start
 from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, subjects_of, unnamed, ways_to_place
 from .regional import EMPTY, Isolation, Regional
 from .regions import Region, masks_of

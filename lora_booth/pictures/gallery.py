@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -73,40 +73,24 @@ class Gallery:
         )
 
 
-@dataclass(frozen=True)
-class Entry:
+def entry(index: int, picture: Picture, adapters: Sequence[str], bases: Collection[str]) -> dict[str, Any]:
     """One picture as the page shows it."""
-
-    picture: Picture
-    file: str  # the name under which a browser saves it
-    full: str  # data URLs
-    thumbnail: str
-    width: int  # of the thumbnail
-    height: int
-    adapters: tuple[int, ...]  # places in the page's list
-    summary: str
-    facts: tuple[tuple[str, str], ...]
-    command: str | None
-    python: str | None
-
-
-def entry(index: int, picture: Picture, adapters: Sequence[str], bases: Collection[str]) -> Entry:
     small = picture.image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
     used = ", ".join(f"{name} {number(weight)}" for name, weight in picture.adapters)
-    return Entry(
-        picture=picture,
-        file=f"picture-{index:03d}-seed-{picture.seed}.webp",
-        full=data_url(picture.image, FULL_QUALITY),
-        thumbnail=data_url(small, THUMBNAIL_QUALITY),
-        width=small.width,
-        height=small.height,
-        adapters=tuple(adapters.index(name) for name, _ in picture.adapters),
-        summary=" · ".join(filter(None, (f"seed {picture.seed}", used, picture.base if len(bases) > 1 else ""))),
-        facts=tuple(facts_of(picture, used)),
-        command=command_of(picture),
-        python=python_of(picture),
-    )
+    return {
+        "prompt": picture.prompt,
+        "file": f"picture-{index:03d}-seed-{picture.seed}.webp",  # the name under which a browser saves it
+        "full": data_url(picture.image, FULL_QUALITY),
+        "thumbnail": data_url(small, THUMBNAIL_QUALITY),
+        "width": small.width,  # of the thumbnail
+        "height": small.height,
+        "adapters": [adapters.index(name) for name, _ in picture.adapters],  # places in the page's list
+        "summary": " · ".join(filter(None, (f"seed {picture.seed}", used, picture.base if len(bases) > 1 else ""))),
+        "facts": list(facts_of(picture, used)),
+        "command": command_of(picture),
+        "python": python_of(picture),
+    }
 
 
 def facts_of(picture: Picture, used: str) -> Iterator[tuple[str, str]]:

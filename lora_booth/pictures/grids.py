@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
@@ -89,10 +89,8 @@ class Grid:
                 if picture is None:
                     draw.rectangle((x, y, x + side - 1, y + side - 1), fill=(232, 232, 232))
                     continue
-                scale = side / max(picture.image.size)
-                fitted = (max(1, round(picture.image.width * scale)), max(1, round(picture.image.height * scale)))
-                small = picture.image.convert("RGB").resize(fitted, Image.Resampling.LANCZOS, reducing_gap=2.0)
-                sheet.paste(small, (x + (side - fitted[0]) // 2, y + (side - fitted[1]) // 2))
+                fitted = ImageOps.pad(picture.image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color="white")
+                sheet.paste(fitted, (x, y))
         return sheet
 
     def save(self, path: str | Path) -> Path:

@@ -14,7 +14,7 @@ from ..base.base_model import BaseModel
 from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting
 from ..injection import placements
 from ..subject.wording import with_article
-from .subjects import find_phrase, phrase_of
+from .subjects import find_phrase
 from .weights import Weight
 
 
@@ -74,7 +74,7 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: st
             )
         elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
             found.append(
-                f"{phrase_of(a)!r} and {phrase_of(b)!r} are both {with_article(a.card.class_noun)}: they will blend; "
+                f"{a.card.words!r} and {b.card.words!r} are both {with_article(a.card.class_noun)}: they will blend; "
                 f"use regions with {setting('isolate', 'noise')}"
             )
     if len(subjects) > 1 and method == "sum":
@@ -84,7 +84,7 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: st
 
 def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str]:
     """Warnings about subjects that the prompt leaves out: "a dog" draws the class, not the subject."""
-    missing = [phrase_of(subject) for subject in subjects_of(adapters) if find_phrase(prompt, subject) is None]
+    missing = [subject.card.words for subject in subjects_of(adapters) if find_phrase(prompt, subject) is None]
     return [f"the prompt does not name {phrase!r}" for phrase in missing] if prompt else []
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
@@ -12,53 +14,14 @@ from ..subject.wording import article
 
 # The prompts of the DreamBooth paper's evaluation (arXiv 2208.12242, supplementary material), as in the file
 # dataset/prompts_and_classes.txt of github.com/google/dreambooth: what follows or changes "a {token} {class_noun}".
-SHARED = (
-    "in the jungle",
-    "in the snow",
-    "on the beach",
-    "on a cobblestone street",
-    "on top of pink fabric",
-    "on top of a wooden floor",
-    "with a city in the background",
-    "with a mountain in the background",
-    "with a blue house in the background",
-    "on top of a purple rug in a forest",
-)
-OBJECT = (
-    "with a wheat field in the background",
-    "with a tree and autumn leaves in the background",
-    "with the Eiffel Tower in the background",
-    "floating on top of water",
-    "floating in an ocean of milk",
-    "on top of green grass with sunflowers around it",
-    "on top of a mirror",
-    "on top of the sidewalk in a crowded street",
-    "on top of a dirt road",
-    "on top of a white rug",
-)
-LIVE = (
-    "wearing a red hat",
-    "wearing a santa hat",
-    "wearing a rainbow scarf",
-    "wearing a black top hat and a monocle",
-    "in a chef outfit",
-    "in a firefighter outfit",
-    "in a police outfit",
-    "wearing pink glasses",
-    "wearing a yellow shirt",
-    "in a purple wizard outfit",
-)
-PROPERTIES = ("red", "purple", "shiny", "wet", "cube shaped")
-
-
-def paper_prompts(contexts: Sequence[str]) -> tuple[str, ...]:
-    return (
-        *(f"a {{token}} {{class_noun}} {context}" for context in (*SHARED, *contexts)),
-        *(f"a {word} {{token}} {{class_noun}}" for word in PROPERTIES),
+PAPER: dict[str, list[str]] = json.loads((files(__package__) / "paper_prompts.json").read_text(encoding="utf-8"))
+PROMPT_SETS = {  # 25 each
+    kind: (
+        *(f"a {{token}} {{class_noun}} {context}" for context in (*PAPER["shared"], *PAPER[kind])),
+        *(f"a {word} {{token}} {{class_noun}}" for word in PAPER["properties"]),
     )
-
-
-PROMPT_SETS = {"object": paper_prompts(OBJECT), "live": paper_prompts(LIVE)}  # 25 each
+    for kind in ("object", "live")
+}
 
 PLACEHOLDERS = ("token", "class_noun", "a", "context")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")  # other braces mean something to other tools, and stay

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..config import check
 from ..errors import SettingsError
-from .making import FEATHER
+from .picture import FEATHER
 from .weights import Weight
 
 SIDE = 512  # pixels of a drawn mask, which is reduced to the size of each layer; chosen

@@ -6,8 +6,7 @@ import re
 import shlex
 
 from ..adapters.contents import file_stem
-from .making import Making, Place, default_start
-from .picture import Picture
+from .picture import Making, Picture, Place, default_start
 
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # needs no quotes in any shell
 DOUBLE = re.compile(r"[^\"$`\\!%“”„]*")  # is the same between double quotes in any shell; PowerShell ends a string at “

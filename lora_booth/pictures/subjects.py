@@ -11,12 +11,6 @@ from ..errors import SettingsError
 from ..subject.wording import subject_pattern, without_subject
 
 
-def phrase_of(adapter: Adapter) -> str | None:
-    """ "sks dog", from the card; None for an adapter without a token, e.g. a style."""
-    card = adapter.card
-    return " ".join(filter(None, (card.token, card.class_noun))) if card.token else None
-
-
 def find_phrase(prompt: str, adapter: Adapter) -> re.Match[str] | None:
     """Where a prompt names the subject: token and class noun, or the token alone."""
     if adapter.card.token is None:
@@ -36,8 +30,10 @@ def token_positions(prompt: str, adapter: Adapter, tokenizer: Any) -> list[int]:
     """Positions of the subject's phrase in the tokenized prompt. Raises SettingsError when the prompt does not name it."""
     found = find_phrase(prompt, adapter)
     if found is None:
-        phrase = phrase_of(adapter)
-        cause = f"the prompt {prompt!r} does not name {phrase!r}" if phrase else f"{adapter.name} has no token on its card"
+        card = adapter.card
+        cause = (
+            f"the prompt {prompt!r} does not name {card.words!r}" if card.token else f"{adapter.name} has no token on its card"
+        )
         raise SettingsError(f"{cause}; name every subject in the prompt, or pass a region with a box and a prompt")
     ids = tokenizer(prompt, truncation=True).input_ids
     wanted = tokenizer(found.group(), add_special_tokens=False).input_ids

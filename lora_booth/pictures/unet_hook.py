@@ -111,7 +111,6 @@ class UNetHook:
         self.gates: list[Gate | None] = []
         self.open_gates()
         self._names = list(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]  # after self
-        self._active = [True] * len(attached)
         self._timesteps: list[float] = []  # of this denoising so far
         self._total = 1  # timesteps of this denoising
 
@@ -157,21 +156,13 @@ class UNetHook:
             self._timesteps.append(time)
         step = len(self._timesteps) - 1
         progress = min(1.0, step / self._total)
-        for index, weight in enumerate(self.weights):
-            if weight.timed:
-                self._activate(index, weight.active(progress))
+        for adapter, weight in zip(self.attached, self.weights, strict=True):
+            for path in adapter.layers if weight.timed else ():
+                if path.startswith("unet."):
+                    adapter.scale(path, weight.of(path) if weight.active(progress) else 0.0)
         guided = bool(getattr(self.pipeline, "do_classifier_free_guidance", False)) and len(sample) % 2 == 0
         height, width = sample.shape[-2:]
         return UNetCall(forward, arguments, step, progress, len(sample), guided, (height, width))
-
-    def _activate(self, index: int, active: bool) -> None:
-        if self._active[index] == active:
-            return
-        self._active[index] = active
-        adapter, weight = self.attached[index], self.weights[index]
-        for path in adapter.layers:
-            if path.startswith("unet."):
-                adapter.scale(path, weight.of(path) if active else 0.0)
 
     # --- gates
 
