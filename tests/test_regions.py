@@ -401,11 +401,11 @@ def test_fused_and_dora_adapters_are_refused_by_name():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "blend"}, "'blend' is unknown"),
+        ({"method": "blend"}, "method 'blend'; needed: 'sum' or 'regions'"),
         ({"method": "composite"}, "'composite' was removed; use sum, or regions"),
         ({"method": "regions"}, r"needs places; pass regions="),
         ({"regions": "auto"}, "without adapters"),
-        ({"isolate": "magic"}, "'magic' is unknown"),
+        ({"isolate": "magic"}, "isolate 'magic'; needed: 'delta' or 'noise'"),
         ({"start": 1.0}, "start 1 is out of range"),
     ],
 )

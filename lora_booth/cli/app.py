@@ -69,7 +69,7 @@ def plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         usual = warnings.showwarning
         for category in OUR_WARNINGS:
-            warnings.simplefilter("always", category)
+            warnings.simplefilter("default", category)
         warnings.showwarning = show
         yield
 

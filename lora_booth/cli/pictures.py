@@ -40,7 +40,7 @@ def generate(
     """Draw pictures with one or several adapters, and a gallery page of them."""
     from ..base.ai_mark import save_marked
     from ..pictures.gallery import Gallery
-    from ..pictures.grids import batches, warned_once
+    from ..pictures.grids import batches
     from ..pictures.recipe import Recipe
     from ..pictures.regions import preview as drawn
 
@@ -60,9 +60,8 @@ def generate(
     files: list[Path] = []
     try:
         for row, text, part in batches(texts, wanted, batch_size):
-            with warned_once(again=bool(pictures)):
-                count = counting(len(texts) * len(wanted), before=len(pictures))
-                made = studio.generate(text, seeds=part, **settings, batch_size=batch_size, on_image=count)
+            count = counting(len(texts) * len(wanted), before=len(pictures))
+            made = studio.generate(text, seeds=part, **settings, batch_size=batch_size, on_image=count)
             start = f"{row // len(wanted) + 1:03d}-" if several else ""
             files += [picture.save(out / f"{start}{picture.seed:06d}.png") for picture in made]
             pictures += made

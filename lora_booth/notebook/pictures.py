@@ -38,10 +38,9 @@ def playground(
 
     from IPython.display import display
 
-    from ..pictures.composition import Composition
-    from ..pictures.grids import several
+    from ..pictures.composition import Composition, everyone_of
 
-    everyone, drawn = several(list(adapters)), []
+    everyone, drawn = everyone_of(adapters), []
 
     def draw(prompt: str, seed: int, weight: float, count: int = 1) -> None:
         studio = Composition(base, [(a, replace(w, value=w.value * weight)) for a, w in everyone])

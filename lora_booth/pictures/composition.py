@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from ..adapters.tools.merge import merge
 from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import generate_images, quiet
-from ..config import GUIDANCE, STEPS, check
+from ..config import GUIDANCE, STEPS, check, typed
 from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attached_layers
 from .attention_maps import AttentionMaps
@@ -32,16 +33,27 @@ from .unet_hook import UNetHook
 from .weights import Weight
 
 Method = Literal["sum", "regions"]
-METHODS: tuple[Method, ...] = ("sum", "regions")
 REMOVED = ("svd", "ssr", "switch", "composite")  # methods of earlier versions, which separated subjects less often
 
-Weighted = Adapter | tuple[Adapter, float | Weight]
+Weighted = Adapter | str | Path | tuple[Adapter | str | Path, float | Weight | None]
+
+# chosen, far above what gives a picture
+MOST_GUIDANCE = 1_000
+PICTURES: dict[str, Any] = {  # the arguments of `generate`, other than callbacks, and their types
+    "prompt": str,
+    "seeds": tuple[int, ...],
+    "negative_prompt": str | None,
+    "steps": int,
+    "guidance": float,
+    "size": int | None,
+    "batch_size": int,
+}
 
 
 class Composition:
     """A base (or any SD 1.x / 2.x / SDXL pipeline) with weighted adapters.
 
-    adapters    each an Adapter, (Adapter, weight) or (Adapter, Weight(...))
+    adapters    one or several, each an Adapter, its file, (Adapter, weight) or (Adapter, Weight(...))
     method      "sum"      every layer gets the exact weighted sum of the changes: one subject, and styles
                 "regions"  each adapter in its part of the picture: two subjects that stay distinct
                 None: "regions" if you pass any, or for several subjects (adapters with a token); else "sum"
@@ -57,7 +69,7 @@ class Composition:
     def __init__(
         self,
         base: BaseModel | Any,
-        adapters: Iterable[Weighted] = (),
+        adapters: Weighted | Iterable[Weighted] = (),
         *,
         method: Method | None = None,
         regions: Sequence[Region] | Literal["auto"] | None = None,
@@ -67,22 +79,20 @@ class Composition:
         together: bool = True,
     ) -> None:
         self.base = BaseModel.of(base)
-        self.adapters = tuple(weighted(item) for item in adapters)
+        self.adapters = everyone_of(adapters)
         self.by_default = method is None and regions is None and len(subjects_of(self.adapters)) > 1
         regions = "auto" if self.by_default else regions or ()
         self.method: Method = method or ("regions" if regions else "sum")
         if self.method in REMOVED:
             raise SettingsError(f"method {method!r} was removed; use sum, or regions for several subjects")
-        if self.method not in METHODS:
-            raise SettingsError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+        typed("method", self.method, Method)
         if regions and self.method != "regions":
             raise SettingsError(f"method {method!r} has no regions; leave out the method or the regions")
         if not regions and self.method == "regions":
             raise SettingsError(f'method "regions" needs places; pass {" or ".join(ways_to_place())}')
-        if isolate not in ("delta", "noise"):
-            raise SettingsError(f"isolate {isolate!r} is unknown; allowed: delta, noise")
-        self.regions, self.isolate, self.background, self.together = regions, isolate, background, together
-        self.start = default_start(auto=regions == "auto") if start is None else start
+        self.regions, self.isolate = regions, typed("isolate", isolate, Isolation)
+        self.background, self.together = typed("background", background, str | None), typed("together", together, bool)
+        self.start = default_start(auto=regions == "auto") if start is None else typed("start", start, float)
         check(0 <= self.start < 1, f"start {self.start:g}", "0 to 1, a share of the denoising steps")
         if self.method != "regions" and (start or background is not None):
             raise SettingsError("start and background are settings of regions; pass regions, or leave them out")
@@ -124,34 +134,25 @@ class Composition:
         batch_size  pictures at a time; more than one is faster and may differ by rounding
         on_image    called with the number of pictures drawn so far
         """
-        if not len(seeds):
-            raise SettingsError("no seeds; pass one for each picture, e.g. seeds=range(4)")
-        for seed in seeds:
-            check(0 <= seed < 2**63, f"seed {seed}", "0 to 2**63 - 1")
-        check(steps >= 1, f"steps {steps}", "at least 1; 20 to 50 is usual")
-        check(batch_size >= 1, f"batch_size {batch_size}", "at least 1")
-        check(math.isfinite(guidance) and guidance >= 0, f"guidance {guidance}", "at least 0; 4 to 8 is usual")
-        check(size is None or (size >= 8 and size % 8 == 0), f"size {size}", "multiples of 8 pixels")
+        asked = checked(
+            prompt=prompt,
+            seeds=seeds,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=guidance,
+            size=size,
+            batch_size=batch_size,
+        )
         everyone = self.everyone(prompt)
         for text in clashes(everyone, self.method, self.isolate):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
-            images = generate_images(
-                pipeline,
-                prompt,
-                list(seeds),
-                negative_prompt=negative_prompt,
-                steps=steps,
-                guidance=guidance,
-                size=size,
-                batch_size=batch_size,
-                on_image=on_image,
-            )
+            images = generate_images(pipeline, **asked, on_image=on_image)
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
         making = self._making(prompt, everyone)
         return [
             Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making)
-            for image, seed in zip(images, seeds, strict=True)
+            for image, seed in zip(images, asked["seeds"], strict=True)
         ]
 
     def _making(self, prompt: str, everyone: Sequence[tuple[Adapter, Weight]]) -> Making:
@@ -233,7 +234,7 @@ class Composition:
         if isinstance(self.regions, str):
             named = self._named(prompt)
             return [item for item in self.adapters if not any(item is other for other in named)] + named
-        return [*self.adapters, *(weighted(r.adapter if r.weight is None else (r.adapter, r.weight)) for r in self.regions)]
+        return [*self.adapters, *(weighted((r.adapter, r.weight)) for r in self.regions)]
 
     def _named(self, prompt: str) -> list[tuple[Adapter, Weight]]:
         """The adapters whose subject the prompt names."""
@@ -347,12 +348,40 @@ class Composition:
             mute_text(adapter)
 
 
+def checked(**settings: Any) -> dict[str, Any]:
+    """Arguments of `generate` in their plain types. Raises SettingsError for one out of range."""
+    if "seeds" in settings:
+        seeds = settings["seeds"]
+        settings["seeds"] = seeds = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else [seeds]
+        if not seeds:
+            raise SettingsError("no seeds; pass one for each picture, e.g. range(4)")
+        for seed in seeds:
+            check(not isinstance(seed, int) or 0 <= seed < 2**63, f"seed {seed}", "0 to 2**63 - 1")
+    found = {name: typed(name, value, PICTURES[name]) for name, value in settings.items()}
+    for name in ("steps", "batch_size"):
+        check(found.get(name, 1) >= 1, f"{name} {found.get(name)}", "at least 1")
+    guidance, size = found.get("guidance", 0), found.get("size")
+    check(0 <= guidance <= MOST_GUIDANCE, f"guidance {guidance}", f"0 to {MOST_GUIDANCE}; 4 to 8 is usual")
+    check(size is None or (size >= 8 and size % 8 == 0), f"size {size}", "multiples of 8 pixels")
+    return found
+
+
+def everyone_of(adapters: Weighted | Iterable[Weighted]) -> tuple[tuple[Adapter, Weight], ...]:
+    """Adapters with their weights, from one or several."""
+    pair = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], Real | Weight)
+    if pair or not isinstance(adapters, Iterable) or isinstance(adapters, str):
+        adapters = [adapters]  # type: ignore[list-item]
+    return tuple(weighted(item) for item in adapters)  # type: ignore[arg-type]
+
+
 def weighted(item: Weighted) -> tuple[Adapter, Weight]:
-    adapter, weight = (item, item.card.weight) if isinstance(item, Adapter) else item
-    if isinstance(weight, Weight):
-        return adapter, weight
-    check(math.isfinite(weight), f"weight {weight} of {adapter.name}", "any finite number; 0 to 1 is usual")
-    return adapter, Weight(float(weight))
+    adapter, weight = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+    if isinstance(adapter, str | Path):
+        adapter = Adapter.load(adapter)
+    adapter = typed("adapter", adapter, Adapter)
+    if not isinstance(weight, Weight):
+        weight = Weight(adapter.card.weight if weight is None else weight)
+    return adapter, weight
 
 
 def by_block(adapter: Adapter, weight: Weight) -> Adapter:

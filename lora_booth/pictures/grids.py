@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,10 +13,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
-from ..config import check
-from ..errors import CompositionWarning, SettingsError, shown
+from ..config import check, typed
+from ..errors import SettingsError, shown
 from ..photos.sheet import wrapped_lines
-from .composition import Composition, Method, Weighted, weighted
+from .composition import Composition, Method, Weighted, checked, everyone_of
 from .gallery import PAGE, Gallery
 from .picture import Picture
 from .weights import Weight
@@ -124,22 +122,21 @@ def grid_steps(
     method    see `Composition`
     settings  see `Composition.generate`: negative_prompt, steps, guidance, size
     """
-    prompts, everyone = [prompt] if isinstance(prompt, str) else list(prompt), several(adapters)
+    prompts, everyone = [prompt] if isinstance(prompt, str) else list(prompt), everyone_of(adapters)
+    if not everyone:
+        raise SettingsError("a grid without adapters; pass at least one")
+    seeds = checked(seeds=seeds)["seeds"]
     asked = [(text, seed) for text in prompts for seed in seeds]
-    for factor in weights:
-        check(math.isfinite(factor), f"weight {factor}", "any finite number; 0 to 1 is usual")
+    weights = typed("weights", list(weights), tuple[float, ...])
     total = len(asked) * len(weights)
     check(1 <= total <= MOST, f"a grid of {total} pictures", f"1 to {MOST}; at least one prompt, seed and weight")
     columns = tuple(weight_label(everyone, factor) for factor in weights)
     cells: list[list[Picture | None]] = [[None] * len(columns) for _ in asked]
     rows, title = labels_of(prompts, seeds)
-    warned = False
     for column, factor in enumerate(weights):
         studio = Composition(base, [(a, replace(w, value=w.value * factor)) for a, w in everyone], method=method)
         for start, text, part in batches(prompts, seeds, batch_size):
-            with warned_once(again=warned):
-                made = studio.generate(text, seeds=part, batch_size=batch_size, **settings)
-            warned = warned or factor != 0
+            made = studio.generate(text, seeds=part, batch_size=batch_size, **settings)
             for row, picture in enumerate(made, start):
                 cells[row][column] = picture
             yield Grid(rows, columns, tuple(map(tuple, cells)), title)
@@ -160,17 +157,6 @@ def before_after(
 def before_after_of(made: Grid) -> Grid:
     """A grid of the weights 0 and 1, as a strip."""
     return replace(made.transposed(), rows=("without", "with"))
-
-
-def several(adapters: Weighted | Sequence[Weighted]) -> list[tuple[Adapter, Weight]]:
-    """Adapters from one adapter, one with its weight, or a sequence of either."""
-    if isinstance(adapters, Adapter):
-        return [weighted(adapters)]
-    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], int | float | Weight):
-        return [weighted(adapters)]  # type: ignore[arg-type]
-    if not adapters:
-        raise SettingsError("a grid without adapters; pass at least one")
-    return [weighted(item) for item in adapters]  # type: ignore[arg-type]
 
 
 def weight_label(everyone: Sequence[tuple[Adapter, Weight]], factor: float) -> str:
@@ -194,12 +180,3 @@ def batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator
     for i, text in enumerate(prompts):
         for first in range(0, len(seeds), size):
             yield i * len(seeds) + first, text, list(seeds[first : first + size])
-
-
-@contextmanager
-def warned_once(*, again: bool) -> Iterator[None]:
-    """Suppress warnings `again`: the same adapters give the same ones for every picture."""
-    with warnings.catch_warnings():
-        if again:
-            warnings.simplefilter("ignore", CompositionWarning)
-        yield

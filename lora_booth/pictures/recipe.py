@@ -20,8 +20,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
 from ..base.base_model import BaseModel
 from ..errors import AdapterBaseMismatch, SettingsError, first_line, shown
-from ..files import write_file
-from .composition import Composition
+from ..files import read_json, write_file
+from .composition import PICTURES, Composition, checked
 from .picture import Picture
 from .regions import Region
 from .weights import Weight
@@ -29,15 +29,6 @@ from .weights import Weight
 FORMAT = 1
 MAX_BYTES = 16 * 2**20  # chosen
 MAX_MASK_SIDE = 4096  # pixels; chosen
-PICTURES: dict[str, tuple[type, ...]] = {  # the arguments of `generate` that a recipe may have
-    "prompt": (str,),
-    "negative_prompt": (str, type(None)),
-    "seeds": (list,),
-    "steps": (int,),
-    "guidance": (int, float),
-    "size": (int, type(None)),
-    "batch_size": (int,),
-}
 
 
 def file_hash(adapter: Adapter) -> str:
@@ -90,22 +81,20 @@ class Recipe:
         """Read a recipe file. Raises SettingsError if it is not a recipe, or has arguments unknown to `generate`."""
         path = Path(path)
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise SettingsError(f"{path}: larger than {MAX_BYTES} bytes, so not a recipe; check the file name")
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = read_json(path, most=MAX_BYTES)
             if entries.pop("format") != FORMAT:
-                raise SettingsError(f"{path}: a recipe of another format; update lora_booth")
+                raise SettingsError("a recipe of another format; update lora_booth")
             entries["adapters"] = tuple(entries["adapters"])
-            for name, value in entries["pictures"].items():
-                if not isinstance(value, PICTURES.get(name, ())) or isinstance(value, bool):
-                    raise SettingsError(f"{path}: a recipe cannot ask for {shown(name)} {shown(value)[:60]}")
-            if not all(type(seed) is int for seed in entries["pictures"].get("seeds", ())):
-                raise SettingsError(f"{path}: not all seeds are integers; correct them, e.g. [0, 1]")
+            if unknown := sorted(set(entries["pictures"]) - set(PICTURES)):
+                raise SettingsError(f"a recipe cannot ask for {shown(unknown[0])}")
+            checked(**entries["pictures"])
             return cls(**entries)
+        except SettingsError as error:
+            raise SettingsError(f"{shown(path)}: {error}") from error
         except OSError as error:
-            raise SettingsError(f"{path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise SettingsError(f"{path}: not a recipe ({first_line(error)})") from error
+            raise SettingsError(f"{shown(path)}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SettingsError(f"{shown(path)}: not a recipe ({shown(first_line(error))})") from error
 
     def studio(self, base: BaseModel | Any, adapters: Sequence[Adapter]) -> Composition:
         """The composition again, with adapters loaded from their files in any order.

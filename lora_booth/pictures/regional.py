@@ -8,7 +8,7 @@ noise   one row for each region and one for the background: each predicts the fu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from ..base.base_model import TextConditions
 from ..kernels.attention import split_heads
 from .attention_maps import AttentionMaps
 from .regions import Masks
-from .unet_hook import Branch, Gate, UNetCall, UNetHook, mix_branches
+from .unet_hook import Gate, UNetCall, UNetHook
 
 Isolation = Literal["delta", "noise"]
 EMPTY = 1 / 255  # a background mask nowhere above this needs no row
@@ -67,14 +67,33 @@ class Regional:
     # --- noise
 
     def _noise(self, hook: UNetHook, call: UNetCall, masks: Masks) -> Any:
-        everywhere = frozenset(range(len(hook.attached))) - frozenset(self.members)
-        branches = [Branch(everywhere | {i}, text) for i, text in zip(self.members, self.texts, strict=True)]
+        """The mean of the predictions of each region and of the background, weighted by their masks."""
+        everywhere = set(range(len(hook.attached))) - set(self.members)
+        branches = [(everywhere | {i}, text) for i, text in zip(self.members, self.texts, strict=True)]
         shares = with_rest(masks.at(*call.size))  # (N + 1, P, h, w)
         if shares[-1].max() > EMPTY:
-            branches.append(Branch(everywhere, self.background))
+            branches.append((everywhere, self.background))
         else:
             shares = shares[:-1]
-        return mix_branches(hook, call, branches, normalized(shares), together=self.together)
+        calls, device = [call.prompted(text) for _, text in branches], hook.unet.device
+        if self.together:
+            for index in range(len(hook.attached)):
+                active = torch.tensor([float(index in adapters) for adapters, _ in branches]).repeat_interleave(call.rows)
+                hook.gates[index] = None if active.all() else Gate(rows=active.to(device))
+            answer = call.given(**joined([one.arguments for one in calls], call.rows)).run()
+            predictions = list(torch.split(prediction_of(answer), call.rows))
+        else:
+            predictions = []
+            muted = Gate(rows=torch.zeros(call.rows, device=device))
+            for (adapters, _), one in zip(branches, calls, strict=True):
+                hook.gates = [None if index in adapters else muted for index in range(len(hook.attached))]
+                answer = one.run()
+                predictions.append(prediction_of(answer))
+        hook.open_gates()
+        mixed = torch.zeros_like(predictions[0])
+        for share, prediction in zip(normalized(shares).to(mixed), predictions, strict=True):  # (P or 1, h, w)
+            mixed += share.repeat(call.rows // len(share) if len(share) > 1 else 1, 1, 1)[:, None] * prediction
+        return (mixed, *answer[1:]) if isinstance(answer, tuple) else type(answer)(sample=mixed)
 
     # --- delta
 
@@ -127,6 +146,26 @@ def with_rest(masks: Tensor) -> Tensor:
 def normalized(shares: Tensor) -> Tensor:
     """The shares, scaled to add up to 1 at every pixel."""
     return shares / shares.sum(0, keepdim=True).clamp(min=1e-6)
+
+
+def prediction_of(answer: Any) -> Tensor:
+    return answer[0] if isinstance(answer, tuple) else answer.sample
+
+
+def joined(calls: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
+    """Several calls' arguments as one: every tensor with `rows` rows end to end, everything else as in the first."""
+
+    def join(values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Tensor):
+            return torch.cat(list(values)) if first.ndim and len(first) == rows else first
+        if isinstance(first, Mapping):
+            return {key: join([value[key] for value in values]) for key in first}
+        if isinstance(first, (list, tuple)):  # the residuals of a ControlNet
+            return type(first)(join(parts) for parts in zip(*values, strict=True))
+        return first
+
+    return {key: join([call[key] for call in calls]) for key in calls[0]}
 
 
 # --- prompts of regions within one pass ----------------------------------------------------------------------------

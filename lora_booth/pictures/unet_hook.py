@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..base.base_model import TextConditions
@@ -196,61 +195,3 @@ class UNetHook:
             mask = masks.full[subject].mean((1, 2))[:, None]
         repeats = len(output) // len(mask) if len(mask) > 1 else 1
         return mask.repeat(repeats, *[1] * (mask.ndim - 1)).to(output.dtype)
-
-
-# --- several predictions mixed into one ----------------------------------------------------------------------------
-
-
-@dataclass
-class Branch:
-    """One of several predictions that are mixed into one: its adapters, its prompt."""
-
-    adapters: frozenset[int]  # which of the attached adapters are active
-    text: TextConditions | None = None  # (1, tokens, d); None: the pipeline's
-
-
-def mix_branches(hook: UNetHook, call: UNetCall, branches: Sequence[Branch], shares: Tensor, *, together: bool) -> Any:
-    """The mean of the U-Net's predictions in several branches, weighted by `shares` (branches, P or 1, H or 1, W or 1).
-
-    together  run all branches as one larger batch; else one after the other, in less memory
-    """
-    calls, device = [call.prompted(branch.text) for branch in branches], hook.unet.device
-    if together:
-        for index in range(len(hook.attached)):
-            active = torch.tensor([float(index in branch.adapters) for branch in branches]).repeat_interleave(call.rows)
-            hook.gates[index] = None if active.all() else Gate(rows=active.to(device))
-        answer = call.given(**joined([one.arguments for one in calls], call.rows)).run()
-        predictions = list(torch.split(prediction_of(answer), call.rows))
-    else:
-        predictions = []
-        muted = Gate(rows=torch.zeros(call.rows, device=device))
-        for branch, one in zip(branches, calls, strict=True):
-            hook.gates = [None if index in branch.adapters else muted for index in range(len(hook.attached))]
-            answer = one.run()
-            predictions.append(prediction_of(answer))
-    hook.open_gates()
-    mixed = torch.zeros_like(predictions[0])
-    for share, prediction in zip(shares.to(mixed), predictions, strict=True):
-        part = share[:, None] if len(share) == 1 else share.repeat(call.rows // len(share), 1, 1)[:, None]
-        mixed += part * prediction
-    return (mixed, *answer[1:]) if isinstance(answer, tuple) else type(answer)(sample=mixed)
-
-
-def prediction_of(answer: Any) -> Tensor:
-    return answer[0] if isinstance(answer, tuple) else answer.sample
-
-
-def joined(calls: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
-    """Several calls' arguments as one: every tensor with `rows` rows end to end, everything else as in the first."""
-
-    def join(values: Sequence[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, Tensor):
-            return torch.cat(list(values)) if first.ndim and len(first) == rows else first
-        if isinstance(first, Mapping):
-            return {key: join([value[key] for value in values]) for key in first}
-        if isinstance(first, (list, tuple)):  # the residuals of a ControlNet
-            return type(first)(join(parts) for parts in zip(*values, strict=True))
-        return first
-
-    return {key: join([call[key] for call in calls]) for key in calls[0]}

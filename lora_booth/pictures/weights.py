@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..config import check
+from ..config import check, typed
 from ..errors import SettingsError
 
 BLOCKS = {"unet.down_blocks": "down", "unet.mid_block": "mid", "unet.up_blocks": "up"}
 TEXT = "text"
+MOST = 100  # chosen, far above what gives a picture
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Weight:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        for number in (self.value, *self.blocks.values()):
-            check(math.isfinite(number), f"weight {number}", "any finite number; 0 to 1 is usual")
+        for name, value in {"weight": self.value, "start": self.start, "end": self.end, **self.blocks}.items():
+            check(abs(typed(name, value, float)) <= MOST, f"weight {value}", f"-{MOST} to {MOST}; 0 to 1 is usual")
         check(0 <= self.start < self.end <= 1, f"start {self.start:g}, end {self.end:g}", "0 <= start < end <= 1")
         for name in self.blocks:
             kind, _, index = name.partition(".")
