@@ -20,22 +20,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import replacing
+from .files import TEMPORARY, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1  # of what entries contain
 KINDS = ("latents", "text", "digests", "class_images", "attention", "counts")
-OURS = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{16}\.tmp")  # names of our files; no other is counted or deleted
+OURS = re.compile(rf"[0-9a-f]{{64}}\.safetensors|{TEMPORARY.pattern}")  # names of our files; no other is counted or deleted
+NOWHERE = Path(os.devnull, "lora_booth")  # cannot be made, so nothing is cached
 LIMIT = 2.0  # GB; $LORA_BOOTH_CACHE_GB
 FRESH = 3600  # seconds after its last use in which an entry is never pruned, since a run may need it: chosen
 
 
 def cache_folder() -> Path:
-    """$LORA_BOOTH_CACHE, else `lora_booth` in the user's cache folder."""
-    chosen = os.environ.get("LORA_BOOTH_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_booth"
+    """$LORA_BOOTH_CACHE, else `lora_booth` in the user's cache folder; `NOWHERE` for a user without a home folder."""
+    if chosen := os.environ.get("LORA_BOOTH_CACHE"):
+        place = os.path.expanduser(chosen)
+        return NOWHERE if place.startswith("~") else Path(place)
+    common = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not common.is_absolute():  # then it counts as unset (XDG Base Directory Specification)
+        home = Path(os.path.expanduser("~"))  # "~" without HOME and an entry in passwd, "/" where HOME is empty
+        if not home.is_absolute() or home == home.parent:
+            return NOWHERE
+        common = home / ".cache"
+    return common / "lora_booth"
 
 
 def key_of(**facts: Any) -> str:
@@ -50,6 +59,8 @@ def read_entry(kind: str, key: str) -> dict[str, Tensor] | None:
 
     path = place_of(kind, key)
     try:
+        if not path.is_file():  # opening a FIFO could block forever
+            return None
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -112,13 +123,14 @@ def bytes_of(tensor: Tensor) -> Any:
 
 def entries() -> Iterator[tuple[Path, int, float]]:
     """Every file that this library wrote into the cache, its bytes and the time of its last use. Links are not followed."""
-    for path in cache_folder().glob("*/[0-9a-f][0-9a-f]/*"):
-        shard, kind = path.parents[:2]
-        if kind.name in KINDS and OURS.fullmatch(path.name) and not (shard.is_symlink() or kind.is_symlink()):
-            with suppress(OSError):  # another process removed it
-                status = path.lstat()
-                if stat.S_ISREG(status.st_mode):
-                    yield path, status.st_size, status.st_mtime
+    with suppress(OSError):  # the folder cannot be read
+        for path in cache_folder().glob("*/[0-9a-f][0-9a-f]/*"):
+            shard, kind = path.parents[:2]
+            if kind.name in KINDS and OURS.fullmatch(path.name) and not (shard.is_symlink() or kind.is_symlink()):
+                with suppress(FileNotFoundError):  # another process removed it
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        yield path, status.st_size, status.st_mtime
 
 
 def cache_size() -> int:
@@ -130,7 +142,7 @@ def limit() -> int:
     """Bytes: $LORA_BOOTH_CACHE_GB, else 2 GB."""
     try:
         return int(float(os.environ.get("LORA_BOOTH_CACHE_GB", LIMIT)) * 1e9)
-    except ValueError:
+    except (ValueError, OverflowError):
         return int(LIMIT * 1e9)
 
 
@@ -152,9 +164,9 @@ def prune_cache(most: int | None = None, *, unused_for: float = FRESH) -> int:
 
 def clear_cache() -> int:
     """Delete every entry: latents, text embeddings, class images, measurements. Returns the bytes deleted."""
+    folders = {path.parent for path, _, _ in entries()}
     gone = prune_cache(-1, unused_for=-math.inf)
-    for kind in KINDS:
-        for folder in [*(cache_folder() / kind).glob("[0-9a-f][0-9a-f]"), cache_folder() / kind]:
-            with suppress(OSError):  # it holds other files, or is a link
-                folder.rmdir()
+    for folder in sorted(folders | {one.parent for one in folders}, reverse=True):  # a folder after those in it
+        with suppress(OSError):  # it holds other files
+            folder.rmdir()
     return gone

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pipelines import make_pipeline, tokenizer
@@ -25,7 +26,7 @@ from lora_booth.subject.subject import Subject
 from lora_booth.training import prior
 from lora_booth.training.encoding import TextCache, VaeCache, digest_of, digest_on_disk, prepare
 from lora_booth.training.latents import LatentCache
-from lora_booth.training.prior import class_images
+from lora_booth.training.prior import class_images, image_key
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=2, class_images=2, warmup_steps=0, flip=True)
@@ -345,6 +346,125 @@ def test_class_images_count_and_are_cleared(rex: Subject, folders: dict[str, Pat
     size = cache_size()
     assert clear_cache() == size and cache_size() == 0
     assert [path.name for path in own_cache.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("change", ["bit", "other", "black", "size", "type", "nothing", "picture", "pipe", "link"])
+def test_a_class_image_is_checked_before_it_is_trained_on(
+    change: str, folders: dict[str, Path], own_cache: Path, tmp_path: Path
+) -> None:
+    base = load(folders["sd1"])
+    right = class_images(base, "a dog", 2, resolution=64)
+    key = image_key(base, "a dog", resolution=64, seed=0)
+    path, other = (place_of("class_images", image_key(base, "a dog", resolution=64, seed=seed)) for seed in (0, 1))
+    pixels = torch.full((64, 64, 3), 7, dtype=torch.uint8)
+    content = path.read_bytes()
+    path.unlink()
+    if change == "bit":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif change == "other":
+        shutil.copy(other, path)
+    elif change == "picture":
+        right[1].save(path, "PNG")
+    elif change == "pipe":
+        os.mkfifo(path)
+    elif change == "link":
+        path.symlink_to(other)
+    else:  # with a checksum that is right
+        made = {"black": pixels * 0, "size": pixels[:32], "type": pixels.float()}
+        write_entry("class_images", key, {"pixels": made[change]} if change in made else {})
+    again = class_images(base, "a dog", 2, resolution=64)
+    assert [np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in zip(again, right, strict=True)] == [0, 0]
+    assert [image.size for image in again] == [(64, 64)] * 2
+    assert other.read_bytes() != content  # what the link led to is as it was
+
+
+HOMELESS = {"HOME": "", "XDG_CACHE_HOME": ""}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LORA_BOOTH_CACHE": "~/mine"}, "/home/jane/mine"),
+        ({"LORA_BOOTH_CACHE": "/data/mine"}, "/data/mine"),
+        ({"LORA_BOOTH_CACHE": "~nobody-of-that-name/mine"}, None),
+        ({"LORA_BOOTH_CACHE": ""}, "/home/jane/.cache/lora_booth"),
+        ({"XDG_CACHE_HOME": "/scratch"}, "/scratch/lora_booth"),
+        ({"XDG_CACHE_HOME": ""}, "/home/jane/.cache/lora_booth"),
+        ({"XDG_CACHE_HOME": "here"}, "/home/jane/.cache/lora_booth"),
+        ({"XDG_CACHE_HOME": "~/.cache"}, "/home/jane/.cache/lora_booth"),
+        (HOMELESS, None),
+        (HOMELESS | {"HOME": "."}, None),
+        ({"HOME": None}, None),
+        ({"HOME": None, "LORA_BOOTH_CACHE": "~/mine"}, None),
+        ({"HOME": None, "XDG_CACHE_HOME": "/scratch"}, "/scratch/lora_booth"),
+        (HOMELESS | {"LORA_BOOTH_CACHE": "/data/mine"}, "/data/mine"),
+    ],
+)
+def test_the_place_of_the_cache(
+    variables: dict[str, str | None], expected: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Never a folder in a strange place: without a home folder (no HOME, no entry in passwd) there is no cache."""
+    pwd = pytest.importorskip("pwd")
+
+    def nobody(user: int) -> Any:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"HOME": "/home/jane", "XDG_CACHE_HOME": "", "LORA_BOOTH_CACHE": "", **variables}.items():
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    assert cache_folder() == (cache.NOWHERE if expected is None else Path(expected))
+    if expected is None:
+        assert not write_entry("latents", key_of(of="one"), TENSORS) and read_entry("latents", key_of(of="one")) is None
+        assert cache_size() == prune_cache(0) == clear_cache() == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["/dev/null/cache", "/proc/cache", "x" * 300, "/" + "x/" * 3000])
+def test_a_cache_that_cannot_be_made_stops_nobody(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_BOOTH_CACHE", place)
+    assert not write_entry("latents", key_of(of="one"), TENSORS) and read_entry("latents", key_of(of="one")) is None
+    assert cache_size() == prune_cache(0) == clear_cache() == 0
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "", "2 GB", "1e400"])
+def test_a_limit_that_cannot_be_read_is_the_usual_one(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_BOOTH_CACHE_GB", size)
+    assert cache.limit() == 2_000_000_000
+
+
+def test_only_what_it_wrote_is_counted_or_deleted(own_cache: Path, tmp_path: Path) -> None:
+    """In a folder that holds other things, even under our names for folders, and whatever links lead to."""
+    key, elsewhere = key_of(of="one"), tmp_path / "elsewhere"
+    write_entry("latents", key, TENSORS)
+    size = cache_size()
+    theirs = ["mine.txt", "latents/notes.txt", ".hidden", "text/ab/essay.txt", "latents/ab/model.safetensors"]
+    theirs += ["latents/.0123456789abcdef.tmp", f"models/{key[:2]}/{key}.safetensors", f"{key}.safetensors"]
+    theirs += [".git/config", f"class_images/{key[:2]}/.{'a' * 16}.tmp"]
+    for name in theirs:
+        (own_cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_cache / name).write_text("of somebody else")
+    outside = elsewhere / key[:2] / f"{key}.safetensors"
+    outside.parent.mkdir(parents=True)
+    outside.write_text("of somebody else")
+    (own_cache / "digests").symlink_to(elsewhere)
+    (own_cache / "counts").mkdir()
+    (own_cache / "counts" / key[:2]).symlink_to(outside.parent)
+    (own_cache / "attention" / key[:2]).mkdir(parents=True)
+    (own_cache / "attention" / key[:2] / outside.name).symlink_to(outside)
+    long_ago = time.time() - 10 * cache.FRESH
+    for path in own_cache.rglob("*"):
+        os.utime(path, (long_ago, long_ago), follow_symlinks=False)
+    assert cache_size() == size
+    assert prune_cache(0) == size and read_entry("latents", key) is None
+    write_entry("latents", key, TENSORS)
+    assert clear_cache() == size and cache_size() == 0
+    assert all((own_cache / name).read_text() == "of somebody else" for name in theirs)
+    assert outside.read_text() == "of somebody else"
+    write_entry("attention", key, TENSORS)  # a new file takes the link's place
+    assert outside.read_text() == "of somebody else" and read_entry("attention", key) is not None
 
 
 def test_the_command_says_how_much_is_kept_and_deletes_it(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 from test_photos import swapped_profile
 
 from lora_booth.photos.finding import find_photos
-from lora_booth.photos.opening import STRIP, grey_copy, open_photo, rgb_copy, row_strips, upright_size
+from lora_booth.photos.opening import STRIP, open_photo, row_strips, upright_copy, upright_size
 from lora_booth.photos.square import crop_and_resize, crop_of, training_square
 
 WIDTH, HEIGHT = 203, 2 * STRIP + 53  # neither a multiple of what they are made smaller by, nor of a strip
@@ -35,7 +35,7 @@ def block_means(values: np.ndarray, side: int) -> np.ndarray:
 @pytest.mark.parametrize("side", [1, 2, 3, 7, STRIP, STRIP + 9])
 def test_a_smaller_copy_is_of_block_means(side: int) -> None:
     values = noise(3)
-    copy = np.asarray(rgb_copy(Image.fromarray(values), side), dtype=np.float64)
+    copy = np.asarray(upright_copy(Image.fromarray(values), smaller=side), dtype=np.float64)
     assert copy.shape == (-(-HEIGHT // side), -(-WIDTH // side), 3)
     assert np.abs(copy - block_means(values.astype(np.float64), side)).max() <= 0.75  # Pillow counts in whole numbers
 
@@ -47,11 +47,11 @@ def test_strips_change_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> No
         image = Image.fromarray(noise(1)[..., 0].astype({"I": np.int32, "I;16": np.uint16, "F": np.float32}[mode]) * 100)
     else:
         image = image if mode == "RGBA" else image.convert("RGB" if mode in ("CMYK", "YCbCr") else mode).convert(mode)
-    for copy in (rgb_copy, grey_copy):
-        in_strips = np.asarray(copy(image))
+    for to in ("RGB", "L"):
+        in_strips = np.asarray(upright_copy(image, to))
         with monkeypatch.context() as patch:
             patch.setattr("lora_booth.photos.opening.row_strips", lambda image, rows=0: iter([image]))
-            assert np.array_equal(np.asarray(copy(image)), in_strips), copy.__name__
+            assert np.array_equal(np.asarray(upright_copy(image, to)), in_strips), to
 
 
 def test_hidden_colours_stay_hidden() -> None:
@@ -60,7 +60,7 @@ def test_hidden_colours_stay_hidden() -> None:
     values[:, ::2] = (200, 0, 0, 255)
     for hidden in ((0, 0, 0, 0), (0, 255, 0, 0)):
         values[:, 1::2] = hidden
-        copy = np.asarray(rgb_copy(Image.fromarray(values), 4), dtype=np.int16)
+        copy = np.asarray(upright_copy(Image.fromarray(values), smaller=4), dtype=np.int16)
         assert np.abs(copy - (228, 128, 128)).max() <= 2
 
 
@@ -73,9 +73,9 @@ def test_a_profile_is_kept_to_in_every_strip() -> None:
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
     whole = ImageCms.profileToProfile(image, source, srgb, ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB", flags=flags)
     assert np.abs(np.asarray(whole).astype(int) - plain).mean() > 30
-    assert np.array_equal(np.asarray(rgb_copy(image)), np.asarray(whole))
+    assert np.array_equal(np.asarray(upright_copy(image)), np.asarray(whole))
     image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # of other colours
-    assert np.array_equal(np.asarray(rgb_copy(image)), plain)
+    assert np.array_equal(np.asarray(upright_copy(image)), plain)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -85,9 +85,9 @@ def test_upright_size(orientation: int) -> None:
     exif[0x0112] = orientation
     Image.fromarray(noise(3)).save(data, "JPEG", exif=exif)
     with Image.open(data) as image:
-        assert rgb_copy(image).size == upright_size(image) == ((WIDTH, HEIGHT) if orientation < 5 else (HEIGHT, WIDTH))
+        assert upright_copy(image).size == upright_size(image) == ((WIDTH, HEIGHT) if orientation < 5 else (HEIGHT, WIDTH))
         width, height = upright_size(image)
-        assert rgb_copy(image, 4).size == (-(-width // 4), -(-height // 4))
+        assert upright_copy(image, smaller=4).size == (-(-width // 4), -(-height // 4))
 
 
 def test_strips_are_the_picture() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -19,7 +20,7 @@ from lora_booth.errors import PhotoError, shown
 from lora_booth.photos import finding
 from lora_booth.photos.audit import audit_photos
 from lora_booth.photos.finding import find_photos
-from lora_booth.photos.opening import open_photo
+from lora_booth.photos.opening import open_photo, read_picture
 from lora_booth.photos.photo import Photo, PhotoSet
 from lora_booth.photos.sheet import contact_sheet
 from lora_booth.photos.square import Crop, crop_and_resize, crop_of, square_box, to_tensor, training_square
@@ -104,8 +105,25 @@ def test_clutter_is_skipped_with_reasons(folder: Path) -> None:
         "more": "a folder",
         "empty.png": "empty (0 bytes)",
         "text.jpg": "not a photo (none of JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP)",
-        "lonely.txt": "a caption without a photo of that name",
+        "lonely.txt": "a caption without a photo of that name (photo.txt is for photo.jpg)",
     }
+
+
+def test_captions_in_capitals_are_read_and_no_caption_is_left_out_silently(folder: Path) -> None:
+    (folder / "img0.TXT").write_text("a dog")
+    Image.new("L", (96, 80), 255).save(folder / "img1.MASK.PNG", "PNG")
+    (folder / "img2.txt").write_text("a cat")
+    there = {path.name for path in folder.iterdir()}
+    (folder / "img2.TXT").write_text("a cow")
+    others = ["img0.Txt", "img1.jpg.txt", "img9.TXT", "img2.caption", "img2.json", "metadata.jsonl", "captions.CSV"]
+    for name in others:
+        (folder / name).write_text("a dog")
+    found = find_photos(folder)
+    assert [photo.caption for photo in found.photos] == ["a dog", None, "a cat"]
+    assert [photo.mask is not None for photo in found.photos] == [False, True, False]
+    left_out = reasons(found)
+    assert left_out.keys() == {path.name for path in folder.iterdir()} - there - {"img0.TXT"}
+    assert all("photo.txt" in reason and "photo.jpg" in reason for reason in left_out.values())
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
@@ -273,6 +291,54 @@ def test_huge_pictures_are_refused_before_decoding(folder: Path, size: tuple[int
     tracemalloc.stop()
     assert "more than 50 megapixels" in text
     assert peak < 20 * 2**20
+
+
+def not_a_picture(kind: str, folder: Path) -> Path:
+    path = folder / "x.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        (folder.parent / "out.png").write_bytes(picture_bytes())
+        path.symlink_to(folder.parent / "out.png")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "NUL":
+        return folder / "x\0.png"
+    elif kind != "gone":
+        made = {"bomb": declared_png(9000, 9000), "PostScript": b"%!PS-Adobe-3.0", "empty": b"", "cut": picture_bytes()[:200]}
+        path.write_bytes(made[kind])
+    return path
+
+
+def picture_bytes(kind: str = "PNG") -> bytes:
+    content = io.BytesIO()
+    picture().save(content, kind)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "loop", "folder", "NUL", "gone", "bomb", "PostScript", "empty", "cut"])
+def test_one_door_for_pictures(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    path = not_a_picture(kind, folder)
+    with pytest.raises(PhotoError) as error:
+        read_picture(path, inside=folder)
+    assert str(error.value).isprintable()
+    if path.is_file() and kind != "link":
+        with pytest.raises(PhotoError, match="^the picture: "):
+            read_picture(path.read_bytes())
+    assert np.array_equal(read_picture(picture_bytes(), inside=folder), picture())
+    assert read_picture(picture_bytes(), mode="L").mode == "L"
+
+
+def test_pictures_in_memory_pass_the_same_door(tmp_path: Path) -> None:
+    assert np.array_equal(read_picture(picture()), picture())
+    with pytest.raises(PhotoError, match="more than 50 megapixels"):
+        read_picture(Image.new("1", (9000, 9000)))
+    with pytest.raises(PhotoError, match="damaged"):  # opened lazily
+        read_picture(Image.open(io.BytesIO(picture_bytes("JPEG")[:-200])))
 
 
 def test_shape_limits(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import pipelines
 import pytest
 from PIL import Image
 from spoilt import taken_apart
+from test_photos import declared_png
 
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterBaseMismatch, SettingsError
+from lora_booth.errors import AdapterBaseMismatch, LoraBoothError, SettingsError
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.picture import Picture
 from lora_booth.pictures.recipe import Recipe, file_hash
@@ -113,9 +115,13 @@ def test_nothing_of_a_masks_file_is_in_it(base, files, tmp_path):
         text = Recipe.of(Composition(base, regions=regions), PROMPT).save(tmp_path / "recipe.json").read_text()
     assert "secret" not in text and str(tmp_path) not in text
     [entry] = json.loads(text)["composition"]["regions"]
-    import base64
-
     assert b"secret" not in base64.b64decode(entry["mask"])
+    for mask in (declared_png(9000, 9000), b"%!PS-Adobe-3.0", b"\x89PNG\r\n\x1a\n"):
+        written = json.loads(text)
+        written["composition"]["regions"][0]["mask"] = base64.b64encode(mask).decode()
+        (tmp_path / "hostile.json").write_text(json.dumps(written))
+        with pytest.raises(LoraBoothError, match="megapixels|PostScript|damaged"):
+            Recipe.load(tmp_path / "hostile.json").studio(base, [Adapter.load(files[0])])
 
 
 # a recipe as the version before this one wrote it, but for the hashes

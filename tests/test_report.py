@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,14 @@ from browser import CHROMEDRIVER, CHROMIUM, chromium
 from PIL import Image
 from pipelines import make_pipeline
 from test_gallery import Page
+from test_photos import declared_png
 
 from lora_booth import cli
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError
+from lora_booth.notebook.progress import newest_samples, samples_of
 from lora_booth.photos.square import training_square
 from lora_booth.report.reading import advice, read_run
 from lora_booth.report.report import BOTTOM, MOST_POINTS, TOP, chart, smoothed, thinned, ticks, write_report
@@ -280,6 +283,34 @@ def test_torn_files_are_left_out(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(SettingsError, match="no readable run.json"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "bomb", "gif", "pipe"])
+def test_pictures_of_a_run_pass_the_checks_of_photos(kind: str, tmp_path: Path) -> None:
+    """A run folder from somebody else shows nothing from outside it, and opens nothing that a photo could not be."""
+    run, secret = tmp_path / "run", tmp_path / "secret.png"
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(secret)
+    (run / "samples").mkdir(parents=True)
+    (run / "crops").mkdir()
+    (run / "run.json").write_text(json.dumps({"status": "finished"}))
+    line = {"step": 1, "prompt": "p", "seed": 0, "file": "000001.png"}
+    (run / "samples" / "samples.jsonl").write_text(json.dumps(line))
+    for file in (run / "samples" / "000001.png", run / "crops" / "0000.webp"):
+        if kind == "link":
+            file.symlink_to(secret)
+        elif kind == "bomb":
+            file.write_bytes(declared_png(9000, 9000))
+        elif kind == "gif":
+            Image.new("RGB", (64, 64)).save(file, "GIF")
+        elif file.suffix == ".webp":  # a pipe among the samples is no file, so it is not listed
+            os.mkfifo(file)
+    write_report(run)
+    shown = page_of(run)[1].all("img")
+    assert shown and all(image["alt"].endswith("cannot be read") for image in shown)
+    assert all((pixels(image["src"]) == 128).all() for image in shown)
+    found = samples_of(run, most=1)
+    assert found is None if kind == "pipe" else found is not None and found.cells == ((None,),)
+    assert isinstance(newest_samples(run), str)
 
 
 def test_advice_follows_the_figures(tmp_path: Path) -> None:

@@ -114,6 +114,22 @@ def test_audit_of_a_subject(tmp_path: Path) -> None:
         {"token": "oh\x1b[31mwx"},
         {"token": "{token}"},
         {"token": "x" * 65},
+        {"token": "zwx,"},
+        {"token": "<zwx>"},
+        {"token": "(zwx:1.4)"},
+        {"token": "z,wx"},
+        {"token": "zwx."},
+        {"token": '"zwx"'},
+        {"token": "..."},
+        {"class_noun": "a dog"},
+        {"class_noun": "An Owl"},
+        {"class_noun": "my dog"},
+        {"class_noun": "a photo of a dog"},
+        {"class_noun": "photo of the dog"},
+        {"class_noun": "dog, best quality"},
+        {"class_noun": "(dog:1.2)"},
+        {"class_noun": "ohwx dog"},
+        {"class_noun": "<lora:x:1> dog"},
         {"token": "dog"},
         {"token": "Dog"},
         {"class_noun": ""},
@@ -133,6 +149,30 @@ def test_mistakes(change: dict[str, Any]) -> None:
     with pytest.raises(SubjectError) as error:
         replace(REX, **change)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"token": "zwx,"}, "'zwx'"),
+        ({"token": "<zwx>"}, "'zwx'"),
+        ({"class_noun": "a dog"}, "'dog'"),
+        ({"class_noun": "a photo of my old dog"}, "'old dog'"),
+    ],
+)
+def test_the_remedy_of_a_mistake(change: dict[str, str], remedy: str) -> None:
+    with pytest.raises(SubjectError, match=f"{remedy}$"):
+        replace(REX, **change)
+
+
+@pytest.mark.parametrize("noun", ["coffee mug", "bottle of water", "t-shirt", "R2-D2", "St. Bernard", "antelope", "犬"])
+def test_nouns_of_every_kind(noun: str) -> None:
+    assert replace(REX, class_noun=noun).class_prompt.endswith(noun)
+
+
+@pytest.mark.parametrize("token", ["X-1", "john_smith", "o'hwx", "Anna.Zqv", "犬", "☃", "zwx2"])
+def test_tokens_of_every_kind(token: str) -> None:
+    assert replace(REX, token=token).instance_prompt == f"a photo of {token} dog"
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------

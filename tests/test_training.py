@@ -666,6 +666,31 @@ def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Pa
     assert (pictures[0] != pictures[1]).any()
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_caption_that_is_cut_keeps_its_subject_and_is_told(
+    kind: str, rex: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where everything comes from the cache. The encoders of the tiny bases read 14 letters or words they know."""
+    monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
+    captions = ["sks dog far away on the moon", "far away on the moon, a sks dog", "the moon over dog town", "a dog"]
+    photos = [replace(rex.photos[0], caption=caption) for caption in captions]
+    subject = replace(rex, photos=tuple(photos))
+    expected = [captions[0], f"sks dog, {captions[1]}", "sks dog, the moon over sks dog town", "a sks dog"]
+    expected[2] = expected[2] if base_of(kind).cut_off("the moon over sks dog") else "the moon over sks dog town"
+
+    for _ in range(2):
+        lines: list[str] = []
+        config = TrainingConfig(steps=1, prior_loss_weight=0.0)
+        cache = prepare(base_of(kind), subject, config=config, say=lines.append)
+        assert list(cache.photos.prompts) == expected
+        cut = [line for line in lines if "longer than the text encoder reads" in line]
+        assert len(cut) == sum(bool(base_of(kind).cut_off(prompt)) for prompt in expected) >= 2
+        assert all(line.startswith(f"{photos[0].name}: ") for line in cut) and "moon" in cut[1].replace(" ", "")
+    with pytest.warns(UserWarning, match="longer than the text encoder reads"):
+        prepare(base_of(kind), replace(subject, photos=(photos[1],)), config=config)
+    assert not caplog.records  # of transformers' "indexing errors", nor of diffusers
+
+
 @pytest.mark.slow
 def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))

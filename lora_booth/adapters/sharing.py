@@ -15,10 +15,9 @@ from PIL import Image
 
 from .. import __version__
 from ..base.ai_mark import save_marked
-from ..errors import AdapterError, PhotoError, SettingsError, first_line, shown
+from ..errors import AdapterError, SettingsError, first_line
 from ..files import replacing
-from ..photos.opening import opened, rgb_copy
-from ..photos.photo import Unusable
+from ..photos.opening import read_picture
 from ..photos.square import crop_and_resize
 from .contents import AdapterContents, Dtype, Layout, file_stem
 from .model_card import SharedPicture, model_card
@@ -38,25 +37,13 @@ MOST_FILES = 1000  # in a folder that `save_folder` may replace
 
 def thumbnail_url(image: Image.Image | str | Path) -> str:
     """A data URL of a small JPEG: the pixels of the upright centre square, without anything else that the picture carries."""
-    rgb = pixels_of(image)
+    if isinstance(image, str):
+        image = Path(image)
+    if not isinstance(image, Path | Image.Image):
+        raise SettingsError(f"a {type(image).__name__} is not a picture; pass a PIL image or a path")
+    rgb = read_picture(image)
     sizes = ((side, quality) for side in THUMBNAIL_SIDES for quality in THUMBNAIL_QUALITIES)
     return next(url for side, quality in sizes if len(url := small_jpeg(rgb, side, quality)) <= MAX_THUMBNAIL)
-
-
-def pixels_of(image: Image.Image | str | Path) -> Image.Image:
-    """Upright RGB in sRGB, without EXIF, comments and profiles."""
-    if isinstance(image, Image.Image):
-        try:
-            return rgb_copy(image)
-        except (Unusable, OSError) as error:
-            raise PhotoError(f"the picture cannot be used: {first_line(error)}") from None
-    if not isinstance(image, str | Path):
-        raise SettingsError(f"a {type(image).__name__} is not a picture; pass a PIL image or a path")
-    try:
-        with opened(Path(image)) as (found, _, _):
-            return rgb_copy(found)
-    except Unusable as error:
-        raise PhotoError(f"{shown(image)}: {error}") from None
 
 
 def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
@@ -92,7 +79,7 @@ def fill(adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPictur
     for path, picture in paths_of(pictures):
         if not hasattr(picture, "prompt"):
             raise SettingsError(f"a {type(picture).__name__} has no prompt and seed; share pictures of Composition.generate")
-        save_marked(pixels_of(picture.image), folder / path)
+        save_marked(read_picture(picture.image), folder / path)
 
 
 def write_page(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import BaseModelError, LoraBoothError, first_line
 from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import FAMILIES, Family, labels
-from .library_logging import quiet_about_torchvision
+from .library_logging import quiet_about_long_prompts, quiet_about_torchvision
 from .memory import without_collections
 from .quantization import check_quantization, is_quantized
 from .quantization import quantize as quantize_unet
@@ -263,10 +263,20 @@ class BaseModel:
     def encode_text(self, prompts: Sequence[str]) -> TextConditions:
         """Encode like the stock pipeline. With gradients if they are enabled (text-encoder LoRA)."""
         self.weights.fill(*self.family.text_encoders)
-        encoded = self.shell.encode_prompt(
-            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        with quiet_about_long_prompts(self.shell):
+            encoded = self.shell.encode_prompt(
+                list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         return TextConditions(encoded[0], encoded[2] if self.family.time_ids else None)
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that a text encoder does not read, in the tokenizer's spelling; "" if all of it is read."""
+        ends = [""]
+        for tokenizer in self.tokenizers:
+            ids = tokenizer(prompt, verbose=False).input_ids
+            if len(ids) > tokenizer.model_max_length:
+                ends.append(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip())
+        return max(ends, key=len)
 
     def time_ids(self, original_size: tuple[int, int], crop: tuple[int, int], resolution: int) -> Tensor | None:
         """SDXL's (6,) size conditions: original height and width, crop top and left, target height and width (pixels).

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..config import GUIDANCE, STEPS
+from .library_logging import quiet_about_long_prompts
 from .memory import return_to_system
 
 
@@ -62,10 +63,11 @@ def make_room(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) 
 
 @contextmanager
 def quiet(pipeline: Any) -> Iterator[None]:
-    """Hide diffusers' progress bar."""
+    """Hide diffusers' progress bar and its words about long prompts."""
     before = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(**before | {"disable": True})
     try:
-        yield
+        with quiet_about_long_prompts(pipeline):
+            yield
     finally:
         pipeline.set_progress_bar_config(**before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def quiet_about_torchvision() -> None:
@@ -14,6 +15,25 @@ def quiet_about_torchvision() -> None:
 
 def not_about_torchvision(record: logging.LogRecord) -> bool:
     return "requires torchvision" not in record.getMessage()
+
+
+def not_about_long_prompts(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "longer than the specified maximum sequence length" not in text and "was truncated because CLIP" not in text
+
+
+@contextmanager
+def quiet_about_long_prompts(pipeline: Any) -> Iterator[None]:
+    """Hide that a prompt is cut, and transformers' false alarm of "indexing errors": `BaseModel.cut_off` tells what is lost."""
+    names = {one.__module__ for one in type(pipeline).__mro__} | {"transformers.tokenization_utils_base"}
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(not_about_long_prompts)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(not_about_long_prompts)
 
 
 @contextmanager

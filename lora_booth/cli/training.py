@@ -133,9 +133,11 @@ def train(
 @command
 def cache(clear: Annotated[bool, typer.Option(help="delete the cache")] = False) -> None:
     """Print where encoded photos and class images of earlier runs are cached, and their size; or delete them."""
-    from ..cache import cache_folder, cache_size, clear_cache
+    from ..cache import NOWHERE, cache_folder, cache_size, clear_cache
 
-    if clear:
+    if cache_folder() == NOWHERE:
+        say("nothing is cached: you have no home folder; set LORA_BOOTH_CACHE to a folder, e.g. /tmp/lora_booth")
+    elif clear:
         say(f"{cache_folder()}: deleted {clear_cache() / 1e6:.1f} MB")
     else:
         say(f"{cache_folder()}: {cache_size() / 1e6:.1f} MB")

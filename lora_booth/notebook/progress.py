@@ -108,8 +108,8 @@ def samples(run: str | Path, *, side: int = 160) -> Image.Image | None:
 
 def samples_of(run: Path, *, most: int) -> Grid | None:
     """A row for each prompt and seed, and columns for at most so many steps, the last one among them."""
-    from PIL import Image
-
+    from ..errors import PhotoError
+    from ..photos.opening import read_picture
     from ..pictures.grids import Grid
     from ..pictures.picture import Picture
     from ..report.reading import samples as samples_in
@@ -126,10 +126,10 @@ def samples_of(run: Path, *, most: int) -> Grid | None:
 
     def cell(prompt: str, seed: int, step: int) -> Picture | None:
         file = at.get((prompt, seed, step))
-        if file is None:
+        try:
+            return None if file is None else Picture(read_picture(file, inside=run), prompt, seed)
+        except PhotoError:
             return None
-        with Image.open(file) as opened:
-            return Picture(opened.convert("RGB"), prompt, seed)
 
     return Grid(
         tuple(prompt for prompt, _ in rows),

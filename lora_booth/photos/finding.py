@@ -6,22 +6,34 @@ Every file is decoded here by the code that training uses, so a photo that passe
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import PhotoError, setting, shown
 from .cropping import BAR_COPY, Cropping, check_cropping, focus_of, without_black_bars
-from .opening import FORMATS, begins_like_a_photo, opened, rgb_copy, upright_size
+from .opening import FORMATS, begins_like_a_photo, opened, upright_copy, upright_size
 from .photo import Photo, PhotoSet, Region, Skipped, Unusable
-from .sidecars import CROPS_FILE, MASK_ENDING, MaskSource, caption_of, find_mask, fractions, read_crops
+from .sidecars import (
+    CAPTION_ENDING,
+    CAPTIONS_ELSEWHERE,
+    CROPS_FILE,
+    MASK_ENDING,
+    MaskSource,
+    caption_of,
+    find_mask,
+    fractions,
+    is_sidecar,
+    read_crops,
+    sidecar,
+)
 from .square import box
 
 MIN_SIDE = 64  # pixels of the short side of a photo or its crop; chosen: an eighth of SD 1.x's resolution
 MAX_ASPECT = 4.0  # long side / short side; chosen
 ENOUGH = 2 * BAR_COPY  # pixels, at least, of the long side of the copy that is searched for bars and salient places
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
-LONELY_MASK = f"a mask without a photo of that name (photo{MASK_ENDING} is for photo.jpg)"
 
 
 def find_photos(
@@ -61,7 +73,8 @@ def find_photos(
         try:
             photos.append(_check(path, regions.get(path.name), (masks or {}).get(path.name), crop, first_with))
         except Unusable as error:
-            skipped.append(Skipped(path, str(error)))
+            captions = "; captions belong in photo.txt beside photo.jpg" if path.suffix.lower() in CAPTIONS_ELSEWHERE else ""
+            skipped.append(Skipped(path, f"{error}{captions}"))
         _check_not_too_many(where, len(photos), maximum)
     if len(photos) < minimum:
         raise PhotoError(_too_few(where, len(photos), minimum, skipped))
@@ -83,8 +96,8 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
     else:
         files = [Path(path) for path in source]
         where = f"{len(files)} files"
-    # names without ending that captions and masks can belong to
-    stems = {path.stem for path in files if path.suffix.lower() != ".txt" and not _is_mask(path)}
+    photos = [path for path in files if not is_sidecar(path)]
+    used = {sidecar(path, ending) for path in photos for ending in (CAPTION_ENDING, MASK_ENDING)}
     candidates: list[Path] = []
     skipped: list[Skipped] = []
     regions: dict[str, Region] = {}
@@ -93,15 +106,13 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
             raise PhotoError(f"{shown(path)}: no such file; check the name")
         if (reason := _unfit_entry(path, root)) is not None:
             skipped.append(Skipped(path, reason))
-        elif root is not None and path.name == CROPS_FILE:
+        elif root is not None and path.name.lower() == CROPS_FILE:
             regions = read_crops(path)
-        elif _is_mask(path):
-            if not (path.name.endswith(MASK_ENDING) and path.name.removesuffix(MASK_ENDING) in stems):
-                skipped.append(Skipped(path, LONELY_MASK))
-        elif path.suffix.lower() != ".txt":
+        elif not is_sidecar(path):
             candidates.append(path)
-        elif path.stem not in stems:
-            skipped.append(Skipped(path, "a caption without a photo of that name"))
+        elif path not in used and not any(os.path.samefile(path, one) for one in used if one):  # names differ in case only
+            what, ending = ("mask", MASK_ENDING) if path.name.lower().endswith(MASK_ENDING) else ("caption", CAPTION_ENDING)
+            skipped.append(Skipped(path, f"a {what} without a photo of that name (photo{ending} is for photo.jpg)"))
     return where, candidates, skipped, regions
 
 
@@ -118,10 +129,6 @@ def _folder_listing(source: Path | str) -> tuple[str, list[Path], Path | None]:
         return where, sorted(folder.iterdir(), key=_natural), folder.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise PhotoError(f"{where}: the folder cannot be read ({type(error).__name__}); check its permissions") from None
-
-
-def _is_mask(path: Path) -> bool:
-    return path.name.lower().endswith(MASK_ENDING)
 
 
 def _unfit_entry(path: Path, root: Path | None) -> str | None:
@@ -151,7 +158,7 @@ def _check(
         if file_key in first_with:
             raise Unusable(f"the same file as {first_with[file_key]}")
         several = bool(getattr(image, "is_animated", False)) and kind != "JPEG"  # JPEG: a preview or a second lens
-        rgb = rgb_copy(image, max(1, max(image.size) // ENOUGH))
+        rgb = upright_copy(image, smaller=max(1, max(image.size) // ENOUGH))
         width, height = upright_size(image)
     crop = None if region is None else fractions(path, region, width, height)
     unfit = _unfit_size(width, height, crop)

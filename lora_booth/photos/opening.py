@@ -1,5 +1,6 @@
-"""Open photos and masks: detect the format by content, decode strictly, return upright 8-bit sRGB (or grey) pixels.
+"""Open pictures: detect the format by content, decode strictly, return upright 8-bit sRGB (or grey) pixels.
 
+Every picture that the package reads comes in here, not photos and masks alone: those in run folders and recipes too.
 Nothing private gets through: the pixels are copied to a new image, without location, camera, comments or colour profile.
 They are copied in strips of rows, since a second copy of 50 megapixels would take up to 200 MB.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
@@ -48,6 +50,7 @@ STRIP = 64  # rows; chosen
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
 COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # modes besides large greys
 MEANS = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "F")  # modes that Pillow can average, weighted by alpha if there is one
+Mode = Literal["RGB", "L"]
 Convert = Callable[[Image.Image], Image.Image]  # makes a strip 8-bit sRGB or grey
 
 
@@ -63,7 +66,7 @@ def open_photo(photo: Photo, *, smaller: int = 1) -> Image.Image:
         with opened(photo.path) as (image, _, digest):
             if digest != photo.sha256:
                 raise Unusable("the file changed since it was checked; find the photos again")
-            return rgb_copy(image, smaller)
+            return upright_copy(image, smaller=smaller)
     except Unusable as error:
         raise PhotoError(f"{shown(photo.path)}: {error}") from None
 
@@ -79,53 +82,86 @@ def open_mask(mask: Mask, name: str) -> Image.Image:
 def read_mask(source: Path | Image.Image, name: str) -> tuple[Image.Image, str]:
     """A mask as greys (L), and its digest. Raises PhotoError."""
     try:
-        if isinstance(source, Path):
-            with opened(source) as (image, _, digest):
-                return grey_copy(image), digest
-        greys = grey_copy(source)
+        with opened(source) as (image, _, digest):
+            return upright_copy(image, "L"), digest
     except Unusable as error:
         raise PhotoError(f"mask {name}: {error}") from None
-    return greys, hashlib.sha256(repr(greys.size).encode() + np.asarray(greys).tobytes()).hexdigest()
+
+
+def read_picture(source: Path | bytes | Image.Image, *, mode: Mode = "RGB", inside: Path | None = None) -> Image.Image:
+    """A picture that nobody vouches for, upright and without metadata.
+
+    source  a file, what a file contains, or a picture in memory
+    mode    "RGB": sRGB; "L": the greys of a mask
+    inside  the folder that the file must be in, links resolved
+    raises  PhotoError
+    """
+    try:
+        with opened(source, inside=inside) as (image, _, _):
+            return upright_copy(image, mode)
+    except Unusable as error:
+        raise PhotoError(f"{shown(source) if isinstance(source, Path) else 'the picture'}: {error}") from None
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Image.Image, str, str]]:
-    """The picture (header read, not decoded), its format and the file's sha256. Raises Unusable, whatever is wrong."""
+def opened(source: Path | bytes | Image.Image, *, inside: Path | None = None) -> Iterator[tuple[Image.Image, str, str]]:
+    """The picture (header read, not decoded), its format and the file's sha256. Raises Unusable, whatever is wrong.
+
+    Of a picture in memory, the format is "" and the sha256 that of its values.
+    """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a FIFO or a device could block forever
-            raise Unusable("not a regular file")
-        if status.st_size == 0:
-            raise Unusable("empty (0 bytes)")
-        if status.st_size > MAX_BYTES:
-            raise Unusable(f"larger than {MAX_BYTES // 2**20} MB")
-        with path.open("rb") as file, warnings.catch_warnings(), _strict_decoding():
+        with warnings.catch_warnings(), _strict_decoding():
             warnings.simplefilter("ignore")  # minor faults, e.g. a bad EXIF tag, do not concern the user
-            kind = _kind(file.read(64))
-            decoder = _decoder(path, kind)
-            file.seek(0)
-            digest = hashlib.sha256()
-            while block := file.read(2**20):
-                digest.update(block)
-            file.seek(0)
-            with Image.open(file, formats=[decoder]) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Unusable(f"{image.width}x{image.height} is {TOO_LARGE}")
-                yield image, kind, digest.hexdigest()
+            if isinstance(source, Image.Image):
+                _check_size(source)
+                yield source, "", hashlib.sha256(f"{source.mode} {source.size}".encode() + source.tobytes()).hexdigest()
+                return
+            with _readable(source, inside) as file:
+                kind = _kind(file.read(64))
+                decoder = _decoder(source if isinstance(source, Path) else Path(), kind)
+                file.seek(0)
+                digest = hashlib.sha256()
+                while block := file.read(2**20):
+                    digest.update(block)
+                file.seek(0)
+                with Image.open(file, formats=[decoder]) as image:
+                    _check_size(image)
+                    yield image, kind, digest.hexdigest()
     except (Unusable, PhotoError):
         raise
     except Image.DecompressionBombError:
         raise Unusable(TOO_LARGE) from None
     except PermissionError:
         raise Unusable("no permission to read it") from None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Unusable("no such file") from None
     # On untrusted files, decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
     except Exception as error:
         raise Unusable(f"damaged or truncated ({_short(error)})") from None
+
+
+def _readable(source: Path | bytes, inside: Path | None) -> BinaryIO:
+    """The file, opened. Raises Unusable."""
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    if inside is not None and inside.resolve() not in source.resolve().parents:
+        raise Unusable("a link that leaves the folder")
+    status = source.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO or a device could block forever
+        raise Unusable("not a regular file")
+    if status.st_size == 0:
+        raise Unusable("empty (0 bytes)")
+    if status.st_size > MAX_BYTES:
+        raise Unusable(f"larger than {MAX_BYTES // 2**20} MB")
+    return source.open("rb")
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise Unusable(f"{image.width}x{image.height} is {TOO_LARGE}")
 
 
 TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; make it smaller"
@@ -196,31 +232,12 @@ def _decoder(path: Path, kind: str) -> str:
 # --- its pixels -----------------------------------------------------------------------------------------------------
 
 
-def rgb_copy(image: Image.Image, smaller: int = 1) -> Image.Image:
+def upright_copy(image: Image.Image, mode: Mode = "RGB", *, smaller: int = 1) -> Image.Image:
     """Decode; resolve orientation, colour profile, transparency and bit depth. Raises Unusable.
 
+    mode     "RGB": sRGB, on white; "L": 8-bit greys without a colour profile, on black, for masks
     smaller  as for `open_photo`
     """
-    return _upright_copy(image, "RGB", smaller)
-
-
-def grey_copy(image: Image.Image) -> Image.Image:
-    """Decode a mask: upright 8-bit greys without a colour profile; transparent pixels become black. Raises Unusable."""
-    return _upright_copy(image, "L")
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height in pixels of a decoded picture's upright copy."""
-    return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
-
-
-def row_strips(image: Image.Image, rows: int = STRIP) -> Iterator[Image.Image]:
-    """The picture in strips, top to bottom."""
-    for top in range(0, image.height, rows):
-        yield image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
-def _upright_copy(image: Image.Image, mode: str, smaller: int = 1) -> Image.Image:
     image.load()
     convert = _converter(image, mode)
     copy, top = Image.new(mode, (-(-image.width // smaller), -(-image.height // smaller))), 0
@@ -235,6 +252,17 @@ def _upright_copy(image: Image.Image, mode: str, smaller: int = 1) -> Image.Imag
     return copy
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in pixels of a decoded picture's upright copy."""
+    return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
+
+
+def row_strips(image: Image.Image, rows: int = STRIP) -> Iterator[Image.Image]:
+    """The picture in strips, top to bottom."""
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
 def _orientation(image: Image.Image) -> int:
     """1 to 8, of a decoded picture: Pillow's TIFF and HEIC decoders turn it upright themselves and then drop the tag."""
     try:
@@ -244,11 +272,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _converter(image: Image.Image, mode: str) -> Convert:
-    """To 8-bit sRGB on white (RGB, for photos) or to 8-bit greys on black (L, for masks).
-
-    Raises Unusable for colours that cannot be interpreted.
-    """
+def _converter(image: Image.Image, mode: Mode) -> Convert:
+    """For the strips of `image`. Raises Unusable for colours that cannot be interpreted."""
     large = image.mode.startswith(("I", "F"))
     if not large and image.mode not in COLOURS:
         raise Unusable(f"colour mode {shown(image.mode)}; save it as RGB")

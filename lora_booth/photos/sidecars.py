@@ -5,7 +5,6 @@ Masks and crops passed in code are checked here as well.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import PhotoError, shown
+from ..files import read_json
 from .opening import read_mask
 from .photo import Mask, Region
 from .square import box
@@ -22,6 +22,8 @@ from .square import box
 MAX_TEXT_BYTES = 2**20  # of a caption or crops.json; chosen
 MAX_CAPTION = 2000  # characters; chosen; the text encoder reads about the first 300
 CROPS_FILE = "crops.json"
+CAPTION_ENDING = ".txt"
+CAPTIONS_ELSEWHERE = (".caption", ".captions", ".cap", ".tag", ".tags", ".json", ".jsonl", ".csv", ".tsv")  # of other trainers
 MASK_ENDING = ".mask.png"
 WHITE = 128  # of 255; chosen; a mask without a pixel this bright is refused
 SHAPE_TOLERANCE = 0.01  # of a side, at least a pixel, for masks of another size than their photo; chosen
@@ -31,12 +33,15 @@ MaskSource = Path | str | Image.Image
 
 def sidecar(path: Path, ending: str) -> Path | None:
     """The file photo`ending` beside photo.jpg; None if there is none, or only a link out of the folder."""
-    beside = path.with_name(path.stem + ending)
-    if not os.path.isfile(beside):  # Path.is_file raises where the name is too long for the file system
-        return None
-    if beside.is_symlink() and path.parent.resolve() not in beside.resolve().parents:
-        return None  # already in the list of skipped files
-    return beside
+    for beside in (path.with_name(path.stem + ending), path.with_name(path.stem + ending.upper())):
+        if os.path.isfile(beside):  # Path.is_file raises where the name is too long for the file system
+            inside = not beside.is_symlink() or path.parent.resolve() in beside.resolve().parents
+            return beside if inside else None  # a link is already in the list of skipped files
+    return None
+
+
+def is_sidecar(path: Path) -> bool:
+    return path.name.lower().endswith((CAPTION_ENDING, MASK_ENDING))
 
 
 # --- captions -------------------------------------------------------------------------------------------------------
@@ -44,7 +49,7 @@ def sidecar(path: Path, ending: str) -> Path | None:
 
 def caption_of(path: Path) -> str | None:
     """The text of photo.txt beside photo.jpg, in one line; None without one or when it is empty."""
-    beside = sidecar(path, ".txt")
+    beside = sidecar(path, CAPTION_ENDING)
     if beside is None:
         return None
     name = shown(beside.name)
@@ -69,11 +74,9 @@ def caption_of(path: Path) -> str | None:
 def read_crops(path: Path) -> dict[str, Region]:
     """crops.json: {"name.jpg": [x0, y0, x1, y1]}; the numbers are checked once the photo's size is known."""
     form = 'needed: {"name.jpg": [x0, y0, x1, y1]}'
-    if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:
-        raise PhotoError(f"{shown(path)}: not a file of at most {MAX_TEXT_BYTES // 2**20} MB; {form}")
     try:
-        crops = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        crops = read_json(path, most=MAX_TEXT_BYTES)
+    except (OSError, ValueError) as error:
         raise PhotoError(f"{shown(path)}: not JSON ({shown(error)[:80]}); {form}") from None
     if not isinstance(crops, dict):
         raise PhotoError(f"{shown(path)}: {form}")

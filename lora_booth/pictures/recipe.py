@@ -21,6 +21,7 @@ from ..adapters.writing import packed
 from ..base.base_model import BaseModel
 from ..errors import AdapterBaseMismatch, SettingsError, first_line, shown
 from ..files import read_json, write_file
+from ..photos.opening import read_picture
 from .composition import PICTURES, Composition, checked
 from .picture import Picture
 from .regions import Region
@@ -28,7 +29,6 @@ from .weights import Weight
 
 FORMAT = 1
 MAX_BYTES = 16 * 2**20  # chosen
-MAX_MASK_SIDE = 4096  # pixels; chosen
 
 
 def file_hash(adapter: Adapter) -> str:
@@ -146,10 +146,7 @@ def region_entry(region: Region) -> dict[str, Any]:
 def region_from(entry: dict[str, Any], adapter: Adapter) -> Region:
     mask = None
     if entry.get("mask") is not None:
-        with Image.open(io.BytesIO(base64.b64decode(entry["mask"], validate=True)), formats=["PNG"]) as opened:
-            if max(opened.size) > MAX_MASK_SIDE:
-                raise SettingsError(f"a mask of {opened.width} x {opened.height} pixels; allowed: up to {MAX_MASK_SIDE}")
-            mask = opened.convert("L")
+        mask = read_picture(base64.b64decode(entry["mask"], validate=True), mode="L")
     box, weight = entry["box"], entry["weight"]
     return Region(
         adapter,

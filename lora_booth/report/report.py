@@ -18,8 +18,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import file_stem, one_line, quoted, ways
 from ..base.ai_mark import LOSSLESS, data_url
 from ..config import LoraSpec, TrainingConfig
-from ..errors import shown
+from ..errors import PhotoError, shown
 from ..files import number, page, write_file
+from ..photos.opening import read_picture
 from ..training.checkpoint import REPORT
 from ..training.progress import clock
 from .reading import Run, Sample, advice, counted, dicts, integer, part, read_run
@@ -71,7 +72,7 @@ def html(run: Run, *, photos: bool = True) -> str:
         ways=[] if adapter is None or run.adapter_file is None else list(uses(adapter, run.adapter_file, run.path)),
         charts={"loss": loss_chart(run), "rate": rate_chart(run), "fidelity": fidelity_chart(run)},
         scores=scores_table(run),
-        crops=[picture(path, f"photo {i}", generated=False) for i, path in enumerate(run.crops if photos else (), 1)],
+        crops=[picture(run, path, f"photo {i}", generated=False) for i, path in enumerate(run.crops if photos else (), 1)],
         mirrored=bool(run.config.get("flip")),
         resolution=run.config.get("resolution"),
         events=[event_words(event) for event in run.events],
@@ -113,7 +114,7 @@ def strips(run: Run) -> list[tuple[str, int, list[dict[str, Any]]]]:
     for sample in run.samples:
         rows.setdefault((sample.prompt, sample.seed), []).append(sample)
     return [
-        (prompt, seed, [picture(s.file, f"step {s.step}" if s.step else "before") for s in spread(row)])
+        (prompt, seed, [picture(run, s.file, f"step {s.step}" if s.step else "before") for s in spread(row)])
         for (prompt, seed), row in rows.items()
     ]
 
@@ -125,12 +126,11 @@ def spread(row: Sequence[T], most: int = MOST_COLUMNS) -> list[T]:
     return [row[round(i * (len(row) - 1) / (most - 1))] for i in range(most)]
 
 
-def picture(path: Path, text: str, *, generated: bool = True) -> dict[str, Any]:
+def picture(run: Run, path: Path, text: str, *, generated: bool = True) -> dict[str, Any]:
     """A picture on the page, with its caption; a grey one if the file cannot be read."""
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError:
+        image = read_picture(path, inside=run.path)
+    except PhotoError:
         image, text = Image.new("RGB", (LOSSLESS, LOSSLESS), (128, 128, 128)), f"{text}: cannot be read"
     pixelated = image.width <= LOSSLESS
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)

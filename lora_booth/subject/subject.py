@@ -13,11 +13,16 @@ from ..photos.cropping import Cropping
 from ..photos.finding import find_photos
 from ..photos.photo import Photo, PhotoSet, Region, Skipped
 from ..photos.sidecars import MaskSource
-from .tokens import check_token_text
+from .tokens import SYNTAX, check_token_text
 from .wording import article, with_article
 
 INSTANCE_TEMPLATE = "a photo of {token} {class_noun}"
 CLASS_TEMPLATE = "a photo of {a} {class_noun}"  # {a}: "a" or "an", by the class noun's sound
+NOT_A_NOUN = re.compile(  # "a dog", "a photo of my dog": a prompt has these words already
+    r"^((an?|the|my|your|his|her|our|their|this|that|some)\s+|"
+    r"(photo(graph)?|picture|image|painting|drawing|render(ing)?|portrait)s?\s+of\s+)+",
+    re.IGNORECASE,
+)
 PLACEHOLDERS = ("token", "class_noun", "a")
 
 
@@ -37,9 +42,10 @@ class Subject:
             raise SubjectError("the subject has no photos; pass at least one (3 to 30 are usual)")
         check_token_text(self.token)
         _check_class_noun(self.class_noun)
-        if self.token.lower() == self.class_noun.lower():
+        if re.search(_as_word(self.token), self.class_noun, re.IGNORECASE):
             raise SubjectError(
-                f"token {self.token!r} is the class noun itself; the subject would replace the class: use a rare token"
+                f"class noun {self.class_noun!r} has the token {self.token!r} in it; pass a rare word as token, and only what "
+                "the subject is as class noun, e.g. 'dog'"
             )
         if isinstance(self.templates, str) or not self.templates:
             raise SubjectError(f"templates {self.templates!r}; needed: a tuple of at least one template")
@@ -146,10 +152,14 @@ def _as_word(words: str) -> str:
 def _check_class_noun(noun: str) -> None:
     if not noun or not noun.strip():
         raise SubjectError("class noun ''; needed: what the subject is, e.g. 'dog' or 'coffee mug'")
-    if not noun.isprintable() or noun != noun.strip() or "{" in noun or "}" in noun:
-        raise SubjectError(f"class noun '{shown(noun)}' has a control character, brace or outer space; needed: plain words")
+    if not noun.isprintable() or noun != noun.strip() or any(character in SYNTAX for character in noun):
+        raise SubjectError(
+            f"class noun '{shown(noun)}' has punctuation, a control character or outer space; needed: plain words, e.g. 'dog'"
+        )
     if len(noun) > 100:
         raise SubjectError(f"class noun '{shown(noun[:20])}...' has {len(noun)} characters; at most 100")
+    if (plain := NOT_A_NOUN.sub("", noun)) != noun:
+        raise SubjectError(f"class noun {noun!r} is more than a noun; prompts have the other words already: pass {plain!r}")
 
 
 def _check_template(template: str, *, needs: str) -> None:

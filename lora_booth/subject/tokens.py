@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # style (the debate about such models began with one). All are compact lists, not complete ones.
 WORDS = Path(__file__).with_name("words.json")
 END = "</w>"  # how a CLIP vocabulary marks a piece that ends a word
+SYNTAX = ',;:()[]{}<>|"\\/*'  # what prompts, here and in other programs, use for weights, lists, files and placeholders
+PUNCTUATION = SYNTAX + ".!?'`~_-"  # not at an end of a token either
 MAX_PIECES = 3  # chosen
 COMMON_SHARE = 0.8  # of a CLIP vocabulary, which is ordered by frequency: short pieces before that are words; chosen
 RARE_SHARE = 0.9  # proposals come from behind that; chosen
@@ -117,8 +119,9 @@ def check_token_text(token: str) -> None:
         raise SubjectError("token ''; needed: a rare word, e.g. 'sks' or 'ohwx'")
     if not token.isprintable() or any(character.isspace() for character in token):
         raise SubjectError(f"token '{shown(token)}' has a space or control character; needed: one word, e.g. 'ohwx'")
-    if "{" in token or "}" in token:
-        raise SubjectError(f"token {token!r} has a brace, which marks a placeholder; needed: one word, e.g. 'ohwx'")
+    if (plain := token.strip(PUNCTUATION)) != token or any(character in SYNTAX for character in token):
+        remedy = plain if plain and not any(character in SYNTAX for character in plain) else "ohwx"
+        raise SubjectError(f"token {token!r} has punctuation, which prompts use otherwise; needed: one word, e.g. {remedy!r}")
     if len(token) > 64:
         raise SubjectError(f"token '{shown(token[:20])}...' has {len(token)} characters; at most 64, 3 to 5 are best")
 

@@ -9,6 +9,8 @@ and device, and the versions of the libraries.
 from __future__ import annotations
 
 import hashlib
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import count
@@ -23,8 +25,11 @@ from ..base.base_model import BaseModel, TextConditions
 from ..base.weight_files import LazyModule
 from ..cache import bytes_of, cached, key_of, prune_cache
 from ..config import LoraSpec, TrainingConfig, settled
+from ..errors import shown
+from ..photos.photo import Photo
 from ..photos.square import Crop, to_tensor, training_square
 from ..subject.subject import Subject
+from ..subject.wording import subject_pattern
 from .latents import LatentCache, LatentSet
 from .prior import class_images
 
@@ -38,7 +43,7 @@ def prepare(
     *,
     lora: LoraSpec | None = None,
     config: TrainingConfig | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     on_square: Callable[[int, Image.Image], None] = lambda number, square: None,
 ) -> LatentCache:
@@ -46,7 +51,7 @@ def prepare(
 
     Afterwards the VAE is no longer needed, nor the text encoders unless `lora` trains them. Whatever an earlier call left in
     the cache on disk is not computed again, even if that call was interrupted.
-    say          called with one line of news
+    say          called with one line of news; without it, a caption that is too long is a warning
     on_progress  called with what is made ("class images", "encoding"), how many are done, and their total
     on_square    called with each photo's number, from 0, and its training square
     """
@@ -57,8 +62,9 @@ def prepare(
         for photo in one.photos:
             squares.append(training_square(photo, config.resolution))
             on_square(len(squares) - 1, squares[-1].image)
-            prompts.append(one.prompt_for(photo))
-    say(f"{len(squares)} photos at {config.resolution} px")
+            prompts.append(prompt_read(base, one, photo, say or warnings.warn))
+    if say is not None:
+        say(f"{len(squares)} photos at {config.resolution} px")
     pictures, class_prompts = [], []
     if config.prior_loss_weight > 0:
         for prompt in dict.fromkeys(s.class_prompt for s in subjects):
@@ -94,6 +100,18 @@ def prepare(
     text = {} if lora is not None and lora.text_encoder else encode_prompts(base, [*prompts, *class_prompts])
     prune_cache()
     return LatentCache(photos, prior, base.scaling_factor, text)
+
+
+def prompt_read(base: BaseModel, subject: Subject, photo: Photo, warn: Callable[[str], None]) -> str:
+    """The photo's prompt; with the subject first if the text encoders would stop reading before they get to its token."""
+    prompt = subject.prompt_for(photo)
+    if not base.cut_off(prompt):
+        return prompt
+    named = re.search(subject_pattern(subject.token, subject.class_noun), prompt, re.IGNORECASE)
+    if named is None or base.cut_off(prompt[: named.end()]):
+        prompt = f"{subject.token} {subject.class_noun}, {prompt}"
+    warn(f"{photo.name}: its prompt is longer than the text encoder reads; left out: {shown(base.cut_off(prompt))!r}")
+    return prompt
 
 
 def encode(
