@@ -274,6 +274,22 @@ def test_a_restart_removes_only_what_a_run_has_made(photos: Path, tmp_path: Path
     assert not list(run.glob("checkpoints/[0-9]*/state.pt")) and not (run / "adapter.safetensors").exists()
 
 
+def test_a_crop_is_never_written_through_a_link(tmp_path: Path) -> None:
+    mine, run = tmp_path / "mine", RunFolder(tmp_path / "run")
+    mine.mkdir()
+    (mine / "0000.webp").write_bytes(b"mine")
+    (run.path / "crops").mkdir(parents=True)
+    (run.path / "crops" / "0000.webp").symlink_to(mine / "0000.webp")
+    run.save_crop(0, Image.new("RGB", (64, 64)))
+    with Image.open(run.path / "crops" / "0000.webp") as crop:
+        assert crop.format == "WEBP" and crop.size == (64, 64)
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    (other.path / "crops").symlink_to(mine)
+    other.save_crop(0, Image.new("RGB", (64, 64)))
+    assert [path.read_bytes() for path in mine.iterdir()] == [b"mine"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\u202eb", "a'b\"c"])
 def test_a_strange_name_is_a_name_and_is_shown_escaped(

@@ -17,6 +17,7 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
 from ..errors import AdapterError, LoraBoothError, TrainingError, setting, shown
+from ..files import replacing
 from .checkpoint import (
     ADAPTER,
     CROPS,
@@ -247,10 +248,13 @@ class RunFolder(NoFolder):
         small = square.copy()
         small.info = {}
         small.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
+        folder = self.path / CROPS
+        if folder.is_symlink():  # what it leads to is not ours
+            return
         with suppress(OSError):  # the report then shows none
-            folder = self.path / CROPS
             folder.mkdir(parents=True, exist_ok=True)
-            small.save(folder / f"{number:04d}.webp", quality=80, lossless=small.width <= LOSSLESS_UP_TO)
+            with replacing(folder / f"{number:04d}.webp", durable=False) as temporary:  # a link is replaced, not followed
+                small.save(temporary, "WEBP", quality=80, lossless=small.width <= LOSSLESS_UP_TO)
 
     def update(self, step: Step, state_of: Callable[[], State], *, save: bool) -> None:
         self.record.update(step)
