@@ -274,20 +274,19 @@ def test_a_restart_removes_only_what_a_run_has_made(photos: Path, tmp_path: Path
     assert not list(run.glob("checkpoints/[0-9]*/state.pt")) and not (run / "adapter.safetensors").exists()
 
 
-def test_a_crop_is_never_written_through_a_link(tmp_path: Path) -> None:
-    mine, run = tmp_path / "mine", RunFolder(tmp_path / "run")
+def test_a_crop_is_never_written_through_a_link(tmp_path: Path, photos: Path) -> None:
+    mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "0000.webp").write_bytes(b"mine")
-    (run.path / "crops").mkdir(parents=True)
-    (run.path / "crops" / "0000.webp").symlink_to(mine / "0000.webp")
-    run.save_crop(0, Image.new("RGB", (64, 64)))
-    with Image.open(run.path / "crops" / "0000.webp") as crop:
-        assert crop.format == "WEBP" and crop.size == (64, 64)
-    other = RunFolder(tmp_path / "other")
-    other.path.mkdir()
-    (other.path / "crops").symlink_to(mine)
-    other.save_crop(0, Image.new("RGB", (64, 64)))
+    (tmp_path / "run" / "crops").mkdir(parents=True)
+    (tmp_path / "run" / "crops" / "0000.webp").symlink_to(mine / "0000.webp")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "crops").symlink_to(mine)
+    for name in ("run", "other"):
+        tiny_run(photos, tmp_path / name, config=replace(CONFIG, steps=1))
     assert [path.read_bytes() for path in mine.iterdir()] == [b"mine"]
+    with Image.open(tmp_path / "run" / "crops" / "0000.webp") as crop:
+        assert crop.format == "WEBP" and not (tmp_path / "run" / "crops" / "0000.webp").is_symlink()
 
 
 @pytest.mark.slow

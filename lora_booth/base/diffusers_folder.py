@@ -139,7 +139,7 @@ def squeezed(shape: Iterable[int]) -> tuple[int, ...]:
 
 
 def declared_rare_tokens(folder: Path) -> tuple[str, ...]:
-    """Tokens without meaning to this base, as its folder declares: {"rare_tokens": ["sks"]} in lora_booth.json."""
+    """Tokens without meaning to this base, as its folder declares: {"rare_tokens": ["ohwx"]} in lora_booth.json."""
     if not (folder / DECLARED).is_file():
         return ()
     tokens = read_config(folder, DECLARED).get("rare_tokens")

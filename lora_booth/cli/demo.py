@@ -27,7 +27,7 @@ from ..toybox.world import HELD_OUT, photos_of
 PHOTOS = 5
 CONTEXTS = ("in a meadow", "in the kitchen", "on the beach")  # of the photos
 NEW_CONTEXTS = tuple(context for context in EVERY_CONTEXT if context not in CONTEXTS)  # of the scores
-SUBJECTS = {"olga": "sks", "brew": "zwx"}  # name in toybox/world.py -> token
+SUBJECTS = {"olga": "ohwx", "brew": "zwx"}  # name in toybox/world.py -> token
 SHOWN = ("on the moon", "underwater", "in the snow", "in the jungle")
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 4.0}
 

@@ -41,7 +41,7 @@ def evaluate(
     clip: Annotated[
         str | None, typer.Option(help="CLIP model: a Hub id or folder, e.g. models/clip [openai/clip-vit-base-patch32]")
     ] = None,
-    token: Annotated[str | None, typer.Option(help="token of adapters whose card has none, e.g. sks")] = None,
+    token: Annotated[str | None, typer.Option(help="token of adapters whose card has none, e.g. ohwx")] = None,
     class_noun: Annotated[str | None, typer.Option(help="class noun of adapters whose card has none, e.g. dog")] = None,
     json: Annotated[bool, typer.Option(help="print everything as JSON instead of a table")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for scores.json and a gallery of the pictures, e.g. scored")] = None,

@@ -72,7 +72,7 @@ HELP = {  # of the fields of LoraSpec and TrainingConfig
     "checkpoint_every": "updates between two checkpoints, e.g. 50",
     "checkpoint_minutes": "minutes between two checkpoints, if that is sooner, e.g. 2",
     "sample_every": "updates between sample pictures, e.g. 100 [no samples]",
-    "sample_prompt": "prompt of the samples, e.g. 'sks dog at sea'; repeatable [subject, subject in snow, class]",
+    "sample_prompt": "prompt of the samples, e.g. 'ohwx dog at sea'; repeatable [subject, subject in snow, class]",
     "sample_seeds": "sample pictures of each prompt, e.g. 2",
 }
 
@@ -161,7 +161,7 @@ class Loading(Reading):
 class Prompting:
     """What to draw."""
 
-    prompt: str | None = option(None, 'what to draw, e.g. "a photo of sks dog at sea", with the adapter\'s token')
+    prompt: str | None = option(None, 'what to draw, e.g. "a photo of ohwx dog at sea", with the adapter\'s token')
     prompts: Path | None = option(None, "instead of --prompt: a text file, one prompt a line, e.g. prompts.txt")
     prompt_set: Literal["object", "live"] | None = option(
         None, "instead of --prompt: the DreamBooth paper's 25, object (things) or live (animals)"
@@ -210,7 +210,7 @@ class Placement:
 
     method: Method = None
     region: tuple[str, ...] = option(
-        (), "where an adapter is active, and optionally a prompt, e.g. rex:0,0,0.5,1 or 'rex:0,0,0.5,1:sks dog'; repeatable"
+        (), "where an adapter is active, and optionally a prompt, e.g. rex:0,0,0.5,1 or 'rex:0,0,0.5,1:ohwx dog'; repeatable"
     )
     auto_regions: bool = option(False, "find the place of each subject that the prompt names")
     isolate: Literal["delta", "noise"] = option(

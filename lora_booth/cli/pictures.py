@@ -84,7 +84,7 @@ def generate(
 def preflight(
     adapters: Adapters,
     *,
-    prompt: Annotated[str, typer.Option(help='what to draw, e.g. "a photo of sks dog and zwx mug"')],
+    prompt: Annotated[str, typer.Option(help='what to draw, e.g. "a photo of ohwx dog and zwx mug"')],
     base: Base = "toybox",
     loading: Loading,
     placement: Placement,

@@ -28,7 +28,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder to write to, e.g. demo")
 @command
 def photos(
     folder: Photos,
-    resolution: Annotated[int, typer.Option(min=8, help="side of the training pictures in pixels, e.g. 512")] = 512,
+    resolution: Annotated[int, typer.Option(min=8, help="side in pixels that the base trains at, e.g. 64 (toybox)")] = 512,
     sheet: Annotated[Path | None, typer.Option(help="write a contact sheet of the crops here, e.g. crops.png")] = None,
     crop: Crop = "smart",
     make_masks: Annotated[
@@ -75,14 +75,15 @@ def token(
         say(line)
     if not report.ok:
         raise typer.Exit(1)
-    say("free to take a new meaning")
+    better = propose_tokens(loaded.tokenizer, 3, known_rare=loaded.rare_tokens) if report.warnings else []
+    say(f"it can be used, but others are better, e.g. {', '.join(better)}" if better else "free to take a new meaning")
 
 
 @command
 def train(
     folder: Photos,
     *,
-    token: Annotated[str, typer.Option(help="rare word that stands for the subject, e.g. sks")],
+    token: Annotated[str, typer.Option(help="rare word that stands for the subject, e.g. ohwx")],
     class_noun: Annotated[str, typer.Option(help="what the subject is, e.g. dog")],
     out: Annotated[Path, typer.Option(help="adapter file to write, e.g. rex.safetensors")],
     base: Base = "toybox",

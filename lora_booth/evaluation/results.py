@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Adapters between floor (the base alone, "a dog" in place of "sks dog") and ceiling (the photos against each other)."""
+    """Adapters between floor (the base alone, "a dog" in place of "ohwx dog") and ceiling (the photos against each other)."""
 
     metrics: tuple[Metric, ...]
     adapters: tuple[Row, ...]

@@ -44,7 +44,7 @@ def judge(token: str, base: BaseModel) -> None:
 
     rare = base.rare_tokens
     report = check_token(token, base.tokenizer, known_rare=rare)
-    print(token, "is free" if report.ok else "is not free")
+    print(token, "is not free:" if report.problems else "can be used, but others are better:" if report.warnings else "is free")
     for line in (*report.problems, *report.warnings):
         print(" ", line)
     print("others:", *(one for one in propose_tokens(base.tokenizer, known_rare=rare) if one != token))

@@ -36,7 +36,7 @@ class Serving:
 
     live.load("rex", adapter)
     live.use({"rex": 0.8})          # for calls of your own of `live.pipeline`
-    live.generate([Request("a photo of sks dog", {"rex": 1.0}), Request("a mug", seed=1)])
+    live.generate([Request("a photo of ohwx dog", {"rex": 1.0}), Request("a mug", seed=1)])
     live.unload("rex")
     """
 

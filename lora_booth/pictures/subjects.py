@@ -19,7 +19,7 @@ def find_phrase(prompt: str, adapter: Adapter) -> re.Match[str] | None:
 
 
 def without(prompt: str, others: Collection[Adapter]) -> str:
-    """The prompt with these subjects reduced to their class: "sks dog and zwx mug" -> "sks dog and a mug"."""
+    """The prompt with these subjects reduced to their class: "ohwx dog and zwx mug" -> "ohwx dog and a mug"."""
     for card in (other.card for other in others):
         if card.token is not None:
             prompt = without_subject(prompt, card.token, card.class_noun)

@@ -39,7 +39,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         if not self.photos:
-            raise SubjectError("the subject has no photos; pass at least one (3 to 30 are usual)")
+            raise SubjectError("the subject has no photos; pass at least one (5 to 30 teach a subject best)")
         check_token_text(self.token)
         _check_class_noun(self.class_noun)
         if re.search(_as_word(self.token), self.class_noun, re.IGNORECASE):
@@ -106,7 +106,7 @@ class Subject:
 
     @property
     def instance_prompt(self) -> str:
-        """The prompt of the first template: "a photo of sks dog"."""
+        """The prompt of the first template: "a photo of ohwx dog"."""
         return self._filled(self.templates[0])
 
     @property
@@ -124,10 +124,10 @@ class Subject:
 
         Without a caption: the templates in turn, by the photo's place in `photos`. A caption (photo.txt) replaces them,
         and always gets the token:
-          "{token}" (and "{class_noun}", "{a}") are filled in;         "{token} {class_noun} asleep" -> "sks dog asleep"
-          a caption that already has the token is left unchanged;      "my sks dog" -> "my sks dog"
-          else the first class noun becomes "token class_noun";        "a dog on grass" -> "a sks dog on grass"
-          without a class noun, the instance prompt comes first.       "on grass" -> "a photo of sks dog, on grass"
+          "{token}" (and "{class_noun}", "{a}") are filled in;         "{token} {class_noun} asleep" -> "ohwx dog asleep"
+          a caption that already has the token is left unchanged;      "my ohwx dog" -> "my ohwx dog"
+          else the first class noun becomes "token class_noun";        "my dog on grass" -> "my ohwx dog on grass"
+          without a class noun, the instance prompt comes first.       "on grass" -> "a photo of ohwx dog, on grass"
         """
         if photo.caption is None:
             place = self.photos.index(photo) if photo in self.photos else 0

@@ -116,7 +116,7 @@ def propose_tokens(tokenizer: CLIPTokenizer, count: int = 8, *, known_rare: Coll
 def check_token_text(token: str) -> None:
     """Raises SubjectError if a token is not one printable word of at most 64 characters."""
     if not token or not token.strip():
-        raise SubjectError("token ''; needed: a rare word, e.g. 'sks' or 'ohwx'")
+        raise SubjectError("token ''; needed: a rare word, e.g. 'ohwx'")
     if not token.isprintable() or any(character.isspace() for character in token):
         raise SubjectError(f"token '{shown(token)}' has a space or control character; needed: one word, e.g. 'ohwx'")
     if (plain := token.strip(PUNCTUATION)) != token or any(character in SYNTAX for character in token):

@@ -9,8 +9,8 @@ import re
 CONSONANT_SOUND = re.compile(r"uni(?![dmn])|u[bfgkrstv][aeiou]|usb|u[ksv]\b|eu|ewe|one\b|once\b|ouija", re.IGNORECASE)
 VOWEL_SOUND = re.compile(r"[aeiou]|hour|honest|honou?r|heir|x\b|xbox|8|1[18]\b", re.IGNORECASE)
 
-# Before these words a noun has no article yet ("a photo of sks dog"); any other word is taken for an adjective or a
-# determiner, which has one before it or needs none ("a red sks dog", "my sks dog", "two sks dogs").
+# Before these words a noun has no article yet ("a photo of zwx dog"); any other word is taken for an adjective or a
+# determiner, which has one before it or needs none ("a red zwx dog", "my zwx dog", "two zwx dogs").
 NO_ARTICLE_YET = frozenset(
     "of with and or plus by on in into onto inside under over above below near beside behind between at from to toward "
     "towards for like as is against around through versus vs meets "
@@ -36,7 +36,7 @@ def subject_pattern(token: str, class_noun: str | None) -> str:
 def without_subject(prompt: str, token: str, class_noun: str | None) -> str:
     """The prompt with the plain class in place of the subject.
 
-    "a photo of sks dog" -> "a photo of a dog"; "a sks owl" -> "an owl"; "the sks dog's bowl" -> "the dog's bowl"
+    "a photo of zwx dog" -> "a photo of a dog"; "a zwx owl" -> "an owl"; "the zwx dog's bowl" -> "the dog's bowl"
     """
 
     def plain(match: re.Match[str]) -> str:
