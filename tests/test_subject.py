@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_booth.errors import PhotoError, SubjectError
+from lora_booth.errors import LoraBoothError, PhotoError, SubjectError
 from lora_booth.photos.photo import Photo
 from lora_booth.subject.subject import Subject
 from lora_booth.subject.tokens import check_token, propose_tokens
@@ -136,7 +137,6 @@ def test_audit_of_a_subject(tmp_path: Path) -> None:
         {"class_noun": " "},
         {"class_noun": "dog\n"},
         {"templates": ()},
-        {"templates": "{token}"},
         {"templates": ("a photo",)},
         {"templates": ("{token} {what}",)},
         {"templates": ("{token}", "{class_noun}")},
@@ -149,6 +149,35 @@ def test_mistakes(change: dict[str, Any]) -> None:
     with pytest.raises(SubjectError) as error:
         replace(REX, **change)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"token": 5}, "token 5"),
+        ({"token": None}, "token None"),
+        ({"class_noun": b"dog"}, "class_noun b'dog'"),
+        ({"minimum": "3"}, "minimum '3'"),
+        ({"maximum": 2.5}, "maximum 2.5"),
+        ({"templates": 5}, "templates 5"),
+        ({"crops": ["1.png"]}, "crops"),
+        ({"masks": "1.mask.png"}, "masks"),
+        ({"crop": None}, "crop 'None'"),
+    ],
+)
+def test_types_are_told(change: dict[str, Any], named: str, photos: Path) -> None:
+    with pytest.raises(LoraBoothError, match=f"^{re.escape(named)}"):
+        Subject.from_folder(photos, **{"token": "ohwx", "class_noun": "dog", **change})
+
+
+def test_what_is_plainly_meant_is_taken(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(photos.parent))
+    rex = Subject.from_folder(f"~/{photos.name}", token="ohwx", class_noun="dog", minimum=1.0, templates="my {token}")
+    assert len(rex.photos) == 3 and rex.instance_prompt == "my ohwx"
+    assert Subject.from_folder(rex.photos[0].path, token="ohwx", class_noun="dog", minimum=1).photos == rex.photos[:1]
+    for folder in ("a\0b", ["a\0b.png"], 5, [5], None):
+        with pytest.raises(LoraBoothError, match="^photos .*needed: a path"):
+            Subject.from_folder(folder, token="ohwx", class_noun="dog")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..config import typed
 from ..errors import PhotoError
 from . import measures as m
 from .measures import Likeness, Measures, likeness, measure
@@ -79,6 +80,7 @@ def audit_photos(photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, re
     """Look at every training square of `resolution` pixels. Raises PhotoError if a photo can no longer be opened."""
     if not photos:
         raise PhotoError("no photos to audit; pass at least one, from find_photos")
+    resolution = typed("resolution", resolution, int)
     if resolution < 8:
         raise PhotoError(f"resolution {resolution} is out of range; allowed: at least 8 pixels")
     reports, likenesses = [], []

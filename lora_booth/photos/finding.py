@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..config import typed
 from ..errors import PhotoError, setting, shown
 from .cropping import BAR_COPY, Cropping, check_cropping, focus_of, without_black_bars
 from .opening import FORMATS, begins_like_a_photo, opened, upright_copy, upright_size
@@ -59,19 +60,21 @@ def find_photos(
     raises     PhotoError: no such folder, too few or too many photos, an invalid crop, mask or caption
     """
     check_cropping(crop)
+    minimum, maximum = typed("minimum", minimum, int), typed("maximum", maximum, int)
+    crops, masks = typed("crops", crops or {}, Mapping), typed("masks", masks or {}, Mapping)
     if minimum < 1 or maximum < minimum:
         raise PhotoError(f"minimum {minimum}, maximum {maximum}; needed: 1 <= minimum <= maximum")
     where, candidates, skipped, regions = _listing(source)
-    regions.update(crops or {})
+    regions.update(crops)
     _check_names(where, "crop", regions, candidates)
-    _check_names(where, "mask", masks or {}, candidates)
+    _check_names(where, "mask", masks, candidates)
     if len(candidates) > maximum:  # by their first bytes, so that 10,000 photos are not decoded first
         _check_not_too_many(where, sum(begins_like_a_photo(path) for path in candidates), maximum)
     photos: list[Photo] = []
     first_with: dict[str, str] = {}  # digest of file or pixels, and crop -> the first photo that has it
     for path in candidates:
         try:
-            photos.append(_check(path, regions.get(path.name), (masks or {}).get(path.name), crop, first_with))
+            photos.append(_check(path, regions.get(path.name), masks.get(path.name), crop, first_with))
         except Unusable as error:
             captions = "; captions belong in photo.txt beside photo.jpg" if path.suffix.lower() in CAPTIONS_ELSEWHERE else ""
             skipped.append(Skipped(path, f"{error}{captions}"))
@@ -91,11 +94,13 @@ def _natural(path: Path) -> tuple[list[tuple[int, int, str]], str]:
 def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path], list[Skipped], dict[str, Region]]:
     """The source's name for messages, the files worth opening, the others with reasons, and the crops of crops.json."""
     root = None  # of a folder
-    if isinstance(source, (str, Path)):
-        where, files, root = _folder_listing(source)
+    if not str(source):
+        raise PhotoError("no photos: the folder's name is empty; pass a folder with photos")
+    listed = typed("photos", source, Path | tuple[Path, ...])  # type: ignore[arg-type]
+    if isinstance(listed, Path):
+        where, files, root = _folder_listing(listed)
     else:
-        files = [Path(path) for path in source]
-        where = f"{len(files)} files"
+        files, where = list(listed), f"{len(listed)} files"
     photos = [path for path in files if not is_sidecar(path)]
     used = {sidecar(path, ending) for path in photos for ending in (CAPTION_ENDING, MASK_ENDING)}
     candidates: list[Path] = []
@@ -116,11 +121,9 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
     return where, candidates, skipped, regions
 
 
-def _folder_listing(source: Path | str) -> tuple[str, list[Path], Path | None]:
+def _folder_listing(folder: Path) -> tuple[str, list[Path], Path | None]:
     """The name for messages, the entries in natural order, and the folder without links; of a file, only itself and None."""
-    if not str(source):
-        raise PhotoError("no photos: the folder's name is empty; pass a folder with photos")
-    folder, where = Path(source), shown(source)
+    where = shown(folder)
     if not folder.exists():
         raise PhotoError(f"{where}: no such folder; pass a folder with photos")
     if not folder.is_dir():

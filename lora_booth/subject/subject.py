@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config import check_types, typed
 from ..errors import SubjectError, shown
 from ..photos.audit import Audit, audit_photos
 from ..photos.cropping import Cropping
@@ -38,6 +39,7 @@ class Subject:
     skipped: tuple[Skipped, ...] = field(default=(), compare=False)  # unused files, for reports only
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.photos:
             raise SubjectError("the subject has no photos; pass at least one (5 to 30 teach a subject best)")
         check_token_text(self.token)
@@ -47,7 +49,7 @@ class Subject:
                 f"class noun {self.class_noun!r} has the token {self.token!r} in it; pass a rare word as token, and only what "
                 "the subject is as class noun, e.g. 'dog'"
             )
-        if isinstance(self.templates, str) or not self.templates:
+        if not self.templates:
             raise SubjectError(f"templates {self.templates!r}; needed: a tuple of at least one template")
         for template in self.templates:
             _check_template(template, needs="token")
@@ -89,11 +91,10 @@ class Subject:
         masks             file name -> a file or PIL image, white on the subject; overrides `photo.mask.png` files
         raises            SubjectError, PhotoError
         """
-        if isinstance(templates, str):
-            templates = (templates,)
         # Checked before the photos are decoded, so that a typo shows at once.
         check_token_text(token)
         _check_class_noun(class_noun)
+        templates = typed("templates", templates, tuple[str, ...])
         found: PhotoSet = find_photos(folder, crop=crop, crops=crops, masks=masks, minimum=minimum, maximum=maximum)
         return cls(found.photos, token, class_noun, tuple(templates), class_template, found.skipped)
 
@@ -150,7 +151,7 @@ def _as_word(words: str) -> str:
 
 
 def _check_class_noun(noun: str) -> None:
-    if not noun or not noun.strip():
+    if not typed("class_noun", noun, str).strip():
         raise SubjectError("class noun ''; needed: what the subject is, e.g. 'dog' or 'coffee mug'")
     if not noun.isprintable() or noun != noun.strip() or any(character in SYNTAX for character in noun):
         raise SubjectError(

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import typed
 from ..errors import SubjectError, shown
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def propose_tokens(tokenizer: CLIPTokenizer, count: int = 8, *, known_rare: Coll
 
 def check_token_text(token: str) -> None:
     """Raises SubjectError if a token is not one printable word of at most 64 characters."""
-    if not token or not token.strip():
+    if not typed("token", token, str).strip():
         raise SubjectError("token ''; needed: a rare word, e.g. 'ohwx'")
     if not token.isprintable() or any(character.isspace() for character in token):
         raise SubjectError(f"token '{shown(token)}' has a space or control character; needed: one word, e.g. 'ohwx'")
