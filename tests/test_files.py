@@ -143,3 +143,20 @@ def test_a_folder_replaces_another(tmp_path: Path) -> None:
             temporary.mkdir()
             (temporary / name).touch()
     assert [p.name for p in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\0/b"])
+@pytest.mark.parametrize("ending", ["png", "html", "safetensors", "json", "txt", "folder"])
+def test_a_path_with_a_nul_is_a_users_mistake(path: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    use: dict[str, Callable[[str], object]] = {
+        "png": picture().save,
+        "html": lb.Gallery([picture()]).save,
+        "safetensors": adapter().save,
+        "json": lb.Recipe("tiny", "0", (), {}, {}).save,
+        "txt": lb.read_prompts,
+        "folder": adapter().save_folder,
+    }
+    with pytest.raises(lb.LoraBoothError):
+        use[ending](f"{path}.{ending}")
+    assert not list(tmp_path.iterdir())

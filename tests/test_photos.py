@@ -775,6 +775,8 @@ def test_a_mask_in_code_comes_first(folder: Path, tmp_path: Path) -> None:
         find_photos(folder, masks={"gone.png": half})
     with pytest.raises(PhotoError, match="a list; pass a file or a PIL image"):
         find_photos(folder, masks={"img0.png": [1]})  # type: ignore[dict-item]
+    with pytest.raises(PhotoError, match="no such file"):
+        find_photos(folder, masks={"img0.png": "a\0b.png"})
 
 
 def test_masks_are_of_the_upright_photo(tmp_path: Path) -> None:

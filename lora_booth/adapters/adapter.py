@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import typed
 from ..errors import SettingsError
 from .contents import AdapterContents, Dtype, Layout
 
@@ -49,7 +50,7 @@ class Adapter(AdapterContents):
         """
         from .writing import save
 
-        return save(self._with(thumbnail), Path(path), layout=layout, dtype=dtype)
+        return save(self._with(thumbnail), typed("path", path, Path), layout=layout, dtype=dtype)
 
     def save_folder(
         self,
@@ -70,7 +71,7 @@ class Adapter(AdapterContents):
         """
         from .sharing import save_folder
 
-        return save_folder(self._with(thumbnail, license), Path(folder), pictures, layout=layout, dtype=dtype)
+        return save_folder(self._with(thumbnail, license), typed("folder", folder, Path), pictures, layout=layout, dtype=dtype)
 
     def push_to_hub(
         self,

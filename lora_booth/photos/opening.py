@@ -147,6 +147,8 @@ def _readable(source: Path | bytes, inside: Path | None) -> BinaryIO:
     """The file, opened. Raises Unusable."""
     if isinstance(source, bytes):
         return BytesIO(source)
+    if "\0" in str(source):
+        raise Unusable("no such file")
     if inside is not None and inside.resolve() not in source.resolve().parents:
         raise Unusable("a link that leaves the folder")
     status = source.stat()

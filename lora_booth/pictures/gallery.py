@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..base.ai_mark import KINDS, LOSSLESS, data_url
+from ..config import typed
 from ..errors import SettingsError
 from ..files import page, write_file
 from ..photos.sheet import contact_sheet
@@ -40,7 +41,7 @@ class Gallery:
         return f"Gallery({self.title!r}: {len(self.pictures)} pictures)"
 
     def save(self, path: str | Path) -> Path:
-        path = Path(path)
+        path = Path(typed("path", path, Path))
         check_output(path)
         if path.suffix.lower() in PAGE:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ class Grid:
         return sheet
 
     def save(self, path: str | Path) -> Path:
-        path = Path(path)
+        path = Path(typed("path", path, Path))
         if path.suffix.lower() in PAGE:
             return Gallery(self.pictures, title=self.title or "grid").save(path)
         return Picture(self.sheet(), self.title, 0).save(path)

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
+from ..config import typed
 from ..errors import SettingsError, shown
 from ..subject.wording import article
 
@@ -33,7 +34,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises SettingsError for a file that cannot be read, is not UTF-8, or has too many or too long lines.
     """
-    path = Path(path)
+    path = Path(typed("path", path, Path))
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

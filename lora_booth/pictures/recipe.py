@@ -19,6 +19,7 @@ from .. import __version__
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
 from ..base.base_model import BaseModel
+from ..config import typed
 from ..errors import AdapterBaseMismatch, SettingsError, first_line, shown
 from ..files import read_json, write_file
 from ..photos.opening import read_picture
@@ -71,7 +72,7 @@ class Recipe:
         )
 
     def save(self, path: str | Path) -> Path:
-        path = Path(path)
+        path = Path(typed("path", path, Path))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
         return path

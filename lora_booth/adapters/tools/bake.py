@@ -16,6 +16,7 @@ from ...base.families import Family
 from ...base.library_logging import without_bars
 from ...base.original_naming import original_weights
 from ...base.quantization import refuse_quantized
+from ...config import typed
 from ...errors import BaseModelError, SettingsError
 from ...files import replacing
 from ...injection import placements
@@ -36,7 +37,7 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
     dtype  of the written weights; sums are computed in float32
     Raises AdapterBaseMismatch if an adapter was made for another base.
     """
-    path = Path(out)
+    path = Path(typed("out", out, Path))
     single = path.suffix.lower() == ".safetensors"
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
