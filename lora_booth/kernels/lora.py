@@ -185,10 +185,18 @@ def plain_backward(
     for_x: Tensor | None = None
     for gradient, one, weight, piece in zip(gradients, low, weights, pieces, strict=True):
         back = gradient @ piece.up
-        piece.down_gradient.add_(back.t() @ x, alpha=piece.scale)
-        piece.up_gradient.t().add_(one.t() @ gradient, alpha=piece.scale)
+        add_product(piece.down_gradient, back.t(), x, piece.scale)
+        add_product(piece.up_gradient.t(), one.t(), gradient, piece.scale)
         if for_input:
             through = gradient @ weight
             for_x = through if for_x is None else for_x.add_(through)
             for_x.addmm_(back, piece.down, alpha=piece.scale)
     return for_x
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """total += scale a b, where the factors may have half the precision of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=scale)
+    else:
+        total.add_(a @ b, alpha=scale)
