@@ -68,7 +68,15 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     return Composition(base, **settings[method])
 
 
-METHODS = ("sum", "delta", "noise", "noise from .15", "auto delta", "auto noise")
+METHODS = {  # and their names in the plot
+    "sum": "sum",
+    "delta": "regions, delta",
+    "noise": "regions, noise",
+    "noise from .15": "regions, noise from .15",
+    "auto delta": "automatic, delta",
+    "auto noise": "automatic, noise (default)",
+}
+MEASURES = {"bound": "tab:blue", "told apart": "tab:cyan", "blended": "tab:gray"}  # in the plot, and their colours
 
 
 def likeness(found: Identity, subject: Identity) -> float:
@@ -201,7 +209,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--kinds", nargs="+", default=["cross", "same"], choices=["cross", "same"])
     parser.add_argument("--sheet", type=Path, help="where to write a contact sheet: a row for each method (of one kind)")
-    parser.add_argument("--plot", type=Path, help="where to write the plot of blend rate against cost (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="where to write the plot of these shares (needs matplotlib)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", CompositionWarning)
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -219,21 +227,24 @@ def main() -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Shares of pictures whose subjects blend, and are told apart, against seconds a picture."""
+    """For each method the shares of pictures whose subjects are bound, told apart and blended."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7))
-    panels = figure.subplots(2, 2, sharex=True, sharey=True)
-    for line, kind in zip(panels, ("cross", "same"), strict=True):
+    figure = Figure(figsize=(10, 5))
+    for axes, kind in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("cross", "same"), strict=True):
         own = [row for row in rows if row["kind"] == kind]
-        for axes, measure in zip(line, ("blended", "told apart"), strict=True):
-            axes.scatter([row["seconds a picture"] for row in own], [row[measure] for row in own])
-            for row in own:
-                place = (row["seconds a picture"], row[measure])
-                axes.annotate(row["method"], place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-            axes.set(title=f"{measure}, {kind} class", ylim=(0, 1))
-    for axes in panels[1]:
-        axes.set_xlabel("seconds a picture")
+        for number, (measure, colour) in enumerate(MEASURES.items()):
+            places = [place + 0.27 * (number - 1) for place in range(len(own))]
+            bars = axes.barh(places, [row[measure] for row in own], 0.25, label=measure, color=colour)
+            axes.bar_label(bars, fmt=" %.2f", fontsize=7)
+        axes.set(
+            title=f"two subjects of {'two classes' if kind == 'cross' else 'one class'}",
+            xlim=(0, 0.75),
+            xlabel="share of pictures",
+        )
+        axes.set_yticks(range(len(own)), [METHODS[row["method"]] for row in own])
+    figure.axes[0].invert_yaxis()
+    figure.axes[1].legend(loc="upper right", fontsize=8)
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 

@@ -1,6 +1,6 @@
-"""One training in a process of its own, ours or the peer's, with a clock at every optimizer update.
+"""One training in a process of its own, lora_booth's or diffusers' script's, with a clock at every optimizer update.
 
-Called by train_step.py with a JSON job; writes what it measured as JSON. The peer's script runs unmodified through runpy.
+Called by train_step.py with a JSON job; writes what it measured as JSON. The script runs unmodified through runpy.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def peak(*, reset: bool) -> float | None:
     return int(text.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def ours() -> dict[str, Any]:
+def run_lora_booth() -> dict[str, Any]:
     import torch
 
     import lora_booth as lb
@@ -93,7 +93,7 @@ def ours() -> dict[str, Any]:
     return clock.report()
 
 
-def peer() -> dict[str, Any]:
+def run_script() -> dict[str, Any]:
     from importlib.util import find_spec
 
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -105,8 +105,8 @@ def peer() -> dict[str, Any]:
         put_in_place()
     clock = Clock(JOB["steps"])
     register_optimizer_step_post_hook(clock.tick)
-    sys.argv = [JOB["peer"], *JOB["arguments"]]
-    runpy.run_path(JOB["peer"], run_name="__main__")
+    sys.argv = [JOB["script"], *JOB["arguments"]]
+    runpy.run_path(JOB["script"], run_name="__main__")
     return clock.report() | {"torchvision": "stand-in" if stand_in else "the real one"}
 
 
@@ -210,5 +210,7 @@ def class_pictures() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    result = {"ours": ours, "peer": peer, "build": build, "class_pictures": class_pictures}[JOB["what"]]()
+    result = {"lora_booth": run_lora_booth, "script": run_script, "build": build, "class_pictures": class_pictures}[
+        JOB["what"]
+    ]()
     Path(JOB["result"]).write_text(json.dumps(result), encoding="utf-8")

@@ -1,15 +1,15 @@
-"""Ours against the peer, diffusers' examples/dreambooth/train_dreambooth_lora.py: step, start, whole run, memory, file.
+"""lora_booth against the script, diffusers' examples/dreambooth/train_dreambooth_lora.py: step, start, whole run, memory, file.
 
-python benchmarks/train_step.py --peer train_dreambooth_lora.py --work DIR                     SD 1.5's shape, random weights
-python benchmarks/train_step.py --peer train_dreambooth_lora.py --work DIR --base toybox --resolution 64 --steps 50
-python benchmarks/train_step.py --peer train_dreambooth_lora_sdxl.py --work DIR --base sdxl --resolution 1024
-python benchmarks/train_step.py --work DIR --runs ours:bf16 ours:bf16,gradient_checkpointing=true --again
+python benchmarks/train_step.py --script train_dreambooth_lora.py --work DIR                     SD 1.5's shape, random weights
+python benchmarks/train_step.py --script train_dreambooth_lora.py --work DIR --base toybox --resolution 64 --steps 50
+python benchmarks/train_step.py --script train_dreambooth_lora_sdxl.py --work DIR --base sdxl --resolution 1024
+python benchmarks/train_step.py --work DIR --runs lora_booth:bf16 lora_booth:bf16,gradient_checkpointing=true --again
 
-A run is `ours:PRECISION` or `peer:PRECISION` and, after commas, `prior`, then any field of TrainingConfig as NAME=VALUE (ours)
-or any option of the script as it is (peer: `--gradient_checkpointing`). All runs of a round follow one another, each in a
-process of its own with the same photos, rank, batch, precision and steps; so a slow minute of the machine hits both.
+A run is `lora_booth:PRECISION` or `script:PRECISION` and, after commas, `prior`, then any field of TrainingConfig as NAME=VALUE
+(lora_booth) or any option of the script as it is (script: `--gradient_checkpointing`). All runs of a round follow one another,
+each in a process of its own with the same photos, rank, batch, precision and steps; so a slow minute of the machine hits all.
 The base is a diffusers folder, or "toybox", "sd1", "sd2", "sdxl": their real shapes with random weights, made once in --work.
-The toybox gets 4 latent channels: the peer takes its 6 for a variance and stops.
+The toybox gets 4 latent channels: the script takes its 6 for a variance and stops.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-RUNS = ("ours:fp32", "peer:fp32", "ours:bf16", "peer:bf16")
+RUNS = ("lora_booth:fp32", "script:fp32", "lora_booth:bf16", "script:bf16")
 CLASS_IMAGES = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="sd1", help="toybox, sd1, sd2, sdxl or a diffusers folder")
-    parser.add_argument("--peer", type=Path, help="the peer's script; without it only ours is measured")
+    parser.add_argument("--script", type=Path, help="diffusers' script; without it only lora_booth is measured")
     parser.add_argument("--work", type=Path, required=True, help="folder for random bases, photos and outputs")
     parser.add_argument("--photos", type=Path, help="a folder of photos [five random ones]")
     parser.add_argument("--runs", nargs="+", default=RUNS)
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--class-images", type=int, default=CLASS_IMAGES)
-    parser.add_argument("--draw", action="store_true", help="ours draws its class images itself (prior runs)")
+    parser.add_argument("--draw", action="store_true", help="lora_booth draws its class images itself (prior runs)")
     parser.add_argument(
-        "--again", action="store_true", help="ours a second time, with what the first run has left in the cache"
+        "--again", action="store_true", help="lora_booth a second time, with what the first run has left in the cache"
     )
     parser.add_argument("--out", type=Path, help="JSON with all figures; the plot lies beside it")
     arguments = parser.parse_args()
@@ -77,10 +77,10 @@ class Bench:
         for number in range(self.arguments.rounds):
             for run in self.arguments.runs:
                 who, _, how = run.partition(":")
-                if who == "peer" and self.arguments.peer is None:
+                if who == "script" and self.arguments.script is None:
                     continue
                 shutil.rmtree(self.work / "cache", ignore_errors=True)
-                for name in (run, f"{run} (again)") if who == "ours" and self.arguments.again else (run,):
+                for name in (run, f"{run} (again)") if who == "lora_booth" and self.arguments.again else (run,):
                     results.setdefault(name, []).append(self.one(who, how.split(",")))
                     print(f"round {number + 1}: {name}: {shown(results[name][-1])}", file=sys.stderr, flush=True)
         return results
@@ -92,12 +92,12 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         pictures = self.work / "class_images"
-        if prior and not (who == "ours" and given.draw):
+        if prior and not (who == "lora_booth" and given.draw):
             shutil.rmtree(pictures, ignore_errors=True)
             facts = {"resolution": given.resolution, "count": given.class_images, "class_images": str(pictures)}
             self.child({"what": "class_pictures", "base": str(self.base), "dtype": DTYPES[precision], **facts})
         common = {"what": who, "steps": given.steps, "out": str(out)}
-        if who == "ours":
+        if who == "lora_booth":
             config = {
                 "steps": given.steps,
                 "batch_size": given.batch,
@@ -136,7 +136,9 @@ class Bench:
                 }
                 more = [*more, "--with_prior_preservation"]
             words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-            result = self.child({**common, "peer": str(given.peer.resolve()), "arguments": [*words, "--center_crop", *more]})
+            result = self.child(
+                {**common, "script": str(given.script.resolve()), "arguments": [*words, "--center_crop", *more]}
+            )
         files = sorted(out.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
         return result | {"adapter_mb": files[-1].stat().st_size / 1e6 if files else None}
 
@@ -182,7 +184,7 @@ def shown(result: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Medians over the rounds; ratios to the peer of the same precision and batch, and to the peer's default (fp32)."""
+    """Medians over the rounds; ratios to the script in the same precision and batch, and to its default (fp32)."""
     rows = []
     for name, runs in results.items():
         row: dict[str, Any] = {"run": name, "rounds": len(runs), "step": statistics.median(step_seconds(r) for r in runs)}
@@ -199,13 +201,13 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         rows.append(row)
     known = {row["run"]: row for row in rows}
     for row in rows:
-        if not row["run"].startswith("ours"):
+        if not row["run"].startswith("lora_booth"):
             continue
         words = row["run"].removesuffix(" (again)").partition(":")[2].split(",")
         prior = ",prior" if "prior" in words else ""
-        for key, other in (("same", f"peer:{words[0]}{prior}"), ("default", f"peer:fp32{prior}")):
+        for key, other in (("same", f"script:{words[0]}{prior}"), ("default", f"script:fp32{prior}")):
             if other in known:
-                row[f"peer_over_ours_{key}"] = known[other]["step"] / row["step"]
+                row[f"times_{key}"] = known[other]["step"] / row["step"]
                 row[f"whole_{key}"] = known[other]["whole_run"] / row["whole_run"]
                 if row.get("cpu_step"):
                     row[f"cpu_{key}"] = known[other]["cpu_step"] / row["cpu_step"]
@@ -217,15 +219,15 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 COLUMNS = (
     ("step", "s/step", 3),
-    ("peer_over_ours_same", "peer/ours", 2),
-    ("peer_over_ours_default", "peer fp32/ours", 2),
+    ("times_same", "script/lora_booth", 2),
+    ("times_default", "script fp32/lora_booth", 2),
     ("cpu_step", "CPU s/step", 3),
-    ("cpu_same", "peer/ours, CPU", 2),
-    ("cpu_default", "peer fp32/ours, CPU", 2),
+    ("cpu_same", "script/lora_booth, CPU", 2),
+    ("cpu_default", "script fp32/lora_booth, CPU", 2),
     ("to_first_step", "first step, s", 1),
     ("cpu_to_first_step", "CPU s", 1),
     ("whole_run", "whole run, s", 1),
-    ("whole_same", "peer/ours", 2),
+    ("whole_same", "script/lora_booth", 2),
     ("training_gib", "training, GiB", 2),
     ("peak_gib", "process, GiB", 2),
     ("cuda_reserved_gib", "CUDA, GiB", 2),
@@ -263,8 +265,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.45 * len(rows) + 1.2), sharey=True)
-    names = [row["run"] for row in rows]
-    colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
+    names = [row["run"].replace(":", ", ").replace(",prior", ", prior").replace("script", "diffusers' script") for row in rows]
+    colours = ["tab:blue" if name.startswith("lora_booth") else "tab:gray" for name in names]
     for axis, key, title in ((axes[0], "step", "seconds a step"), (axes[1], "peak_gib", "process peak, GiB")):
         bars = axis.barh(names, [row[key] or 0 for row in rows], color=colours)
         axis.bar_label(bars, fmt=" %.2f")

@@ -1,4 +1,4 @@
-"""The loss and its gradients against an independent computation with stock diffusers and PEFT, as the peer's script does it."""
+"""The loss and its gradients against an independent computation with stock diffusers and PEFT, as diffusers' script does it."""
 
 from __future__ import annotations
 
