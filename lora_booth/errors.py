@@ -133,6 +133,10 @@ class OtherBaseWarning(UserWarning):
     """The adapter fits this base, but was trained on another one of its family: results may look different."""
 
 
+class LeftOutWarning(UserWarning):
+    """Something in an adapter's file was not read."""
+
+
 class CompositionWarning(UserWarning):
     """Adapters that will blend in one picture; see `Composition.preflight`."""
 

@@ -254,7 +254,7 @@ NOT_OURS = (  # keys of other kinds of model
     "lora_transformer_single_transformer_blocks_0_attn_to_k.lora_down.weight",
     "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
 )
-WRONG_KEYS = (
+RARE_KEYS = (  # left out where there is more, refused alone
     "unet.conv_in.lora_A.weight",
     "unet.conv_out.lora_A.weight",
     "unet.time_embedding.linear_1.lora_A.weight",
@@ -262,6 +262,8 @@ WRONG_KEYS = (
     "lora_unet_time_embedding_linear_1.lora_down.weight",
     "lora_unet_input_blocks_0_0.lora_down.weight",
     "lora_te2_text_projection.lora_down.weight",
+)
+WRONG_KEYS = (
     "text_encoder.text_model.embeddings.token_embedding.lora_A.weight",
     "vae.decoder.conv_in.lora_A.weight",
     "vae_encoder.lora_A.weight",
@@ -320,6 +322,7 @@ def keys() -> list[Hostile]:
     return [
         *(tensors(key[:60], E.AdapterBaseMismatch, {key: down}, "another kind of model") for key in NOT_OURS),
         *(tensors(f"key {key[:120]}", E.AdapterTargetError, {**good, key: down.clone()}) for key in WRONG_KEYS),
+        *(tensors(f"nothing but {key}", E.AdapterTargetError, {key: down}, "rarely") for key in RARE_KEYS),
         *(
             tensors(f"{kind}: {end}", E.AdapterTargetError, {**good, f"{KOHYA_Q}.{end}": down.clone()}, kind)
             for kind, ends in KINDS.items()

@@ -388,6 +388,57 @@ def test_folders(tmp_path):
         Adapter.load(tmp_path)
 
 
+PEFT_PAIR = [f"base_model.model.{Q[5:]}.lora_A.weight", f"base_model.model.{Q[5:]}.lora_B.weight"]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "renamed.safetensors"])
+def test_a_peft_file_named_directly_has_the_configuration_beside_it(tmp_path, name):
+    def load(**config):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "peft_type": "LORA", **config}))
+        return Adapter.load(path)
+
+    path = saved(tmp_path / name, dict(zip(PEFT_PAIR, pair(), strict=True)))
+    assert load().modules[Q].scale == 2
+    assert load(use_rslora=True).modules[Q].scale == 4
+    assert load(alpha_pattern={"to_q": 2}).modules[Q].scale == 0.5
+    for refused in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(E.AdapterTargetError):
+            load(**refused)
+    link = tmp_path / "elsewhere" / "adapter_config.json"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "adapter_config.json")
+    path = path.rename(link.with_name(name))
+    with pytest.raises(E.UnsafePath):
+        Adapter.load(path)
+
+
+def test_the_configuration_of_another_adapter_does_not_matter(tmp_path):
+    """One may lie beside many files; those of kohya's tools have alphas of their own."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "use_dora": true}')
+    assert Adapter.load(foreign(tmp_path, dict(zip((KD, KU), pair(), strict=True)))).modules[Q].scale == 1
+
+
+def test_an_untitled_file_keeps_its_name_as_title(tmp_path):
+    down, up = pair()
+    for name, metadata in (("ink", None), ("ink wash", {"ss_output_name": "None"})):
+        path = saved(tmp_path / f"{name}.safetensors", {KD: down, KU: up}, metadata)
+        again = Adapter.load(path).save(tmp_path / "other.safetensors")
+        with safe_open(again, "pt") as file:
+            assert file.metadata()["modelspec.title"] == name
+        assert Adapter.load(again).name == name
+    plain = Adapter({Q: LoraFactors(down, up, 4.0)}).save(tmp_path / "plain.safetensors")
+    assert Adapter.load(Adapter.load(plain).save(tmp_path / "other.safetensors")).name == "plain"
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+@pytest.mark.parametrize("weight", [20, -20, 1e3, 0.0])
+def test_any_weight_can_be_saved(tmp_path, layout, weight):
+    """alpha / rank is limited in a file; what exceeds it goes into the factors."""
+    adapter = small()
+    back = Adapter.load(adapter.scaled(weight).save(tmp_path / "a.safetensors", layout=layout, dtype="fp32"))
+    torch.testing.assert_close(back.modules[Q].delta(), adapter.modules[Q].delta() * weight, rtol=1e-5, atol=1e-6 * abs(weight))
+
+
 def test_foreign_cards(tmp_path):
     def card(width, metadata=None, key=CROSS):
         down, up = pair(4, width, 64)
@@ -417,15 +468,137 @@ def test_foreign_cards(tmp_path):
     assert card(32, {"lora_booth.card": text}) == Card(family="sd1", token="sks", title="x" * 500)
 
 
-def test_rare_modules_are_allowed_by_name(tmp_path):
+@pytest.mark.parametrize(
+    "key, module",
+    [
+        ("unet.time_embedding.linear_1", "unet.time_embedding.linear_1"),
+        ("lora_unet_conv_in", "unet.conv_in"),
+        ("lora_unet_label_emb_0_2", "unet.add_embedding.linear_2"),
+        ("lora_te2_text_projection", "text_encoder_2.text_projection"),
+    ],
+)
+def test_rare_modules_are_left_out_and_listed_unless_allowed(tmp_path, key, module):
     down, up = pair()
-    path = foreign(
-        tmp_path, {"unet.time_embedding.linear_1.lora_A.weight": down, "unet.time_embedding.linear_1.lora_B.weight": up}
-    )
-    loaded = Adapter.load(path, allow=["unet.time_embedding.linear_1"])
-    loaded.save(tmp_path / "peft.safetensors", layout="peft")
-    with pytest.raises(E.AdapterTargetError, match="sd-scripts would drop unet.time_embedding.linear_1"):
-        loaded.save(tmp_path / "kohya.safetensors", layout="kohya")
+    path = foreign(tmp_path, {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, KD: down, KU: up})
+    with pytest.warns(E.LeftOutWarning, match=rf"foreign.safetensors: changes {module}, .* left out .*allow=\['{module}'\]"):
+        assert Adapter.load(path).modules.keys() == {Q}
+    with pytest.warns(E.LeftOutWarning):
+        Adapter.load(path).save(tmp_path / "kohya.safetensors")
+    loaded = Adapter.load(path, allow=[module])
+    assert loaded.modules.keys() == {Q, module}
+    if module.startswith("unet."):
+        loaded.save(tmp_path / "peft.safetensors", layout="peft")
+    with pytest.raises(E.AdapterTargetError, match=module):
+        loaded.save(tmp_path / "other.safetensors", layout="kohya")
+
+
+# what a file is
+
+
+def lora_of(*names, ends=(".lora_A.weight", ".lora_B.weight")):
+    return [name + end for name in names for end in ends]
+
+
+KOHYA = (".lora_down.weight", ".lora_up.weight", ".alpha")
+FOREIGN = {  # keys -> what the message names
+    "FLUX": [
+        lora_of("transformer.single_transformer_blocks.0.attn.to_k", "transformer.transformer_blocks.1.attn.to_out.0"),
+        lora_of("diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.single_blocks.9.linear2"),
+        lora_of("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_single_blocks_9_modulation_lin", ends=KOHYA),
+        lora_of("double_blocks.0.processor.proj_lora1", ends=(".down.weight", ".up.weight")),
+        [
+            "double_blocks.0.img_attn.norm.key_norm.scale",
+            *lora_of("double_blocks.0.img_attn.proj"),
+            "vector_in.out_layer.lora_B.bias",
+        ],
+        [
+            *lora_of("lora_te1_text_model_encoder_layers_0_mlp_fc1", ends=(*KOHYA, ".dora_scale")),
+            *lora_of("lora_transformer_single_transformer_blocks_13_attn_to_q", ends=(*KOHYA, ".dora_scale")),
+        ],
+        lora_of("base_model.model.single_transformer_blocks.3.proj_mlp"),
+    ],
+    "Stable Diffusion 3": [
+        lora_of("lora_unet_joint_blocks_0_context_block_attn_qkv", ends=KOHYA),
+        lora_of("diffusion_model.joint_blocks.3.x_block.attn.proj"),
+        lora_of("transformer.transformer_blocks.0.attn.add_k_proj"),
+        lora_of("lora_te3_encoder_block_0_layer_0_SelfAttention_q", ends=KOHYA),
+        lora_of("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"),
+    ],
+    "Qwen-Image": [
+        lora_of("transformer_blocks.0.attn.to_k", "transformer_blocks.1.attn.to_q", ends=KOHYA),
+        lora_of("transformer.transformer_blocks.0.img_mlp.net.2"),
+        lora_of("lora_unet_transformer_blocks_0_txt_mod_1", ends=KOHYA),
+    ],
+    "Z-Image": [
+        lora_of("diffusion_model.layers.0.attention.to_q", "diffusion_model.layers.29.feed_forward.w1"),
+        lora_of("lora_unet_noise_refiner_0_attention_qkv", ends=KOHYA),
+        lora_of("transformer.layers.3.attention.to_out.0"),
+    ],
+    "video": [
+        lora_of(
+            "diffusion_model.blocks.0.self_attn.q", "diffusion_model.blocks.0.cross_attn.k", "diffusion_model.blocks.0.ffn.0"
+        ),
+        lora_of("lora_unet_blocks_0_self_attn_q", ends=KOHYA),
+        lora_of("transformer.blocks.0.attn1.to_q"),
+        lora_of("transformer.transformer_blocks.0.attn1.to_q"),
+        ["down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.to_q.weight"],
+    ],
+    "Anima": [lora_of("lora_unet_blocks_0_cross_attn_k_proj", "lora_unet_blocks_0_adaln_modulation_cross_attn_1", ends=KOHYA)],
+    "Krea 2": [lora_of("lora_unet_blocks_0_attn_gate", "lora_unet_txtmlp_3", ends=KOHYA)],
+    "HiDream": [lora_of("diffusion_model.double_stream_blocks.0.block.attn1.to_q")],
+    "language model": [
+        lora_of("base_model.model.model.layers.0.self_attn.q_proj"),
+        lora_of("model.layers.11.mlp.gate_proj"),
+        lora_of("base_model.model.transformer.h.0.attn.c_attn"),
+    ],
+    "textual inversion": [
+        ["emb_params"],
+        ["clip_l", "clip_g"],
+        ["clip_g", "clip_l", "t5xxl"],
+        ["<cat-toy>"],
+        ["sks"],
+        ["string_to_param.*"],
+    ],
+    "bundled embedding": [[KD, KU, "bundle_emb.my token.clip_l", "bundle_emb.sks.string_to_param.*"]],
+    "ControlNet": [
+        ["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"],
+        ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"],
+        ["lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight"],
+    ],
+    "IP-Adapter": [
+        ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"],
+        ["ip_adapter.1.to_q_lora.down.weight"],
+    ],
+    "VAE": [
+        ["decoder.conv_in.weight", "decoder.mid_block.attentions.0.to_q.weight", "post_quant_conv.weight"],
+        ["first_stage_model.decoder.up.0.block.0.conv1.weight"],
+        ["encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight"],
+        ["vae.decoder.conv_in.lora_A.weight"],
+    ],
+    "whole checkpoint": [
+        ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"],
+        ["conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"],
+    ],
+    "whole U-Net": [["conv_in.weight", "down_blocks.0.resnets.0.norm1.weight", "time_embedding.linear_1.weight"]],
+    "text encoder": [["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"]],
+}
+
+
+@pytest.mark.parametrize("what, keys", [(what, keys) for what, several in FOREIGN.items() for keys in several])
+def test_a_refusal_says_what_the_file_is(tmp_path, what, keys):
+    path = foreign(tmp_path, {key: torch.ones(4, 8) for key in keys})
+    with pytest.raises((E.AdapterTargetError, E.AdapterBaseMismatch), match=what):
+        Adapter.load(path)
+
+
+def test_a_large_checkpoint_is_recognised_by_its_header(tmp_path):
+    """Before its size: nobody makes sense of `6938040674 bytes; allowed: 1073741824`."""
+    path, size = tmp_path / "sd_xl_base_1.0.safetensors", 3 * 2**30
+    entry = {"dtype": "F8_E4M3", "shape": [size], "data_offsets": [0, size]}
+    with open(path, "wb") as file:
+        file.truncate(file.write(put_together({"model.diffusion_model.out.2.weight": entry})) + size)
+    with pytest.raises(E.AdapterTargetError, match="whole checkpoint"):
+        Adapter.load(path)
 
 
 def test_a_length_that_looks_like_a_pickle_is_fine(tmp_path):

@@ -147,6 +147,42 @@ def test_kinds_of_modules_can_be_alone(shapes, family, kind, tmp_path):
     )
 
 
+PARTS = {  # as sliders and other adapters of a few layers have them
+    "self-attention": lambda name: ".attn1." in name,
+    "cross-attention": lambda name: ".attn2." in name,
+    "queries": lambda name: name.endswith(".attn2.to_q"),
+    "feed-forward": lambda name: ".ff." in name,
+    "convolutions": lambda name: name.endswith(RESNET),
+    "projections": lambda name: name.endswith(("proj_in", "proj_out")),
+    "down": lambda name: name.startswith("unet.down_blocks."),
+    "middle": lambda name: name.startswith("unet.mid_block."),
+    "up": lambda name: name.startswith("unet.up_blocks."),
+    "one block": lambda name: name.startswith("unet.up_blocks.1.attentions.1.") and ".attn1." in name,
+    "one layer": lambda name: name == "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "text": lambda name: name.startswith("text_encoder."),
+    "second text": lambda name: name.startswith("text_encoder_2."),
+    "last text layers": lambda name: ".layers.11." in name,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_few_layers_prove_the_family_that_has_them(shapes, family, part, tmp_path):
+    """The published models are the oracle: what only one of them has is an adapter for it, and says so when saved again."""
+    some = {name: shape for name, shape in shapes[family].items() if PARTS[part](name)}
+    if not some:
+        return
+    possible = [other for other in FAMILIES if all(shapes[other].get(n, ())[:2] == shape[:2] for n, shape in some.items())]
+    adapter = Adapter({name: factors(shape, rank=1) for name, shape in some.items()})
+    tensors = named(adapter, lambda module: module, (".lora_A.weight", ".lora_B.weight"), alpha=False)
+    loaded = Adapter.load(saved(tmp_path / "a.safetensors", tensors))
+    assert loaded.card.family == family if len(possible) == 1 else loaded.card.family in (None, *possible)
+    stated = Adapter.load(saved(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sdxl_base_v1-0"}))
+    assert stated.card.family == (family if len(possible) == 1 else "sdxl" if "sdxl" in possible else loaded.card.family)
+    with safe_open(loaded.save(tmp_path / "b.safetensors", layout="peft"), "pt") as file:
+        assert (loaded.card.family is None) == ("ss_base_model_version" not in file.metadata())
+
+
 # --- what is never written -----------------------------------------------------------------------------------------
 
 

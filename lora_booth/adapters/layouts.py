@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from ..base.families import FAMILIES, labels
+from ..base.families import FAMILIES
 from ..base.original_naming import OUTSIDE, RESNET, UNetNames
-from ..errors import AdapterBaseMismatch, AdapterError, AdapterTargetError
+from ..errors import AdapterTargetError
 
 Role = str  # of a tensor in its module: down, up, mid, alpha, or one of LYCORIS
 
@@ -30,7 +30,7 @@ UNET = (
 )
 TEXT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 TEXT = tuple(f"text_model.encoder.layers.#.{m}" for m in TEXT_MODULES)
-RARE = (  # understood, but refused unless allowed by name
+RARE = (  # understood, but left out unless allowed by name
     *(f"unet.{name}" for name in OUTSIDE if not name.endswith("norm_out")),
     "text_encoder.text_projection",
     "text_encoder_2.text_projection",
@@ -79,47 +79,7 @@ ENDS: dict[str, Role] = {  # of a key -> which tensor of its module it is; longe
     ".alpha": "alpha",
 }
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # diffusers, before it knew PEFT
-OTHER_MODELS = (  # how the keys of other kinds of model begin
-    "transformer.",
-    "diffusion_model.",
-    "text_encoder_3.",
-    "lora_transformer_",
-    "lora_te3_",
-    "lora_unet_double_blocks_",
-    "lora_unet_single_blocks_",
-    "lora_unet_joint_blocks_",
-    "lora_prior_",
-    "lora_unet_blocks_",
-    "unet.transformer_blocks.",
-    "transformer_blocks.",
-)
-KINDS = {  # a part of a key (with a `_` at its end: how the part begins) -> a kind of adapter without LoRA factors
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "on_input": "IA3",
-    "ia3_": "IA3",
-    "bundle_emb": "a bundled embedding",
-    "lora_embedding_": "LoRA on token embeddings",
-    "oft_": "OFT",
-    "boft_": "BOFT",
-    "rescale": "OFT",
-    **dict.fromkeys(("a1", "a2", "b1", "b2", "bm"), "GLoRA"),
-    "lora_E": "AdaLoRA",
-    "vera_": "VeRA",
-    "w_norm": "trained norm layers",
-    "b_norm": "trained norm layers",
-    "diff": "full weight differences",
-    "diff_b": "full weight differences",
-}
-NO_FACTORS = "only LoRA, and LoHa and LoKr of low rank, can be read; ask for a LoRA of it"
-REMEDIES = {
-    "DoRA": "its change depends on the weights of its base and has no low rank; merge it into its base with the tool that "
-    "made it, or ask for a plain LoRA",
-    "a bundled embedding": "learned tokens belong in a separate file; ask for the file without it",
-}
-SGM_KEYS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+SDXL_KEYS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_", "lora_te1_")
 LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the original numbering counts with it
 MOST_BLOCKS = 34  # as many as two digits number
 
@@ -192,26 +152,11 @@ def _split(key: str) -> tuple[str, Role] | None:
     return next(((key.removesuffix(end), role) for end, role in ENDS.items() if key.endswith(end)), None)
 
 
-def understood(key: str, *, allow: Collection[str] = (), path: object = None) -> tuple[str, Role]:
-    """Return the canonical module path and the role of a tensor called `key` in a file."""
+def understood(key: str) -> tuple[str, Role] | None:
+    """The canonical module path and the role of a tensor called `key` in a file; None: no adapter's."""
     name, role = _split(key) or ("", "")
     module = _module(name)
-    if module is None:
-        raise _no_lora(key, path)
-    if module in RARE and module not in allow:
-        raise AdapterTargetError(f"{key} changes {module}, which adapters rarely do; to accept it, allow {module!r}", path)
-    return module, role
-
-
-def _no_lora(key: str, path: object) -> AdapterError:
-    """Why the tensor `key` cannot be read."""
-    if key.startswith(OTHER_MODELS):
-        return AdapterBaseMismatch(f"made for another kind of model than {labels()}; its keys begin as {key[:60]!r}", path)
-    for piece in key.split("."):
-        for mark, kind in KINDS.items():
-            if piece.startswith(mark) if mark.endswith("_") else piece == mark:
-                return AdapterTargetError(f"{key} is {kind}; {REMEDIES.get(kind, NO_FACTORS)}", path)
-    return AdapterTargetError(f"{key} is not a LoRA tensor of a module that adapters change", path)
+    return None if module is None else (module, role)
 
 
 def are_pair(down: str, up: str) -> bool:

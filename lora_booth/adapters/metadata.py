@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..base.families import FAMILIES
+from ..base.families import FAMILIES, UNET_WIDTHS, Family
 from ..errors import SettingsError
-from .contents import CONSENT, AdapterContents, Card, Layout, file_stem, one_line
+from .contents import CONSENT, AdapterContents, Card, Layout, LoraFactors, file_stem, one_line
 from .layouts import component_of
 
 CARD_KEY = "lora_booth.card"
@@ -79,17 +79,20 @@ def summary(card: Card) -> str:
     return f"A LoRA{f' of {card.words}' if card.words else ''} for {family}{photos}.{stated}"
 
 
-def card_from(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], *, sgm: bool) -> Card:
-    """Our own card if the file has one, else what kohya's and ModelSpec's entries and the shapes say.
+def card_from(metadata: Mapping[str, str], modules: Mapping[str, LoraFactors], *, sgm: bool, stem: str) -> Card:
+    """Our own card if the file has one, else what kohya's and ModelSpec's entries and the modules say.
 
     What is malformed in it is ignored: good tensors are not refused because of their card.
-    shapes: canonical module -> shape of its `down`. sgm: some keys have the block names of the original code.
+    sgm: some keys are named as only SDXL's are. stem: the title of an untitled file.
     """
-    family = _family_by_width(shapes) or _family_by_words(metadata) or _family_by_names(shapes, sgm)
+    own = _own_facts(metadata)
+    facts = own or _facts_of_others(metadata)
     card: Any = Card()
-    for name, value in (("family", family), *(_own_facts(metadata) or _facts_of_others(metadata)).items()):
+    for name, value in (("family", family_of(modules, metadata, sgm=sgm)), *facts.items()):
         with suppress(SettingsError):
             card = replace(card, **{name: one_line(value, FIELD_LENGTH) if isinstance(value, str) else value})
+    if not card.title and not (own and card.token):
+        card = replace(card, title=stem)
     return replace(card, weight=1.0) if abs(card.weight) > MAX_WEIGHT else card
 
 
@@ -135,13 +138,50 @@ def _number(text: str | None) -> float | None:
     return value if abs(value) < MAX_NUMBER else None
 
 
-def _family_by_width(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The width of the text condition distinguishes the families at full size."""
-    widths = {shape[1] for name, shape in shapes.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
-    return next((name for name, family in FAMILIES.items() if widths == {family.text_width}), None)
+# --- the family ----------------------------------------------------------------------------------------------------
 
 
-def _family_by_words(metadata: Mapping[str, str]) -> str | None:
+def family_of(modules: Mapping[str, LoraFactors], metadata: Mapping[str, str], *, sgm: bool) -> str | None:
+    """What the modules prove, also those of a few blocks, else what the metadata say; None: more than one is possible."""
+    widths = {f.down.shape[1] for name, f in modules.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
+    fitting = [name for name, family in FAMILIES.items() if all(fits(family, *module) for module in modules.items())]
+    proven = [name for name in fitting or FAMILIES if widths == {FAMILIES[name].text_width}] or fitting
+    if len(proven) == 1:
+        return proven[0]
+    possible = proven or list(FAMILIES)
+    if (stated := _stated_family(metadata)) in possible:
+        return stated
+    if "sdxl" in possible and (sgm or any(component_of(name) == "text_encoder_2" for name in modules)):
+        return "sdxl"
+    convolutions = any(f.down.ndim == 4 for name, f in modules.items() if name.endswith((".proj_in", ".proj_out")))
+    return "sd1" if "sd1" in possible and convolutions else None
+
+
+def fits(family: Family, module: str, factors: LoraFactors) -> bool:
+    """Whether the published models of a family have such a module: its place, its width."""
+    component, _, path = module.partition(".")
+    outer, inner = factors.up.shape[0], factors.down.shape[1]
+    kind, *parts = path.split(".")
+    if component != "unet":
+        if component not in family.text_encoders:
+            return False
+        width, layers = family.text_sizes[family.text_encoders.index(component)]
+        return kind != "text_model" or (int(parts[2]) < layers and width == (outer if path.endswith("fc2") else inner))
+    last = len(family.depths) - 1
+    if kind not in ("down_blocks", "mid_block", "up_blocks"):
+        return True
+    level = last if kind == "mid_block" else int(parts[0]) if kind == "down_blocks" else last - int(parts[0])
+    if not 0 <= level <= last or outer != UNET_WIDTHS[level] * (8 if path.endswith("ff.net.0.proj") else 1):
+        return False
+    if "attentions" not in parts:
+        return True
+    depth = max(family.depths) if kind == "mid_block" else family.depths[level]
+    index = int(parts[parts.index("transformer_blocks") + 1]) if "transformer_blocks" in parts else 0
+    text = path.endswith((".attn2.to_k", ".attn2.to_v"))
+    return index < depth and (not text or inner == family.text_width)
+
+
+def _stated_family(metadata: Mapping[str, str]) -> str | None:
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "")
     if version.startswith("sdxl") or architecture.startswith("stable-diffusion-xl"):
@@ -151,13 +191,3 @@ def _family_by_words(metadata: Mapping[str, str]) -> str | None:
     if version.startswith("sd_") or architecture.startswith("stable-diffusion-v1") or metadata.get("ss_v2") == "False":
         return "sd1"
     return None
-
-
-def _family_by_names(shapes: Mapping[str, tuple[int, ...]], sgm: bool) -> str | None:
-    if sgm or any(component_of(name) == "text_encoder_2" for name in shapes):
-        return "sdxl"
-    widths = {shape[1] for name, shape in shapes.items() if name.startswith("text_encoder.") and name.endswith("q_proj")}
-    if widths == {1024}:
-        return "sd2"
-    projections = [len(shape) for name, shape in shapes.items() if name.endswith((".proj_in", ".proj_out"))]
-    return "sd1" if 4 in projections else None

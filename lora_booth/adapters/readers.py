@@ -106,11 +106,9 @@ PROGRAMS = {
 }
 
 PUBLISHED = {
-    "sd1": UNetNames(LAYERS, 4, {1, 2, 3}),
-    "sd2": UNetNames(LAYERS, 4, {1, 2, 3}),
-    "sdxl": UNetNames(LAYERS, 3, {0, 1}),
+    name: UNetNames(LAYERS, len(family.depths), {i for i, depth in enumerate(reversed(family.depths)) if depth})
+    for name, family in FAMILIES.items()
 }
-
 READERS = ("diffusers", *PROGRAMS)
 MUST_READ = {"kohya": READERS, "peft": ("diffusers",)}  # layout -> who has to read all that `save` writes
 LYCORIS_ENDS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a")

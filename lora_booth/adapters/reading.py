@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,13 +22,17 @@ from ..errors import (
     AdapterError,
     AdapterFormatError,
     AdapterIncomplete,
+    AdapterTargetError,
     AdapterTooLarge,
+    LeftOutWarning,
     UnsafeFormat,
     UnsafePath,
+    shown,
 )
 from . import lycoris
 from .contents import AdapterContents, LoraFactors, check_scale, check_shapes, check_values, one_line
-from .layouts import SGM_KEYS, Role, are_pair, understood
+from .foreign import refusal
+from .layouts import PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, understood
 from .metadata import PEFT_KEY, card_from
 from .peft_config import PeftConfig
 
@@ -65,14 +70,15 @@ def read(
     expanded = sum(4 * (math.prod(plan.down) + math.prod(plan.up)) for plan in plans.values() if plan.kind)
     if max(size, expanded) > MAX_BYTES:
         raise AdapterTooLarge(f"{max(size, expanded)} bytes{' as LoRA' if expanded > size else ''}; allowed: {MAX_BYTES}", path)
+    if path.name != FOLDER_FILES[0] and not any(key.startswith(PEFT_PREFIX) for key in header.tensors):
+        config = None  # of another file
     peft = _peft_config(header.metadata.get(PEFT_KEY), config, path)
     modules = {}
     for module, keys in sorted(named.items()):
         tensors = {role: _tensor(header, key, handle, path) for role, key in keys.items()}
         modules[module] = _factors(module, tensors, plans[module], peft, path)
-    shapes = {module: tuple(factors.down.shape) for module, factors in modules.items()}
-    sgm = any(key.startswith(SGM_KEYS) for key in header.tensors)
-    return AdapterContents(modules, card_from(header.metadata, shapes, sgm=sgm), one_line(path.stem))
+    stem, sgm = one_line(path.stem), any(key.startswith(SDXL_KEYS) for key in header.tensors)
+    return AdapterContents(modules, card_from(header.metadata, modules, sgm=sgm, stem=stem), stem)
 
 
 def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConfig | None:
@@ -83,7 +89,7 @@ def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConf
         return PeftConfig(parse_json(entry.encode("ascii"), path), path)
     if config is None:
         return None
-    with open_regular(config) as handle:
+    with open_regular(_inside(config)) as handle:
         content = handle.read(MAX_CONFIG + 1)
     if len(content) > MAX_CONFIG:
         raise AdapterTooLarge(f"more than {MAX_CONFIG} bytes", config)
@@ -93,8 +99,15 @@ def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConf
 def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict[Role, str]]:
     """Canonical module -> role -> key; no tensor is named twice, every dtype is allowed."""
     named: dict[str, dict[Role, str]] = {}
-    for key, entry in header.tensors.items():
-        module, role = understood(key, allow=allow, path=path)
+    left_out: dict[str, None] = {}
+    known = {key: found for key in header.tensors if (found := understood(key))}
+    if unknown := header.tensors.keys() - known.keys():
+        raise refusal([key for key in header.tensors if key in unknown], alone=not known, path=path)
+    for key, (module, role) in known.items():
+        entry = header.tensors[key]
+        if module in RARE and module not in allow:
+            left_out[module] = None
+            continue
         roles = named.setdefault(module, {})
         if role in roles:
             raise AdapterFormatError(f"{key} and {roles[role]} name the same tensor", path)
@@ -103,6 +116,12 @@ def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict
             raise AdapterDtypeError(f"{key}: dtype {entry.dtype}; allowed: {', '.join(FACTOR_DTYPES)}", path)
         if role == "alpha" and math.prod(entry.shape) != 1:
             raise AdapterFormatError(f"{key} is not a single number", path)
+    if left_out:
+        message = f"changes {', '.join(left_out)}, which adapters rarely do"
+        remedy = f"Adapter.load(path, allow={list(left_out)}) reads it"
+        if not named:
+            raise AdapterTargetError(f"{message}, and nothing else; {remedy}", path)
+        warnings.warn(f"{shown(path)}: {message}; that is left out ({remedy})", LeftOutWarning, stacklevel=2)
     if not named:
         raise AdapterBaseMismatch(f"no LoRA tensors in it: not made for {labels()}", path)
     return named
@@ -173,20 +192,18 @@ def _tensor(header: Header, key: str, handle: BinaryIO, path: Path) -> Tensor:
 
 
 def find(path: Path) -> tuple[Path, Path | None]:
-    """The tensors' file, and a PEFT folder's configuration. A file that is named itself may be a link."""
+    """The tensors' file, and a configuration of PEFT beside it. A file that is named itself may be a link."""
     try:
         if not path.is_dir():
-            return path, None
+            config = path.with_name(CONFIG_FILE)
+            return path, config if os.path.lexists(config) else None
         names = {child.name for child in path.iterdir()}
     except (OSError, ValueError) as error:
         raise _cannot_open(path, error) from None
-    for name in FOLDER_FILES:
-        if name in names:
-            config = name == FOLDER_FILES[0] and CONFIG_FILE in names
-            return _inside(path, name), _inside(path, CONFIG_FILE) if config else None
     own = [name for name in sorted(names) if name.endswith(".safetensors") and not name.startswith(".")]
-    if len(own) == 1:  # as `Adapter.save_folder` and many repositories on the Hub have it
-        return _inside(path, own[0]), None
+    usual = [name for name in FOLDER_FILES if name in names]
+    if usual or len(own) == 1:  # as `Adapter.save_folder` and many repositories on the Hub have it
+        return _inside(path / (*usual, *own)[0]), path / CONFIG_FILE if CONFIG_FILE in names else None
     if own:
         raise AdapterError(f"{len(own)} .safetensors files in this folder; name the adapter's file", path)
     if any(name.endswith(PICKLE_SUFFIXES) for name in names):
@@ -194,15 +211,14 @@ def find(path: Path) -> tuple[Path, Path | None]:
     raise AdapterError(f"no {' or '.join(FOLDER_FILES)} in this folder; name the adapter's file", path)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder; a link only within it or, as the Hub's cache is built, to the `blobs` of a folder above it."""
-    path = folder / name
+def _inside(path: Path) -> Path:
+    """A file of its folder; a link only within it or, as the Hub's cache is built, to the `blobs` of a folder above it."""
     try:
-        home, target = folder.resolve(), path.resolve()
+        home, target = path.parent.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
         raise _cannot_open(path, error) from None
     blob = target.parent.name == "blobs" and target.parent.parent in home.parents
-    if target != home / name and not blob and not target.is_relative_to(home):
+    if target != home / path.name and not blob and not target.is_relative_to(home):
         raise UnsafePath("a link out of its folder; pass the path of the file itself", path)
     return path
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from ..base.safetensors_header import DTYPES as HEADER_DTYPES
 from ..base.safetensors_header import FACTOR_DTYPES
 from ..cache import bytes_of
-from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite
+from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite, AdapterScaleError
 from ..files import replacing
-from .contents import MAX_SCALE, AdapterContents, Dtype, Layout, LoraFactors, check_scale, check_shapes, check_values
+from .contents import MAX_SCALE, AdapterContents, Dtype, Layout, LoraFactors, check_shapes, check_values
 from .layouts import checked_path, component_of, kohya_names, tail_of
 from .metadata import PEFT_KEY, metadata_of
 from .readers import check_readers, opened
@@ -113,8 +113,7 @@ def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: P
     # widest dtype first, as the safetensors library does, so that every tensor lies aligned; then by name
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     data = b"".join(bytes_of(tensor) for _, tensor in ordered)
-    # without the stem: the name of an older file would make equal adapters differ
-    metadata = metadata_of(replace(adapter, stem=""), layout, alpha, hashlib.sha256(data).hexdigest())
+    metadata = metadata_of(adapter, layout, alpha, hashlib.sha256(data).hexdigest())
     if layout == "peft":
         metadata |= _peft_entry(meant)
     metadata["sshs_legacy_hash"] = "0" * 8  # as long as the real one, which depends on the header's length only
@@ -138,7 +137,8 @@ def _alphas(modules: Mapping[str, LoraFactors]) -> dict[str, float]:
 
 def _cast(module: str, factors: LoraFactors, alpha: float, dtype: torch.dtype, path: Path) -> LoraFactors:
     """The same change with another alpha, which `up` makes up for."""
-    check_scale(module, factors.alpha, factors.rank, path)
+    if not math.isfinite(factors.alpha):
+        raise AdapterScaleError(f"{module}: alpha {factors.alpha:g} is not finite", path)
     ratio = factors.alpha / alpha
     down, up = (t.detach().cpu().float() for t in (factors.down, factors.up))
     cast = LoraFactors(down.to(dtype), (up if ratio == 1 else up * ratio).to(dtype), alpha)

@@ -18,6 +18,8 @@ class Family:
     unread_text_layers: tuple[int, ...]  # for each text encoder: how many of its last layers are unused
     linear_projection: bool  # the U-Net's proj_in / proj_out are linear layers (else 1x1 convolutions)
     text_width: int  # d of the (N, 77, d) condition at full size
+    depths: tuple[int, ...]  # transformer blocks of an attention at each resolution of the U-Net at full size; 0: no attention
+    text_sizes: tuple[tuple[int, int], ...]  # width and layers of each text encoder at full size
     time_ids: bool  # also conditioned on a pooled embedding and six size ids
     resolution: Mapping[str, int]  # prediction type -> pixels; the usual one at full size
     kohya_text_prefixes: tuple[str, ...]  # one for each text encoder
@@ -43,6 +45,8 @@ FAMILIES: dict[str, Family] = {
         unread_text_layers=(0,),
         linear_projection=False,
         text_width=768,
+        depths=(1, 1, 1, 0),
+        text_sizes=((768, 12),),
         time_ids=False,
         resolution={"epsilon": 512, "v_prediction": 512},
         kohya_text_prefixes=("lora_te",),
@@ -61,6 +65,8 @@ FAMILIES: dict[str, Family] = {
         unread_text_layers=(0,),
         linear_projection=True,
         text_width=1024,
+        depths=(1, 1, 1, 0),
+        text_sizes=((1024, 24),),
         time_ids=False,
         resolution={"epsilon": 512, "v_prediction": 768},
         kohya_text_prefixes=("lora_te",),
@@ -79,6 +85,8 @@ FAMILIES: dict[str, Family] = {
         unread_text_layers=(1, 0),
         linear_projection=True,
         text_width=2048,
+        depths=(0, 2, 10),
+        text_sizes=((768, 12), (1280, 32)),
         time_ids=True,
         resolution={"epsilon": 1024, "v_prediction": 1024},
         kohya_text_prefixes=("lora_te1", "lora_te2"),
@@ -92,6 +100,9 @@ FAMILIES: dict[str, Family] = {
         ss_v2="False",
     ),
 }
+
+
+UNET_WIDTHS = (320, 640, 1280, 1280)  # channels at each resolution at full size, in every family
 
 
 def labels() -> str:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from ..base.library_logging import quiet_about_torchvision
-from ..errors import CompositionWarning, LoraBoothError, OtherBaseWarning, in_command, shown
+from ..errors import CompositionWarning, LeftOutWarning, LoraBoothError, OtherBaseWarning, in_command, shown
 
 app = typer.Typer(
     help="DreamBooth with LoRA: teach Stable Diffusion one subject from a few photos.",
@@ -25,7 +25,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-OUR_WARNINGS = (CompositionWarning, OtherBaseWarning)
+OUR_WARNINGS = (CompositionWarning, LeftOutWarning, OtherBaseWarning)
 INTERRUPTED = 130  # the shell's exit code for it
 
 
