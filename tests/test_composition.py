@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +238,27 @@ def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
     assert Composition(base, regions=places, isolate="delta").preflight().passes == 1
     auto = Composition(base, [dog, owl], regions="auto").preflight("sks dog and zwx owl")
     assert auto.passes == 2 and auto.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("sks dog on a hill by a lake", "shorten it to have all"),
+        ("on a hill by a lake, a sks dog", "move 'sks dog' forward"),
+        ("a photo of sks dog", None),
+    ],
+)
+def test_a_prompt_that_is_cut_is_told(base, rex, prompt, told, caplog):
+    """The tiny base reads 14 letters or words that it knows."""
+    studio = Composition(base, [named(rex, "sks", "dog")])
+    found = [text for text in studio.preflight(prompt).warnings if "does not read the end" in text]
+    assert len(found) == (told is not None) and (told is None or told in found[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        studio.generate(prompt, steps=1, size=32)
+        studio.generate("sks dog", negative_prompt=prompt, steps=1, size=32)
+    assert [str(note.message) for note in caught if "does not read the end" in str(note.message)] == found * 2
+    assert not [text for text in caplog.messages if "indexing errors" in text or "truncated" in text]
 
 
 def test_a_preflight_says_that_the_base_is_another(base, rex):

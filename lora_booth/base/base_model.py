@@ -272,7 +272,7 @@ class BaseModel:
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that a text encoder does not read, in the tokenizer's spelling; "" if all of it is read."""
         ends = [""]
-        for tokenizer in self.tokenizers:
+        for tokenizer in filter(None, self.tokenizers):
             ids = tokenizer(prompt, verbose=False).input_ids
             if len(ids) > tokenizer.model_max_length:
                 ends.append(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip())

@@ -25,7 +25,7 @@ from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attached_layers
 from .attention_maps import AttentionMaps
 from .picture import Making, Picture, Place, default_start
-from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, subjects_of, unnamed, ways_to_place
+from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, subjects_of, unnamed, unread, ways_to_place
 from .regional import EMPTY, Isolation, Regional
 from .regions import Region, masks_of
 from .subjects import find_phrase, token_positions, without
@@ -144,7 +144,7 @@ class Composition:
             batch_size=batch_size,
         )
         everyone = self.everyone(prompt)
-        for text in clashes(everyone, self.method, self.isolate):
+        for text in (*clashes(everyone, self.method, self.isolate), *unread(self.base, everyone, prompt, negative_prompt)):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
             images = generate_images(pipeline, **asked, on_image=on_image)
@@ -268,13 +268,14 @@ class Composition:
         everyone = self.everyone(prompt)
         refused, other_base = misfits(self.base, everyone)
         seconds, peak = self._trial(prompt, steps, size) if trial and not refused else (None, None)
+        cut = unread(self.base, everyone, prompt)
         left_out = unnamed(everyone, prompt) if self.method != "regions" else []  # regions may have their own prompts
         return Preflight(
             method=self.method if self.method != "regions" else f"regions, isolate {self.isolate}",
             passes=self._passes(prompt),
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
-            warnings=(*refused, *other_base, *clashes(everyone, self.method, self.isolate), *left_out),
+            warnings=(*refused, *other_base, *clashes(everyone, self.method, self.isolate), *left_out, *cut),
             recommended=recommendation(everyone),
             seconds=seconds,
             peak_bytes=peak,

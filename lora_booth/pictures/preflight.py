@@ -11,7 +11,7 @@ from itertools import combinations
 from ..adapters.adapter import Adapter
 from ..adapters.tools.difference import Difference, difference
 from ..base.base_model import BaseModel
-from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting
+from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting, shown
 from ..injection import placements
 from ..subject.wording import with_article
 from .subjects import find_phrase
@@ -86,6 +86,21 @@ def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str
     """Warnings about subjects that the prompt leaves out: "a dog" draws the class, not the subject."""
     missing = [subject.card.words for subject in subjects_of(adapters) if find_phrase(prompt, subject) is None]
     return [f"the prompt does not name {phrase!r}" for phrase in missing] if prompt else []
+
+
+def unread(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]], *prompts: str | None) -> list[str]:
+    """Warnings about prompts whose end the text encoders do not read, and the subjects that are lost with it."""
+    found = []
+    for prompt in prompts:
+        if not prompt or not (rest := base.cut_off(prompt)):
+            continue
+        places = [(subject, find_phrase(prompt, subject)) for subject in subjects_of(adapters)]
+        lost = [one.card.words for one, place in places if place is not None and base.cut_off(prompt[: place.end()])]
+        remedy = (
+            f"move {' and '.join(map(repr, lost))} forward, or shorten it" if lost else "shorten it to have all of it drawn"
+        )
+        found.append(f"the base does not read the end of a prompt this long ({shown(rest)!r}); {remedy}")
+    return found
 
 
 def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ...]:
