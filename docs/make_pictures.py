@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 import lora_booth as lb
-from lora_booth.base.ai_mark import save_marked
+from lora_booth.base.ai_mark import save_picture
 from lora_booth.cli.demo import write_photos
 
 IMAGES = Path(__file__).parent / "images"
@@ -43,7 +43,7 @@ def main(work: Path) -> None:
 
     def save(grid: lb.Grid, name: str) -> None:
         """In 256 colours, which the toybox's pictures hardly exceed."""
-        save_marked(grid.sheet().quantize(256, dither=Image.Dither.NONE), IMAGES / f"{name}.png")
+        save_picture(grid.sheet().quantize(256, dither=Image.Dither.NONE), IMAGES / f"{name}.png")
 
     base_, under, good, bare, over = adapters
     stages = (base_, under, good, over)

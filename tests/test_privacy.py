@@ -26,7 +26,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from pipelines import make_pipeline, save
 from transformers import CLIPConfig
 
-from lora_booth.base.ai_mark import save_marked
+from lora_booth.base.ai_mark import save_picture
 from lora_booth.base.base_model import BaseModel
 from lora_booth.cache import cache_folder
 from lora_booth.config import TrainingConfig
@@ -273,6 +273,16 @@ def pictures_in(path: Path) -> Iterator[bytes]:
         yield data
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_sheet_of_photos_is_not_marked(ending: str, tmp_path: Path) -> None:
+    """Nobody generated it. Nothing of a photo's metadata is in it either."""
+    image = Image.new("RGB", (32, 32), "red")
+    image.info["comment"] = "secret"
+    content = save_picture(image, tmp_path / f"a.{ending}", generated=False).read_bytes()
+    assert MARK not in content and b"secret" not in content
+    assert MARK in save_picture(image, tmp_path / f"a.{ending}").read_bytes()
+
+
 def test_every_made_picture_is_marked(house: tuple[Path, str]) -> None:
     out, _ = house
     files = [path for path in files_of(out) if path.suffix in (".png", ".jpg", ".webp", ".html")]
@@ -307,7 +317,7 @@ def test_contact_sheets_of_made_pictures_are_marked_and_photos_are_not(tmp_path:
     image = Image.new("RGB", (64, 64), "red")
     for ending in ("png", "jpeg", "webp"):
         assert MARK in Gallery([Picture(image, "a dog", 0)] * 3).save(tmp_path / f"a.{ending}").read_bytes()
-        assert MARK in save_marked(image, tmp_path / f"b.{ending}").read_bytes()
+        assert MARK in save_picture(image, tmp_path / f"b.{ending}").read_bytes()
     subject = Subject.from_folder(plant(tmp_path), token="sks", class_noun="dog")
     sheet = subject.audit(resolution=64).sheet()
     sheet.save(tmp_path / "sheet.png")

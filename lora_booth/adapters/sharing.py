@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from .. import __version__
-from ..base.ai_mark import save_marked
+from ..base.ai_mark import save_picture
 from ..errors import AdapterError, SettingsError, first_line
 from ..files import replacing
 from ..photos.opening import read_picture
@@ -79,7 +79,7 @@ def fill(adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPictur
     for path, picture in paths_of(pictures):
         if not hasattr(picture, "prompt"):
             raise SettingsError(f"a {type(picture).__name__} has no prompt and seed; share pictures of Composition.generate")
-        save_marked(read_picture(picture.image), folder / path)
+        save_picture(read_picture(picture.image), folder / path)
 
 
 def write_page(

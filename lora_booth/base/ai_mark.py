@@ -23,8 +23,8 @@ LOSSLESS = 128  # pixels; chosen: WebP pictures up to this width lose nothing
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def save_marked(image: Image.Image, path: Path) -> Path:
-    """Save as PNG, JPEG or WebP: the pixels and the mark, without other metadata.
+def save_picture(image: Image.Image, path: Path, *, generated: bool = True) -> Path:
+    """Save as PNG, JPEG or WebP: the pixels and the mark, without other metadata. generated: as for `data_url`
 
     Raises SettingsError for another ending.
     """
@@ -32,8 +32,8 @@ def save_marked(image: Image.Image, path: Path) -> Path:
     if kind is None:
         raise SettingsError(f"{path}: pictures are saved as .png, .jpg or .webp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"xmp": AI_MARK.encode(), "quality": 95}
-    if kind == "PNG":
+    options: dict[str, Any] = {"quality": 95} | ({"xmp": AI_MARK.encode()} if generated else {})
+    if kind == "PNG" and generated:
         info = PngImagePlugin.PngInfo()
         info.add_itxt("XML:com.adobe.xmp", AI_MARK)
         options = {"pnginfo": info}

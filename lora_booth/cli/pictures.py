@@ -38,7 +38,7 @@ def generate(
     ] = None,
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
-    from ..base.ai_mark import save_marked
+    from ..base.ai_mark import save_picture
     from ..pictures.gallery import Gallery
     from ..pictures.grids import batches
     from ..pictures.recipe import Recipe
@@ -71,7 +71,7 @@ def generate(
         raise
     if preview is not None:
         found = studio.find_regions(prompt, seed=wanted[0], **settings) if isinstance(studio.regions, str) else studio.regions
-        save_marked(drawn(found, pictures[0].image), preview)
+        save_picture(drawn(found, pictures[0].image), preview)
         say(str(preview))
     if recipe is not None:
         say(str(Recipe.of(studio, prompt, seeds=wanted, **settings).save(recipe)))

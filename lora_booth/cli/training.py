@@ -37,6 +37,7 @@ def photos(
     json: Json = False,
 ) -> None:
     """Show which photos will be used, which will not and why, and what may be wrong with them."""
+    from ..base.ai_mark import save_picture
     from ..photos.audit import audit_photos
     from ..photos.finding import find_photos
     from ..photos.segmenting import make_masks as write_masks
@@ -49,8 +50,7 @@ def photos(
     audit = audit_photos(found.photos, found.skipped, resolution=resolution)
     say(dumps(audit.as_dict(), indent=2) if json else str(audit))
     if sheet is not None:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        audit.sheet().save(sheet)
+        save_picture(audit.sheet(), sheet, generated=False)
         print(f"wrote {sheet}", file=sys.stderr if json else sys.stdout, flush=True)
 
 

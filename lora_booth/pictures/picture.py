@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..base.ai_mark import save_marked
+from ..base.ai_mark import save_picture
 from ..config import typed
 
 AUTO_START = 0.3  # share of the steps, before automatic regions start, whose attention is read; chosen on the toybox
@@ -61,4 +61,4 @@ class Picture:
 
     def save(self, path: str | Path) -> Path:
         """Save as PNG, JPEG or WebP by the path's ending, with an IPTC mark that a model made it and no other metadata."""
-        return save_marked(self.image, typed("path", path, Path))
+        return save_picture(self.image, typed("path", path, Path))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
-from ..base.ai_mark import save_marked
+from ..base.ai_mark import save_picture
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
 from ..config import SettledConfig
@@ -77,7 +77,7 @@ def keep(folder: Path, step: int, rows: Sequence[Row], images: Sequence[Image.Im
     lines = []
     for number, ((prompt, seed), image) in enumerate(zip(rows, images, strict=True)):
         file = folder / f"{step:06d}{f'-{number}' if number else ''}.png"
-        save_marked(image, file)
+        save_picture(image, file)
         lines.append(json.dumps({"step": step, "prompt": prompt, "seed": seed, "file": file.name}) + "\n")
     with open(folder / SAMPLE_LIST, "a", encoding="utf-8") as written:
         written.writelines(lines)
