@@ -688,6 +688,11 @@ def test_a_caption_that_is_cut_keeps_its_subject_and_is_told(
         assert all(line.startswith(f"{photos[0].name}: ") for line in cut) and "moon" in cut[1].replace(" ", "")
     with pytest.warns(UserWarning, match="longer than the text encoder reads"):
         prepare(base_of(kind), replace(subject, photos=(photos[1],)), config=config)
+    lines = []
+    config = TrainingConfig(steps=1, class_images=1, prior_loss_weight=1.0)
+    plain = replace(subject, photos=rex.photos[:1], class_template="far away on the moon, {a} {class_noun}")
+    prepare(base_of(kind), plain, config=config, say=lines.append)
+    assert [line for line in lines if line.startswith("class images: the prompt is longer")]
     assert not [text for text in caplog.messages if "indexing errors" in text or "truncated" in text]
 
 

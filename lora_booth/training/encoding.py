@@ -70,7 +70,7 @@ def prepare(
         for prompt in dict.fromkeys(s.class_prompt for s in subjects):
             pictures += class_images(
                 base,
-                prompt,
+                told_if_cut(base, prompt, "class images", say or warnings.warn),
                 config.class_images,
                 resolution=config.resolution,
                 seed=config.seed,
@@ -105,12 +105,15 @@ def prepare(
 def prompt_read(base: BaseModel, subject: Subject, photo: Photo, warn: Callable[[str], None]) -> str:
     """The photo's prompt; with the subject first if the text encoders would stop reading before they get to its token."""
     prompt = subject.prompt_for(photo)
-    if not base.cut_off(prompt):
-        return prompt
     named = re.search(subject_pattern(subject.token, subject.class_noun), prompt, re.IGNORECASE)
-    if named is None or base.cut_off(prompt[: named.end()]):
+    if base.cut_off(prompt if named is None else prompt[: named.end()]):
         prompt = f"{subject.token} {subject.class_noun}, {prompt}"
-    warn(f"{photo.name}: its prompt is longer than the text encoder reads; left out: {shown(base.cut_off(prompt))!r}")
+    return told_if_cut(base, prompt, photo.name, warn)
+
+
+def told_if_cut(base: BaseModel, prompt: str, what: str, warn: Callable[[str], None]) -> str:
+    if end := base.cut_off(prompt):
+        warn(f"{what}: the prompt is longer than the text encoder reads; left out: {shown(end)!r}")
     return prompt
 
 
