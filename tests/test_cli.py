@@ -280,7 +280,7 @@ def test_photos_says_why_one_is_not_used(call, photos, tmp_path):
     code, out, _ = call("photos", tmp_path)
     assert code == 0
     assert "skipped  b.jpg  the same file as a.jpg" in out and "skipped  c.gif  GIF" in out
-    assert out.splitlines()[-1] == "1 used, 2 skipped; judged at 512 px"
+    assert out.splitlines()[-2:] == ["judged   at 512 px", "1 used, 2 skipped"]
     assert "small: 260 px, enlarged to 512" in out
 
 

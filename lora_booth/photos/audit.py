@@ -53,7 +53,8 @@ class Audit:
             lines.append(f"used     {photo.name}  {photo.width} x {photo.height}{remarks}")
         lines += [f"skipped  {one.name}  {one.reason}" for one in self.skipped]
         lines += [f"advice   {line}" for line in self.advice]
-        return "\n".join([*lines, f"{len(self.photos)} used, {len(self.skipped)} skipped; judged at {self.resolution} px"])
+        lines += [f"judged   at {self.resolution} px", f"{len(self.photos)} used, {len(self.skipped)} skipped"]
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         counts = f"{len(self.photos)} photos at {self.resolution} px, {len(self.skipped)} files skipped"
