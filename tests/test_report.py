@@ -264,6 +264,7 @@ def test_torn_files_are_left_out(run: Path, tmp_path: Path) -> None:
     (tmp_path / "crops" / "0000.webp").write_bytes(b"torn")
     (tmp_path / "samples" / "000001.png").write_bytes(b"torn")
     lines = [{"step": 1, "prompt": "p", "seed": 0, "file": "../samples/000001.png"}, {"step": 2, "file": "gone.png"}]
+    lines += [{"step": 3, "file": "x" * 5000}, {"step": 4, "file": "a\0b"}, {"step": 5, "file": ".."}, {"step": 6}]
     (tmp_path / "samples" / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "fi')
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 0.5, "rate": 0.1, "seconds": 1}\n{"step": 2, "loss": null}\n[]\n{"st'

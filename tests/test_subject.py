@@ -175,6 +175,9 @@ def test_what_is_plainly_meant_is_taken(photos: Path, monkeypatch: pytest.Monkey
     rex = Subject.from_folder(f"~/{photos.name}", token="ohwx", class_noun="dog", minimum=1.0, templates="my {token}")
     assert len(rex.photos) == 3 and rex.instance_prompt == "my ohwx"
     assert Subject.from_folder(rex.photos[0].path, token="ohwx", class_noun="dog", minimum=1).photos == rex.photos[:1]
+    for folder in ("a" * 5000, ["a" * 5000]):
+        with pytest.raises(PhotoError, match="no such"):
+            Subject.from_folder(folder, token="ohwx", class_noun="dog")
     for folder in ("a\0b", ["a\0b.png"], 5, [5], None):
         with pytest.raises(LoraBoothError, match="^photos .*needed: a path"):
             Subject.from_folder(folder, token="ohwx", class_noun="dog")

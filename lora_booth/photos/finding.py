@@ -107,7 +107,7 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
     skipped: list[Skipped] = []
     regions: dict[str, Region] = {}
     for path in files:
-        if root is None and not path.exists():
+        if root is None and not os.path.exists(path):  # Path.exists raises where the name is too long
             raise PhotoError(f"{shown(path)}: no such file; check the name")
         if (reason := _unfit_entry(path, root)) is not None:
             skipped.append(Skipped(path, reason))
@@ -124,7 +124,7 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
 def _folder_listing(folder: Path) -> tuple[str, list[Path], Path | None]:
     """The name for messages, the entries in natural order, and the folder without links; of a file, only itself and None."""
     where = shown(folder)
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise PhotoError(f"{where}: no such folder; pass a folder with photos")
     if not folder.is_dir():
         return where, [folder], None

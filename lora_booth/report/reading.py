@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -109,7 +110,7 @@ def samples(folder: Path) -> list[Sample]:
     found = {}
     for line in json_lines(folder / SAMPLE_LIST):
         file = folder / Path(str(line.get("file"))).name
-        if file.is_file():
+        if os.path.isfile(file):
             found[file] = Sample(integer(line.get("step")), str(line.get("prompt")), integer(line.get("seed")), file)
     return list(found.values())
 
