@@ -44,10 +44,13 @@ class Subject:
             raise SubjectError("the subject has no photos; pass at least one (5 to 30 teach a subject best)")
         check_token_text(self.token)
         _check_class_noun(self.class_noun)
+        if self.token.lower() == self.class_noun.lower():
+            raise SubjectError(
+                f"token {self.token!r} is the class noun itself; the subject would replace the class: use a rare token"
+            )
         if re.search(_as_word(self.token), self.class_noun, re.IGNORECASE):
             raise SubjectError(
-                f"class noun {self.class_noun!r} has the token {self.token!r} in it; pass a rare word as token, and only what "
-                "the subject is as class noun, e.g. 'dog'"
+                f"class noun {self.class_noun!r} has the token {self.token!r} in it; pass only what the subject is, e.g. 'dog'"
             )
         if not self.templates:
             raise SubjectError(f"templates {self.templates!r}; needed: a tuple of at least one template")

@@ -120,6 +120,8 @@ def check_token_text(token: str) -> None:
         raise SubjectError("token ''; needed: a rare word, e.g. 'ohwx'")
     if not token.isprintable() or any(character.isspace() for character in token):
         raise SubjectError(f"token '{shown(token)}' has a space or control character; needed: one word, e.g. 'ohwx'")
+    if "{" in token or "}" in token:
+        raise SubjectError(f"token {token!r} has a brace, which marks a placeholder; needed: one word, e.g. 'ohwx'")
     if (plain := token.strip(PUNCTUATION)) != token or any(character in SYNTAX for character in token):
         remedy = plain if plain and not any(character in SYNTAX for character in plain) else "ohwx"
         raise SubjectError(f"token {token!r} has punctuation, which prompts use otherwise; needed: one word, e.g. {remedy!r}")

@@ -25,7 +25,6 @@ from ..base.base_model import BaseModel, TextConditions
 from ..base.weight_files import LazyModule
 from ..cache import bytes_of, cached, key_of, prune_cache
 from ..config import LoraSpec, TrainingConfig, settled
-from ..errors import shown
 from ..photos.photo import Photo
 from ..photos.square import Crop, to_tensor, training_square
 from ..subject.subject import Subject
@@ -62,7 +61,7 @@ def prepare(
         for photo in one.photos:
             squares.append(training_square(photo, config.resolution))
             on_square(len(squares) - 1, squares[-1].image)
-            prompts.append(prompt_read(base, one, photo, say or warnings.warn))
+            prompts.append(prompt_read(base, one, photo, f"photo {len(squares)}", say or warnings.warn))
     if say is not None:
         say(f"{len(squares)} photos at {config.resolution} px")
     pictures, class_prompts = [], []
@@ -102,18 +101,19 @@ def prepare(
     return LatentCache(photos, prior, base.scaling_factor, text)
 
 
-def prompt_read(base: BaseModel, subject: Subject, photo: Photo, warn: Callable[[str], None]) -> str:
+def prompt_read(base: BaseModel, subject: Subject, photo: Photo, name: str, warn: Callable[[str], None]) -> str:
     """The photo's prompt; with the subject first if the text encoders would stop reading before they get to its token."""
     prompt = subject.prompt_for(photo)
     named = re.search(subject_pattern(subject.token, subject.class_noun), prompt, re.IGNORECASE)
     if base.cut_off(prompt if named is None else prompt[: named.end()]):
         prompt = f"{subject.token} {subject.class_noun}, {prompt}"
-    return told_if_cut(base, prompt, photo.name, warn)
+    return told_if_cut(base, prompt, name, warn)
 
 
 def told_if_cut(base: BaseModel, prompt: str, what: str, warn: Callable[[str], None]) -> str:
+    """The prompt. What is said of it has none of its words, nor the photo's name: output is shared more freely than photos."""
     if end := base.cut_off(prompt):
-        warn(f"{what}: the prompt is longer than the text encoder reads; left out: {shown(end)!r}")
+        warn(f"{what}: the text encoder does not read the end of the prompt ({len(end.split())} words); shorten it")
     return prompt
 
 
