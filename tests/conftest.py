@@ -11,7 +11,8 @@ from pathlib import Path
 HOME = Path(tempfile.mkdtemp(prefix="lora_booth_tests_"))
 os.environ["HF_HOME"] = str(HOME / "huggingface")  # huggingface_hub reads these once, when it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["LORA_BOOTH_CACHE"] = str(HOME / "lora_booth")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # all processes of a run share one cache
+    os.environ["LORA_BOOTH_CACHE"] = str(HOME / "lora_booth")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # where there is no GPU, Triton's kernels run in its interpreter
