@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 HOME = Path(tempfile.mkdtemp(prefix="lora_booth_tests_"))
 os.environ["HF_HOME"] = str(HOME / "huggingface")  # huggingface_hub reads these once, when it is imported
@@ -59,6 +60,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture += rng.normal(0, 12, picture.shape)
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=92)
     return folder
+
+
+@pytest.fixture(scope="session")
+def rex(photos: Path) -> Any:
+    """The subject of these photos."""
+    from lora_booth.subject.subject import Subject
+
+    return Subject.from_folder(photos, token="sks", class_noun="dog")
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,10 @@ def make_pipeline(kind: str) -> Any:
     )
 
 
+def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+    return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
+
+
 def state(pipeline: Any) -> dict[str, torch.Tensor]:
     """A copy of every weight of every module."""
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}

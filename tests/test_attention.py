@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from pipelines import KINDS, make_pipeline
+from pipelines import KINDS, base_of
 
 import lora_booth.kernels.attention as attention
 from lora_booth.base.base_model import BaseModel
 from lora_booth.cache import read_entry, write_entry
 from lora_booth.kernels.attention import KERNELS, attention_kernel, attention_shapes, candidates, fastest_attention
-
-
-def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseModel:
-    return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
 
 
 class Own(AttnProcessor2_0):

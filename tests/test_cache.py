@@ -41,11 +41,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield folder
 
 
-@pytest.fixture(scope="module")
-def rex(photos: Path) -> Subject:
-    return Subject.from_folder(photos, token="sks", class_noun="dog")
-
-
 def load(source: Path, dtype: torch.dtype = torch.float32) -> BaseModel:
     return BaseModel.load(source, dtype=dtype, device="cpu")
 

@@ -35,11 +35,6 @@ def base_of(kind: str, dtype: torch.dtype) -> BaseModel:
     return BaseModel.from_pipeline(make_pipeline(kind).to("cuda", dtype), name="tiny")
 
 
-@pytest.fixture
-def rex(photos: Path) -> Subject:
-    return Subject.from_folder(photos, token="sks", class_noun="dog")
-
-
 @pytest.fixture(params=[torch.bfloat16, torch.float16])
 def prepared(request: pytest.FixtureRequest, rex: Subject) -> Iterator[tuple[BaseModel, LatentCache]]:
     base = base_of("sd1", request.param)

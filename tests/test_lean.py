@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from pipelines import KINDS, make_pipeline, state
+from pipelines import KINDS, base_of, state
 from torch import nn
 
 from lora_booth.base.base_model import BaseModel
@@ -22,10 +22,6 @@ from lora_booth.kernels.lora import Flat, LoraLinears, LoraPiece
 from lora_booth.planning.meter import saved_for_backward
 
 EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
-
-
-def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseModel:
-    return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
 
 
 def call(base: BaseModel, *, side: int = 8, rows: int = 2) -> torch.Tensor:

@@ -146,11 +146,6 @@ def test_the_fingerprint_needs_no_weights_in_memory(folders: dict[str, Path]) ->
 # --- what is read when ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rex(photos: Path) -> Subject:
-    return Subject.from_folder(photos, token="sks", class_noun="dog")
-
-
 @pytest.mark.slow
 def test_training_holds_the_unet_alone(
     rex: Subject, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

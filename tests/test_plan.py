@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import make_pipeline
+from pipelines import base_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth import cli
@@ -43,10 +43,6 @@ from lora_booth.planning.shapes import built, configured, without_weights
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=4, batch_size=2, prior_loss_weight=0.0)
-
-
-def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseModel:
-    return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
 
 
 def weights_of(base: BaseModel, *, named: Iterable[str] = ("unet", "vae", "text_encoder")) -> int:

@@ -74,11 +74,6 @@ def base() -> BaseModel:
 
 
 @pytest.fixture(scope="module")
-def rex(photos: Path) -> Subject:
-    return Subject.from_folder(photos, token="sks", class_noun="dog")
-
-
-@pytest.fixture(scope="module")
 def heard() -> Heard:
     return Heard()
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from ldm_naming import save_checkpoint
 from PIL import Image
-from pipelines import KINDS, make_pipeline, same_state, state
+from pipelines import KINDS, base_of, make_pipeline, same_state, state
 
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.base import generation
@@ -44,15 +44,6 @@ WITH_PRIOR = TrainingConfig(steps=4, class_images=2, warmup_steps=0)
 
 class Interrupted(Exception):
     pass
-
-
-def base_of(kind: str = "sd1", dtype: torch.dtype = torch.float32) -> BaseModel:
-    return BaseModel.from_pipeline(make_pipeline(kind).to(dtype), name="tiny")
-
-
-@pytest.fixture(scope="module")
-def rex(photos: Path) -> Subject:
-    return Subject.from_folder(photos, token="sks", class_noun="dog")
 
 
 def run(base: BaseModel, subject: Any, config: TrainingConfig, lora: LoraSpec = LORA, **options: Any) -> Adapter:
@@ -759,7 +750,7 @@ def test_a_blacked_out_class_image_is_not_learnt(black: int, tmp_path: Path, mon
     from transformers import CLIPImageProcessor
 
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
-    base = base_of()
+    base = base_of("sd1")
     base.pipeline.safety_checker = Censor(black)
     base.pipeline.feature_extractor = CLIPImageProcessor()
     if black == 1000:
