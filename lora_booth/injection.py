@@ -6,14 +6,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters.adapter import Adapter
+from .adapters.adapter import Adapter, weighted
 from .adapters.contents import LoraFactors
 from .base.base_model import BaseModel
 from .base.changes import undone, unhook
@@ -223,15 +223,10 @@ def placed(model: nn.Module, component: str, adapter: Adapter, base_name: str) -
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {base_name} has no module {key}") from None
         if not adaptable(layer):
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base_name} is not a linear or convolution layer")
-        given, wanted = (factors.up.shape[0], *factors.down.shape[1:]), weight_shape(layer)
-        if given != wanted and given[:2] == wanted[:2] and {*given[2:], *wanted[2:]} == {1}:
-            # one tool's 1x1 convolution is another's linear layer (proj_in of SD 2.x): the same numbers
-            down, up = factors.down.flatten(1), factors.up.flatten(1)
-            ones = wanted[2:]
-            factors, given = replace(factors, down=down.reshape(*down.shape, *ones), up=up.reshape(*up.shape, *ones)), wanted
-        if given != wanted:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} is {given} in the file and {wanted} in {base_name}")
-        here[path] = factors
+        wanted = weight_shape(layer)
+        if (fitted := factors.fitted(wanted)) is None:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} is {factors.shape} in the file and {wanted} in {base_name}")
+        here[path] = fitted
     return here
 
 
@@ -315,7 +310,7 @@ def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]])
     family, where = known_base.family, known_base.name
     components = known_base.components
     plan: list[Placement] = []
-    for adapter, weight in adapters:
+    for adapter, weight in weighted(adapters):
         known = adapter.card.family
         if known is not None and known != family.name:
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} is {family.label}")

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
 import lora_booth as lb
-from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.adapter import Adapter, weighted
 from lora_booth.adapters.contents import Card, LoraFactors
 from lora_booth.adapters.tools.convert import convert
 from lora_booth.adapters.tools.inspection import inspect_adapter
@@ -284,6 +284,79 @@ def test_difference_of_adapters_for_other_bases(rex, bases):
         lb.difference(rex, pipelines.random_adapter(bases["sdxl"]))
     with pytest.raises(AdapterBaseMismatch, match="different bases"):
         lb.difference(Adapter({Q: random_factors(8, (8,), 2, 0)}), Adapter({Q: random_factors(8, (9,), 2, 0)}))
+
+
+# --- one layer in two spellings ------------------------------------------------------------------------------------
+
+LINEAR_1X1 = {"unet.down_blocks.0.attentions.0.proj_in": (24, (8,)), "unet.mid_block.attentions.0.proj_out": (8, (24,))}
+
+
+def in_both_spellings(seed: int) -> tuple[Adapter, Adapter]:
+    linear = {name: random_factors(*shape, rank=2, seed=seed) for name, shape in LINEAR_1X1.items()}
+    one_by_one = {name: f.fitted((*f.shape, 1, 1)) for name, f in linear.items()}
+    return Adapter(linear, Card(family="sd2")), Adapter(one_by_one, Card(family="sd2"))
+
+
+@pytest.mark.parametrize("method", ["sum", "svd"])
+def test_adapters_in_two_spellings_are_merged_and_compared(method):
+    (a, a_too), (b, b_too) = in_both_spellings(1), in_both_spellings(2)
+    wanted, _ = lb.merge([(a, 0.5), (b, -2.0)], method=method)
+    for pair in ([(a_too, 0.5), (b, -2.0)], [(a, 0.5), (b_too, -2.0)], [(a_too, 0.5), (b_too, -2.0)]):
+        merged, _ = lb.merge(pair, method=method)
+        for name, factors in merged.modules.items():
+            torch.testing.assert_close(matrix(factors), matrix(wanted.modules[name]), rtol=1e-5, atol=1e-5)
+            assert factors.shape == pair[0][0].modules[name].shape
+    many = [(x, 0.2) for x in in_both_spellings(3)] * 12  # more ranks than the layers have
+    for name, factors in lb.merge(many)[0].modules.items():
+        torch.testing.assert_close(matrix(factors), matrix(many[0][0].modules[name]) * 4.8, rtol=1e-5, atol=1e-4)
+    found, plain = lb.difference(a, b_too), lb.difference(a, b)
+    assert found.cosine == pytest.approx(plain.cosine) and found.distance == pytest.approx(plain.distance)
+    assert lb.difference(a, a_too).kind == "same"
+
+
+def test_a_kernel_is_not_another_spelling():
+    a, b = ({CONV: random_factors(24, shape, 2, 0)} for shape in ((8, 3, 3), (72,)))
+    with pytest.raises(AdapterBaseMismatch, match="different bases"):
+        lb.merge([(Adapter(a), 1.0), (Adapter(b), 1.0)])
+    with pytest.raises(AdapterBaseMismatch, match="different bases"):
+        lb.difference(Adapter(a), Adapter(b))
+
+
+# --- what is passed as adapters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e308, 101, 10**400, True, "0.5", None, [1.0]])
+def test_what_is_not_a_weight_is_a_settings_error(weight, rex, bases, tmp_path):
+    with pytest.raises(SettingsError, match="weight"):
+        lb.merge([(rex, 1.0), (rex, weight)], method="svd")
+    with pytest.raises(SettingsError, match="weight"):
+        lb.bake(bases["sd1"], [(rex, weight)], tmp_path / "a.safetensors")
+    with pytest.raises(SettingsError, match="weight"), lb.attached(bases["sd1"], [(rex, weight)]):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_are_taken_for_what_they_plainly_are(rex, ink, tmp_path):
+    file = rex.with_card(weight=0.25).save(tmp_path / "rex.safetensors", dtype="fp32")
+    light = rex.with_card(weight=0.25)
+    for given, weights in (
+        (rex, [1.0]), (light, [0.25]), (file, [0.25]), (str(file), [0.25]), ((rex, 2), [2.0]), ((str(file), 2), [2.0]),
+        ([rex, ink], [1.0, 1.0]), ((rex, ink), [1.0, 1.0]), ([(rex, 0.5), str(file)], [0.5, 0.25]),
+        (((rex, 0.5), (ink, 0.1)), [0.5, 0.1]), (iter([[rex, 0.5]]), [0.5]), ({rex: 0.5}.items(), [0.5]), ([], []),
+    ):  # fmt: skip
+        found = weighted(given)
+        assert [weight for _, weight in found] == weights and all(type(weight) is float for _, weight in found)
+        assert all(isinstance(adapter, Adapter) for adapter, _ in found)
+    for given in (None, 5, [None], [(rex, 1.0, 2.0)], [()], {"a": 1}.values(), [[]], b"rex"):
+        with pytest.raises(SettingsError, match="is not an adapter"):
+            weighted(given)
+
+
+def test_factors_that_are_not_finite_are_named(rex):
+    broken = replace(rex, modules={Q: replace(rex.modules[Q], up=rex.modules[Q].up * math.nan)})
+    for use in (lambda: lb.difference(rex, broken), lambda: lb.resize(broken, rank=1), lambda: lb.merge(broken, method="svd")):
+        with pytest.raises(LoraBoothError, match="not finite"):
+            use()
 
 
 # --- inspection ----------------------------------------------------------------------------------------------------

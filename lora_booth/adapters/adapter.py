@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import typed
-from ..errors import SettingsError
+from ..config import check, typed
+from ..errors import SettingsError, shown
 from .contents import AdapterContents, Dtype, Layout
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from .model_card import SharedPicture
+
+MOST_WEIGHT = 100.0  # either sign; chosen: 1 is usual, and sliders go to 10
 
 
 class Adapter(AdapterContents):
@@ -118,3 +120,27 @@ class Adapter(AdapterContents):
     def scaled(self, weight: float) -> Adapter:
         """Return the same adapter with its change multiplied by `weight`."""
         return replace(self, modules={name: replace(f, alpha=f.alpha * weight) for name, f in self.modules.items()})
+
+
+def weighted(adapters: Any, kind: Any = float) -> list[tuple[Adapter, Any]]:
+    """Adapters and their weights, from what a user passes: one or several, each an Adapter or the path of its file, alone or in
+    a pair with a weight. Alone it gets the weight of its card.
+
+    kind  of a weight: float, or a union with another class
+    Raises SettingsError.
+    """
+    single, several = AdapterContents | str | Path, isinstance(adapters, Iterable) and not isinstance(adapters, str)
+    pair = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[0], single)
+    if not several or (pair and not isinstance(adapters[1], single | tuple | list)):
+        adapters = [adapters]
+    found = []
+    for item in adapters:
+        first, *rest = item if isinstance(item, tuple | list) and item else (item,)
+        if not isinstance(first, single) or len(rest) > 1:
+            raise SettingsError(f"{shown(repr(item))[:80]} is not an adapter; pass an Adapter or the path of its file")
+        adapter = first if isinstance(first, Adapter) else Adapter.load(typed("adapter", first, Path))
+        weight = typed("weight", rest[0] if rest else adapter.card.weight, kind)
+        usual = f"from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}; 0 to 1 is usual"
+        check(not isinstance(weight, float) or abs(weight) <= MOST_WEIGHT, f"weight {weight}", usual)
+        found.append((adapter, weight))
+    return found

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -46,6 +46,21 @@ class LoraFactors:
 
     def __repr__(self) -> str:
         return f"LoraFactors(rank {self.rank}, alpha {self.alpha:g}, {tuple(self.down.shape)} and {tuple(self.up.shape)})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that is changed: (out, in) or (out, in, kh, kw)."""
+        return (int(self.up.shape[0]), *self.down.shape[1:])
+
+    def fitted(self, shape: tuple[int, ...]) -> LoraFactors | None:
+        """The same change for a weight of `shape`; None if it does not fit. The 1x1 convolutions of some tools are linear
+        layers of others (proj_in of SD 2.x): the same numbers."""
+        if self.shape == shape:
+            return self
+        if self.shape[:2] != shape[:2] or {*self.shape[2:], *shape[2:]} != {1}:
+            return None
+        down, up = (factor.reshape(*factor.shape[:2], *shape[2:]) for factor in (self.down, self.up))
+        return replace(self, down=down, up=up)
 
     def delta(self) -> Tensor:
         """The change of the weight, float32: (out, in) or (out, in, kh, kw)."""

@@ -20,7 +20,7 @@ from ...config import typed
 from ...errors import BaseModelError, SettingsError
 from ...files import replacing
 from ...injection import placements
-from ..adapter import Adapter
+from ..adapter import Adapter, weighted
 from ..contents import Dtype
 from ..writing import DTYPES
 
@@ -37,7 +37,7 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
     dtype  of the written weights; sums are computed in float32
     Raises AdapterBaseMismatch if an adapter was made for another base.
     """
-    path = Path(typed("out", out, Path))
+    path, adapters = typed("out", out, Path), weighted(adapters)
     single = path.suffix.lower() == ".safetensors"
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}")

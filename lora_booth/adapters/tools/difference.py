@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import AdapterBaseMismatch
 from ..adapter import Adapter
 from ..contents import LoraFactors
-from .spectrum import cores, shape_of, spectrum
+from .spectrum import cores, spectrum
 
 USED = 1e-3  # of a change's largest singular value: smaller ones may be the rounding of half precision
 # where the summary draws its lines; chosen
@@ -124,11 +124,9 @@ def difference(a: Adapter, b: Adapter) -> Difference:
 
 
 def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
-    if shape_of(a) != shape_of(b):
-        raise AdapterBaseMismatch(
-            f"{module}: {shape_of(a)} in one adapter, {shape_of(b)} in the other; they are for different bases"
-        )
-    one, other = spectrum(a), spectrum(b)
+    if (fitted := b.fitted(a.shape)) is None:
+        raise AdapterBaseMismatch(f"{module}: {a.shape} in one adapter, {b.shape} in the other; they are for different bases")
+    one, other = spectrum(a), spectrum(fitted)
     rank_a, rank_b = one.rank(USED), other.rank(USED)
     few, many = sorted((rank_a, rank_b))
     outputs, inputs = one.left.T @ other.left, one.right @ other.right.T  # cosines of all pairs of directions
@@ -142,7 +140,7 @@ def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
         rank_b=rank_b,
         norm_a=one.norm,
         norm_b=other.norm,
-        distance=float(cores((a, 1.0), (b, -1.0))[1].norm()),  # from the norms, half of the digits would be lost
+        distance=float(cores((a, 1.0), (fitted, -1.0))[1].norm()),  # from the norms, half of the digits would be lost
         cosine=max(-1.0, min(1.0, cosine)),
         columns=float((outputs**2).sum()) / few if few else 0.0,
         rows=float((inputs**2).sum()) / few if few else 0.0,

@@ -9,7 +9,6 @@ from typing import Any
 from ..adapter import Adapter
 from ..contents import Card
 from .difference import length, norm
-from .spectrum import shape_of
 
 BLOCKS = {  # how a module's path begins -> what the block is called
     "unet.down_blocks.": "down",
@@ -69,7 +68,7 @@ class Inspection:
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
     """Inspect an adapter. Norms are computed from the factors, in float64."""
-    modules = [ModuleInspection(name, shape_of(f), f.rank, f.alpha, norm(f)) for name, f in sorted(adapter.modules.items())]
+    modules = [ModuleInspection(name, f.shape, f.rank, f.alpha, norm(f)) for name, f in sorted(adapter.modules.items())]
     return Inspection(adapter.card, tuple(modules), adapter.nbytes, adapter.digest())
 
 

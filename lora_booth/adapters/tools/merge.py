@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from ...errors import AdapterBaseMismatch, AdapterError, AdapterIncomplete, SettingsError
-from ..adapter import Adapter
+from ...errors import AdapterBaseMismatch, AdapterError, SettingsError
+from ..adapter import Adapter, weighted
 from ..contents import Card, LoraFactors
 from .resize import resize
 from .spectrum import Truncation, Truncations, one_rank, spectrum
@@ -25,6 +25,7 @@ def merge(
     method  "sum" is exact and adds up the ranks; "svd" is the closest adapter of a lower rank
     rank    for svd; None: the largest rank of the inputs
     """
+    adapters = weighted(adapters)
     if method not in ("sum", "svd"):
         raise SettingsError(f"method {method!r} is unknown; allowed: sum (exact), svd (to a rank)")
     if method == "sum":
@@ -56,11 +57,14 @@ def concatenated(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 
 
 def _joined(name: str, parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
-    shapes = {(tuple(f.down.shape[1:]), f.up.shape[0]) for f, _ in parts}
-    if len(shapes) > 1:
-        raise AdapterIncomplete(f"{name}: the adapters have different widths here; they are for different bases")
-    down = torch.cat([f.down.float() for f, _ in parts])
-    up = torch.cat([f.up.float() * (f.scale * weight) for f, weight in parts], dim=1)
+    downs, ups, shape = [], [], parts[0][0].shape
+    for factors, weight in parts:
+        if (fitted := factors.fitted(shape)) is None:
+            other = factors.shape
+            raise AdapterBaseMismatch(f"{name}: {shape} in one adapter, {other} in another; they are for different bases")
+        downs.append(fitted.down.float())
+        ups.append(fitted.up.float() * (fitted.scale * weight))
+    down, up = torch.cat(downs), torch.cat(ups, dim=1)
     rank, inner, outer = down.shape[0], down[0].numel(), up.shape[0]
     if rank > min(inner, outer):
         change = up.flatten(1) @ down.flatten(1)  # (out, in * kh * kw)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..adapter import Adapter
-from .spectrum import Truncations, keep, one_rank, shape_of, spectrum, truncated
+from .spectrum import Truncations, keep, one_rank, spectrum, truncated
 
 
 def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> tuple[Adapter, Truncations]:
@@ -18,7 +18,7 @@ def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = 
     chosen = keep(rank, energy)
     modules, lost = {}, []
     for name, factors in sorted(adapter.modules.items()):
-        modules[name], loss = truncated(name, spectrum(factors), shape_of(factors), factors.rank, chosen)
+        modules[name], loss = truncated(name, spectrum(factors), factors.shape, factors.rank, chosen)
         lost.append(loss)
     common = one_rank(modules)
     card = replace(adapter.card, rank=common, alpha=None if common is None else float(common))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SettingsError, setting
+from ...config import typed
+from ...errors import AdapterNonFinite, SettingsError, setting
 from ..contents import MAX_RANK, LoraFactors
 
 NOTHING = 1e-6  # of the largest singular value; anything smaller is rounding
@@ -45,11 +46,6 @@ class Spectrum:
         return LoraFactors(down.reshape(rank, *like[1:]).contiguous(), up.contiguous(), float(rank))
 
 
-def shape_of(factors: LoraFactors) -> tuple[int, ...]:
-    """Shape of the weight that is changed: (out, in) or (out, in, kh, kw)."""
-    return (int(factors.up.shape[0]), *factors.down.shape[1:])
-
-
 def cores(*parts: tuple[LoraFactors, float]) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of weight * change as q_up @ core @ q_down, with a core of rank x rank; float64.
 
@@ -57,6 +53,8 @@ def cores(*parts: tuple[LoraFactors, float]) -> tuple[Tensor, Tensor, Tensor]:
     """
     up = torch.cat([f.up.double().flatten(1) * (f.scale * weight) for f, weight in parts], dim=1)
     down = torch.cat([f.down.double().flatten(1) for f, _ in parts])
+    if not (up.isfinite().all() and down.isfinite().all()):
+        raise AdapterNonFinite("its factors, alpha or weight are not finite; nothing can be computed from them")
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
     return q_up, r_up @ r_down.T, q_down.T
@@ -125,6 +123,7 @@ class Truncations:
 
 def keep(rank: int | None, energy: float | None) -> Callable[[Spectrum], int]:
     """How many directions to keep of a spectrum: at most `rank`, and no more than hold `energy` of the squared norm."""
+    rank, energy = typed("rank", rank, int | None), typed("energy", energy, float | None)
     if rank is None and energy is None:
         raise SettingsError(f"neither a rank nor an energy; pass e.g. {setting('rank', 8)} or {setting('energy', 0.99)}")
     if rank is not None and not 1 <= rank <= MAX_RANK:
