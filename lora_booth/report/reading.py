@@ -101,8 +101,8 @@ def read_run(path: Path) -> Run:
 
 def updates(path: Path) -> Iterator[Update]:
     for line in json_lines(path):
-        rate, seconds = (number(line.get(name), least=0) or 0.0 for name in ("rate", "seconds"))
-        yield Update(integer(line.get("step")), number(line.get("loss"), least=0), rate, seconds)
+        loss, rate, seconds = number(line.get("loss"), 0), number(line.get("rate"), 0), number(line.get("seconds"), 0)
+        yield Update(integer(line.get("step")), loss, rate or 0.0, seconds or 0.0)
 
 
 def samples(folder: Path) -> list[Sample]:
@@ -142,7 +142,7 @@ def dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def integer(value: Any) -> int:
-    return int(number(value, least=0) or 0)
+    return int(number(value, 0) or 0)
 
 
 def counted(count: int, noun: str) -> str:
