@@ -94,7 +94,7 @@ class TrainingConfig:
         check(0 <= prior < math.inf, f"prior_loss_weight {prior}", "at least 0 (0: no prior preservation)")
         check(self.min_snr_gamma is None or self.min_snr_gamma > 0, f"min_snr_gamma {self.min_snr_gamma}", "above 0")
         check(self.resolution is None or self.resolution >= 8, f"resolution {self.resolution}", "a multiple of 8")
-        check(0 <= self.seed < MOST, f"seed {self.seed}", "0 to 2**63 - 1")
+        check(0 <= self.seed <= MOST - self.sample_seeds, f"seed {self.seed}", "0 to 2**63 - 1, also of the last sample")
         minutes = self.checkpoint_minutes
         check(minutes > 0, f"checkpoint_minutes {minutes}", "above 0 (infinity: by steps alone)")
 
@@ -135,7 +135,8 @@ def settled(config: TrainingConfig, base: Any, photos: int) -> SettledConfig:
     steps = config.steps or min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PHOTO * photos))
     width = max(base.shell.unet.config.block_out_channels)
     resolution = config.resolution or base.resolution
-    check(resolution % base.pixels_per_latent == 0, f"resolution {resolution}", f"multiples of {base.pixels_per_latent}")
+    multiple = math.lcm(base.pixels_per_latent, 8)  # 8: what diffusers' pipelines draw
+    check(resolution % multiple == 0, f"resolution {resolution}", f"multiples of {multiple}")
     chosen = {
         "steps": steps,
         "learning_rate": config.learning_rate or CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER,

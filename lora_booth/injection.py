@@ -233,7 +233,8 @@ def placed(model: nn.Module, component: str, adapter: Adapter, base_name: str) -
 def made_for(adapter: Adapter) -> str:
     card = adapter.card
     label = FAMILIES[card.family].label if card.family in FAMILIES else "another base"
-    return f"{adapter.name} was made for {card.base_model or label}" + (f" ({label})" if card.base_model else "")
+    name = f"{adapter.stem}.safetensors" if adapter.stem else adapter.name
+    return f"{name} was made for {card.base_model or label}" + (f" ({label})" if card.base_model else "")
 
 
 class AttachedLayer:
@@ -313,7 +314,8 @@ def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]])
     for adapter, weight in weighted(adapters):
         known = adapter.card.family
         if known is not None and known != family.name:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} is {family.label}")
+            own = setting("a base of its family", option=f"--base {adapter.card.base_model or 'MODEL'}")
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} is {family.label}; use {own}")
         unknown = {key.partition(".")[0] for key in adapter.modules} - set(components)
         if unknown:
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} has no {sorted(unknown)[0]}")

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 import json
+import math
+import os
+import re
 import runpy
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pipelines
 import pytest
 import torch
 from PIL import Image
 
+import lora_booth
 from lora_booth import cli
 from lora_booth.adapters.adapter import Adapter
+from lora_booth.adapters.tools.bake import bake
+from lora_booth.adapters.tools.convert import convert
 from lora_booth.adapters.tools.difference import difference
+from lora_booth.adapters.tools.extract import extract
 from lora_booth.adapters.tools.merge import merge
+from lora_booth.adapters.tools.resize import resize
 from lora_booth.base.base_model import BaseModel
 from lora_booth.cli.app import fail
 from lora_booth.cli.arguments import by_file, file_and_weight, parse_seeds
+from lora_booth.cli.bases import base_of, remember
 from lora_booth.cli.options import Loading, Placement
 from lora_booth.config import LoraSpec, TrainingConfig
-from lora_booth.errors import SettingsError
+from lora_booth.errors import SettingsError, in_command, setting
 from lora_booth.pictures.composition import Composition
+from lora_booth.subject.subject import Subject
+from lora_booth.subject.tokens import propose_tokens
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = cli.commands()
+CALLBACKS: dict[str, Callable[..., None]] = {one.callback.__name__: one.callback for one in cli.app.registered_commands}
+TRAIN = inspect.signature(CALLBACKS["train"]).parameters
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +177,7 @@ def test_generate(call, rex, tiny, tmp_path):
     code, out, err = call("generate", rex, f"{rex}:-0.5", *words, "--seeds", "7,2")
     files = [tmp_path / "new" / name for name in ("000007.png", "000002.png", "gallery.html")]
     assert (code, out.splitlines()) == (0, [str(file) for file in files])
-    *notes, one, two = err.splitlines()
+    *notes, one, two = (line for line in err.splitlines() if not line.startswith("loading "))
     assert (one, two) == ("picture 1/2", "picture 2/2")
     assert notes and all(note.startswith("note: ") for note in notes) and "share the token 'sks'" in notes[0]
     for file in files[:2]:
@@ -231,7 +250,7 @@ def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos
         patched.setattr("lora_booth.training.progress.Lines.update", stop)
         code, _, err = call(*train_words(photos, tiny, out))
     assert code == 130
-    assert err.splitlines()[-1] == "interrupted; a training continues when you run the same command again"
+    assert err.splitlines()[-1] == "interrupted; run the same command again to continue"
     assert not out.exists()
     assert max(f.name for f in (tmp_path / "again" / "checkpoints").iterdir()) == "000004"
 
@@ -288,7 +307,7 @@ def test_tokens_are_proposed(call, tiny, tmp_path):
     folder = tmp_path / "declared"
     shutil.copytree(tiny, folder)
     (folder / "lora_booth.json").write_text('{"rare_tokens": ["sks"]}')
-    assert call("token", "--base", folder) == (0, "sks\n", "")
+    assert call("token", "--base", folder)[:2] == (0, "sks\n")
 
 
 def test_tokens_are_checked(call, tiny):
@@ -422,7 +441,7 @@ def test_a_mistake_is_told_in_one_line(call, photos, tiny, rex, tmp_path, words,
     assert last.startswith("error: ") and line in last
     assert not [said for said in before if said.startswith("error") or "Traceback" in said]
     if "--steps 1" not in words and "--resolution 60" not in words and "--rank 300" not in words:
-        assert before == []
+        assert not [said for said in before if not said.startswith("loading ")]
     assert not (tmp_path / "a.safetensors").exists()
 
 
@@ -467,6 +486,273 @@ def test_files_and_weights(tmp_path, monkeypatch):
 def test_bad_weights(text):
     with pytest.raises(SettingsError, match="is not a weight"):
         file_and_weight(text)
+
+
+# --- the same in Python and on the command line --------------------------------------------------------------------------
+
+CARD = {"title", "author", "license", "consent", "tags"}  # facts of a card, which has none of its own
+PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]] = {
+    # command: the Python behind it; options of another name; options that only a command has
+    "demo": ((), {}, {"out"}),
+    "photos": ((Subject.from_folder, Subject.audit), {}, {"folder", "sheet", "make_masks", "json"}),
+    "token": ((BaseModel.load, propose_tokens), {}, {"base", "check"}),
+    "train": (
+        (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train, Adapter.save),
+        {"min_photos": "minimum", "max_photos": "maximum"},
+        {"folder", "base", "run"},
+    ),
+    "cache": ((), {}, {"clear"}),
+    "plan": ((LoraSpec, TrainingConfig, lora_booth.plan), {"vram": "vram_gb"}, {"base", "family", "json"}),
+    "evaluate": (
+        (BaseModel.load, lora_booth.evaluate),
+        {"context": "contexts"},
+        {"base", "prompt", "prompts", "prompt_set", "token", "class_noun", "json", "out"},
+    ),
+    "report": ((lora_booth.write_report,), {}, set()),
+    "generate": (
+        (Composition, Composition.generate, BaseModel.load),
+        {},
+        {"base", "prompt", "prompts", "prompt_set", "context", "region", "auto_regions", "out", "preview", "recipe"},
+    ),
+    "preflight": ((Composition, Composition.preflight, BaseModel.load), {}, {"base", "region", "auto_regions"}),
+    "replay": ((BaseModel.load,), {}, {"base", "recipe", "seeds", "out"}),
+    "grid": (
+        (lora_booth.grid_steps, Composition.generate, BaseModel.load),
+        {},
+        {"base", "prompt", "prompts", "prompt_set", "context", "before_after", "out"},
+    ),
+    "show": ((), {}, {"adapter", "modules", "json"}),
+    "convert": ((convert,), {}, {"adapter"}),
+    "share": ((Adapter.save_folder, Adapter.push_to_hub), {}, {"adapter", "out", "push"} | CARD),
+    "merge": ((Adapter.save, merge), {}, {"out", "modules"}),
+    "resize": ((Adapter.save, resize), {}, {"out", "modules"}),
+    "extract": ((Adapter.save, extract, BaseModel.load), {}, {"tuned", "out", "modules"}),
+    "bake": ((bake, BaseModel.load), {}, {"base"}),
+    "diff": ((), {}, {"a", "b", "modules", "json"}),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_those_of_python(command):
+    """An option left out gives what the argument left out gives; each new option is one of the two kinds."""
+    functions, renamed, own = PAIRS[command]
+    python = [inspect.signature(function).parameters for function in functions]
+    options = inspect.signature(CALLBACKS[command]).parameters
+    assert own <= set(options)
+    for name, option in options.items():
+        if name in own:
+            continue
+        default = next(found[key].default for found in python if (key := renamed.get(name, name)) in found)
+        if option.default is None and isinstance(default, tuple | str):
+            continue  # not handed on, so Python's holds
+        mine = parse_seeds(option.default) if name in ("seeds", "class_seeds") else option.default
+        assert mine == (list(default) if isinstance(default, range | tuple) else default), name
+
+
+def test_each_argument_of_python_has_an_option():
+    hands = {"subject", "on_step", "progress", "lora", "config", "out", "steps"}
+    assert set(inspect.signature(lora_booth.train).parameters) - hands - {"base"} <= set(TRAIN)
+    assert {field.name for one in (LoraSpec, TrainingConfig) for field in fields(one)} <= set(TRAIN)
+    for command in ("train", "generate", "grid", "evaluate", "replay", "preflight", "token"):
+        assert set(inspect.signature(BaseModel.load).parameters) - {"source"} <= set(
+            inspect.signature(CALLBACKS[command]).parameters
+        )
+
+
+def test_options_left_out_give_the_dataclasses_themselves(photos, monkeypatch, call, tmp_path):
+    seen = {}
+    monkeypatch.setattr("lora_booth.run.train", lambda base, subject, **given: seen.update(given) or sys.exit(0))
+    words = ("train", photos, "--token", "zwx", "--class-noun", "dog", "--out", tmp_path / "a.safetensors")
+    assert call(*words)[0] == 0
+    assert (seen["lora"], seen["config"]) == (LoraSpec(), TrainingConfig())
+    assert (seen["track"], seen["time_limit"], seen["restart"], seen["mirror"]) == ((), None, False, None)
+    given = ("--target-modules", "to_q", "--target-modules", "to_v", "--lr-schedule", "constant", "--max-grad-norm", "inf")
+    assert call(*words, *given, "--no-lean", "--dropout", "0.1", "--sample-prompt", "a zwx dog")[0] == 0
+    assert seen["lora"] == LoraSpec(target_modules=("to_q", "to_v"), dropout=0.1)
+    assert seen["config"] == TrainingConfig(
+        lr_schedule="constant", max_grad_norm=math.inf, lean=False, sample_prompt=("a zwx dog",)
+    )
+
+
+# --- the words of messages -----------------------------------------------------------------------------------------------
+
+
+def texts(node: ast.AST, *, but: str = "") -> Iterator[str]:
+    """The string constants below a node, without those in calls of the function `but`."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) == but:
+        return
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    for child in ast.iter_child_nodes(node):
+        yield from texts(child, but=but)
+
+
+def nodes(kind: type[ast.AST]) -> Iterator[Any]:
+    for path in sorted((ROOT / "lora_booth").rglob("*.py")):
+        yield from (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kind))
+
+
+OPTIONS = {f"--{name.replace('_', '-')}" for one in CALLBACKS.values() for name in inspect.signature(one).parameters}
+
+
+def test_options_that_messages_name_exist():
+    named = set()
+    for call in nodes(ast.Call):
+        if getattr(call.func, "id", None) == "setting":
+            option = next((word.value for word in call.keywords if word.arg == "option"), None)
+            if option is None and isinstance(call.args[0], ast.Constant):
+                named.add(f"--{call.args[0].value.replace('_', '-')}")
+            named |= {word for text in texts(option or ast.Constant(0)) for word in re.findall(r"--[a-z-]+", text)}
+    for error in nodes(ast.Raise):
+        named |= {word for text in texts(error, but="setting") for word in re.findall(r"--[a-z-]+", text)}
+    assert len(named) > 20 and named <= OPTIONS
+
+
+PYTHON_ONLY = (  # mistakes that no command can make
+    "is not loaded; pass BaseModel.load(",
+    "no subject to train on",
+    "mirror and restart need a run folder",
+    "writes files into the run folder",
+    "only a loaded base can be timed",
+    "measure=True with ",
+    "find_regions needs",
+    "regions cannot be one adapter",
+    "save_pretrained",
+    "at least one of each, e.g. seeds=",
+)
+
+
+def test_errors_name_settings_by_the_function_for_it():
+    """As arguments in Python and as options in a command; never `x=` alone."""
+    found = [text for error in nodes(ast.Raise) for text in texts(error, but="setting") if re.search(r"\b[a-z_]+=", text)]
+    assert [text for text in found if not any(part in text for part in PYTHON_ONLY)] == []
+
+
+def test_settings_have_the_words_of_the_reader(call):
+    assert (setting("rank", 8), setting("isolate", "noise"), setting("restart", True)) == (
+        "rank=8",
+        'isolate="noise"',
+        "restart=True",
+    )
+    assert setting("minimum", 1, option="--min-photos 1") == "minimum=1"
+    within = in_command.set(True)
+    assert (setting("lr_schedule", "cosine"), setting("restart", True), setting("config")) == (
+        *("--lr-schedule cosine", "--restart", "--config"),
+    )
+    assert setting("minimum", 1, option="--min-photos 1") == "--min-photos 1"
+    in_command.reset(within)
+    call("photos", "nowhere")
+    assert not in_command.get()
+
+
+# --- the base ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_the_adapters_own(call, rex, tiny, ink, tmp_path, hub, monkeypatch):
+    """Without --base: where `train` found it, a Hub id in the cache, or the toybox. Nothing is downloaded for a file."""
+    assert base_of([Adapter.load(rex)]) == str(tiny)
+    moved = Adapter.load(rex).with_card(base_hash="0" * 64)
+    of_hub = moved.with_card(base_model="owner/tiny")
+    with pytest.raises(
+        SettingsError, match=r"rex.safetensors was made for owner/tiny, which is not .* --base owner/tiny to download"
+    ):
+        base_of([of_hub])
+    hub("owner/tiny", tiny)
+    assert base_of([of_hub]) == "owner/tiny"
+    assert base_of([moved.with_card(base_model="toybox")]) == "toybox"
+    with pytest.raises(SettingsError, match=r"which base\? rex.safetensors was made for tiny; pass --base FOLDER"):
+        base_of([moved])
+    with pytest.raises(SettingsError, match="made for tiny and rex.safetensors was made for owner/tiny"):
+        base_of([Adapter.load(rex), of_hub.with_card(base_hash="1" * 64)])
+    with pytest.raises(SettingsError, match="a base it does not name"):
+        base_of([moved.with_card(base_model=None, base_hash=None)])
+    remember(BaseModel.load(tiny), str(tmp_path / "gone"))
+    assert base_of([Adapter.load(rex)]) == str(tiny)  # what is not there is not remembered
+    code, out, _ = call("preflight", rex, "--prompt", "a sks dog")
+    assert code == 0 and out
+
+
+def test_another_base_is_named_with_the_file_and_the_option(call, rex, folders):
+    code, _, err = call("generate", rex, "--prompt", "a sks dog", "--base", folders["sdxl"])
+    assert code == 2
+    assert "rex.safetensors was made for tiny (Stable Diffusion 1.x); tiny-sdxl is SDXL; use --base tiny" in err
+
+
+def test_training_on_the_toybox_by_default_says_what_that_is(call, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_booth.run.train", lambda *_, **__: sys.exit(0))
+    words = ("train", photos, "--token", "zwx", "--class-noun", "dog", "--out", tmp_path / "a.safetensors")
+    assert "the toybox is a tiny model for trials: 64 x 64 pixels" in call(*words)[2]
+
+
+# --- words that are wrong ------------------------------------------------------------------------------------------------
+
+USAGE = [
+    (["trian", "photos"], "No such command 'trian'. Did you mean 'train'? See: lora-booth --help"),
+    (["generat"], "No such command 'generat'. Did you mean 'generate'? See: lora-booth --help"),
+    (["train", "rex", "--stpes", "4"], "No such option: --stpes. Did you mean --steps? See: lora-booth train --help"),
+    (["grid", "--promt", "x"], "No such option: --promt. Did you mean --prompt? See: lora-booth grid --help"),
+    (["train", "rex", "--rank", "abc"], "Invalid value 'abc' for '--rank'"),
+    (["train", "rex", "--rank=abc"], "Invalid value 'abc' for '--rank'"),
+    (["plan", "--photos", "0"], "Invalid value '0' for '--photos'"),
+    (["train", "rex"], "Missing option '--token'. See: lora-booth train --help"),
+    (["photos", "rex", "--resolution", "99999"], "Invalid value '99999' for '--resolution'"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), USAGE, ids=[" ".join(words) for words, _ in USAGE])
+def test_wrong_words_are_told_plainly(call, words, line):
+    code, _, err = call(*words)
+    assert code == 2 and err.startswith(f"error: {line}") and "?;" not in err and len(err.splitlines()) == 1
+
+
+def test_version(call):
+    assert call("--version") == (0, f"lora-booth {lora_booth.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "line"), [("train", "run the same command again to continue"), ("generate", "interrupted\n")]
+)
+def test_an_interrupt_says_what_it_means_for_the_command(call, rex, photos, monkeypatch, command, line):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_booth.base.base_model.BaseModel.load", stop)
+    words = {
+        "train": [photos, "--token", "zwx", "--class-noun", "dog", "--out", "a.safetensors"],
+        "generate": [rex, "--prompt", "x"],
+    }
+    code, _, err = call(command, *words[command], "--base", "toybox")
+    assert code == 130 and err.endswith(f"{line}" if command == "generate" else f"{line}\n")
+    assert ("again" in err) == (command == "train")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_legacy_code_page_ends_no_command(encoding, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "犬é")
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_booth.cli", "photos", str(tmp_path / "犬é"), "--sheet", str(tmp_path / "犬.png")],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\u72ac.png" in done.stdout and (tmp_path / "犬.png").is_file()
+
+
+def test_the_first_line_comes_before_pytorch():
+    """PyTorch takes seconds to import."""
+    code = """
+import sys
+from lora_booth.cli import main
+class Seen:
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), "torch" in sys.modules)
+    def flush(self): ...
+sys.stderr = Seen()
+main(["generate", "nothing.safetensors", "--prompt", "x"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("loading PyTorch False"), done.stderr
 
 
 # --- help ----------------------------------------------------------------------------------------------------------

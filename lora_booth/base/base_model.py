@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, LoraBoothError, first_line
+from ..errors import BaseModelError, LoraBoothError, SettingsError, first_line, shown
 from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import FAMILIES, Family, labels
 from .library_logging import quiet_about_long_prompts, quiet_about_torchvision
@@ -80,7 +80,7 @@ class BaseModel:
         MissingExtraError if it cannot be quantized.
         """
         quiet_about_torchvision()
-        place = torch.device(device) if device is not None else default_device()
+        place = default_device() if device is None else usable(device)
         if quantize is not None:
             check_quantization(quantize, place)
         precision = dtype or default_dtype(place, source)
@@ -347,6 +347,16 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """Raises SettingsError for a device that this machine, or this build of PyTorch, does not have."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"device {shown(device)} cannot be used here ({first_line(error)}); pass cpu, cuda or mps"
+        ) from error
 
 
 def default_dtype(device: torch.device, source: str | Path = "") -> torch.dtype:

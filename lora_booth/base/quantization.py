@@ -33,7 +33,7 @@ def check_quantization(kind: str, device: torch.device) -> None:
     """Raises SettingsError or MissingExtraError if a U-Net cannot be quantized on this device."""
     check_kind(kind)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError(f'quantize="{kind}"', "quant")
+        raise MissingExtraError(setting("quantize", kind), "quant")
     try:
         packed, state = packed_and_state(torch.ones(BLOCK, BLOCK, device=device))
         works = bool(torch.isfinite(unpacked(packed, state)).all())
@@ -43,7 +43,8 @@ def check_quantization(kind: str, device: torch.device) -> None:
     if not works:
         version = importlib.metadata.version("bitsandbytes")
         raise SettingsError(
-            f'quantize="{kind}" does not work on {device} with bitsandbytes {version} ({reason}); load the base without it'
+            f"{setting('quantize', kind)} does not work on {device} with bitsandbytes {version} ({reason}); "
+            "load the base without it"
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BaseModelError
+from ..errors import BaseModelError, setting
 from .diffusers_folder import assemble, empty_module, matched, read_config
 from .families import FAMILIES, Family, labels
 from .original_naming import original_weights
@@ -42,7 +42,7 @@ def load_single_file(
     folder = CONFIGS / family.name if config is None else Path(config).expanduser()
     index = read_config(folder, "model_index.json")
     if index.get("_class_name") != family.pipeline:
-        raise BaseModelError(f"{path} is {family.label}, and {folder} is not; pass the config= of the same family")
+        raise BaseModelError(f"{path} is {family.label}, and {folder} is not; pass a {setting('config')} of the same family")
     given: dict[str, Any] = {name: None for name in OPTIONAL if name in index}
     if config is None:
         given |= tokenizers(family)
@@ -83,7 +83,8 @@ def parts_in_checkpoint(
     """
     modules = {name: empty_module(folder, name, index.get(name), dtype) for name in ("vae", *family.components)}
     if absent := [name for name, module in modules.items() if module is None]:
-        raise BaseModelError(f"{folder}: has no {absent[0]} of {family.label}; pass the config= of a text-to-image model")
+        config = setting("config")
+        raise BaseModelError(f"{folder}: has no {absent[0]} of {family.label}; pass a {config} of a text-to-image model")
     keys = [(name, key) for name, module in modules.items() for key in module.state_dict()]
     marks: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
     for i, (name, key) in enumerate(keys, 1):

@@ -13,7 +13,8 @@ from ..adapters.contents import Dtype
 from ..errors import SettingsError, shown
 from .app import say
 from .arguments import check_adapter_file, weighted
-from .options import Base, Json, Names, Reading, command, option
+from .bases import base_of
+from .options import Json, Names, OwnBase, Reading, command, option
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
@@ -179,7 +180,8 @@ def extract(
 @command
 def bake(
     adapters: Weighted,
-    base: Base,
+    *,
+    base: OwnBase = None,
     out: Annotated[Path, typer.Option(help="checkpoint to write, e.g. rex-sd15.safetensors, or else a new diffusers folder")],
     reading: Reading,
     dtype: Precision = "fp16",
@@ -187,7 +189,9 @@ def bake(
     """Write a base with adapters in its weights, as a checkpoint that needs no adapter."""
     from ..adapters.tools.bake import bake as baked
 
-    say_file(baked(reading.exact(base), weighted(adapters), out, dtype=dtype))
+    chosen = weighted(adapters)
+    source = base_of([adapter for adapter, _ in chosen]) if base is None else base
+    say_file(baked(reading.exact(source), chosen, out, dtype=dtype))
 
 
 @command

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from difflib import get_close_matches
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from .. import __version__
 from ..base.library_logging import quiet_about_torchvision
 from ..errors import CompositionWarning, LeftOutWarning, LoraBoothError, OtherBaseWarning, in_command, shown
 
@@ -21,8 +25,26 @@ app = typer.Typer(
 )
 
 
+def show_version(asked: bool) -> None:
+    if asked:
+        say(f"lora-booth {__version__}")
+        raise typer.Exit
+
+
+Version = typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=show_version)
+
+
+@app.callback()
+def root(version: Annotated[bool, Version] = False) -> None: ...
+
+
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """Progress, which is no result."""
+    print(text, file=sys.stderr, flush=True)
 
 
 OUR_WARNINGS = (CompositionWarning, LeftOutWarning, OtherBaseWarning)
@@ -32,6 +54,9 @@ INTERRUPTED = 130  # the shell's exit code for it
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point. Exits with 0, 1 (a token that cannot be used), 2 (a user's mistake) or 130 (interrupted)."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a legacy code page lacks most characters
     quiet_about_torchvision()
     outside = in_command.set(True)
     try:
@@ -46,14 +71,30 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what every usage error has, both typer's and click's
             raise
-        command = next((word for word in words if word in commands()), "")
-        message = error.format_message().rstrip(".").replace("Value error, ", "")
-        fail(f"{message}; see: lora-booth {command} --help".replace("  ", " "))
+        fail(usage(error, words))
     finally:
         in_command.reset(outside)
     if code == INTERRUPTED:
-        print("interrupted; a training continues when you run the same command again", file=sys.stderr)
+        note("interrupted; run the same command again to continue" if "train" in words[:1] else "interrupted")
     sys.exit(code or 0)
+
+
+PARSER = re.compile(r"Value error, |Input |, unable to parse string as an? \w+")  # typer's parser speaks to programmers
+
+
+def usage(error: Any, words: Sequence[str]) -> str:
+    """What is wrong with the words of a command, and where its options are listed."""
+    command, message = error.ctx.command, PARSER.sub("", error.format_message()).strip()
+    if hasattr(error, "possibilities"):  # an unknown option; theirs are in alphabetical order
+        known = [word for one in command.params for word in (*one.opts, *one.secondary_opts)]
+        near = get_close_matches(error.option_name, known, n=1)
+        message = f"{error.message}. Did you mean {near[0]}?" if near else error.message
+    elif (parameter := getattr(error, "param", None)) is not None:
+        parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+        given = next((value for word, value in zip(parts, parts[1:], strict=False) if word in parameter.opts), None)
+        if given is not None and repr(given) not in message:
+            message = message.replace("Invalid value for", f"Invalid value {given!r} for")
+    return f"{message.rstrip('.')}{'' if message.endswith('?') else '.'} See: {error.ctx.command_path} --help"
 
 
 @contextmanager

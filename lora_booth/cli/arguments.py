@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..adapters.contents import Dtype
 
+    Named = Sequence[tuple[str, tuple[Adapter, float]]]  # file name without its ending; adapter and weight
+
 MOST_SEEDS = 10_000  # chosen
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -48,7 +50,7 @@ def file_and_weight(text: str) -> tuple[Path, float | None]:
     return Path(path), number
 
 
-def by_file(texts: Sequence[str]) -> list[tuple[str, tuple[Adapter, float]]]:
+def by_file(texts: Sequence[str]) -> Named:
     """The adapters of FILE or FILE:WEIGHT arguments, with their file's name (for `--region`) and weight."""
     from ..adapters.adapter import Adapter
 

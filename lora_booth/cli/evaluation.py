@@ -13,7 +13,7 @@ import typer
 
 from .app import say
 from .arguments import file_and_weight, parse_seeds
-from .options import Base, Loading, Prompting, Sampling, command
+from .options import Loading, OwnBase, Prompting, Sampling, command
 
 if TYPE_CHECKING:
     from ..evaluation.protocol import Candidate
@@ -28,7 +28,7 @@ def evaluate(
     ],
     *,
     photos: Annotated[Path, typer.Option(help="folder of photos of the subject, e.g. photos/rex")],
-    base: Base = "toybox",
+    base: OwnBase = None,
     loading: Loading,
     prompting: Prompting,
     sampling: Sampling,
@@ -59,7 +59,7 @@ def evaluate(
     chosen = [one for text in adapters for one in candidates(text, token, class_noun)]
     runs = [path for text in adapters if is_run(path := file_and_weight(text)[0])]
     made = compared(
-        loading.base(base),
+        loading.base(base, [one.adapter for one in chosen]),
         chosen,
         photos,
         contexts=prompting.context or None,

@@ -16,17 +16,19 @@ import typer
 
 from ..adapters.contents import Dtype, Layout
 from ..config import GUIDANCE, STEPS
-from ..errors import SettingsError
-from .app import app
+from ..errors import SettingsError, shown
+from .app import app, note
 from .arguments import region_words, torch_dtype
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..base.base_model import BaseModel
     from ..pictures.composition import Composition
+    from .arguments import Named
 
 Adapters = Annotated[list[str], typer.Argument(help="adapter files, each with an optional weight, e.g. ink.safetensors:0.6")]
 Base = Annotated[str, typer.Option(help="base model: 'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")]
+OwnBase = Annotated[str | None, typer.Option(help="another base model than the adapters were made for, as for `train`")]
 Photos = Annotated[Path, typer.Argument(help="folder of photos, e.g. photos/rex")]
 Crop = Annotated[
     Literal["smart", "center"],
@@ -98,6 +100,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(**given: Any) -> None:
+        if Loading in groups.values():
+            note("loading PyTorch")  # takes seconds
         made = {}
         for name, group in groups.items():
             values = {one.name: given.pop(one.name) for one in fields(group)}
@@ -153,8 +157,13 @@ class Loading(Reading):
     device: str | None = option(None, "where to compute, e.g. cuda:1 or cpu [the fastest here]")
     quantize: Quantize = None
 
-    def base(self, source: str) -> BaseModel:
-        return self.load(source, dtype=self.dtype, device=self.device, quantize=self.quantize)
+    def base(self, source: str | None, adapters: Sequence[Adapter] = ()) -> BaseModel:
+        """source: None for the base that the adapters were made for"""
+        from .bases import base_of
+
+        found = base_of(adapters) if source is None else source
+        note(f"loading the base {shown(found)}")
+        return self.load(found, dtype=self.dtype, device=self.device, quantize=self.quantize)
 
 
 @dataclass(frozen=True)
@@ -221,7 +230,7 @@ class Placement:
         if self.region and self.auto_regions:
             raise SettingsError("--region and --auto-regions exclude each other; pass one of them")
 
-    def composition(self, adapters: Sequence[tuple[str, tuple[Adapter, float]]], base: str, loading: Loading) -> Composition:
+    def composition(self, adapters: Named, base: str | None, loading: Loading) -> Composition:
         """adapters: as of `by_file`. Everything else is checked before the base is loaded."""
         from ..pictures.composition import Composition
         from ..pictures.regions import Region
@@ -237,7 +246,7 @@ class Placement:
             adapter, weight = dict(adapters)[name]
             places[name] = Region(adapter, box=box, prompt=words, weight=weight)
         return Composition(
-            loading.base(base),
+            loading.base(base, [adapter for _, (adapter, _) in adapters]),
             [item for name, item in adapters if name not in places],
             method=self.method,  # type: ignore[arg-type]  # checked by Composition
             regions="auto" if self.auto_regions else list(places.values()) or None,

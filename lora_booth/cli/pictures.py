@@ -13,7 +13,7 @@ from ..config import STEPS
 from ..errors import SettingsError
 from .app import say
 from .arguments import by_file, parse_seeds, parse_weights, weighted
-from .options import Adapters, Base, Drawing, Loading, Method, Placement, Prompting, Size, Steps, command
+from .options import Adapters, Drawing, Loading, Method, OwnBase, Placement, Prompting, Size, Steps, command
 
 if TYPE_CHECKING:
     from ..pictures.picture import Picture
@@ -26,11 +26,11 @@ def generate(
     adapters: Adapters,
     *,
     prompting: Prompting,
-    base: Base = "toybox",
+    base: OwnBase = None,
     loading: Loading,
     placement: Placement,
     drawing: Drawing,
-    seeds: Annotated[str, typer.Option(help="seeds, a picture of every prompt for each, e.g. 0-3 or 1,5,8")] = "0-3",
+    seeds: Annotated[str, typer.Option(help="seeds, a picture of every prompt for each, e.g. 0-3 or 1,5,8")] = "0",
     out: Out = Path("pictures"),
     preview: Annotated[Path | None, typer.Option(help="write a picture of the regions here, e.g. regions.png")] = None,
     recipe: Annotated[
@@ -85,7 +85,7 @@ def preflight(
     adapters: Adapters,
     *,
     prompt: Annotated[str, typer.Option(help='what to draw, e.g. "a photo of ohwx dog and zwx mug"')],
-    base: Base = "toybox",
+    base: OwnBase = None,
     loading: Loading,
     placement: Placement,
     steps: Steps = STEPS,
@@ -102,7 +102,7 @@ def replay(
     recipe: Annotated[Path, typer.Argument(help="recipe file of `generate --recipe`, e.g. pair.json")],
     adapters: Annotated[list[Path], typer.Argument(help="adapter files that it needs, in any order, e.g. rex.safetensors")],
     *,
-    base: Base = "toybox",
+    base: OwnBase = None,
     loading: Loading,
     seeds: Annotated[str | None, typer.Option(help="other seeds than the recipe's, e.g. 0-3 or 1,5,8")] = None,
     out: Out = Path("pictures"),
@@ -115,7 +115,7 @@ def replay(
     written = Recipe.load(recipe)
     changes: dict[str, Any] = {} if seeds is None else {"seeds": parse_seeds(seeds)}
     loaded = [Adapter.load(path) for path in adapters]
-    pictures = written.generate(loading.base(base), loaded, **changes)
+    pictures = written.generate(loading.base(base, loaded), loaded, **changes)
     for picture in pictures:
         say(str(picture.save(out / f"{picture.seed:06d}.png")))
     say(str(Gallery(pictures, title=str(written.pictures.get("prompt", ""))).save(out / "gallery.html")))
@@ -127,7 +127,7 @@ def grid(
     *,
     prompting: Prompting,
     drawing: Drawing,
-    base: Base = "toybox",
+    base: OwnBase = None,
     loading: Loading,
     weights: Annotated[
         str | None,
@@ -152,7 +152,7 @@ def grid(
     made = None
     try:
         for made in grid_steps(
-            loading.base(base),
+            loading.base(base, [adapter for adapter, _ in chosen]),
             chosen,
             texts,
             weights=factors,

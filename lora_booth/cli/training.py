@@ -11,8 +11,9 @@ import typer
 
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError
-from .app import say
+from .app import note, say
 from .arguments import check_adapter_file, torch_dtype
+from .bases import remember
 from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, command
 
 
@@ -28,7 +29,9 @@ def demo(out: Annotated[Path, typer.Option(help="folder to write to, e.g. demo")
 @command
 def photos(
     folder: Photos,
-    resolution: Annotated[int, typer.Option(min=8, help="side in pixels that the base trains at, e.g. 64 (toybox)")] = 512,
+    resolution: Annotated[
+        int, typer.Option(min=8, max=4096, help="side in pixels that the base trains at, e.g. 64 (toybox)")
+    ] = 512,
     sheet: Annotated[Path | None, typer.Option(help="write a contact sheet of the crops here, e.g. crops.png")] = None,
     crop: Crop = "smart",
     make_masks: Annotated[
@@ -111,10 +114,14 @@ def train(
     check_adapter_file(out)
     subject = Subject.from_folder(folder, token=token, class_noun=class_noun, minimum=min_photos, maximum=max_photos, crop=crop)
     for skipped in subject.skipped:
-        print(f"not used: {skipped.name}: {skipped.reason}", file=sys.stderr)
+        note(f"not used: {skipped.name}: {skipped.reason}")
     own_gpu()
+    loaded = loading.base(base)
+    if base == "toybox":
+        note("the toybox is a tiny model for trials: 64 x 64 pixels, drawn scenes; for real photos pass --base, e.g. a Hub id")
+    remember(loaded, base)
     adapter = train_adapter(
-        loading.base(base),
+        loaded,
         subject,
         lora=lora,
         config=config,

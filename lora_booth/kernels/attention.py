@@ -36,7 +36,7 @@ def check_attention(base: BaseModel, name: str) -> None:
     if name != "xformers":
         return
     if importlib.util.find_spec("xformers") is None:
-        raise MissingExtraError('attention="xformers"', "xformers")
+        raise MissingExtraError(setting("attention", "xformers"), "xformers")
     if base.device.type != "cuda":
         raise SettingsError(f"xformers needs a CUDA GPU and the base is on {base.device}; pass {setting('attention', 'auto')}")
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import file_stem
-from ..adapters.tools.merge import merge
+from ..adapters.tools import merge as merging
 from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import generate_images, quiet
@@ -33,11 +33,12 @@ from .unet_hook import UNetHook
 from .weights import Weight
 
 Method = Literal["sum", "regions"]
-REMOVED = ("svd", "ssr", "switch", "composite")  # methods of earlier versions, which separated subjects less often
+REMOVED = ("svd", *merging.REMOVED)  # svd only merges files
 
 Weighted = Adapter | str | Path | tuple[Adapter | str | Path, float | Weight | None]
 
 # chosen, far above what gives a picture
+MOST_STEPS = 1000  # of the noise schedule of every supported family
 MOST_GUIDANCE = 1_000
 PICTURES: dict[str, Any] = {  # the arguments of `generate`, other than callbacks, and their types
     "prompt": str,
@@ -256,7 +257,7 @@ class Composition:
                     f"leave out start and end, or {remedy}"
                 )
         parts = [(by_block(adapter, weight), 1.0) for adapter, weight in self.adapters if weight.value]
-        made, lost = merge(parts, method="sum" if rank is None else "svd", rank=rank)
+        made, lost = merging.merge(parts, method="sum" if rank is None else "svd", rank=rank)
         sources = " + ".join(f"{adapter.name} ({weight})" for adapter, weight in self.adapters)
         loss = f"{lost.error:.1%} of the change lost" if lost.error else "exact"
         return made.with_card(description=f"{sources}, as one adapter: {loss}"), lost
@@ -359,8 +360,9 @@ def checked(**settings: Any) -> dict[str, Any]:
         for seed in seeds:
             check(not isinstance(seed, int) or 0 <= seed < 2**63, f"seed {seed}", "0 to 2**63 - 1")
     found = {name: typed(name, value, PICTURES[name]) for name, value in settings.items()}
-    for name in ("steps", "batch_size"):
-        check(found.get(name, 1) >= 1, f"{name} {found.get(name)}", "at least 1")
+    batch, steps = found.get("batch_size", 1), found.get("steps", 1)
+    check(batch >= 1, f"batch_size {batch}", "at least 1")
+    check(1 <= steps <= MOST_STEPS, f"steps {steps}", f"1 to {MOST_STEPS}; 20 to 50 is usual")
     guidance, size = found.get("guidance", 0), found.get("size")
     check(0 <= guidance <= MOST_GUIDANCE, f"guidance {guidance}", f"0 to {MOST_GUIDANCE}; 4 to 8 is usual")
     check(size is None or (size >= 8 and size % 8 == 0), f"size {size}", "multiples of 8 pixels")

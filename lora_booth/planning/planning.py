@@ -183,7 +183,7 @@ def plan(
     if gpu is None and vram_gb is not None and device is None and here.type != "cuda":
         gpu = GPUS["t4"].label
     if vram_gb is not None and not vram_gb > 0:
-        raise SettingsError(f"vram_gb {vram_gb} is out of range; allowed: above 0")
+        raise SettingsError(f"{setting('vram_gb', option='--vram')} {vram_gb} is out of range; allowed: above 0")
     other = None if gpu is None else gpu_named(gpu)
     if dtype is None and other is not None:
         dtype = torch.bfloat16 if other.bf16 else torch.float16

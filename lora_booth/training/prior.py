@@ -14,11 +14,12 @@ from ..base.base_model import BaseModel
 from ..base.generation import generate_images
 from ..base.memory import pictures_at_a_time
 from ..cache import key_of, read_entry, write_entry
-from ..errors import TrainingError
+from ..errors import TrainingError, setting
 
 SAMPLER_STEPS = 20  # this and the guidance were chosen: class images need variety rather than polish
 GUIDANCE = 5.0
 TRIALS = 4  # of a picture that comes out black
+SEEDS = 2**63  # what PyTorch's generators take
 OTHER_SEED = 500_000_000_003  # added to the seed for each trial: beyond the seeds of all class images
 
 
@@ -36,7 +37,7 @@ def class_images(
     They are cached under all that decides how they look (base, prompt, sampler, size, seed). Image i has its own seed, so a
     larger count only adds images. A disk that is full or read-only does no harm.
     """
-    seeds = [seed * 1_000_003 + i for i in range(count)]
+    seeds = [(seed * 1_000_003 + i) % SEEDS for i in range(count)]
     keys = {one: image_key(base, prompt, resolution=resolution, seed=one) for one in seeds}
     images = {one: image for one in seeds if (image := read_image(keys[one], resolution)) is not None}
     missing = [one for one in seeds if one not in images]
@@ -59,13 +60,14 @@ def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> 
     images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
     for trial in range(1, TRIALS):
         black = [n for n, image in enumerate(images) if image.convert("RGB").getbbox() is None]
-        others = [seeds[n] + trial * OTHER_SEED for n in black]
+        others = [(seeds[n] + trial * OTHER_SEED) % SEEDS for n in black]
         for n, image in zip(black, generate_images(pipeline, prompt, others, **options) if black else (), strict=True):
             images[n] = image
     if any(image.convert("RGB").getbbox() is None for image in images):
         raise TrainingError(
             f"class images of {prompt!r} stay black, by the pipeline's safety checker or numbers that are not finite; "
-            "choose another class noun, dtype=torch.float32, or prior_loss_weight=0"
+            f"choose another class noun, {setting('dtype=torch.float32', option='--dtype fp32')}, "
+            f"or {setting('prior_loss_weight', 0)}"
         )
     return images
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import MissingExtraError, SettingsError, first_line
+from ..errors import MissingExtraError, SettingsError, first_line, setting
 from .progress import Step
 
 EXTRAS = {"tensorboard": "tensorboard"}  # tracker -> our extra that brings its package
@@ -40,8 +40,8 @@ def trackers_of(track: Track, out: Path | None) -> list[Any]:
             )
         if one not in there:
             if one in EXTRAS:
-                raise MissingExtraError(f"track={one!r}", EXTRAS[one])
-            raise SettingsError(f"track={one!r} needs its package; pip install {one}")
+                raise MissingExtraError(setting("track", one), EXTRAS[one])
+            raise SettingsError(f"{setting('track', one)} needs its package; pip install {one}")
         name = "lora_booth" if out is None else out.resolve().name
         if known[one].requires_logging_directory:
             if out is None:

@@ -114,7 +114,7 @@ def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
     if config.optimizer != "adamw8bit":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError('optimizer="adamw8bit"', "quant")
+        raise MissingExtraError(setting("optimizer", "adamw8bit"), "quant")
     if device.type != "cuda":
         raise SettingsError(f"adamw8bit needs a CUDA GPU and the base is on {device}; use {setting('optimizer', 'adamw')}")
 

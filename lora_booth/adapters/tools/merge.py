@@ -15,6 +15,7 @@ from .resize import resize
 from .spectrum import Truncation, Truncations, one_rank, spectrum
 
 Method = Literal["sum", "svd"]
+REMOVED = ("ssr", "switch", "composite")  # methods of earlier versions, which separated subjects less often
 
 
 def merge(
@@ -26,6 +27,8 @@ def merge(
     rank    for svd; None: the largest rank of the inputs
     """
     adapters = weighted(adapters)
+    if method in REMOVED:
+        raise SettingsError(f"method {method!r} was removed; use sum, or draw several subjects by regions")
     if method not in ("sum", "svd"):
         raise SettingsError(f"method {method!r} is unknown; allowed: sum (exact), svd (to a rank)")
     if method == "sum":
