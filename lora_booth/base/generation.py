@@ -26,6 +26,7 @@ def generate_images(
     size: int | None = None,
     batch_size: int = 1,
     on_image: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
     """One picture for each seed, whatever the other seeds are.
 
@@ -35,6 +36,14 @@ def generate_images(
     batch_size  pictures at a time; more than one is faster and may differ by rounding
     """
     images: list[Image.Image] = []
+
+    def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(len(part))
+        if step + 1 == pipeline.num_timesteps and pipeline.device.type == "cpu":
+            return_to_system()  # the U-Net's freed memory, before the VAE needs some
+        return tensors
+
     with quiet(pipeline):
         for first in range(0, len(seeds), batch_size):
             part = list(seeds[first : first + batch_size])
@@ -46,19 +55,12 @@ def generate_images(
                 height=size,
                 width=size,
                 generator=[torch.Generator().manual_seed(seed) for seed in part],
-                callback_on_step_end=make_room,
+                callback_on_step_end=step_done,
             )
             images += result.images
             if on_image is not None:
                 on_image(len(images))
     return images
-
-
-def make_room(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """After the last step, return the U-Net's freed memory to the system before the VAE needs some."""
-    if step + 1 == pipeline.num_timesteps and pipeline.device.type == "cpu":
-        return_to_system()
-    return tensors
 
 
 @contextmanager

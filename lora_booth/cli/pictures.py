@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +20,7 @@ from .options import Adapters, Drawing, Loading, Method, OwnBase, Placement, Pro
 if TYPE_CHECKING:
     from ..pictures.picture import Picture
 
+PATIENCE = 2.0  # seconds without a bar; chosen
 Out = Annotated[Path, typer.Option(help="folder for the pictures and their gallery, e.g. beach")]
 
 
@@ -59,12 +62,13 @@ def generate(
     pictures: list[Picture] = []
     files: list[Path] = []
     try:
-        for row, text, part in batches(texts, wanted, batch_size):
-            count = counting(len(texts) * len(wanted), before=len(pictures))
-            made = studio.generate(text, seeds=part, **settings, batch_size=batch_size, on_image=count)
-            start = f"{row // len(wanted) + 1:03d}-" if several else ""
-            files += [picture.save(out / f"{start}{picture.seed:06d}.png") for picture in made]
-            pictures += made
+        with progress(len(texts) * len(wanted), drawing.steps) as (on_image, on_step):
+            for row, text, part in batches(texts, wanted, batch_size):
+                made = studio.generate(text, seeds=part, **settings, batch_size=batch_size, on_step=on_step)
+                start = f"{row // len(wanted) + 1:03d}-" if several else ""
+                files += [picture.save(out / f"{start}{picture.seed:06d}.png") for picture in made]
+                pictures += made
+                on_image(len(pictures))
     except KeyboardInterrupt:
         if pictures:
             say(str(Gallery(pictures, title=title).save(out / "gallery.html")))
@@ -150,21 +154,29 @@ def grid(
     chosen = weighted(adapters)
     texts = prompting.texts([adapter for adapter, _ in chosen])
     made = None
+    loaded = loading.base(base, [adapter for adapter, _ in chosen])
+    shared: dict[str, Any] = {"weights": factors, "seeds": wanted, "method": method, **asdict(drawing)}
     try:
-        for made in grid_steps(
-            loading.base(base, [adapter for adapter, _ in chosen]),
-            chosen,
-            texts,
-            weights=factors,
-            seeds=wanted,
-            method=method,  # type: ignore[arg-type]  # checked by Composition
-            **asdict(drawing),
-        ):
-            print(f"picture {len(made.pictures)}/{made.total}", file=sys.stderr, flush=True)
+        with progress(len(texts) * len(wanted) * len(factors), drawing.steps) as (on_image, on_step):
+            for made in grid_steps(loaded, chosen, texts, **shared, on_step=on_step):
+                on_image(len(made.pictures))
     finally:  # also when interrupted: what is drawn is saved
         if made is not None:
             say(str((before_after_of(made) if before_after else made).save(out)))
 
 
-def counting(total: int, *, before: int = 0) -> Any:
-    return lambda done: print(f"picture {before + done}/{total}", file=sys.stderr, flush=True)
+@contextmanager
+def progress(total: int, steps: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """What to call with the pictures drawn so far, and with those that a denoising step advanced: lines, and a bar for long."""
+    from ..training.progress import display
+
+    done, began = 0, time.monotonic()
+
+    def on_step(advanced: int) -> None:
+        nonlocal done
+        done += advanced
+        if time.monotonic() - began > PATIENCE:
+            shown.progress("denoising steps", done, total * steps)
+
+    with display(True) as shown:
+        yield lambda count: shown.say(f"picture {count}/{total}"), on_step

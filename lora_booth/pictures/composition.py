@@ -126,6 +126,7 @@ class Composition:
         size: int | None = None,
         batch_size: int = 1,
         on_image: Callable[[int], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> list[Picture]:
         """One picture for each seed; a seed gives the same picture whatever the other seeds are.
 
@@ -134,6 +135,7 @@ class Composition:
         size        side in pixels; None: the resolution that the base was trained for
         batch_size  pictures at a time; more than one is faster and may differ by rounding
         on_image    called with the number of pictures drawn so far
+        on_step     called after each denoising step with the number of pictures that it advanced
         """
         asked = checked(
             prompt=prompt,
@@ -148,7 +150,7 @@ class Composition:
         for text in (*clashes(everyone, self.method, self.isolate), *unread(self.base, everyone, prompt, negative_prompt)):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
-            images = generate_images(pipeline, **asked, on_image=on_image)
+            images = generate_images(pipeline, **asked, on_image=on_image, on_step=on_step)
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
         making = self._making(prompt, everyone)
         return [

@@ -120,7 +120,7 @@ def grid_steps(
 
     weights   factors on the weight of each adapter; 0 is the base alone
     method    see `Composition`
-    settings  see `Composition.generate`: negative_prompt, steps, guidance, size
+    settings  see `Composition.generate`: negative_prompt, steps, guidance, size, on_step
     """
     prompts, everyone = [prompt] if isinstance(prompt, str) else list(prompt), everyone_of(adapters)
     if not everyone:
