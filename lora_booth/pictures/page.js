@@ -145,7 +145,8 @@ async function copy(what) {
   const text = textOf(what);
   try {
     await navigator.clipboard.writeText(text);
-    say(`Copied the ${what === "python" ? "Python lines" : what}.`);
+    const where = what === "prompt" || what === "seed" ? "" : "; run it in the folder of the adapter files";
+    say(`Copied the ${what === "python" ? "Python lines" : what}${where}.`);
   } catch {
     say("Select and copy:");
     at("shown").hidden = false;
