@@ -417,6 +417,13 @@ MISTAKES = [
     ("token --base {tiny} --check ''", "token ''"),
     ("token --base {tiny} --count 0", "--count"),
     ("token --base {file}", "file.txt"),
+    ("token --base toybx", "did you mean 'toybox'?"),
+    ("generate {rex} --prompt x --base Toybox", "did you mean 'toybox'?"),
+    ("generate {rex} --prompt x --steps 1001", "steps 1001 is out of range; allowed: 1 to 1000"),
+    ("generate {rex} --prompt x --device quda", "device quda cannot be used here"),
+    ("generate {rex} --prompt x --device cuda:99", "device cuda:99 cannot be used here"),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --resolution 100", "allowed: multiples of 8"),
+    ("merge {rex} --out {tmp}/a.safetensors --method ssr", "'ssr' was removed"),
     ("trian {photos}", "trian"),
     ("--colour", "--colour"),
 ]

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -379,8 +380,9 @@ def located(source: str | Path, *, or_else: str = "") -> tuple[str, Path | str]:
         return path.stem, path
     if is_hub_id(str(source)):
         return str(source), str(source)
+    meant = f"did you mean {TOYBOX!r}? " if get_close_matches(str(source).lower(), [TOYBOX]) else ""
     raise BaseModelError(
-        f"{source}: no such folder or file; pass {or_else}'toybox', a Hub id (owner/name), a diffusers folder "
+        f"{source}: no such folder or file; {meant}pass {or_else}{TOYBOX!r}, a Hub id (owner/name), a diffusers folder "
         "or a .safetensors checkpoint"
     )
 
