@@ -180,12 +180,12 @@ class Composition:
     @contextmanager
     def _attached(self, prompt: str, pipeline: Any = None) -> Iterator[tuple[Any, Regional | None]]:
         """The pipeline with the adapters attached, and what answers its U-Net's calls; None: the U-Net itself."""
-        pipeline = pipeline or self.base.pipeline
+        place, pipeline = pipeline or self.base, pipeline or self.base.pipeline  # a base has a name for messages
         everyone = self.everyone(prompt)
         if self.method == "regions":
             refuse_hidden_adapters(self.base)
         with ExitStack() as stack:
-            on = stack.enter_context(attached_layers(pipeline, [(a, w.value) for a, w in everyone]))
+            on = stack.enter_context(attached_layers(place, [(a, w.value) for a, w in everyone]))
             weights = [weight for _, weight in everyone]
             for adapter, weight in zip(on, weights, strict=True):
                 for path in adapter.layers:

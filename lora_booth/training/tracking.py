@@ -45,7 +45,7 @@ def trackers_of(track: Track, out: Path | None) -> list[Any]:
         name = "lora_booth" if out is None else out.resolve().name
         if known[one].requires_logging_directory:
             if out is None:
-                raise SettingsError(f"track={one!r} writes files into the run folder; pass out=")
+                raise SettingsError(f"{setting('track', one)} writes files into the run folder; pass {setting('out')}")
             found.append(known[one](name, str(out / LOGS)))
         else:
             found.append(known[one](name))
