@@ -161,7 +161,7 @@ def named(name: str) -> str:
 
 MOST = 2**63  # whole numbers are below it, as PyTorch's are
 NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
-NEEDED[Path] = "a path without null bytes"
+NEEDED[Path] = "a path without null bytes, and with ~ only if you have a home folder"
 
 
 def check_types(settings: Any) -> None:
@@ -207,7 +207,8 @@ def as_type(value: Any, kind: Any) -> Any:
         return float(value) if number and (abs(value) < sys.float_info.max or abs(value) == math.inf) else None
     if kind is Path:
         named = isinstance(value, str | os.PathLike) and "\0" not in os.fsdecode(value)
-        return Path(os.path.expanduser(value)) if named else None
+        path = Path(os.path.expanduser(value)) if named else None
+        return None if path is None or path.parts[:1] == ("~",) else path  # "~" stays for a user without a home folder
     return value if isinstance(value, kind) else None
 
 

@@ -19,7 +19,8 @@ from pipelines import make_pipeline, tokenizer
 from lora_booth import cache
 from lora_booth.base.base_model import BaseModel
 from lora_booth.cache import cache_folder, cache_size, clear_cache, key_of, place_of, prune_cache, read_entry, write_entry
-from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.config import LoraSpec, TrainingConfig, typed
+from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.injection import trainable
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
@@ -414,6 +415,24 @@ def test_the_place_of_the_cache(
     if expected is None:
         assert not write_entry("latents", key_of(of="one"), TENSORS) and read_entry("latents", key_of(of="one")) is None
         assert cache_size() == prune_cache(0) == clear_cache() == 0 and not list(tmp_path.iterdir())
+
+
+def test_without_a_home_folder_its_sign_is_no_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pwd = pytest.importorskip("pwd")
+
+    def nobody(user: int) -> Any:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.delenv("HOME")
+    monkeypatch.chdir(tmp_path)
+    for source in ("~", "~/model", "~nobody-of-that-name/model", "~/model.safetensors"):
+        with pytest.raises(BaseModelError):
+            BaseModel.load(source)
+    for place in ("~", "~/runs"):
+        with pytest.raises(SettingsError, match="needed: a path"):
+            typed("out", place, Path)
+    assert typed("out", "~draft", Path) == Path("~draft") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("place", ["/dev/null/cache", "/proc/cache", "x" * 300, "/" + "x/" * 3000])

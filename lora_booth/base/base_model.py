@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -373,7 +374,7 @@ def default_dtype(device: torch.device, source: str | Path = "") -> torch.dtype:
 
 def located(source: str | Path, *, or_else: str = "") -> tuple[str, Path | str]:
     """A base's name for people, and its folder, file or Hub id. Raises BaseModelError, which also offers `or_else`."""
-    path = TOYBOX_FOLDER if str(source) == TOYBOX else Path(source).expanduser()
+    path = TOYBOX_FOLDER if str(source) == TOYBOX else Path(os.path.expanduser(source))
     if path.is_dir():
         return TOYBOX if str(source) == TOYBOX else path.resolve().name, path
     if path.is_file():

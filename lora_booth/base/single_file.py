@@ -7,6 +7,7 @@ or from the folder passed as `config`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def load_single_file(
     """The pipeline, and its weights to read later. Raises BaseModelError."""
     file = WeightFile(path)
     family = family_of(file)
-    folder = CONFIGS / family.name if config is None else Path(config).expanduser()
+    folder = CONFIGS / family.name if config is None else Path(os.path.expanduser(config))
     index = read_config(folder, "model_index.json")
     if index.get("_class_name") != family.pipeline:
         raise BaseModelError(f"{path} is {family.label}, and {folder} is not; pass a {setting('config')} of the same family")
