@@ -160,8 +160,7 @@ def named(name: str) -> str:
 # --- types -----------------------------------------------------------------------------------------------------------
 
 MOST = 2**63  # whole numbers are below it, as PyTorch's are
-NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
-NEEDED[Path] = "a path without null bytes, and with ~ only if you have a home folder"
+NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path", NoneType: "None"}
 
 
 def check_types(settings: Any) -> None:
@@ -189,6 +188,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     except ValueError:  # more digits than Python prints
         text = "with thousands of digits"
     text = text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
+    if Path in kinds and isinstance(value, str | os.PathLike):
+        text += " has a null byte, or a ~ although you have no home folder"
     raise SettingsError(f"{named(name)} {text}; needed: {' or '.join(map(needed, kinds))}")
 
 
