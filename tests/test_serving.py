@@ -13,7 +13,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import quiet
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterBaseMismatch, SettingsError
+from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, SettingsError
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.serving import Request, Serving
 
@@ -115,6 +115,11 @@ def test_requests_in_one_batch_are_what_each_would_be_alone(base):
         [stock] = Composition(base, named).generate(request.prompt, **options)
         assert np.abs(np.asarray(a.image).astype(int) - np.asarray(stock.image).astype(int)).max() <= 2
         assert (a.prompt, a.seed, dict(a.adapters)) == (request.prompt, request.seed, dict(request.adapters))
+
+
+def test_a_prompt_that_is_cut_is_told(base):
+    with Serving(base) as live, pytest.warns(CompositionWarning, match="does not read the end of a prompt this long"):
+        live.generate([Request("a dog far away on the moon")], steps=1, size=32)
 
 
 def test_mistakes_are_named(base):

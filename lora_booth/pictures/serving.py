@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,9 +15,10 @@ from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import quiet
 from ..config import GUIDANCE, STEPS, check
-from ..errors import SettingsError
+from ..errors import CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attachable
 from .picture import Picture
+from .preflight import unread
 from .unet_hook import Gate, UNetCall, UNetHook
 from .weights import Weight
 
@@ -121,6 +123,8 @@ class Serving:
         ]
 
     def _text(self, request: Request, prompt: str) -> TextConditions:
+        for warning in unread(self.base, [], prompt):
+            warnings.warn(warning, CompositionWarning, stacklevel=3)
         self.use(request.adapters)  # a text encoder may have an adapter too
         return self.base.encode_text([prompt])
 
