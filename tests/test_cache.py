@@ -491,3 +491,15 @@ def test_the_command_says_how_much_is_kept_and_deletes_it(own_cache: Path, capsy
         assert end.value.code == 0
     said = capsys.readouterr().out.splitlines()
     assert "deleted" in said[1] and said[2].endswith(": 0.0 MB") and not list(own_cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("words", [["cache"], ["cache", "--clear"]])
+def test_the_command_says_when_there_is_no_cache(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_booth.cli.app import main
+
+    monkeypatch.setenv("LORA_BOOTH_CACHE", "~nobody-of-that-name/cache")
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0 and "set LORA_BOOTH_CACHE to a folder" in capsys.readouterr().out
