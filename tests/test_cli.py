@@ -97,6 +97,7 @@ def test_show(call, rex):
     assert everything["ranks"] == {"2": int(count)} and everything["readers"]["A1111"]["dropped"] == []
 
 
+@pytest.mark.slow
 def test_convert_there_and_back(call, rex, tmp_path):
     peft, back = tmp_path / "peft.safetensors", tmp_path / "back.safetensors"
     assert call("convert", rex, peft, "--layout", "peft")[:2] == (0, f"wrote {peft}\n")

@@ -177,6 +177,7 @@ def test_the_weights_are_no_work() -> None:
     assert counter.sample(pictures=1, resolution=128) == count(lambda: counter._denoise(2, 128))
 
 
+@pytest.mark.slow
 def test_more_pictures_are_on_a_line() -> None:
     counter = counter_of("sd1")
     five = counter.step(CONFIG, pictures=5, resolution=64)
@@ -230,6 +231,7 @@ def test_what_cannot_be_trained_cannot_be_planned() -> None:
 # --- the choice ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_least_extra_computation_that_fits_is_chosen() -> None:
     plenty = planned(budget=1e9, config=replace(CONFIG, batch_size=4))
     assert plenty.chosen is not None and plenty.chosen.settings == {} and plenty.config == plenty.asked
@@ -288,6 +290,7 @@ def test_the_reserve_is_given_up_before_the_training() -> None:
 # --- in training ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_takes_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     base, said = base_of("sd1"), []
     config = settled(CONFIG, base, 3)
@@ -309,9 +312,11 @@ def test_training_takes_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPat
     assert levels_that_fit(base, LORA, both, photos=3) == {}  # somebody who set both wants to try
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize("text_encoder", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "text_encoder", "attention"),  # every pair of them
+    [("sd1", False, "sdpa"), ("sd1", True, "plain"), ("sdxl", False, "plain"), ("sdxl", True, "sdpa")],
+)
 def test_no_phase_exceeds_the_upper_bound(kind: str, text_encoder: bool, attention: Any) -> None:
     """Where it is below the free memory, nothing is counted."""
     lora = replace(LORA, text_encoder=text_encoder)
@@ -325,6 +330,7 @@ def test_no_phase_exceeds_the_upper_bound(kind: str, text_encoder: bool, attenti
             assert one.peak + one.reserve < bound < 4 * one.peak
 
 
+@pytest.mark.slow
 def test_the_upper_bound_of_a_published_model() -> None:
     config = TrainingConfig(resolution=256)
     counter = Counter(without_weights("sd1", torch.float32), LoraSpec())
@@ -333,42 +339,41 @@ def test_the_upper_bound_of_a_published_model() -> None:
     assert one.peak + one.reserve < upper_bound(counter.base, LoraSpec(), config, photos=5) < 1.5 * one.peak
 
 
-@pytest.fixture
-def toybox() -> BaseModel:
-    return BaseModel.load("toybox", device="cpu", dtype=torch.float32)
-
-
-def test_modules_that_stay_in_memory_are_counted(toybox: BaseModel) -> None:
+@pytest.mark.slow
+def test_modules_that_stay_in_memory_are_counted() -> None:
     """After pictures on the same base somebody may hold its VAE and text encoder: training cannot give them back."""
+    base = BaseModel.load("toybox", device="cpu", dtype=torch.float32)
 
     def planned_and_there() -> tuple[float, int]:
-        with toybox.only_unet_on_device():
-            there = weights_of(toybox)
-        return plan(toybox, config=CONFIG, lora=LORA).forecasts[0].training["weights"], there
+        with base.only_unet_on_device():
+            there = weights_of(base)
+        return plan(base, config=CONFIG, lora=LORA).forecasts[0].training["weights"], there
 
-    assert toybox.unet is not None
+    assert base.unet is not None
     alone, there = planned_and_there()
     assert alone == there
-    Composition(toybox, []).generate("a dog", seeds=[0], steps=1)
+    Composition(base, []).generate("a dog", seeds=[0], steps=1)
     whole, there = planned_and_there()
     assert whole == there > 1.2 * alone
-    encoding = plan(toybox, config=CONFIG, lora=LORA).forecasts[0].phases["through the VAE"]
+    encoding = plan(base, config=CONFIG, lora=LORA).forecasts[0].phases["through the VAE"]
     unread = plan("toybox", config=CONFIG, lora=LORA, device="cpu").forecasts[0].phases["through the VAE"]
     assert encoding == unread + alone  # the U-Net is there too
 
 
-def test_time_is_measured_by_real_steps(toybox: BaseModel) -> None:
-    before = {name: value.clone() for name, value in toybox.unet.state_dict().items()}
+@pytest.mark.slow
+def test_time_is_measured_by_real_steps() -> None:
+    base = base_of("sd1")
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     config = TrainingConfig(batch_size=1, steps=60)
-    found = plan(toybox, lora=LORA, config=config, measure=True)
+    found = plan(base, lora=LORA, config=config, measure=True)
     assert found.seconds is not None and 0.001 < found.seconds < 60 and found.to_json()["seconds"] == found.seconds
-    after = toybox.unet.state_dict()
+    after = base.unet.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
-    text = plan(toybox, lora=replace(LORA, text_encoder=True), config=config, measure=True)
+    text = plan(base, lora=replace(LORA, text_encoder=True), config=config, measure=True)
     assert text.seconds is not None and text.seconds > found.seconds / 2
-    assert plan(toybox, lora=LORA, config=config).seconds is None
+    assert plan(base, lora=LORA, config=config).seconds is None
     with pytest.raises(SettingsError, match="measure=True with gpu="):
-        plan(toybox, gpu="T4", measure=True)
+        plan(base, gpu="T4", measure=True)
     with pytest.raises(SettingsError, match="measure=True with 'sd1': only a loaded base"):
         plan("sd1", measure=True)
 

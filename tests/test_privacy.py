@@ -255,6 +255,7 @@ def test_an_adapter_that_cannot_be_written_is_told_without_its_place(photos: Pat
     assert why(PermissionError(13, "Permission denied", "/home/jane")) == "Permission denied"
 
 
+@pytest.mark.slow
 def test_the_card_has_token_and_class_only(house: tuple[Path, str]) -> None:
     from lora_booth.adapters.adapter import Adapter
 

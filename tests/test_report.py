@@ -143,6 +143,7 @@ def test_samples_are_strips_of_one_prompt_over_time(run: Path) -> None:
     assert not (run / "samples" / "000006.safetensors").exists()  # that is the run's own
 
 
+@pytest.mark.slow
 def test_crops_are_what_training_saw(run: Path, rex: Subject) -> None:
     _, parsed = page_of(run)
     shown = [pixels(image["src"]) for image in parsed.all("img") if (image["alt"] or "").startswith("photo ")]

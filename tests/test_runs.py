@@ -148,6 +148,7 @@ def test_a_run_goes_on_where_it_stopped_and_its_metrics_too(whole: tuple[Path, s
     assert events(tmp_path) == ["continued at step 2"]
 
 
+@pytest.mark.slow
 def test_other_settings_are_named_and_restart_forgets_the_run(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     folder, digest = whole
     shutil.copytree(folder, tmp_path / "run")
