@@ -14,6 +14,7 @@ from ..errors import AdapterBaseMismatch, AdapterError, AdapterTargetError
 
 EMBEDDING, CHECKPOINT = "a textual inversion embedding, not LoRA", "a whole checkpoint, not an adapter"
 BUNDLE = "an adapter with a bundled embedding"
+NUMBERED = "LoRA in the first layout, with numbers for names"
 FILES = {  # what else a file may be -> marks; the first that fits counts
     BUNDLE: ("_bundle_emb_",),
     CHECKPOINT: ("_model_diffusion_model_", "_cond_stage_model_", "_conditioner_embedders_"),
@@ -26,7 +27,7 @@ FILES = {  # what else a file may be -> marks; the first that fits counts
         *("_encoder_down_#_", "_decoder_up_#_", "_encoder_down_blocks_#_", "_decoder_up_blocks_#_"),
     ),
     EMBEDDING: ("_emb_params_", "_string_to_param_", "_<"),
-    "LoRA in the first layout, with numbers for names": ("_unet_#_down_", "_unet_#_up_", "_encoder_#_down_", "_encoder_#_up_"),
+    NUMBERED: ("_unet_#_down_", "_unet_#_up_", "_encoder_#_down_", "_encoder_#_up_"),
     "a text encoder": ("_token_embedding_weight_", "_position_embedding_weight_", "_positional_embedding_"),
     "a whole U-Net, not an adapter": ("_resnets_#_norm1_weight_", "_transformer_blocks_#_norm1_weight_"),
 }
@@ -79,6 +80,7 @@ REMEDIES = {
     EMBEDDING: "diffusers reads it by load_textual_inversion",
     "DoRA": "its change depends on the weights of its base and has no low rank; merge it into its base with the tool that "
     "made it, or ask for a plain LoRA",
+    NUMBERED: "they are not those of all attention layers of a published model; ask for a file of kohya's or diffusers' tools",
     BUNDLE: "learned tokens belong in a separate file; ask for the file without it",
 }
 
@@ -92,7 +94,9 @@ def refusal(keys: Collection[str], *, alone: bool, path: object) -> AdapterError
     first = brief(next(iter(keys)))
     names = [marked(key) for key in keys]
     tokens = alone and not any(end in key for key in keys for end in (".", ":", "lora"))  # a token's vectors by its name
-    if what := EMBEDDING if tokens or {"clip_l", "clip_g"} & set(keys) else found(names, FILES):
+    what = EMBEDDING if tokens or {"clip_l", "clip_g"} & set(keys) else found(names, FILES)
+    if what is not None:
+        what = BUNDLE if what == EMBEDDING and not alone else what
         remedy = REMEDIES.get(what, f"only adapters for {labels()} can be read here")
         return AdapterTargetError(f"{what} ({first}); {remedy}", path)
     if model := found([name for name in names if not any(mark in name for mark in SD)], MODELS):

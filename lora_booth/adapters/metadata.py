@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..base.families import FAMILIES, UNET_WIDTHS, Family
+from ..base.families import FAMILIES
 from ..errors import SettingsError
 from .contents import CONSENT, AdapterContents, Card, Layout, LoraFactors, file_stem, one_line
-from .layouts import component_of
+from .layouts import component_of, fits
 
 CARD_KEY = "lora_booth.card"
 PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
@@ -144,7 +144,8 @@ def _number(text: str | None) -> float | None:
 def family_of(modules: Mapping[str, LoraFactors], metadata: Mapping[str, str], *, sgm: bool) -> str | None:
     """What the modules prove, also those of a few blocks, else what the metadata say; None: more than one is possible."""
     widths = {f.down.shape[1] for name, f in modules.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
-    fitting = [name for name, family in FAMILIES.items() if all(fits(family, *module) for module in modules.items())]
+    sizes = {name: (f.up.shape[0], f.down.shape[1]) for name, f in modules.items()}
+    fitting = [name for name, family in FAMILIES.items() if all(fits(family, module, *size) for module, size in sizes.items())]
     proven = [name for name in fitting or FAMILIES if widths == {FAMILIES[name].text_width}] or fitting
     if len(proven) == 1:
         return proven[0]
@@ -155,30 +156,6 @@ def family_of(modules: Mapping[str, LoraFactors], metadata: Mapping[str, str], *
         return "sdxl"
     convolutions = any(f.down.ndim == 4 for name, f in modules.items() if name.endswith((".proj_in", ".proj_out")))
     return "sd1" if "sd1" in possible and convolutions else None
-
-
-def fits(family: Family, module: str, factors: LoraFactors) -> bool:
-    """Whether the published models of a family have such a module: its place, its width."""
-    component, _, path = module.partition(".")
-    outer, inner = factors.up.shape[0], factors.down.shape[1]
-    kind, *parts = path.split(".")
-    if component != "unet":
-        if component not in family.text_encoders:
-            return False
-        width, layers = family.text_sizes[family.text_encoders.index(component)]
-        return kind != "text_model" or (int(parts[2]) < layers and width == (outer if path.endswith("fc2") else inner))
-    last = len(family.depths) - 1
-    if kind not in ("down_blocks", "mid_block", "up_blocks"):
-        return True
-    level = last if kind == "mid_block" else int(parts[0]) if kind == "down_blocks" else last - int(parts[0])
-    if not 0 <= level <= last or outer != UNET_WIDTHS[level] * (8 if path.endswith("ff.net.0.proj") else 1):
-        return False
-    if "attentions" not in parts:
-        return True
-    depth = max(family.depths) if kind == "mid_block" else family.depths[level]
-    index = int(parts[parts.index("transformer_blocks") + 1]) if "transformer_blocks" in parts else 0
-    text = path.endswith((".attn2.to_k", ".attn2.to_v"))
-    return index < depth and (not text or inner == family.text_width)
 
 
 def _stated_family(metadata: Mapping[str, str]) -> str | None:

@@ -32,7 +32,7 @@ from ..errors import (
 from . import lycoris
 from .contents import AdapterContents, LoraFactors, check_scale, check_shapes, check_values, one_line
 from .foreign import refusal
-from .layouts import PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, understood
+from .layouts import PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, numbered, understood
 from .metadata import PEFT_KEY, card_from
 from .peft_config import PeftConfig
 
@@ -101,6 +101,7 @@ def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict
     named: dict[str, dict[Role, str]] = {}
     left_out: dict[str, None] = {}
     known = {key: found for key in header.tensors if (found := understood(key))}
+    known |= numbered({key: entry.shape for key, entry in header.tensors.items() if ":" in key and len(entry.shape) == 2})
     if unknown := header.tensors.keys() - known.keys():
         raise refusal([key for key in header.tensors if key in unknown], alone=not known, path=path)
     for key, (module, role) in known.items():
