@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import stat
 import subprocess
@@ -18,7 +20,7 @@ from PIL import Image
 
 import lora_booth as lb
 from lora_booth.errors import AdapterError
-from lora_booth.files import HOST, replacing, write_file
+from lora_booth.files import HOST, json_lines, number, open_regular, parse_json, read_json, replacing, write_file
 from lora_booth.pictures.picture import Picture
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -160,3 +162,70 @@ def test_a_path_with_a_nul_is_a_users_mistake(path: str, ending: str, tmp_path: 
     with pytest.raises(lb.LoraBoothError):
         use[ending](f"{path}.{ending}")
     assert not list(tmp_path.iterdir())
+
+
+# --- JSON that anyone may have written -----------------------------------------------------------------------------
+
+BAD_JSON = {
+    "deep": b"[" * 100_000 + b"]" * 100_000,
+    "deep objects": b'{"a":' * 100_000,
+    "10**400": b'{"a": 1' + b"0" * 400 + b"}",
+    "10**5000": b"1" + b"0" * 5000,
+    "1e999": b"[1e999]",
+    "nan": b"[NaN]",
+    "infinity": b'{"a": -Infinity}',
+    "twice": b'{"a": 1, "a": 2}',
+    "latin": '{"a": "ü"}'.encode("latin-1"),
+    "cut": b'{"a": [1, 2',
+    "empty": b"",
+    "utf-16": '{"a": 1}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_json_that_is_not_json_is_a_value_error(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=".+"):
+        parse_json(BAD_JSON[kind])
+    file = tmp_path / "a.json"
+    file.write_bytes(BAD_JSON[kind])
+    with pytest.raises(ValueError, match=".+"):
+        read_json(file)
+    lines = tmp_path / "a.jsonl"
+    one_line = BAD_JSON[kind].replace(b"\n", b" ")
+    lines.write_bytes(b'{"step": 1}\n' + one_line + b'\n[3]\n\n{"step": 2}\n{"st')
+    steps = [number(line.get("step")) for line in json_lines(lines)]
+    assert [step for step in steps if step is not None] == [1, 2]
+
+
+def test_json_is_read_as_it_is(tmp_path: Path) -> None:
+    value = {"seed": 2**64 - 1, "loss": 1e308, "minus": -(2**63), "text": "ü", "list": [None, True, 0.5]}
+    for content in (json.dumps(value).encode(), b"\xef\xbb\xbf" + json.dumps(value, ensure_ascii=False).encode()):
+        assert parse_json(content) == value
+    (tmp_path / "a.json").write_bytes(json.dumps(value).encode())
+    assert read_json(tmp_path / "a.json") == value
+    with pytest.raises(ValueError, match="larger than 10 bytes"):
+        read_json(tmp_path / "a.json", most=10)
+    many = [{"step": i, "loss": 0.5} for i in range(5000)]  # more than are read at once
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in many) + '{"half')
+    assert list(json_lines(tmp_path / "a.jsonl")) == many
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(1, 1.0), (0.5, 0.5), (-1e15, -1e15), (10**16, None), (10**400, None), (math.nan, None), (math.inf, None)]
+    + [(True, None), ("1", None), (None, None), ([1], None)],
+)
+def test_what_counts_as_a_number(value: object, found: float | None) -> None:
+    assert number(value) == found
+    assert number(value, 0) == (None if found is None or found < 0 else found)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_would_never_answer_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for open_it in (open_regular, read_json):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_it(tmp_path / "pipe")
+    assert list(json_lines(tmp_path / "pipe")) == list(json_lines(tmp_path / "gone")) == []
+    with pytest.raises(OSError, match=".+"):
+        open_regular(tmp_path)

@@ -33,6 +33,7 @@ from lora_booth.report.reading import advice, read_run
 from lora_booth.report.report import BOTTOM, MOST_POINTS, TOP, chart, smoothed, thinned, ticks, write_report
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
+from lora_booth.training.checkpoint import saved_adapters
 
 NASTY = """<script>alert(1)</script> & "quotes" 'single' </section>"""
 CONFIG = TrainingConfig(
@@ -90,6 +91,11 @@ def page_of(run: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
+def text_in(page: str, kind: str) -> list[str]:
+    """The text of each <div class=kind>."""
+    return [re.sub("<[^>]*>", "", part).strip() for part in re.findall(f'<div class="{kind}">(.*?)</div>', page, re.S)]
+
+
 def pixels(url: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")).astype(int)
 
@@ -130,7 +136,7 @@ def test_it_says_what_the_run_was(run: Path) -> None:
 def test_samples_are_strips_of_one_prompt_over_time(run: Path) -> None:
     _, parsed = page_of(run)
     strips = [div["aria-label"] for div in parsed.all("div") if div.get("class") == "strip"]
-    assert strips == ["Samples of a photo of sks dog", f"Samples of {NASTY}"]
+    assert strips == ["Samples of a photo of sks dog", f"Samples of {NASTY}", "Adapters by step"]
     images = parsed.all("img")
     assert [image["alt"] for image in images] == [*(["before", "step 3", "step 6"] * 2), "photo 1", "photo 2", "photo 3"]
     for image, name in zip(images[:3], ("000000", "000003", "000006"), strict=True):
@@ -141,6 +147,20 @@ def test_samples_are_strips_of_one_prompt_over_time(run: Path) -> None:
     early = Adapter.load(run / "samples" / "000003.safetensors")
     assert early.card.steps == 3 and early.card.token == "sks"
     assert not (run / "samples" / "000006.safetensors").exists()  # that is the run's own
+
+
+@pytest.mark.slow
+def test_each_step_has_the_file_to_use(run: Path, tmp_path: Path) -> None:
+    _, parsed = page_of(run)
+    files = [code for code in parsed.text["code"] if code.endswith(".safetensors")]
+    assert files == ["samples/000003.safetensors", "adapter.safetensors", "adapter.safetensors"]
+    assert [Adapter.load(run / file).card.steps for file in files[:2]] == [3, 6]
+    for name in ("000007", "\N{SUPERSCRIPT TWO}", "best", "000008"):
+        (tmp_path / "samples" / name).mkdir(parents=True)
+        (tmp_path / "samples" / f"{name}.safetensors").write_bytes(b"")
+    (tmp_path / "samples" / "000009.safetensors").mkdir()
+    (tmp_path / "run.json").write_text('{"step": 9}')
+    assert list(saved_adapters(tmp_path)) == [7, 8]
 
 
 @pytest.mark.slow
@@ -195,6 +215,8 @@ def test_it_is_made_anew_with_scores(run: Path, tmp_path: Path, capsys: pytest.C
     text, parsed = page_of(run)
     assert "Subject and prompt fidelity by step" in [svg["aria-label"] for svg in parsed.all("svg")]
     assert {"step 6: 0.6", "step 0: 0", "step 3: 0.9"} <= set(parsed.text["title"])
+    assert "step 3use this one:samples/000003.safetensorsoverall 0.250" in text_in(text, "choice")
+    assert "step 6 best scoreuse this one:adapter.safetensorsoverall 0.500" in text_in(text, "choice best")
     assert "0.500 ±0.10" in parsed.text["td"] and "The best is step 6." in parsed.text["li"] and parsed.open == []
     (run / "scores.json").write_text(json.dumps(scores | {"identity": "of another run"}))
     write_report(run, photos=False)
@@ -308,6 +330,54 @@ def test_pictures_of_a_run_pass_the_checks_of_photos(kind: str, tmp_path: Path) 
     found = samples_of(run, most=1)
     assert found is None if kind == "pipe" else found is not None and found.cells == ((None,),)
     assert isinstance(newest_samples(run), str)
+
+
+HUGE = 10**400
+RECORDS: dict[str, Any] = {
+    "nothing": {"a": 1},
+    "huge steps": {"status": "finished", "step": 10**12, "steps": 10**15, "facts": {"subjects": [{"photos": [{}]}]}},
+    "negative": {"step": -5, "steps": -1, "seconds": {"training": -1e9, "preparing": -3}, "peak_memory": {"host": -1}},
+    "other kinds": {"step": [], "steps": {}, "status": ["finished"], "events": {"a": 1}, "seconds": [3], "identity": {}},
+    "odd facts": {"facts": {"config": [1], "lora": 3, "base": "x", "subjects": [{"photos": 5, "token": [], "class_noun": {}}]}},
+    "odd settings": {
+        "facts": {"config": {"batch_size": "many", "steps": {}, "flip": [], "resolution": {}}, "lora": {"rank": []}}
+    },
+    "events": {"events": [{"step": 1e300, "what": [1], "at": 5}, {"what": None}, {"step": 10**14, "what": "not finite"}]},
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_record_that_was_edited_has_a_page(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(RECORDS[kind]))
+    values = [0.5, -3, 0, 1e300, HUGE, "0.5", None, True, [], 10**15, 1e-300]
+    lines = [{"step": step, "loss": loss, "rate": loss, "seconds": loss} for loss in values for step in (*values, 3, 10**12)]
+    samples = [{"step": value, "prompt": value, "seed": value, "file": value} for value in values]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) * 5 + '{"loss": NaN, "step": 1}')
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    row = {"name": [], "step": 10**14, "scores": {"a": {"mean": 1e300, "low": "x"}}, "subject_share": 1e10, "overall": -1e300}
+    scores = {
+        "identity": RECORDS[kind].get("identity"),
+        "metrics": [{}, 3],
+        "adapters": [row, 5, {}],
+        "advice": [1, {}],
+        "photos": 3,
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    write_report(tmp_path)
+    text, parsed = page_of(tmp_path)
+    paths = re.findall(r'd="M([^"]*)"', text)
+    assert parsed.open == [] and paths and not any("nan" in path or "inf" in path for path in paths)
+    assert len(text) < 200_000
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"step": 1' + "0" * 400 + "}", '{"a": NaN}', "[]", "3", '{"a": 1, "a": 2}']
+)
+def test_a_record_that_is_not_one_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SettingsError, match="no readable run.json"):
+        write_report(tmp_path)
 
 
 def test_advice_follows_the_figures(tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..errors import EvaluationError, shown
 from ..files import write_file
-from ..training.checkpoint import ADAPTER, RECORD, SAMPLES, SCORES, read_record
+from ..training.checkpoint import RECORD, SCORES, read_record, saved_adapters
 from .protocol import Candidate
 from .results import Comparison
 
@@ -24,22 +23,10 @@ def candidates_of(run: str | Path) -> list[Candidate]:
 
     Raises EvaluationError if there is none.
     """
-    run = Path(run)
-    files = dict(saved_adapters(run))
+    files = saved_adapters(Path(run))
     if not files:
         raise EvaluationError(f"{shown(run)}: no adapter in this run's folder yet; train longer, or pass adapter files")
-    return [Candidate(Adapter.load(files[step]), name=f"step {step}", step=step) for step in sorted(files)]
-
-
-def saved_adapters(run: Path) -> Iterator[tuple[int, Path]]:
-    """Steps and files; of two for one step, the later one counts."""
-    for file in (*run.glob(f"{SAMPLES}/*.safetensors"), *run.glob(f"checkpoints/*/{ADAPTER}")):
-        name, _, _ = (file.parent.name if file.name == ADAPTER else file.stem).partition(".")
-        if name.isdigit():
-            yield int(name), file
-    last = read_record(run).get("step")
-    if isinstance(last, int) and (run / ADAPTER).is_file():
-        yield last, run / ADAPTER
+    return [Candidate(Adapter.load(file), name=f"step {step}", step=step) for step, file in files.items()]
 
 
 def scores_file(folder: str | Path, made: Comparison) -> Path:

@@ -21,7 +21,7 @@ from ..config import LoraSpec, TrainingConfig
 from ..errors import PhotoError, shown
 from ..files import number, page, write_file
 from ..photos.opening import read_picture
-from ..training.checkpoint import REPORT
+from ..training.checkpoint import REPORT, saved_adapters
 from ..training.progress import clock
 from .reading import Run, Sample, advice, counted, dicts, integer, part, read_run
 
@@ -69,6 +69,7 @@ def html(run: Run, *, photos: bool = True) -> str:
         summary=summary(run),
         advice=list(advice(run)),
         strips=strips(run),
+        choices=choices(run),
         ways=[] if adapter is None or run.adapter_file is None else list(uses(adapter, run.adapter_file, run.path)),
         charts={"loss": loss_chart(run), "rate": rate_chart(run), "fidelity": fidelity_chart(run)},
         scores=scores_table(run),
@@ -117,6 +118,19 @@ def strips(run: Run) -> list[tuple[str, int, list[dict[str, Any]]]]:
         (prompt, seed, [picture(run, s.file, f"step {s.step}" if s.step else "before") for s in spread(row)])
         for (prompt, seed), row in rows.items()
     ]
+
+
+def choices(run: Run) -> list[dict[str, Any]]:
+    """The adapters that the run has saved, one for each step, and their scores if they have some."""
+    rows = {integer(row.get("step")): row for row in dicts(run.scores.get("adapters"))}
+    found = []
+    for step, file in spread(list(saved_adapters(run.path).items())):
+        row = rows.get(step, {})
+        best = bool(row) and row.get("name") == run.scores.get("best")
+        found.append(
+            {"step": step, "file": file.relative_to(run.path).as_posix(), "best": best, "overall": number(row.get("overall"))}
+        )
+    return found
 
 
 def spread(row: Sequence[T], most: int = MOST_COLUMNS) -> list[T]:

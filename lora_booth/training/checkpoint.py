@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..files import make_folder, sync_folder, write_synced
+from ..files import make_folder, read_json, sync_folder, write_synced
 
 STATE, ADAPTER, METRICS, RECORD, MANIFEST = "state.pt", "adapter.safetensors", "metrics.jsonl", "run.json", "manifest.json"
 SAMPLES, CROPS, SCORES, REPORT = "samples", "crops", "scores.json", "report.html"  # beside them in the folder of a run
@@ -47,10 +47,21 @@ class Checkpoint:
 def read_record(run: Path) -> dict[str, Any]:
     """run.json of a run's folder; empty if it cannot be read."""
     try:
-        record = json.loads((run / RECORD).read_bytes())
+        record = read_json(run / RECORD)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def saved_adapters(run: Path) -> dict[int, Path]:
+    """The adapters in a run's folder by step, in order: beside its samples, in its checkpoints, and the finished one."""
+    found = {}
+    for file in (*run.glob(f"{SAMPLES}/*.safetensors"), *run.glob(f"checkpoints/*/{ADAPTER}"), run / ADAPTER):
+        name, _, _ = (file.parent.name if file.name == ADAPTER else file.stem).partition(".")
+        step = read_record(run).get("step") if file.parent == run else int(name) if name.isdecimal() else None
+        if isinstance(step, int) and file.is_file():
+            found[step] = file  # of two for one step, the later one counts
+    return dict(sorted(found.items()))
 
 
 def packed_state(state: dict[str, Any]) -> bytes:
