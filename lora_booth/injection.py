@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters.adapter import Adapter, weighted
 from .adapters.contents import LoraFactors
 from .base.base_model import BaseModel
-from .base.changes import undone, unhook
+from .base.changes import claimed, undone, unhook
 from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape
 from .config import LoraSpec
@@ -187,7 +187,7 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
     chosen = target_paths(base, lora)
     injections = {component: Injection(base.components[component]) for component in chosen}
     parameters: dict[str, nn.Parameter] = {}
-    with undone(*(injection.remove for injection in injections.values())):
+    with claimed(base.shell.unet, training=True), undone(*(injection.remove for injection in injections.values())):
         for component, injection in injections.items():
             with torch.random.fork_rng(devices=[]):  # PEFT draws the down factors from the global generator
                 torch.manual_seed(seed)
@@ -357,11 +357,13 @@ def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -
 @contextmanager
 def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[list[AttachedAdapter]]:
     """Like `attached`, for code that changes weights while the adapters are on: yields an AttachedAdapter for each."""
-    on = attachable(base, adapters)
-    with undone(*(one.detach for one in on)):
-        for one in on:
-            one.attach()
-        yield on
+    base = BaseModel.of(base)
+    with claimed(base.shell.unet):
+        on = attachable(base, adapters)
+        with undone(*(one.detach for one in on)):
+            for one in on:
+                one.attach()
+            yield on
 
 
 def attachable(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> list[AttachedAdapter]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,18 @@ import lora_booth
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import LoraFactors
 from lora_booth.base.base_model import BaseModel
+from lora_booth.base.changes import CLAIMS
+from lora_booth.base.generation import generate_images, quiet
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError
 from lora_booth.injection import attached, local_path, trainable
+from lora_booth.kernels.attention import attention_kernel
+from lora_booth.kernels.lean import channels_last, lean
+from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.regions import Region
+from lora_booth.pictures.serving import Serving
+from lora_booth.pictures.weights import Weight
+from lora_booth.training.training_mode import checkpointed, modes_restored
 
 TEXT_TOO = LoraSpec(rank=4, text_encoder=True)
 PLACES = ("to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_in")
@@ -170,29 +182,142 @@ def interrupted(job: Callable[[], object], at: int) -> list[tuple[str, int]]:
 WATCHED = (str(Path(lora_booth.__file__).parent), contextlib.__file__)
 
 
+def small_adapter(base: BaseModel, seed: int = 0) -> Adapter:
+    whole = random_adapter(base, TEXT_TOO, seed=seed)
+    few = dict(list(whole.modules.items())[:2] + list(whole.modules.items())[-2:])
+    return Adapter(few, replace(whole.card, base_hash=None))
+
+
+def by_regions(base: BaseModel) -> Any:
+    one, other = (Composition(base, [small_adapter(base, seed)]).adapters[0][0] for seed in (1, 2))
+    regions = [Region(one, box=(0, 0, 0.5, 1), weight=Weight(1, end=0.5)), Region(other, box=(0.5, 0, 1, 1), prompt="dog")]
+    return Composition(base, regions=regions, isolate="delta").attached("a sks dog")
+
+
+def by_serving(base: BaseModel) -> Any:
+    live = Serving(base)
+    live.load("a", small_adapter(base))
+    return live
+
+
+ONE_LAYER = LoraSpec(rank=2, target_modules=("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"))
+CONTEXTS: dict[str, Callable[[BaseModel], Any]] = {
+    "attached": lambda base: attached(base, [(small_adapter(base), 1.0)]),
+    "regions": by_regions,
+    "trainable": lambda base: trainable(base, ONE_LAYER),
+    "lean": lambda base: lean(base.text_encoders["text_encoder"], {}),
+    "channels_last": lambda base: channels_last(base.unet),
+    "attention": lambda base: attention_kernel(base.unet, "plain"),
+    "checkpointed": lambda base: checkpointed(base.unet, draws=False),
+    "modes": modes_restored,
+    "only_unet": lambda base: base.only_unet_on_device(),
+    "all": lambda base: base.all_on_device(),
+    "upcast": lambda base: base.upcast_vae(),
+    "quiet": lambda base: quiet(base.pipeline),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True], ids=["attached", "trainable"])
-def test_an_interrupt_at_any_line_leaves_nothing(training: bool) -> None:
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
+def test_an_interrupt_at_any_line_leaves_nothing(name: str) -> None:
     pipeline = make_pipeline("sd1")
     base = BaseModel.from_pipeline(pipeline)
-    whole = random_adapter(base, TEXT_TOO)
-    small = dict(list(whole.modules.items())[:2] + list(whole.modules.items())[-2:])
-    adapter = Adapter(small, replace(whole.card, base_hash=None))
-    lora = LoraSpec(rank=2, target_modules=("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"))
-    before, weights = traces(pipeline), state(pipeline)
+    context = CONTEXTS[name](base)  # imports what it needs
+    with context:
+        pass
+    before, weights, bar = traces(pipeline), state(pipeline), dict(pipeline._progress_bar_config)
 
     def job() -> None:
-        with trainable(base, lora) if training else attached(base, [(adapter, 1.0)]):
+        with context:
             pass
 
+    context = CONTEXTS[name](base)
     lines = interrupted(job, at=0)
-    assert traces(pipeline) == before
+    assert traces(pipeline) == before and len(lines) > 5
     first, last = {line: at for at, line in reversed([*enumerate(lines, 1)])}, {line: at for at, line in enumerate(lines, 1)}
-    assert len(first) > 50
     for at in sorted({*first.values(), *last.values()}):
+        context = CONTEXTS[name](base)
         interrupted(job, at)
-        assert traces(pipeline) == before, at
+        assert traces(pipeline) == before and not CLAIMS.get(pipeline.unet), (at, lines[at - 1])
+        assert pipeline._progress_bar_config == bar
     assert same_state(state(pipeline), weights)
+
+
+def test_serving_can_be_left_again_after_an_interrupt() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    before = traces(base.pipeline)
+    lines = interrupted(lambda: by_serving(base).__exit__(None, None, None), at=0)
+    for at in range(len(lines) - 60, len(lines) + 1):
+        live = by_serving(base)
+        interrupted(lambda live=live: live.__exit__(None, None, None), at)
+        live.__exit__(None, None, None)
+        assert traces(base.pipeline) == before, at
+
+
+# --- threads -------------------------------------------------------------------------------------------------------
+
+
+def in_thread(job: Callable[[], Any]) -> Future[Any]:
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(job())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
+
+
+def test_threads_take_turns_on_one_base() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    adapters = [random_adapter(base, seed=seed) for seed in (1, 2)]
+
+    def drawn(adapter: Adapter | None) -> Tensor:
+        with attached(base, [] if adapter is None else [(adapter, 1.0)]):
+            return predict(base.pipeline)
+
+    alone = [drawn(adapter) for adapter in (None, *adapters)]
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with attached(base, [(adapters[0], 1.0)]), attached(base, [(adapters[1], 0.0)]):  # the same thread never waits
+            entered.set()
+            leave.wait(30)
+
+    holder = in_thread(hold)
+    assert entered.wait(30)
+    waiting = [in_thread(lambda one=one: drawn(one)) for one in (None, *adapters, None)]
+    pictures = in_thread(lambda: generate_images(base.pipeline, "a dog", [0], steps=1))
+    time.sleep(0.1)
+    assert not any(one.done() for one in (*waiting, pictures))
+    leave.set()
+    holder.result(60)
+    for one, expected in zip(waiting, (*alone, alone[0]), strict=True):
+        assert torch.equal(one.result(60), expected)
+    assert pictures.result(60)
+
+
+def test_a_base_that_trains_is_refused_to_other_threads() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    adapter = random_adapter(base)
+    live = Serving(base)
+    jobs: list[Callable[[], Any]] = [
+        lambda: attached(base, [(adapter, 1.0)]).__enter__(),
+        lambda: trainable(base, LoraSpec(rank=2)).__enter__(),
+        lambda: Composition(base).generate("a dog"),
+        lambda: live.load("a", adapter),
+    ]
+    with trainable(base, LoraSpec(rank=2)):
+        for job in jobs:
+            with pytest.raises(SettingsError, match="another thread is training on this base; wait"):
+                in_thread(job).result(60)
+        with attached(base, [(adapter, 1.0)]):  # its own thread may draw
+            predict(base.pipeline)
+    with attached(base, [(adapter, 1.0)]):
+        pass
 
 
 # --- on a pipeline that has the user's own adapter -----------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseModelError, LoraBoothError, SettingsError, first_line, shown
+from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import FAMILIES, Family, labels
 from .library_logging import quiet_about_long_prompts, quiet_about_torchvision
@@ -250,13 +251,11 @@ class BaseModel:
         vae = self.shell.vae
         stored = vae.dtype
         upcast = stored == torch.float16 and vae.config.force_upcast
-        try:
+        to = partial(nn.Module.to, vae)  # diffusers' own `to` warns at every change of precision
+        with undone(*([partial(to, stored)] if upcast else [])):
             if upcast:
-                nn.Module.to(vae, torch.float32)  # diffusers' `to` warns at every change of precision
+                to(torch.float32)
             yield vae
-        finally:
-            if upcast:
-                nn.Module.to(vae, stored)
 
     @property
     def scaling_factor(self) -> float:
@@ -292,21 +291,21 @@ class BaseModel:
     @contextmanager
     def only_unet_on_device(self) -> Iterator[None]:
         """Within the context, release all but the U-Net, or move it to the host if it cannot be read again."""
-        self.weights.drop(name for name in self.weights.parts if name != "unet")
-        with moved(self._others, torch.device("cpu")):
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            yield
+        with claimed(self.shell.unet, training=True):
+            self.weights.drop(name for name in self.weights.parts if name != "unet")
+            with moved(self._others, torch.device("cpu")):
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                yield
 
     @contextmanager
     def all_on_device(self) -> Iterator[Any]:
         """The complete pipeline on the U-Net's device, to draw with, also inside `only_unet_on_device`."""
-        read = self.weights.fill(*self.weights.parts)
-        try:
+        unread = [name for name in self.weights.parts if name != "unet" and self.unread(name) is not None]
+        with claimed(self.shell.unet), undone(lambda: self.weights.drop(unread)):
+            self.weights.fill(*self.weights.parts)
             with moved(self._others, self.device):
                 yield self.shell
-        finally:
-            self.weights.drop(name for name in read if name != "unet")
 
     @property
     def _others(self) -> list[nn.Module]:
@@ -335,14 +334,10 @@ class Parts(Mapping[str, Any]):
 
 @contextmanager
 def moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    homes = [next(module.parameters()).device for module in modules]
-    try:
+    with undone(*(partial(module.to, next(module.parameters()).device) for module in modules)):
         for module in modules:
             module.to(device)
         yield
-    finally:
-        for module, home in zip(modules, homes, strict=True):
-            module.to(home)
 
 
 def default_device() -> torch.device:

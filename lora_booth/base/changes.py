@@ -1,13 +1,18 @@
-"""Changes of a model that last as long as a context."""
+"""Changes of a model that last as long as a context: by one thread at a time, and undone for certain."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from ..errors import SettingsError
 
 
 @contextmanager
@@ -25,6 +30,41 @@ def undone(*steps: Callable[[], object]) -> Iterator[None]:
     finally:
         for step in reversed(steps):
             step()
+
+
+@dataclass(eq=False)
+class Claim:
+    thread: int
+    training: bool
+
+
+CLAIMS: WeakKeyDictionary[nn.Module, list[Claim]] = WeakKeyDictionary()
+CHANGED = threading.Condition()
+
+
+@contextmanager
+def claimed(unet: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Within the context no other thread draws with this U-Net's pipeline or changes it: it waits for its turn.
+
+    Raises SettingsError while another thread trains on it, which may take hours.
+    """
+    mine = Claim(threading.get_ident(), training)
+    with CHANGED:
+        claims = CLAIMS.setdefault(getattr(unet, "_orig_mod", unet), [])  # the one inside torch.compile
+
+    def release() -> None:
+        with CHANGED:
+            claims[:] = [claim for claim in claims if claim is not mine]
+            CHANGED.notify_all()
+
+    with undone(release):
+        with CHANGED:
+            while others := [claim for claim in claims if claim.thread != mine.thread]:
+                if any(claim.training for claim in others):
+                    raise SettingsError("another thread is training on this base; wait until it is done, or load a second base")
+                CHANGED.wait()
+            claims.append(mine)
+        yield
 
 
 @contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ..config import GUIDANCE, STEPS
+from .changes import claimed, undone
 from .library_logging import quiet_about_long_prompts
 from .memory import return_to_system
 
@@ -44,7 +46,7 @@ def generate_images(
             return_to_system()  # the U-Net's freed memory, before the VAE needs some
         return tensors
 
-    with quiet(pipeline):
+    with claimed(pipeline.unet), quiet(pipeline):
         for first in range(0, len(seeds), batch_size):
             part = list(seeds[first : first + batch_size])
             result = pipeline(
@@ -67,9 +69,6 @@ def generate_images(
 def quiet(pipeline: Any) -> Iterator[None]:
     """Hide diffusers' progress bar and its words about long prompts."""
     before = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(**before | {"disable": True})
-    try:
-        with quiet_about_long_prompts(pipeline):
-            yield
-    finally:
-        pipeline.set_progress_bar_config(**before)
+    with undone(partial(pipeline.set_progress_bar_config, **before)), quiet_about_long_prompts():
+        pipeline.set_progress_bar_config(**before | {"disable": True})
+        yield

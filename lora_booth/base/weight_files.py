@@ -135,10 +135,10 @@ class LazyModule:
     @torch.no_grad()
     def drop(self) -> None:
         if self.is_read:
+            self.is_read = False  # first: after an interrupt, `fill` reads all again
             weights = self.module.state_dict()
             for key in self.places:
                 put(self.module, key, torch.empty_like(weights.pop(key), device="meta"))
-            self.is_read = False
 
     def stamp(self) -> str:
         """Identifies the files on this machine, and the places of the weights in them."""
@@ -151,19 +151,21 @@ class LazyWeights:
     def __init__(self, parts: Mapping[str, LazyModule] | None = None) -> None:
         self.parts = dict(parts or {})
         self.kept = False
+        self._one_at_a_time = threading.RLock()
 
-    def fill(self, *names: str) -> list[str]:
-        """Read these modules; returns those that were not in memory before."""
-        unread = [name for name in names if name in self.parts and not self.parts[name].is_read]
-        for name in unread:
-            self.parts[name].fill()
-        return unread
+    def fill(self, *names: str) -> None:
+        """Read these modules, unless they are in memory."""
+        with self._one_at_a_time:
+            for name in names:
+                if name in self.parts:
+                    self.parts[name].fill()
 
     def drop(self, names: Iterable[str]) -> None:
-        if self.parts and not self.kept:
-            for name in names:
-                self.parts[name].drop()
-            return_to_system()
+        with self._one_at_a_time:
+            if self.parts and not self.kept:
+                for name in names:
+                    self.parts[name].drop()
+                return_to_system()
 
 
 def put(module: nn.Module, key: str, value: Tensor) -> None:

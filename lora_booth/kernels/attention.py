@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.base_model import BaseModel
+from ..base.changes import undone
 from ..cache import key_of, read_entry, write_entry
 from ..errors import MissingExtraError, SettingsError, setting
 
@@ -59,11 +60,9 @@ def attention_kernel(unet: Any, name: str) -> Iterator[list[str]]:
     stock, kind = tuple(kinds.values()), kinds[name]
     custom = sorted({type(processor).__name__ for processor in before.values() if type(processor) not in stock})
     changed = {path: kind() if type(p) in stock and type(p) is not kind else p for path, p in before.items()}
-    try:
+    with undone(lambda: unet.set_attn_processor(dict(before))):
         unet.set_attn_processor(changed)
         yield custom
-    finally:
-        unet.set_attn_processor(dict(before))
 
 
 def attention_shapes(base: BaseModel, resolution: int) -> Counter[Shape]:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.changes import undone
 from ..base.quantization import is_packed
 from .attention import kernel_of
 from .autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm
@@ -43,13 +44,10 @@ def lean(
             say(f"note: {name} of this diffusers differs from its lean forward, so the stock one is used: more memory")
     found = [(module, lean_forward(module, pieces)) for module in modules if "forward" not in vars(module)]
     forwards = {module: forward for module, forward in found if forward is not None}
-    try:
+    with undone(lambda: [vars(module).pop("forward", None) for module in forwards]):
         for module, forward in forwards.items():
             module.forward = forward  # type: ignore[assignment]
         yield len(forwards)
-    finally:
-        for module in forwards:
-            vars(module).pop("forward", None)
 
 
 def lean_forward(module: Any, pieces: LoraPieces) -> Callable[..., Any] | None:
@@ -370,12 +368,13 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Convolution weights, and so the activations between them, in channels-last memory format."""
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1]
-    before = [layer.weight.is_contiguous() for layer in layers]
-    try:
+    plain = [layer for layer in layers if layer.weight.is_contiguous()]
+
+    def undo() -> None:
+        for layer in plain:
+            layer.weight.data = layer.weight.data.contiguous()
+
+    with undone(undo):
         for layer in layers:
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
         yield
-    finally:
-        for layer, plain in zip(layers, before, strict=True):
-            if plain:
-                layer.weight.data = layer.weight.data.contiguous()

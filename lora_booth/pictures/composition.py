@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -184,8 +184,7 @@ class Composition:
         everyone = self.everyone(prompt)
         if self.method == "regions":
             refuse_hidden_adapters(self.base)
-        with ExitStack() as stack:
-            on = stack.enter_context(attached_layers(place, [(a, w.value) for a, w in everyone]))
+        with attached_layers(place, [(a, w.value) for a, w in everyone]) as on:
             weights = [weight for _, weight in everyone]
             for adapter, weight in zip(on, weights, strict=True):
                 for path in adapter.layers:
@@ -193,9 +192,9 @@ class Composition:
                     adapter.scale(path, 0.0 if late_text else weight.of(path))
             by_region = self.settings(prompt)["method"] == "regions"
             regional = self._regional(prompt, on, weights) if by_region else None
-            if regional is not None or any(weight.timed for weight in weights):
-                stack.enter_context(UNetHook(pipeline, on, weights).hooked(regional))
-            yield pipeline, regional
+            needed = regional is not None or any(weight.timed for weight in weights)
+            with UNetHook(pipeline, on, weights).hooked(regional) if needed else nullcontext():
+                yield pipeline, regional
 
     def find_regions(
         self,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.base_model import TextConditions
+from ..base.changes import undone
 from ..kernels.attention import split_heads
 from .attention_maps import AttentionMaps
 from .regions import Masks
@@ -176,11 +177,9 @@ def attention_by_region(hook: UNetHook, masks: Masks, prompted: Sequence[int], t
     """Let attn2 of every transformer read, at each pixel, the prompts of the regions that the pixel belongs to."""
     before = hook.unet.attn_processors
     regional = RegionalAttention(hook, masks, prompted, tokens)
-    hook.unet.set_attn_processor({name: regional if ".attn2." in name else p for name, p in before.items()})
-    try:
+    with undone(lambda: hook.unet.set_attn_processor(dict(before))):
+        hook.unet.set_attn_processor({name: regional if ".attn2." in name else p for name, p in before.items()})
         yield
-    finally:
-        hook.unet.set_attn_processor(before)
 
 
 class RegionalAttention:

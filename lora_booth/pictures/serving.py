@@ -13,6 +13,7 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel, TextConditions
+from ..base.changes import claimed, undone
 from ..base.generation import quiet
 from ..config import GUIDANCE, STEPS, check
 from ..errors import CompositionWarning, SettingsError
@@ -54,8 +55,9 @@ class Serving:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for name in list(self.loaded):
-            self.unload(name)
+        with claimed(self.base.shell.unet), undone(*(on.detach for on in self.loaded.values())):
+            pass
+        self.loaded.clear()
 
     def load(self, name: str, adapter: Adapter) -> None:
         """Attach an adapter to the base, with weight 0 until you use it. Raises AdapterBaseMismatch."""
@@ -63,21 +65,24 @@ class Serving:
             raise SettingsError(f"{name!r} is already loaded; unload it first, or choose another name")
         [on] = attachable(self.base, [(adapter, 1.0)])
         on.use(0.0)
-        self.loaded[name] = on
-        on.attach()
+        with claimed(self.base.shell.unet):
+            self.loaded[name] = on
+            on.attach()
 
     def unload(self, name: str) -> None:
         self._known(name)
-        self.loaded[name].detach()
-        del self.loaded[name]
+        with claimed(self.base.shell.unet):
+            self.loaded[name].detach()
+            del self.loaded[name]
 
     def use(self, weights: Mapping[str, float]) -> None:
         """Activate exactly these adapters, with these weights."""
         for name, weight in weights.items():
             self._known(name)
             check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
-        for name, on in self.loaded.items():
-            on.use(weights.get(name, 0.0))
+        with claimed(self.base.shell.unet):
+            for name, on in self.loaded.items():
+                on.use(weights.get(name, 0.0))
 
     def _known(self, name: str) -> None:
         if name not in self.loaded:
@@ -95,7 +100,7 @@ class Serving:
                 self._known(name)
         names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
         before = {name: on.weight for name, on in self.loaded.items()}
-        try:
+        with claimed(self.base.shell.unet), undone(lambda: self.use(before)):
             prompts = [self._text(request, request.prompt) for request in requests]
             negatives = [self._negative(request) for request in requests]
             self.use(dict.fromkeys(names, 1.0))
@@ -115,8 +120,6 @@ class Serving:
                     width=size,
                     generator=[torch.Generator().manual_seed(request.seed) for request in requests],
                 ).images
-        finally:
-            self.use(before)
         return [
             Picture(image, r.prompt, r.seed, tuple(r.adapters.items()), self.base.name, r.negative_prompt, steps, guidance)
             for image, r in zip(images, requests, strict=True)

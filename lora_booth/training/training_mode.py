@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..base.base_model import BaseModel
+from ..base.changes import undone
 from ..config import LoraSpec, SettledConfig, TrainingConfig
 from ..errors import MissingExtraError, SettingsError, setting
 from ..injection import TrainableLora, target_paths
@@ -33,11 +34,13 @@ def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> N
 def modes_restored(base: BaseModel) -> Iterator[None]:
     """Afterwards every module is in training or evaluation mode as before."""
     modes = [(module, module.training) for model in base.structure.values() for module in model.modules()]
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for module, mode in modes:
             module.training = mode
+
+    with undone(undo):
+        yield
 
 
 @contextmanager
@@ -85,14 +88,17 @@ def checkpointed(unet: Any, *, draws: bool) -> Iterator[None]:
     def recompute(module: Any, *arguments: Any) -> Any:
         return checkpoint(module.__call__, *arguments, use_reentrant=False, preserve_rng_state=draws)
 
-    try:
+    def undo() -> None:
+        for part, on, function in before:
+            part.gradient_checkpointing = on
+            if function is not None:
+                part._gradient_checkpointing_func = function
+            else:
+                vars(part).pop("_gradient_checkpointing_func", None)
+
+    with undone(undo):
         unet.enable_gradient_checkpointing(recompute)
         yield
-    finally:
-        for part, on, function in before:
-            part.gradient_checkpointing, part._gradient_checkpointing_func = on, function
-            if function is None:
-                del part._gradient_checkpointing_func
 
 
 @contextmanager
@@ -100,13 +106,15 @@ def compiled(unet: Any) -> Iterator[None]:
     """The U-Net's repeated blocks by torch.compile, as in diffusers' `compile_repeated_blocks`; undone afterwards."""
     kinds = set(unet._repeated_blocks or ())
     blocks = [m for m in unet.modules() if type(m).__name__ in kinds and m._compiled_call_impl is None]
-    for block in blocks:
-        block.compile()
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for block in blocks:
             block._compiled_call_impl = None
+
+    with undone(undo):
+        for block in blocks:
+            block.compile()
+        yield
 
 
 def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
