@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,10 +37,11 @@ def undone(*steps: Callable[[], object]) -> Iterator[None]:
 class Claim:
     thread: int
     training: bool
+    granted: bool = False
 
 
-CLAIMS: WeakKeyDictionary[nn.Module, list[Claim]] = WeakKeyDictionary()
-CHANGED = threading.Condition()
+CLAIMS: WeakKeyDictionary[nn.Module, list[Claim]] = WeakKeyDictionary()  # in the order in which they were made
+POLLING = 0.01  # seconds; a lock would stay locked where an interrupt comes between a `with` block's end and its `__exit__`
 
 
 @contextmanager
@@ -49,21 +51,25 @@ def claimed(unet: nn.Module, *, training: bool = False) -> Iterator[None]:
     Raises SettingsError while another thread trains on it, which may take hours.
     """
     mine = Claim(threading.get_ident(), training)
-    with CHANGED:
-        claims = CLAIMS.setdefault(getattr(unet, "_orig_mod", unet), [])  # the one inside torch.compile
+    claims = CLAIMS.setdefault(getattr(unet, "_orig_mod", unet), [])  # the one inside torch.compile
 
     def release() -> None:
-        with CHANGED:
-            claims[:] = [claim for claim in claims if claim is not mine]
-            CHANGED.notify_all()
+        if mine in claims:
+            claims.remove(mine)
 
     with undone(release):
-        with CHANGED:
-            while others := [claim for claim in claims if claim.thread != mine.thread]:
-                if any(claim.training for claim in others):
-                    raise SettingsError("another thread is training on this base; wait until it is done, or load a second base")
-                CHANGED.wait()
-            claims.append(mine)
+        claims.append(mine)
+        while not mine.granted:
+            now = list(claims)
+            granted = [claim for claim in now if claim.granted]
+            if any(claim.training and claim.thread != mine.thread for claim in granted):
+                raise SettingsError("another thread is training on this base; wait until it is done, or load a second base")
+            if granted:
+                mine.granted = granted[0].thread == mine.thread
+            else:
+                mine.granted = now[0] is mine
+            if not mine.granted:
+                time.sleep(POLLING)
         yield
 
 

@@ -69,6 +69,6 @@ def generate_images(
 def quiet(pipeline: Any) -> Iterator[None]:
     """Hide diffusers' progress bar and its words about long prompts."""
     before = dict(getattr(pipeline, "_progress_bar_config", {}))
-    with undone(partial(pipeline.set_progress_bar_config, **before)), quiet_about_long_prompts():
+    with undone(partial(pipeline.set_progress_bar_config, **before)), quiet_about_long_prompts(pipeline):
         pipeline.set_progress_bar_config(**before | {"disable": True})
         yield

@@ -151,21 +151,18 @@ class LazyWeights:
     def __init__(self, parts: Mapping[str, LazyModule] | None = None) -> None:
         self.parts = dict(parts or {})
         self.kept = False
-        self._one_at_a_time = threading.RLock()
 
     def fill(self, *names: str) -> None:
         """Read these modules, unless they are in memory."""
-        with self._one_at_a_time:
-            for name in names:
-                if name in self.parts:
-                    self.parts[name].fill()
+        for name in names:
+            if name in self.parts:
+                self.parts[name].fill()
 
     def drop(self, names: Iterable[str]) -> None:
-        with self._one_at_a_time:
-            if self.parts and not self.kept:
-                for name in names:
-                    self.parts[name].drop()
-                return_to_system()
+        if self.parts and not self.kept:
+            for name in names:
+                self.parts[name].drop()
+            return_to_system()
 
 
 def put(module: nn.Module, key: str, value: Tensor) -> None:
