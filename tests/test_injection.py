@@ -202,6 +202,7 @@ def by_serving(base: BaseModel) -> Any:
     return live
 
 
+CHANGING = ("changes.py", "injection.py", "unet_hook.py", "contextlib.py")
 ONE_LAYER = LoraSpec(rank=2, target_modules=("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"))
 CONTEXTS: dict[str, Callable[[BaseModel], Callable[[], Any]]] = {
     "attached": lambda base: partial(attached, base, [(small_adapter(base), 1.0)]),
@@ -236,7 +237,8 @@ def test_an_interrupt_at_any_line_leaves_nothing(name: str) -> None:
 
     lines = interrupted(job, at=0)
     assert traces(pipeline) == before and len(lines) > 5
-    last = {line: at for at, line in enumerate(lines, 1)}
+    files = CHANGING if name == "regions" else WATCHED  # the others take long and change nothing
+    last = {line: at for at, line in enumerate(lines, 1) if line[0].endswith(CHANGING) or line[0].startswith(files)}
     for at in sorted(last.values()):
         interrupted(job, at)
         assert traces(pipeline) == before and not CLAIMS.get(pipeline.unet), (at, lines[at - 1])
