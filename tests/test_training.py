@@ -600,6 +600,7 @@ def test_wrong_first_gradients_are_refused_every_time(rex: Subject, tmp_path: Pa
         assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_a_variant_of_a_planned_config_is_settled_again() -> None:
     base = base_of("sd1")
     first = settled(TrainingConfig(steps=7), base, 3)
@@ -657,6 +658,7 @@ def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Pa
     assert (pictures[0] != pictures[1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_caption_that_is_cut_keeps_its_subject_and_is_told(
     kind: str, rex: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
