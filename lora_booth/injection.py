@@ -21,7 +21,7 @@ from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape
 from .config import LoraSpec
 from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError, setting
-from .kernels.lora import Flat
+from .kernels.lora import FlatFactors
 
 TEXT_LEVEL = "text_model."  # transformers 5 dropped this level from CLIPTextModel; adapter files keep it
 NAME = "lora_booth"  # of our adapter in its PEFT layers
@@ -97,7 +97,7 @@ class TrainableLora:
 
     parameters: dict[str, nn.Parameter]  # path in adapter files + ".down" or ".up"
     alpha: float
-    flat: Flat  # all of them, and their gradients
+    flat: FlatFactors  # all of them, and their gradients
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return self.parameters
@@ -196,7 +196,7 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
                 for name, factor in (("down", layer.lora_A[NAME]), ("up", layer.lora_B[NAME])):
                     factor.to(torch.float32).requires_grad_(True)
                     parameters[f"{module_path(component, path)}.{name}"] = factor.weight
-        yield TrainableLora(parameters, lora.scale_alpha, Flat(list(parameters.values()), base.dtype))
+        yield TrainableLora(parameters, lora.scale_alpha, FlatFactors(list(parameters.values()), base.dtype))
 
 
 def check_rank(path: str, layer: nn.Module, rank: int) -> None:

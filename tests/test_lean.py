@@ -18,7 +18,7 @@ from lora_booth.injection import TrainableLora, trainable
 from lora_booth.kernels import autograd
 from lora_booth.kernels.autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm
 from lora_booth.kernels.lean import lean, rewrites
-from lora_booth.kernels.lora import Flat, LoraLinears, LoraPiece
+from lora_booth.kernels.lora import FlatFactors, LoraLinears, LoraPiece
 from lora_booth.planning.meter import saved_for_backward
 
 EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
@@ -132,7 +132,7 @@ def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
     for layer in injection.layers.values():
         for factor in (layer.lora_A["lora_booth"], layer.lora_B["lora_booth"]):
             factor.to(torch.float32).requires_grad_(True)
-    flat = Flat([p for p in unet.parameters() if p.requires_grad], dtype)
+    flat = FlatFactors([p for p in unet.parameters() if p.requires_grad], dtype)
     kept = []
     for context in (nullcontext(), lean(unet, flat.factors)):
         with context, saved_for_backward(unet) as saved:

@@ -34,7 +34,7 @@ def lean(
 ) -> Iterator[int]:
     """Give layers of `model` lean forwards; yields how many. A module whose forward is already replaced keeps that one.
 
-    factors  of the adapter under training: `Flat.factors`
+    factors  of the adapter under training: `FlatFactors.factors`
     say      gets a line for each kind of module whose stock forward differs from the known one, and so stays
     """
     pieces, modules = LoraPieces(factors), list(model.modules())

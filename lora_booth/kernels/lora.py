@@ -29,11 +29,12 @@ class Factor:
     gradient: Tensor  # float32
 
 
-class Flat:
-    """Turn `parameters` (float32, on one device) and their gradients into views of two long tensors.
+class FlatFactors:
+    """The factors of the adapter under training: `parameters` (float32, on one device) become views of one long tensor, and
+    their gradients of another.
 
     values    (n,) float32; `.grad` is never None
-    near      a copy of the values in `dtype`, made by `refresh`; the values themselves if `dtype` is float32
+    cast      a copy of the values in `dtype`, made by `refresh`; the values themselves if `dtype` is float32
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
@@ -45,13 +46,13 @@ class Flat:
         device = parameters[0].device
         self.values = nn.Parameter(torch.zeros(end, dtype=torch.float32, device=device))
         self.values.grad = torch.zeros_like(self.values)
-        self.near = self.values.data.to(dtype)
+        self.cast = self.values.data.to(dtype)
         self.factors: dict[nn.Parameter, Factor] = {}
-        tensors = (self.values.data, self.values.grad, self.near)
-        for parameter, value, gradient, near in zip(parameters, *map(self.parts_of, tensors), strict=True):
+        tensors = (self.values.data, self.values.grad, self.cast)
+        for parameter, value, gradient, cast in zip(parameters, *map(self.parts_of, tensors), strict=True):
             value.copy_(parameter.data)
             parameter.data, parameter.grad = value, gradient
-            self.factors[parameter] = Factor(near, gradient)
+            self.factors[parameter] = Factor(cast, gradient)
 
     def parts_of(self, tensor: Tensor) -> list[Tensor]:
         """A tensor like `values` -> views of it, one for each parameter, in its shape."""
@@ -64,8 +65,8 @@ class Flat:
 
     def refresh(self) -> None:
         """Make the layers' copy of the values equal to them; to be called before each forward pass."""
-        if self.near.dtype != torch.float32:
-            self.near.copy_(self.values.data)
+        if self.cast.dtype != torch.float32:
+            self.cast.copy_(self.values.data)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class LoraPiece:
 class LoraPieces:
     """The pieces of an adapter under training, made once per setting of a layer.
 
-    factors  `Flat.factors`
+    factors  `FlatFactors.factors`
     """
 
     def __init__(self, factors: Mapping[nn.Parameter, Factor]) -> None:

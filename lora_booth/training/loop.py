@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel
 from ..config import SettledConfig
-from ..kernels.lora import Flat
+from ..kernels.lora import FlatFactors
 from .distributed import ALONE, Processes
 from .health import Health
 from .latents import Inputs, LatentCache, conditions, draw, step_seed
@@ -28,7 +28,7 @@ class LoopState:
     base: BaseModel
     cache: LatentCache
     config: SettledConfig
-    factors: Flat  # of the adapter, in the base's layers
+    factors: FlatFactors  # of the adapter, in the base's layers
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dropout: float = 0.0  # in the adapter

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-from ..kernels.lora import Flat
+from ..kernels.lora import FlatFactors
 from .latents import Batch, Inputs
 
 # of the error where a mask is black: chosen; at 0 the adapter is free to draw anything behind the subject
@@ -16,7 +16,7 @@ BACKGROUND_WEIGHT = 0.1
 def backward(
     base: BaseModel,
     inputs: Inputs,
-    factors: Flat,
+    factors: FlatFactors,
     *,
     scaler: torch.amp.GradScaler,
     prior_loss_weight: float,
