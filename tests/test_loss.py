@@ -115,21 +115,21 @@ def same(a: LossAndGradients, b: LossAndGradients) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_the_peer(kind: str) -> None:
+def test_as_diffusers_script(kind: str) -> None:
     given = inputs(kind, 3, [0, 500, 999])
     same(ours(kind, given, 3, prior_loss_weight=1.0), stock(kind, given, None))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_the_peer_with_prior_preservation(kind: str) -> None:
+def test_as_diffusers_script_with_prior_preservation(kind: str) -> None:
     given = inputs(kind, 4, [20, 999, 300, 999])
     same(ours(kind, given, 2, prior_loss_weight=0.4), stock(kind, given, 0.4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_the_peer_with_min_snr(kind: str) -> None:
+def test_as_diffusers_script_with_min_snr(kind: str) -> None:
     timesteps = [3, 400, 999]
     given = inputs(kind, 3, timesteps)
     same(ours(kind, given, 3, prior_loss_weight=1.0, min_snr_gamma=5.0), stock(kind, given, None, gamma=5.0))
