@@ -325,12 +325,16 @@ def test_a_kernel_is_not_another_spelling():
 # --- what is passed as adapters ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e308, 101, 10**400, True, "0.5", None, [1.0]])
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e308, 101, 10**400, True, "0.5", [1.0]])
 def test_what_is_not_a_weight_is_a_settings_error(weight, rex, bases, tmp_path):
     with pytest.raises(SettingsError, match="weight"):
         lb.merge([(rex, 1.0), (rex, weight)], method="svd")
     with pytest.raises(SettingsError, match="weight"):
         lb.bake(bases["sd1"], [(rex, weight)], tmp_path / "a.safetensors")
+    with pytest.raises(SettingsError, match="weight"):
+        rex.scaled(weight)
+    with pytest.raises(SettingsError, match="weight"):
+        lb.Composition(bases["sd1"], [(rex, weight)])
     with pytest.raises(SettingsError, match="weight"), lb.attached(bases["sd1"], [(rex, weight)]):
         pass
     assert not list(tmp_path.iterdir())
@@ -342,6 +346,7 @@ def test_adapters_are_taken_for_what_they_plainly_are(rex, ink, tmp_path):
     for given, weights in (
         (rex, [1.0]), (light, [0.25]), (file, [0.25]), (str(file), [0.25]), ((rex, 2), [2.0]), ((str(file), 2), [2.0]),
         ([rex, ink], [1.0, 1.0]), ((rex, ink), [1.0, 1.0]), ([(rex, 0.5), str(file)], [0.5, 0.25]),
+        ((light, None), [0.25]), ([(light, None), light], [0.25, 0.25]),
         (((rex, 0.5), (ink, 0.1)), [0.5, 0.1]), (iter([[rex, 0.5]]), [0.5]), ({rex: 0.5}.items(), [0.5]), ([], []),
     ):  # fmt: skip
         found = weighted(given)

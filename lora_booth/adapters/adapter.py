@@ -119,12 +119,13 @@ class Adapter(AdapterContents):
 
     def scaled(self, weight: float) -> Adapter:
         """Return the same adapter with its change multiplied by `weight`."""
+        [(_, weight)] = weighted([(self, weight)])
         return replace(self, modules={name: replace(f, alpha=f.alpha * weight) for name, f in self.modules.items()})
 
 
 def weighted(adapters: Any, kind: Any = float) -> list[tuple[Adapter, Any]]:
     """Adapters and their weights, from what a user passes: one or several, each an Adapter or the path of its file, alone or in
-    a pair with a weight. Alone it gets the weight of its card.
+    a pair with a weight. Alone, or with None, it gets the weight of its card.
 
     kind  of a weight: float, or a union with another class
     Raises SettingsError.
@@ -139,7 +140,7 @@ def weighted(adapters: Any, kind: Any = float) -> list[tuple[Adapter, Any]]:
         if not isinstance(first, single) or len(rest) > 1:
             raise SettingsError(f"{shown(repr(item))[:80]} is not an adapter; pass an Adapter or the path of its file")
         adapter = first if isinstance(first, Adapter) else Adapter.load(typed("adapter", first, Path))
-        weight = typed("weight", rest[0] if rest else adapter.card.weight, kind)
+        weight = typed("weight", adapter.card.weight if rest in ([], [None]) else rest[0], kind)
         usual = f"from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}; 0 to 1 is usual"
         check(not isinstance(weight, float) or abs(weight) <= MOST_WEIGHT, f"weight {weight}", usual)
         found.append((adapter, weight))

@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, weighted
 from ..adapters.contents import file_stem
 from ..adapters.tools import merge as merging
 from ..adapters.tools.spectrum import Truncations
@@ -236,7 +235,7 @@ class Composition:
         if isinstance(self.regions, str):
             named = self._named(prompt)
             return [item for item in self.adapters if not any(item is other for other in named)] + named
-        return [*self.adapters, *(weighted((r.adapter, r.weight)) for r in self.regions)]
+        return [*self.adapters, *everyone_of([(r.adapter, r.weight) for r in self.regions])]
 
     def _named(self, prompt: str) -> list[tuple[Adapter, Weight]]:
         """The adapters whose subject the prompt names."""
@@ -372,20 +371,8 @@ def checked(**settings: Any) -> dict[str, Any]:
 
 def everyone_of(adapters: Weighted | Iterable[Weighted]) -> tuple[tuple[Adapter, Weight], ...]:
     """Adapters with their weights, from one or several."""
-    pair = isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], Real | Weight)
-    if pair or not isinstance(adapters, Iterable) or isinstance(adapters, str):
-        adapters = [adapters]  # type: ignore[list-item]
-    return tuple(weighted(item) for item in adapters)  # type: ignore[arg-type]
-
-
-def weighted(item: Weighted) -> tuple[Adapter, Weight]:
-    adapter, weight = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
-    if isinstance(adapter, str | Path):
-        adapter = Adapter.load(adapter)
-    adapter = typed("adapter", adapter, Adapter)
-    if not isinstance(weight, Weight):
-        weight = Weight(adapter.card.weight if weight is None else weight)
-    return adapter, weight
+    pairs = weighted(adapters, float | Weight)
+    return tuple((adapter, weight if isinstance(weight, Weight) else Weight(weight)) for adapter, weight in pairs)
 
 
 def by_block(adapter: Adapter, weight: Weight) -> Adapter:
