@@ -405,7 +405,8 @@ def test_advice_follows_the_figures(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "metrics.jsonl").write_text("")
     said = " ".join(one.text for one in advice(read_run(tmp_path)))
-    assert "seen 13 times, which is few" in said and "rose" not in said and "not finite" not in said
+    assert "seen 13 times, which is few" in said and "e.g. steps=20, which continues this run" in said
+    assert "rose" not in said and "not finite" not in said
 
 
 # --- charts --------------------------------------------------------------------------------------------------------

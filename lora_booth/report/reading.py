@@ -204,7 +204,8 @@ def of_exposure(run: Run) -> Iterator[Advice]:
     seen = run.step * batch * accumulated / run.photos
     words = f"Each photo was seen {seen:.0f} times"
     if run.finished and seen < FEW_STEPS:
-        yield Advice("note", f"{words}, which is few. If pictures do not look like the subject yet, train for more steps.")
+        again = f"run the same again with more steps, e.g. {setting('steps', 2 * run.step)}, which continues this run"
+        yield Advice("note", f"{words}, which is few. If pictures do not look like the subject yet, {again}.")
     elif seen > MANY_STEPS:
         more = "If pictures repeat the photos or ignore the prompt, use fewer steps or a lower weight."
         yield Advice("note", f"{words}, which is many. {more}")
