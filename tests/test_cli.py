@@ -293,6 +293,17 @@ def test_photos_and_their_contact_sheet(call, photos, tmp_path):
         assert opened.width == 3 * (160 + 8) + 8
 
 
+def test_a_contact_sheet_never_replaces_a_photo(call, photos, tmp_path):
+    for path in photos.iterdir():
+        shutil.copy(path, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "link.png").symlink_to(tmp_path / "0.jpg")
+    for name in ("0.jpg", "link.png"):
+        code, _, err = call("photos", tmp_path, "--sheet", tmp_path / name)
+        assert code == 2 and "one of the photos" in err
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_photos_says_why_one_is_not_used(call, photos, tmp_path):
     (tmp_path / "a.jpg").write_bytes((photos / "0.jpg").read_bytes())
     (tmp_path / "b.jpg").write_bytes((photos / "0.jpg").read_bytes())

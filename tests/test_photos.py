@@ -115,6 +115,7 @@ def test_captions_in_capitals_are_read_and_no_caption_is_left_out_silently(folde
     (folder / "img2.txt").write_text("a cat")
     there = {path.name for path in folder.iterdir()}
     (folder / "img2.TXT").write_text("a cow")
+    Image.new("L", (96, 80), 255).save(folder / "img2.mask.jpg", "JPEG")
     others = ["img0.Txt", "img1.jpg.txt", "img9.TXT", "img2.caption", "img2.json", "metadata.jsonl", "captions.CSV"]
     for name in others:
         (folder / name).write_text("a dog")
@@ -123,7 +124,7 @@ def test_captions_in_capitals_are_read_and_no_caption_is_left_out_silently(folde
     assert [photo.mask is not None for photo in found.photos] == [False, True, False]
     left_out = reasons(found)
     assert left_out.keys() == {path.name for path in folder.iterdir()} - there - {"img0.TXT"}
-    assert all("photo.txt" in reason and "photo.jpg" in reason for reason in left_out.values())
+    assert all(("photo.txt" in reason or "photo.mask.png" in reason) and "photo.jpg" in reason for reason in left_out.values())
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])

@@ -50,6 +50,8 @@ def photos(
     if make_masks:
         write_masks(folder, say=lambda line: print(f"mask     {line}", file=sys.stderr if json else sys.stdout, flush=True))
     found = find_photos(folder, crop=crop, minimum=1, maximum=1000)
+    if sheet is not None and any(sheet.exists() and sheet.samefile(photo.path) for photo in found.photos):
+        raise SettingsError(f"{sheet}: one of the photos; pass another file")
     audit = audit_photos(found.photos, found.skipped, resolution=resolution)
     say(dumps(audit.as_dict(), indent=2) if json else str(audit))
     if sheet is not None:

@@ -116,7 +116,7 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
         elif not is_sidecar(path):
             candidates.append(path)
         elif path not in used and not any(os.path.samefile(path, one) for one in used if one):  # names differ in case only
-            what, ending = ("mask", MASK_ENDING) if path.name.lower().endswith(MASK_ENDING) else ("caption", CAPTION_ENDING)
+            what, ending = ("caption", CAPTION_ENDING) if path.suffix.lower() == CAPTION_ENDING else ("mask", MASK_ENDING)
             skipped.append(Skipped(path, f"a {what} without a photo of that name (photo{ending} is for photo.jpg)"))
     return where, candidates, skipped, regions
 

@@ -41,7 +41,8 @@ def sidecar(path: Path, ending: str) -> Path | None:
 
 
 def is_sidecar(path: Path) -> bool:
-    return path.name.lower().endswith((CAPTION_ENDING, MASK_ENDING))
+    """A caption or a mask by its name: also photo.mask.jpg, which nothing uses, but which is no photo either."""
+    return path.suffix.lower() == CAPTION_ENDING or path.stem.lower().endswith(".mask")
 
 
 # --- captions -------------------------------------------------------------------------------------------------------
