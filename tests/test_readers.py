@@ -499,6 +499,24 @@ def test_a_header_without_kohya_entries_hides_a_file_in_a1111(family, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_a_layer_is_written_as_the_base_has_it(tiny, family, layout, tmp_path):
+    """Some tools write linear layers as 1x1 convolutions, or the reverse; diffusers loads the base's own shape only."""
+    names = [name for name in tiny[family] if name.endswith((".proj_in", ".conv_shortcut", "attn1.to_q")) and "unet" in name]
+    adapter = Adapter({name: factors(tiny[family][name][:2]) for name in names}, Card(family=family))
+    other = {}
+    for name, f in adapter.modules.items():
+        other[name] = LoraFactors(f.down[:, :, None, None], f.up[:, :, None, None], f.alpha) if "proj_in" in name else f
+    for modules in (adapter.modules, other):
+        path = Adapter(modules, adapter.card).save(tmp_path / "a.safetensors", layout=layout, dtype="fp32")
+        assert loaded_scales(make_pipeline(family), path).keys() == set(names)
+        for name, f in Adapter.load(path).modules.items():
+            assert f.shape == tiny[family][name]
+            assert torch.allclose(f.delta().flatten(), adapter.modules[name].delta().flatten(), rtol=1e-6, atol=0)
+
+
 # --- the tables ----------------------------------------------------------------------------------------------------
 
 

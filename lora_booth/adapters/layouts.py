@@ -21,6 +21,7 @@ ATTENTION = (
     "transformer_blocks.#.ff.net.0.proj",
     "transformer_blocks.#.ff.net.2",
 )
+KERNEL_3X3 = (".conv1", ".conv2", ".conv", ".conv_in", ".conv_out")  # ends of the modules with one, in every family
 RESNET_MODULES = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
 BLOCKS = ("down_blocks.#", "mid_block", "up_blocks.#")
 UNET = (

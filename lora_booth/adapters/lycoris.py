@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from .layouts import Role
+from .layouts import KERNEL_3X3, Role
 
 TUCKER, LOHA, LOKR = "LoRA with a middle factor", "LoHa", "LoKr"
 _HADA = frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
@@ -27,7 +27,6 @@ FORMS: dict[frozenset[Role], str] = {  # the tensors of one module except alpha
     _HADA | {"hada_t1", "hada_t2"}: LOHA,
     **{w1 | w2: LOKR for w1 in _W1 for w2 in _W2},
 }
-KERNEL_3X3 = (".conv1", ".conv2", ".conv", ".conv_in", ".conv_out")  # ends of the modules with one, in every family
 
 Lora = tuple[Tensor, Tensor, int | None]  # down, up, and the rank of alpha / rank; None: the scale is 1 whatever alpha is
 

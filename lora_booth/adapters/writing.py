@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.families import FAMILIES
 from ..base.safetensors_header import DTYPES as HEADER_DTYPES
 from ..base.safetensors_header import FACTOR_DTYPES
 from ..cache import bytes_of
 from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite, AdapterScaleError
 from ..files import replacing
 from .contents import MAX_SCALE, AdapterContents, Dtype, Layout, LoraFactors, check_shapes, check_values
-from .layouts import checked_path, component_of, kohya_names, tail_of
+from .layouts import KERNEL_3X3, checked_path, component_of, kohya_names, tail_of
 from .metadata import PEFT_KEY, metadata_of
 from .readers import check_readers, opened
 from .reading import PICKLE_SUFFIXES, load
@@ -95,10 +96,12 @@ def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: P
     for module, factors in adapter.modules.items():
         checked_path(module)
         check_shapes(module, tuple(factors.down.shape), tuple(factors.up.shape), path)
+    family = adapter.card.family
+    modules = {module: _spelled(module, factors, family) for module, factors in adapter.modules.items()}
     if layout == "kohya":
-        alphas = _alphas(adapter.modules)
-        meant = {m: _cast(m, f, alphas[component_of(m)], dtype, path) for m, f in adapter.modules.items()}
-        names = kohya_names(adapter.modules, adapter.card.family)
+        alphas = _alphas(modules)
+        meant = {m: _cast(m, f, alphas[component_of(m)], dtype, path) for m, f in modules.items()}
+        names = kohya_names(modules, family)
         tensors = {}
         for module, factors in meant.items():
             tensors[f"{names[module]}.lora_down.weight"] = factors.down
@@ -106,7 +109,7 @@ def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: P
             tensors[f"{names[module]}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
         alpha = Counter(f.alpha for f in meant.values()).most_common(1)[0][0]
     else:
-        meant = {m: _cast(m, f, float(f.rank), dtype, path) for m, f in adapter.modules.items()}
+        meant = {m: _cast(m, f, float(f.rank), dtype, path) for m, f in modules.items()}
         tensors = {f"{module}.lora_A.weight": factors.down for module, factors in meant.items()}
         tensors |= {f"{module}.lora_B.weight": factors.up for module, factors in meant.items()}
         alpha = float(Counter(f.rank for f in meant.values()).most_common(1)[0][0])
@@ -121,6 +124,15 @@ def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: P
     start = max(LEGACY_OFFSET - len(header), 0)
     legacy = hashlib.sha256(data[start : LEGACY_OFFSET + LEGACY_LENGTH - len(header)]).hexdigest()[:8]
     return _header_bytes(ordered, metadata | {"sshs_legacy_hash": legacy}) + data, meant
+
+
+def _spelled(module: str, factors: LoraFactors, family: str | None) -> LoraFactors:
+    """A linear layer or 1x1 convolution as the family's models have it; diffusers loads no other shape."""
+    projection = module.endswith((".proj_in", ".proj_out"))
+    if module.endswith(KERNEL_3X3) or (projection and family is None):
+        return factors
+    convolution = module.endswith(".conv_shortcut") or (projection and not FAMILIES[family or ""].linear_projection)
+    return factors.fitted((*factors.shape[:2], *((1, 1) if convolution else ()))) or factors
 
 
 def _alphas(modules: Mapping[str, LoraFactors]) -> dict[str, float]:

@@ -52,14 +52,14 @@ def precision(adapter: Adapter) -> Dtype:
 def same_change(adapter: Adapter, modules: Mapping[str, LoraFactors], *, tolerance: float) -> bool:
     """Whether down factors are equal, and scaled up factors differ by at most `tolerance`, relative to each element."""
     return all(
-        torch.equal(f.down.double(), modules[name].down.double())
+        torch.equal(f.down.double().flatten(1), modules[name].down.double().flatten(1))
         and torch.allclose(scaled_up(f), scaled_up(modules[name]), rtol=tolerance, atol=0)
         for name, f in adapter.modules.items()
     )
 
 
 def scaled_up(factors: LoraFactors) -> Tensor:
-    return factors.up.double() * factors.alpha / factors.rank
+    return factors.up.double().flatten(1) * factors.alpha / factors.rank
 
 
 def unfolded(adapter: Adapter) -> Adapter:
