@@ -23,6 +23,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.errors import SettingsError
+from lora_booth.pictures.album import RECORD, Album, first_free
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.gallery import Gallery
 from lora_booth.pictures.picture import Picture
@@ -187,7 +188,7 @@ def test_command_and_python_draw_the_picture_again(studio_files, monkeypatch, ca
     with pytest.raises(SystemExit) as left:
         cli.main([*shlex.split(command_of(original))[1:], "--out", f"out-{name}"])
     assert left.value.code == 0
-    with Image.open(folder / f"out-{name}" / "000005.png") as again:
+    with Image.open(folder / f"out-{name}" / "a_photo_of_rex_do-000005.png") as again:
         assert np.array_equal(np.asarray(again), np.asarray(original.image))
 
 
@@ -282,3 +283,62 @@ def test_errors(tmp_path):
     with pytest.raises(SettingsError, match=r"\.html, \.png"):
         Gallery([picture()]).save(tmp_path / "new" / "page.pdf")
     assert not (tmp_path / "new").exists()
+
+
+# --- a folder that grows -----------------------------------------------------------------------------------------------
+
+
+def shown_in(page: Path) -> list[str]:
+    """The prompt and seed of every picture of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [f"{a} {b}" for a, b in re.findall(r'<p class="prompt">(.*?)</p>\s*<small>(.*?)</small>', text)]
+
+
+def test_nothing_in_an_album_is_overwritten(tmp_path):
+    dogs, owl = [picture(0, "a dog"), picture(1, "a dog")], picture(0, "an owl", adapters=(("Rex", 0.5),))
+    first, second = Album(tmp_path).save(dogs), Album(tmp_path).save([owl])
+    assert [file.name for file in (*first, *second)] == ["a_dog-000000.png", "a_dog-000001.png", "an_owl-000000.png"]
+    page = Album(tmp_path).gallery()
+    assert page == tmp_path / "gallery.html"
+    assert shown_in(page) == ["an owl seed 0 · Rex 0.5", "a dog seed 0", "a dog seed 1"]
+    other = Picture(picture(7).image, "a dog", 0, steps=9)  # the same prompt and seed, drawn otherwise
+    assert [file.name for file in Album(tmp_path).save([other, dogs[1]])] == ["a_dog-000000-2.png", "a_dog-000001.png"]
+    assert shown_in(Album(tmp_path).gallery()) == ["a dog seed 0", "a dog seed 0", "a dog seed 1", "an owl seed 0 · Rex 0.5"]
+    for file, made in zip(first, dogs, strict=True):
+        with Image.open(file) as kept:
+            assert kept.tobytes() == made.image.tobytes()
+
+
+def test_an_album_keeps_what_others_put_into_its_folder(tmp_path):
+    (tmp_path / "gallery.html").write_text("mine")
+    (tmp_path / "a_dog-000000.png").write_bytes(b"mine")
+    (tmp_path / "secret.txt").write_text("mine")
+    (tmp_path / "a_dog-000001.png").symlink_to(tmp_path / "secret.txt")
+    album = Album(tmp_path)
+    names = [file.name for file in (*album.save([picture(0, "a dog"), picture(1, "a dog")]), album.gallery())]
+    assert names == ["a_dog-000000-2.png", "a_dog-000001-2.png", "gallery-2.html"]
+    assert Album(tmp_path).gallery().name == "gallery-2.html"
+    assert first_free(tmp_path / "gallery-2.html").name == "gallery-2-2.html"
+    assert first_free(tmp_path / "grid.png").name == "grid.png"
+    for name in ("gallery.html", "a_dog-000000.png", "secret.txt"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "[]", "{}", '{"page": "../x.html"}', '{"file": 5}', '{"file": "gone.png", "facts": [], "adapters": []}'),
+        '{"file": "../outside.png", "prompt": "x", "seed": 1, "base": "", "used": "", "command": "", "python": "", '
+        '"facts": [["a"]], "adapters": []}',
+        '{"file": "/etc/passwd", "facts": 3, "adapters": null}',
+    ],
+)
+def test_a_damaged_record_shows_what_is_left(tmp_path, line):
+    folder = tmp_path / "album"
+    picture(3).save(tmp_path / "outside.png")
+    Album(folder).save([picture(0, "a dog")])
+    with (folder / RECORD).open("a") as record:
+        record.write(line + "\n")
+    album = Album(folder)
+    album.save([picture(1, NASTY)])
+    assert len(shown_in(album.gallery())) == 2 and NASTY not in album.page.read_text(encoding="utf-8")

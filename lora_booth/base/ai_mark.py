@@ -32,13 +32,18 @@ def save_picture(image: Image.Image, path: Path, *, generated: bool = True) -> P
     if kind is None:
         raise SettingsError(f"{path}: pictures are saved as .png, .jpg or .webp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, picture_bytes(image, kind, generated=generated))
+    return path
+
+
+def picture_bytes(image: Image.Image, kind: str = "PNG", *, generated: bool = True) -> bytes:
+    """What `save_picture` writes."""
     options: dict[str, Any] = {"quality": 95} | ({"xmp": AI_MARK.encode()} if generated else {})
     if kind == "PNG" and generated:
         info = PngImagePlugin.PngInfo()
         info.add_itxt("XML:com.adobe.xmp", AI_MARK)
         options = {"pnginfo": info}
-    write_file(path, _encoded(image, kind, options))
-    return path
+    return _encoded(image, kind, options)
 
 
 def data_url(image: Image.Image, quality: int, *, generated: bool = True) -> str:

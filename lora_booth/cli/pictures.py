@@ -18,7 +18,7 @@ from .arguments import by_file, parse_seeds, parse_weights, weighted
 from .options import Adapters, Drawing, Loading, Method, OwnBase, Placement, Prompting, Size, Steps, command
 
 if TYPE_CHECKING:
-    from ..pictures.picture import Picture
+    pass
 
 PATIENCE = 2.0  # seconds without a bar; chosen
 Out = Annotated[Path, typer.Option(help="folder for the pictures and their gallery, e.g. beach")]
@@ -42,7 +42,7 @@ def generate(
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
     from ..base.ai_mark import save_picture
-    from ..pictures.gallery import Gallery
+    from ..pictures.album import Album
     from ..pictures.grids import batches
     from ..pictures.recipe import Recipe
     from ..pictures.regions import preview as drawn
@@ -58,20 +58,17 @@ def generate(
     studio = placement.composition(chosen, base, loading)
     settings = asdict(drawing)
     batch_size = settings.pop("batch_size")
-    title = prompt if not several else f"{len(texts)} prompts"
-    pictures: list[Picture] = []
-    files: list[Path] = []
+    album, pictures, files = Album(out), [], []
     try:
         with progress(len(texts) * len(wanted), drawing.steps) as (on_image, on_step):
-            for row, text, part in batches(texts, wanted, batch_size):
+            for _, text, part in batches(texts, wanted, batch_size):
                 made = studio.generate(text, seeds=part, **settings, batch_size=batch_size, on_step=on_step)
-                start = f"{row // len(wanted) + 1:03d}-" if several else ""
-                files += [picture.save(out / f"{start}{picture.seed:06d}.png") for picture in made]
+                files += album.save(made)
                 pictures += made
                 on_image(len(pictures))
     except KeyboardInterrupt:
         if pictures:
-            say(str(Gallery(pictures, title=title).save(out / "gallery.html")))
+            say(str(album.gallery()))
         raise
     if preview is not None:
         found = studio.find_regions(prompt, seed=wanted[0], **settings) if isinstance(studio.regions, str) else studio.regions
@@ -79,9 +76,8 @@ def generate(
         say(str(preview))
     if recipe is not None:
         say(str(Recipe.of(studio, prompt, seeds=wanted, **settings).save(recipe)))
-    for file in files:
+    for file in (*files, album.gallery()):
         say(str(file))
-    say(str(Gallery(pictures, title=title).save(out / "gallery.html")))
 
 
 @command
@@ -113,16 +109,16 @@ def replay(
 ) -> None:
     """Draw the pictures of a recipe again."""
     from ..adapters.adapter import Adapter
-    from ..pictures.gallery import Gallery
+    from ..pictures.album import Album
     from ..pictures.recipe import Recipe
 
     written = Recipe.load(recipe)
     changes: dict[str, Any] = {} if seeds is None else {"seeds": parse_seeds(seeds)}
     loaded = [Adapter.load(path) for path in adapters]
     pictures = written.generate(loading.base(base, loaded), loaded, **changes)
-    for picture in pictures:
-        say(str(picture.save(out / f"{picture.seed:06d}.png")))
-    say(str(Gallery(pictures, title=str(written.pictures.get("prompt", ""))).save(out / "gallery.html")))
+    album = Album(out)
+    for file in (*album.save(pictures), album.gallery()):
+        say(str(file))
 
 
 @command
@@ -139,10 +135,14 @@ def grid(
     ] = None,
     before_after: Annotated[bool, typer.Option(help="draw two rows: without and with the adapters")] = False,
     seeds: Annotated[str, typer.Option(help="seeds, a row for each and every prompt, e.g. 0-3 or 1,5,8")] = "0-3",
-    out: Annotated[Path, typer.Option(help="file to write, e.g. grid.png (also .jpg, .webp) or grid.html")] = Path("grid.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="file to write, e.g. grid.jpg (also .png, .webp) or grid.html [grid.png, or the next free name]"),
+    ] = None,
     method: Method = None,
 ) -> None:
     """Draw the same prompts and seeds at several weights, on one labelled sheet."""
+    from ..pictures.album import first_free
     from ..pictures.gallery import check_output
     from ..pictures.grids import WEIGHTS, before_after_of, grid_steps
 
@@ -150,6 +150,7 @@ def grid(
         raise SettingsError("--before-after and --weights exclude each other; pass one of them")
     factors = (0.0, 1.0) if before_after else WEIGHTS if weights is None else parse_weights(weights)
     wanted = parse_seeds(seeds)
+    out = out or first_free(Path("grid.png"))
     check_output(out)
     chosen = weighted(adapters)
     texts = prompting.texts([adapter for adapter, _ in chosen])

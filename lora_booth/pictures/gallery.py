@@ -63,34 +63,52 @@ class Gallery:
 
         It contains each picture as WebP, as a thumbnail and in full, and works without JavaScript.
         """
-        adapters = list(dict.fromkeys(name for picture in self.pictures for name, _ in picture.adapters))
-        bases = {picture.base for picture in self.pictures}
-        return page(
-            __package__,
-            title=self.title,
-            pixelated=max(p.image.width for p in self.pictures) <= LOSSLESS,
-            adapters=adapters,
-            entries=[entry(i, picture, adapters, bases) for i, picture in enumerate(self.pictures, 1)],
-        )
+        return html_of([(record_of(picture), picture.image) for picture in self.pictures], title=self.title)
 
 
-def entry(index: int, picture: Picture, adapters: Sequence[str], bases: Collection[str]) -> dict[str, Any]:
-    """One picture as the page shows it."""
-    small = picture.image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
+def html_of(items: Sequence[tuple[dict[str, Any], Image.Image]], *, title: str) -> str:
+    """A page of records and their pictures."""
+    adapters = list(dict.fromkeys(name for record, _ in items for name in record["adapters"]))
+    bases = {record["base"] for record, _ in items}
+    return page(
+        __package__,
+        title=title,
+        pixelated=max((image.width for _, image in items), default=0) <= LOSSLESS,
+        adapters=adapters,
+        entries=[entry(i, record, image, adapters, bases) for i, (record, image) in enumerate(items, 1)],
+    )
+
+
+def record_of(picture: Picture) -> dict[str, Any]:
+    """What a page says of a picture, in strings alone; an empty one says nothing."""
     used = ", ".join(f"{name} {number(weight)}" for name, weight in picture.adapters)
     return {
         "prompt": picture.prompt,
-        "file": f"picture-{index:03d}-seed-{picture.seed}.webp",  # the name under which a browser saves it
-        "full": data_url(picture.image, FULL_QUALITY),
+        "seed": str(picture.seed),
+        "base": picture.base,
+        "used": used,
+        "adapters": [name for name, _ in picture.adapters],
+        "facts": list(facts_of(picture, used)),
+        "command": command_of(picture) or "",
+        "python": python_of(picture) or "",
+    }
+
+
+def entry(
+    index: int, record: dict[str, Any], image: Image.Image, adapters: Sequence[str], bases: Collection[str]
+) -> dict[str, Any]:
+    """One picture as the page shows it."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    seed, base = f"seed {record['seed']}", record["base"] if len(bases) > 1 else ""
+    return record | {
+        "file": f"picture-{index:03d}-seed-{record['seed']}.webp",  # the name under which a browser saves it
+        "full": data_url(image, FULL_QUALITY),
         "thumbnail": data_url(small, THUMBNAIL_QUALITY),
         "width": small.width,  # of the thumbnail
         "height": small.height,
-        "adapters": [adapters.index(name) for name, _ in picture.adapters],  # places in the page's list
-        "summary": " · ".join(filter(None, (f"seed {picture.seed}", used, picture.base if len(bases) > 1 else ""))),
-        "facts": list(facts_of(picture, used)),
-        "command": command_of(picture),
-        "python": python_of(picture),
+        "adapters": [adapters.index(name) for name in record["adapters"]],  # places in the page's list
+        "summary": " · ".join(filter(None, (seed, record["used"], base))),
     }
 
 
