@@ -400,6 +400,8 @@ MISTAKES = [
     ("generate {rex} --prompt x --base {tiny} --steps 1 --seeds 1 --out {file}", "file.txt"),
     ("show {tmp}/nothing.safetensors", "nothing.safetensors"),
     ("show {file}", "file.txt"),
+    ("show {photos}/0.jpg", "0.jpg: not a safetensors file; it is a JPEG picture"),
+    ("generate {photos}/0.jpg --prompt x", "not a safetensors file; it is a JPEG picture"),
     ("show {broken}", "broken.safetensors"),
     ("convert {rex} {tmp}/b.safetensors --layout webui", "is not one of 'kohya', 'peft'"),
     ("convert {rex} {tmp}/b.ckpt", ".safetensors"),

@@ -58,6 +58,16 @@ class Entry(NamedTuple):
     end: int
 
 
+KNOWN = {  # how files begin that people take for safetensors files
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"RIFF": "a WebP picture",
+    b"<": "a web page, such as the error page of a download",
+    b"version ": "a Git LFS pointer; fetch the file itself, e.g. with git lfs pull",
+    b"{": "a JSON file",
+}
+
+
 @dataclass(frozen=True)
 class Header:
     tensors: Mapping[str, Entry]
@@ -77,9 +87,10 @@ def read_header(handle: BinaryIO, size: int, path: Path, limits: Limits = ADAPTE
             raise UnsafeFormat("a pickle under another name, which could run code; use a .safetensors file", path)
         if size >= 9 and first[8:] == b"{" and 8 + length <= size:
             raise AdapterTooLarge(f"its header has {length} bytes; allowed: {limits.header}", path)
-        raise AdapterFormatError(f"not a safetensors file (header length {length}, file {size} bytes)", path)
+        kind = next((f"; it is {name}" for begins, name in KNOWN.items() if first.startswith(begins)), "")
+        raise AdapterFormatError(f"not a safetensors file{kind or ', or a damaged one; download it again'}", path)
     if length < 2:
-        raise AdapterFormatError(f"header length {length}: not a safetensors file", path)
+        raise AdapterFormatError("not a safetensors file: its header is empty", path)
     if 8 + length > size:
         raise AdapterFormatError(f"header length {length} is more than the file has ({size} bytes); download it again", path)
     content = parse_json(first[8:] + exactly(handle, length - 1, path), path, brackets=limits.brackets)

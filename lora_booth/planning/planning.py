@@ -52,7 +52,7 @@ class Forecast:
 
     @property
     def words(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items()) or "as asked"
+        return ", ".join(setting(name, value) for name, value in self.settings.items()) or "as asked"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "peak": self.peak}
