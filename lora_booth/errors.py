@@ -47,7 +47,13 @@ def shown(name: object) -> str:
 
 
 class LoraBoothError(Exception):
-    """The root: anything a user can fix. The command line prints it as one line and exits with 2."""
+    """The root: anything a user can fix. The command line prints it as one line and exits with 2.
+
+    A message may quote an untrusted file or a prompt: what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shown(message))
 
 
 class PhotoError(LoraBoothError):
@@ -85,7 +91,7 @@ class AdapterError(LoraBoothError):
     """An adapter file that cannot be read, trusted or used. `path` is the file, if there is one."""
 
     def __init__(self, message: str, path: object = None) -> None:
-        super().__init__(shown(f"{path}: {message}" if path is not None else message))
+        super().__init__(f"{path}: {message}" if path is not None else message)
         self.path = path
 
 

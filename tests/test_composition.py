@@ -18,11 +18,12 @@ from lora_booth.adapters.tools.merge import concatenated
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import quiet
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, SettingsError
+from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, LoraBoothError, SettingsError
 from lora_booth.pictures import attention_maps
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.picture import Picture
 from lora_booth.pictures.regions import Region
+from lora_booth.pictures.weights import Weight
 
 PROMPT = "a photo of sks dog"
 QUICK = {"steps": 2, "guidance": 2.0}
@@ -179,6 +180,90 @@ def test_a_weight_is_a_finite_number(base, rex, weight):
         Composition(base, [(rex, weight)])
 
 
+@pytest.mark.parametrize("adapters", ["one", "file", "pair", "files", "weighted file"])
+def test_adapters_are_taken_for_what_they_plainly_are(base, rex, adapters, tmp_path):
+    file = rex.save(tmp_path / "rex.safetensors")
+    given = {"one": rex, "file": str(file), "pair": (rex, 0.5), "files": [file, str(file)], "weighted file": (file, 0.5)}
+    studio = Composition(base, given[adapters])
+    assert [adapter.card.token for adapter, _ in studio.adapters] == ["sks"] * (2 if adapters == "files" else 1)
+    assert studio.adapters[0][1] == Weight(0.5 if "pair" in adapters or "weighted" in adapters else 1.0)
+
+
+@pytest.mark.parametrize("adapters", [None, 3, [3], [None], {"a": 1}, [("rex", "much")], True])
+def test_what_is_no_adapter_is_told(base, adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoraBoothError):
+        Composition(base, adapters)
+
+
+def test_one_seed_is_one_picture(base):
+    assert [picture.seed for picture in Composition(base).generate("a dog", seeds=5, **QUICK)] == [5]
+    assert [picture.seed for picture in Composition(base).generate("a dog", seeds=np.arange(2), **QUICK)] == [0, 1]
+
+
+@pytest.mark.parametrize("settings", [{"guidance": 1e308}, {"seeds": ["1"]}, {"seeds": None}, {"steps": 2.5}, {"prompt": 3}])
+def test_absurd_settings_are_told(base, settings):
+    with pytest.raises(SettingsError):
+        Composition(base).generate(**{"prompt": "a dog"} | QUICK | settings)
+
+
+def test_an_absurd_weight_is_told(base, rex):
+    for weight in (1e308, -101, math.nan):
+        with pytest.raises(SettingsError):
+            Composition(base, [(rex, weight)])
+        with pytest.raises(SettingsError):
+            Weight(blocks={"mid": weight})
+
+
+def test_a_black_picture_is_an_error():
+    base = BaseModel.from_pipeline(pipelines.make_pipeline("sd1"))
+    with torch.no_grad():
+        base.vae.decoder.conv_out.bias.fill_(-1e9)
+    with pytest.raises(SettingsError, match="came out black: numbers beyond float32; lower the guidance or the weights"):
+        Composition(base).generate("a dog", **QUICK)
+
+
+# --- what is probably not meant ------------------------------------------------------------------------------------
+
+
+def remarks(studio: Composition, prompt: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        studio.generate(prompt, **QUICK)
+    found = [str(one.message) for one in told if issubclass(one.category, CompositionWarning)]
+    assert found == list(studio.preflight(prompt).warnings)
+    return found
+
+
+def test_a_prompt_without_the_token_is_told(base, rex, ink):
+    studio = Composition(base, [rex, ink])  # ink has no token
+    assert remarks(studio, "a dog") == ["the prompt does not name 'sks dog'; add it, or you get any dog"]
+    for prompt in ("sks dog", "a photo of SKS", "a red sks dog, do"):
+        assert remarks(studio, prompt) == []
+    assert remarks(Composition(base, [(rex, 0.0), ink]), "a dog") == []
+    region = Region(rex, box=(0, 0, 0.5, 1), prompt="sks dog")
+    assert remarks(Composition(base, regions=[region]), "a dog") == []
+    assert remarks(Composition(base, regions=[replace(region, prompt="a dog")]), "sks dog") != []
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("<lora:x:.8>", "pass the adapter's file"),
+        ("<lyco:my style:1>", "pass the adapter's file"),
+        ("(sks:1.4)", "prompts have no weights"),
+        ("(a dog :0.5)", "prompts have no weights"),
+        ("((dog))", "prompts have no weights"),
+        ("[dog|do]", "do not change between steps"),
+        ("[dog:do:0.5]", "do not change between steps"),
+    ],
+)
+def test_the_syntax_of_other_programs_is_told(base, rex, words, remedy):
+    [told] = [text for text in Composition(base, rex).remarks(f"sks dog {words}") if "plain words" in text]
+    assert told.startswith(repr(words)) and remedy in told
+    assert Composition(base, rex).remarks("sks dog (a do) 3:2") == []
+
+
 # --- saved pictures ------------------------------------------------------------------------------------------------
 
 SECRETS = Picture(
@@ -266,7 +351,8 @@ def test_a_preflight_says_that_the_base_is_another(base, rex):
     assert "other weights of the same shapes" in Composition(base, [moved]).preflight("sks dog").warnings[0]
     stranger = pipelines.random_adapter(BaseModel.from_pipeline(pipelines.make_pipeline("sdxl"), name="large"))
     found = Composition(base, [rex, stranger]).preflight("sks dog", trial=True)
-    assert "was made for large" in found.warnings[0] and found.overlaps == () and found.seconds is None
+    assert "was made for large" in found.refused[0] and found.overlaps == () and found.seconds is None
+    assert "cannot be attached: sks was made for large" in str(found) and "recommended" not in str(found)
 
 
 def test_regions_are_found_at_any_size(base, rex, monkeypatch):

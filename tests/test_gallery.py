@@ -124,6 +124,7 @@ PROMPTS = (
     "$(touch pwned) `touch pwned` ; touch pwned & touch pwned",
     "'; touch pwned; '",
     "ends with \\",
+    "a dog; touch pwned & touch pwned | 'touch' pwned > pwned # (pwned), {pwned} ^ ~ *",
     "-x --help !! %PATH% \u201cquoted\u201d ' ",
 )
 
@@ -131,7 +132,15 @@ PROMPTS = (
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_pasted_command_says_the_prompt_to_the_shell_exactly(tmp_path, prompt):
-    command = command_of(picture(3, prompt, adapters=(("rex", 0.8),), base="toybox", steps=25, guidance=5.0))
+    made = picture(3, prompt, adapters=(("rex", 0.8),), base="toybox", steps=25, guidance=5.0)
+    command = command_of(made)
+    # what the quotes of bash, cmd and PowerShell treat differently is left to Python
+    assert (command is None) == any(character in prompt for character in '"$`\\!%“”„')
+    if command is None:
+        names: dict = {}
+        exec(python_of(made).splitlines()[-1].replace("[picture] = studio.generate(", "told = dict(prompt=", 1), names)
+        assert names["told"]["prompt"] == prompt
+        return
     told = subprocess.run(
         ["bash", "-c", f"lora-booth() {{ printf '%s\\0' \"$@\"; }}\n{command}"], cwd=tmp_path, capture_output=True, text=True
     )

@@ -21,6 +21,7 @@ from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.grids import Grid, before_after, grid, grid_steps
 from lora_booth.pictures.picture import Picture
 
+pytestmark = pytest.mark.filterwarnings("ignore:the prompt does not name:lora_booth.errors.CompositionWarning")
 QUICK = {"steps": 2, "guidance": 2.0, "size": 32}
 
 
@@ -62,6 +63,7 @@ def test_an_adapter_clash_is_told_once(base, rex):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")  # once for each place
         grid(base, [rex, rex], "a dog", weights=(0, 1), seeds=(0, 1), **QUICK)
+    assert sum("the prompt does not name" in str(w.message) for w in told) == 1
     assert len({str(w.message) for w in told}) == len(told) > 0
 
 

@@ -104,6 +104,30 @@ def test_a_recipe_cannot_ask_for_what_generate_does_not_have(base, files, tmp_pa
             Recipe.load(path)
 
 
+def test_escape_codes_of_a_recipe_stay_out_of_messages(base, files, tmp_path):
+    adapters = [Adapter.load(path) for path in files]
+    path = Recipe.of(Composition(base, adapters, regions="auto"), PROMPT, steps=2).save(tmp_path / "r.json")
+    written, bad = json.loads(path.read_text()), "\x1b[2J\n\u202e"
+    entry = written["adapters"][0]
+    for change in (
+        {"pictures": {bad: 1}},
+        {"pictures": written["pictures"] | {"steps": bad}},
+        {"composition": written["composition"] | {"method": bad}},
+        {"composition": written["composition"] | {bad: 1}},
+        {"composition": written["composition"] | {"isolate": bad}},
+        {"adapters": [entry | {"name": bad, "hash": bad}]},
+        {"adapters": [entry | {"weight": entry["weight"] | {"blocks": {bad: 1}}}]},
+        {"adapters": [entry | {"weight": {bad: 1}}]},
+        {"base": bad, "base_hash": bad},
+        {bad: 1},
+        {"format": bad},
+    ):
+        path.write_text(json.dumps(written | change))
+        with pytest.raises(LoraBoothError) as told:
+            Recipe.load(path).generate(base, adapters)
+        assert str(told.value).isprintable(), change
+
+
 def test_nothing_of_a_masks_file_is_in_it(base, files, tmp_path):
     mask = Image.new("L", (32, 32), 255)
     mask.info["comment"] = "secret-comment"

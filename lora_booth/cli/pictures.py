@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..config import STEPS
-from ..errors import SettingsError
+from ..errors import AdapterBaseMismatch, SettingsError
 from .app import say
 from .arguments import by_file, parse_seeds, parse_weights, weighted
 from .options import Adapters, Drawing, Loading, Method, OwnBase, Placement, Prompting, Size, Steps, command
@@ -94,7 +94,10 @@ def preflight(
 ) -> None:
     """Report conflicts between adapters, how they overlap and what a picture costs, before you draw it."""
     studio = placement.composition(by_file(adapters), base, loading)
-    say(str(studio.preflight(prompt, steps=steps, size=size, trial=trial)))
+    report = studio.preflight(prompt, steps=steps, size=size, trial=trial)
+    say(str(report))
+    if report.refused:
+        raise AdapterBaseMismatch(report.refused[0])
 
 
 @command

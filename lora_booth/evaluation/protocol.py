@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,7 @@ from ..adapters.adapter import Adapter
 from ..base.base_model import TOYBOX_FOLDER, BaseModel
 from ..base.memory import pictures_at_a_time
 from ..config import check
-from ..errors import EvaluationError
+from ..errors import CompositionWarning, EvaluationError
 from ..photos.finding import find_photos
 from ..photos.square import training_square
 from ..pictures.composition import Composition
@@ -133,7 +134,9 @@ class Drawing:
             studio = Composition(self.base, [adapter if weight is None else (adapter, weight)])
             prompts = [case.prompt_for(adapter.card) for case in self.cases]
         groups = [self.pictures(studio, prompt, self.seeds) for prompt in prompts]
-        of_class = self.pictures(studio, self.class_prompt, self.class_seeds)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CompositionWarning)  # the class is drawn without the token on purpose
+            of_class = self.pictures(studio, self.class_prompt, self.class_seeds)
         values = self.measure.of_subject(self.cases, [[picture.image for picture in group] for group in groups])
         values |= self.measure.of_class([picture.image for picture in of_class])
         pictures = tuple(picture for group in groups for picture in group)

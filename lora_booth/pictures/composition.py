@@ -20,11 +20,22 @@ from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import generate_images, quiet
 from ..config import GUIDANCE, STEPS, check, typed
-from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError
+from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
 from .attention_maps import AttentionMaps
 from .picture import Making, Picture, Place, default_start
-from .preflight import Preflight, clashes, misfits, overlaps_of, recommendation, subjects_of, unnamed, unread, ways_to_place
+from .preflight import (
+    Preflight,
+    clashes,
+    misfits,
+    other_syntax,
+    overlaps_of,
+    recommendation,
+    subjects_of,
+    unnamed,
+    unread,
+    ways_to_place,
+)
 from .regional import EMPTY, Isolation, Regional
 from .regions import Region, masks_of
 from .subjects import find_phrase, token_positions, without
@@ -146,10 +157,16 @@ class Composition:
             batch_size=batch_size,
         )
         everyone = self.everyone(prompt)
-        for text in (*clashes(everyone, self.method, self.isolate), *unread(self.base, everyone, prompt, negative_prompt)):
+        for text in self.remarks(prompt, negative_prompt):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
             images = generate_images(pipeline, **asked, on_image=on_image, on_step=on_step)
+            checked_for_black = getattr(pipeline, "safety_checker", None) is None
+        if checked_for_black and not all(image.getbbox() for image in images):  # how NaN ends
+            raise SettingsError(
+                f"a picture came out black: numbers beyond {str(self.base.dtype).removeprefix('torch.')}; lower the guidance "
+                f"or the weights, or load the base with {setting('dtype', 'float32')}"
+            )
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
         making = self._making(prompt, everyone)
         return [
@@ -264,20 +281,30 @@ class Composition:
 
     # --- before the first step
 
+    def remarks(self, prompt: str, negative_prompt: str | None = None) -> list[str]:
+        """What is probably not meant, one line each; `generate` gives them as warnings."""
+        everyone, places = self.everyone(prompt), () if isinstance(self.regions, str) else self.regions
+        prompts = [prompt] * (len(everyone) - len(places)) + [place.prompt or prompt for place in places]
+        return [
+            *clashes(everyone, self.method, self.isolate),
+            *unnamed(everyone, prompts),
+            *(text for one in dict.fromkeys([*prompts, negative_prompt or ""]) for text in other_syntax(one)),
+            *unread(self.base, everyone, prompt, negative_prompt),
+        ]
+
     def preflight(self, prompt: str = "", *, steps: int = STEPS, size: int | None = None, trial: bool = False) -> Preflight:
         """The cost and the conflicts of this composition. trial: run a few steps to measure time and memory."""
         everyone = self.everyone(prompt)
         refused, other_base = misfits(self.base, everyone)
         seconds, peak = self._trial(prompt, steps, size) if trial and not refused else (None, None)
-        cut = unread(self.base, everyone, prompt)
-        left_out = unnamed(everyone, prompt) if self.method != "regions" else []  # regions may have their own prompts
         return Preflight(
             method=self.method if self.method != "regions" else f"regions, isolate {self.isolate}",
             passes=self._passes(prompt),
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
-            warnings=(*refused, *other_base, *clashes(everyone, self.method, self.isolate), *left_out, *cut),
+            warnings=(*other_base, *self.remarks(prompt)),
             recommended=recommendation(everyone),
+            refused=tuple(refused),
             seconds=seconds,
             peak_bytes=peak,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +17,12 @@ from ..injection import placements
 from ..subject.wording import with_article
 from .subjects import find_phrase
 from .weights import Weight
+
+SYNTAX = (  # of AUTOMATIC1111 and others
+    (re.compile(r"<(?:lora|lyco|hypernet)\w*:[^<>]*>", re.IGNORECASE), "pass the adapter's file with its weight instead"),
+    (re.compile(r"\(+[^()]*:\s*[-+]?[\d.]+\s*\)+|\({2,}[^()]+\){2,}"), "prompts have no weights here: leave the brackets out"),
+    (re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]"), "prompts do not change between steps here: leave the brackets out"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Preflight:
     overlaps: tuple[Overlap, ...]
     warnings: tuple[str, ...]
     recommended: str
+    refused: tuple[str, ...] = ()  # why adapters cannot be attached to this base
     seconds: float | None = None
     peak_bytes: int | None = None
 
@@ -53,8 +61,9 @@ class Preflight:
             cost += f", {self.peak_bytes / 1e9:.1f} GB on the GPU"
         lines = [f"method {self.method}: {cost}; adapters {self.adapter_bytes / 1e6:.1f} MB"]
         lines += [f"{o.first} and {o.second}: {o.difference}" for o in self.overlaps]
+        lines += [f"cannot be attached: {text}" for text in self.refused]
         lines += [f"warning: {text}" for text in self.warnings]
-        return "\n".join([*lines, f"recommended: {self.recommended}"])
+        return "\n".join([*lines, *([] if self.refused else [f"recommended: {self.recommended}"])])
 
 
 def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
@@ -82,10 +91,22 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: st
     return found
 
 
-def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompt: str) -> list[str]:
-    """Warnings about subjects that the prompt leaves out: "a dog" draws the class, not the subject."""
-    missing = [subject.card.words for subject in subjects_of(adapters) if find_phrase(prompt, subject) is None]
-    return [f"the prompt does not name {phrase!r}" for phrase in missing] if prompt else []
+def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompts: Sequence[str]) -> list[str]:
+    """Warnings about subjects that their prompt leaves out: "a dog" draws any dog."""
+    found = []
+    for (adapter, weight), prompt in zip(adapters, prompts, strict=True):
+        if adapter.card.token and weight.value and prompt and find_phrase(prompt, adapter) is None:
+            found.append(f"the prompt does not name {adapter.card.words!r}; add it, or you get any {adapter.card.class_noun}")
+    return found
+
+
+def other_syntax(prompt: str) -> list[str]:
+    """Warnings about what other programs read as instructions."""
+    return [
+        f"{found.group()!r} is read as plain words; {remedy}"
+        for pattern, remedy in SYNTAX
+        for found in pattern.finditer(prompt)
+    ]
 
 
 def unread(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]], *prompts: str | None) -> list[str]:

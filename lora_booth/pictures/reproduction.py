@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-import shlex
 
 from ..adapters.contents import file_stem
 from .picture import Making, Picture, Place, default_start
 
-PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # needs no quotes in any shell
-DOUBLE = re.compile(r"[^\"$`\\!%“”„]*")  # is the same between double quotes in any shell; PowerShell ends a string at “
+# the same to bash, zsh, cmd and PowerShell
+PLAIN = re.compile(r"[A-Za-z0-9_+:./-]+")
+QUOTED = re.compile(r"[^\"$`\\!%“”„]+")  # between double quotes; PowerShell ends a string at “
 
 
 def command_of(picture: Picture) -> str | None:
     """`lora-booth generate ...`; None if the command line cannot express the picture.
 
-    Also None if an argument has control characters: pasted into a terminal, those act as keys.
+    Also None if an argument cannot be quoted in a way that all shells read alike, or has control characters: pasted into a
+    terminal, those act as keys.
     """
     making = known_making(picture)
     if making is None or not picture.adapters:
@@ -42,7 +43,9 @@ def command_of(picture: Picture) -> str | None:
         words += ["--auto-regions"] * making.auto + ["--isolate", making.isolate] * (making.isolate != Making.isolate)
     elif len(making.files) > 1:  # several subjects would get regions
         words += ["--method", making.method]
-    return " ".join(map(quoted, words)) if all(word.isprintable() for word in words) else None
+    if not all(word.isprintable() and QUOTED.fullmatch(word) for word in words):
+        return None
+    return " ".join(word if PLAIN.fullmatch(word) else f'"{word}"' for word in words)
 
 
 def python_of(picture: Picture) -> str | None:
@@ -102,9 +105,3 @@ def side_of(picture: Picture) -> int | None:
 def number(value: float) -> str:
     """The shortest text of exactly this value: 1, 0.6."""
     return repr(float(value)).removesuffix(".0")
-
-
-def quoted(word: str) -> str:
-    if PLAIN.fullmatch(word):
-        return word
-    return f'"{word}"' if DOUBLE.fullmatch(word) else shlex.quote(word)
