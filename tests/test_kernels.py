@@ -46,35 +46,32 @@ PICTURES = [
     ("slice", 48, 1, 3, 1),
     ("last", 32, 2, 1, 1),
 ]
-FLAGS = [(True, True), (False, True), (False, False)]  # shifted, silu
 NORMS = [  # the interpreter, which is slow, takes the precisions in turn
-    (*size, *flags, dtype)
-    for turn, (size, flags) in enumerate(itertools.product(PICTURES, FLAGS))
+    (*size, silu, dtype)
+    for turn, (size, silu) in enumerate(itertools.product(PICTURES, (True, False)))
     for dtype in (DTYPES if DEVICE.type == "cuda" else [DTYPES[turn % len(DTYPES)]])
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "channels", "groups", "height", "width", "shifted", "silu", "dtype"), NORMS)
+@pytest.mark.parametrize(("layout", "channels", "groups", "height", "width", "silu", "dtype"), NORMS)
 def test_group_norm(
-    layout: str, channels: int, groups: int, height: int, width: int, shifted: bool, silu: bool, dtype: torch.dtype,
+    layout: str, channels: int, groups: int, height: int, width: int, silu: bool, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(kernels, "TILE", 64)  # several programs for each group
     torch.manual_seed(0)
     x, gradient, skip = (picture(layout, 2, channels, height, width, dtype) for _ in range(3))
-    weight, bias, shift = drawn(channels, dtype=dtype), drawn(channels, dtype=dtype), drawn(2, channels, dtype=dtype)
+    weight, bias = drawn(channels, dtype=dtype), drawn(channels, dtype=dtype)
     exact = x.double().requires_grad_()
-    moved = exact + shift.double()[:, :, None, None] if shifted else exact
-    expected = F.group_norm(moved, groups, weight.double(), bias.double(), 1e-5)
+    expected = F.group_norm(exact, groups, weight.double(), bias.double(), 1e-5)
     expected = F.silu(expected) if silu else expected
     (wanted,) = torch.autograd.grad(expected, exact, gradient.double())
-    given = shift if shifted else None
-    y, mean, rstd = kernels.group_norm(x, given, weight, bias, groups, 1e-5, silu=silu)
+    y, mean, rstd = kernels.group_norm(x, weight, bias, groups, 1e-5, silu=silu)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     assert away(y, expected) < 10 * FAR[dtype]
     for beside in (None, skip):
-        found = kernels.group_norm_backward(gradient, beside, x, given, mean, rstd, weight, bias, groups, silu=silu)
+        found = kernels.group_norm_backward(gradient, beside, x, mean, rstd, weight, bias, groups, silu=silu)
         exactly = wanted if beside is None else wanted + skip.double()
         scale = exactly.norm() if exactly.norm() > 1e-6 else torch.ones((), device=DEVICE)  # one value: no gradient at all
         assert float((found.double() - exactly).norm() / scale) < 20 * FAR[dtype]

@@ -81,43 +81,39 @@ def as_product(x: Tensor, weight: Tensor, how: ConvOptions, pixels: int) -> bool
 
 
 class NormBeside(Function):
-    """x, and GroupNorm(x + shift), with SiLU if `silu`: saves x and the groups' statistics.
-
-    x (N, C, H, W); shift (N, C) or None, without gradient
-    """
+    """x, and GroupNorm(x), with SiLU if `silu`: saves x and the groups' statistics. x (N, C, H, W)"""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.groups, ctx.eps, ctx.silu, ctx.fused = groups, eps, silu, fused(x)
         if ctx.fused:
-            normal, mean, rstd = dispatch.group_norm(x, shift, weight, bias, groups, eps, silu=silu)
-            ctx.save_for_backward(x, shift, mean, rstd, weight, bias)
-            return x.view_as(x), normal
-        shifted = (x if shift is None else x + shift[:, :, None, None]).contiguous()
-        normal, mean, rstd = torch.native_group_norm(shifted, weight, bias, *sizes_of(x), groups, eps)
-        ctx.save_for_backward(shifted, None, mean, rstd, weight, bias)
-        return x.view_as(x), F.silu(normal, inplace=True) if silu else normal
+            normal, mean, rstd = dispatch.group_norm(x, weight, bias, groups, eps, silu=silu)
+        else:
+            normal, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *sizes_of(x), groups, eps)
+            normal = F.silu(normal, inplace=True) if silu else normal
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return x.view_as(x), normal
 
     @staticmethod
     def backward(ctx: Any, skip: Tensor | None, gradient: Tensor | None) -> Any:
-        x, shift, mean, rstd, weight, bias = ctx.saved_tensors
+        x, mean, rstd, weight, bias = ctx.saved_tensors
         if gradient is None:
-            return skip, None, None, None, None, None, None
+            return skip, None, None, None, None, None
         if ctx.fused:
             work = dispatch.group_norm_backward
-            for_x = work(gradient, skip, x, shift, mean, rstd, weight, bias, ctx.groups, silu=ctx.silu)
-            return for_x, None, None, None, None, None, None
+            for_x = work(gradient, skip, x, mean, rstd, weight, bias, ctx.groups, silu=ctx.silu)
+            return for_x, None, None, None, None, None
         sizes = (*sizes_of(x), ctx.groups)
-        gradient = gradient.contiguous()  # PyTorch reads it as contiguous, whatever its strides
+        x, gradient = x.contiguous(), gradient.contiguous()  # PyTorch reads them as contiguous, whatever their strides
         if ctx.silu:
             normal = torch.native_group_norm(x, weight, bias, *sizes, ctx.eps)[0]
             gradient = torch.ops.aten.silu_backward(gradient, normal)
         mask = [True, False, False]
         for_x = torch.ops.aten.native_group_norm_backward(gradient, x, mean, rstd, weight, *sizes, mask)[0]
-        return for_x if skip is None else for_x.add_(skip), None, None, None, None, None, None
+        return for_x if skip is None else for_x.add_(skip), None, None, None, None, None
 
 
 def sizes_of(x: Tensor) -> tuple[int, int, int]:

@@ -93,21 +93,17 @@ class Tiles:
 
 
 def group_norm(
-    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm(x + shift), then SiLU if `silu`; and mean and 1 / deviation of each group, (N x groups,) float32.
-
-    x (N, C, H, W), shift (N, C) or None
-    """
+    """GroupNorm, then SiLU if `silu`; and mean and 1 / deviation of each group, (N x groups,) float32. x (N, C, H, W)"""
     x, tiles = channels_last(x), Tiles.of(x, groups)
     means, squares = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
     mean, rstd = torch.empty((2, tiles.grid[0]), dtype=torch.float32, device=x.device)
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    strides, given = (x.stride(0), x.stride(3)), shift if shift is not None else x
-    shifted = int(shift is not None)
-    compiled().group_moments_kernel[tiles.grid](x, given, means, squares, *strides, *tiles.numbers, shifted, **tiles.sizes)
+    strides = x.stride(0), x.stride(3)
+    compiled().group_moments_kernel[tiles.grid](x, means, squares, *strides, *tiles.numbers, **tiles.sizes)
     compiled().group_norm_kernel[tiles.grid](
-        x, given, weight, bias, means, squares, mean, rstd, y, *strides, *tiles.numbers, eps, shifted, int(silu),
+        x, weight, bias, means, squares, mean, rstd, y, *strides, *tiles.numbers, eps, int(silu),
         **tiles.parts, **tiles.sizes,
     )  # fmt: skip
     return y, mean, rstd
@@ -117,7 +113,6 @@ def group_norm_backward(
     gradient: Tensor,
     skip: Tensor | None,
     x: Tensor,
-    shift: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
@@ -132,13 +127,12 @@ def group_norm_backward(
     result = torch.empty_like(x, memory_format=torch.channels_last)
     beside = gradient if skip is None else channels_last(skip)
     strides = [size for tensor in (x, gradient) for size in (tensor.stride(0), tensor.stride(3))]
-    given, how = shift if shift is not None else x, (int(shift is not None), int(silu))
     compiled().group_sums_kernel[tiles.grid](
-        x, given, weight, bias, gradient, mean, rstd, plain, along, *strides, *tiles.numbers, *how, **tiles.sizes
+        x, weight, bias, gradient, mean, rstd, plain, along, *strides, *tiles.numbers, int(silu), **tiles.sizes
     )
     compiled().group_norm_backward_kernel[tiles.grid](
-        x, given, weight, bias, gradient, beside, mean, rstd, plain, along, result,
-        *strides, beside.stride(0), beside.stride(3), *tiles.numbers, *how, int(skip is not None),
+        x, weight, bias, gradient, beside, mean, rstd, plain, along, result,
+        *strides, beside.stride(0), beside.stride(3), *tiles.numbers, int(silu), int(skip is not None),
         **tiles.parts, **tiles.sizes,
     )  # fmt: skip
     return result

@@ -105,8 +105,8 @@ def plain_norm(norm: nn.GroupNorm) -> bool:
     return frozen(norm) and norm.weight is not None
 
 
-def norm_beside(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, silu: bool = False) -> tuple[Tensor, Tensor]:
-    result = NormBeside.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)  # type: ignore[no-untyped-call]
+def norm_beside(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> tuple[Tensor, Tensor]:
+    result = NormBeside.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)  # type: ignore[no-untyped-call]
     return result  # type: ignore[no-any-return]
 
 
@@ -264,16 +264,14 @@ def plain_transformer(model: Any) -> bool:
 
 
 def lean_resnet(block: Any, x: Tensor, temb: Tensor | None, *args: Any, **more: Any) -> Tensor:
-    """The second norm adds the time embedding. x (N, C, H, W)"""
+    """The norms and their activations save one tensor each. x (N, C, H, W)"""
     if args or more:
         return NotImplemented
     skip, hidden = norm_beside(block.norm1, x, silu=True)
-    hidden, shift = block.conv1(hidden), None
+    hidden = block.conv1(hidden)
     if block.time_emb_proj is not None:
-        shift = block.time_emb_proj(block.nonlinearity(temb)).expand(len(x), -1).contiguous()
-        if shift.requires_grad:  # its layer is adapted
-            hidden, shift = hidden + shift[:, :, None, None], None
-    hidden = norm_beside(block.norm2, hidden, shift, silu=True)[1]
+        hidden = hidden + block.time_emb_proj(block.nonlinearity(temb))[:, :, None, None]
+    hidden = norm_beside(block.norm2, hidden, silu=True)[1]
     if block.conv_shortcut is not None:
         skip = block.conv_shortcut(skip)
     result = skip + block.conv2(hidden)

@@ -14,20 +14,17 @@ import triton.language as tl
 # --- group norm: statistics of parts of a group's pixels, then of the group ------------------------------------------
 
 
-@triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted"])
+@triton.jit(do_not_specialize=["pixels", "parts", "width"])
 def group_moments_kernel(
-    x, shift, means, squares, x_row, x_pixel, pixels, channels, parts, width,
-    shifted, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    x, means, squares, x_row, x_pixel, pixels, channels, parts, width, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared distances from it, of x + shift, for each (row, group) and part of the pixels."""
+    """Mean and sum of squared distances from it, for each (row, group) and part of the pixels."""
     place, part = tl.program_id(0), tl.program_id(1)
     row, group = place // GROUPS, place % GROUPS
     channel, pixel = group * width + tl.arange(0, WIDTH), part * PIXELS + tl.arange(0, PIXELS)
     here = (tl.arange(0, WIDTH) < width)[None, :] & (pixel < pixels)[:, None]
     value = tl.load(x + row * x_row + pixel[:, None] * x_pixel + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    if shifted:
-        value += tl.load(shift + row * channels + channel, mask=tl.arange(0, WIDTH) < width, other=0.0).to(tl.float32)[None, :]
-        value = tl.where(here, value, 0.0)
     count = tl.minimum(PIXELS, pixels - part * PIXELS) * width
     mean = tl.sum(tl.sum(value, axis=1), axis=0) / count
     away = tl.where(here, value - mean, 0.0)
@@ -35,13 +32,12 @@ def group_moments_kernel(
     tl.store(squares + place * parts + part, tl.sum(tl.sum(away * away, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted", "silu"])
+@triton.jit(do_not_specialize=["pixels", "parts", "width", "silu"])
 def group_norm_kernel(
-    x, shift, weight, bias, means, squares, mean_out, rstd_out, y, x_row, x_pixel, pixels, channels, parts, width, eps,
-    shifted, silu, GROUPS: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x, weight, bias, means, squares, mean_out, rstd_out, y, x_row, x_pixel, pixels, channels, parts, width, eps, silu,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """y = SiLU?(GroupNorm(x + shift)); the parts' moments are combined as in Chan, Golub and LeVeque (1979)."""
+    """y = SiLU?(GroupNorm(x)); the parts' moments are combined as in Chan, Golub and LeVeque (1979)."""
     place, part = tl.program_id(0), tl.program_id(1)
     row, group = place // GROUPS, place % GROUPS
     each = tl.arange(0, PARTS)
@@ -60,8 +56,6 @@ def group_norm_kernel(
     channel, pixel = group * width + tl.arange(0, WIDTH), part * PIXELS + tl.arange(0, PIXELS)
     here = inside[None, :] & (pixel < pixels)[:, None]
     value = tl.load(x + row * x_row + pixel[:, None] * x_pixel + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    if shifted:
-        value += tl.load(shift + row * channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     value = (value - mean) * rstd * scale + offset
@@ -72,13 +66,10 @@ def group_norm_kernel(
 
 @triton.jit
 def scaled_gradient(
-    x, shift, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel, channels,
-    shifted, silu,
+    x, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel, silu,
 ):  # fmt: skip
     """The normalised values of a tile, and the gradient of them times their weight."""
     value = tl.load(x + row * x_row + pixel[:, None] * x_pixel + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    if shifted:
-        value += tl.load(shift + row * channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     normal = tl.where(here, (value - mean) * rstd, 0.0)
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     given = tl.load(gradient + row * g_row + pixel[:, None] * g_pixel + channel[None, :], mask=here, other=0.0).to(tl.float32)
@@ -89,10 +80,10 @@ def scaled_gradient(
     return normal, given * scale
 
 
-@triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted", "silu"])
+@triton.jit(do_not_specialize=["pixels", "parts", "width", "silu"])
 def group_sums_kernel(
-    x, shift, weight, bias, gradient, mean_in, rstd_in, plain, along, x_row, x_pixel, g_row, g_pixel, pixels, channels, parts,
-    width, shifted, silu, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    x, weight, bias, gradient, mean_in, rstd_in, plain, along, x_row, x_pixel, g_row, g_pixel, pixels, channels, parts,
+    width, silu, GROUPS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sums over a group's part of the gradient, and of it times the normalised values."""
     place, part = tl.program_id(0), tl.program_id(1)
@@ -102,17 +93,16 @@ def group_sums_kernel(
     here = inside[None, :] & (pixel < pixels)[:, None]
     mean, rstd = tl.load(mean_in + place), tl.load(rstd_in + place)
     normal, given = scaled_gradient(
-        x, shift, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel,
-        channels, shifted, silu,
+        x, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel, silu,
     )  # fmt: skip
     tl.store(plain + place * parts + part, tl.sum(tl.sum(given, axis=1), axis=0))
     tl.store(along + place * parts + part, tl.sum(tl.sum(given * normal, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["pixels", "parts", "width", "shifted", "silu", "skipped"])
+@triton.jit(do_not_specialize=["pixels", "parts", "width", "silu", "skipped"])
 def group_norm_backward_kernel(
-    x, shift, weight, bias, gradient, skip, mean_in, rstd_in, plain, along, out, x_row, x_pixel, g_row, g_pixel, s_row, s_pixel,
-    pixels, channels, parts, width, shifted, silu, skipped, GROUPS: tl.constexpr,
+    x, weight, bias, gradient, skip, mean_in, rstd_in, plain, along, out, x_row, x_pixel, g_row, g_pixel, s_row, s_pixel,
+    pixels, channels, parts, width, silu, skipped, GROUPS: tl.constexpr,
     PARTS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, plus `skip`."""
@@ -126,8 +116,7 @@ def group_norm_backward_kernel(
     here = inside[None, :] & (pixel < pixels)[:, None]
     mean, rstd = tl.load(mean_in + place), tl.load(rstd_in + place)
     normal, given = scaled_gradient(
-        x, shift, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel,
-        channels, shifted, silu,
+        x, weight, bias, gradient, mean, rstd, row, channel, pixel, inside, here, x_row, x_pixel, g_row, g_pixel, silu,
     )  # fmt: skip
     value = rstd * (given - (sum_plain + normal * sum_along) / (pixels * width))
     if skipped:
