@@ -32,10 +32,10 @@ def remember(base: BaseModel, source: str) -> None:
 
 def base_of(adapters: Sequence[Adapter]) -> str:
     """What `BaseModel.load` takes. Raises SettingsError where only the user can know."""
-    made_for = {adapter.card.base_hash or adapter.card.base_model: adapter for adapter in adapters}
-    found = place_of(adapters[0])
-    if len(made_for) == 1 and found is not None:
-        return found
+    made_for = {adapter.card.base_model: adapter for adapter in adapters}
+    found = [place for adapter in adapters if (place := place_of(adapter)) is not None]
+    if len(made_for) == 1 and found:
+        return found[0]
     names = [(one.stem or one.name, one.card.base_model or "a base it does not name") for one in made_for.values()]
     stated = " and ".join(f"{file}.safetensors was made for {name}" for file, name in names)
     one = adapters[0].card.base_model
