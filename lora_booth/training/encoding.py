@@ -104,7 +104,7 @@ def prepare(
 def prompt_read(base: BaseModel, subject: Subject, photo: Photo, name: str, warn: Callable[[str], None]) -> str:
     """The photo's prompt; with the subject first if the text encoders would stop reading before they get to its token."""
     prompt = subject.prompt_for(photo)
-    named = re.search(subject_pattern(subject.token, subject.class_noun), prompt, re.IGNORECASE)
+    named = re.search(subject_pattern(subject.token, None), prompt, re.IGNORECASE)
     if base.cut_off(prompt if named is None else prompt[: named.end()]):
         prompt = f"{subject.token} {subject.class_noun}, {prompt}"
     return told_if_cut(base, prompt, name, warn)
