@@ -147,6 +147,6 @@ class CompositionWarning(UserWarning):
     """Adapters that will blend in one picture; see `Composition.preflight`."""
 
 
-def first_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The message of another library's error, short enough to quote in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -327,7 +327,15 @@ def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]])
 
 
 def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
-    """Family and shapes fit: warn if the adapter was trained on other weights."""
+    """Family and shapes fit: warn if the adapter was trained for another prediction or on other weights."""
+    trained, given = adapter.card.prediction_type, base.prediction_type
+    if trained not in (None, given):
+        warnings.warn(
+            f"{made_for(adapter)}, which predicts {trained}; {base.name} predicts {given}, so its pictures will look wrong",
+            OtherBaseWarning,
+            stacklevel=2,
+        )
+        return
     known = adapter.card.base_hash or ""
     if len(known) != FINGERPRINT_LENGTH:  # other tools' hashes are of files, not of weights
         return

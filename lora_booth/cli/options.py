@@ -134,8 +134,9 @@ class Reading:
     """How to read a base's files, as in `BaseModel.load`."""
 
     config: Path | None = option(None, "for a single file: a diffusers folder of its family, e.g. models/sd21 [built in]")
-    prediction_type: str | None = option(None, "for a single SD 2.x file: epsilon or v_prediction [from its metadata]")
+    prediction_type: str | None = option(None, "for a single file: epsilon or v_prediction [what it states]")
     variant: str | None = option(None, "which weights of a folder or Hub id, e.g. fp16")
+    vae: str | None = option(None, "another VAE: its folder, Hub id or .safetensors file, e.g. stabilityai/sd-vae-ft-mse")
     revision: str | None = option(None, "branch, tag or commit of a Hub id, e.g. main")
 
     def exact(self, source: str) -> BaseModel:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..base.library_logging import without_bars
-from ..errors import EvaluationError, first_line, shown
+from ..errors import EvaluationError, reason_of, shown
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ def loaded(source: str | Path, what: str, load: Callable[[], T]) -> T:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         name = shown(source)
         how = "check that the folder is complete" if Path(source).is_dir() else f"run once while online: hf download {name}"
-        raise EvaluationError(f"{what} ({name}) cannot be loaded: {first_line(error)}; {how}") from error
+        raise EvaluationError(f"{what} ({name}) cannot be loaded: {reason_of(error)}; {how}") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
-from ..errors import SettingsError, first_line, setting
+from ..errors import SettingsError, reason_of, setting
 from .lean import watched
 
 WARM_UPS = 3  # passes before a recording, for one-time set-up in cuDNN, cuBLAS and autograd; as in PyTorch's documentation
@@ -97,7 +97,7 @@ class StepGraph:
             try:
                 self._recordings[layout] = self._recorded(copy.deepcopy(inputs))
             except RuntimeError as error:
-                reason = first_line(error)
+                reason = reason_of(error)
                 self.close()
                 self.say(f"the step cannot be recorded ({reason}); continuing without a recording")
                 return self.work(inputs)

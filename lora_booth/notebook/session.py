@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoraBoothError, SettingsError, first_line, shown
+from ..errors import LoraBoothError, SettingsError, reason_of, shown
 
 # Services import these before the first cell, so the version in memory is not the newer one that a cell installs.
 IMPORTED_EARLY = {
@@ -99,7 +99,7 @@ def mounted() -> bool:
     try:
         drive.mount(str(DRIVE))
     except Exception as error:  # permission was denied, or there is no browser to ask in
-        print(f"No Google Drive ({first_line(error)}).")
+        print(f"No Google Drive ({reason_of(error)}).")
         return False
     return True
 

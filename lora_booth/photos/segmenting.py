@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import MissingExtraError, PhotoError, first_line, shown
+from ..errors import MissingExtraError, PhotoError, reason_of, shown
 from ..files import replacing
 from .finding import find_photos
 from .opening import open_photo, read_mask
@@ -77,7 +77,7 @@ def rembg_segmenter() -> Segmenter:
         session = rembg.new_session(REMBG_MODEL)
     except Exception as error:  # of requests, pooch or onnxruntime
         raise PhotoError(
-            f"rembg's model {REMBG_MODEL} cannot be downloaded or loaded ({first_line(error)[:120]}); "
+            f"rembg's model {REMBG_MODEL} cannot be downloaded or loaded ({reason_of(error)[:120]}); "
             "connect to the internet for the first use, or pass a segmenter of your own"
         ) from None
     return lambda image: rembg.remove(image, session=session, only_mask=True)

@@ -20,7 +20,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
 from ..base.base_model import BaseModel
 from ..config import typed
-from ..errors import AdapterBaseMismatch, SettingsError, first_line, shown
+from ..errors import AdapterBaseMismatch, SettingsError, reason_of, shown
 from ..files import read_json, write_file
 from ..photos.opening import read_picture
 from .composition import PICTURES, Composition, checked
@@ -95,7 +95,7 @@ class Recipe:
         except OSError as error:
             raise SettingsError(f"{shown(path)}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SettingsError(f"{shown(path)}: not a recipe ({shown(first_line(error))})") from error
+            raise SettingsError(f"{shown(path)}: not a recipe ({shown(reason_of(error))})") from error
 
     def studio(self, base: BaseModel | Any, adapters: Sequence[Adapter]) -> Composition:
         """The composition again, with adapters loaded from their files in any order.
@@ -122,7 +122,7 @@ class Recipe:
             everywhere = [(find(entry), Weight(**entry["weight"])) for entry in self.adapters]
             return Composition(base, everywhere, **settings)
         except (KeyError, TypeError, ValueError) as error:
-            raise SettingsError(f"the recipe cannot be read ({first_line(error)})") from error
+            raise SettingsError(f"the recipe cannot be read ({reason_of(error)})") from error
 
     def generate(self, base: BaseModel | Any, adapters: Sequence[Adapter], **changes: Any) -> list[Picture]:
         """The same pictures; with `changes`, others, e.g. seeds=range(8)."""

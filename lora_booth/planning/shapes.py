@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.base_model import BaseModel, located, recognise
+from ..base.base_model import BaseModel, located
 from ..base.diffusers_folder import read_config
 from ..base.families import FAMILIES
+from ..base.recognition import check_trainable, recognise
 from ..base.single_file import CONFIGS, family_of
 from ..base.weight_files import WeightFile
-from ..errors import BaseModelError, first_line
+from ..errors import BaseModelError, reason_of
 
 MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -86,14 +87,17 @@ def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype,
                 else:
                     module = getattr(transformers, cls)(transformers.CLIPTextConfig(**config))
             except (AttributeError, TypeError, ValueError, KeyError) as error:
-                raise BaseModelError(f"{name}: no {part} can be built from its configuration ({first_line(error)})") from error
+                raise BaseModelError(f"{name}: no {part} can be built from its configuration ({reason_of(error)})") from error
             modules[part] = nn.Module.to(module, dtype).eval()
     encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if part in modules]
     tokenizers = tokenizers or [StandIn(encoder.config.max_position_embeddings) for encoder in encoders]
     others = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
     others["scheduler"] = getattr(diffusers, classes["scheduler"][-1]).from_config(dict(parts["scheduler"]))
-    family = recognise(SimpleNamespace(**modules, **others))
+    family = recognise(SimpleNamespace(**modules))
     more: dict[str, Any] = {"add_watermarker": False}
     if not family.time_ids:
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return BaseModel(getattr(diffusers, family.pipeline)(**modules, **others, **more), family, name)
+    absent = dict.fromkeys({"vae", *family.components, *family.tokenizers} - {*modules, *others})
+    pipeline = getattr(diffusers, family.pipeline)(**modules, **others, **more, **absent)
+    check_trainable(pipeline, family)
+    return BaseModel(pipeline, family, name)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-
-TIMESTEPS = 1000  # of the noise schedule of every supported family (`num_train_timesteps`)
+from ..base.recognition import TIMESTEPS
 
 
 @dataclass(frozen=True)

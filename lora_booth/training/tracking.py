@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import MissingExtraError, SettingsError, first_line, setting
+from ..errors import MissingExtraError, SettingsError, reason_of, setting
 from .progress import Step
 
 EXTRAS = {"tensorboard": "tensorboard"}  # tracker -> our extra that brings its package
@@ -96,7 +96,7 @@ class Tracking:
                 act(tracker)
             except Exception as error:
                 self.trackers.remove(tracker)
-                self.say(f"tracker {getattr(tracker, 'name', '?')} is no longer used: {first_line(error)}")
+                self.say(f"tracker {getattr(tracker, 'name', '?')} is no longer used: {reason_of(error)}")
 
 
 def log_image(tracker: Any, name: str, image: Image.Image, step: int) -> None:

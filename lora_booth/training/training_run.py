@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled
-from ..errors import TrainingError, first_line
+from ..errors import TrainingError, reason_of
 from ..injection import TrainableLora, trainable
 from ..kernels.attention import fastest_attention
 from ..kernels.capture import StepGraph, can_capture
@@ -128,7 +128,7 @@ class TrainingRun(Iterator[Step]):
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = first_line(error)
+                reason = reason_of(error)
             self._climb(reason)  # out here: the exception's traceback holds tensors
 
     def _capture(self, lora: LoraSpec, say: Callable[[str], None]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base.base_model import BaseModel, recognise
+from ...base.base_model import BaseModel
 from ...base.families import Family
 from ...base.library_logging import without_bars
-from ...base.original_naming import original_weights
+from ...base.original_naming import original_weights, schedule_marks
 from ...base.quantization import refuse_quantized
+from ...base.recognition import recognise
 from ...config import typed
 from ...errors import BaseModelError, SettingsError
 from ...files import replacing
@@ -114,7 +115,7 @@ def save_single_file(pipeline: Any, path: Path, *, title: str) -> None:
 
     family = recognise(pipeline)
     modules = {name: module.state_dict() for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
-    weights = original_weights(pipeline, family, modules)
+    weights = original_weights(pipeline, family, modules) | schedule_marks(pipeline.scheduler)
     tensors = {key: value.contiguous() for key, value in sorted(weights.items())}
     save_file(tensors, path, metadata_of(pipeline, family, title))
 
