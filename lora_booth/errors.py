@@ -14,6 +14,7 @@ LoraBoothError
     └── AdapterIncomplete, AdapterTargetError, AdapterBaseMismatch          what they are for
 """
 
+import re
 from contextvars import ContextVar
 
 in_command: ContextVar[bool] = ContextVar("in_command", default=False)  # set by the command line
@@ -148,5 +149,6 @@ class CompositionWarning(UserWarning):
 
 
 def reason_of(error: BaseException) -> str:
-    """The message of another library's error, short enough to quote in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """What another library's error says, short enough to quote, in one line: its own first line is often a mere heading."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # colours
+    return shown(" ".join(plain.split())[:300]) or type(error).__name__

@@ -5,13 +5,28 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from accelerate import cpu_offload
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from ldm_naming import checkpoint, save_checkpoint
 from pipelines import KINDS, make_pipeline, random_adapter, same_state, save, state, tokenizer
 from safetensors.torch import save_file
@@ -19,8 +34,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_booth.base import base_model, single_file
 from lora_booth.base.base_model import BaseModel, default_device, default_dtype, is_hub_id
+from lora_booth.base.diffusers_folder import SUCCESSORS
 from lora_booth.base.memory import without_collections
-from lora_booth.errors import BaseModelError
+from lora_booth.errors import BaseModelError, reason_of
 
 FAMILY = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sd2-zsnr": "sd2", "sdxl": "sdxl"}
 PREDICTION = {"sd1": "epsilon", "sd2": "epsilon", "sd2-v": "v_prediction", "sd2-zsnr": "v_prediction", "sdxl": "epsilon"}
@@ -361,6 +377,68 @@ def test_missing_sources(tmp_path: Path) -> None:
     assert "model_index.json" in refused(tmp_path / "empty")
 
 
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], None]]:
+    """A Hub on this machine, which answers everything with a status and an error code."""
+    from huggingface_hub import constants
+
+    answer = (404, "")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(answer[0])
+            self.send_header("X-Error-Code", answer[1])
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    def set_answer(status: int, code: str) -> None:
+        nonlocal answer
+        answer = (status, code)
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield set_answer
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (404, "RepoNotFound", "the Hub has no such model; check the name"),
+        (403, "GatedRepo", "accept its licence on https://huggingface.co/some-one/dreamy"),
+        (404, "EntryNotFound", "no model_index.json, so it is not a diffusers model"),
+        (404, "RevisionNotFound", "Revision Not Found"),
+    ],
+)
+def test_answers_of_the_hub(status: int, code: str, expected: str, answering: Callable[[int, str], None]) -> None:
+    answering(status, code)
+    message = refused("some-one/dreamy")
+    assert message.startswith("some-one/dreamy: ") and expected in message
+
+
+def test_models_that_have_left_the_hub(answering: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    answering(404, "RepoNotFound")
+    for gone in ("runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1"):
+        assert SUCCESSORS[gone] in refused(gone)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    assert SUCCESSORS["runwayml/stable-diffusion-v1-5"] in refused("runwayml/stable-diffusion-v1-5")
+    assert "cannot be reached; load it once while online" in refused("some-one/dreamy")
+
+
+def test_the_reason_of_an_error_is_its_sentence_not_its_heading() -> None:
+    error = RuntimeError("\x1b[1mError(s) in loading:\x1b[0m\n\tsize mismatch for conv_in.weight\x07\n")
+    assert reason_of(error) == "Error(s) in loading: size mismatch for conv_in.weight\\x07"
+    assert reason_of(OSError()) == "OSError" and len(reason_of(OSError("x" * 999))) == 300
+
+
 def test_hub_ids() -> None:
     assert is_hub_id("stable-diffusion-v1-5/stable-diffusion-v1-5") and is_hub_id("a/b.c_d")
     assert not any(map(is_hub_id, ("a", "a/b/c", "./a", "../a", "/a", "~/a", "a/", "C:\\a", "a/b c")))
@@ -394,23 +472,84 @@ def unlike(kind: str, **changes: Any) -> Any:
     return pipeline
 
 
-def test_models_that_cannot_be_trained() -> None:
-    refiner = make_pipeline("sdxl")
-    refiner.text_encoder = None
-    sample = make_pipeline("sd2")
-    sample.scheduler.register_to_config(prediction_type="sample")
-    no_unet = make_pipeline("sd1")
-    no_unet.unet = None
-    cases = {
-        "inpainting": unlike("sd1", in_channels=9),
-        "refiner": refiner,
-        "'sample'": sample,
-        "no U-Net": no_unet,
-        "different models": unlike("sd1", cross_attention_dim=24),
-    }
-    for expected, pipeline in cases.items():
-        with pytest.raises(BaseModelError, match=expected):
-            BaseModel.from_pipeline(pipeline)
+def scheduled(**changes: Any) -> Any:
+    pipeline = make_pipeline("sd2")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **changes)
+    return pipeline
+
+
+def with_part(name: str, part: Any, kind: str = "sd1") -> Any:
+    pipeline = make_pipeline(kind)
+    setattr(pipeline, name, part)
+    return pipeline
+
+
+def configured(name: str, **changes: Any) -> Any:
+    """With other values in one module's configuration."""
+    pipeline = make_pipeline("sd1")
+    getattr(pipeline, name).register_to_config(**changes)
+    return pipeline
+
+
+def endless() -> Any:
+    pipeline = make_pipeline("sd1")
+    pipeline.tokenizer.model_max_length = 10**9
+    return pipeline
+
+
+def more_words() -> Any:
+    pipeline = make_pipeline("sd1")
+    pipeline.tokenizer.add_tokens(["<rex>"])
+    return pipeline
+
+
+def offloaded() -> Any:
+    pipeline = make_pipeline("sd1")
+    cpu_offload(pipeline.unet, execution_device=torch.device("cpu"))
+    return pipeline
+
+
+CANNOT_BE_TRAINED: dict[str, tuple[str, Callable[[], Any]]] = {
+    "inpainting": ("inpainting", lambda: unlike("sd1", in_channels=9)),
+    "learnt variance": ("gives 8", lambda: unlike("sd1", out_channels=8)),
+    "refiner": ("refiner", lambda: with_part("text_encoder", None, "sdxl")),
+    "no text encoder": ("no text_encoder", lambda: with_part("text_encoder", None)),
+    "no tokenizer": ("no tokenizer", lambda: with_part("tokenizer", None)),
+    "no VAE": ("no vae", lambda: with_part("vae", None)),
+    "no U-Net": ("no U-Net", lambda: with_part("unet", None)),
+    "another width": ("different models", lambda: unlike("sd1", cross_attention_dim=24)),
+    "another pooled width": (
+        "24 pooled values, the U-Net takes 8",
+        lambda: unlike("sdxl", projection_class_embeddings_input_dim=56),
+    ),
+    "LCM": ("LCM", lambda: unlike("sd1", time_cond_proj_dim=8)),
+    "classes": ("class_embed_type", lambda: unlike("sd1", class_embed_type="timestep")),
+    "image to image": ("from_pipe", lambda: StableDiffusionImg2ImgPipeline.from_pipe(make_pipeline("sd1"))),
+    "SDXL image to image": ("from_pipe", lambda: StableDiffusionXLImg2ImgPipeline.from_pipe(make_pipeline("sdxl"))),
+    "LCM pipeline": ("from_pipe", lambda: LatentConsistencyModelPipeline.from_pipe(make_pipeline("sd1"))),
+    "tiny VAE": ("AutoencoderTiny", lambda: with_part("vae", AutoencoderTiny())),
+    "means of latents": ("latents_mean", lambda: configured("vae", latents_mean=[0.1] * 4, latents_std=[2.0] * 4)),
+    "shifted latents": ("shift_factor", lambda: configured("vae", shift_factor=0.1)),
+    "no scaling": ("scaling_factor is 0", lambda: configured("vae", scaling_factor=0)),
+    "no size": ("sample_size is None", lambda: configured("unet", sample_size=None)),
+    "EDM": ("EDMEulerScheduler", lambda: with_part("scheduler", EDMEulerScheduler())),
+    "EDM solver": ("EDMDPMSolver", lambda: with_part("scheduler", EDMDPMSolverMultistepScheduler(), "sdxl")),
+    "flow matching": ("FlowMatch", lambda: with_part("scheduler", FlowMatchEulerDiscreteScheduler(), "sdxl")),
+    "flow sigmas": ("flow matching", lambda: with_part("scheduler", UniPCMultistepScheduler(use_flow_sigmas=True))),
+    "sample": ("'sample'", lambda: scheduled(prediction_type="sample")),
+    "few timesteps": ("50 timesteps", lambda: scheduled(num_train_timesteps=50)),
+    "betas of nothing": ("not a noise schedule", lambda: scheduled(beta_end=1e6)),
+    "endless prompts": ("gives 1e.09 tokens", endless),
+    "unknown words": ("the text encoder knows", more_words),
+    "offloaded": ("its unet is offloaded", offloaded),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_TRAINED)
+def test_models_that_cannot_be_trained(case: str) -> None:
+    expected, make = CANNOT_BE_TRAINED[case]
+    with pytest.raises(BaseModelError, match=expected):
+        BaseModel.from_pipeline(make())
 
 
 def test_single_files_that_are_no_base(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -460,7 +599,9 @@ def test_rare_tokens_are_declared_in_the_folder(folders: dict[str, Path], tmp_pa
     assert BaseModel.load(folder, device="cpu").rare_tokens == ("sks", "zwx")
     for wrong in ("[]", "{}", "no json", '{"rare_tokens": "sks"}', '{"rare_tokens": [1]}'):
         (folder / "lora_booth.json").write_text(wrong)
-        with pytest.raises(BaseModelError, match=r"lora_booth.json.*(a list of words|cannot be read as JSON)"):
+        with pytest.raises(
+            BaseModelError, match=r"lora_booth.json.*(a list of words|cannot be read as JSON|not a JSON object)"
+        ):
             BaseModel.load(folder, device="cpu")
 
 
@@ -470,5 +611,5 @@ def test_a_base_or_a_pipeline() -> None:
     assert base.name == "mine" and base.pipeline is pipeline and BaseModel.of(base, name="other") is base
     with pytest.raises(BaseModelError, match=r"'models/x' is not loaded; pass BaseModel.load\('models/x'\)"):
         BaseModel.of("models/x")
-    with pytest.raises(BaseModelError, match="Linear has no U-Net and VAE"):
+    with pytest.raises(BaseModelError, match="Linear has no U-Net of Stable Diffusion 1.x"):
         BaseModel.of(torch.nn.Linear(1, 1))

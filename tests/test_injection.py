@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers.hooks import apply_group_offloading
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import KINDS, make_pipeline, random_adapter, same_state, state
 from torch import Tensor, nn
@@ -27,7 +30,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.base.changes import CLAIMS
 from lora_booth.base.generation import generate_images, quiet
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError
+from lora_booth.errors import AdapterBaseMismatch, BaseModelError, OtherBaseWarning, SettingsError
 from lora_booth.injection import attached, local_path, trainable
 from lora_booth.kernels.attention import attention_kernel
 from lora_booth.kernels.lean import channels_last, lean
@@ -509,6 +512,116 @@ def test_other_weights_of_the_same_shapes_are_told() -> None:
     for known in (None, "e1441589", "cc6cb271" * 8):  # other tools' hashes of files
         with attached(other, [(replace(adapter, card=replace(adapter.card, base_hash=known)), 1.0)]):
             pass
+
+
+def test_another_prediction_type_is_told() -> None:
+    adapter = random_adapter(BaseModel.from_pipeline(make_pipeline("sd2")))
+    base = BaseModel.from_pipeline(make_pipeline("sd2-v"), name="velocity")
+    told = "which predicts epsilon; velocity predicts v_prediction"
+    with pytest.warns(OtherBaseWarning, match=told), attached(base, [(adapter, 1.0)]):
+        pass
+    for silent in (replace(adapter, card=replace(adapter.card, prediction_type=None, base_hash=None)), adapter):
+        with attached(base, [(silent, 0.0 if silent is adapter else 1.0)]):
+            pass
+
+
+# --- pipelines of other kinds ----------------------------------------------------------------------------------------
+
+
+def without(*names: str) -> Any:
+    pipeline = make_pipeline("sd1")
+    for name in names:
+        setattr(pipeline, name, None)
+    return pipeline
+
+
+def guided() -> Any:
+    """With a distilled guidance embedding, as LCM models have; the other weights are the same."""
+    pipeline = make_pipeline("sd1")
+    unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=8)
+    unet.load_state_dict(pipeline.unet.state_dict(), strict=False)
+    pipeline.unet = unet
+    return pipeline
+
+
+OTHER_KINDS: dict[str, Callable[[], Any]] = {
+    "no text encoder": lambda: without("text_encoder", "tokenizer"),
+    "no VAE": lambda: without("vae"),
+    "only a U-Net": lambda: without("text_encoder", "tokenizer", "vae", "scheduler"),
+    "image to image": lambda: StableDiffusionImg2ImgPipeline.from_pipe(make_pipeline("sd1")),
+    "tiny VAE": lambda: StableDiffusionImg2ImgPipeline.from_pipe(make_pipeline("sd1"), vae=AutoencoderTiny()),
+    "LCM": guided,
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_pipelines_with_the_same_unet(kind: str) -> None:
+    plain, pipeline = make_pipeline("sd1"), OTHER_KINDS[kind]()
+    adapter = random_adapter(BaseModel.from_pipeline(plain)).with_card(base_hash=None)
+    before = state(pipeline)
+
+    def answer(pipeline: Any) -> Tensor:
+        with torch.no_grad():
+            return pipeline.unet(torch.ones(1, 4, 8, 8), torch.tensor(1), torch.ones(1, 16, 16)).sample
+
+    with attached(plain, [(adapter, 1.0)]), attached(pipeline, [(adapter, 1.0)]):
+        torch.testing.assert_close(answer(pipeline), answer(plain))
+    assert same_state(state(pipeline), before)
+    if kind != "LCM":
+        with pytest.raises(BaseModelError, match="has no|does not draw from text alone"):
+            lora_booth.Composition(pipeline, [adapter]).generate("a sks dog", steps=1)
+    if "text_encoder" not in modules(pipeline):
+        with_text = random_adapter(BaseModel.from_pipeline(plain), TEXT_TOO)
+        with pytest.raises(AdapterBaseMismatch, match="has no text_encoder"), attached(pipeline, [(with_text, 1.0)]):
+            pass
+
+
+def test_inpainting_pipelines() -> None:
+    plain = make_pipeline("sd1")
+    adapter = random_adapter(BaseModel.from_pipeline(plain))
+    parts = {**plain.components, "unet": type(plain.unet).from_config(plain.unet.config, in_channels=9)}
+    inpainting = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    before = state(inpainting)
+    latents, text = torch.ones(1, 9, 8, 8), torch.ones(1, 16, 16)
+    with torch.no_grad():
+        untouched = inpainting.unet(latents, 1, text).sample
+        with pytest.warns(OtherBaseWarning), attached(inpainting, [(adapter, 1.0)]):
+            assert (inpainting.unet(latents, 1, text).sample - untouched).abs().max() > 1e-2
+    assert same_state(state(inpainting), before)
+
+
+def offloaded_as(kind: str) -> Any:
+    pipeline = make_pipeline("sd1")
+    cpu = torch.device("cpu")
+    for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        if kind == "sequential":
+            cpu_offload(module, execution_device=cpu)
+        elif kind == "model":
+            cpu_offload_with_hook(module, execution_device=cpu)
+        else:
+            groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+            apply_group_offloading(module, onload_device=cpu, offload_device=cpu, offload_type=kind, **groups)
+    return pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sequential", "model", "block_level", "leaf_level"])
+def test_offloaded_pipelines(kind: str) -> None:
+    plain, pipeline = make_pipeline("sd1"), offloaded_as(kind)
+    base = BaseModel.of(pipeline)
+    assert base.fingerprint == BaseModel.of(plain).fingerprint and base.device == torch.device("cpu")
+    adapter = random_adapter(BaseModel.of(plain), TEXT_TOO)
+    untouched = picture(plain)
+    with attached(plain, [(adapter, 1.0)]):
+        wanted = picture(plain)
+    with attached(pipeline, [(adapter, 1.0)]):
+        for _ in range(2):
+            np.testing.assert_allclose(picture(pipeline), wanted, atol=1e-5)
+    np.testing.assert_allclose(picture(pipeline), untouched, atol=1e-5)
+    drawn = lora_booth.Composition(pipeline, [adapter]).generate("a sks dog", steps=2)[0].image
+    expected = lora_booth.Composition(plain, [adapter]).generate("a sks dog", steps=2)[0].image
+    assert np.abs(np.asarray(drawn, int) - np.asarray(expected, int)).max() <= 1
+    assert not np.isclose(wanted, untouched, atol=1e-2).all()
 
 
 # --- what is trained -----------------------------------------------------------------------------------------------

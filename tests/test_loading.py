@@ -315,7 +315,7 @@ UNTRUSTED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a link": ("leads out of its folder", lambda f: moved_out(f / UNET)),
     "a linked configuration": ("leads out of its folder", lambda f: moved_out(f / "scheduler" / "scheduler_config.json")),
     "a linked folder": ("leads out of its folder", lambda f: moved_out(f / "vae")),
-    "a link to itself": ("", lambda f: [(f / UNET).unlink(), (f / UNET).symlink_to(f / UNET)]),
+    "a link to itself": ("unet", lambda f: [(f / UNET).unlink(), (f / UNET).symlink_to(f / UNET)]),
     "a shard elsewhere": (
         "leads out of its folder",
         lambda f: [
@@ -323,7 +323,10 @@ UNTRUSTED: dict[str, tuple[str, Callable[[Path], object]]] = {
             (f / (UNET + ".index.json")).write_text('{"weight_map": {"conv_in.weight": "../other.safetensors"}}'),
         ],
     ),
-    "no shards": ("", lambda f: [(f / UNET).unlink(), (f / (UNET + ".index.json")).write_text('{"weight_map": [3]}')]),
+    "no shards": (
+        "cannot be loaded",
+        lambda f: [(f / UNET).unlink(), (f / (UNET + ".index.json")).write_text('{"weight_map": [3]}')],
+    ),
     "a pickle with code": ("a pickle that could run code", lambda f: pickled(f / TEXT, {"a": Code()})),
     "endless words": ("1e.09 tokens", lambda f: edited(f / "tokenizer" / "tokenizer_config.json", model_max_length=10**9)),
     "many text layers": ("layers by its conf", lambda f: edited(f / "text_encoder" / "config.json", num_hidden_layers=10**6)),

@@ -14,6 +14,7 @@ from ..config import GUIDANCE, STEPS
 from .changes import claimed, undone
 from .library_logging import quiet_about_long_prompts
 from .memory import return_to_system
+from .recognition import check_drawable, recognise
 
 
 @torch.no_grad()
@@ -36,7 +37,9 @@ def generate_images(
     guidance    classifier-free guidance scale
     size        side in pixels; None: the resolution that the base was trained for
     batch_size  pictures at a time; more than one is faster and may differ by rounding
+    Raises BaseModelError for a pipeline that does not draw from text alone.
     """
+    check_drawable(pipeline, recognise(pipeline))
     images: list[Image.Image] = []
 
     def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -27,19 +28,28 @@ def recognise(pipeline: Any) -> Family:
     raise BaseModelError(f"{type(pipeline).__name__} has no U-Net of {labels()}")
 
 
-def check_trainable(pipeline: Any, family: Family) -> None:
-    """Check that the parts are complete, fit together and do what the loss assumes. Raises BaseModelError."""
-    import diffusers
-
+def check_drawable(pipeline: Any, family: Family) -> None:
+    """Check that it draws pictures from text alone. Raises BaseModelError."""
     what = type(pipeline).__name__
     for name in ("vae", "scheduler", *family.text_encoders, *family.tokenizers):
         demand(
             getattr(pipeline, name, None) is not None,
-            f"{what} has no {name}; training needs a complete {family.label} model (of SDXL the base, not the refiner)",
+            f"{what} has no {name}; use a complete {family.label} model (of SDXL the base, not the refiner)",
         )
     demand(
+        "image" not in inspect.signature(pipeline.__call__).parameters,
+        f"{what} does not draw from text alone; use diffusers.{family.pipeline}.from_pipe(pipeline), or call it in `attached`",
+    )
+
+
+def check_trainable(pipeline: Any, family: Family) -> None:
+    """Check that the parts are complete, fit together and do what the loss assumes. Raises BaseModelError."""
+    import diffusers
+
+    check_drawable(pipeline, family)
+    demand(
         isinstance(pipeline, getattr(diffusers, family.pipeline)),
-        f"{what} does not draw from text alone; pass diffusers.{family.pipeline}.from_pipe(pipeline)",
+        f"{type(pipeline).__name__} is not supported; use diffusers.{family.pipeline}.from_pipe(pipeline)",
     )
     moved = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and is_offloaded(part)]
     demand(not moved, f"its {', '.join(moved)} is offloaded; load the pipeline without offloading to train it")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..base.base_model import BaseModel, located
-from ..base.diffusers_folder import read_config
+from ..base.diffusers_folder import limited, read_config
 from ..base.families import FAMILIES
 from ..base.recognition import check_trainable, recognise
 from ..base.single_file import CONFIGS, family_of
@@ -78,7 +78,7 @@ def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype,
 
     classes = parts["model_index"]
     modules: dict[str, Any] = {}
-    with torch.device("meta"):
+    with torch.device("meta"), limited(name):
         for part in (part for part in MODULES if part in parts):
             config, cls = parts[part], classes[part][-1]
             try:
@@ -86,7 +86,9 @@ def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype,
                     module: nn.Module = getattr(diffusers, cls).from_config(dict(config))
                 else:
                     module = getattr(transformers, cls)(transformers.CLIPTextConfig(**config))
-            except (AttributeError, TypeError, ValueError, KeyError) as error:
+            except BaseModelError:
+                raise
+            except Exception as error:  # what the libraries raise for a wrong configuration has no bounds
                 raise BaseModelError(f"{name}: no {part} can be built from its configuration ({reason_of(error)})") from error
             modules[part] = nn.Module.to(module, dtype).eval()
     encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if part in modules]
