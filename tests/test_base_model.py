@@ -380,7 +380,7 @@ def test_missing_sources(tmp_path: Path) -> None:
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], None]]:
     """A Hub on this machine, which answers everything with a status and an error code."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     answer = (404, "")
 
@@ -402,7 +402,11 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):  # each has its own
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         yield set_answer
         server.shutdown()
 
@@ -428,9 +432,9 @@ def test_models_that_have_left_the_hub(answering: Callable[[int, str], None], mo
     answering(404, "RepoNotFound")
     for gone in ("runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1"):
         assert SUCCESSORS[gone] in refused(gone)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert SUCCESSORS["runwayml/stable-diffusion-v1-5"] in refused("runwayml/stable-diffusion-v1-5")
-    assert "cannot be reached; load it once while online" in refused("some-one/dreamy")
+    assert "cannot be reached; check the name, or load it once while online" in refused("some-one/dreamy")
 
 
 def test_the_reason_of_an_error_is_its_sentence_not_its_heading() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ def places_in_folder(folder: Path, variant: str | None) -> dict[str, Place]:
         if match := WEIGHTS.fullmatch(path.name):
             found[match[1]] = [path]
         elif match := SHARDS.fullmatch(path.name):
-            shards = sorted(set(read_config(folder, path.name)["weight_map"].values()))
+            shards = sorted(set(read_config(folder, path.name, most=math.inf)["weight_map"].values()))
             outside = [name for name in shards if Path(name).name != name]
             demand(not outside, f"{path}: {outside[:1]} leads out of its folder")
             found.setdefault(match[1] or match[2], [folder / name for name in shards])
@@ -233,10 +234,10 @@ def declared_rare_tokens(folder: Path) -> tuple[str, ...]:
     return tuple(tokens)
 
 
-def read_config(source: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
+def read_config(source: str | Path, name: str, revision: str | None = None, *, most: float = LARGEST) -> dict[str, Any]:
     """One JSON file, e.g. unet/config.json, of a diffusers folder or a Hub id (from the cache if possible).
 
-    Raises BaseModelError.
+    most: the largest integer in it. Raises BaseModelError.
     """
     path = source / name if isinstance(source, Path) else from_hub(source, name, revision)
     if not path.is_file():
@@ -248,7 +249,7 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> d
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{path}: cannot be read as JSON ({reason_of(error)}); write or download it again") from error
     demand(isinstance(config, dict), f"{path}: not a JSON object; write or download it again")
-    demand(largest(config) <= LARGEST, f"{path}: the number {largest(config)} is absurd; allowed: {LARGEST}")
+    demand(largest(config) <= most, f"{path}: the number {largest(config)} is absurd; allowed: {most}")
     return dict(config)
 
 
@@ -281,5 +282,5 @@ def from_hub(source: str, name: str, revision: str | None) -> Path:
         raise BaseModelError(f"{source}: {reason}; use another model") from error
     except Exception as error:  # which one depends on the release of huggingface_hub
         new = SUCCESSORS.get(source)
-        remedy = f"it has left the Hub anyway; use {new}" if new else "load it once while online"
+        remedy = f"it has left the Hub anyway; use {new}" if new else "check the name, or load it once while online"
         raise BaseModelError(f"{source}: not in the local cache, and the Hub cannot be reached; {remedy}") from error
