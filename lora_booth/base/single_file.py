@@ -86,17 +86,19 @@ def family_of(file: WeightFile) -> Family:
     edm = [key for key in file.places if key in EDM_KEYS]
     demand(not edm, f"{file.path}: made for the noise schedule of EDM ({', '.join(edm)}), which the loss does not know")
     unet = file.places.get(UNET_KEY)
+    if unet is None:
+        adapter = any("lora_" in key for key in file.places)
+        demand(not adapter, f"{file.path}: an adapter, not a base model; pass the base that it was made for")
+        raise BaseModelError(f"{file.path}: not a checkpoint of {labels()} in the original naming")
+    channels = unet.shape[1] if len(unet.shape) == 4 else None
+    demand(
+        channels == 4,
+        f"{file.path}: its U-Net takes {channels} channels: an inpainting or editing model; use the text-to-image one",
+    )
     for name, key in FAMILY_KEYS.items():
-        if key in file.places and unet is not None:
-            demand(
-                unet.shape[1:2] == (4,),
-                f"{file.path}: its U-Net takes {unet.shape[1:2]} channels: an inpainting or editing model; "
-                "use the text-to-image one",
-            )
+        if key in file.places:
             return FAMILIES[name]
-    if any("lora_" in key for key in file.places):
-        raise BaseModelError(f"{file.path}: an adapter, not a base model; pass the base that it was made for")
-    raise BaseModelError(f"{file.path}: not a checkpoint of {labels()} in the original naming")
+    raise BaseModelError(f"{file.path}: has a U-Net, but no text encoder of {labels()}; use a complete checkpoint")
 
 
 def parts_in_checkpoint(
