@@ -329,7 +329,7 @@ def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]])
 def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
     """Family and shapes fit: warn if the adapter was trained for another prediction or on other weights."""
     trained, given = adapter.card.prediction_type, base.prediction_type
-    if trained not in (None, given):
+    if given in base.family.modelspec and trained not in (None, given):
         warnings.warn(
             f"{made_for(adapter)}, which predicts {trained}; {base.name} predicts {given}, so its pictures will look wrong",
             OtherBaseWarning,

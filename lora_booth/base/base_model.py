@@ -232,7 +232,7 @@ class BaseModel:
 
     @property
     def prediction_type(self) -> str:
-        return str(self.scheduler.config.get("prediction_type"))
+        return str(getattr(self.scheduler, "config", {}).get("prediction_type"))
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
