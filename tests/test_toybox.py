@@ -292,6 +292,7 @@ def tiny_build(monkeypatch):
     for module, name in ((vae, "VAE_STAGE"), (judge_stage, "JUDGE_STAGE"), (text, "TEXT_STAGE"), (unet, "UNET_STAGE")):
         monkeypatch.setattr(module, name, replace(getattr(module, name), steps=3, batch=2))
     monkeypatch.setattr(vae, "VAE_CROP_STEPS", 1)
+    monkeypatch.setattr(text, "CANDIDATES", 5)
     torch.manual_seed(0)
 
 

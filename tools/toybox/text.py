@@ -25,6 +25,7 @@ RARE_TOKENS = ("sks", "zwx", "qlo", "vrn", "xjk", "ohwx")  # in the vocabulary, 
 MAX_TOKENS = 24
 TEXT_WIDTH = 128
 NO_PROMPT_SHARE = 0.1  # for classifier-free guidance
+CANDIDATES = 400  # embeddings tried for each rare token; chosen
 
 
 def new_tokenizer() -> Any:
@@ -163,7 +164,7 @@ def train_text_encoder(work: Path, device: torch.device, log: dict[str, Any], to
 
 
 @torch.no_grad()
-def place_rare_tokens(text_encoder: Any, tokenizer: Any, *, candidates: int = 400) -> dict[str, float]:
+def place_rare_tokens(text_encoder: Any, tokenizer: Any) -> dict[str, float]:
     """Give every rare token an embedding that the text encoder can tell from its words; returns how far each stands.
 
     CLIP has seen its rare tokens a few times, so each has a state of its own. Ours were never trained: the text
@@ -183,7 +184,7 @@ def place_rare_tokens(text_encoder: Any, tokenizer: Any, *, candidates: int = 40
     taken, distances = [states(w) for w in (*world.COLORS, "a")], {}
     for token in RARE_TOKENS:
         best, farthest = table[one[token]].clone(), 0.0
-        for _ in range(candidates):
+        for _ in range(CANDIDATES):
             mixture = torch.randn(len(names), generator=generator).to(table) @ (names - names.mean(0))
             table[one[token]] = names.mean(0) + mixture / mixture.norm() * length
             state = states(token)
