@@ -61,9 +61,12 @@ RUN = {page: [b for b in blocks_of(page) if b.language in ("python", "bash") and
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
-    """The reader's folder: photos/rex with five photos."""
+    """The reader's folder: photos/rex with five photos. Class images and samples are drawn in few denoising steps."""
     from lora_booth.cli.demo import write_photos
+    from lora_booth.training import prior, samples
 
+    for module in (prior, samples):
+        monkeypatch.setattr(module, "SAMPLER_STEPS", 2)
     write_photos("rex", tmp_path / "photos" / "rex")
     monkeypatch.chdir(tmp_path)
     return tmp_path

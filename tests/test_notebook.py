@@ -27,6 +27,8 @@ FILE = ROOT / "docs" / "notebooks" / "dreambooth.ipynb"
 QUICK = """
 TRIAL, KEEP, MINUTES = True, "drive", 0.001
 STEPS, CLASS_IMAGES, SAMPLE_EVERY, DRAW_STEPS, SEEDS = 4, 2, 4, 2, range(2)
+from lora_booth.training import prior, samples
+prior.SAMPLER_STEPS = samples.SAMPLER_STEPS = 2
 """
 NO_WIDGETS = "import sys; sys.modules['ipywidgets'] = None"
 NO_PHOTOS = """
@@ -239,6 +241,7 @@ def test_the_upload_button_keeps_what_it_gets(tmp_path, displayed):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the prompt does not name 'ohwx owl'")
 def test_the_playground_draws_what_its_fields_say(done, displayed, capsys):
     base, adapter = lb.BaseModel.load("toybox", device="cpu"), lb.Adapter.load(done.folder / "drive/olga.safetensors")
     drawn = notebook.playground(base, [adapter], "a photo of ohwx owl", steps=1)

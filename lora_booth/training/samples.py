@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ..adapters.writing import packed
 from ..base.ai_mark import save_picture
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
-from ..config import SettledConfig
+from ..config import STEPS, SettledConfig
 from ..errors import AdapterError
 from ..files import write_file
 from ..subject.subject import Subject
@@ -26,6 +27,7 @@ from .run_folder import NoFolder, RunFolder, why
 from .tracking import Row, Tracking
 from .training_mode import modes_restored
 
+SAMPLER_STEPS = STEPS
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file
 
 
@@ -69,7 +71,8 @@ def sample(base: BaseModel, rows: Sequence[Row], config: SettledConfig) -> list[
     with base.all_on_device() as pipeline, modes_restored(base):
         for model in base.structure.values():
             model.eval()
-        return [generate_images(pipeline, prompt, [seed], size=config.resolution)[0] for prompt, seed in rows]
+        draw = partial(generate_images, pipeline, steps=SAMPLER_STEPS, size=config.resolution)
+        return [draw(prompt, [seed])[0] for prompt, seed in rows]
 
 
 def keep(folder: Path, step: int, rows: Sequence[Row], images: Sequence[Image.Image], adapter: Adapter | None) -> None:
