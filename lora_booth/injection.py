@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters.adapter import Adapter, weighted
 from .adapters.contents import LoraFactors
 from .base.base_model import BaseModel
-from .base.changes import claimed, undone, unhook
+from .base.changes import claimed, hooked, undone, unhook
 from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape
 from .config import LoraSpec
@@ -159,7 +159,15 @@ class Injection:
         self.layers.update(zip(paths, alone.values(), strict=True))
         for (holder, child, _), layer in zip(homes, self.layers.values(), strict=True):
             holder._modules[child] = layer
+            for call in ADAPTER_CALLS:
+                setattr(layer, call, refuse)
         self.model.requires_grad_(False)
+
+    def check(self, *_: Any) -> None:
+        """A forward hook of the model. Raises TrainingError if the layers were taken out."""
+        for path, ours in self.layers.items():
+            if all(layer is not ours for _, _, layer in layers_at(self.model, path)):
+                refuse()
 
     def remove(self) -> None:
         """Take the layers out, wherever they are by now; a second call finishes what an interrupt left."""
@@ -181,6 +189,13 @@ def layers_at(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.
         holder, child = layer, "base_layer"
 
 
+ADAPTER_CALLS = ("update_layer", "set_adapter", "enable_adapters", "delete_adapter", "merge", "unmerge")  # of PEFT layers
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise TrainingError("an adapter is being trained on this pipeline; load, set, fuse or unload others before or after that")
+
+
 @contextmanager
 def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[TrainableLora]:
     """Inject a new adapter to train. Leaving takes it out and restores the base, also after an exception."""
@@ -196,7 +211,9 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
                 for name, factor in (("down", layer.lora_A[NAME]), ("up", layer.lora_B[NAME])):
                     factor.to(torch.float32).requires_grad_(True)
                     parameters[f"{module_path(component, path)}.{name}"] = factor.weight
-        yield TrainableLora(parameters, lora.scale_alpha, FlatFactors(list(parameters.values()), base.dtype))
+        flat = FlatFactors(list(parameters.values()), base.dtype)
+        with hooked([(injection.model, injection.check) for injection in injections.values()]):
+            yield TrainableLora(parameters, lora.scale_alpha, flat)
 
 
 def check_rank(path: str, layer: nn.Module, rank: int) -> None:

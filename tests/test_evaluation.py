@@ -237,6 +237,7 @@ def tiny() -> BaseModel:
     return BaseModel.from_pipeline(make_pipeline("sd1"), name="tiny")
 
 
+@pytest.mark.filterwarnings("ignore:the prompt does not name:lora_booth.errors.CompositionWarning")
 @pytest.mark.slow
 def test_the_protocol_is_as_written(tiny: BaseModel, photos: Path, dino: Path, clip: Path) -> None:
     """Every figure again by plain loops over the same pictures."""

@@ -30,7 +30,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.base.changes import CLAIMS
 from lora_booth.base.generation import generate_images, quiet
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterBaseMismatch, BaseModelError, OtherBaseWarning, SettingsError
+from lora_booth.errors import AdapterBaseMismatch, BaseModelError, OtherBaseWarning, SettingsError, TrainingError
 from lora_booth.injection import attached, local_path, trainable
 from lora_booth.kernels.attention import attention_kernel
 from lora_booth.kernels.lean import channels_last, lean
@@ -425,6 +425,32 @@ def test_the_users_calls_within_leave_ours_on(call: str, own: bool, tmp_path: Pa
     with attached(without, [(ours, 0.7)]):
         assert torch.allclose(inside, predict(without), atol=1e-5)
     assert not any(module._forward_hooks for module in pipeline.unet.modules())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "with their own"])
+@pytest.mark.parametrize("call", ["load", "set", "delete", "disable", "unload", "fuse", "unet only"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_users_calls_while_an_adapter_trains_are_refused(call: str, own: bool, tmp_path: Path) -> None:
+    clean = BaseModel.from_pipeline(make_pipeline("sd1"))
+    file = str(random_adapter(clean, LoraSpec(rank=2, text_encoder=True)).save(tmp_path / "a.safetensors", dtype="fp32"))
+    pipeline = make_pipeline("sd1")
+    if own:
+        pipeline.load_lora_weights(file, adapter_name="own")
+    base, weights, before = BaseModel.from_pipeline(pipeline), plain_weights(pipeline), predict(pipeline)
+    with trainable(base, TEXT_TOO) as lora:
+        start = lora.copied()
+        with pytest.raises((TrainingError, ValueError)) as told:  # the second: there is nothing to set or delete
+            LIVE[call](pipeline, file)
+            predict(pipeline)
+        assert "an adapter is being trained" in str(told.value) or (call in ("set", "delete") and not own)
+        assert all(torch.equal(value, start[name]) for name, value in lora.copied().items())
+    assert same_state(plain_weights(pipeline), weights)
+    assert own or torch.allclose(predict(pipeline), before, atol=1e-6)  # what the call did to their own adapter is theirs
+
+
+def plain_weights(pipeline: Any) -> dict[str, Tensor]:
+    """All weights but those of adapters, by the names that they have without any."""
+    return {name.replace("base_layer.", ""): value for name, value in state(pipeline).items() if ".lora_" not in name}
 
 
 @pytest.mark.slow
