@@ -385,15 +385,24 @@ def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, flo
     base = BaseModel.of(base)
     with claimed(base.shell.unet):
         on = attachable(base, adapters)
-        with undone(*(one.detach for one in on)):
+        with undone(*(one.detach for one in on)), hooked([(base.shell.unet, refuse_fused)]):
             for one in on:
                 one.attach()
             yield on
 
 
+def refuse_fused(unet: nn.Module, *_: Any) -> None:
+    """A forward hook of the U-Net. Raises AdapterBaseMismatch where the layers that adapters change are not called."""
+    if any("Fused" in type(getattr(module, "processor", None)).__name__ for module in unet.modules()):
+        raise AdapterBaseMismatch(
+            "with fused projections adapters have no effect; call unfuse_qkv_projections() on the pipeline"
+        )
+
+
 def attachable(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> list[AttachedAdapter]:
     """The adapters, checked and ready to `attach`; those of weight 0 have no layers."""
     models = BaseModel.of(base).components
+    refuse_fused(models["unet"])
     on = []
     for adapter, weight, parts in placements(base, adapters):
         layers = {

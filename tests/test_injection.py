@@ -388,8 +388,9 @@ LIVE: dict[str, Callable[[Any, str], object]] = {
 }
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["plain", "with their own"])
-@pytest.mark.parametrize("call", LIVE)
+@pytest.mark.parametrize(
+    ("call", "own"), [(call, True) for call in LIVE] + [(call, False) for call in ("load, set", "set", "fuse", "unload")]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_the_users_calls_within_leave_ours_on(call: str, own: bool, tmp_path: Path) -> None:
     """Whatever is called on the pipeline within, the picture is that of the same calls and our change; afterwards, theirs."""
@@ -427,8 +428,9 @@ def test_the_users_calls_within_leave_ours_on(call: str, own: bool, tmp_path: Pa
     assert not any(module._forward_hooks for module in pipeline.unet.modules())
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["plain", "with their own"])
-@pytest.mark.parametrize("call", ["load", "set", "delete", "disable", "unload", "fuse", "unet only"])
+@pytest.mark.parametrize(
+    ("call", "own"), [("load", False), ("delete", False), ("unload", False), ("fuse", False), ("set", True), ("disable", True)]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_the_users_calls_while_an_adapter_trains_are_refused(call: str, own: bool, tmp_path: Path) -> None:
     clean = BaseModel.from_pipeline(make_pipeline("sd1"))
@@ -451,6 +453,20 @@ def test_the_users_calls_while_an_adapter_trains_are_refused(call: str, own: boo
 def plain_weights(pipeline: Any) -> dict[str, Tensor]:
     """All weights but those of adapters, by the names that they have without any."""
     return {name.replace("base_layer.", ""): value for name, value in state(pipeline).items() if ".lora_" not in name}
+
+
+def test_fused_projections_are_refused_by_name() -> None:
+    pipeline = make_pipeline("sd1")
+    adapter = random_adapter(BaseModel.from_pipeline(pipeline))
+    with attached(pipeline, [(adapter, 1.0)]):
+        pipeline.unet.fuse_qkv_projections()
+        with pytest.raises(AdapterBaseMismatch, match="call unfuse_qkv_projections"):
+            predict(pipeline)
+    with pytest.raises(AdapterBaseMismatch, match="call unfuse_qkv_projections"), attached(pipeline, [(adapter, 1.0)]):
+        pass
+    pipeline.unet.unfuse_qkv_projections()
+    with attached(pipeline, [(adapter, 1.0)]):
+        predict(pipeline)
 
 
 @pytest.mark.slow
