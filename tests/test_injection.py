@@ -457,7 +457,7 @@ def plain_weights(pipeline: Any) -> dict[str, Tensor]:
 
 def test_fused_projections_are_refused_by_name() -> None:
     pipeline = make_pipeline("sd1")
-    adapter = random_adapter(BaseModel.from_pipeline(pipeline))
+    adapter = small_adapter(BaseModel.from_pipeline(pipeline))
     with attached(pipeline, [(adapter, 1.0)]):
         pipeline.unet.fuse_qkv_projections()
         with pytest.raises(AdapterBaseMismatch, match="call unfuse_qkv_projections"):
