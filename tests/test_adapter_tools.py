@@ -11,7 +11,7 @@ from typing import Any
 import pipelines
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
 import lora_booth as lb
@@ -449,7 +449,9 @@ def test_what_a_baked_checkpoint_says_of_itself(bases, folders, rex, tmp_path):
         assert file.metadata()["modelspec.prediction_type"] == "v"
         assert file.metadata()["modelspec.architecture"] == "stable-diffusion-v2-768-v"
         assert file.metadata()["modelspec.title"] == "tiny-sd2-v + sks 0.5"
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}
+        assert {file.get_tensor(key).dtype for key in file.keys() if key != "v_pred"} == {torch.float16}
+        assert file.get_tensor("v_pred").shape == (0,)  # as others mark velocity prediction
+    assert BaseModel.load(tmp_path / "a.safetensors", device="cpu", config=folders["sd2-v"]).prediction_type == "v_prediction"
     folder = lb.bake(loaded, [(adapter, 0.5)], tmp_path / "a", dtype="bf16")
     text = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.json"))
     assert str(folders["sd2-v"]) not in text and "_name_or_path" not in text
@@ -486,6 +488,76 @@ def test_what_cannot_be_baked(bases, rex, tmp_path):
         lb.bake(own, [(rex, 1.0)], tmp_path / "a.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "rex.safetensors"]
     assert (full / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_what_bake_writes_of_the_schedule_is_read_again(kind, prediction, zero, folders, tmp_path):
+    pipeline = pipelines.make_pipeline(kind)
+    pipeline.scheduler = DDIMScheduler(**pipelines.SCHEDULE, prediction_type=prediction, rescale_betas_zero_snr=zero)
+    file = lb.bake(pipeline, [], tmp_path / "a.safetensors")
+    loaded = BaseModel.load(file, device="cpu", config=folders[kind])  # whose own schedule is plain
+    assert loaded.prediction_type == prediction
+    assert bool(loaded.scheduler.config.get("rescale_betas_zero_snr")) == zero
+
+
+def altered(**unet: Any) -> StableDiffusionPipeline:
+    pipeline = pipelines.make_pipeline("sd1")
+    config = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+    pipeline.unet = pipelines.UNet2DConditionModel.from_config({**config, **unet}).eval()
+    return pipeline
+
+
+def without(*parts: str) -> StableDiffusionPipeline:
+    pipeline = pipelines.make_pipeline("sd1")
+    for part in parts:
+        setattr(pipeline, part, None)
+    return pipeline
+
+
+def of_schedule(scheduler: Any) -> StableDiffusionPipeline:
+    pipeline = pipelines.make_pipeline("sd1")
+    pipeline.scheduler = scheduler
+    return pipeline
+
+
+FOLDERS_ONLY = {
+    "takes 6 channels": lambda: altered(in_channels=6),
+    "without text_encoder": lambda: without("text_encoder", "tokenizer"),
+    "without vae and text_encoder": lambda: without("vae", "text_encoder", "tokenizer"),
+    "without scheduler": lambda: without("scheduler"),
+    "the noise schedule of its EDMEulerScheduler": lambda: of_schedule(EDMEulerScheduler()),
+    "the noise schedule of its DDIMScheduler": lambda: of_schedule(DDIMScheduler(beta_schedule="linear")),
+    "the noise schedule of its DDPMScheduler": lambda: of_schedule(
+        DDPMScheduler(**pipelines.SCHEDULE | {"num_train_timesteps": 500})
+    ),
+    "prediction type 'sample'": lambda: of_schedule(DDIMScheduler(**pipelines.SCHEDULE, prediction_type="sample")),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.OtherBaseWarning")
+@pytest.mark.parametrize("kind", FOLDERS_ONLY)
+def test_what_no_single_file_holds_is_baked_as_a_folder(kind, ink, tmp_path):
+    pipeline = FOLDERS_ONLY[kind]()
+    with pytest.raises(BaseModelError, match=f"no single file holds .*{kind}; bake a folder"):
+        lb.bake(pipeline, [(ink, 1.0)], tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    folder = lb.bake(pipeline, [(ink, 0.5)], tmp_path / "a", dtype="fp32")
+    found = pipelines.UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
+    key = Q.removeprefix("unet.") + ".weight"
+    wanted = pipeline.unet.state_dict()[key] + 0.5 * ink.modules[Q].delta()
+    torch.testing.assert_close(found[key], wanted)
+
+
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.OtherBaseWarning")
+@pytest.mark.parametrize("channels", [8, 9])
+def test_models_for_editing_and_inpainting_are_baked_into_a_file(channels, ink, tmp_path):
+    file = lb.bake(altered(in_channels=channels), [(ink, 0.5)], tmp_path / "a.safetensors")
+    with safe_open(file, "pt") as written:
+        assert written.get_slice("model.diffusion_model.input_blocks.0.0.weight").get_shape()[1] == channels
+    with pytest.raises(BaseModelError, match="inpainting or editing"):
+        BaseModel.load(file)
 
 
 # --- extract -------------------------------------------------------------------------------------------------------

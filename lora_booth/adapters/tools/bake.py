@@ -17,6 +17,7 @@ from ...base.library_logging import without_bars
 from ...base.original_naming import original_weights, schedule_marks
 from ...base.quantization import refuse_quantized
 from ...base.recognition import recognise
+from ...base.single_file import CONFIGS
 from ...config import typed
 from ...errors import BaseModelError, SettingsError
 from ...files import replacing
@@ -25,7 +26,7 @@ from ..adapter import Adapter, weighted
 from ..contents import Dtype
 from ..writing import DTYPES
 
-LATENT_CHANNELS = 4  # of every published SD 1.x, 2.x and XL
+CHANNELS = (4, 8, 9)  # that U-Nets in single files take: of models for text to image, editing (InstructPix2Pix) and inpainting
 PRIVATE = ("_name_or_path", "name_or_path")  # where a configuration was loaded from, which is often somebody's folder
 
 
@@ -46,9 +47,8 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
         raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or pass the name of a folder")
     if path.is_dir() and (single or any(path.iterdir())) or (path.exists() and not single and not path.is_dir()):
         raise SettingsError(f"{path}: already exists; pass the name of a new folder or of a .safetensors file")
-    channels = BaseModel.of(base).unet.config.in_channels
-    if single and channels != LATENT_CHANNELS:
-        raise BaseModelError(f"its latents have {channels} channels, which no program reads from a single file; bake a folder")
+    if single:
+        check_single_file(BaseModel.of(base, name="this pipeline"))
     pipeline = baked(base, adapters, dtype=DTYPES[dtype])
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -59,6 +59,34 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
         else:
             save_folder(pipeline, temporary)
     return path
+
+
+def check_single_file(base: BaseModel) -> None:
+    """Raise BaseModelError for what no program reads from a single file, or what it cannot say. A folder holds all of it."""
+    parts, family, channels = base.shell.components, base.family, base.unet.config.in_channels
+    lacking = [name for name in ("vae", "scheduler", *family.text_encoders) if parts.get(name) is None]
+    reasons = {f"a pipeline without {' and '.join(lacking)}": bool(lacking)}
+    if not lacking:
+        schedule, vae = parts["scheduler"].config, parts["vae"].config
+        reasons = {
+            f"a U-Net that takes {channels} channels": channels not in CHANNELS,
+            f"prediction type {schedule.get('prediction_type')!r}": schedule.get("prediction_type") not in family.modelspec,
+            f"the noise schedule of its {type(parts['scheduler']).__name__}": not is_usual(schedule, family),
+            "a VAE with latents_mean": vae.get("latents_mean") is not None,
+        }
+    for reason, found in reasons.items():
+        if found:
+            raise BaseModelError(f"{base.name}: no single file holds {reason}; bake a folder (a name without .safetensors)")
+
+
+def is_usual(schedule: Mapping[str, Any], family: Family) -> bool:
+    """Whether it is the noise schedule that readers of the file assume; the file can only add zero terminal SNR to it."""
+    from diffusers import DDPMScheduler
+
+    usual = DDPMScheduler.load_config(CONFIGS / family.name / "scheduler")
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    odd = ("use_flow_sigmas", "sigma_data")  # of flow matching and EDM
+    return all(schedule.get(key) == usual.get(key) for key in keys) and not any(schedule.get(key) for key in odd)
 
 
 @torch.no_grad()
