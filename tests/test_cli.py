@@ -690,7 +690,13 @@ def test_the_base_is_the_adapters_own(call, rex, tiny, ink, tmp_path, hub, monke
     with pytest.raises(SettingsError, match="a base it does not name"):
         base_of([moved.with_card(base_model=None, base_hash=None)])
     remember(BaseModel.load(tiny), str(tmp_path / "gone"))
-    assert base_of([Adapter.load(rex)]) == str(tiny)  # what is not there is not remembered
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toybox").mkdir()  # not the embedded base
+    remember(BaseModel.load(tiny), "toybox")
+    assert base_of([Adapter.load(rex)]) == str(tiny)
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    remember(BaseModel.load(tiny), f"~/{tiny.name}")
+    assert base_of([Adapter.load(rex)]) == str(tiny)
     code, out, _ = call("preflight", rex, "--prompt", "a sks dog")
     assert code == 0 and out
 

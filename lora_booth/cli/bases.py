@@ -25,8 +25,9 @@ def remember(base: BaseModel, source: str) -> None:
     """Where a local base lies, for `base_of`."""
     import torch
 
-    if os.path.exists(source):
-        path = torch.tensor(list(os.fsencode(os.path.abspath(source))), dtype=torch.uint8)
+    place = os.path.abspath(os.path.expanduser(source))
+    if os.path.exists(place) and source != "toybox":
+        path = torch.tensor(list(os.fsencode(place)), dtype=torch.uint8)
         write_entry(KIND, key_of(base=base.fingerprint), {"path": path})
 
 
