@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
+from spoilt import saved
 
 import lora_booth as lb
 from lora_booth.adapters.adapter import Adapter, weighted
@@ -663,6 +664,17 @@ def test_conversion_of_ranks_and_alphas_of_each_module(kind, told, bases, tmp_pa
         assert torch.equal(matrix(one[name]), matrix(two[name])) and torch.equal(matrix(one[name]), matrix(three[name]))
     assert again.read_bytes() == back.read_bytes()
     assert (back.read_bytes() == first.read_bytes()) == told
+
+
+def test_conversion_of_another_spelling_keeps_the_precision(tmp_path):
+    """sd-scripts writes the projections of SD 2.x as 1x1 convolutions."""
+    name = "unet.down_blocks.0.attentions.0.proj_in"
+    factors = LoraFactors(torch.randn(4, 32, 1, 1).half(), torch.randn(32, 4, 1, 1).half(), 4.0)
+    tensors = {f"{name}.lora_A.weight": factors.down, f"{name}.lora_B.weight": factors.up}
+    source = saved(tmp_path / "a.safetensors", tensors, {"ss_v2": "True"})
+    found = Adapter.load(convert(source, tmp_path / "b.safetensors", layout="kohya")).modules[name]
+    assert found.down.dtype == torch.float16 and found.shape == (32, 32)
+    assert torch.equal(found.delta(), factors.delta()[:, :, 0, 0])
 
 
 def test_conversion_keeps_the_precision_and_takes_the_one_given(ink, tmp_path):

@@ -26,7 +26,7 @@ class Adapter(AdapterContents):
     def load(cls, path: str | Path, *, allow: Collection[str] = ()) -> Adapter:
         """Read a .safetensors file, or a folder with one, in any common naming, after checking everything in it.
 
-        allow  modules to accept although adapters rarely change them, e.g. ["unet.conv_in"]
+        allow  modules that adapters rarely change, e.g. ["unet.conv_in"]; others of them are left out with a LeftOutWarning
         Raises a kind of AdapterError that says what is wrong with the file.
         """
         from .reading import load
