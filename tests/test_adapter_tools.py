@@ -10,10 +10,10 @@ from typing import Any
 
 import pipelines
 import pytest
+import spoilt
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
-from spoilt import saved
 
 import lora_booth as lb
 from lora_booth.adapters.adapter import Adapter, weighted
@@ -671,7 +671,7 @@ def test_conversion_of_another_spelling_keeps_the_precision(tmp_path):
     name = "unet.down_blocks.0.attentions.0.proj_in"
     factors = LoraFactors(torch.randn(4, 32, 1, 1).half(), torch.randn(32, 4, 1, 1).half(), 4.0)
     tensors = {f"{name}.lora_A.weight": factors.down, f"{name}.lora_B.weight": factors.up}
-    source = saved(tmp_path / "a.safetensors", tensors, {"ss_v2": "True"})
+    source = spoilt.saved(tmp_path / "a.safetensors", tensors, {"ss_v2": "True"})
     found = Adapter.load(convert(source, tmp_path / "b.safetensors", layout="kohya")).modules[name]
     assert found.down.dtype == torch.float16 and found.shape == (32, 32)
     assert torch.equal(found.delta(), factors.delta()[:, :, 0, 0])
