@@ -190,6 +190,15 @@ def call(*words: object) -> int:
 WORDS = ("--steps", 1, "--size", 32)
 
 
+def test_preflight_of_an_adapter_that_cannot_be_attached_is_an_error(files, tmp_path, capsys):
+    stranger = pipelines.random_adapter(BaseModel.from_pipeline(pipelines.make_pipeline("sdxl"), name="large"))
+    file = stranger.save(tmp_path / "stranger.safetensors")
+    assert call("preflight", file, "--base", files[1], "--prompt", "sks dog") == 2
+    told = capsys.readouterr()
+    assert "cannot be attached: " in told.out and "recommended" not in told.out
+    assert told.err.splitlines()[-1].startswith("error: ") and "was made for large" in told.err
+
+
 def test_the_command_draws_a_grid(files, tmp_path, capsys):
     adapter, tiny = files
     words = (

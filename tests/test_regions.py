@@ -420,6 +420,16 @@ def test_a_region_has_one_place(sd1):
         Region(rex)
     with pytest.raises(SettingsError, match="x0 < x1"):
         Region(rex, box=(0.5, 0, 0.5, 1))
+    for wrong in (
+        {"box": (0, 0, 1)},
+        {"box": "left"},
+        {"mask": "mask.png"},
+        {"box": LEFT, "weight": "1"},
+        {"box": LEFT, "feather": None},
+    ):
+        with pytest.raises(SettingsError):
+            Region(rex, **wrong)
+    assert Region(rex, box=[0, 0, 1, 1]).box == (0.0, 0.0, 1.0, 1.0)
     with pytest.raises(SettingsError, match="no pixel"):
         masks_of([Region(rex, mask=Image.new("L", (8, 8)))])
 

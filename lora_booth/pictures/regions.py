@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..config import check
+from ..config import check, check_types
 from ..errors import SettingsError
 from .picture import FEATHER
 from .weights import Weight
@@ -40,9 +40,11 @@ class Region:
     feather: float = FEATHER
 
     def __post_init__(self) -> None:
+        check_types(self)
         if (self.box is None) == (self.mask is None):
             raise SettingsError(f"the region of {self.adapter.name} needs either a box or a mask")
         if self.box is not None:
+            check(len(self.box) == 4, f"box {self.box}", "four shares of the picture's sides: x0, y0, x1, y1")
             x0, y0, x1, y1 = self.box
             check(0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, f"box {self.box}", "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
         check(0 <= self.feather <= 0.5, f"feather {self.feather:g}", "0 to 0.5 of the picture's side")
