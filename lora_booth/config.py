@@ -130,18 +130,25 @@ class SettledConfig(TrainingConfig):
     resolution: int = 0
 
 
+def defaults(photos: int, steps: int | None) -> dict[str, int]:
+    """What is chosen from the number of photos, and of steps if that is given."""
+    steps = steps or min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PHOTO * photos))
+    images = min(MOST_CLASS_IMAGES, CLASS_IMAGES_PER_PHOTO * photos)
+    return {"steps": steps, "warmup_steps": min(steps // WARMUP_SHARE, MOST_WARMUP), "class_images": images}
+
+
 def settled(config: TrainingConfig, base: Any, photos: int) -> SettledConfig:
     """Choose what `config` leaves open, from the BaseModel and the number of photos. Settling twice changes nothing."""
-    steps = config.steps or min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PHOTO * photos))
+    default = defaults(photos, config.steps)
     width = max(base.shell.unet.config.block_out_channels)
     resolution = config.resolution or base.resolution
     multiple = math.lcm(base.pixels_per_latent, 8)  # 8: what diffusers' pipelines draw
     check(resolution % multiple == 0, f"resolution {resolution}", f"multiples of {multiple}")
     chosen = {
-        "steps": steps,
+        "steps": default["steps"],
         "learning_rate": config.learning_rate or CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER,
-        "warmup_steps": min(steps // WARMUP_SHARE, MOST_WARMUP) if config.warmup_steps is None else config.warmup_steps,
-        "class_images": config.class_images or min(MOST_CLASS_IMAGES, CLASS_IMAGES_PER_PHOTO * photos),
+        "warmup_steps": default["warmup_steps"] if config.warmup_steps is None else config.warmup_steps,
+        "class_images": config.class_images or default["class_images"],
         "resolution": resolution,
     }
     return SettledConfig(**vars(config) | chosen)

@@ -39,7 +39,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     After an error it is removed; what a killed process left, the next call removes.
     durable  wait until it is on the disk; not needed for what can be computed again
     """
-    temporary = path.with_name(f".lora_booth-{HOST}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    temporary = temporary_beside(path)
     aside = temporary.with_suffix(".old")
     try:
         yield temporary
@@ -57,6 +57,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     if durable:
         sync_folder(path.parent)
         sweep(path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    return path.with_name(f".lora_booth-{HOST}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
 
 
 def sweep(folder: Path) -> None:
@@ -80,6 +84,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, so that a kill leaves no half of it under its name; `sweep` removes the rest then. Raises OSError."""
+    aside = temporary_beside(folder)
+    os.replace(folder, aside)
+    remove(aside)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -125,6 +136,73 @@ def sync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in NO_SYNC:
             raise
+
+
+# --- a folder in which others may write too ----------------------------------------------------------------------------
+
+
+class Owned:
+    """The files of this library in a folder. What others put there, or a link leads to, is never replaced or removed.
+
+    A file is ours if its content is what we wrote: `.lora_booth.jsonl` lists its hash, from just before it is written.
+    """
+
+    LIST = ".lora_booth.jsonl"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, name: str) -> bool:
+        """Whether the file `name` (its path in the folder) is there and ours."""
+        try:
+            return not self._leads_elsewhere(name) and self._hash_of(name) in self._listed().get(name, ())
+        except OSError:
+            return False
+
+    def check(self, name: str) -> None:
+        """Raises FileExistsError if something that is not ours has this name."""
+        if os.path.lexists(self.folder / name) and not self.has(name):
+            raise FileExistsError(errno.EEXIST, f"{name} is not a file of this library", name)
+
+    def write(self, name: str, content: bytes) -> Path:
+        """Raises OSError, also for what `check` refuses."""
+        self.check(name)
+        if self._leads_elsewhere(name) or (self.folder / self.LIST).is_symlink():
+            raise OSError(errno.ELOOP, f"{name} is behind a link")
+        path = self.folder / name
+        make_folder(path.parent)
+        line = json.dumps({"file": name, "sha256": hashlib.sha256(content).hexdigest()})
+        with open(self.folder / self.LIST, "a", encoding="utf-8") as listed:
+            listed.write(line + "\n")
+        write_file(path, content)
+        return path
+
+    def clear(self) -> None:
+        """Remove our files, and the folders that are empty then. Raises OSError."""
+        names = [name for name in self._listed() if self.has(name)]
+        for name in names:
+            (self.folder / name).unlink()
+        for folder in {Path(name).parent for name in names} - {Path()}:
+            with suppress(OSError):
+                (self.folder / folder).rmdir()
+        if not (self.folder / self.LIST).is_symlink():
+            (self.folder / self.LIST).unlink(missing_ok=True)
+
+    def _listed(self) -> dict[str, set[str]]:
+        """Name -> the hashes of what was written there."""
+        listed: dict[str, set[str]] = {}
+        for line in json_lines(self.folder / self.LIST):
+            listed.setdefault(str(line.get("file")), set()).add(str(line.get("sha256")))
+        return listed
+
+    def _leads_elsewhere(self, name: str) -> bool:
+        path = Path(name)
+        inside = not path.is_absolute() and ".." not in path.parts
+        return not inside or any((self.folder / one).is_symlink() for one in (path, *path.parents[:-1]))
+
+    def _hash_of(self, name: str) -> str:
+        with open_regular(self.folder / name) as file:
+            return hashlib.sha256(file.read()).hexdigest()
 
 
 # --- reading what anyone may have edited -------------------------------------------------------------------------------

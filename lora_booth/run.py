@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 from .adapters.adapter import Adapter
 from .base.base_model import BaseModel
 from .config import LoraSpec, TrainingConfig, check, settled, typed
-from .errors import SettingsError, TrainingError
+from .errors import SettingsError, TrainingError, setting, shown
 from .planning.budget import is_ample
 from .planning.planning import levels_that_fit
 from .subject.subject import Subject
 from .subject.tokens import check_token
 from .training.distributed import joined
-from .training.encoding import prepare
+from .training.encoding import prepare, subjects_of
 from .training.job import Job
 from .training.progress import Step, display
 from .training.run_folder import NoFolder, RunFolder
@@ -37,7 +37,7 @@ MARGIN = 2.0  # a time limit must leave room for so many of the longest update, 
 
 
 def train(
-    base: BaseModel,
+    base: BaseModel | str | Path,
     subject: Subject | Sequence[Subject],
     *,
     lora: LoraSpec | None = None,
@@ -66,16 +66,19 @@ def train(
     Raises SettingsError, TrainingError, PhotoError.
     """
     began = time.monotonic()
-    subjects = [subject] if isinstance(subject, Subject) else list(subject)
-    if not subjects:
-        raise SettingsError("no subject to train on; pass one, e.g. Subject.from_folder('photos/rex', ...)")
+    base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
+    subjects = subjects_of(subject)
     if out is None and (mirror is not None or restart):
         raise SettingsError("mirror and restart need a run folder; pass out=")
     check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
     place: Path | None = typed("out", out, Path | None)
     copies: Path | None = typed("mirror", mirror, Path | None)
-    lora = lora or LoraSpec()
-    config = settled(config or TrainingConfig(), base, sum(len(s.photos) for s in subjects))
+    if place is not None:
+        check_place(place, copies, subjects)
+    lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
+    config = settled(
+        typed("config", config, TrainingConfig | None) or TrainingConfig(), base, sum(len(s.photos) for s in subjects)
+    )
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
     job, processes = Job(base, subjects, lora, config), joined(base.device)
@@ -157,6 +160,16 @@ def follow(
     except TrainingError as error:
         folder.give_up(error, run.state)
         raise
+
+
+def check_place(place: Path, copies: Path | None, subjects: Sequence[Subject]) -> None:
+    """Raises SettingsError for a run folder that holds the photos, or is the mirror too."""
+    if place.resolve() in {photo.path.resolve().parent for subject in subjects for photo in subject.photos}:
+        raise SettingsError(
+            f"{shown(place)}: is the folder of the photos; pass another one as {setting('out', option='--run')}"
+        )
+    if copies is not None and copies.resolve() == place.resolve():
+        raise SettingsError(f"{shown(copies)}: is the run folder itself; pass a folder on other storage as {setting('mirror')}")
 
 
 def token_notes(base: BaseModel, subjects: Sequence[Subject]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 import lora_booth as lb
 from lora_booth.errors import AdapterError
-from lora_booth.files import HOST, json_lines, number, open_regular, parse_json, read_json, replacing, write_file
+from lora_booth.files import HOST, Owned, json_lines, number, open_regular, parse_json, read_json, replacing, write_file
 from lora_booth.pictures.picture import Picture
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -145,6 +145,40 @@ def test_a_folder_replaces_another(tmp_path: Path) -> None:
             temporary.mkdir()
             (temporary / name).touch()
     assert [p.name for p in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_only_what_we_wrote_is_replaced_or_removed(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    owned = Owned(folder)
+    for name, content in (("a.json", b"1"), ("a.json", b"2"), ("samples/1.png", b"x"), ("changed", b"ours"), ("gone", b"y")):
+        owned.write(name, content)
+    (folder / "gone").unlink()
+    (folder / "changed").write_bytes(b"a user's own")
+    outside.mkdir()
+    (outside / "a.json").write_bytes(b"2")  # the same bytes as ours
+    (folder / "linked").symlink_to(outside / "a.json")
+    (folder / "crops").symlink_to(outside)
+    (folder / "mine").write_bytes(b"2")
+    assert [name for name in ("a.json", "samples/1.png", "changed", "gone", "mine", "linked") if owned.has(name)] == [
+        *("a.json", "samples/1.png"),
+    ]
+    for name in ("changed", "mine", "linked", "crops/a.json", "crops/new", "../outside/new", str(outside / "new")):
+        with pytest.raises(OSError, match="not a file of this library|behind a link"):
+            owned.write(name, b"new")
+    Owned(folder).clear()
+    assert sorted(path.name for path in folder.iterdir()) == ["changed", "crops", "linked", "mine"]
+    assert [(path.name, path.read_bytes()) for path in outside.iterdir()] == [("a.json", b"2")]
+
+
+def test_a_list_that_is_a_link_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / Owned.LIST).symlink_to(tmp_path / "theirs")
+    owned = Owned(tmp_path / "run")
+    with pytest.raises(OSError, match="behind a link"):
+        owned.write("a", b"x")
+    owned.clear()
+    assert (tmp_path / "theirs").read_text() == "" and (tmp_path / "run" / Owned.LIST).is_symlink()
 
 
 @pytest.mark.parametrize("path", ["a\0b", "a\0/b"])

@@ -32,13 +32,13 @@ def test_a_second_run_is_refused_and_a_third_may(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     with locked(tmp_path) as held:
         assert held is True
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [".lora_booth.lock"]
 
 
 def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path) -> None:
     with locked(tmp_path):
-        (tmp_path / "lock.txt").unlink()
-        (tmp_path / "lock.txt").mkdir()
+        (tmp_path / ".lora_booth.lock.txt").unlink()
+        (tmp_path / ".lora_booth.lock.txt").mkdir()
         with pytest.raises(TrainingError, match=r"another run is using it \(another process\)"), locked(tmp_path):
             raise AssertionError("not reached")
     with locked(tmp_path) as held:  # released, although the name could not be removed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lora_booth.adapters.adapter import Adapter
-from lora_booth.config import TrainingConfig
-from lora_booth.errors import SettingsError, TrainingError
+from lora_booth.config import TrainingConfig, settled
+from lora_booth.errors import LoraBoothError, SettingsError, TrainingError
+from lora_booth.files import Owned
 from lora_booth.run import TIME_UP, Stopping, train
 from lora_booth.training import checkpoint
-from lora_booth.training.checkpoint import Checkpoint, newest, publish, read_back
+from lora_booth.training.checkpoint import Checkpoint, identity_in, newest, publish, read_back
 from lora_booth.training.health import BEFORE, RECENT, Health, RollBack
+from lora_booth.training.loop import learning_rate
 from lora_booth.training.mirror import Mirror
 from lora_booth.training.progress import Step
 
@@ -74,7 +78,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 def test_a_folder_explains_itself(whole: tuple[Path, str], photos: Path) -> None:
     folder, digest = whole
-    names = {"adapter.safetensors", "checkpoints", "lock", "metrics.jsonl", "run.json"}
+    names = {"adapter.safetensors", "checkpoints", ".lora_booth.lock", ".lora_booth.jsonl", "metrics.jsonl", "run.json"}
     assert names <= {path.name for path in folder.iterdir()}
     kept = record(folder)
     assert (kept["status"], kept["step"], kept["steps"]) == ("finished", 6, 6)
@@ -124,6 +128,11 @@ def test_a_finished_run_is_read_and_not_trained(whole: tuple[Path, str], photos:
     file = tmp_path / "run" / "adapter.safetensors"
     good = file.read_bytes()
     file.write_bytes(good[:-1])
+    with pytest.raises(
+        TrainingError, match=r"adapter.safetensors is not a file of this library, or was changed since; move it"
+    ):
+        call()
+    file.unlink()
     assert call().digest() == digest and file.read_bytes() == good  # written anew from the checkpoint
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert call().modules.keys() == Adapter.load(file).modules.keys()  # the file alone will do
@@ -137,8 +146,6 @@ def test_a_run_goes_on_where_it_stopped_and_its_metrics_too(whole: tuple[Path, s
     with pytest.raises(Broken):
         tiny_run(photos, tmp_path, config=QUICK, on_step=at(3, broken))
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "lo')  # as a crash may leave it
     assert tiny_run(photos, tmp_path, config=QUICK) == digest
     lines, expected = metrics(tmp_path), metrics(folder)
     assert [(line["step"], line["loss"], line["rate"]) for line in lines] == [
@@ -271,7 +278,8 @@ def test_a_restart_removes_only_what_a_run_has_made(photos: Path, tmp_path: Path
         tiny_run(photos, run, config=config, restart=True, on_step=at(1, broken))
     left = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
     assert all(file.exists() for file in mine)
-    assert {path.parts[0] for path in there & left} == {"lock", "run.json", "metrics.jsonl", "samples", "crops", "report.html"}
+    ours = {".lora_booth.lock", ".lora_booth.jsonl", "run.json", "metrics.jsonl", "samples", "crops", "report.html"}
+    assert {path.parts[0] for path in there & left} == ours
     assert not list(run.glob("checkpoints/[0-9]*/state.pt")) and not (run / "adapter.safetensors").exists()
 
 
@@ -286,8 +294,7 @@ def test_a_crop_is_never_written_through_a_link(tmp_path: Path, photos: Path) ->
     for name in ("run", "other"):
         tiny_run(photos, tmp_path / name, config=replace(CONFIG, steps=1))
     assert [path.read_bytes() for path in mine.iterdir()] == [b"mine"]
-    with Image.open(tmp_path / "run" / "crops" / "0000.webp") as crop:
-        assert crop.format == "WEBP" and not (tmp_path / "run" / "crops" / "0000.webp").is_symlink()
+    assert (tmp_path / "run" / "crops" / "0000.webp").is_symlink() and (tmp_path / "run" / "crops" / "0001.webp").is_file()
 
 
 @pytest.mark.slow
@@ -326,22 +333,271 @@ def test_a_tilde_is_the_home_folder(photos: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "[]", "\xff", '{"identity": 1, "events": null}'])
-def test_a_record_that_cannot_be_read_is_written_anew(text: str, whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+def test_a_record_that_is_gone_is_written_anew(text: str, whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     with pytest.raises(Broken):
         tiny_run(photos, tmp_path, config=QUICK, on_step=at(3, broken))
     (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(TrainingError, match="run.json is not a file of this library, or was changed since"):
+        tiny_run(photos, tmp_path, config=QUICK)
+    (tmp_path / "run.json").unlink()
     assert tiny_run(photos, tmp_path, config=QUICK) == whole[1] and events(tmp_path) == ["continued at step 2"]
-    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    (tmp_path / "run.json").unlink()
     assert tiny_run(photos, tmp_path, config=QUICK) == whole[1] and record(tmp_path)["status"] == "finished"
 
 
-@pytest.mark.parametrize("facts", [None, [1], {"base": {}}, {"base": {"fingerprint": "0", "dtype": 1, "name": "?"}}])
+@pytest.mark.parametrize("facts", [{}, {"base": {}}, {"base": {"fingerprint": "0", "dtype": 1, "name": "?"}}])
 def test_a_finished_run_of_another_version_is_refused(facts: Any, photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "facts": facts}))
+    Owned(tmp_path).write("run.json", json.dumps({"status": "finished", "facts": facts}).encode())
     with pytest.raises(
         TrainingError, match=r"holds a run with other .*\(step 0\): made by another version; use another folder"
     ):
         tiny_run(photos, tmp_path, config=QUICK)
+
+
+def test_more_steps_continue_a_run(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+    """A finished one too, and its copies: on the schedule of the longer run, which is said."""
+    run, drive = tmp_path / "run", tmp_path / "drive"
+    tiny_run(photos, run, config=QUICK, mirror=drive)
+    more = replace(QUICK, steps=8)
+    with pytest.raises(TrainingError, match=r"\(step 6\): steps 6 -> 4; use another folder"):
+        tiny_run(photos, run, config=replace(QUICK, steps=4))
+    with pytest.raises(TrainingError, match="steps 6 -> 8; seed 0 -> 1"):
+        tiny_run(photos, run, config=replace(more, seed=1))
+    seen: dict[int, float] = {}
+    digest = tiny_run(photos, run, config=more, mirror=drive, on_step=lambda s: seen.update({s.index: s.learning_rate}))
+    config = settled(more, tiny(), 3)
+    assert seen == {7: learning_rate(config, 6), 8: learning_rate(config, 7)}
+    said = events(run)
+    assert f"steps 6 -> 8: the learning rate is {seen[7]:.1e} now, as in a run of 8 steps" in said
+    assert said[-1] == "safe at step 8: copied to the mirror and read back"
+    assert (record(run)["status"], record(run)["step"], record(run)["steps"]) == ("finished", 8, 8)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert Adapter.load(run / "adapter.safetensors").card.steps == 8 and digest != whole[1]
+    assert tiny_run(photos, run, config=more, on_step=lambda _: broken()) == digest  # and that is a finished run
+
+
+def test_what_follows_from_another_setting_is_not_named(photos: Path, tmp_path: Path) -> None:
+    settings = TrainingConfig(steps=40, checkpoint_every=1, attention="sdpa")
+    with pytest.raises(Broken):
+        tiny_run(photos, tmp_path, config=replace(settings, prior_loss_weight=0.0), on_step=at(2, broken))
+    few = replace(subject(photos), photos=subject(photos).photos[:2])
+    with pytest.raises(TrainingError) as error:
+        train(tiny(), few, lora=LORA, config=replace(settings, steps=20, prior_loss_weight=0.0), out=tmp_path, progress=False)
+    assert ": steps 40 -> 20; photos 3 -> 2; use another folder" in str(error.value)  # nor warmup_steps, nor class_images
+
+
+# --- only what is ours ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "adapter.safetensors", "checkpoints"])
+def test_a_folder_with_files_of_the_same_names_is_not_taken_over(
+    name: str, restart: bool, photos: Path, tmp_path: Path
+) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    for folder in (run, outside):
+        folder.mkdir()
+    (outside / "theirs").write_bytes(b"theirs")
+    if name == "checkpoints":
+        (run / name).symlink_to(outside)
+    else:
+        (run / name).write_bytes(b"theirs")
+    with pytest.raises(TrainingError, match=f"run: {name} is .*; move it away, or pass another folder as out"):
+        tiny_run(photos, run, config=QUICK, restart=restart)
+    assert [path.name for path in outside.iterdir()] == ["theirs"]
+    assert name == "checkpoints" or (run / name).read_bytes() == b"theirs"
+    if name != "checkpoints":
+        (run / name).rename(outside / name)
+        (run / name).symlink_to(outside / name)
+        with pytest.raises(TrainingError, match=f"run: {name} is "):
+            tiny_run(photos, run, config=QUICK, restart=restart)
+        assert (outside / name).read_bytes() == b"theirs"
+
+
+THEIRS = (
+    *("lock", "lock.txt", ".notes.tmp", ".0123456789abcdef.tmp", "scores.json", "report.html", "samples/000100.png"),
+    *("samples/samples.jsonl", "crops/0000.webp", "checkpoints/20240131/model.bin", "checkpoints/20240131/manifest.json"),
+    *("checkpoints/000002/state.pt", "checkpoints/.000002.1.tmp/state.pt", "logs/1"),
+)
+
+
+def test_files_of_others_stay(photos: Path, tmp_path: Path) -> None:
+    """With the names that ours have; in a run, its continuation and its restart."""
+    run, config = tmp_path / "run", replace(QUICK, steps=2, checkpoint_every=1, sample_every=1, sample_prompt="a dog")
+    for name in THEIRS:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b'{"step": 1, "number": 1}')
+    with pytest.raises(Broken):
+        tiny_run(photos, run, config=config, on_step=at(2, broken))
+    tiny_run(photos, run, config=config)
+    (run / "checkpoints" / "000002.1" / "notes.txt").write_text("mine")  # beside our files
+    tiny_run(photos, run, config=replace(config, seed=1), restart=True)
+    assert all((run / name).read_bytes() == b'{"step": 1, "number": 1}' for name in THEIRS)
+    assert [path.name for path in (run / "checkpoints" / "000002.1").iterdir()] == ["notes.txt"]
+    assert "no samples of step 1: samples/samples.jsonl is not a file of this library" in events(run)
+
+
+def test_links_are_not_followed(photos: Path, tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    run.mkdir()
+    for name in ("samples", "crops", "report.html", "scores.json", ".lora_booth.lock.txt"):
+        (run / name).symlink_to(outside / name if "." in name else outside)
+    for restart in (False, True):
+        tiny_run(photos, run, config=replace(QUICK, steps=1, sample_every=1, sample_prompt="a dog"), restart=restart)
+    assert list(outside.iterdir()) == []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".lora_booth.lock").symlink_to(outside / "lock")
+    with pytest.raises(TrainingError, match="cannot be written .*is a link"):
+        tiny_run(photos, tmp_path / "other", config=QUICK)
+    assert list(outside.iterdir()) == []
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real").mkdir()
+    tiny_run(photos, tmp_path / "linked", config=replace(QUICK, steps=1))  # where the user wants it
+    assert (tmp_path / "real" / "adapter.safetensors").is_file()
+
+
+def test_copies_of_another_run_stay(photos: Path, tmp_path: Path) -> None:
+    drive, config = tmp_path / "drive", replace(QUICK, steps=1)
+    tiny_run(photos, tmp_path / "one", config=config, mirror=drive)
+    copies = {path: path.read_bytes() for path in drive.rglob("*") if path.is_file()}
+    with pytest.raises(TrainingError, match="drive: holds a run with other .*seed 0 -> 1"):
+        tiny_run(photos, tmp_path / "two", config=replace(config, seed=1), mirror=drive, restart=True)
+    assert {path: path.read_bytes() for path in drive.rglob("*") if path.is_file()} == copies
+    tiny_run(photos, tmp_path / "one", config=replace(config, seed=1), mirror=drive, restart=True)
+    assert identity_in(drive / "checkpoints" / "000001") == record(tmp_path / "one")["identity"]
+
+
+def test_a_run_is_not_put_among_its_photos_nor_mirrored_into_itself(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="rex: holds the photos; pass another folder as out"):
+        tiny_run(photos, photos.parent / "." / photos.name, config=QUICK)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for mirror in (tmp_path, tmp_path / "link", f"{tmp_path}/x/.."):
+        with pytest.raises(SettingsError, match="is the run folder itself; pass a folder on other storage as mirror"):
+            tiny_run(photos, tmp_path, config=QUICK, mirror=mirror)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+# --- checkpoints that somebody changed -----------------------------------------------------------------------------------
+
+
+def tampered(folder: Path, **contents: bytes | None) -> None:
+    """Replace files of a checkpoint (their names without the ending), and correct the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for stem, content in contents.items():
+        [name] = [path.name for path in folder.iterdir() if path.stem == stem]
+        if content is None:
+            (folder / name).unlink()
+            del manifest["sha256"][name]
+        else:
+            (folder / name).write_bytes(content)
+            manifest["sha256"][name] = sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def halfway(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("halfway")
+    with pytest.raises(Broken):
+        tiny_run(photos, folder, config=replace(QUICK, checkpoint_every=4), on_step=at(5, broken))
+    return folder
+
+
+Change = Callable[[dict[str, Any]], Any]
+FIRST = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.down"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: [],
+        lambda state: state.clear(),
+        lambda state: state.pop("lora"),
+        lambda state: state.update(lora=None),
+        lambda state: state["lora"].popitem(),
+        lambda state: state["lora"].update({FIRST: torch.zeros(1)}),
+        lambda state: state["lora"].update({FIRST: state["lora"][FIRST] * math.nan}),
+        lambda state: state["lora"].update({FIRST: "x"}),
+        lambda state: state.update(step=3),
+        lambda state: state.update(step="x"),
+        lambda state: state.update(step=10**12),
+        lambda state: state.update(optimizer={}),
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda state: state["optimizer"].update(state=[1]),
+        lambda state: state.update(health={"bad": 1}),
+        lambda state: state["health"].update(losses=["x"]),
+        lambda state: state["health"].update(rollbacks={}),
+        lambda state: state.update(levels=5),
+        lambda state: state.update(levels={"gradient_checkpointing": "yes"}),
+        lambda state: state.update(attention=5),
+        lambda state: state.update(good=5),
+        lambda state: state.update(smoothed=torch.zeros(2)),
+        lambda state: state.update(unread="x"),
+        lambda state: state.update(scaler=5),
+    ],
+)
+def test_a_tampered_state_is_one_plain_error(change: Change, halfway: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(halfway, tmp_path / "run")
+    [folder] = (tmp_path / "run" / "checkpoints").iterdir()
+    state = torch.load(folder / "state.pt", weights_only=True)
+    changed = change(state)
+    content = io.BytesIO()
+    torch.save(changed if isinstance(changed, list) else state, content)
+    tampered(folder, state=content.getvalue())
+    with pytest.raises(LoraBoothError, match="not a checkpoint of this run|does not fit this run|needed: ") as error:
+        tiny_run(photos, tmp_path / "run", config=QUICK)
+    assert str(error.value).isprintable()
+    seen: list[int] = []
+    tiny_run(photos, tmp_path / "run", config=replace(QUICK, steps=1), restart=True, on_step=lambda s: seen.append(s.index))
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        ({"state": b""}, "not a checkpoint of this run"),
+        ({"state": b"PK\x03\x04"}, "not a checkpoint of this run"),
+        ({"run": b"\xff"}, "made by another version"),
+        ({"run": b"[]"}, "made by another version"),
+        ({"run": b'{"events": 5}'}, "made by another version"),
+        ({"run": b"[" * 100_000}, "made by another version"),
+        ({"run": None}, "made by another version"),
+        ({"metrics": b"\xff\n{"}, None),
+        ({"metrics": b'{"seconds": "x"}\n'}, None),
+        ({"metrics": b'{"seconds": 1e999}\n5\n'}, None),
+        ({"metrics": None}, None),
+        ({"adapter": b"x"}, None),
+        ({"state": None}, None),
+        ({"manifest": b'{"step": -1, "number": 1, "sha256": {}}'}, None),
+        ({"manifest": b'{"step": 4, "number": 1e400, "sha256": {}}'}, None),
+        ({"manifest": b'{"step": 4, "number": 1, "sha256": {"../../adapter.safetensors": "0"}}'}, None),
+        ({"manifest": b"[]"}, None),
+    ],
+)
+def test_other_tampered_files_cost_no_more_than_their_checkpoint(
+    contents: dict[str, bytes | None], said: str | None, halfway: Path, photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(halfway, tmp_path / "run")
+    [folder] = (tmp_path / "run" / "checkpoints").iterdir()
+    if manifest := contents.get("manifest"):
+        (folder / "manifest.json").write_bytes(manifest)
+    else:
+        tampered(folder, **contents)
+    if said is None:
+        tiny_run(photos, tmp_path / "run", config=QUICK)
+        assert record(tmp_path / "run")["status"] == "finished"
+    else:
+        with pytest.raises(TrainingError, match=said):
+            tiny_run(photos, tmp_path / "run", config=QUICK)
+
+
+def test_a_checkpoint_of_pipes_and_links_is_not_read(halfway: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(halfway, tmp_path / "run")
+    [folder] = (tmp_path / "run" / "checkpoints").iterdir()
+    (folder / "state.pt").rename(tmp_path / "state.pt")
+    (folder / "state.pt").symlink_to(tmp_path / "state.pt")
+    tiny_run(photos, tmp_path / "run", config=QUICK)
+    assert "checkpoint 000004 is damaged: skipped" in events(tmp_path / "run") and (tmp_path / "state.pt").is_file()
 
 
 # --- one folder, one run -------------------------------------------------------------------------------------------------
@@ -652,6 +908,7 @@ def test_a_kill_while_old_checkpoints_go_leaves_no_half_of_one(tmp_path: Path, m
     names = [folder for folder in tmp_path.iterdir() if not folder.name.startswith(".")]
     assert [read_back(folder) is not None for folder in names] == [True, True]
     monkeypatch.undo()
+    monkeypatch.setattr("lora_booth.files.is_running", lambda process: False)  # it was killed
     publish(tmp_path, 20, 4, files)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["000015", "000020"]  # the litter is gone too
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..errors import EvaluationError, shown
-from ..files import write_file
+from ..files import Owned
 from ..training.checkpoint import RECORD, SCORES, read_record, saved_adapters
 from .protocol import Candidate
 from .results import Comparison
@@ -30,9 +30,13 @@ def candidates_of(run: str | Path) -> list[Candidate]:
 
 
 def scores_file(folder: str | Path, made: Comparison) -> Path:
-    """Write the scores to a folder; in that of a run, the report shows them until another run starts there."""
-    path = Path(folder) / SCORES
+    """Write the scores to a folder; in that of a run, the report shows them until another run starts there.
+
+    Raises EvaluationError, also if a file of this name is not ours.
+    """
     identity = read_record(Path(folder)).get("identity")
     content = made.as_dict() | ({} if identity is None else {"identity": identity})
-    write_file(path, (json.dumps(content, indent=1) + os.linesep).encode())
-    return path
+    try:
+        return Owned(Path(folder)).write(SCORES, (json.dumps(content, indent=1) + os.linesep).encode())
+    except OSError as error:
+        raise EvaluationError(f"{shown(folder)}: {SCORES} cannot be written ({error.strerror}); move it away") from error

@@ -18,8 +18,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import file_stem, one_line, quoted, ways
 from ..base.ai_mark import LOSSLESS, data_url
 from ..config import LoraSpec, TrainingConfig
-from ..errors import PhotoError, shown
-from ..files import number, page, write_file
+from ..errors import PhotoError, SettingsError, shown
+from ..files import Owned, number, page
 from ..photos.opening import read_picture
 from ..training.checkpoint import REPORT, saved_adapters
 from ..training.progress import clock
@@ -47,7 +47,10 @@ def write_report(run: str | Path, *, photos: bool = True) -> Path:
     """
     found = read_run(Path(run))
     path = found.path / REPORT
-    write_file(path, html(found, photos=photos).encode("utf-8", "replace"))
+    try:
+        Owned(found.path).write(REPORT, html(found, photos=photos).encode("utf-8", "replace"))
+    except OSError as error:
+        raise SettingsError(f"{shown(path)}: cannot be written ({error.strerror}); move it away") from error
     return path
 
 

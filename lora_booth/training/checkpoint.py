@@ -13,20 +13,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import make_folder, read_json, sync_folder, write_synced
+from ..files import make_folder, number, open_regular, parse_json, remove_folder, replacing, sync_folder, write_synced
 
 STATE, ADAPTER, METRICS, RECORD, MANIFEST = "state.pt", "adapter.safetensors", "metrics.jsonl", "run.json", "manifest.json"
 SAMPLES, CROPS, SCORES, REPORT = "samples", "crops", "scores.json", "report.html"  # beside them in the folder of a run
 ROOM = 3  # checkpoint sizes that must be free before one is written: chosen
 KEPT = 2  # checkpoints; chosen: the newest, and one more in case that is damaged
-OURS = re.compile(r"\d{6,}(\.\d+)?|\..+\.tmp")  # names in a folder of checkpoints that pruning may touch
+NAMES = re.compile(r"\d{6,}(\.\d+)?")  # of checkpoints: the step, and a number where a step comes twice
+
+PARTS = {"events": list, "seconds": dict, "surroundings": dict, "facts": dict}  # of run.json
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,28 @@ class Checkpoint:
     contents: Mapping[str, bytes]
 
     def record(self) -> dict[str, Any]:
-        """run.json at that step."""
-        found: dict[str, Any] = json.loads(self.contents[RECORD])
-        return found
+        """run.json at that step; empty if it cannot be read."""
+        return record_of(self.contents.get(RECORD, b""))
 
 
 def read_record(run: Path) -> dict[str, Any]:
     """run.json of a run's folder; empty if it cannot be read."""
     try:
-        record = read_json(run / RECORD)
-    except (OSError, ValueError):
+        return record_of(read_regular(run / RECORD))
+    except OSError:
         return {}
-    return record if isinstance(record, dict) else {}
+
+
+def record_of(content: bytes) -> dict[str, Any]:
+    """run.json; empty if it is not as `Record` writes it."""
+    try:
+        record = parse_json(content)
+        fits = all(isinstance(record.get(name, kind()), kind) for name, kind in PARTS.items())
+        fits = fits and all(isinstance(event, dict) for event in record.get("events", ()))
+        fits = fits and None not in map(number, record.get("seconds", {}).values())
+    except (ValueError, AttributeError):
+        return {}
+    return record if fits else {}
 
 
 def saved_adapters(run: Path) -> dict[int, Path]:
@@ -71,8 +84,13 @@ def packed_state(state: dict[str, Any]) -> bytes:
 
 
 def unpacked_state(content: bytes) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return state
+    """Raises ValueError for what `packed_state` did not write."""
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        good = state["good"] and {**state["good"], "step": int(state["good"]["step"])}
+        return {**state, "step": int(state["step"]), "levels": dict(state["levels"]), "good": good}
+    except Exception as error:  # pickle's, zip's and PyTorch's
+        raise ValueError(f"its state cannot be read ({type(error).__name__})") from error
 
 
 def publish(parent: Path, step: int, number: int, contents: Mapping[str, bytes]) -> Checkpoint:
@@ -90,85 +108,97 @@ def publish(parent: Path, step: int, number: int, contents: Mapping[str, bytes])
 def write_folder(
     parent: Path, name: str, contents: Mapping[str, bytes], *, check: Callable[[Path], None] = lambda folder: None
 ) -> Path:
-    """`contents` as files of `parent/name`: a temporary folder, every file synced, `check`, renamed, the parent synced; at last
-    the oldest ones are removed."""
+    """`contents` as the files of `parent/name`, synced and checked by `check`, or nothing; then the oldest are removed."""
+    if parent.is_symlink():
+        raise OSError(errno.ELOOP, f"{parent.name} is a link")
     needed, free = ROOM * sum(map(len, contents.values())), shutil.disk_usage(parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"no room: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB wanted")
     final, again = parent / name, 0
-    while final.exists():  # after a rollback a step comes twice
+    while os.path.lexists(final):  # after a rollback a step comes twice
         again += 1
         final = parent / f"{name}.{again}"
-    temporary = parent / f".{name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with replacing(final) as temporary:
         temporary.mkdir()
         for file, content in contents.items():
             write_synced(temporary / file, content)
         sync_folder(temporary)
         check(temporary)
-        os.replace(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(parent)
-    prune(parent)
+    for old in sorted(checkpoints_in(parent), key=number_of)[:-KEPT]:
+        with suppress(OSError):
+            discard(old)
     return final
 
 
-def prune(parent: Path) -> None:
-    """Remove all but the newest checkpoints, and leftovers of dead processes. The lock keeps others from writing here."""
-    ours = [path for path in parent.iterdir() if OURS.fullmatch(path.name)]
-    written = [folder for folder in in_place(ours) if (folder / MANIFEST).exists()]  # others belong to another program
-    for old in sorted(written, key=number_of)[:-KEPT]:
-        aside = parent / f".{old.name}.{os.getpid()}.tmp"  # so that no half-removed folder has a checkpoint's name
-        try:
-            ours.append(old.replace(aside))
-        except OSError:
-            continue
-    for leftover in ours:
-        if leftover.name.startswith("."):
-            shutil.rmtree(leftover, ignore_errors=True)
+def checkpoints_in(parent: Path) -> list[Path]:
+    """The checkpoints in a folder, also damaged ones: folders with the name of one and a manifest as we write it."""
+    try:
+        named = [] if parent.is_symlink() else [path for path in parent.iterdir() if NAMES.fullmatch(path.name)]
+    except OSError:
+        return []
+    return [path for path in named if not path.is_symlink() and manifest_of(path)]
 
 
-def in_place(paths: Iterable[Path]) -> list[Path]:
-    """The paths with the name of a complete checkpoint."""
-    return [path for path in paths if OURS.fullmatch(path.name) and not path.name.startswith(".")]
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """{"step": n, "number": n, "sha256": {file name: hash}}; empty if there is none like this."""
+    try:
+        found = parse_json(read_regular(folder / MANIFEST))
+        steps = [number(found[name], least=0) for name in ("step", "number")]
+        ours = None not in steps and found["sha256"].keys() <= {STATE, ADAPTER, METRICS, RECORD}
+        return {**found, "step": int(found["step"]), "number": int(found["number"])} if ours else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint, so that a kill leaves no half of it under its name. What others put into its folder stays."""
+    ours = {*manifest_of(checkpoint)["sha256"], MANIFEST}
+    if {path.name for path in checkpoint.iterdir()} <= ours:
+        remove_folder(checkpoint)
+        return
+    for name in (MANIFEST, *ours):  # without a manifest it is no checkpoint any more
+        (checkpoint / name).unlink(missing_ok=True)
 
 
 def number_of(folder: Path) -> int:
     """The checkpoint's number in its run, from 1, by the manifest alone; 0 if that cannot be read."""
-    try:
-        return int(json.loads((folder / MANIFEST).read_bytes())["number"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+    return int(manifest_of(folder).get("number", 0))
+
+
+def identity_in(checkpoint: Path) -> Any:
+    """That of its run; None if it is damaged."""
+    return read_record(checkpoint).get("identity")
 
 
 def read_back(folder: Path) -> Checkpoint | None:
     """The checkpoint in `folder` if every file has the hash in its manifest, else None."""
+    manifest = manifest_of(folder)
     try:
-        written = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(written)
-        contents = {name: (folder / Path(name).name).read_bytes() for name in manifest["sha256"]} | {MANIFEST: written}
-        intact = all(hashlib.sha256(contents[name]).hexdigest() == sha for name, sha in manifest["sha256"].items())
-        return Checkpoint(folder, manifest["step"], manifest["number"], contents) if intact and STATE in contents else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        contents = {name: read_regular(folder / name) for name in (*manifest.get("sha256", ()), MANIFEST)}
+        if any(hashlib.sha256(contents[name]).hexdigest() != sha for name, sha in manifest["sha256"].items()):
+            return None
+        found = Checkpoint(folder, manifest["step"], manifest["number"], contents)
+        return found if STATE in contents else None
+    except (OSError, ValueError, KeyError):
         return None
+
+
+def read_regular(path: Path) -> bytes:
+    """Raises OSError also for a link, a named pipe or a device."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link", str(path))
+    with open_regular(path) as file:
+        return file.read()
 
 
 def newest(parents: Sequence[Path], *, damaged: list[Path] | None = None) -> Checkpoint | None:
     """The newest intact checkpoint in these folders. Damaged ones are skipped, and added to `damaged`."""
     found: Checkpoint | None = None
-    for parent in parents:
-        try:
-            folders = in_place(parent.iterdir())
-        except OSError:
-            continue
-        for folder in folders:
-            checkpoint = read_back(folder)
-            if checkpoint is None:
-                if damaged is not None:
-                    damaged.append(folder)
-            elif found is None or checkpoint.number > found.number:
-                found = checkpoint
+    for folder in (folder for parent in parents for folder in checkpoints_in(parent)):
+        checkpoint = read_back(folder)
+        if checkpoint is None:
+            if damaged is not None:
+                damaged.append(folder)
+        elif found is None or checkpoint.number > found.number:
+            found = checkpoint
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from itertools import count
 from typing import Any
@@ -25,6 +25,7 @@ from ..base.base_model import BaseModel, TextConditions
 from ..base.weight_files import LazyModule
 from ..cache import bytes_of, cached, key_of, prune_cache
 from ..config import LoraSpec, TrainingConfig, settled
+from ..errors import SettingsError, shown
 from ..photos.photo import Photo
 from ..photos.square import Crop, to_tensor, training_square
 from ..subject.subject import Subject
@@ -54,7 +55,7 @@ def prepare(
     on_progress  called with what is made ("class images", "encoding"), how many are done, and their total
     on_square    called with each photo's number, from 0, and its training square
     """
-    subjects = [subject] if isinstance(subject, Subject) else list(subject)
+    subjects = subjects_of(subject)
     config = settled(config or TrainingConfig(), base, sum(len(s.photos) for s in subjects))
     squares, prompts = [], []
     for one in subjects:
@@ -115,6 +116,15 @@ def told_if_cut(base: BaseModel, prompt: str, what: str, warn: Callable[[str], N
     if end := base.cut_off(prompt):
         warn(f"{what}: the text encoder does not read the end of the prompt ({len(end.split())} words); shorten it")
     return prompt
+
+
+def subjects_of(subject: Subject | Sequence[Subject]) -> list[Subject]:
+    """Raises SettingsError unless there is one, and only subjects."""
+    subjects = [subject] if isinstance(subject, Subject) or not isinstance(subject, Iterable) else list(subject)
+    if not subjects or not all(isinstance(one, Subject) for one in subjects):
+        what = f"{shown(repr(subject))[:80]} is not a subject" if subjects else "no subject to train on"
+        raise SettingsError(f"{what}; pass one, e.g. Subject.from_folder('photos/rex', token='ohwx', class_noun='dog')")
+    return subjects
 
 
 def encode(

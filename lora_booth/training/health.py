@@ -89,7 +89,9 @@ class Health:
     @classmethod
     def from_state(cls, state: dict[str, Any], *, after: Health | None = None) -> Health:
         """after: the one that had to roll back to this state; its counts and rate are kept."""
-        health = cls(**state | {"rollbacks": dict(state["rollbacks"]), "losses": list(state["losses"])})
+        rollbacks = {kind: int(state["rollbacks"][kind]) for kind in cls().rollbacks}
+        losses = [float(loss) for loss in state["losses"]]
+        health = cls(int(state["bad"]), int(state["skipped"]), float(state["rate_share"]), rollbacks, losses)
         if after is not None:
             health.rate_share, health.rollbacks, health.skipped = after.rate_share, dict(after.rollbacks), after.skipped
         return health

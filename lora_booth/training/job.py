@@ -17,7 +17,7 @@ from .. import __version__
 from ..adapters.adapter import Adapter
 from ..adapters.contents import Card, LoraFactors, card_facts
 from ..base.base_model import BaseModel
-from ..config import LoraSpec, SettledConfig
+from ..config import LoraSpec, SettledConfig, defaults
 from ..photos.photo import Photo
 from ..subject.subject import Subject
 from .latents import LatentCache
@@ -141,8 +141,10 @@ def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
     if before["base"]["fingerprint"] != now["base"]["fingerprint"]:
         yield f"base {before['base']['name']} -> {now['base']['name']} (other weights)"
     yield from changes({"dtype": before["base"]["dtype"]}, {"dtype": now["base"]["dtype"]})
-    for group in ("lora", "config"):
-        yield from changes(before[group], now[group])
+    yield from changes(before["lora"], now["lora"])
+    both = [(facts["config"], defaults(photos_in(facts), facts["config"]["steps"])) for facts in (before, now)]
+    follow = [name for name in both[0][1] if name != "steps" and all(config[name] == default[name] for config, default in both)]
+    yield from changes(*({k: v for k, v in config.items() if k not in follow} for config, _ in both))
     words = [[{k: s[k] for k in ("token", "class_noun", "class_prompt")} for s in f["subjects"]] for f in (before, now)]
     if len(words[0]) != len(words[1]):
         yield f"subjects {len(words[0])} -> {len(words[1])}"
@@ -155,6 +157,22 @@ def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
         yield f"{len(set(new_photos) - set(old_photos))} of {len(new_photos)} photos were replaced or edited"
     elif words[0] == words[1] and before["subjects"] != now["subjects"]:
         yield "the order, a caption, a crop or a mask of the photos"
+
+
+def photos_in(facts: Mapping[str, Any]) -> int:
+    return sum(len(subject["photos"]) for subject in facts["subjects"])
+
+
+def only_steps_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run of these facts can be continued as the other one, with another number of steps."""
+    try:
+        one, other = (
+            {**facts, "base": {**facts["base"], "name": ""}, "config": {**facts["config"], "steps": 0, "warmup_steps": 0}}
+            for facts in (before, now)
+        )
+    except (KeyError, TypeError):
+        return False
+    return one == other
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -13,23 +14,27 @@ from filelock import FileLock, Timeout
 from ..errors import TrainingError, setting, shown
 from ..files import make_folder
 
+LOCK = ".lora_booth.lock"
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Hold the lock of `folder`, created if missing. False: the storage has no locks. Raises TrainingError.
 
-    The lock ends with its process, however that ends; `lock.txt` names the process for the error of a second run.
+    The lock ends with its process, however that ends; a text beside it names the process for the error of a second run.
     """
-    holder = folder / "lock.txt"
+    file, holder = folder / LOCK, folder / f"{LOCK}.txt"
     try:
         make_folder(folder)
-        (folder / "lock").touch()
+        if file.is_symlink():
+            raise OSError(errno.ELOOP, f"{LOCK} is a link")
+        file.touch()
     except (OSError, ValueError) as error:  # the second: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
         place = setting("out", option="--run")
         raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); pass another folder as {place}") from error
     # no lock file without flock: after a crash of the machine it would remain, and block the run
-    lock = FileLock(folder / "lock", timeout=0, fallback_to_soft=False)
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:

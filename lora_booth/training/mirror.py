@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from ..files import make_folder
-from .checkpoint import RECORD, Checkpoint, in_place, write_folder
+from .checkpoint import Checkpoint, checkpoints_in, identity_in, write_folder
 
 PATIENCE = 120.0  # seconds that the end of a run waits for the last copy: chosen
 
@@ -32,6 +30,7 @@ class Mirror:
         self._news: list[str] = []
         self._made = False
         self.seconds = 0.0  # of the longest copy
+        self.runs: set[object] = {None}  # identities of the run whose copies are here; damaged ones have none
 
     def begin(self) -> None:
         """Create the folder. A failure is reported by the first copy."""
@@ -85,8 +84,8 @@ class Mirror:
 
     def _of_another_run(self, checkpoint: Checkpoint) -> bool:
         """Two runs with one mirror would remove each other's copies. (Locks are unreliable on mounted storage.)"""
-        own = checkpoint.record().get("identity")
-        return any(identity_in(folder) not in (None, own) for folder in in_place(self.folder.iterdir()))
+        ours = {*self.runs, None, checkpoint.record().get("identity")}
+        return any(identity_in(folder) not in ours for folder in checkpoints_in(self.folder))
 
     def _compare(self, checkpoint: Checkpoint) -> Callable[[Path], None]:
         def check(written: Path) -> None:
@@ -95,13 +94,6 @@ class Mirror:
                     raise OSError(errno.EIO, f"{name} was read back with other bytes")
 
         return check
-
-
-def identity_in(checkpoint: Path) -> Any:
-    try:
-        return json.loads((checkpoint / RECORD).read_bytes()).get("identity")
-    except (OSError, ValueError, AttributeError):
-        return None  # damaged
 
 
 def uncached(path: Path) -> bytes:

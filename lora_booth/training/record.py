@@ -9,13 +9,12 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import shown
-from ..files import write_file
+from ..files import Owned, parse_json
 from .checkpoint import METRICS, RECORD
 from .progress import Step
 
@@ -27,7 +26,7 @@ PATHS = re.compile(
 class Record:
     """content: of run.json. say: called with one line for each event"""
 
-    def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Owned, *, say: Callable[[str], None]) -> None:
         self.folder, self.say = folder, say
         self.content: dict[str, Any] = {}
         self._lines: list[str] = []  # of metrics.jsonl
@@ -36,8 +35,11 @@ class Record:
 
     def go_on(self, content: dict[str, Any], metrics: bytes) -> None:
         """Continue those of a checkpoint."""
-        self.content, self._lines = content, metrics.decode().splitlines()
-        self._seconds = json.loads(self._lines[-1])["seconds"] if self._lines else 0.0
+        self.content = {"events": [], **content}
+        with suppress(ValueError, KeyError, TypeError):  # the lines before one that somebody spoilt
+            for line in metrics.splitlines():
+                self._seconds = float(parse_json(line)["seconds"])
+                self._lines.append(line.decode())
 
     def event(self, text: str, *, step: int | None = None) -> None:
         """Report and record an event, the latter without paths, which another library may have put into the text."""
@@ -78,9 +80,9 @@ class Record:
     def write(self, *, metrics: bool = False) -> None:
         self.content["peak_memory"] = peak_memory()
         with suppress(OSError):  # the events were reported, and the next checkpoint has the record
-            write_file(self.folder / RECORD, self.packed())
+            self.folder.write(RECORD, self.packed())
             if metrics:
-                write_file(self.folder / METRICS, self.metrics())
+                self.folder.write(METRICS, self.metrics())
 
 
 def peak_memory() -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import shutil
+import errno
+import io
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,39 +18,33 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
 from ..errors import AdapterError, LoraBoothError, TrainingError, setting, shown
-from ..files import replacing
+from ..files import Owned
 from .checkpoint import (
     ADAPTER,
     CROPS,
     METRICS,
-    OURS,
     RECORD,
-    REPORT,
-    SAMPLES,
-    SCORES,
     STATE,
     Checkpoint,
+    checkpoints_in,
+    discard,
+    identity_in,
     newest,
     number_of,
     packed_state,
-    prune,
     publish,
     read_record,
     unpacked_state,
 )
-from .job import Job, changes, differences
+from .job import Job, changes, differences, only_steps_differ
 from .latents import LatentCache
 from .lock import locked
+from .loop import learning_rate
 from .mirror import Mirror
 from .progress import Step
 from .record import Record
 
 CHECKPOINTS = "checkpoints"
-REMOVABLE = {  # the names that `clear` may remove
-    CHECKPOINTS: OURS,
-    SAMPLES: re.compile(r"\d{6,}(-\d+)?\.(png|safetensors)|samples\.jsonl|\..+\.tmp"),
-    CROPS: re.compile(r"\d{4,}\.webp"),
-}
 CROP_SIDE = 256  # pixels of a crop for the report, at most; chosen
 LOSSLESS_UP_TO = 128  # pixels; crops up to this are saved without loss; chosen
 
@@ -108,7 +103,8 @@ class RunFolder(NoFolder):
     def __init__(self, path: Path, job: Job, *, mirror: Path | None = None, say: Callable[[str], None]) -> None:
         super().__init__(job, say=say)
         self.path: Path = path
-        self.record = Record(path, say=say)
+        self.owned = Owned(path)
+        self.record = Record(self.owned, say=say)
         self.mirror = None if mirror is None else Mirror(mirror / CHECKPOINTS)
         self.number = 0  # of checkpoints so far, including those of earlier runs
         self.saved: int | None = None  # the step of the last checkpoint
@@ -137,49 +133,58 @@ class RunFolder(NoFolder):
         """Raises TrainingError if another process has the folder, it holds another run, or cannot be written."""
         if not self._held.enter_context(locked(self.path)):
             self.say(f"note: {shown(self.path.name)} is on storage without locks; never start a second run in it")
-        self.tidy()
         if self.mirror is not None:
             self.mirror.begin()
             if same_storage(self.path, self.mirror.folder):
                 self.say("note: the mirror is on the same storage as the run folder, and is lost with it")
         if restart:
             self.clear()
+        self.check_names()
         checkpoint, file, total = self.find(), self.finished(), self.job.config.steps
         if file is not None and (checkpoint is None or checkpoint.step < total):
             self.say("the last checkpoint is gone: continuing with the adapter file, which is in half precision")
             return None, Adapter.load(file)
         if checkpoint is None:
             return None, None
-        state = unpacked_state(checkpoint.contents[STATE])
-        if checkpoint.step < total:
+        try:
+            state = unpacked_state(checkpoint.contents[STATE])
+            if state["step"] != checkpoint.step:
+                raise ValueError("its state is of another step")
+            adapter = self.job.adapter(state) if checkpoint.step >= total else None
+        except (ValueError, KeyError, TypeError, AttributeError, LoraBoothError) as error:
+            raise TrainingError(
+                f"{shown(checkpoint.folder)}: is not a checkpoint of this run ({why(error)}); remove it, or discard the run "
+                f"with {setting('restart', True)}"
+            ) from error
+        if adapter is None:
             return state, None
-        adapter = self.job.adapter(state)
         if file is None:
-            self._begin(checkpoint.record()["surroundings"])
+            self._begin(checkpoint.record().get("surroundings", {}))
             self.end(adapter, "")
         return None, adapter
 
-    def tidy(self) -> None:
-        """Remove files that dead processes left unfinished."""
-        with suppress(OSError):  # harmless leftovers
-            for folder in self.checkpoints:
-                if folder.is_dir():
-                    prune(folder)
-            for leftover in self.path.glob(".*.tmp"):
-                leftover.unlink()
+    def check_names(self) -> None:
+        """Raises TrainingError if something that this library did not write has a name that the run needs."""
+        try:
+            for name in (RECORD, METRICS, ADAPTER):
+                self.owned.check(name)
+            if (self.path / CHECKPOINTS).is_symlink():
+                raise FileExistsError(errno.EEXIST, f"{CHECKPOINTS} is a link")
+        except OSError as error:
+            raise TrainingError(
+                f"{shown(self.path)}: {why(error)}, or was changed since; move it away, or pass another folder as "
+                f"{setting('out', option='--run')}"
+            ) from error
 
     def clear(self) -> None:
-        """Discard the run, also in the mirror; other files stay. Raises TrainingError."""
-        files = [self.path / name for name in (RECORD, METRICS, ADAPTER, SCORES, REPORT)]
+        """Discard the run, also in the mirror: only files that are ours, and copies of this run. Raises TrainingError."""
+        here = checkpoints_in(self.path / CHECKPOINTS)
+        runs = {self.job.identity, read_record(self.path).get("identity"), *map(identity_in, here)}
+        copies = [] if self.mirror is None else checkpoints_in(self.mirror.folder)
         try:
-            for folder in (*self.checkpoints, self.path / SAMPLES, self.path / CROPS):
-                if folder.is_dir():
-                    files += [path for path in folder.iterdir() if REMOVABLE[folder.name].fullmatch(path.name)]
-            for path in files:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            for checkpoint in (*here, *(copy for copy in copies if identity_in(copy) in runs)):
+                discard(checkpoint)
+            self.owned.clear()
         except OSError as error:
             raise TrainingError(
                 f"{shown(self.path)}: the earlier run cannot be removed ({why(error)}); pass another "
@@ -191,7 +196,12 @@ class RunFolder(NoFolder):
         found = newest(self.checkpoints, damaged=self._damaged)
         there = read_record(self.path)
         record = found.record() if found is not None else there if there.get("status") == "finished" else {}
-        if record and record.get("identity") != self.job.identity:
+        more = (
+            found is not None
+            and found.step < self.job.config.steps
+            and only_steps_differ(record.get("facts", {}), self.job.facts)
+        )
+        if record and record.get("identity") != self.job.identity and not more:
             step = found.step if found is not None else 0
             place = self.path if found is None else found.folder.parent.parent
             raise TrainingError(
@@ -201,13 +211,16 @@ class RunFolder(NoFolder):
             )
         if found is not None:
             self.saved = found.step
+        if self.mirror is not None:
+            self.mirror.runs = {self.job.identity, record.get("identity")}
         self.number = max(0 if found is None else found.number, *map(number_of, self._damaged), 0)
         self._found = found
         return found
 
     def finished(self) -> Path | None:
         """The adapter's file, if the run is finished and the file unchanged."""
-        made, file = read_record(self.path).get("adapter"), self.path / ADAPTER
+        record, file = read_record(self.path), self.path / ADAPTER
+        made = record.get("adapter") if record.get("identity") == self.job.identity else None
         try:
             intact = made is not None and sha256(file.read_bytes()).hexdigest() == made["sha256"]
         except (OSError, TypeError, KeyError):
@@ -224,18 +237,30 @@ class RunFolder(NoFolder):
         record, found = self.record, self._found
         record.content = {"status": "running", "step": 0, "steps": self.job.config.steps, "events": []}
         if found is not None:
-            record.go_on(found.record(), found.contents[METRICS])
+            record.go_on(found.record(), found.contents.get(METRICS, b""))
             there = read_record(self.path)
-            if there.get("identity") == self.job.identity and len(there["events"]) > len(record.content["events"]):
-                record.content["events"] = there["events"]  # including those after the checkpoint
+            if there.get("identity") == self.job.identity:  # with the events after the checkpoint
+                record.content["events"] = max(record.content["events"], there.get("events", []), key=len)
         for folder in self._damaged:
             where = "" if folder.parent == self.checkpoints[0] else " in the mirror"
             record.event(f"checkpoint {folder.name}{where} is damaged: skipped")
         if found is not None:
-            others = changes(found.record()["surroundings"], surroundings)
+            others = changes(found.record().get("surroundings", {}), surroundings)
             more = f", computed differently ({'; '.join(others)}): equal up to rounding" if others else ""
             record.event(f"continued at step {found.step}{more}", step=found.step)
-        facts = {"facts": self.job.facts, "identity": self.job.identity, "surroundings": surroundings}
+            before, steps = record.content.get("steps"), self.job.config.steps
+            if before != steps:
+                rate = learning_rate(self.job.config, found.step)
+                record.event(
+                    f"steps {before} -> {steps}: the learning rate goes on at {rate:.1e}, as {steps} steps have it here"
+                )
+                record.content.pop("adapter", None)
+        facts = {
+            "steps": self.job.config.steps,
+            "facts": self.job.facts,
+            "identity": self.job.identity,
+            "surroundings": surroundings,
+        }
         record.content |= {"status": "running", **facts}
         record.timing("preparing", time.monotonic() - self._opened)
         record.write(metrics=True)
@@ -248,13 +273,10 @@ class RunFolder(NoFolder):
         small = square.copy()
         small.info = {}
         small.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
-        folder = self.path / CROPS
-        if folder.is_symlink():  # what it leads to is not ours
-            return
+        content = io.BytesIO()
+        small.save(content, "WEBP", quality=80, lossless=small.width <= LOSSLESS_UP_TO)
         with suppress(OSError):  # the report then shows none
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / f"{number:04d}.webp", durable=False) as temporary:  # a link is replaced, not followed
-                small.save(temporary, "WEBP", quality=80, lossless=small.width <= LOSSLESS_UP_TO)
+            self.owned.write(f"{CROPS}/{number:04d}.webp", content.getvalue())
 
     def update(self, step: Step, state_of: Callable[[], State], *, save: bool) -> None:
         self.record.update(step)
@@ -304,8 +326,10 @@ class RunFolder(NoFolder):
         step, total = adapter.card.steps, self.job.config.steps
         if step == total:
             try:
-                file = adapter.save(self.path / ADAPTER)
-                self.record.content["adapter"] = {"sha256": sha256(file.read_bytes()).hexdigest(), "digest": adapter.digest()}
+                with TemporaryDirectory() as scratch:
+                    content = adapter.save(Path(scratch) / ADAPTER).read_bytes()
+                self.owned.write(ADAPTER, content)
+                self.record.content["adapter"] = {"sha256": sha256(content).hexdigest(), "digest": adapter.digest()}
                 self.record.content["status"] = "finished"
             except (OSError, AdapterError) as error:
                 self.event(f"{ADAPTER} cannot be written ({why(error)}); run the same call again to retry", step=step)

@@ -13,12 +13,12 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
-from ..base.ai_mark import save_picture
+from ..base.ai_mark import packed_picture
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
 from ..config import STEPS, SettledConfig
 from ..errors import AdapterError
-from ..files import write_file
+from ..files import Owned, json_lines
 from ..subject.subject import Subject
 from .checkpoint import SAMPLES
 from .job import Job
@@ -44,7 +44,7 @@ def draw_samples(
     began, rows = time.monotonic(), rows_of(job.subjects[0], job.config)
     try:
         images = sample(job.base, rows, job.config)
-        keep(folder.path / SAMPLES, step, rows, images, None if adapter is None else adapter())
+        keep(folder.owned, step, rows, images, None if adapter is None else adapter())
         if tracking is not None:
             tracking.samples(step, rows, images)
     except (OSError, RuntimeError, AdapterError) as error:
@@ -75,15 +75,16 @@ def sample(base: BaseModel, rows: Sequence[Row], config: SettledConfig) -> list[
         return [draw(prompt, [seed])[0] for prompt, seed in rows]
 
 
-def keep(folder: Path, step: int, rows: Sequence[Row], images: Sequence[Image.Image], adapter: Adapter | None) -> None:
+def keep(folder: Owned, step: int, rows: Sequence[Row], images: Sequence[Image.Image], adapter: Adapter | None) -> None:
     """Into the run's samples folder: 000100.png, 000100-1.png, ... and 000100.safetensors."""
-    lines = []
+    listed = f"{SAMPLES}/{SAMPLE_LIST}"
+    folder.check(listed)
+    lines = [json.dumps(line) for line in json_lines(folder.folder / listed) if line.get("step") != step]
     for number, ((prompt, seed), image) in enumerate(zip(rows, images, strict=True)):
-        file = folder / f"{step:06d}{f'-{number}' if number else ''}.png"
-        save_picture(image, file)
-        lines.append(json.dumps({"step": step, "prompt": prompt, "seed": seed, "file": file.name}) + "\n")
-    with open(folder / SAMPLE_LIST, "a", encoding="utf-8") as written:
-        written.writelines(lines)
+        name = f"{step:06d}{f'-{number}' if number else ''}.png"
+        folder.write(f"{SAMPLES}/{name}", packed_picture(image, "PNG"))
+        lines.append(json.dumps({"step": step, "prompt": prompt, "seed": seed, "file": name}))
+    folder.write(listed, "".join(f"{line}\n" for line in lines).encode())
     if adapter is not None:
         content, _ = packed(adapter, "kohya", torch.float16, Path(f"{step:06d}.safetensors"))
-        write_file(folder / f"{step:06d}.safetensors", content)
+        folder.write(f"{SAMPLES}/{step:06d}.safetensors", content)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled
-from ..errors import TrainingError, reason_of
+from ..errors import TrainingError, reason_of, setting
 from ..injection import TrainableLora, trainable
 from ..kernels.attention import fastest_attention
 from ..kernels.capture import StepGraph, can_capture
@@ -23,7 +23,7 @@ from .health import Health, RollBack
 from .latents import Inputs, LatentCache
 from .loop import LoopState, accumulate, updates
 from .loss import backward
-from .memory_ladder import LEFT_TO_TRY, is_out_of_memory, next_level
+from .memory_ladder import LEFT_TO_TRY, LEVELS, is_out_of_memory, next_level
 from .progress import Step
 from .training_mode import make_optimizer, make_scaler, training_mode
 
@@ -69,11 +69,12 @@ class TrainingRun(Iterator[Step]):
     ) -> None:
         self.say = say
         self.processes = processes
-        self.levels: dict[str, Any] = dict(levels if resume is None else resume["levels"])
+        saved = resume or {}
+        self.levels = {name: value for name, value in dict(saved.get("levels", levels)).items() if name in dict(LEVELS)}
         if self.levels:
             config = replace(config, **self.levels)
         if config.attention == "auto":  # a resumed run keeps the kernel that it started with
-            kernel: Any = resume["attention"] if resume else fastest_for(base, cache, config, processes)
+            kernel: Any = saved.get("attention") or fastest_for(base, cache, config, processes)
             config = replace(config, attention=kernel)
             say(f"attention: {config.attention}")
         self._stack, self._modes = ExitStack(), ExitStack()
@@ -97,8 +98,7 @@ class TrainingRun(Iterator[Step]):
             self.first = self.loop.step
             if self.first == 0:
                 self.loop.check = self._check_gradients
-            good = None if resume is None else resume["good"]
-            self._good: dict[str, Any] = good or self._now()  # to roll back to
+            self._good: dict[str, Any] = saved.get("good") or self._now()  # to roll back to
         except BaseException:
             self.close()
             raise
@@ -238,15 +238,27 @@ class TrainingRun(Iterator[Step]):
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        """Raises TrainingError for a state that no run with these settings has saved."""
         loop = self.loop
-        with torch.no_grad():
+        try:
             for name, parameter in self.lora.named_parameters().items():
-                parameter.copy_(state["lora"][name])
-        loop.optimizer.load_state_dict(on_cpu(state["optimizer"]))  # a copy, since the optimizer would update the state itself
-        loop.scaler.load_state_dict(state["scaler"])
-        loop.step, self.smoothed = int(state["step"]), state["smoothed"].to(loop.base.device)
-        loop.health = Health.from_state(state["health"])
-        self._unread = [] if state["unread"] is None else list(state["unread"].to(loop.base.device).unbind())
+                factor = state["lora"][name]
+                if factor.shape != parameter.shape or not factor.isfinite().all():
+                    raise ValueError(name)
+                with torch.no_grad():
+                    parameter.copy_(factor)
+            moments = on_cpu(state["optimizer"]["state"])  # a copy, since the optimizer would update the state itself
+            if any(found["exp_avg"].shape != loop.factors.values.shape for found in moments.values() if "exp_avg" in found):
+                raise ValueError("optimizer")
+            loop.optimizer.load_state_dict({**loop.optimizer.state_dict(), "state": moments})
+            loop.scaler.load_state_dict(state["scaler"])
+            loop.step, self.smoothed = int(state["step"]), state["smoothed"].to(loop.base.device).reshape(())
+            loop.health = Health.from_state(state["health"])
+            self._unread = [] if state["unread"] is None else list(state["unread"].to(loop.base.device).reshape(-1).unbind())
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {reason_of(error)}"
+            remedy = setting("restart", True)
+            raise TrainingError(f"the saved state does not fit this run ({reason}); discard it with {remedy}") from error
 
     def _go_back(self) -> None:
         """To the last good state, remembering what went wrong."""
