@@ -71,7 +71,7 @@ class TrainingConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8-bit state by bitsandbytes
     checkpoint_every: int = 50  # updates between two checkpoints of a run with a folder
     checkpoint_minutes: float = 2.0  # or minutes, whichever comes first
-    sample_every: int | None = None  # updates between two rounds of sample pictures; None: no samples
+    sample_every: int | None = None  # updates between two rounds of sample pictures; None: three rounds; 0: none
     sample_prompt: str | tuple[str, ...] | None = None  # None: the subject, the subject in the snow, the plain class
     sample_seeds: int = 1  # pictures of each prompt, with `seed` and the seeds after it
 
@@ -88,6 +88,11 @@ class TrainingConfig:
             f"at least 1; to train without, {setting('prior_loss_weight', 0)}",
         )
         check(self.warmup_steps is None or self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}", "at least 0")
+        check(
+            self.sample_every is None or self.sample_every >= 0,
+            f"sample_every {self.sample_every}",
+            "at least 0 (0: no samples)",
+        )
         check(0 <= self.weight_decay <= 1, f"weight_decay {self.weight_decay}", "from 0 to 1")
         check(self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm}", "above 0 (infinity: no clipping)")
         prior = self.prior_loss_weight
@@ -105,7 +110,6 @@ AT_LEAST_1 = (
     "gradient_accumulation",
     "pictures_at_a_time",
     "checkpoint_every",
-    "sample_every",
     "sample_seeds",
 )
 
@@ -115,6 +119,7 @@ STEPS_PER_PHOTO = 100
 FEWEST_STEPS, MOST_STEPS = 400, 1500
 CLASS_IMAGES_PER_PHOTO, MOST_CLASS_IMAGES = 10, 100
 WARMUP_SHARE, MOST_WARMUP = 20, 50  # one update in 20, at most 50: chosen
+SAMPLE_ROUNDS, STEPS_FOR_SAMPLES = 3, 100  # of a run with at least so many steps: chosen
 CUSTOMARY_RATE, CUSTOMARY_WIDTH = 1e-4, 1280  # of LoRA on SD 1.x, 2.x and SDXL, whose widest layers have 1280 channels
 RATE_POWER = 1.5  # a narrower U-Net bears a higher rate: 3e-3 measured at 128 channels (the toybox)
 
@@ -128,13 +133,18 @@ class SettledConfig(TrainingConfig):
     warmup_steps: int = 0
     class_images: int = 0
     resolution: int = 0
+    sample_every: int = 0
 
 
 def defaults(photos: int, steps: int | None) -> dict[str, int]:
     """What is chosen from the number of photos, and of steps if that is given."""
     steps = steps or min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_PHOTO * photos))
-    images = min(MOST_CLASS_IMAGES, CLASS_IMAGES_PER_PHOTO * photos)
-    return {"steps": steps, "warmup_steps": min(steps // WARMUP_SHARE, MOST_WARMUP), "class_images": images}
+    return {
+        "steps": steps,
+        "warmup_steps": min(steps // WARMUP_SHARE, MOST_WARMUP),
+        "class_images": min(MOST_CLASS_IMAGES, CLASS_IMAGES_PER_PHOTO * photos),
+        "sample_every": steps // SAMPLE_ROUNDS if steps >= STEPS_FOR_SAMPLES else 0,
+    }
 
 
 def settled(config: TrainingConfig, base: Any, photos: int) -> SettledConfig:
@@ -143,13 +153,17 @@ def settled(config: TrainingConfig, base: Any, photos: int) -> SettledConfig:
     width = max(base.shell.unet.config.block_out_channels)
     resolution = config.resolution or base.resolution
     multiple = math.lcm(base.pixels_per_latent, 8)  # 8: what diffusers' pipelines draw
-    check(resolution % multiple == 0, f"resolution {resolution}", f"multiples of {multiple}")
+    one_pixel = base.pixels_per_latent * 2 ** (len(base.shell.unet.config.block_out_channels) - 1)  # in the middle of the U-Net
+    least = (one_pixel // multiple + 1) * multiple  # attention to a single pixel has no gradients
+    allowed = f"multiples of {multiple} from {least}"
+    check(resolution % multiple == 0 and resolution >= least, f"resolution {resolution}", allowed)
     chosen = {
         "steps": default["steps"],
         "learning_rate": config.learning_rate or CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER,
         "warmup_steps": default["warmup_steps"] if config.warmup_steps is None else config.warmup_steps,
         "class_images": config.class_images or default["class_images"],
         "resolution": resolution,
+        "sample_every": default["sample_every"] if config.sample_every is None else config.sample_every,
     }
     return SettledConfig(**vars(config) | chosen)
 

@@ -99,6 +99,14 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def check_writable(path: Path) -> None:
+    """Raises OSError if `path` could not be written later, e.g. because of a parent that is a file. Leaves nothing behind."""
+    there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    temporary = temporary_beside(there / path.name)
+    temporary.touch()
+    temporary.unlink()
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """Write straight to `path`, for a folder that is renamed into place later; the bytes are on the disk when this returns."""
     with open(path, "wb") as file:

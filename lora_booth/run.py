@@ -69,16 +69,16 @@ def train(
     base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
     subjects = subjects_of(subject)
     if out is None and (mirror is not None or restart):
-        raise SettingsError("mirror and restart need a run folder; pass out=")
+        raise SettingsError(f"mirror and restart need a run folder; pass {setting('out')}=")
+    time_limit = typed("time_limit", time_limit, float | None)
     check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
     place: Path | None = typed("out", out, Path | None)
     copies: Path | None = typed("mirror", mirror, Path | None)
     if place is not None:
         check_place(place, copies, subjects)
     lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
-    config = settled(
-        typed("config", config, TrainingConfig | None) or TrainingConfig(), base, sum(len(s.photos) for s in subjects)
-    )
+    asked = typed("config", config, TrainingConfig | None) or TrainingConfig()
+    config = settled(asked, base, sum(len(s.photos) for s in subjects))
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
     job, processes = Job(base, subjects, lora, config), joined(base.device)
@@ -91,6 +91,7 @@ def train(
             folder = RunFolder(place, job, mirror=copies, say=shown.say)
         stack.callback(leave_report, folder)  # before all that holds the folder: its last entry is in the report
         stack.enter_context(folder)
+        shown.say(f"training on {base.name}: {config.steps} steps at {config.resolution} px, rank {lora.rank}")
 
         # what the folder holds of this run: nothing, a state to continue from, or the finished adapter
         state, done = processes.from_main(partial(folder.open, restart=restart))
@@ -165,9 +166,7 @@ def follow(
 def check_place(place: Path, copies: Path | None, subjects: Sequence[Subject]) -> None:
     """Raises SettingsError for a run folder that holds the photos, or is the mirror too."""
     if place.resolve() in {photo.path.resolve().parent for subject in subjects for photo in subject.photos}:
-        raise SettingsError(
-            f"{shown(place)}: is the folder of the photos; pass another one as {setting('out', option='--run')}"
-        )
+        raise SettingsError(f"{shown(place)}: holds the photos; pass another folder as {setting('out', option='--run')}")
     if copies is not None and copies.resolve() == place.resolve():
         raise SettingsError(f"{shown(copies)}: is the run folder itself; pass a folder on other storage as {setting('mirror')}")
 
@@ -232,7 +231,7 @@ class Stopping:
 def leave(number: int) -> NoReturn:
     """End as Python does at Ctrl-C, or with the exit code of a process that a signal ended."""
     if number == signal.SIGINT:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("reported")  # the run has said what to do next
     raise SystemExit(128 + number)
 
 

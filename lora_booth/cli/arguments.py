@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
+from ..files import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,10 @@ def check_adapter_file(out: Path) -> None:
         raise SettingsError(f"{out}: adapters are written as .safetensors; pass --out {out.name}.safetensors")
     if out.is_dir():
         raise SettingsError(f"{out}: is a folder; pass --out a file name")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise SettingsError(f"{out}: cannot be written ({error.strerror}); pass --out another place") from error
 
 
 def file_and_weight(text: str) -> tuple[Path, float | None]:

@@ -73,7 +73,7 @@ HELP = {  # of the fields of LoraSpec and TrainingConfig
     "optimizer": "adamw, or adamw8bit (needs lora-booth[quant] and a GPU)",
     "checkpoint_every": "updates between two checkpoints, e.g. 50",
     "checkpoint_minutes": "minutes between two checkpoints, if that is sooner, e.g. 2",
-    "sample_every": "updates between sample pictures, e.g. 100 [no samples]",
+    "sample_every": "updates between sample pictures, e.g. 100; 0: none [three rounds]",
     "sample_prompt": "prompt of the samples, e.g. 'ohwx dog at sea'; repeatable [subject, subject in snow, class]",
     "sample_seeds": "sample pictures of each prompt, e.g. 2",
 }

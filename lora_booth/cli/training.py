@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..config import LoraSpec, TrainingConfig
-from ..errors import SettingsError
+from ..errors import AdapterError, SettingsError
 from .app import note, say
 from .arguments import check_adapter_file, torch_dtype
 from .bases import remember
@@ -111,32 +112,45 @@ def train(
     """Train an adapter on a folder of photos. Run the same command again to continue an interrupted run."""
     from ..run import train as train_adapter
     from ..subject.subject import Subject
+    from ..training.checkpoint import ADAPTER
     from ..training.distributed import is_main, own_gpu
+    from ..training.lock import locked_file
 
     check_adapter_file(out)
     subject = Subject.from_folder(folder, token=token, class_noun=class_noun, minimum=min_photos, maximum=max_photos, crop=crop)
     for skipped in subject.skipped:
         note(f"not used: {skipped.name}: {skipped.reason}")
+    run = run or run_beside(out, folder)
     own_gpu()
     loaded = loading.base(base)
     if base == "toybox":
         note("the toybox is a tiny model for trials: 64 x 64 pixels, drawn scenes; for real photos pass --base, e.g. a Hub id")
     remember(loaded, base)
-    adapter = train_adapter(
-        loaded,
-        subject,
-        lora=lora,
-        config=config,
-        out=run or out.with_suffix(""),
-        mirror=mirror,
-        time_limit=time_limit,
-        restart=restart,
-        track=track or (),
-    )
-    if not is_main():
-        return
-    file = adapter.save(out, layout=layout)
+    with locked_file(out) if is_main() else nullcontext():
+        adapter = train_adapter(
+            loaded,
+            subject,
+            lora=lora,
+            config=config,
+            out=run,
+            mirror=mirror,
+            time_limit=time_limit,
+            restart=restart,
+            track=track or (),
+        )
+        if not is_main():
+            return
+        try:
+            file = adapter.save(out, layout=layout)
+        except AdapterError as error:
+            raise AdapterError(f"{error}; the finished adapter is {run / ADAPTER}") from error
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB); prompt: {adapter.card.prompt}")
+
+
+def run_beside(out: Path, photos: Path) -> Path:
+    """The run's folder where none is asked for: the adapter's file without its ending, but never the folder of the photos."""
+    run = out.with_suffix("")
+    return run if run.resolve() != photos.resolve() else out.with_name(f"{out.stem}-run")
 
 
 @command

@@ -128,7 +128,7 @@ class Plan:
         return ("fits" if way.fits else "does not fit") + (", if you ask for it" if way is self.offered else "")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: bytes, and seconds a step if they were measured."""
+        """Plain values: bytes, and seconds (for a step, and in all) if they were measured."""
         chosen = self.chosen
         return {
             "base": self.base,
@@ -140,6 +140,7 @@ class Plan:
             "machine": asdict(self.machine),
             "chosen": None if chosen is None else chosen.settings,
             "seconds": self.seconds,
+            "seconds_in_all": None if self.seconds is None else self.seconds * (self.asked.steps or 0),
             "remedy": self.remedy,
             "ways": [one.to_json() for one in self.forecasts],
             "offered": None if self.offered is None else self.offered.to_json(),

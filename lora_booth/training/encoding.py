@@ -24,7 +24,7 @@ from torch import Tensor
 from ..base.base_model import BaseModel, TextConditions
 from ..base.weight_files import LazyModule
 from ..cache import bytes_of, cached, key_of, prune_cache
-from ..config import LoraSpec, TrainingConfig, settled
+from ..config import LoraSpec, TrainingConfig, settled, typed
 from ..errors import SettingsError, shown
 from ..photos.photo import Photo
 from ..photos.square import Crop, to_tensor, training_square
@@ -55,8 +55,10 @@ def prepare(
     on_progress  called with what is made ("class images", "encoding"), how many are done, and their total
     on_square    called with each photo's number, from 0, and its training square
     """
-    subjects = subjects_of(subject)
-    config = settled(config or TrainingConfig(), base, sum(len(s.photos) for s in subjects))
+    base, subjects = typed("base", base, BaseModel), subjects_of(subject)
+    config = settled(
+        typed("config", config, TrainingConfig | None) or TrainingConfig(), base, sum(len(s.photos) for s in subjects)
+    )
     squares, prompts = [], []
     for one in subjects:
         for photo in one.photos:

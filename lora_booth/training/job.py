@@ -143,7 +143,9 @@ def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
     yield from changes({"dtype": before["base"]["dtype"]}, {"dtype": now["base"]["dtype"]})
     yield from changes(before["lora"], now["lora"])
     both = [(facts["config"], defaults(photos_in(facts), facts["config"]["steps"])) for facts in (before, now)]
-    follow = [name for name in both[0][1] if name != "steps" and all(config[name] == default[name] for config, default in both)]
+    follow = [
+        name for name in ("warmup_steps", "class_images") if all(config[name] == default[name] for config, default in both)
+    ]
     yield from changes(*({k: v for k, v in config.items() if k not in follow} for config, _ in both))
     words = [[{k: s[k] for k in ("token", "class_noun", "class_prompt")} for s in f["subjects"]] for f in (before, now)]
     if len(words[0]) != len(words[1]):

@@ -18,21 +18,33 @@ LOCK = ".lora_booth.lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of `folder`, created if missing. False: the storage has no locks. Raises TrainingError.
+def locked_file(path: Path) -> Iterator[None]:
+    """The same for one file that a run will write: a lock beside it, removed at the end."""
+    lock = f".{path.name}{LOCK}"
+    with locked(path.absolute().parent, lock, of=path):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.with_name(lock).unlink()
+
+
+@contextmanager
+def locked(folder: Path, name: str = LOCK, *, of: Path | None = None) -> Iterator[bool]:
+    """Hold the lock of `folder`, created if missing, or of a file in it. False: the storage has no locks. Raises TrainingError.
 
     The lock ends with its process, however that ends; a text beside it names the process for the error of a second run.
     """
-    file, holder = folder / LOCK, folder / f"{LOCK}.txt"
+    what, place = shown(of or folder), setting("out", option="--run" if of is None else "--out")
+    file, holder = folder / name, folder / f"{name}.txt"
     try:
         make_folder(folder)
         if file.is_symlink():
-            raise OSError(errno.ELOOP, f"{LOCK} is a link")
+            raise OSError(errno.ELOOP, f"{name} is a link")
         file.touch()
     except (OSError, ValueError) as error:  # the second: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-        place = setting("out", option="--run")
-        raise TrainingError(f"{shown(folder)}: cannot be written ({reason}); pass another folder as {place}") from error
+        raise TrainingError(f"{what}: cannot be written ({reason}); pass another place as {place}") from error
     # no lock file without flock: after a crash of the machine it would remain, and block the run
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
@@ -42,8 +54,7 @@ def locked(folder: Path) -> Iterator[bool]:
         with suppress(OSError):
             by = shown(holder.read_text("utf-8", "replace").strip()[:200]) or by
         raise TrainingError(
-            f"{shown(folder)}: another run is using it ({by}); wait until it ends, "
-            f"or pass another folder as {setting('out', option='--run')}"
+            f"{what}: another run is using it ({by}); wait until it ends, or pass another place as {place}"
         ) from None
     except (OSError, NotImplementedError):
         pass

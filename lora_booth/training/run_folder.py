@@ -201,7 +201,7 @@ class RunFolder(NoFolder):
             and found.step < self.job.config.steps
             and only_steps_differ(record.get("facts", {}), self.job.facts)
         )
-        if record and record.get("identity") != self.job.identity and not more:
+        if (found is not None or record) and record.get("identity") != self.job.identity and not more:
             step = found.step if found is not None else 0
             place = self.path if found is None else found.folder.parent.parent
             raise TrainingError(
@@ -250,10 +250,8 @@ class RunFolder(NoFolder):
             record.event(f"continued at step {found.step}{more}", step=found.step)
             before, steps = record.content.get("steps"), self.job.config.steps
             if before != steps:
-                rate = learning_rate(self.job.config, found.step)
-                record.event(
-                    f"steps {before} -> {steps}: the learning rate goes on at {rate:.1e}, as {steps} steps have it here"
-                )
+                rate = f"{learning_rate(self.job.config, found.step):.1e}"
+                record.event(f"steps {before} -> {steps}: the learning rate is {rate} now, as in a run of {steps} steps")
                 record.content.pop("adapter", None)
         facts = {
             "steps": self.job.config.steps,

@@ -16,7 +16,7 @@ from ..adapters.writing import packed
 from ..base.ai_mark import packed_picture
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
-from ..config import STEPS, SettledConfig
+from ..config import SettledConfig
 from ..errors import AdapterError
 from ..files import Owned, json_lines
 from ..subject.subject import Subject
@@ -27,7 +27,7 @@ from .run_folder import NoFolder, RunFolder, why
 from .tracking import Row, Tracking
 from .training_mode import modes_restored
 
-SAMPLER_STEPS = STEPS
+SAMPLER_STEPS = 15  # denoising steps of a sample: chosen, enough to compare rounds, for 5 to 10 % of a training's time
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel
-from ..config import LoraSpec, SettledConfig, TrainingConfig, settled
+from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import TrainingError, reason_of, setting
 from ..injection import TrainableLora, trainable
 from ..kernels.attention import fastest_attention
@@ -39,7 +39,10 @@ def training_steps(
     Stop whenever you like: `step.factors()` holds what was learnt so far. The base is restored when the iteration ends.
     Raises SettingsError, TrainingError.
     """
-    run = TrainingRun(base, cache, lora or LoraSpec(), settled(config or TrainingConfig(), base, len(cache.photos)))
+    base, cache = typed("base", base, BaseModel), typed("cache", cache, LatentCache)
+    lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
+    config = typed("config", config, TrainingConfig | None) or TrainingConfig()
+    run = TrainingRun(base, cache, lora, settled(config, base, len(cache.photos)))
     try:
         yield from run
     finally:
