@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ from lora_booth.errors import SettingsError, in_command, setting
 from lora_booth.pictures.composition import Composition
 from lora_booth.subject.subject import Subject
 from lora_booth.subject.tokens import propose_tokens
+from lora_booth.training.lock import locked_file
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = cli.commands()
@@ -262,6 +264,51 @@ def test_an_interrupted_training_continues_to_the_same_tensors(call, rex, photos
     assert code == 0 and said.startswith(f"wrote {out} (")
     assert done == [5, 6]
     assert same_tensors(out, rex)
+
+
+def test_ctrl_c_between_two_updates_is_told_once(call, photos, tiny, tmp_path, monkeypatch):
+    def stop(self, step) -> None:
+        if step.index == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("lora_booth.training.progress.Lines.update", stop)
+    code, _, err = call(*train_words(photos, tiny, tmp_path / "again.safetensors"))
+    assert code == 130 and err.count("interrupted") == 1
+    assert err.splitlines()[-1] == "interrupted at step 3 of 6: saved; run the same call again to continue"
+
+
+@pytest.mark.parametrize("name", ["file/rex.safetensors", "file/a/rex.safetensors"])
+def test_a_place_that_cannot_be_written_is_told_before_the_photos_are_read(name, call, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(*train_words(tmp_path / "no photos", tiny, tmp_path / name))
+    assert code == 2 and f"{name}: cannot be written (Not a directory)" in err and "pass --out" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_beside_its_photos_gets_another_name(call, photos, tiny, tmp_path):
+    folder = tmp_path / "rex"
+    shutil.copytree(photos, folder)
+    before = sorted(path.name for path in folder.iterdir())
+    assert call(*train_words(folder, tiny, tmp_path / "rex.safetensors", "--steps", "1"))[0] == 0
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert (tmp_path / "rex-run" / "run.json").is_file() and (tmp_path / "rex.safetensors").is_file()
+    code, _, err = call(*train_words(folder, tiny, tmp_path / "rex.safetensors", "--run", str(folder)))
+    assert code == 2 and "holds the photos; pass another folder as --run" in err
+
+
+def test_one_file_is_not_written_by_two_trainings(call, photos, tiny, tmp_path):
+    out = tmp_path / "rex.safetensors"
+    with locked_file(out):
+        code, _, err = call(*train_words(photos, tiny, out, "--run", str(tmp_path / "other")))
+    assert code == 2 and "rex.safetensors: another run is using it" in err and "--out" in err
+    assert not (tmp_path / "other").exists() and list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_cannot_be_written_at_last_is_still_in_the_run(call, photos, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "rex.safetensors"
+    monkeypatch.setattr("lora_booth.training.progress.Lines.update", lambda self, step: out.mkdir(parents=True, exist_ok=True))
+    code, _, err = call(*train_words(photos, tiny, out, "--steps", "1", "--run", str(tmp_path / "run")))
+    assert code == 2 and f"the finished adapter is {tmp_path / 'run' / 'adapter.safetensors'}" in err
 
 
 def test_another_setting_does_not_continue_the_run(call, rex, photos, tiny):

@@ -367,6 +367,7 @@ def test_time_is_measured_by_real_steps() -> None:
     config = TrainingConfig(batch_size=1, steps=60)
     found = plan(base, lora=LORA, config=config, measure=True)
     assert found.seconds is not None and 0.001 < found.seconds < 60 and found.to_json()["seconds"] == found.seconds
+    assert found.to_json()["seconds_in_all"] == found.seconds * (found.asked.steps or 0)
     after = base.unet.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
     text = plan(base, lora=replace(LORA, text_encoder=True), config=config, measure=True)
@@ -414,6 +415,7 @@ def test_json_is_stable(folders: dict[str, Path]) -> None:
             "machine",
             "chosen",
             "seconds",
+            "seconds_in_all",
             "remedy",
             "ways",
             "offered",

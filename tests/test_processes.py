@@ -33,6 +33,7 @@ CONFIG = TrainingConfig(
     warmup_steps=0,
     checkpoint_every=2,
     attention="sdpa",
+    sample_every=0,
 )
 
 

@@ -34,7 +34,8 @@ from lora_booth.training.latents import LatentCache, LatentSet, conditions, draw
 from lora_booth.training.loop import learning_rate
 from lora_booth.training.loss import dreambooth_loss
 from lora_booth.training.prior import class_images
-from lora_booth.training.progress import Step
+from lora_booth.training.progress import Lines, Step
+from lora_booth.training.samples import SAMPLE_STEPS
 from lora_booth.training.training_run import training_steps
 
 LORA = LoraSpec(rank=2)
@@ -272,7 +273,7 @@ def test_defaults_depend_on_photos_and_base() -> None:
     assert None not in (few.steps, few.learning_rate, few.warmup_steps, few.class_images, few.resolution)
     assert few.steps is not None and many.steps is not None and few.steps < many.steps
     assert few.resolution == 64
-    given = TrainingConfig(steps=7, learning_rate=2e-4, warmup_steps=0, class_images=5, resolution=32)
+    given = TrainingConfig(steps=7, learning_rate=2e-4, warmup_steps=0, class_images=5, resolution=32, sample_every=3)
     assert asdict(settled(given, base, 3)) == asdict(given)
     with pytest.raises(SettingsError, match="multiples of 8"):
         settled(TrainingConfig(resolution=60), base, 3)
@@ -319,6 +320,77 @@ def test_settings_take_the_type_that_they_plainly_mean() -> None:
 def test_settings_of_another_type_are_refused_at_construction(kind: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         kind(**settings)
+
+
+@pytest.mark.parametrize(("steps", "every", "expected"), [(400, None, 133), (99, None, 0), (400, 0, 0), (99, 10, 10)])
+def test_samples_are_drawn_by_default_where_they_are_cheap(steps: int, every: int | None, expected: int) -> None:
+    assert settled(TrainingConfig(steps=steps, sample_every=every), base_of("sd1"), 3).sample_every == expected
+    with pytest.raises(SettingsError, match="at least 0"):
+        TrainingConfig(sample_every=-1)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_resolution_without_gradients_is_refused(kind: str, rex: Subject) -> None:
+    base = base_of(kind)
+    least = base.pixels_per_latent * (2 ** (len(base.unet.config.block_out_channels) - 1) + 1)
+    for resolution in (8, least - base.pixels_per_latent, least + 1):
+        with pytest.raises(
+            SettingsError, match=f"resolution {resolution} is out of range; allowed: multiples of 8 from {least}"
+        ):
+            settled(TrainingConfig(resolution=resolution), base, 3)
+    run(base, rex, replace(ALONE, steps=1, resolution=least))  # checks its first gradients
+
+
+def test_a_seed_of_any_size_draws_class_images() -> None:
+    for seed in (20_000_000_000_000, 2**63 - 1):
+        assert len(class_images(base_of("sd1"), "a dog", 2, resolution=64, seed=seed)) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"base": 5}, "base 5; needed: BaseModel"),
+        ({"subject": "photos"}, "'photos' is not a subject; pass one, e.g. Subject.from_folder"),
+        ({"subject": Path("photos")}, "is not a subject; pass one"),
+        ({"subject": None}, "None is not a subject"),
+        ({"subject": ["photos"]}, "is not a subject"),
+        ({"subject": []}, "no subject to train on"),
+        ({"lora": {"rank": 4}}, "lora {'rank': 4}; needed: LoraSpec or None"),
+        ({"config": LoraSpec()}, r"config LoraSpec\(.*; needed: TrainingConfig or None"),
+        ({"out": 5}, "out 5; needed: a path"),
+        ({"mirror": "x"}, "need a run folder; pass out="),
+        ({"time_limit": "5"}, "time_limit '5'; needed: a number or None"),
+        ({"time_limit": math.nan}, "time_limit nan; needed: a number or None"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(words: dict[str, Any], message: str, rex: Subject) -> None:
+    base = base_of("sd1")
+    with pytest.raises(SettingsError, match=message):
+        train(**{"base": base, "subject": rex, "config": ALONE, "progress": False} | words)
+    if words.keys() & {"base", "subject", "config"}:
+        with pytest.raises(SettingsError, match=message):
+            prepare(**{"base": base, "subject": rex, "config": ALONE} | words)
+    with pytest.raises(SettingsError, match="cache 'photos'; needed: LatentCache"):
+        next(training_steps(base, "photos"))  # type: ignore[arg-type]
+
+
+def test_a_base_may_be_named(rex: Subject, folders: dict[str, Path]) -> None:
+    one = train(folders["sd1"], rex, lora=LORA, config=replace(ALONE, steps=1, resolution=64), progress=False)
+    other = train(str(folders["sd1"]), (rex,), lora=LORA, config=replace(ALONE, steps=1, resolution=64), progress=False)
+    assert one.digest() == other.digest()
+
+
+def test_lines_say_the_start_and_the_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 1000, 4))
+    monkeypatch.setattr("lora_booth.training.progress.time.monotonic", lambda: float(next(now)))
+    lines = Lines()
+    for done in range(0, 9, 2):
+        lines.progress("class images", done, 8)
+    lines.progress("encoding", 0, 11)
+    assert capsys.readouterr().err.splitlines() == [
+        *("class images 0/8", "class images 2/8  0:12 left", "class images 6/8  0:04 left", "class images 8/8  0:00 left"),
+        "encoding 0/11",
+    ]
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------
@@ -652,7 +724,7 @@ def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Pa
     pictures = []
     for index in (2, 4):
         adapter = Adapter(learnt[index], final.card)
-        expected = Composition(base, [adapter]).generate("a photo of sks dog", seeds=[5], size=64)[0].image
+        expected = Composition(base, [adapter]).generate("a photo of sks dog", seeds=[5], size=64, steps=SAMPLE_STEPS)[0].image
         pictures.append(np.asarray(Image.open(tmp_path / "samples" / f"{index:06d}.png")).astype(int))
         assert np.abs(pictures[-1] - np.asarray(expected)).max() <= 1
     assert (pictures[0] != pictures[1]).any()
