@@ -682,7 +682,7 @@ def test_a_second_sigterm_leaves_with_its_code(whole: tuple[Path, str], photos: 
         with pytest.raises(SystemExit) as left, pytest.MonkeyPatch.context() as patch:
 
             def slow(path: Path, content: bytes) -> None:
-                if path.parent.name.startswith(".000004"):
+                if (tmp_path / "checkpoints" / "000002").exists():
                     signal.raise_signal(signal.SIGTERM)
                 written(path, content)
 
@@ -692,7 +692,9 @@ def test_a_second_sigterm_leaves_with_its_code(whole: tuple[Path, str], photos: 
     finally:
         signal.signal(signal.SIGTERM, before)
     assert left.value.code == 143 and record(tmp_path)["status"] == "interrupted by SystemExit"
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000002"] and (tmp_path / "lock").read_text() == ""
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000002"] and (
+        tmp_path / ".lora_booth.lock"
+    ).read_text() == ""
     assert tiny_run(photos, tmp_path, config=QUICK) == whole[1]
 
 
@@ -723,7 +725,9 @@ def test_ctrl_c_at_any_time_loses_nothing(part: str, said: list[str], photos: Pa
             train(base, subject(photos), lora=LORA, config=config, out=tmp_path / "run", progress=False)
         handle.remove()
         assert (events(tmp_path / "run") if said else []) == said
-        assert (tmp_path / "run" / "lock").read_text() == "" and (tmp_path / "run" / "run.json").exists() == bool(said)
+        assert (tmp_path / "run" / ".lora_booth.lock").read_text() == "" and (tmp_path / "run" / "run.json").exists() == bool(
+            said
+        )
         assert tiny_run(photos, tmp_path / "run", config=config) == tiny_run(photos, None, config=config)
 
 
