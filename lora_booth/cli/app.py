@@ -66,15 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         fail(str(error))
     except OSError as error:  # a file that cannot be written, a full disk
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        code, reported = INTERRUPTED, bool(stop.args)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # what every usage error has, both typer's and click's
             raise
         fail(usage(error, words))
     finally:
         in_command.reset(outside)
-    if code == INTERRUPTED and not reported:
+    if code == INTERRUPTED:
         note("interrupted; run the same command again to continue" if "train" in words[:1] else "interrupted")
     sys.exit(code or 0)
 

@@ -12,7 +12,7 @@ import typer
 
 from ..config import LoraSpec, TrainingConfig
 from ..errors import AdapterError, SettingsError
-from .app import note, say
+from .app import INTERRUPTED, note, say
 from .arguments import check_adapter_file, torch_dtype
 from .bases import remember
 from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, command
@@ -127,17 +127,22 @@ def train(
         note("the toybox is a tiny model for trials: 64 x 64 pixels, drawn scenes; for real photos pass --base, e.g. a Hub id")
     remember(loaded, base)
     with locked_file(out) if is_main() else nullcontext():
-        adapter = train_adapter(
-            loaded,
-            subject,
-            lora=lora,
-            config=config,
-            out=run,
-            mirror=mirror,
-            time_limit=time_limit,
-            restart=restart,
-            track=track or (),
-        )
+        try:
+            adapter = train_adapter(
+                loaded,
+                subject,
+                lora=lora,
+                config=config,
+                out=run,
+                mirror=mirror,
+                time_limit=time_limit,
+                restart=restart,
+                track=track or (),
+            )
+        except KeyboardInterrupt as stop:
+            if stop.args:  # the run has said what to do next
+                sys.exit(INTERRUPTED)
+            raise
         if not is_main():
             return
         try:

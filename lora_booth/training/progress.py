@@ -73,6 +73,7 @@ class Lines(Display):
         now = time.monotonic()
         first, began = self.starts.setdefault(what, (done, now))
         if done == first:
+            self.said = now
             self.say(f"{what} {done}/{total}")
         elif done == total or now - self.said > EVERY:
             self.said = now

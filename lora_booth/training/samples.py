@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
-from ..base.ai_mark import packed_picture
+from ..base.ai_mark import picture_bytes
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images
 from ..config import SettledConfig
@@ -82,7 +82,7 @@ def keep(folder: Owned, step: int, rows: Sequence[Row], images: Sequence[Image.I
     lines = [json.dumps(line) for line in json_lines(folder.folder / listed) if line.get("step") != step]
     for number, ((prompt, seed), image) in enumerate(zip(rows, images, strict=True)):
         name = f"{step:06d}{f'-{number}' if number else ''}.png"
-        folder.write(f"{SAMPLES}/{name}", packed_picture(image, "PNG"))
+        folder.write(f"{SAMPLES}/{name}", picture_bytes(image, "PNG"))
         lines.append(json.dumps({"step": step, "prompt": prompt, "seed": seed, "file": name}))
     folder.write(listed, "".join(f"{line}\n" for line in lines).encode())
     if adapter is not None:
