@@ -49,9 +49,10 @@ class Checkpoint:
 def read_record(run: Path) -> dict[str, Any]:
     """run.json of a run's folder; empty if it cannot be read."""
     try:
-        return record_of(read_regular(run / RECORD))
-    except OSError:
+        record = parse_json(read_regular(run / RECORD))
+    except (OSError, ValueError):
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def record_of(content: bytes) -> dict[str, Any]:
