@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import lora_booth
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import LoraFactors
+from lora_booth.base import changes
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.changes import CLAIMS
 from lora_booth.base.generation import generate_images, quiet
@@ -303,6 +305,25 @@ def test_threads_take_turns_on_one_base() -> None:
     for one, expected in zip(waiting, (*alone, alone[0]), strict=True):
         assert torch.equal(one.result(60), expected)
     assert pictures.result(60)
+
+
+def test_a_thread_that_waits_for_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "PATIENCE", 0.05)
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    said: list[str] = []
+    monkeypatch.setattr(warnings, "warn", lambda message, **_: said.append(str(message)))
+
+    def wait() -> None:
+        with attached(base, []):
+            pass
+
+    with attached(base, []):
+        waiting = in_thread(wait)
+        end = time.monotonic() + 30
+        while not said and time.monotonic() < end:
+            time.sleep(0.01)
+    waiting.result(60)
+    assert said == ["still waiting for another thread that uses this base; load a second base to use both"]
 
 
 def test_a_base_that_trains_is_refused_to_other_threads() -> None:

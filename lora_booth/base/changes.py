@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ class Claim:
 
 
 CLAIMS: WeakKeyDictionary[nn.Module, list[Claim]] = WeakKeyDictionary()  # in the order in which they were made
+PATIENCE = 20.0  # seconds until a thread that waits says so: chosen
 POLLING = 0.01  # seconds; a lock would stay locked where an interrupt comes between a `with` block's end and its `__exit__`
 
 
@@ -48,9 +51,10 @@ POLLING = 0.01  # seconds; a lock would stay locked where an interrupt comes bet
 def claimed(unet: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Within the context no other thread draws with this U-Net's pipeline or changes it: it waits for its turn.
 
-    Raises SettingsError while another thread trains on it, which may take hours.
+    Raises SettingsError while another thread trains on it, which may take hours. Warns while it waits for long: a thread that
+    waits for its workers within `attached` would wait for ever if they draw with the same base.
     """
-    mine = Claim(threading.get_ident(), training)
+    mine, warn_at = Claim(threading.get_ident(), training), time.monotonic() + PATIENCE
     claims = CLAIMS.setdefault(getattr(unet, "_orig_mod", unet), [])  # the one inside torch.compile
 
     def release() -> None:
@@ -69,6 +73,11 @@ def claimed(unet: nn.Module, *, training: bool = False) -> Iterator[None]:
             else:
                 mine.granted = now[0] is mine
             if not mine.granted:
+                if time.monotonic() > warn_at:
+                    warnings.warn(
+                        "still waiting for another thread that uses this base; load a second base to use both", stacklevel=2
+                    )
+                    warn_at = math.inf
                 time.sleep(POLLING)
         yield
 
