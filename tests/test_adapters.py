@@ -431,7 +431,7 @@ def test_an_untitled_file_keeps_its_name_as_title(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
-@pytest.mark.parametrize("weight", [20, -20, 1e3, 0.0])
+@pytest.mark.parametrize("weight", [20, -20, 100, 0.0])
 def test_any_weight_can_be_saved(tmp_path, layout, weight):
     """alpha / rank is limited in a file; what exceeds it goes into the factors."""
     adapter = small()

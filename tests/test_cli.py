@@ -468,7 +468,7 @@ MISTAKES = [
     ("bake {rex} --base {tiny} --out {two}", "already exists"),
     ("bake {rex} --base {tiny} --out {tmp}/a.safetensors --dtype int8", "is not one of 'fp16', 'bf16', 'fp32'"),
     ("bake {rex} --base toybox --out {tmp}/a", "was made for tiny"),
-    ("bake {rex} --base toybox --out {tmp}/a.safetensors", "its latents have 6 channels"),
+    ("bake {rex} --base toybox --out {tmp}/a.safetensors", "no single file holds a U-Net that takes 6 channels"),
     ("extract {tiny} --base {tiny} --out {tmp}/a.safetensors --rank 2", "nothing to extract"),
     ("extract {tiny} --base toybox --out {tmp}/a.safetensors --rank 2", "neither was made from the other"),
     ("extract {tiny} --base {tiny} --out {tmp}/a.safetensors", "neither a rank nor an energy"),
@@ -678,7 +678,7 @@ def test_options_that_messages_name_exist():
 
 PYTHON_ONLY = (  # mistakes that no command can make
     "is not loaded; pass BaseModel.load(",
-    "no subject to train on",
+    "Subject.from_folder(",
     "mirror and restart need a run folder",
     "writes files into the run folder",
     "only a loaded base can be timed",

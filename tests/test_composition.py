@@ -387,8 +387,8 @@ def test_several_subjects_get_regions_of_their_own_unless_told_otherwise(base, r
         warnings.simplefilter("ignore", CompositionWarning)
         expected = plain.generate("a tree", **QUICK)[0].image
         assert chosen.generate("a tree", **QUICK)[0].image.tobytes() == expected.tobytes()
-    with pytest.raises(SettingsError, match="names none of 'sks', 'zwx'"):
-        asked.generate("a tree", **QUICK)
+        with pytest.raises(SettingsError, match="names none of 'sks', 'zwx'"):
+            asked.generate("a tree", **QUICK)
 
 
 def test_blending_two_subjects_warns_once_per_call(base, rex, ink):

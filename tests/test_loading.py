@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -289,7 +290,9 @@ def pipe(path: Path) -> None:
 def open_socket(path: Path) -> None:
     path.unlink()
     with socket.socket(socket.AF_UNIX) as one:
-        one.bind(os.path.relpath(path))  # its path may have 108 characters
+        with tempfile.TemporaryDirectory() as short:  # the path of a socket has at most 108 characters
+            one.bind(f"{short}/socket")
+            os.rename(f"{short}/socket", path)
 
 
 def moved_out(path: Path) -> None:
@@ -388,7 +391,7 @@ def test_changed_configurations_are_read_or_refused(folders: dict[str, Path], tm
     files = sorted(path for path in folder.rglob("*.json") if "vocab" not in path.name and path.name != "tokenizer.json")
     odd = (0, -1, 1.5, 2**40, 10**400, 1e300, None, True, "x", [], {}, [[]], [0], 10**6)
     outcomes = Counter[str]()
-    for i in range(120):
+    for i in range(60):
         rng = random.Random(i)
         file = rng.choice(files)
         good = file.read_bytes()
@@ -405,7 +408,7 @@ def test_changed_configurations_are_read_or_refused(folders: dict[str, Path], tm
             assert "\n" not in str(error)
             outcomes["refused"] += 1
         file.write_bytes(good)
-    assert min(outcomes.values()) > 10
+    assert min(outcomes.values()) > 5
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
