@@ -814,6 +814,7 @@ def test_a_legacy_code_page_ends_no_command(encoding, photos, tmp_path):
     assert b"\\u72ac.png" in done.stdout and (tmp_path / "犬.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_first_line_comes_before_pytorch():
     """PyTorch takes seconds to import."""
     code = """

@@ -249,6 +249,7 @@ def test_the_least_extra_computation_that_fits_is_chosen() -> None:
         assert tight.chosen.peak + tight.chosen.reserve <= tight.machine.budget
 
 
+@pytest.mark.slow
 def test_rank_resolution_and_batch_stay() -> None:
     config = replace(CONFIG, gradient_accumulation=3)
     found = planned(budget=1e9, config=config)

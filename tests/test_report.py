@@ -228,6 +228,7 @@ def test_it_is_made_anew_with_scores(run: Path, tmp_path: Path, capsys: pytest.C
     assert left.value.code == 2 and "no readable run.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no Chromium and chromedriver here")
 def test_a_browser_shows_it_without_a_word_of_complaint(run: Path) -> None:
     write_report(run)

@@ -352,6 +352,7 @@ def test_a_finished_run_of_another_version_is_refused(facts: Any, photos: Path, 
         tiny_run(photos, tmp_path, config=QUICK)
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_run(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
     """A finished one too, and its copies: on the schedule of the longer run, which is said."""
     run, drive = tmp_path / "run", tmp_path / "drive"
@@ -419,6 +420,7 @@ THEIRS = (
 )
 
 
+@pytest.mark.slow
 def test_files_of_others_stay(photos: Path, tmp_path: Path) -> None:
     """With the names that ours have; in a run, its continuation and its restart."""
     run, config = tmp_path / "run", replace(QUICK, steps=2, checkpoint_every=1, sample_every=1, sample_prompt="a dog")
@@ -435,6 +437,7 @@ def test_files_of_others_stay(photos: Path, tmp_path: Path) -> None:
     assert "no samples of step 1: samples/samples.jsonl is not a file of this library" in events(run)
 
 
+@pytest.mark.slow
 def test_links_are_not_followed(photos: Path, tmp_path: Path) -> None:
     run, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
