@@ -89,7 +89,7 @@ def train(
         folder = NoFolder(job, say=shown.say)
         if place is not None and processes.main:
             folder = RunFolder(place, job, mirror=copies, say=shown.say)
-        stack.callback(leave_report, folder)  # before all that holds the folder: its last entry is in the report
+        stack.callback(leave_report, folder)  # runs after everything entered below, so that the report has the last entry
         stack.enter_context(folder)
         shown.say(f"training on {base.name}: {config.steps} steps at {config.resolution} px, rank {lora.rank}")
 
@@ -116,7 +116,7 @@ def train(
         # latents -> adapter
         run = TrainingRun(base, cache, lora, config, resume=state, levels=levels, say=folder.event, processes=processes)
         stack.callback(run.close)
-        del state
+        del state  # the run has taken it over, and its bytes are free
         tracking = None
         if trackers and processes.main:
             tracking = Tracking(trackers, say=folder.event)
@@ -130,7 +130,8 @@ def train(
         adapter = job.adapter(run.state())
         folder.end(adapter, words_of(stop) if stop else "")
         processes.wait_for_all()
-        if (stop := stopping.signal or stop) not in (0, TIME_UP):
+        stop = stopping.signal or stop  # a signal may have come since
+        if stop not in (0, TIME_UP):
             leave(stop)
         return adapter
 

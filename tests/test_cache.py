@@ -38,7 +38,7 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=to
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "cache"
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(folder))
-    monkeypatch.setattr(prior, "SAMPLER_STEPS", 2)
+    monkeypatch.setattr(prior, "CLASS_IMAGE_STEPS", 2)
     yield folder
 
 

@@ -65,8 +65,8 @@ def desk(tmp_path, monkeypatch) -> Path:
     from lora_booth.cli.demo import write_photos
     from lora_booth.training import prior, samples
 
-    for module in (prior, samples):
-        monkeypatch.setattr(module, "SAMPLER_STEPS", 2)
+    monkeypatch.setattr(prior, "CLASS_IMAGE_STEPS", 2)
+    monkeypatch.setattr(samples, "SAMPLE_STEPS", 2)
     write_photos("rex", tmp_path / "photos" / "rex")
     monkeypatch.chdir(tmp_path)
     return tmp_path

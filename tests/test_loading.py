@@ -167,7 +167,7 @@ def test_training_holds_the_unet_alone(
     rex: Subject, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(prior, "SAMPLER_STEPS", 2)
+    monkeypatch.setattr(prior, "CLASS_IMAGE_STEPS", 2)
     kind, config = "sd1", TrainingConfig(steps=2, class_images=1, warmup_steps=0, sample_every=2)
     held = []
     base = load(folders[kind])

@@ -27,11 +27,12 @@ from safetensors import safe_open
 from spoilt import taken_apart
 
 from lora_booth.adapters.adapter import Adapter
-from lora_booth.adapters.contents import CONSENT, Card, LoraFactors, file_stem, on_hub
+from lora_booth.adapters.contents import CONSENT, Card, LoraFactors, file_stem
 from lora_booth.adapters.model_card import HUB_LICENSES, STATEMENTS, code, fenced
 from lora_booth.adapters.sharing import MAX_THUMBNAIL, MOST_FILES, REMEDIES
 from lora_booth.base.ai_mark import AI_MARK
 from lora_booth.base.base_model import BaseModel
+from lora_booth.base.families import is_hub_id
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import AdapterError, PhotoError, SettingsError
 from lora_booth.injection import attached
@@ -296,7 +297,7 @@ def test_every_consent_has_its_sentence() -> None:
     + [("owner/mo del", False), ("../model", False), ("owner/<b>", False), ("owner/é", False), ("owner/", False)],
 )
 def test_only_a_hub_id_is_named_to_the_hub(tmp_path: Path, base: str | None, named: bool) -> None:
-    assert on_hub(base) == named
+    assert is_hub_id(base) == named
     adapter = small(base_model=base)
     front, body = page(adapter.save_folder(tmp_path / "a"))
     assert ("base_model" in front) == named

@@ -35,7 +35,7 @@ from lora_booth.training.loop import learning_rate
 from lora_booth.training.loss import dreambooth_loss
 from lora_booth.training.prior import class_images
 from lora_booth.training.progress import Lines, Step
-from lora_booth.training.samples import SAMPLER_STEPS
+from lora_booth.training.samples import SAMPLE_STEPS
 from lora_booth.training.training_run import training_steps
 
 LORA = LoraSpec(rank=2)
@@ -724,7 +724,7 @@ def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Pa
     pictures = []
     for index in (2, 4):
         adapter = Adapter(learnt[index], final.card)
-        expected = Composition(base, [adapter]).generate("a photo of sks dog", seeds=[5], size=64, steps=SAMPLER_STEPS)[0].image
+        expected = Composition(base, [adapter]).generate("a photo of sks dog", seeds=[5], size=64, steps=SAMPLE_STEPS)[0].image
         pictures.append(np.asarray(Image.open(tmp_path / "samples" / f"{index:06d}.png")).astype(int))
         assert np.abs(pictures[-1] - np.asarray(expected)).max() <= 1
     assert (pictures[0] != pictures[1]).any()

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ..base.families import is_hub_id
 from ..cache import bytes_of
 from ..config import check_types
 from ..errors import AdapterIncomplete, AdapterNonFinite, AdapterScaleError, AdapterTooLarge, SettingsError
@@ -133,7 +134,7 @@ def ways(adapter: AdapterContents, file: str, source: str, *, new_name: str = ""
     """
     card, weight, name = adapter.card, f"{adapter.card.weight:g}", file_stem(adapter.name)
     prompt, base = one_line(card.prompt or card.words or "a photo"), quoted(card.base_model or "the base")
-    if on_hub(card.base_model):
+    if is_hub_id(card.base_model):
         load = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base})"
     else:
         load = f"import lora_booth as lb\n\npipe = lb.BaseModel.load({base}).pipeline  # or where you have this base"
@@ -151,16 +152,9 @@ def ways(adapter: AdapterContents, file: str, source: str, *, new_name: str = ""
     yield "A1111", f"{put.format('Lora')} and write", f"{prompt} <lora:{stem}:{weight}>"
 
 
-def on_hub(base_model: str | None) -> bool:
-    """Whether it can be a Hub id; only the Hub knows whether there is such a model."""
-    parts = (base_model or "").split("/")
-    plain = all(p.isascii() and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
-    return len(parts) == 2 and plain and not any(p.startswith((".", "-")) or p.endswith((".", "-", ".git")) for p in parts)
-
-
 def bare_name(base_model: str) -> str:
     """Keep a Hub id; cut anything else that is a path to its last part, since paths hold people's names."""
-    return base_model if on_hub(base_model) else base_model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return base_model if is_hub_id(base_model) else base_model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def file_stem(name: str) -> str:

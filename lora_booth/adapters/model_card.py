@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
-from ..base.families import FAMILIES
-from .contents import AdapterContents, Card, Consent, Layout, file_stem, on_hub, one_line, ways
+from ..base.families import FAMILIES, is_hub_id
+from .contents import AdapterContents, Card, Consent, Layout, file_stem, one_line, ways
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -117,7 +117,7 @@ def front_matter(adapter: AdapterContents, pictures: Placed) -> str:
 
     card = adapter.card
     data: dict[str, Any] = {}
-    if on_hub(card.base_model):  # the Hub refuses the name of a base that it does not have
+    if is_hub_id(card.base_model):  # the Hub refuses the name of a base that it does not have
         data |= {"base_model": card.base_model, "base_model_relation": "adapter"}
     if card.prompt:
         data["instance_prompt"] = one_line(card.prompt)

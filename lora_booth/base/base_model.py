@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of, shown
 from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
-from .families import Family
+from .families import Family, is_hub_id
 from .library_logging import quiet_about_long_prompts, quiet_about_torchvision
 from .memory import without_collections
 from .quantization import check_quantization, is_quantized
@@ -410,14 +410,3 @@ def located(source: str | Path, *, or_else: str = "") -> tuple[str, Path | str]:
         f"{source}: no such folder or file; {meant}pass {or_else}{TOYBOX!r}, a Hub id (owner/name), a diffusers folder "
         "or a .safetensors checkpoint"
     )
-
-
-def is_hub_id(source: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return "/" in source

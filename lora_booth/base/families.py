@@ -108,3 +108,10 @@ UNET_WIDTHS = (320, 640, 1280, 1280)  # channels at each resolution at full size
 def labels() -> str:
     """The labels of all families, for messages."""
     return ", ".join(family.label for family in FAMILIES.values())
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether it can be a Hub id; only the Hub knows whether there is such a model."""
+    parts = (name or "").split("/")
+    plain = all(p.isascii() and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
+    return len(parts) == 2 and plain and not any(p.startswith((".", "-")) or p.endswith((".", "-", ".git")) for p in parts)

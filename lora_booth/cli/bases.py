@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..adapters.contents import on_hub
+from ..base.families import is_hub_id
 from ..cache import key_of, read_entry, write_entry
 from ..errors import SettingsError, shown
 
@@ -40,7 +40,7 @@ def base_of(adapters: Sequence[Adapter]) -> str:
     names = [(one.stem or one.name, one.card.base_model or "a base it does not name") for one in made_for.values()]
     stated = " and ".join(f"{file}.safetensors was made for {name}" for file, name in names)
     one = adapters[0].card.base_model
-    hub = one if len(made_for) == 1 and on_hub(one) else None
+    hub = one if len(made_for) == 1 and is_hub_id(one) else None
     remedy = f"pass --base {hub} to download it" if hub else "pass --base FOLDER, FILE or HUB-ID"
     raise SettingsError(f"which base? {shown(stated)}{', which is not on this machine' if hub else ''}; {remedy}")
 
@@ -52,5 +52,5 @@ def place_of(adapter: Adapter) -> str | None:
     entry = read_entry(KIND, key_of(base=card.base_hash))
     if entry is not None and os.path.exists(path := os.fsdecode(bytes(entry["path"].tolist()))):
         return path
-    cached = on_hub(card.base_model) and isinstance(try_to_load_from_cache(str(card.base_model), "model_index.json"), str)
+    cached = is_hub_id(card.base_model) and isinstance(try_to_load_from_cache(str(card.base_model), "model_index.json"), str)
     return card.base_model if cached or card.base_model == "toybox" else None

@@ -16,7 +16,7 @@ from ..base.memory import pictures_at_a_time
 from ..cache import key_of, read_entry, write_entry
 from ..errors import TrainingError, setting
 
-SAMPLER_STEPS = 20  # this and the guidance were chosen: class images need variety rather than polish
+CLASS_IMAGE_STEPS = 20  # this and the guidance were chosen: class images need variety rather than polish
 GUIDANCE = 5.0
 TRIALS = 4  # of a picture that comes out black
 SEEDS = 2**63  # what PyTorch's generators take
@@ -56,7 +56,7 @@ def class_images(
 
 def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> list[Image.Image]:
     """A picture for each seed. One that a safety checker blacked out is drawn again: black would be learnt."""
-    options: dict[str, Any] = {"steps": SAMPLER_STEPS, "guidance": GUIDANCE, "size": resolution}
+    options: dict[str, Any] = {"steps": CLASS_IMAGE_STEPS, "guidance": GUIDANCE, "size": resolution}
     images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
     for trial in range(1, TRIALS):
         black = [n for n, image in enumerate(images) if image.convert("RGB").getbbox() is None]
@@ -80,7 +80,7 @@ def image_key(base: BaseModel, prompt: str, *, resolution: int, seed: int) -> st
         dtype=f"{base.dtype} {base.quantized}",
         prompt=prompt,
         scheduler=[type(base.scheduler).__name__, dict(base.scheduler.config)],
-        sampler=[SAMPLER_STEPS, GUIDANCE],
+        sampler=[CLASS_IMAGE_STEPS, GUIDANCE],
         resolution=resolution,
         seed=seed,
     )

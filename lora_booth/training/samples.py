@@ -27,7 +27,7 @@ from .run_folder import NoFolder, RunFolder, why
 from .tracking import Row, Tracking
 from .training_mode import modes_restored
 
-SAMPLER_STEPS = 15  # denoising steps of a sample: chosen, enough to compare rounds, for 5 to 10 % of a training's time
+SAMPLE_STEPS = 15  # denoising steps of a sample: chosen, enough to compare rounds
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file
 
 
@@ -71,7 +71,7 @@ def sample(base: BaseModel, rows: Sequence[Row], config: SettledConfig) -> list[
     with base.all_on_device() as pipeline, modes_restored(base):
         for model in base.structure.values():
             model.eval()
-        draw = partial(generate_images, pipeline, steps=SAMPLER_STEPS, size=config.resolution)
+        draw = partial(generate_images, pipeline, steps=SAMPLE_STEPS, size=config.resolution)
         return [draw(prompt, [seed])[0] for prompt, seed in rows]
 
 
