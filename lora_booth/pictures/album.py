@@ -35,15 +35,16 @@ class Album:
 
     def save(self, pictures: Sequence[Picture]) -> list[Path]:
         """Add pictures under names that tell prompt and seed. One that is there already, to the byte, keeps its file."""
-        files, lines = [], [json.dumps(line) for line in json_lines(self.record)] or [json.dumps({"page": self.page.name})]
+        files: list[Path] = []
+        lines = {str(line.get("file", "")): line for line in json_lines(self.record)} or {"": {"page": self.page.name}}
         make_folder(self.folder)
         for picture in pictures:
             name = f"{file_stem(picture.prompt)[:LONGEST].strip('_')}-{picture.seed:06d}.png"
             path = write_new(self.folder / name, picture_bytes(picture.image))
             files.append(path)
-            lines = [line for line in lines if json.loads(line).get("file") != path.name]
-            lines.append(json.dumps({"file": path.name, **record_of(picture)}))
-        write_file(self.record, "\n".join([*lines, ""]).encode())
+            lines.pop(path.name, None)  # so that the newest stands last
+            lines[path.name] = {"file": path.name, **record_of(picture)}
+        write_file(self.record, "".join(json.dumps(line) + "\n" for line in lines.values()).encode())
         return files
 
     def gallery(self) -> Path:
