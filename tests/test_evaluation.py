@@ -27,10 +27,8 @@ from lora_booth.errors import EvaluationError, SettingsError
 from lora_booth.evaluation.cases import TEMPLATE, cases_of
 from lora_booth.evaluation.encoders import FOR_CLIP, FOR_DINO, Clip, Dino
 from lora_booth.evaluation.measures import ToyboxMeasure, drawn_subject
-from lora_booth.evaluation.protocol import Candidate, evaluate, is_toybox
-from lora_booth.evaluation.results import CHANCE, Comparison, Metric, Row
-from lora_booth.evaluation.runs import candidates_of, scores_file
-from lora_booth.evaluation.statistics import score
+from lora_booth.evaluation.protocol import Candidate, candidates_of, evaluate, is_toybox
+from lora_booth.evaluation.results import CHANCE, Comparison, Metric, Row, score, scores_file
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.square import training_square
 from lora_booth.pictures.composition import Composition
@@ -109,7 +107,7 @@ def test_what_is_not_at_hand_is_named_with_the_way_to_get_it(tmp_path: Path, din
         Clip(tmp_path)
     with pytest.raises(EvaluationError, match="it is a clip; allowed: vit"):
         Dino(clip)
-    with pytest.raises(EvaluationError, match="it is a vit; needed: clip"):
+    with pytest.raises(EvaluationError, match="it is a vit; allowed: clip"):
         Clip(dino)
 
 

@@ -48,7 +48,7 @@ def evaluate(
 ) -> None:
     """Score adapters, or all that a run has saved, by new pictures, and name the best."""
     from ..evaluation.protocol import evaluate as compared
-    from ..evaluation.runs import is_run
+    from ..evaluation.protocol import is_run
 
     def show(done: int, total: int) -> None:
         print(f"picture {done}/{total}", file=sys.stderr, flush=True)
@@ -91,8 +91,7 @@ def report(
 
 def candidates(text: str, token: str | None, class_noun: str | None) -> Iterator[Candidate]:
     from ..adapters.adapter import Adapter
-    from ..evaluation.protocol import Candidate
-    from ..evaluation.runs import candidates_of, is_run
+    from ..evaluation.protocol import Candidate, candidates_of, is_run
 
     path, weight = file_and_weight(text)
     for found in candidates_of(path) if is_run(path) else [Candidate(Adapter.load(path), path.stem)]:
@@ -102,7 +101,7 @@ def candidates(text: str, token: str | None, class_noun: str | None) -> Iterator
 
 
 def written(made: Comparison, runs: list[Path], out: Path | None) -> Iterator[Path]:
-    from ..evaluation.runs import scores_file
+    from ..evaluation.results import scores_file
     from ..pictures.gallery import Gallery
     from ..report.report import write_report
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ..adapters.contents import Card
 from ..errors import SettingsError, setting, shown
 from ..pictures.prompts import fill_prompts
-from ..subject.subject import CLASS_TEMPLATE
 from ..subject.wording import without_subject
 from ..toybox.scenery import CONTEXTS
 
@@ -20,7 +19,7 @@ TEMPLATE = "a photo of {token} {class_noun} {context}"
 class Case:
     """One prompt of the evaluation."""
 
-    template: str  # with {token}
+    template: str  # with {token}, and all else filled in
     plain: str  # without the token: what the base draws, and what CLIP compares pictures with
 
     @property
@@ -29,7 +28,7 @@ class Case:
         return next((context for context in CONTEXTS if context in self.plain), None)
 
     def prompt_for(self, card: Card) -> str:
-        return fill_prompts([self.template], token=card.token, class_noun=card.class_noun)[0]
+        return fill_prompts([self.template], token=card.token)[0]
 
 
 def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ()) -> list[Case]:
@@ -46,16 +45,7 @@ def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ())
         templated = re.sub(rf"(?<![\w{{]){re.escape(token)}(?![\w}}])", "{token}", text)
         if "{token}" not in templated:
             raise SettingsError(f"prompt {shown(text)!r} does not name the subject; add {{token}} or {token!r} to it")
-        contextual = contexts if "{context}" in templated else ("",)
-        if not contextual:
-            raise SettingsError(f"prompt {shown(text)!r}: no contexts for {{context}}; pass some, e.g. 'in the snow'")
-        for context in contextual:
-            template = templated.replace("{context}", context)
-            filled = fill_prompts([template], token=token, class_noun=noun)[0]
+        for template in fill_prompts([templated], token="{token}", class_noun=noun, contexts=contexts):
+            filled = template.replace("{token}", token)
             found[filled] = Case(template, without_subject(filled, token, noun))
     return list(found.values())
-
-
-def class_prompt(card: Card) -> str:
-    """ "a photo of a dog"."""
-    return fill_prompts([CLASS_TEMPLATE], class_noun=card.class_noun)[0]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,9 @@ from torch import Tensor
 from ..base.library_logging import without_bars
 from ..errors import EvaluationError, reason_of, shown
 
-T = TypeVar("T")
-
 DINO = "facebook/dino-vits16"  # ViT-S/16, as in arXiv 2208.12242
 CLIP = "openai/clip-vit-base-patch32"
-WITH_CLASS_TOKEN = (
-    "vit",
-    "dinov2",
-    "dinov2_with_registers",
-    "dinov3_vit",
-)  # model types with a token for the picture, first
+WITH_CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # model types with a token for the picture, first
 AT_A_TIME = 16  # pictures; chosen: 10 MB of pixels at 224 px
 
 
@@ -60,16 +52,11 @@ class Dino:
     """A self-supervised vision transformer. Raises EvaluationError where `source` (a Hub id or a folder) cannot be loaded."""
 
     def __init__(self, source: str | Path = DINO, *, device: torch.device | str = "cpu") -> None:
-        from transformers import AutoConfig, AutoModel
-
-        def load() -> Any:
-            kind = AutoConfig.from_pretrained(source).model_type
-            if kind not in WITH_CLASS_TOKEN:
-                raise ValueError(f"it is a {kind}; allowed: {', '.join(WITH_CLASS_TOKEN)}")
-            return AutoModel.from_pretrained(source)
+        from transformers import AutoModel
 
         self.source, self.device = source, torch.device(device)
-        self.model = loaded(source, "DINO", load).float().eval().to(self.device)
+        [model] = loaded("DINO", source, WITH_CLASS_TOKEN, AutoModel)
+        self.model = model.float().eval().to(self.device)
         self.side = side_of(self.model.config.image_size)
 
     @torch.no_grad()
@@ -83,16 +70,10 @@ class Clip:
     """CLIP's two encoders. Raises EvaluationError where `source` (a Hub id or a folder) cannot be loaded."""
 
     def __init__(self, source: str | Path = CLIP, *, device: torch.device | str = "cpu") -> None:
-        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
-
-        def load() -> Any:
-            kind = AutoConfig.from_pretrained(source).model_type
-            if kind != "clip":
-                raise ValueError(f"it is a {kind}; needed: clip")
-            return CLIPTokenizer.from_pretrained(source), CLIPModel.from_pretrained(source)
+        from transformers import CLIPModel, CLIPTokenizer
 
         self.source, self.device = source, torch.device(device)
-        self.tokenizer, model = loaded(source, "CLIP", load)
+        self.tokenizer, model = loaded("CLIP", source, ("clip",), CLIPTokenizer, CLIPModel)
         self.model = model.float().eval().to(self.device)
         self.side = side_of(self.model.config.vision_config.image_size)
 
@@ -126,26 +107,25 @@ def side_of(size: Any) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def loaded(source: str | Path, what: str, load: Callable[[], T]) -> T:
-    """What `load` reads from a folder, the Hub or its cache. Raises EvaluationError with a remedy."""
+def loaded(what: str, source: str | Path, kinds: Sequence[str], *classes: Any) -> list[Any]:
+    """One of each class from a folder, the Hub or its cache. Raises EvaluationError with a remedy.
+
+    kinds  model types that will do
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no list of unused weights
     try:
-        with quiet_loading():
-            return load()
+        with without_bars():
+            kind = AutoConfig.from_pretrained(source).model_type
+            if kind not in kinds:
+                raise ValueError(f"it is a {kind}; allowed: {', '.join(kinds)}")
+            return [one.from_pretrained(source) for one in classes]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         name = shown(source)
         how = "check that the folder is complete" if Path(source).is_dir() else f"run once while online: hf download {name}"
         raise EvaluationError(f"{what} ({name}) cannot be loaded: {reason_of(error)}; {how}") from error
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bar and its list of unused weights."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with without_bars():
-            yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)

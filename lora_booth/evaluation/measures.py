@@ -14,8 +14,7 @@ from ..toybox.scenery import CONTEXTS
 from ..toybox.world import HELD_OUT, Identity, Scene, draw
 from .cases import Case
 from .encoders import Clip, Dino
-from .results import CHANCE, Metric
-from .statistics import Values
+from .results import CHANCE, Metric, Values
 
 Groups = Sequence[Sequence[Image.Image]]  # by prompt
 RENDER_SEED = 77_000  # chosen: far from the seeds of the photos, so that the ceiling shows other poses

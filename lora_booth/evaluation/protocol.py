@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from ..adapters.adapter import Adapter
 from ..base.base_model import TOYBOX_FOLDER, BaseModel
 from ..base.memory import pictures_at_a_time
 from ..config import check
-from ..errors import CompositionWarning, EvaluationError
+from ..errors import CompositionWarning, EvaluationError, shown
 from ..photos.finding import find_photos
 from ..photos.square import training_square
 from ..pictures.composition import Composition
 from ..pictures.picture import Picture
-from ..pictures.prompts import PAPER
-from .cases import TEMPLATE, Case, cases_of, class_prompt
+from ..pictures.prompts import PAPER, fill_prompts
+from ..subject.subject import CLASS_TEMPLATE
+from ..training.checkpoint import RECORD, saved_adapters
+from .cases import TEMPLATE, cases_of
 from .encoders import CLIP, DINO, Clip, Dino
 from .measures import PhotoMeasure, ToyboxMeasure, unseen_contexts
 from .results import Comparison, Row
@@ -89,12 +92,34 @@ def evaluate(
         else PhotoMeasure(images, Dino(dino, device=base.device), Clip(clip, device=base.device))
     )
     many = pictures_at_a_time(size or base.resolution) if batch_size is None else batch_size
-    sampler = {"steps": steps, "guidance": guidance, "size": size, "batch_size": many}
-    plain = class_prompt(card)
+    sampler: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "batch_size": many}
+    plain = fill_prompts([CLASS_TEMPLATE], class_noun=card.class_noun)[0]
     total = (len(cases) * len(seeds) + len(class_seeds)) * (1 + len(candidates))
-    drawing = Drawing(base, measure, cases, plain, seeds, class_seeds, sampler, on_progress, total)
-    floor = drawing.row("base alone", None)
-    rows = [drawing.row(name, candidate) for candidate, name in zip(candidates, names_of(candidates), strict=True)]
+    done = 0
+
+    def draw(studio: Composition, prompt: str, seeds: Sequence[int]) -> list[Picture]:
+        nonlocal done
+        count = None if on_progress is None else lambda drawn: on_progress(done + drawn, total)
+        made = studio.generate(prompt, seeds=seeds, on_image=count, **sampler)
+        done += len(made)
+        return made
+
+    def row(name: str, weighted: Sequence[Any], prompts: Sequence[str], **facts: Any) -> Row:
+        studio = Composition(base, weighted)
+        groups = [draw(studio, prompt, seeds) for prompt in prompts]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CompositionWarning)  # the class is drawn without the token on purpose
+            of_class = draw(studio, plain, class_seeds)
+        values = measure.of_subject(cases, [[picture.image for picture in group] for group in groups])
+        values |= measure.of_class([picture.image for picture in of_class])
+        return Row(name, values, pictures=tuple(chain(*groups)), **facts)
+
+    floor = row("base alone", [], [case.plain for case in cases])
+    rows = []
+    for candidate, name in zip(candidates, names_of(candidates), strict=True):
+        adapter, prompts = candidate.adapter, [case.prompt_for(candidate.adapter.card) for case in cases]
+        facts = {"step": candidate.step, "digest": adapter.digest()}
+        rows.append(row(name, [(adapter, candidate.weight)], prompts, **facts))
     return Comparison(
         metrics=measure.metrics,
         adapters=tuple(rows),
@@ -110,48 +135,19 @@ def evaluate(
     )
 
 
-@dataclass
-class Drawing:
-    """Draw and measure one row after the other, and count the pictures."""
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / RECORD).is_file()
 
-    base: BaseModel
-    measure: PhotoMeasure | ToyboxMeasure
-    cases: Sequence[Case]
-    class_prompt: str
-    seeds: Sequence[int]
-    class_seeds: Sequence[int]
-    sampler: Mapping[str, Any]
-    on_progress: Callable[[int, int], None] | None
-    total: int
-    done: int = 0
 
-    def row(self, name: str, candidate: Candidate | None) -> Row:
-        """candidate: None is the base alone"""
-        if candidate is None:
-            studio, prompts = Composition(self.base, []), [case.plain for case in self.cases]
-        else:
-            adapter, weight = candidate.adapter, candidate.weight
-            studio = Composition(self.base, [adapter if weight is None else (adapter, weight)])
-            prompts = [case.prompt_for(adapter.card) for case in self.cases]
-        groups = [self.pictures(studio, prompt, self.seeds) for prompt in prompts]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CompositionWarning)  # the class is drawn without the token on purpose
-            of_class = self.pictures(studio, self.class_prompt, self.class_seeds)
-        values = self.measure.of_subject(self.cases, [[picture.image for picture in group] for group in groups])
-        values |= self.measure.of_class([picture.image for picture in of_class])
-        pictures = tuple(picture for group in groups for picture in group)
-        if candidate is None:
-            return Row(name, values, pictures=pictures)
-        return Row(name, values, candidate.step, candidate.adapter.digest(), pictures)
+def candidates_of(run: str | Path) -> list[Candidate]:
+    """The adapters that a run has saved, by step: next to its samples, in its checkpoints, and the finished one.
 
-    def pictures(self, studio: Composition, prompt: str, seeds: Sequence[int]) -> list[Picture]:
-        def on_image(count: int) -> None:
-            if self.on_progress is not None:
-                self.on_progress(self.done + count, self.total)
-
-        made = studio.generate(prompt, seeds=seeds, on_image=on_image, **self.sampler)
-        self.done += len(made)
-        return made
+    Raises EvaluationError if there is none.
+    """
+    files = saved_adapters(Path(run))
+    if not files:
+        raise EvaluationError(f"{shown(run)}: no adapter in this run's folder yet; train longer, or pass adapter files")
+    return [Candidate(Adapter.load(file), name=f"step {step}", step=step) for step, file in files.items()]
 
 
 def names_of(candidates: Sequence[Candidate]) -> list[str]:

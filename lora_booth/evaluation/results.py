@@ -1,21 +1,29 @@
-"""The results of an evaluation: adapters between the base alone and the photos, and which is best."""
+"""The results of an evaluation: adapters between the base alone and the photos, which is best, and 95 % intervals by bootstrap
+over prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ..errors import EvaluationError, shown
+from ..files import Owned
 from ..pictures.picture import Picture
-from .statistics import EDGES, Score, Values, draws, score
+from ..training.checkpoint import SCORES, read_record
 
 # chosen, not measured: thresholds of the advice
 BARELY, WELL = 0.25, 0.6  # shares of the way from the base to the photos
 FOLLOWED = 0.8  # share of the base's prompt fidelity
 MANY_COPIES = 0.2  # share of the pictures
 ROOM = 1e-3  # below this, floor and ceiling count as equal; chosen
+ROUNDS = 2000  # of a bootstrap; chosen: 1,000 is the usual minimum for percentile intervals
+EDGES = (0.025, 0.975)
 
 OVERFITTED = (  # what is seen, a remedy, and where the subject is learnt another
     ("Prompts are followed less closely than by the base", "use a weight below 1", "an adapter with fewer steps"),
@@ -24,6 +32,45 @@ OVERFITTED = (  # what is seen, a remedy, and where the subject is learnt anothe
 )
 
 CHANCE = "chance"  # key of a row's fidelity to prompts that its pictures were not drawn for
+
+Values = Sequence[Sequence[float]]  # by prompt, by picture
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean and its 95 % interval; None for a single value."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int  # values
+
+    def __str__(self) -> str:
+        """The mean and half of its interval."""
+        around = "" if self.low is None or self.high is None else f" ±{(self.high - self.low) / 2:.3f}"
+        return f"{self.mean:.3f}{around}"
+
+
+def score(values: Values) -> Score | None:
+    """Resample prompts, since pictures of one prompt resemble each other; with a single prompt, its pictures. None: no
+    values."""
+    groups = [list(group) for group in values if len(group)]
+    if not groups:
+        return None
+    units = groups if len(groups) > 1 else [[value] for value in groups[0]]
+    sums, counts = np.array([sum(unit) for unit in units]), np.array([len(unit) for unit in units])
+    mean = float(sums.sum() / counts.sum())
+    if len(units) == 1:
+        return Score(mean, None, None, int(counts.sum()))
+    chosen = draws(len(units))
+    low, high = np.quantile(sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1), EDGES)
+    return Score(mean, float(low), float(high), int(counts.sum()))
+
+
+def draws(count: int) -> np.ndarray:
+    """(ROUNDS, count) indices below `count`, drawn with replacement: the same for the same count, so that adapters are
+    compared on equal draws."""
+    return np.random.default_rng(0).integers(count, size=(ROUNDS, count))
 
 
 @dataclass(frozen=True)
@@ -207,3 +254,16 @@ class Comparison:
             "prompt_chance": self.floor.mean(CHANCE) or 0.0,
             "settings": dict(self.settings),
         }
+
+
+def scores_file(folder: str | Path, made: Comparison) -> Path:
+    """Write the scores to a folder; in that of a run, the report shows them until another run starts there.
+
+    Raises EvaluationError, also if a file of this name is not ours.
+    """
+    identity = read_record(Path(folder)).get("identity")
+    content = made.as_dict() | ({} if identity is None else {"identity": identity})
+    try:
+        return Owned(Path(folder)).write(SCORES, (json.dumps(content, indent=1) + os.linesep).encode())
+    except OSError as error:
+        raise EvaluationError(f"{shown(folder)}: {SCORES} cannot be written ({error.strerror}); move it away") from error
