@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -32,9 +33,8 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check(1 <= self.rank <= 512, f"rank {self.rank}", "a whole number from 1 to 512; 4 to 32 is usual")
+        check_ranges(self)
         check(self.alpha is None or 0 < self.alpha <= 16 * self.rank, f"alpha {self.alpha}", "above 0, at most 16 x rank")
-        check(0 <= self.dropout < 1, f"dropout {self.dropout}", "at least 0 and below 1")
         check(bool(self.target_modules), "target_modules ()", f"at least one, as in {ATTENTION_TARGETS}")
         text_targets = not self.text_encoder or bool(self.text_target_modules)
         check(text_targets, "text_target_modules ()", f"at least one, as in {TEXT_TARGETS}")
@@ -77,41 +77,38 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in AT_LEAST_1:
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"{name} {value}", "at least 1")
-        rate, images = self.learning_rate, self.class_images
-        check(rate is None or 0 < rate <= 0.1, f"learning_rate {rate}", "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA")
-        check(
-            images is None or images >= 1,
-            f"class_images {images}",
-            f"at least 1; to train without, {setting('prior_loss_weight', 0)}",
-        )
-        check(self.warmup_steps is None or self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}", "at least 0")
-        check(
-            self.sample_every is None or self.sample_every >= 0,
-            f"sample_every {self.sample_every}",
-            "at least 0 (0: no samples)",
-        )
-        check(0 <= self.weight_decay <= 1, f"weight_decay {self.weight_decay}", "from 0 to 1")
-        check(self.max_grad_norm > 0, f"max_grad_norm {self.max_grad_norm}", "above 0 (infinity: no clipping)")
-        prior = self.prior_loss_weight
-        check(0 <= prior < math.inf, f"prior_loss_weight {prior}", "at least 0 (0: no prior preservation)")
-        check(self.min_snr_gamma is None or self.min_snr_gamma > 0, f"min_snr_gamma {self.min_snr_gamma}", "above 0")
-        check(self.resolution is None or self.resolution >= 8, f"resolution {self.resolution}", "a multiple of 8")
+        check_ranges(self)
+        remedy = f"at least 1; to train without, {setting('prior_loss_weight', 0)}"
+        check(self.class_images is None or self.class_images >= 1, f"class_images {self.class_images}", remedy)
         check(0 <= self.seed <= MOST - self.sample_seeds, f"seed {self.seed}", "0 to 2**63 - 1, also of the last sample")
-        minutes = self.checkpoint_minutes
-        check(minutes > 0, f"checkpoint_minutes {minutes}", "above 0 (infinity: by steps alone)")
 
 
-AT_LEAST_1 = (
-    "steps",
-    "batch_size",
-    "gradient_accumulation",
-    "pictures_at_a_time",
-    "checkpoint_every",
-    "sample_seeds",
-)
+AT_LEAST_1 = (lambda count: count >= 1, "at least 1")
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a value that is given is allowed
+    "rank": (lambda rank: 1 <= rank <= 512, "a whole number from 1 to 512; 4 to 32 is usual"),
+    "dropout": (lambda share: 0 <= share < 1, "at least 0 and below 1"),
+    "steps": AT_LEAST_1,
+    "learning_rate": (lambda rate: 0 < rate <= 0.1, "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA"),
+    "batch_size": AT_LEAST_1,
+    "gradient_accumulation": AT_LEAST_1,
+    "pictures_at_a_time": AT_LEAST_1,
+    "warmup_steps": (lambda steps: steps >= 0, "at least 0"),
+    "weight_decay": (lambda decay: 0 <= decay <= 1, "from 0 to 1"),
+    "max_grad_norm": (lambda norm: norm > 0, "above 0 (infinity: no clipping)"),
+    "prior_loss_weight": (lambda weight: 0 <= weight < math.inf, "at least 0 (0: no prior preservation)"),
+    "min_snr_gamma": (lambda gamma: gamma > 0, "above 0"),
+    "resolution": (lambda pixels: pixels >= 8, "a multiple of 8"),
+    "checkpoint_every": AT_LEAST_1,
+    "checkpoint_minutes": (lambda minutes: minutes > 0, "above 0 (infinity: by steps alone)"),
+    "sample_every": (lambda steps: steps >= 0, "at least 0 (0: no samples)"),
+    "sample_seeds": AT_LEAST_1,
+}
+
+
+def check_ranges(settings: LoraSpec | TrainingConfig) -> None:
+    for name, (allows, allowed) in RANGES.items():
+        value = getattr(settings, name, None)
+        check(value is None or allows(value), f"{name} {value}", allowed)
 
 
 # 400 to 1,500 steps and 50 to 100 class images, as in diffusers' DreamBooth examples for 3 to 30 photos
@@ -149,7 +146,6 @@ def defaults(photos: int, steps: int | None) -> dict[str, int]:
 
 def settled(config: TrainingConfig, base: Any, photos: int) -> SettledConfig:
     """Choose what `config` leaves open, from the BaseModel and the number of photos. Settling twice changes nothing."""
-    default = defaults(photos, config.steps)
     width = max(base.shell.unet.config.block_out_channels)
     resolution = config.resolution or base.resolution
     multiple = math.lcm(base.pixels_per_latent, 8)  # 8: what diffusers' pipelines draw
@@ -157,15 +153,9 @@ def settled(config: TrainingConfig, base: Any, photos: int) -> SettledConfig:
     least = (one_pixel // multiple + 1) * multiple  # attention to a single pixel has no gradients
     allowed = f"multiples of {multiple} from {least}"
     check(resolution % multiple == 0 and resolution >= least, f"resolution {resolution}", allowed)
-    chosen = {
-        "steps": default["steps"],
-        "learning_rate": config.learning_rate or CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER,
-        "warmup_steps": default["warmup_steps"] if config.warmup_steps is None else config.warmup_steps,
-        "class_images": config.class_images or default["class_images"],
-        "resolution": resolution,
-        "sample_every": default["sample_every"] if config.sample_every is None else config.sample_every,
-    }
-    return SettledConfig(**vars(config) | chosen)
+    rate = CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER
+    chosen: dict[str, Any] = {**defaults(photos, config.steps), "learning_rate": rate, "resolution": resolution}
+    return SettledConfig(**chosen | {name: value for name, value in vars(config).items() if value is not None})
 
 
 def check(ok: bool, value: str, allowed: str) -> None:

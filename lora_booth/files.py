@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MOST_BYTES = 2**28  # of a JSON file; chosen: twice the metrics of a million updates
-LINES_BYTES = 2**16  # of lines that are read at once; chosen
 LARGEST = 1e15  # of a count, a time or a size in a file; chosen: far above all of them, and exact as a float
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # how some network drives answer fsync
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
@@ -162,8 +161,11 @@ class Owned:
 
     def has(self, name: str) -> bool:
         """Whether the file `name` (its path in the folder) is there and ours."""
+        if self._leads_elsewhere(name):
+            return False
         try:
-            return not self._leads_elsewhere(name) and self._hash_of(name) in self._listed().get(name, ())
+            with open_regular(self.folder / name) as file:
+                return hashlib.sha256(file.read()).hexdigest() in self._listed().get(name, ())
         except OSError:
             return False
 
@@ -208,10 +210,6 @@ class Owned:
         inside = not path.is_absolute() and ".." not in path.parts
         return not inside or any((self.folder / one).is_symlink() for one in (path, *path.parents[:-1]))
 
-    def _hash_of(self, name: str) -> str:
-        with open_regular(self.folder / name) as file:
-            return hashlib.sha256(file.read()).hexdigest()
-
 
 # --- reading what anyone may have edited -------------------------------------------------------------------------------
 
@@ -240,19 +238,13 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     Numbers are as Python reads them, NaN and 10**400 too: take them through `number`.
     """
     with suppress(OSError), open_regular(path) as file:
-        while os.fstat(file.fileno()).st_size <= MOST_BYTES and (lines := file.readlines(LINES_BYTES)):
-            try:  # at once: a million lines take a second or two
-                several = json.loads(b"[" + b",".join(lines) + b"]")
-            except (ValueError, RecursionError):
-                several = [found for line in lines for found in _line(line)]
-            yield from (found for found in several if isinstance(found, dict))
-
-
-def _line(line: bytes) -> list[Any]:
-    try:
-        return [json.loads(line)]
-    except (ValueError, RecursionError):  # half a line, from a power cut
-        return []
+        for line in file if os.fstat(file.fileno()).st_size <= MOST_BYTES else ():
+            try:
+                found = json.loads(line.decode())
+            except (ValueError, RecursionError):  # half a line, from a power cut
+                continue
+            if isinstance(found, dict):
+                yield found
 
 
 def parse_json(content: bytes) -> Any:
@@ -271,23 +263,19 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _integer(digits: str) -> int:
     if len(digits) > 20:  # 2**64 has 20
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
 
-def _float(digits: str) -> float:
+def _finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
-        raise ValueError(f"{digits[:20]} is too large")
+        raise ValueError(f"{digits[:20]} is not a finite number")
     return value
 
 
-STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refused, parse_int=_integer, parse_float=_float)
+STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, parse_int=_integer, parse_float=_finite)
 
 
 def number(value: Any, least: float = -LARGEST, most: float = LARGEST) -> float | None:

@@ -73,7 +73,10 @@ def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
                     f"target module {suffix!r} is in no linear or convolution layer of the {component}; try 'to_q'"
                 )
             for path in matching:
-                check_rank(path, base_layer(model.get_submodule(path)), lora.rank)
+                outer, *inner = weight_shape(base_layer(model.get_submodule(path)))
+                limit = min(outer, math.prod(inner))
+                if lora.rank > limit:
+                    raise SettingsError(f"rank {lora.rank} is more than {path} can have; at most {limit} for this base")
             chosen.setdefault(component, []).extend(matching)
     return chosen
 
@@ -99,11 +102,8 @@ class TrainableLora:
     alpha: float
     flat: FlatFactors  # all of them, and their gradients
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return self.parameters
-
     def copied(self) -> dict[str, Tensor]:
-        """What was learnt so far, by the names of `named_parameters`: one copy from the device to the CPU."""
+        """What was learnt so far, by the names of `parameters`: one copy from the device to the CPU."""
         values = self.flat.values.detach().to("cpu", copy=True)
         return dict(zip(self.parameters, self.flat.parts_of(values), strict=True))
 
@@ -216,35 +216,32 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
             yield TrainableLora(parameters, lora.scale_alpha, flat)
 
 
-def check_rank(path: str, layer: nn.Module, rank: int) -> None:
-    outer, *inner = weight_shape(layer)
-    limit = min(outer, math.prod(inner))
-    if rank > limit:
-        raise SettingsError(f"rank {rank} is more than {path} can have; at most {limit} for this base")
-
-
 # --- use -----------------------------------------------------------------------------------------------------------
 
 
-def placed(model: nn.Module, component: str, adapter: Adapter, base_name: str) -> dict[str, LoraFactors]:
-    """The adapter's factors for one component, by module path. Raises AdapterBaseMismatch if one does not fit."""
-    here: dict[str, LoraFactors] = {}
+Places = dict[str, tuple[nn.Module, LoraFactors]]  # path in adapter files -> the plain layer there, and its factors
+
+
+def placed(adapter: Adapter, base: BaseModel) -> Places:
+    """Where the adapter's factors go. Raises AdapterBaseMismatch if one does not fit."""
+    places: Places = {}
+    components = base.components
     for key, factors in adapter.modules.items():
-        owner, _, path = key.partition(".")
-        if owner != component:
-            continue
-        path = local_path(model, path)
+        component, _, path = key.partition(".")
+        if component not in components:
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} has no {component}")
         try:
-            layer = base_layer(model.get_submodule(path))
+            model = components[component]
+            layer = base_layer(model.get_submodule(local_path(model, path)))
         except AttributeError:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {base_name} has no module {key}") from None
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} has no module {key}") from None
         if not adaptable(layer):
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base_name} is not a linear or convolution layer")
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base.name} is not a linear or convolution layer")
         wanted = weight_shape(layer)
         if (fitted := factors.fitted(wanted)) is None:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} is {factors.shape} in the file and {wanted} in {base_name}")
-        here[path] = fitted
-    return here
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} is {factors.shape} in the file and {wanted} in {base.name}")
+        places[key] = layer, fitted
+    return places
 
 
 def made_for(adapter: Adapter) -> str:
@@ -319,51 +316,32 @@ def forget_compiled(models: Sequence[nn.Module]) -> None:
         torch._dynamo.reset()
 
 
-Placement = tuple[Adapter, float, dict[str, dict[str, LoraFactors]]]  # adapter, weight, component -> module path -> factors
-
-
-def placements(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> list[Placement]:
-    """Where the factors of each adapter go. Raises AdapterBaseMismatch if one was made for another base."""
-    known_base = BaseModel.of(base, name="this pipeline")
-    family, where = known_base.family, known_base.name
-    components = known_base.components
-    plan: list[Placement] = []
+def placements(base: BaseModel, adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[Adapter, float, Places]]:
+    """Each adapter, its weight and its places. Raises AdapterBaseMismatch if one was made for another base."""
+    plan = []
     for adapter, weight in weighted(adapters):
-        known = adapter.card.family
-        if known is not None and known != family.name:
+        if adapter.card.family not in (None, base.family.name):
             own = setting("a base of its family", option=f"--base {adapter.card.base_model or 'MODEL'}")
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} is {family.label}; use {own}")
-        unknown = {key.partition(".")[0] for key in adapter.modules} - set(components)
-        if unknown:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {where} has no {sorted(unknown)[0]}")
-        plan.append((adapter, weight, {c: placed(model, c, adapter, where) for c, model in components.items()}))
+            raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} is {base.family.label}; use {own}")
+        plan.append((adapter, weight, placed(adapter, base)))
     for adapter, weight, _ in plan:
         if weight:
-            warn_of_other_base(adapter, known_base)
+            warn_of_other_base(adapter, base)
     return plan
 
 
 def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
     """Family and shapes fit: warn if the adapter was trained for another prediction or on other weights."""
-    trained, given = adapter.card.prediction_type, base.prediction_type
+    trained, given, known = adapter.card.prediction_type, base.prediction_type, adapter.card.base_hash or ""
     if given in base.family.modelspec and trained not in (None, given):
-        warnings.warn(
-            f"{made_for(adapter)}, which predicts {trained}; {base.name} predicts {given}, so its pictures will look wrong",
-            OtherBaseWarning,
-            stacklevel=2,
-        )
+        difference = f", which predicts {trained}; {base.name} predicts {given}, so its pictures will look wrong"
+    elif len(known) != FINGERPRINT_LENGTH or any(hasattr(module, "base_layer") for module in base.unet.modules()):
+        return  # other tools' hashes are of files, not of weights; with the user's own adapters in it there is none
+    elif base.fingerprint == known or len(base.fingerprint) != FINGERPRINT_LENGTH:  # longer: quantized by the user
         return
-    known = adapter.card.base_hash or ""
-    if len(known) != FINGERPRINT_LENGTH:  # other tools' hashes are of files, not of weights
-        return
-    if any(hasattr(module, "base_layer") for module in base.unet.modules()) or len(base.fingerprint) != FINGERPRINT_LENGTH:
-        return  # with the user's own adapters in it, or quantized by the user, it has no fingerprint to compare
-    if known != base.fingerprint:
-        warnings.warn(
-            f"{made_for(adapter)}; {base.name} has other weights of the same shapes, so it may look different",
-            OtherBaseWarning,
-            stacklevel=2,
-        )
+    else:
+        difference = f"; {base.name} has other weights of the same shapes, so it may look different"
+    warnings.warn(made_for(adapter) + difference, OtherBaseWarning, stacklevel=2)
 
 
 @contextmanager
@@ -374,15 +352,14 @@ def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -
     check comes before the first change, and leaving restores the pipeline bit for bit, also after an exception.
     Raises AdapterBaseMismatch when an adapter was made for another base.
     """
-    pipeline = BaseModel.of(base).pipeline
     with attached_layers(base, adapters):
-        yield pipeline
+        yield BaseModel.of(base).pipeline
 
 
 @contextmanager
 def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[list[AttachedAdapter]]:
     """Like `attached`, for code that changes weights while the adapters are on: yields an AttachedAdapter for each."""
-    base = BaseModel.of(base)
+    base = BaseModel.of(base, name="this pipeline")
     with claimed(base.shell.unet):
         on = attachable(base, adapters)
         with undone(*(one.detach for one in on)), hooked([(base.shell.unet, refuse_fused)]):
@@ -399,17 +376,12 @@ def refuse_fused(unet: nn.Module, *_: Any) -> None:
         )
 
 
-def attachable(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -> list[AttachedAdapter]:
+def attachable(base: BaseModel, adapters: Sequence[tuple[Adapter, float]]) -> list[AttachedAdapter]:
     """The adapters, checked and ready to `attach`; those of weight 0 have no layers."""
-    models = BaseModel.of(base).components
-    refuse_fused(models["unet"])
+    models = list(base.components.values())
+    refuse_fused(base.unet)
     on = []
-    for adapter, weight, parts in placements(base, adapters):
-        layers = {
-            module_path(component, path): AttachedLayer(base_layer(models[component].get_submodule(path)), factors, weight)
-            for component, placed_here in parts.items()
-            for path, factors in placed_here.items()
-            if weight
-        }
-        on.append(AttachedAdapter(adapter, weight, layers, list(models.values())))
+    for adapter, weight, places in placements(base, adapters):
+        layers = {key: AttachedLayer(layer, factors, weight) for key, (layer, factors) in places.items() if weight}
+        on.append(AttachedAdapter(adapter, weight, layers, models))
     return on

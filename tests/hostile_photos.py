@@ -344,7 +344,7 @@ def hostile_photos() -> list[HostilePhoto]:
         HostilePhoto("a caption without end", "x.png", beside(x__txt=b"word " * 1000), "refused", "at most 2000"),
         HostilePhoto("a caption with escape codes", "x.png", beside(x__txt=b"\x1b[2Ja dog\0"), "used"),
         HostilePhoto("nested crops", "x.png", beside(crops__json=b"[" * 100_000), "refused", "crops.json"),
-        HostilePhoto("a crop of NaN", "x.png", beside(crops__json=b'{"x.png": [NaN, 0, 1, 1]}'), "refused", "NaN is not JSON"),
+        HostilePhoto("a crop of NaN", "x.png", beside(crops__json=b'{"x.png": [NaN, 0, 1, 1]}'), "refused", "NaN is not a finite number"),
         HostilePhoto("a crop outside", "x.png", beside(crops__json=b'{"x.png": [0, 0, 99999, 1]}'), "refused", "outside"),
         HostilePhoto("a crop of nobody", "x.png", beside(crops__json=json.dumps({"y": [0, 0, 1, 1]}).encode()), "refused", "no such photo"),
         HostilePhoto("a mask lying down", "x.png", masked(mask_png(HEIGHT, WIDTH)), "refused", "shape of the upright photo"),

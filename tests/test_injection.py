@@ -384,8 +384,8 @@ def test_the_users_own_adapter_stays(put: Callable[[Any], None], tmp_path: Path)
         assert torch.equal(predict(pipeline), alone)
         parts = [pipeline.unet, pipeline.text_encoder]
         needing = {id(p) for part in parts for p in part.parameters() if p.requires_grad}
-        assert needing == {id(p) for p in lora.named_parameters().values()}
-        assert set(lora.named_parameters()) == {
+        assert needing == {id(p) for p in lora.parameters.values()}
+        assert set(lora.parameters) == {
             f"{key}.{half}" for key in random_adapter(clean, TEXT_TOO).modules for half in ("down", "up")
         }
     assert traces(pipeline) == before and same_state(state(pipeline), weights)
@@ -699,7 +699,7 @@ def test_default_targets_are_all_attention_projections(kind: str) -> None:
     with trainable(base, LoraSpec(rank=2)) as lora:
         assert set(lora.factors()) == every
         assert len(every) == 8 * sum(len(m.transformer_blocks) for m in base.unet.modules() if hasattr(m, "transformer_blocks"))
-        assert {p.dtype for p in lora.named_parameters().values()} == {torch.float32}
+        assert {p.dtype for p in lora.parameters.values()} == {torch.float32}
         assert torch.equal(predict(base.pipeline), untouched)  # up = 0: nothing is changed at the start
 
 

@@ -43,14 +43,14 @@ def gradients(base: BaseModel, adapter: TrainableLora, **options: Any) -> tuple[
     adapter.flat.refresh()
     loss = call(base, **options)
     torch.autograd.backward(loss)
-    return loss.item(), {n: p.grad.clone() for n, p in adapter.named_parameters().items() if p.grad is not None}
+    return loss.item(), {n: p.grad.clone() for n, p in adapter.parameters.items() if p.grad is not None}
 
 
 def fill_up(adapter: TrainableLora) -> None:
     """As after some training: the change is not zero."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in adapter.named_parameters().items():
+        for name, parameter in adapter.parameters.items():
             if name.endswith(".up"):
                 parameter.normal_(0, 0.1)
 

@@ -91,7 +91,7 @@ def ours(kind: str, given: dict[str, Any], photos: int, **settings: Any) -> Loss
     start = random_adapter(base).modules
     batch = Batch(given["latents"], ("a dog",) * len(given["latents"]), given["time_ids"], photos)
     with trainable(base, LoraSpec(rank=4)) as lora:
-        parameters = lora.named_parameters()
+        parameters = lora.parameters
         with torch.no_grad():
             for key, factors in start.items():
                 parameters[f"{key}.down"].copy_(factors.down)
@@ -172,7 +172,7 @@ def loss_with(given: dict[str, Any], mask: Tensor | None, **settings: Any) -> Lo
     start = random_adapter(base).modules
     batch = Batch(given["latents"], ("a dog",) * len(given["latents"]), None, 2, masks=mask)
     with trainable(base, LoraSpec(rank=4)) as lora:
-        parameters = lora.named_parameters()
+        parameters = lora.parameters
         with torch.no_grad():
             for key, factors in start.items():
                 parameters[f"{key}.down"].copy_(factors.down)

@@ -65,7 +65,7 @@ def gradients(base: BaseModel, *, lean: bool) -> dict[str, torch.Tensor]:
     config = replace(CONFIG, attention="sdpa", lean=lean)
     with trainable(base, LORA) as lora, training_mode(base, lora, config):
         torch.manual_seed(0)
-        for name, parameter in lora.named_parameters().items():
+        for name, parameter in lora.parameters.items():
             if name.endswith(".up"):
                 nn.init.normal_(parameter, std=0.1)
         latents, text, _ = inputs(base, 2, 64)
@@ -74,7 +74,7 @@ def gradients(base: BaseModel, *, lean: bool) -> dict[str, torch.Tensor]:
         text = replace(text, states=torch.randn_like(text.states))
         batch = Batch(latents, ("", ""), None, photos=2)
         dreambooth_loss(base, batch, text, noise, torch.tensor([10, 700]), prior_loss_weight=0.0).backward()
-        return {name: parameter.grad.clone() for name, parameter in lora.named_parameters().items()}
+        return {name: parameter.grad.clone() for name, parameter in lora.parameters.items()}
 
 
 @bitsandbytes

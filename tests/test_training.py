@@ -136,7 +136,7 @@ def test_half_precision_base_and_full_precision_adapter(dtype: torch.dtype, rex:
     seen = []
 
     def on_step(step: Step) -> None:
-        parameters = step.lora.named_parameters().values()
+        parameters = step.lora.parameters.values()
         seen.append({p.dtype for p in parameters} | {p.grad.dtype for p in parameters if p.grad is not None})
         assert all(p.grad is not None for p in parameters)
 
@@ -231,7 +231,7 @@ def test_a_batch_in_parts_is_the_same_batch(kind: str, rex: Subject) -> None:
         cache = prepare(base, [rex], lora=LORA, config=config)
         steps = training_steps(base, cache, lora=LORA, config=config)
         step = next(steps)
-        found.append((step.loss, {n: p.grad.clone() for n, p in step.lora.named_parameters().items() if p.grad is not None}))
+        found.append((step.loss, {n: p.grad.clone() for n, p in step.lora.parameters.items() if p.grad is not None}))
         steps.close()
     for loss, gradients in found[1:]:
         assert math.isclose(loss, found[0][0], rel_tol=1e-5)
@@ -570,7 +570,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(rex: Subject) -> None:
         seen.append(step.index)
         if step.index == 2:
             with torch.no_grad():
-                next(iter(step.lora.named_parameters().values())).fill_(math.nan)
+                next(iter(step.lora.parameters.values())).fill_(math.nan)
 
     with pytest.raises(TrainingError, match="not finite 3 times in a row, at step 5, with half the rate.*lower learning_rate"):
         run(base, rex, replace(ALONE, steps=10), on_step=on_step)
@@ -587,7 +587,7 @@ def test_a_spoilt_state_is_rolled_back_and_the_rate_halved(rex: Subject) -> None
         seen.append((step.index, step.learning_rate))
         if len(seen) == 2:
             with torch.no_grad():
-                next(iter(step.lora.named_parameters().values())).fill_(math.nan)
+                next(iter(step.lora.parameters.values())).fill_(math.nan)
 
     config = replace(ALONE, steps=6, learning_rate=1e-3, lr_schedule="constant")
     adapter = run(base, rex, config, on_step=on_step)

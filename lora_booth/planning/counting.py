@@ -122,7 +122,7 @@ def count(work: Callable[[], Any]) -> Count:
 
 def count_weights(base: BaseModel, lora: LoraSpec) -> Weights:
     with trainable(base, lora) as adapter:
-        factors = storage_bytes(adapter.named_parameters().values())
+        factors = storage_bytes(adapter.parameters.values())
     unet, vae = (storage_bytes(tensors_of(module)) for module in (base.unet, base.vae))
     text = sum(storage_bytes(tensors_of(module)) for module in base.text_encoders.values())
     linear = [module.weight.nbytes for module in base.unet.modules() if type(module) is nn.Linear]

@@ -244,7 +244,7 @@ class TrainingRun(Iterator[Step]):
         """Raises TrainingError for a state that no run with these settings has saved."""
         loop = self.loop
         try:
-            for name, parameter in self.lora.named_parameters().items():
+            for name, parameter in self.lora.parameters.items():
                 factor = state["lora"][name]
                 if factor.shape != parameter.shape or not factor.isfinite().all():
                     raise ValueError(name)

@@ -95,22 +95,19 @@ def baked(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], *, d
     known = BaseModel.of(base, name="this pipeline")
     pipeline = known.pipeline
     refuse_quantized(pipeline.unet, known.name, "baking")
-    plan = placements(base, adapters)
+    changes: dict[int, Tensor] = {}  # id of a weight -> what is added to it
+    for _, weight, places in placements(known, adapters):
+        for layer, factors in places.values():
+            change, key = factors.delta().cpu() * weight, id(layer.weight)
+            changes[key] = changes[key] + change if key in changes else change
     result = copy.copy(pipeline)
     for name, module in pipeline.components.items():
-        if not isinstance(module, nn.Module):
-            continue
-        changes: dict[str, Tensor] = {}
-        for _, weight, parts in plan:
-            for path, factors in parts.get(name, {}).items():
-                change = factors.delta().cpu() * weight
-                key = f"{path}.weight"
-                changes[key] = changes[key] + change if key in changes else change
-        setattr(result, name, changed(module, name, changes, dtype))
+        if isinstance(module, nn.Module):
+            setattr(result, name, changed(module, name, changes, dtype))
     return result
 
 
-def changed(module: nn.Module, name: str, changes: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def changed(module: nn.Module, name: str, changes: Mapping[int, Tensor], dtype: torch.dtype) -> nn.Module:
     """A copy of a module with `changes` added to its weights. No weight is held twice in the old precision."""
     memo: dict[int, Any] = {}
     tensors = [*module.named_parameters(), *module.named_buffers()]
@@ -119,7 +116,7 @@ def changed(module: nn.Module, name: str, changes: Mapping[str, Tensor], dtype: 
     for key, tensor in tensors:
         value = tensor.detach().cpu()
         if value.is_floating_point():
-            value = (value.float() + changes[key] if key in changes else value).to(dtype)
+            value = (value.float() + changes[id(tensor)] if id(tensor) in changes else value).to(dtype)
             if not value.isfinite().all():
                 raise BaseModelError(f"{name}.{key} is not finite as {str(dtype).removeprefix('torch.')}; try dtype fp32")
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
