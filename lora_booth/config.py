@@ -20,16 +20,19 @@ STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; ch
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
+# The comments beside the fields of LoraSpec and TrainingConfig are also the help of the command line.
+
+
 @dataclass(frozen=True)
 class LoraSpec:
-    """The shape of the adapter: which modules get a low-rank update, and its rank."""
+    """The shape of the adapter: which modules get a low-rank update, and its rank. In brackets: what `None` stands for."""
 
-    rank: int = 8
-    alpha: float | None = None  # the update is scaled by alpha / rank; None: alpha = rank
-    dropout: float = 0.0  # on the input of the update, while training
-    target_modules: tuple[str, ...] = ATTENTION_TARGETS  # U-Net modules whose path ends like this
-    text_encoder: bool = False  # also adapt the text encoders
-    text_target_modules: tuple[str, ...] = TEXT_TARGETS
+    rank: int = 8  # LoRA rank, e.g. 16; 4 to 32 is usual
+    alpha: float | None = None  # scales the change by alpha / rank, e.g. 16 [rank]
+    dropout: float = 0.0  # share of the adapter's inputs to drop in training, e.g. 0.1
+    target_modules: tuple[str, ...] = ATTENTION_TARGETS  # U-Net modules to train, by the end of their path
+    text_encoder: bool = False  # also train the text encoders
+    text_target_modules: tuple[str, ...] = TEXT_TARGETS  # their modules to train
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -46,34 +49,34 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train. `None` means chosen from the photos and the base (`docs/defaults.md` gives the reasons)."""
+    """How to train. In brackets: what `None` stands for (`docs/defaults.md` gives the reasons)."""
 
-    steps: int | None = None  # optimizer updates
-    learning_rate: float | None = None
-    batch_size: int = 1  # photos; the same number of class images is added
-    gradient_accumulation: int = 1  # batches per update
-    pictures_at_a_time: int | None = None  # of a batch through the U-Net; fewer need less memory; None: all
-    lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int | None = None  # updates of linear warm-up from 0
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0  # math.inf: no clipping
-    prior_loss_weight: float = 1.0  # 0: no prior preservation
-    class_images: int | None = None  # how many pictures of the plain class preserve the prior
-    min_snr_gamma: float | None = None  # 5.0 is usual; None: all timesteps count equally
+    steps: int | None = None  # optimizer updates, e.g. 800 [from the number of photos]
+    learning_rate: float | None = None  # learning rate at its highest, e.g. 1e-4 [from the base]
+    batch_size: int = 1  # photos in a forward pass, e.g. 2; as many class images are added
+    gradient_accumulation: int = 1  # forward passes for one optimizer update, e.g. 4
+    pictures_at_a_time: int | None = None  # pictures of a batch in memory at a time, e.g. 1 [all]
+    lr_schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up: cosine (falls to 0) or constant
+    warmup_steps: int | None = None  # updates over which the rate rises from 0, e.g. 50 [a twentieth of the steps, at most 50]
+    weight_decay: float = 1e-2  # weight decay of AdamW, e.g. 0.01
+    max_grad_norm: float = 1.0  # norm at which gradients are clipped, e.g. 1; inf: never
+    prior_loss_weight: float = 1.0  # weight of the class images, e.g. 0.5; 0: none
+    class_images: int | None = None  # pictures of the plain class to train on as well, e.g. 100 [from the number of photos]
+    min_snr_gamma: float | None = None  # gamma of min-SNR loss weighting, e.g. 5 [off]
     flip: bool = False  # also train on mirrored photos (not for text or faces)
-    resolution: int | None = None  # pixels; None: the base's own
-    seed: int = 0
-    attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"  # auto: the fastest, by a short measurement
-    gradient_checkpointing: bool = False  # less memory, about a third slower
-    lean: bool = True  # frozen layers store nothing that only their weights' gradients would need
-    capture: Literal["auto", "on", "off"] = "auto"  # replay a recorded step; auto: where that is possible
-    compile: bool = False  # torch.compile the U-Net's repeated blocks; the first step takes a minute or more
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8-bit state by bitsandbytes
-    checkpoint_every: int = 50  # updates between two checkpoints of a run with a folder
-    checkpoint_minutes: float = 2.0  # or minutes, whichever comes first
-    sample_every: int | None = None  # updates between two rounds of sample pictures; None: three rounds; 0: none
-    sample_prompt: str | tuple[str, ...] | None = None  # None: the subject, the subject in the snow, the plain class
-    sample_seeds: int = 1  # pictures of each prompt, with `seed` and the seeds after it
+    resolution: int | None = None  # side in pixels, e.g. 512 [the base's own]
+    seed: int = 0  # seed of every random draw, e.g. 7; the same seed gives the same adapter
+    attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"  # attention kernel; auto: the fastest, by measurement
+    gradient_checkpointing: bool = False  # recompute activations: less memory, about a third slower
+    lean: bool = True  # store less for the backward pass; the numbers stay the same up to rounding
+    capture: Literal["auto", "on", "off"] = "auto"  # replay a recorded step on a GPU: auto (where possible), on or off
+    compile: bool = False  # compile the U-Net: a first step of a minute or more, then faster on a GPU
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw, or adamw8bit (needs lora-booth[quant] and a GPU)
+    checkpoint_every: int = 50  # updates between two checkpoints, e.g. 50
+    checkpoint_minutes: float = 2.0  # minutes between two checkpoints, if that is sooner, e.g. 2
+    sample_every: int | None = None  # updates between sample pictures, e.g. 100; 0: none [three rounds]
+    sample_prompt: str | tuple[str, ...] | None = None  # sample prompt, e.g. 'zwx dog at sea' [subject, subject in snow, class]
+    sample_seeds: int = 1  # sample pictures of each prompt, e.g. 2
 
     def __post_init__(self) -> None:
         check_types(self)

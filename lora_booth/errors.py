@@ -15,6 +15,7 @@ LoraBoothError
 """
 
 import re
+from collections.abc import Sequence
 from contextvars import ContextVar
 
 in_command: ContextVar[bool] = ContextVar("in_command", default=False)  # set by the command line
@@ -45,6 +46,12 @@ def shown(name: object) -> str:
         return character.encode("unicode_escape").decode("ascii")
 
     return "".join(escaped(character) for character in str(name))
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """ "a, b and 3 more", with at most so many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class LoraBoothError(Exception):

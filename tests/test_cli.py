@@ -45,8 +45,8 @@ from lora_booth.subject.tokens import propose_tokens
 from lora_booth.training.lock import locked_file
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = cli.commands()
 CALLBACKS: dict[str, Callable[..., None]] = {one.callback.__name__: one.callback for one in cli.app.registered_commands}
+COMMANDS = list(CALLBACKS)
 TRAIN = inspect.signature(CALLBACKS["train"]).parameters
 
 

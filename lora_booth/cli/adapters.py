@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import json as json_text  # --json is a parameter of that name
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..adapters.contents import Dtype
-from ..errors import SettingsError, shown
-from .app import say
+from ..errors import SettingsError, listed, shown
+from .app import say, say_json
 from .arguments import check_adapter_file, weighted
 from .bases import base_of
-from .options import Json, Names, OwnBase, Reading, command, option
+from .options import Adapters, Json, Names, OwnBase, Reading, command
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..adapters.tools.spectrum import Truncations
 
 AdapterFile = Annotated[Path, typer.Argument(help="adapter file, e.g. rex.safetensors")]
-Weighted = Annotated[list[str], typer.Argument(help="adapter files, each with an optional weight, e.g. rex.safetensors:0.8")]
 Precision = Annotated[Dtype, typer.Option(help="precision of the file: fp16, bf16 or fp32")]
 Rank = Annotated[int | None, typer.Option(help="keep at most this rank in each layer, e.g. 4")]
 Energy = Annotated[float | None, typer.Option(help="keep this share of each layer's squared norm, e.g. 0.95")]
 Modules = Annotated[bool, typer.Option(help="also print a line for each module")]
-MOST_NAMED = 8  # modules in one line; chosen
 
 
 @dataclass(frozen=True)
 class Output:
     """The adapter file that a tool writes."""
 
-    out: Annotated[Path, typer.Option(help="adapter file to write, e.g. small.safetensors")]
+    out: Path  # adapter file to write, e.g. small.safetensors
     layout: Names = "kohya"
     dtype: Precision = "fp16"
     modules: Modules = False
@@ -59,15 +56,15 @@ class Output:
 class Facts:
     """What a person adds to an adapter's card."""
 
-    title: str | None = option(None, "title on the card, e.g. 'Rex the dog'")
-    author: str | None = option(None, "author on the card, e.g. anna")
-    license: str | None = option(None, "license of the adapter, e.g. cc-by-4.0")
-    consent: str | None = option(None, "who agreed to be shown, e.g. self or 'consenting person'")
-    tags: str | None = option(None, "search terms, separated by commas, e.g. dog,plush")
+    title: str | None = None  # title on the card, e.g. 'Rex the dog'
+    author: str | None = None  # author on the card, e.g. anna
+    license: str | None = None  # license of the adapter, e.g. cc-by-4.0
+    consent: str | None = None  # who agreed to be shown, e.g. self or 'consenting person'
+    tags: str | None = None  # search terms, separated by commas, e.g. dog,plush
 
 
 @command
-def show(adapter: AdapterFile, modules: Modules = False, json: Json = False) -> None:
+def show(adapter: AdapterFile, *, modules: Modules = False, json: Json = False) -> None:
     """Print an adapter's card, ranks, size, norms by block, modules without effect, and what each program reads of it."""
     from ..adapters.adapter import Adapter
     from ..adapters.readers import report
@@ -84,7 +81,7 @@ def show(adapter: AdapterFile, modules: Modules = False, json: Json = False) -> 
     say_row("modules", f"{len(found.modules)}, rank {counted(found.ranks)}")
     say_row("alphas", counted(found.alphas))
     say_row("norm", "  ".join(f"{block} {norm:.4g}" for block, norm in found.norms.items()))
-    say_row("dead", named(found.dead) if found.dead else "none")
+    say_row("dead", f"{len(found.dead)}: {listed(found.dead)}" if found.dead else "none")
     say_row("tensors", f"{found.nbytes / 1e6:.2f} MB, sha256 {found.digest[:16]}")
     for name, reading in readings.items():
         say_row(name, str(reading).removeprefix(f"{name}: "))
@@ -95,12 +92,11 @@ def show(adapter: AdapterFile, modules: Modules = False, json: Json = False) -> 
 
 @command
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="adapter file to read, e.g. rex.safetensors")],
-    out: Annotated[Path, typer.Argument(help="adapter file to write, e.g. rex-peft.safetensors")],
+    adapter: Path,  # adapter file to read, e.g. rex.safetensors
+    out: Path,  # adapter file to write, e.g. rex-peft.safetensors
+    *,
     layout: Names = "kohya",
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="precision of the file: fp16, bf16 or fp32 [the input's, or fp32 if that is lossy]")
-    ] = None,
+    dtype: Dtype | None = None,  # precision of the file: fp16, bf16 or fp32 [the input's, or fp32 if that is lossy]
 ) -> None:
     """Rewrite an adapter with other tensor names, without loss."""
     from ..adapters.tools.convert import convert as rewrite
@@ -110,14 +106,14 @@ def convert(
 
 @command
 def share(
-    adapter: Annotated[Path, typer.Argument(help="adapter file to share, e.g. rex.safetensors")],
+    adapter: Path,  # adapter file to share, e.g. rex.safetensors
     *,
-    out: Annotated[Path | None, typer.Option(help="write file, README.md and pictures to this folder, e.g. shared/rex")] = None,
-    push: Annotated[str | None, typer.Option(help="upload the folder to this Hub repository, e.g. anna/rex")] = None,
-    private: Annotated[bool, typer.Option(help="make the repository private")] = False,
+    out: Path | None = None,  # write file, README.md and pictures to this folder, e.g. shared/rex
+    push: str | None = None,  # upload the folder to this Hub repository, e.g. anna/rex
+    private: bool = False,  # make the repository private
     layout: Names = "kohya",
     facts: Facts,
-    thumbnail: Annotated[Path | None, typer.Option(help="picture for the file's header, e.g. rex.png")] = None,
+    thumbnail: Path | None = None,  # picture for the file's header, e.g. rex.png
 ) -> None:
     """Make a folder ready for the Hub, or upload it."""
     from ..adapters.adapter import Adapter
@@ -128,17 +124,17 @@ def share(
     shared = Adapter.load(adapter).with_card(**card)
     if out is not None:
         say(f"wrote {shared.save_folder(out, layout=layout, thumbnail=thumbnail)}")
-    else:
-        assert push is not None
+    if push is not None:
         say(shared.push_to_hub(push, private=private, layout=layout, thumbnail=thumbnail))
 
 
 @command
 def merge(
-    adapters: Weighted,
+    adapters: Adapters,
+    *,
     output: Output,
-    method: Annotated[str, typer.Option(help="how to merge: sum (exact, the ranks add up) or svd (cut to --rank)")] = "sum",
-    rank: Annotated[int | None, typer.Option(help="rank of the result of svd, e.g. 8 [the largest of the inputs]")] = None,
+    method: str = "sum",  # how to merge: sum (exact, the ranks add up) or svd (cut to --rank)
+    rank: int | None = None,  # rank of the result of svd, e.g. 8 [the largest of the inputs]
 ) -> None:
     """Write several adapters as one: the weighted sum of their changes."""
     from ..adapters.tools.merge import merge as merged
@@ -147,7 +143,7 @@ def merge(
 
 
 @command
-def resize(adapter: AdapterFile, output: Output, rank: Rank = None, energy: Energy = None) -> None:
+def resize(adapter: AdapterFile, *, output: Output, rank: Rank = None, energy: Energy = None) -> None:
     """Write the nearest adapter of a lower rank."""
     from ..adapters.adapter import Adapter
     from ..adapters.tools.resize import resize as resized
@@ -157,13 +153,14 @@ def resize(adapter: AdapterFile, output: Output, rank: Rank = None, energy: Ener
 
 @command
 def extract(
-    tuned: Annotated[str, typer.Argument(help="fine-tuned model: a Hub id, a diffusers folder or a .safetensors checkpoint")],
-    base: Annotated[str, typer.Option(help="model it was tuned from: 'toybox', a Hub id, a folder or a checkpoint")],
+    tuned: str,  # fine-tuned model: a Hub id, a diffusers folder or a .safetensors checkpoint
+    *,
+    base: str,  # model it was tuned from: 'toybox', a Hub id, a folder or a checkpoint
     output: Output,
     reading: Reading,
     rank: Rank = None,
     energy: Energy = None,
-    text_encoder: Annotated[bool, typer.Option(help="also compare the text encoders")] = False,
+    text_encoder: bool = False,  # also compare the text encoders
 ) -> None:
     """Write the difference of a fine-tuned model and its base as an adapter."""
     from ..adapters.tools.extract import extract as extracted
@@ -173,16 +170,17 @@ def extract(
     models = reading.exact(tuned), reading.exact(base)
     adapter, report = extracted(*models, rank=rank, energy=energy, text_encoder=text_encoder)
     if report.left_out:
-        say_row("left out", f"{named(tuple(report.left_out))}; with them the error is {report.error:.3g}")
+        names = listed(list(report.left_out))
+        say_row("left out", f"{len(report.left_out)}: {names}; with them the error is {report.error:.3g}")
     output.write(adapter, report.truncations)
 
 
 @command
 def bake(
-    adapters: Weighted,
+    adapters: Adapters,
     *,
     base: OwnBase = None,
-    out: Annotated[Path, typer.Option(help="checkpoint to write, e.g. rex-sd15.safetensors, or else a new diffusers folder")],
+    out: Path,  # checkpoint to write, e.g. rex-sd15.safetensors, or else a new diffusers folder
     reading: Reading,
     dtype: Precision = "fp16",
 ) -> None:
@@ -196,8 +194,9 @@ def bake(
 
 @command
 def diff(
-    a: Annotated[Path, typer.Argument(help="adapter file, e.g. rex.safetensors")],
-    b: Annotated[Path, typer.Argument(help="adapter file to compare it with, e.g. ink.safetensors")],
+    a: AdapterFile,
+    b: Path,  # adapter file to compare it with, e.g. ink.safetensors
+    *,
     modules: Modules = False,
     json: Json = False,
 ) -> None:
@@ -218,7 +217,7 @@ def diff(
     say_row("overlap", f"outputs {found.columns:.1%}  inputs {found.rows:.1%}  beyond chance {found.beyond_chance:.1%}")
     for label, names in (("only in a", found.only_a), ("only in b", found.only_b)):
         if names:
-            say_row(label, named(names))
+            say_row(label, f"{len(names)}: {listed(names)}")
     if modules:
         for m in found.modules:
             figures = f"cosine {m.cosine:7.4f}  outputs {m.columns:6.1%}  inputs {m.rows:6.1%}"
@@ -232,10 +231,6 @@ def say_row(label: str, text: object) -> None:
     say(f"{label:16} {text}")
 
 
-def say_json(report: dict[str, Any]) -> None:
-    say(json_text.dumps(report, indent=2))
-
-
 def say_file(path: Path) -> None:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     say(f"wrote {path} ({sum(file.stat().st_size for file in files) / 1e6:.2f} MB)")
@@ -246,8 +241,3 @@ def counted(found: dict[int, int] | dict[float, int]) -> str:
     if len(found) == 1:
         return f"{next(iter(found)):g}"
     return ", ".join(f"{value:g} (x{count})" for value, count in found.items())
-
-
-def named(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"{len(names)}: {', '.join(names[:MOST_NAMED])}{more}"

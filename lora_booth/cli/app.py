@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import warnings
@@ -38,8 +39,12 @@ Version = typer.Option("--version", help="Show the version and exit.", is_eager=
 def root(version: Annotated[bool, Version] = False) -> None: ...
 
 
-def say(text: str) -> None:
+def say(text: object) -> None:
     print(text, flush=True)
+
+
+def say_json(facts: dict[str, Any]) -> None:
+    say(json.dumps(facts, indent=2))
 
 
 def note(text: str) -> None:
@@ -113,10 +118,6 @@ def plain_warnings() -> Iterator[None]:
             warnings.simplefilter("default", category)
         warnings.showwarning = show
         yield
-
-
-def commands() -> list[str]:
-    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
 def fail(message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Parsers of what options and arguments hold: adapters with weights, seeds, regions, precisions."""
+"""Parsers of what options and arguments hold: adapters with weights, seeds, regions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ from ..errors import SettingsError
 from ..files import check_writable
 
 if TYPE_CHECKING:
-    import torch
-
     from ..adapters.adapter import Adapter
-    from ..adapters.contents import Dtype
 
     Named = Sequence[tuple[str, tuple[Adapter, float]]]  # file name without its ending; adapter and weight
 
 MOST_SEEDS = 10_000  # chosen
-PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
-
-def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
-    import torch
-
-    return None if dtype is None else getattr(torch, PRECISIONS[dtype])
 
 
 def check_adapter_file(out: Path) -> None:

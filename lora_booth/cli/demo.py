@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 
 from ..adapters.adapter import Adapter
+from ..base.ai_mark import save_picture
 from ..base.base_model import BaseModel
 from ..evaluation.protocol import evaluate
 from ..evaluation.results import Comparison
 from ..photos.sheet import contact_sheet
 from ..pictures.composition import Composition
 from ..pictures.gallery import Gallery
-from ..pictures.picture import Picture
+from ..pictures.grids import before_after
 from ..run import train
 from ..subject.subject import Subject
 from ..subject.wording import with_article
@@ -72,35 +73,32 @@ def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) 
         file = adapter.save(out / f"{name}.safetensors")
         say(f"{file} ({file.stat().st_size / 1e6:.2f} MB); drawing and scoring pictures")
         done.append(DemoSubject(name, adapter, score(base, adapter, name, seeds=range(2))))
-    before_after(base, done, out)
-    together(base, done, out)
+    show_before_after(base, done, out)
+    show_together(base, done, out)
     Gallery([p for one in done for p in one.scores.best.pictures], title="lora_booth demo").save(out / "gallery.html")
     for line in table(done):
         say(line)
     return done
 
 
-def before_after(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> Path:
+def show_before_after(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> None:
     """For each subject a row of photos, a row without the adapter and a row with it."""
     images, labels = [], []
     for one in subjects:
         images += drawn_photos(one.name, len(SHOWN))
         labels += [f"photo {i + 1} of {one.name}" for i in range(len(SHOWN))]
-        for title, adapters in (("before", []), ("after", [one.adapter])):
-            for context in SHOWN:
-                prompt = f"a photo of {one.adapter.card.token} {one.adapter.card.class_noun} {context}"
-                images.append(Composition(base, adapters).generate(prompt, seeds=[1], **SAMPLER)[0].image)
-                labels.append(f"{title}: {prompt}")
-    sheet = contact_sheet(images, labels=labels, columns=len(SHOWN), side=192)
-    return Picture(sheet, "", 0).save(out / "before_after.png")
+        prompts = [f"{one.adapter.card.prompt} {context}" for context in SHOWN]
+        images += [picture.image for picture in before_after(base, one.adapter, prompts, seeds=[1], **SAMPLER).pictures]
+        labels += [f"{when}: {prompt}" for when in ("before", "after") for prompt in prompts]
+    save_picture(contact_sheet(images, labels=labels, columns=len(SHOWN), side=192), out / "before_after.png")
 
 
-def together(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> Path:
+def show_together(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> None:
     """Both subjects in one picture, each adapter where the U-Net attends to its words."""
-    names = " and ".join(f"{one.adapter.card.token} {one.adapter.card.class_noun}" for one in subjects)
+    names = " and ".join(one.adapter.card.words for one in subjects)
     studio = Composition(base, [one.adapter for one in subjects], regions="auto")
     pictures = studio.generate(f"a photo of {names} in the snow", seeds=range(4), **SAMPLER)
-    return Gallery(pictures, title="together").save(out / "together.png")
+    Gallery(pictures, title="together").save(out / "together.png")
 
 
 def table(subjects: Sequence[DemoSubject]) -> Iterator[str]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_text  # --json is a parameter of that name
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from .app import say
+from .app import note, say, say_json
 from .arguments import file_and_weight, parse_seeds
 from .options import Loading, OwnBase, Prompting, Sampling, command
 
@@ -22,36 +18,26 @@ if TYPE_CHECKING:
 
 @command
 def evaluate(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(help="adapter files with an optional weight, or folders of runs, e.g. rex.safetensors:0.8 runs/rex"),
-    ],
+    adapters: list[str],  # adapter files with an optional weight, or folders of runs, e.g. rex.safetensors:0.8 runs/rex
     *,
-    photos: Annotated[Path, typer.Option(help="folder of photos of the subject, e.g. photos/rex")],
+    photos: Path,  # folder of photos of the subject, e.g. photos/rex
     base: OwnBase = None,
     loading: Loading,
     prompting: Prompting,
     sampling: Sampling,
-    seeds: Annotated[str, typer.Option(help="seeds of the pictures of each prompt, e.g. 0-3 or 1,5,8")] = "0-3",
-    class_seeds: Annotated[str, typer.Option(help="seeds of the pictures of the plain class, e.g. 0-15")] = "0-15",
-    batch_size: Annotated[int | None, typer.Option(help="pictures at a time, e.g. 4 [4 at 512 pixels]")] = None,
-    dino: Annotated[
-        str | None, typer.Option(help="DINO model: a Hub id or folder, e.g. models/dino [facebook/dino-vits16]")
-    ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP model: a Hub id or folder, e.g. models/clip [openai/clip-vit-base-patch32]")
-    ] = None,
-    token: Annotated[str | None, typer.Option(help="token of adapters whose card has none, e.g. ohwx")] = None,
-    class_noun: Annotated[str | None, typer.Option(help="class noun of adapters whose card has none, e.g. dog")] = None,
-    json: Annotated[bool, typer.Option(help="print everything as JSON instead of a table")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for scores.json and a gallery of the pictures, e.g. scored")] = None,
+    seeds: str = "0-3",  # seeds of the pictures of each prompt, e.g. 0-3 or 1,5,8
+    class_seeds: str = "0-15",  # seeds of the pictures of the plain class, e.g. 0-15
+    batch_size: int | None = None,  # pictures at a time, e.g. 4 [4 at 512 pixels]
+    dino: str | None = None,  # DINO model: a Hub id or folder, e.g. models/dino [facebook/dino-vits16]
+    clip: str | None = None,  # CLIP model: a Hub id or folder, e.g. models/clip [openai/clip-vit-base-patch32]
+    token: str | None = None,  # token of adapters whose card has none, e.g. ohwx
+    class_noun: str | None = None,  # class noun of adapters whose card has none, e.g. dog
+    json: bool = False,  # print everything as JSON instead of a table
+    out: Path | None = None,  # folder for scores.json and a gallery of the pictures, e.g. scored
 ) -> None:
     """Score adapters, or all that a run has saved, by new pictures, and name the best."""
     from ..evaluation.protocol import evaluate as compared
     from ..evaluation.protocol import is_run
-
-    def show(done: int, total: int) -> None:
-        print(f"picture {done}/{total}", file=sys.stderr, flush=True)
 
     changes: dict[str, Any] = {"prompts": prompting.templates()} if prompting.given else {}
     changes |= {name: model for name, model in (("dino", dino), ("clip", clip)) if model is not None}
@@ -66,22 +52,23 @@ def evaluate(
         seeds=of_subject,
         class_seeds=of_class,
         batch_size=batch_size,
-        on_progress=show,
+        on_progress=lambda done, total: note(f"picture {done}/{total}"),
         **asdict(sampling),
         **changes,
     )
-    for line in [json_text.dumps(made.as_dict(), indent=1)] if json else made.lines():
-        say(line)
+    if json:
+        say_json(made.as_dict())
+    else:
+        say("\n".join(made.lines()))
     for file in written(made, runs, out):
-        print(f"wrote {file}", file=sys.stderr if json else sys.stdout, flush=True)
+        (note if json else say)(f"wrote {file}")
 
 
 @command
 def report(
-    run: Annotated[Path, typer.Argument(help="folder of a run, e.g. runs/rex")],
-    photos: Annotated[
-        bool, typer.Option(help="show small copies of the photos; leave them out of a page that you share")
-    ] = True,
+    run: Path,  # folder of a run, e.g. runs/rex
+    *,
+    photos: bool = True,  # show small copies of the photos; leave them out of a page that you share
 ) -> None:
     """Write the report.html of a run again, from the files in its folder."""
     from ..report.report import write_report

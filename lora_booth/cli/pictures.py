@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,9 +16,6 @@ from ..errors import AdapterBaseMismatch, SettingsError
 from .app import say
 from .arguments import by_file, parse_seeds, parse_weights, weighted
 from .options import Adapters, Drawing, Loading, Method, OwnBase, Placement, Prompting, Size, Steps, command
-
-if TYPE_CHECKING:
-    pass
 
 PATIENCE = 2.0  # seconds without a bar; chosen
 Out = Annotated[Path, typer.Option(help="folder for the pictures and their gallery, e.g. beach")]
@@ -33,12 +30,10 @@ def generate(
     loading: Loading,
     placement: Placement,
     drawing: Drawing,
-    seeds: Annotated[str, typer.Option(help="seeds, a picture of every prompt for each, e.g. 0-3 or 1,5,8")] = "0",
+    seeds: str = "0",  # seeds, a picture of every prompt for each, e.g. 0-3 or 1,5,8
     out: Out = Path("pictures"),
-    preview: Annotated[Path | None, typer.Option(help="write a picture of the regions here, e.g. regions.png")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="write a recipe of these pictures here, for replay, e.g. pair.json")
-    ] = None,
+    preview: Path | None = None,  # write a picture of the regions here, e.g. regions.png
+    recipe: Path | None = None,  # write a recipe of these pictures here, for replay, e.g. pair.json
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
     from ..base.ai_mark import save_picture
@@ -68,46 +63,46 @@ def generate(
                 on_image(len(pictures))
     except KeyboardInterrupt:
         if pictures:
-            say(str(album.gallery()))
+            say(album.gallery())
         raise
     if preview is not None:
         found = studio.find_regions(prompt, seed=wanted[0], **settings) if isinstance(studio.regions, str) else studio.regions
         save_picture(drawn(found, pictures[0].image), preview)
-        say(str(preview))
+        say(preview)
     if recipe is not None:
-        say(str(Recipe.of(studio, prompt, seeds=wanted, **settings).save(recipe)))
+        say(Recipe.of(studio, prompt, seeds=wanted, **settings).save(recipe))
     for file in (*files, album.gallery()):
-        say(str(file))
+        say(file)
 
 
 @command
 def preflight(
     adapters: Adapters,
     *,
-    prompt: Annotated[str, typer.Option(help='what to draw, e.g. "a photo of ohwx dog and zwx mug"')],
+    prompt: str,  # what to draw, e.g. "a photo of ohwx dog and zwx mug"
     base: OwnBase = None,
     loading: Loading,
     placement: Placement,
     steps: Steps = STEPS,
     size: Size = None,
-    trial: Annotated[bool, typer.Option(help="run a few denoising steps to measure time and memory")] = False,
+    trial: bool = False,  # run a few denoising steps to measure time and memory
 ) -> None:
     """Report conflicts between adapters, how they overlap and what a picture costs, before you draw it."""
     studio = placement.composition(by_file(adapters), base, loading)
     report = studio.preflight(prompt, steps=steps, size=size, trial=trial)
-    say(str(report))
+    say(report)
     if report.refused:
         raise AdapterBaseMismatch(report.refused[0])
 
 
 @command
 def replay(
-    recipe: Annotated[Path, typer.Argument(help="recipe file of `generate --recipe`, e.g. pair.json")],
-    adapters: Annotated[list[Path], typer.Argument(help="adapter files that it needs, in any order, e.g. rex.safetensors")],
+    recipe: Path,  # recipe file of `generate --recipe`, e.g. pair.json
+    adapters: list[Path],  # adapter files that it needs, in any order, e.g. rex.safetensors
     *,
     base: OwnBase = None,
     loading: Loading,
-    seeds: Annotated[str | None, typer.Option(help="other seeds than the recipe's, e.g. 0-3 or 1,5,8")] = None,
+    seeds: str | None = None,  # other seeds than the recipe's, e.g. 0-3 or 1,5,8
     out: Out = Path("pictures"),
 ) -> None:
     """Draw the pictures of a recipe again."""
@@ -121,7 +116,7 @@ def replay(
     pictures = written.generate(loading.base(base, loaded), loaded, **changes)
     album = Album(out)
     for file in (*album.save(pictures), album.gallery()):
-        say(str(file))
+        say(file)
 
 
 @command
@@ -132,16 +127,10 @@ def grid(
     drawing: Drawing,
     base: OwnBase = None,
     loading: Loading,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="factors on the adapters' weights, e.g. 0,0.5,1, a column for each; 0: the base alone [0,0.4,0.8,1]"),
-    ] = None,
-    before_after: Annotated[bool, typer.Option(help="draw two rows: without and with the adapters")] = False,
-    seeds: Annotated[str, typer.Option(help="seeds, a row for each and every prompt, e.g. 0-3 or 1,5,8")] = "0-3",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="file to write, e.g. grid.jpg (also .png, .webp) or grid.html [grid.png, or the next free name]"),
-    ] = None,
+    weights: str | None = None,  # factors on the adapters' weights, a column for each; 0: the base alone [0,0.4,0.8,1]
+    before_after: bool = False,  # draw two rows: without and with the adapters
+    seeds: str = "0-3",  # seeds, a row for each and every prompt, e.g. 0-3 or 1,5,8
+    out: Path | None = None,  # file to write, e.g. grid.jpg (also .png, .webp) or grid.html [grid.png, or the next free name]
     method: Method = None,
 ) -> None:
     """Draw the same prompts and seeds at several weights, on one labelled sheet."""
@@ -166,7 +155,7 @@ def grid(
                 on_image(len(made.pictures))
     finally:  # also when interrupted: what is drawn is saved
         if made is not None:
-            say(str((before_after_of(made) if before_after else made).save(out)))
+            say((before_after_of(made) if before_after else made).save(out))
 
 
 @contextmanager

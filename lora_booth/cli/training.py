@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +11,17 @@ import typer
 
 from ..config import LoraSpec, TrainingConfig
 from ..errors import AdapterError, SettingsError
-from .app import INTERRUPTED, note, say
-from .arguments import check_adapter_file, torch_dtype
+from .app import INTERRUPTED, note, say, say_json
+from .arguments import check_adapter_file
 from .bases import remember
-from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, command
+from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, command, torch_dtype
 
 
 @command
-def demo(out: Annotated[Path, typer.Option(help="folder to write to, e.g. demo")] = Path("demo")) -> None:
+def demo(
+    *,
+    out: Path = Path("demo"),  # folder to write to, e.g. demo
+) -> None:
     """Try everything on the embedded base, offline: train two subjects, compare before and after, print scores."""
     from .demo import run_demo
 
@@ -30,14 +32,13 @@ def demo(out: Annotated[Path, typer.Option(help="folder to write to, e.g. demo")
 @command
 def photos(
     folder: Photos,
+    *,
     resolution: Annotated[
         int, typer.Option(min=8, max=4096, help="side in pixels that the base trains at, e.g. 64 (toybox)")
     ] = 512,
-    sheet: Annotated[Path | None, typer.Option(help="write a contact sheet of the crops here, e.g. crops.png")] = None,
+    sheet: Path | None = None,  # write a contact sheet of the crops here, e.g. crops.png
     crop: Crop = "smart",
-    make_masks: Annotated[
-        bool, typer.Option(help="first write NAME.mask.png beside photos that have none (needs lora-booth[masks])")
-    ] = False,
+    make_masks: bool = False,  # first write NAME.mask.png beside photos that have none (needs lora-booth[masks])
     json: Json = False,
 ) -> None:
     """Show which photos will be used, which will not and why, and what may be wrong with them."""
@@ -48,16 +49,20 @@ def photos(
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise SettingsError(f"{sheet}: contact sheets are saved as .png, .jpg or .webp")
+    tell = note if json else say
     if make_masks:
-        write_masks(folder, say=lambda line: print(f"mask     {line}", file=sys.stderr if json else sys.stdout, flush=True))
+        write_masks(folder, say=lambda line: tell(f"mask     {line}"))
     found = find_photos(folder, crop=crop, minimum=1, maximum=1000)
     if sheet is not None and any(sheet.exists() and sheet.samefile(photo.path) for photo in found.photos):
         raise SettingsError(f"{sheet}: one of the photos; pass another file")
     audit = audit_photos(found.photos, found.skipped, resolution=resolution)
-    say(dumps(audit.as_dict(), indent=2) if json else str(audit))
+    if json:
+        say_json(audit.as_dict())
+    else:
+        say(audit)
     if sheet is not None:
         save_picture(audit.sheet(), sheet, generated=False)
-        print(f"wrote {sheet}", file=sys.stderr if json else sys.stdout, flush=True)
+        tell(f"wrote {sheet}")
 
 
 @command
@@ -65,7 +70,7 @@ def token(
     *,
     base: Base = "toybox",
     loading: Loading,
-    check: Annotated[str | None, typer.Option(help="check this token instead of proposing some, e.g. zwx")] = None,
+    check: str | None = None,  # check this token instead of proposing some, e.g. zwx
     count: Annotated[int, typer.Option(min=1, help="number of tokens to propose, e.g. 8")] = 8,
 ) -> None:
     """Propose rare tokens for a base, or check one (exit code 1: it cannot be used)."""
@@ -88,26 +93,22 @@ def token(
 def train(
     folder: Photos,
     *,
-    token: Annotated[str, typer.Option(help="rare word that stands for the subject, e.g. ohwx")],
-    class_noun: Annotated[str, typer.Option(help="what the subject is, e.g. dog")],
-    out: Annotated[Path, typer.Option(help="adapter file to write, e.g. rex.safetensors")],
+    token: str,  # rare word that stands for the subject, e.g. ohwx
+    class_noun: str,  # what the subject is, e.g. dog
+    out: Path,  # adapter file to write, e.g. rex.safetensors
     base: Base = "toybox",
     loading: Loading,
     lora: LoraSpec,
     config: TrainingConfig,
-    run: Annotated[
-        Path | None, typer.Option(help="folder for checkpoints and the report, e.g. runs/rex [OUT without its ending]")
-    ] = None,
-    track: Annotated[
-        list[str] | None, typer.Option(help="log to tensorboard (files in --run) or wandb (uploads samples too)")
-    ] = None,
+    run: Path | None = None,  # folder for checkpoints and the report, e.g. runs/rex [OUT without its ending]
+    track: list[str] | None = None,  # log to tensorboard (files in --run) or wandb (uploads samples too); repeatable
     layout: Names = "kohya",
     crop: Crop = "smart",
-    min_photos: Annotated[int, typer.Option(help="fewest photos to accept, e.g. 1")] = 3,
-    max_photos: Annotated[int, typer.Option(help="most photos to accept, e.g. 200")] = 100,
-    time_limit: Annotated[float | None, typer.Option(help="minutes, e.g. 25, after which the adapter so far is saved")] = None,
-    mirror: Annotated[Path | None, typer.Option(help="folder for copies of the checkpoints, e.g. /mnt/drive/rex")] = None,
-    restart: Annotated[bool, typer.Option(help="discard an earlier run in the same folder")] = False,
+    min_photos: int = 3,  # fewest photos to accept, e.g. 1
+    max_photos: int = 100,  # most photos to accept, e.g. 200
+    time_limit: float | None = None,  # minutes, e.g. 25, after which the adapter so far is saved
+    mirror: Path | None = None,  # folder for copies of the checkpoints, e.g. /mnt/drive/rex
+    restart: bool = False,  # discard an earlier run in the same folder
 ) -> None:
     """Train an adapter on a folder of photos. Run the same command again to continue an interrupted run."""
     from ..run import train as train_adapter
@@ -159,7 +160,10 @@ def run_beside(out: Path, photos: Path) -> Path:
 
 
 @command
-def cache(clear: Annotated[bool, typer.Option(help="delete the cache")] = False) -> None:
+def cache(
+    *,
+    clear: bool = False,  # delete the cache
+) -> None:
     """Print where encoded photos and class images of earlier runs are cached, and their size; or delete them."""
     from ..cache import NOWHERE, cache_folder, cache_size, clear_cache
 
@@ -175,19 +179,16 @@ def cache(clear: Annotated[bool, typer.Option(help="delete the cache")] = False)
 def plan(
     *,
     base: Base = "toybox",
-    family: Annotated[str | None, typer.Option(help="instead of --base: the published shapes of sd1, sd2 or sdxl")] = None,
-    vram: Annotated[float | None, typer.Option(help="memory budget in GB, e.g. 12 [what is free, or all of --gpu]")] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(help="plan for a T4, L4, 3090, 4090, A100, H100 or H200 [without a GPU, --vram plans for a T4]"),
-    ] = None,
+    family: str | None = None,  # instead of --base: the published shapes of sd1, sd2 or sdxl
+    vram: float | None = None,  # memory budget in GB, e.g. 12 [what is free, or all of --gpu]
+    gpu: str | None = None,  # plan for a T4, L4, 3090, 4090, A100, H100 or H200 [without a GPU, --vram plans for a T4]
     dtype: Precision = None,
     photos: Annotated[int, typer.Option(min=1, help="number of photos, e.g. 8")] = 5,
     quantize: Quantize = None,
     lora: LoraSpec,
     config: TrainingConfig,
-    measure: Annotated[bool, typer.Option(help="load --base and time a few training steps on this machine")] = False,
-    json: Annotated[bool, typer.Option(help="print everything as JSON, in bytes and seconds")] = False,
+    measure: bool = False,  # load --base and time a few training steps on this machine
+    json: bool = False,  # print everything as JSON, in bytes and seconds
 ) -> None:
     """Predict the memory of a training and choose the fastest settings that fit (exit code 2 when nothing does)."""
     from ..base.families import FAMILIES
@@ -208,5 +209,8 @@ def plan(
         quantize=None if measure else quantize,
         measure=measure,
     )
-    say(dumps(found.to_json(), indent=1) if json else str(found))
+    if json:
+        say_json(found.to_json())
+    else:
+        say(found)
     _ = found.config  # raises DoesNotFit
