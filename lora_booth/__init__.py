@@ -13,7 +13,7 @@ _HOMES = {
     "LoraFactors": "adapters.contents",
     "difference": "adapters.tools.difference",
     "merge": "adapters.tools.merge",
-    "resize": "adapters.tools.resize",
+    "resize": "adapters.tools.spectrum",
     "bake": "adapters.tools.bake",
     "BaseModel": "base.base_model",
     "Composition": "pictures.composition",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from .adapters.tools.difference import difference
     from .adapters.tools.extract import extract
     from .adapters.tools.merge import merge
-    from .adapters.tools.resize import resize
+    from .adapters.tools.spectrum import resize
     from .base.base_model import BaseModel
     from .config import LoraSpec, TrainingConfig
     from .errors import LoraBoothError

@@ -31,7 +31,7 @@ from lora_booth.adapters.tools.convert import convert
 from lora_booth.adapters.tools.difference import difference
 from lora_booth.adapters.tools.extract import extract
 from lora_booth.adapters.tools.merge import merge
-from lora_booth.adapters.tools.resize import resize
+from lora_booth.adapters.tools.spectrum import resize
 from lora_booth.base.base_model import BaseModel
 from lora_booth.cli.app import fail
 from lora_booth.cli.arguments import by_file, file_and_weight, parse_seeds

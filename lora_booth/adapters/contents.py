@@ -227,6 +227,12 @@ def check_scale(module: str, alpha: float, rank: int, path: Path | None) -> None
         raise AdapterScaleError(f"{module}: alpha {alpha:g} with rank {rank}; allowed: up to {MAX_SCALE:g} x rank", path)
 
 
+def one_rank(modules: Mapping[str, LoraFactors]) -> int | None:
+    """The rank of all modules; None where they differ."""
+    ranks = {factors.rank for factors in modules.values()}
+    return ranks.pop() if len(ranks) == 1 else None
+
+
 def card_facts(base: BaseModel) -> dict[str, Any]:
     """What a card says about the base that the adapter is for."""
     return {

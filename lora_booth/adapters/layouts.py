@@ -187,11 +187,15 @@ def tail_of(module: str) -> str:
     return module
 
 
+def likely_family(modules: Iterable[str], family: str | None) -> str:
+    """The family of a file: as its card says, else what its components suggest."""
+    return family or ("sdxl" if any(component_of(module) == "text_encoder_2" for module in modules) else "sd1")
+
+
 def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
     """Canonical path -> kohya stem, for the modules of one file."""
-    texts = ("text_encoder", "text_encoder_2")
-    likely = family or ("sdxl" if any(component_of(m) == texts[1] for m in modules) else "sd1")
-    prefixes = FAMILIES[likely].kohya_text_prefixes
+    base = FAMILIES[likely_family(modules, family)]
+    prefixes = dict(zip(base.text_encoders, base.kohya_text_prefixes, strict=True))
     sgm = family is not None and FAMILIES[family].kohya_sgm
     attended = {int(m.split(".")[2]) for m in modules if m.startswith("unet.up_blocks.") and ".attentions." in m}
     original = UNetNames(LAYERS, MOST_BLOCKS, attended | {0, 1})  # sgm is SDXL, whose first two blocks up have attention
@@ -202,8 +206,8 @@ def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
         if component == "unet":
             names[module] = "lora_unet_" + name.replace(".", "_")
             sgm_names[module] = original.original(name) if sgm else None
-        elif component in texts[: len(prefixes)]:
-            names[module] = f"{prefixes[texts.index(component)]}_{name.replace('.', '_')}"
+        elif component in prefixes:
+            names[module] = f"{prefixes[component]}_{name.replace('.', '_')}"
         else:
             raise AdapterTargetError(f"{module}: {family or 'this family'} has no such component")
     if all(sgm_names.values()):  # all or none: diffusers drops the original names in a file that has both

@@ -77,7 +77,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return (left @ right.flatten(1)).reshape(left.shape[0], *right.shape[1:])
 
 
-def _thin(whole: Tensor) -> tuple[Tensor, Tensor]:
+def thin(whole: Tensor) -> tuple[Tensor, Tensor]:
     """The matrix itself, with an identity on its smaller side."""
     outer, inner = whole.shape[0], whole[0].numel()
     identity = torch.eye(min(outer, inner), device=whole.device)
@@ -104,7 +104,7 @@ def _loha(module: str, parts: Mapping[Role, Tensor]) -> Lora:
     if rank**2 <= min(outer, right1[0].numel()):  # the products of every column with every column (Khatri-Rao)
         up = (left1[:, :, None] * left2[:, None, :]).flatten(1)
         return (right1[:, None] * right2[None]).flatten(0, 1), up, rank
-    up, down = _thin(_product(left1, right1) * _product(left2, right2))
+    up, down = thin(_product(left1, right1) * _product(left2, right2))
     return down, up, rank
 
 
@@ -112,12 +112,12 @@ def _lokr(module: str, parts: Mapping[Role, Tensor]) -> Lora:
     halves, ranks = [], []
     for i, name in ((1, ""), (2, module)):  # only the second part has a kernel
         if f"lokr_w{i}" in parts:
-            halves.append(_thin(_kernel(name, parts[f"lokr_w{i}"])))
+            halves.append(thin(_kernel(name, parts[f"lokr_w{i}"])))
             continue
         left, right = _halves(name, parts, f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}")
         ranks.append(left.shape[1])
         low = left.shape[1] <= min(left.shape[0], right[0].numel())
-        halves.append((left, right) if low else _thin(_product(left, right)))
+        halves.append((left, right) if low else thin(_product(left, right)))
     (left1, right1), (left2, right2) = halves
     _must(right1.ndim == 2 and len(set(ranks)) < 2)
     return _kron(right1, right2), _kron(left1, left2), ranks[0] if ranks else None

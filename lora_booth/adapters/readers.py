@@ -22,7 +22,7 @@ from ..base.original_naming import UNetNames
 from ..config import TEXT_TARGETS
 from ..errors import AdapterScaleError, AdapterTargetError, reason_of
 from .contents import AdapterContents, Layout
-from .layouts import LAYERS, RARE, component_of
+from .layouts import LAYERS, RARE, likely_family
 from .metadata import PEFT_KEY
 from .reading import find, load
 
@@ -42,7 +42,6 @@ class Program:
     The scale is `<name>.alpha` / rank, and 1 without such a tensor.
     """
 
-    source: str  # what the tables were written from
     names: Mapping[str, Mapping[str, tuple[str, ...]]]  # family -> module, or else its component -> names
     ends: tuple[tuple[str, str], ...]  # of the down and the up factor
     lycoris: bool = False  # it reads LoHa, LoKr and LoRA with a middle factor as well, by LyCORIS's formulas
@@ -51,7 +50,7 @@ class Program:
 
 PROGRAMS = {
     "ComfyUI": Program(
-        source="Comfy-Org/ComfyUI a125cd84: comfy/lora.py, comfy/utils.py (unet_to_diffusers), comfy/weight_adapter",
+        # Comfy-Org/ComfyUI a125cd84: comfy/lora.py, comfy/utils.py (unet_to_diffusers), comfy/weight_adapter
         names={
             name: {
                 "unet": (
@@ -77,7 +76,7 @@ PROGRAMS = {
         lycoris=True,
     ),
     "A1111": Program(
-        source="AUTOMATIC1111/stable-diffusion-webui 82a973c0 (1.10.1): extensions-builtin/Lora, networks.py and network*.py",
+        # AUTOMATIC1111/stable-diffusion-webui 82a973c0 (1.10.1): extensions-builtin/Lora, networks.py and network*.py
         names={
             "sd1": UNET | {"text_encoder": ("lora_te_{path_}", "lora_te1_{path_}")} | NO_PROJECTION,
             "sd2": UNET | TEXT | NO_PROJECTION,
@@ -95,7 +94,7 @@ PROGRAMS = {
         joined={"sd2": "text_encoder", "sdxl": "text_encoder_2"},  # OpenCLIP's, which have torch's MultiheadAttention
     ),
     "sd-scripts": Program(
-        source="kohya-ss/sd-scripts 48d368fa: networks/lora.py, library/original_unet.py, library/sdxl_original_unet.py",
+        # kohya-ss/sd-scripts 48d368fa: networks/lora.py, library/original_unet.py, library/sdxl_original_unet.py
         names={  # it adapts transformers, resnets, samplers and text layers, nothing else
             "sd1": {"unet": ("lora_unet_{path_}",)} | TEXT | dict.fromkeys(RARE, ()),
             "sd2": {"unet": ("lora_unet_{path_}",)} | TEXT | dict.fromkeys(RARE, ()),
@@ -121,7 +120,7 @@ class OpenFile:
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    family: str  # a key of FAMILIES
+    family: str  # of the base assumed: the file's, or the likeliest if the file does not say
     meant: Mapping[str, float]  # module -> alpha / rank
 
 
@@ -146,23 +145,11 @@ class Reading:
         return f"{self.reader}: {text}" + (f" ({'; '.join(self.notes)})" if self.notes else "")
 
 
-@dataclass(frozen=True)
-class Report:
-    """How every program reads a file; `str()` has a line for each."""
-
-    family: str  # of the base assumed: the file's, or the likeliest if the file does not say
-    readings: Mapping[str, Reading]
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.readings.values()))
-
-
-def report(path: str | Path) -> Report:
-    """Report how every program reads an adapter file. Raises what `Adapter.load` raises."""
+def readings(path: str | Path) -> dict[str, Reading]:
+    """How every program reads an adapter file. Raises what `Adapter.load` raises."""
     path = Path(path)
-    adapter = load(path, allow=RARE)
-    file = opened(find(path)[0], adapter)
-    return Report(file.family, {reader: read_as(reader, file) for reader in READERS})
+    file = opened(find(path)[0], load(path, allow=RARE))
+    return {reader: read_as(reader, file) for reader in READERS}
 
 
 def opened(path: Path, adapter: AdapterContents) -> OpenFile:
@@ -170,8 +157,7 @@ def opened(path: Path, adapter: AdapterContents) -> OpenFile:
     with safe_open(path, "pt") as content:
         tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118  (no dictionary)
         metadata = content.metadata() or {}
-    two = any(component_of(module) == "text_encoder_2" for module in adapter.modules)
-    family = adapter.card.family or ("sdxl" if two else "sd1")
+    family = likely_family(adapter.modules, adapter.card.family)
     return OpenFile(tensors, metadata, family, {module: f.scale for module, f in adapter.modules.items()})
 
 
@@ -215,17 +201,15 @@ def a1111_family(metadata: Mapping[str, str]) -> str | None:
 def by_table(program: Program, file: OpenFile) -> dict[str, float]:
     """Module -> scale, for what `program` finds in the file."""
     tensors, scales = file.tensors, {}
-    ends = [pair for pair in program.ends if any(key.endswith(pair[1]) for key in tensors)]
-    lycoris = any(key.endswith((*LYCORIS_ENDS, MIDDLE_END)) for key in tensors)
     for module in file.meant:
         for name in names_of(module, file.family, program):
-            for down, up in ends:
+            for down, up in program.ends:
                 if name + down in tensors and name + up in tensors:
                     alpha = tensors.get(f"{name}.alpha")
                     scales[module] = 1.0 if alpha is None else alpha.item() / tensors[name + down].shape[0]
-            if lycoris and program.lycoris and any(name + end in tensors for end in LYCORIS_ENDS):
+            if program.lycoris and any(name + end in tensors for end in LYCORIS_ENDS):
                 scales[module] = file.meant[module]  # the same formula as ours
-            if lycoris and not program.lycoris and name + MIDDLE_END in tensors:
+            if not program.lycoris and name + MIDDLE_END in tensors:
                 scales.pop(module, None)
     component = (program.joined or {}).get(file.family)
     for layer in {m.rpartition(".")[0] for m in scales if m.startswith(f"{component}.") and ".self_attn." in m}:

@@ -67,13 +67,13 @@ class Facts:
 def show(adapter: AdapterFile, *, modules: Modules = False, json: Json = False) -> None:
     """Print an adapter's card, ranks, size, norms by block, modules without effect, and what each program reads of it."""
     from ..adapters.adapter import Adapter
-    from ..adapters.readers import report
+    from ..adapters.readers import readings
     from ..adapters.tools.inspection import inspect_adapter
 
     found = inspect_adapter(Adapter.load(adapter))
-    readings = report(adapter).readings
+    read = readings(adapter)
     if json:
-        say_json(found.as_dict() | {"readers": {name: asdict(reading) for name, reading in readings.items()}})
+        say_json(found.as_dict() | {"readers": {name: asdict(reading) for name, reading in read.items()}})
         return
     for key, value in vars(found.card).items():
         if value is not None:
@@ -83,7 +83,7 @@ def show(adapter: AdapterFile, *, modules: Modules = False, json: Json = False) 
     say_row("norm", "  ".join(f"{block} {norm:.4g}" for block, norm in found.norms.items()))
     say_row("dead", f"{len(found.dead)}: {listed(found.dead)}" if found.dead else "none")
     say_row("tensors", f"{found.nbytes / 1e6:.2f} MB, sha256 {found.digest[:16]}")
-    for name, reading in readings.items():
+    for name, reading in read.items():
         say_row(name, str(reading).removeprefix(f"{name}: "))
     if modules:
         for m in found.modules:
@@ -146,7 +146,7 @@ def merge(
 def resize(adapter: AdapterFile, *, output: Output, rank: Rank = None, energy: Energy = None) -> None:
     """Write the nearest adapter of a lower rank."""
     from ..adapters.adapter import Adapter
-    from ..adapters.tools.resize import resize as resized
+    from ..adapters.tools.spectrum import resize as resized
 
     output.write(*resized(Adapter.load(adapter), rank=rank, energy=energy))
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...errors import AdapterBaseMismatch
 from ..adapter import Adapter
 from ..contents import LoraFactors
-from .spectrum import cores, spectrum
+from .spectrum import cores, fitted, one_family, spectrum
 
 USED = 1e-3  # of a change's largest singular value: smaller ones may be the rounding of half precision
 # where the summary draws its lines; chosen
@@ -56,20 +54,24 @@ class Difference:
     @property
     def columns(self) -> float:
         """Overlap of the outputs, averaged over all directions of the common modules; 0 to 1."""
-        return _mean([(m.columns, min(m.rank_a, m.rank_b)) for m in self.modules])
+        return self._mean("columns")
 
     @property
     def rows(self) -> float:
         """Overlap of the inputs."""
-        return _mean([(m.rows, min(m.rank_a, m.rank_b)) for m in self.modules])
+        return self._mean("rows")
 
     @property
     def beyond_chance(self) -> float:
         """The larger overlap on a scale from chance (0) to all (1)."""
-        columns = _mean([(m.columns_by_chance, min(m.rank_a, m.rank_b)) for m in self.modules])
-        rows = _mean([(m.rows_by_chance, min(m.rank_a, m.rank_b)) for m in self.modules])
-        pairs = ((self.columns, columns), (self.rows, rows))
+        pairs = [(self._mean(overlap), self._mean(f"{overlap}_by_chance")) for overlap in ("columns", "rows")]
         return max((found - chance) / (1 - chance) if chance < 1 else 0.0 for found, chance in pairs)
+
+    def _mean(self, figure: str) -> float:
+        """Of a figure of the common modules, weighted by how many directions they can share."""
+        weights = [min(m.rank_a, m.rank_b) for m in self.modules]
+        total = sum(getattr(m, figure) * weight for m, weight in zip(self.modules, weights, strict=True))
+        return total / sum(weights) if any(weights) else 0.0
 
     @property
     def kind(self) -> str:
@@ -103,14 +105,12 @@ class Difference:
 
 def difference(a: Adapter, b: Adapter) -> Difference:
     """Compare what two adapters do to a base. Raises AdapterBaseMismatch if they do not fit the same base."""
-    families = {a.card.family, b.card.family} - {None}
-    if len(families) > 1:
-        raise AdapterBaseMismatch(f"adapters for {' and '.join(sorted(map(str, families)))} cannot be compared")
+    one_family((a, b), "compared")
     both = sorted(a.modules.keys() & b.modules.keys())
     only_a, only_b = sorted(a.modules.keys() - b.modules.keys()), sorted(b.modules.keys() - a.modules.keys())
     modules = tuple(compared(name, a.modules[name], b.modules[name]) for name in both)
     alone_a, alone_b = ([norm(x.modules[name]) for name in names] for x, names in ((a, only_a), (b, only_b)))
-    norm_a, norm_b = length([m.norm_a for m in modules] + alone_a), length([m.norm_b for m in modules] + alone_b)
+    norm_a, norm_b = math.hypot(*alone_a, *(m.norm_a for m in modules)), math.hypot(*alone_b, *(m.norm_b for m in modules))
     inner = sum(m.cosine * m.norm_a * m.norm_b for m in modules)
     return Difference(
         only_a=tuple(only_a),
@@ -118,15 +118,14 @@ def difference(a: Adapter, b: Adapter) -> Difference:
         modules=modules,
         norm_a=norm_a,
         norm_b=norm_b,
-        distance=length([m.distance for m in modules] + alone_a + alone_b),
+        distance=math.hypot(*alone_a, *alone_b, *(m.distance for m in modules)),
         cosine=inner / (norm_a * norm_b) if norm_a and norm_b else 0.0,
     )
 
 
 def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
-    if (fitted := b.fitted(a.shape)) is None:
-        raise AdapterBaseMismatch(f"{module}: {a.shape} in one adapter, {b.shape} in the other; they are for different bases")
-    one, other = spectrum(a), spectrum(fitted)
+    b = fitted(module, b, a.shape)
+    one, other = spectrum(a), spectrum(b)
     rank_a, rank_b = one.rank(USED), other.rank(USED)
     few, many = sorted((rank_a, rank_b))
     outputs, inputs = one.left.T @ other.left, one.right @ other.right.T  # cosines of all pairs of directions
@@ -140,7 +139,7 @@ def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
         rank_b=rank_b,
         norm_a=one.norm,
         norm_b=other.norm,
-        distance=float(cores((a, 1.0), (fitted, -1.0))[1].norm()),  # from the norms, half of the digits would be lost
+        distance=float(cores((a, 1.0), (b, -1.0))[1].norm()),  # from the norms, half of the digits would be lost
         cosine=max(-1.0, min(1.0, cosine)),
         columns=float((outputs**2).sum()) / few if few else 0.0,
         rows=float((inputs**2).sum()) / few if few else 0.0,
@@ -152,12 +151,3 @@ def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
 def norm(factors: LoraFactors) -> float:
     """Frobenius norm of a module's change."""
     return float(cores((factors, 1.0))[1].norm())
-
-
-def length(parts: Sequence[float]) -> float:
-    return math.sqrt(sum(part**2 for part in parts))
-
-
-def _mean(weighted: Sequence[tuple[float, int]]) -> float:
-    total = sum(weight for _, weight in weighted)
-    return sum(value * weight for value, weight in weighted) / total if total else 0.0

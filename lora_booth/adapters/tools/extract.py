@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from ...base.quantization import refuse_quantized
 from ...errors import AdapterTargetError, BaseModelError
 from ...injection import adaptable, module_path, unread_layers
 from ..adapter import Adapter
-from ..contents import Card, LoraFactors, card_facts
+from ..contents import Card, LoraFactors, card_facts, one_rank
 from ..layouts import RARE, checked_path
-from .spectrum import Truncation, Truncations, keep, one_rank, spectrum_of, truncated
+from .spectrum import Truncation, Truncations, keep, spectrum_of, truncated
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,9 @@ class Extraction:
     @property
     def error(self) -> float:
         """Relative Frobenius error with respect to everything that was fine-tuned in the compared models."""
-        lost = (self.truncations.error * self.truncations.norm) ** 2 + self.norm_left_out**2
-        whole = self.truncations.norm**2 + self.norm_left_out**2
-        return math.sqrt(lost / whole) if whole else 0.0
-
-    @property
-    def norm_left_out(self) -> float:
-        return math.sqrt(sum(norm**2 for norm in self.left_out.values()))
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.truncations.as_dict() | {"error_with_left_out": self.error, "left_out": self.left_out}
+        norm, others = self.truncations.norm, self.left_out.values()
+        whole = math.hypot(norm, *others)
+        return math.hypot(self.truncations.error * norm, *others) / whole if whole else 0.0
 
 
 @torch.no_grad()
@@ -73,8 +65,7 @@ def extract(
             change = changes.pop(f"{name}.weight")
             if any(f".{layer_name}." in name for layer_name in unread):
                 continue  # conditions nothing
-            shape = tuple(change.shape)
-            modules[path], loss = truncated(path, spectrum_of(change), shape, min(shape[0], change[0].numel()), chosen)
+            modules[path], loss = truncated(path, spectrum_of(change), tuple(change.shape), chosen)
             lost.append(loss)
         left_out |= {f"{component}.{key}": float(change.norm()) for key, change in changes.items()}
     if not modules:
@@ -84,7 +75,7 @@ def extract(
     card = Card(
         **card_facts(base),
         rank=common,
-        alpha=None if common is None else float(common),
+        alpha=common,
         library_version=__version__,
         title=f"{tuned.name} minus {base.name}",
     )

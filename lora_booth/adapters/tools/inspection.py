@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..adapter import Adapter
 from ..contents import Card
-from .difference import length, norm
+from .difference import norm
 
 BLOCKS = {  # how a module's path begins -> what the block is called
     "unet.down_blocks.": "down",
@@ -51,10 +52,8 @@ class Inspection:
     @property
     def norms(self) -> dict[str, float]:
         """block -> Frobenius norm of all its changes together"""
-        parts: dict[str, list[float]] = {}
-        for m in self.modules:
-            parts.setdefault(block_of(m.module), []).append(m.norm)
-        return {block: length(parts[block]) for block in BLOCKS.values() if block in parts}
+        parts = {block: [m.norm for m in self.modules if block_of(m.module) == block] for block in BLOCKS.values()}
+        return {block: math.hypot(*norms) for block, norms in parts.items() if norms}
 
     @property
     def dead(self) -> tuple[str, ...]:

@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
-from ...errors import AdapterBaseMismatch, AdapterError, SettingsError
+from ...errors import AdapterError, SettingsError
 from ..adapter import Adapter, weighted
-from ..contents import Card, LoraFactors
-from .resize import resize
-from .spectrum import Truncation, Truncations, one_rank, spectrum
+from ..contents import Card, FamilyName, LoraFactors, one_rank
+from ..lycoris import thin
+from .spectrum import Truncation, Truncations, fitted, one_family, resize, spectrum
 
 Method = Literal["sum", "svd"]
 REMOVED = ("ssr", "switch", "composite")  # methods of earlier versions, which separated subjects less often
@@ -31,13 +31,12 @@ def merge(
         raise SettingsError(f"method {method!r} was removed; use sum, or draw several subjects by regions")
     if method not in ("sum", "svd"):
         raise SettingsError(f"method {method!r} is unknown; allowed: sum (exact), svd (to a rank)")
+    if method == "sum" and rank is not None:
+        raise SettingsError(f"rank {rank} with method sum, which keeps every rank; use method svd")
+    joined = concatenated(adapters)
     if method == "sum":
-        if rank is not None:
-            raise SettingsError(f"rank {rank} with method sum, which keeps every rank; use method svd")
-        joined = concatenated(adapters)
         kept = [Truncation(name, f.rank, f.rank, spectrum(f).norm, 0.0) for name, f in joined.modules.items()]
         return joined, Truncations(tuple(kept))
-    joined = concatenated(adapters)
     largest = max(factors.rank for adapter, _ in adapters for factors in adapter.modules.values())
     return resize(joined, rank=largest if rank is None else rank)
 
@@ -49,42 +48,32 @@ def concatenated(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
     """
     if not adapters:
         raise AdapterError("nothing to merge; name at least one adapter")
-    families = {adapter.card.family for adapter, _ in adapters} - {None}
-    if len(families) > 1:
-        raise AdapterBaseMismatch(f"adapters for {' and '.join(sorted(map(str, families)))} cannot be merged")
+    family = one_family([adapter for adapter, _ in adapters], "merged")
     names = sorted({name for adapter, _ in adapters for name in adapter.modules})
     modules = {
         name: _joined(name, [(a.modules[name], weight) for a, weight in adapters if name in a.modules]) for name in names
     }
-    return Adapter(modules, _joint_card([adapter.card for adapter, _ in adapters], modules))
+    return Adapter(modules, _joint_card([adapter.card for adapter, _ in adapters], modules, family))
 
 
 def _joined(name: str, parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
     downs, ups, shape = [], [], parts[0][0].shape
     for factors, weight in parts:
-        if (fitted := factors.fitted(shape)) is None:
-            other = factors.shape
-            raise AdapterBaseMismatch(f"{name}: {shape} in one adapter, {other} in another; they are for different bases")
-        downs.append(fitted.down.float())
-        ups.append(fitted.up.float() * (fitted.scale * weight))
+        same = fitted(name, factors, shape)
+        downs.append(same.down.float())
+        ups.append(same.up.float() * (same.scale * weight))
     down, up = torch.cat(downs), torch.cat(ups, dim=1)
-    rank, inner, outer = down.shape[0], down[0].numel(), up.shape[0]
-    if rank > min(inner, outer):
-        change = up.flatten(1) @ down.flatten(1)  # (out, in * kh * kw)
-        if outer <= inner:
-            down, up = change.reshape(outer, *down.shape[1:]), torch.eye(outer).reshape(outer, outer, *up.shape[2:])
-        else:
-            down, up = torch.eye(inner).reshape(inner, *down.shape[1:]), change.reshape(outer, inner, *up.shape[2:])
-        rank = min(inner, outer)
-    return LoraFactors(down, up, float(rank))
+    if down.shape[0] > min(down[0].numel(), up.shape[0]):
+        up, down = thin((up.flatten(1) @ down.flatten(1)).reshape(shape))
+        up = up.reshape(*up.shape, *(1 for _ in shape[2:]))
+    return LoraFactors(down, up, float(down.shape[0]))
 
 
-def _joint_card(cards: Sequence[Card], modules: dict[str, LoraFactors]) -> Card:
+def _joint_card(cards: Sequence[Card], modules: dict[str, LoraFactors], family: FamilyName | None) -> Card:
     """What all cards agree on; nothing else is known about the sum."""
     first = cards[0]
     shared = ("prediction_type", "base_model", "base_hash", "resolution", "license", "consent", "library_version")
     same = {name: getattr(first, name) for name in shared if len({getattr(card, name) for card in cards}) == 1}
     rank = one_rank(modules)
     title = " + ".join(card.title or card.token or "adapter" for card in cards)
-    family = next((card.family for card in cards if card.family is not None), None)
     return replace(Card(**same), family=family, rank=rank, alpha=rank, title=title)

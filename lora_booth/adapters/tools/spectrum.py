@@ -1,18 +1,18 @@
-"""Singular values of a change, and its best approximation of a lower rank (Eckart and Young, 1936)."""
+"""Singular values of a change, and the closest adapter of a lower rank (Eckart and Young, 1936)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...config import typed
-from ...errors import AdapterNonFinite, SettingsError, setting
-from ..contents import MAX_RANK, LoraFactors
+from ...config import check, typed
+from ...errors import AdapterBaseMismatch, AdapterNonFinite, SettingsError, setting
+from ..adapter import Adapter
+from ..contents import MAX_RANK, FamilyName, LoraFactors, one_rank
 
 NOTHING = 1e-6  # of the largest singular value; anything smaller is rounding
 
@@ -82,6 +82,24 @@ def spectrum_of(change: Tensor) -> Spectrum:
     return Spectrum(left, values, right) if wide is matrix else Spectrum(right.T, values, left.T)
 
 
+# --- of several adapters -------------------------------------------------------------------------------------------
+
+
+def one_family(adapters: Iterable[Adapter], done: str) -> FamilyName | None:
+    """The family that the adapters are for, as far as their cards say. Raises AdapterBaseMismatch if there are several."""
+    families = sorted({adapter.card.family for adapter in adapters if adapter.card.family is not None})
+    if len(families) > 1:
+        raise AdapterBaseMismatch(f"adapters for {' and '.join(families)} cannot be {done}")
+    return families[0] if families else None
+
+
+def fitted(module: str, factors: LoraFactors, shape: tuple[int, ...]) -> LoraFactors:
+    """The same change for a weight of `shape`, which another adapter changes. Raises AdapterBaseMismatch."""
+    if (same := factors.fitted(shape)) is None:
+        raise AdapterBaseMismatch(f"{module}: {shape} in one adapter, {factors.shape} in another; they are for different bases")
+    return same
+
+
 # --- how many to keep ----------------------------------------------------------------------------------------------
 
 
@@ -105,20 +123,17 @@ class Truncations:
     @property
     def norm(self) -> float:
         """Of all changes together, before."""
-        return math.sqrt(sum(m.norm**2 for m in self.modules))
+        return math.hypot(*(m.norm for m in self.modules))
 
     @property
     def error(self) -> float:
         """Relative Frobenius error of all changes together."""
-        return math.sqrt(sum((m.error * m.norm) ** 2 for m in self.modules)) / self.norm if self.norm else 0.0
+        return math.hypot(*(m.error * m.norm for m in self.modules)) / self.norm if self.norm else 0.0
 
     @property
     def ranks(self) -> tuple[int, int]:
         """Smallest and largest rank that is left."""
         return min(m.rank for m in self.modules), max(m.rank for m in self.modules)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"error": self.error, "norm": self.norm, "modules": [asdict(m) for m in self.modules]}
 
 
 def keep(rank: int | None, energy: float | None) -> Callable[[Spectrum], int]:
@@ -126,10 +141,8 @@ def keep(rank: int | None, energy: float | None) -> Callable[[Spectrum], int]:
     rank, energy = typed("rank", rank, int | None), typed("energy", energy, float | None)
     if rank is None and energy is None:
         raise SettingsError(f"neither a rank nor an energy; pass e.g. {setting('rank', 8)} or {setting('energy', 0.99)}")
-    if rank is not None and not 1 <= rank <= MAX_RANK:
-        raise SettingsError(f"rank {rank} is out of range; allowed: 1 to {MAX_RANK}")
-    if energy is not None and not 0 < energy <= 1:
-        raise SettingsError(f"energy {energy} is out of range; allowed: above 0, at most 1; 0.9 to 0.999 is usual")
+    check(rank is None or 1 <= rank <= MAX_RANK, f"rank {rank}", f"1 to {MAX_RANK}")
+    check(energy is None or 0 < energy <= 1, f"energy {energy}", "above 0, at most 1; 0.9 to 0.999 is usual")
 
     def chosen(spectrum: Spectrum) -> int:
         kept = max(spectrum.rank(), 1)
@@ -142,13 +155,23 @@ def keep(rank: int | None, energy: float | None) -> Callable[[Spectrum], int]:
 
 
 def truncated(
-    module: str, spectrum: Spectrum, shape: tuple[int, ...], before: int, chosen: Callable[[Spectrum], int]
+    module: str, spectrum: Spectrum, shape: tuple[int, ...], chosen: Callable[[Spectrum], int]
 ) -> tuple[LoraFactors, Truncation]:
     rank = chosen(spectrum)
-    return spectrum.factors(rank, shape), Truncation(module, before, rank, spectrum.norm, spectrum.error(rank))
+    return spectrum.factors(rank, shape), Truncation(module, len(spectrum.values), rank, spectrum.norm, spectrum.error(rank))
 
 
-def one_rank(modules: Mapping[str, LoraFactors]) -> int | None:
-    """The rank of all modules; None where they differ."""
-    ranks = {factors.rank for factors in modules.values()}
-    return ranks.pop() if len(ranks) == 1 else None
+def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> tuple[Adapter, Truncations]:
+    """Return the closest adapter of a lower rank, and what was lost. alpha = rank in every module.
+
+    rank    the most in any module; a module with less keeps its rank
+    energy  in every module, keep the fewest directions that hold this share of the change's squared Frobenius norm (0 to 1)
+    With both, the smaller result counts. Directions that are zero or rounding are always dropped.
+    """
+    chosen = keep(rank, energy)
+    modules, lost = {}, []
+    for name, factors in sorted(adapter.modules.items()):
+        modules[name], loss = truncated(name, spectrum(factors), factors.shape, chosen)
+        lost.append(loss)
+    common = one_rank(modules)
+    return replace(adapter, modules=modules, card=replace(adapter.card, rank=common, alpha=common)), Truncations(tuple(lost))
