@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +380,7 @@ def test_inspection(rex):
         assert math.isclose(found.norms[block], math.sqrt(sum(p.norm().item() ** 2 for p in parts)))
     shapes = {m.module: m.shape for m in found.modules}
     assert len(shapes[CONV]) == 4 and len(shapes[Q]) == 2
-    json.dumps(found.as_dict(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
 
 
 # --- bake ----------------------------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ from .contents import AdapterContents, Dtype, Layout
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .model_card import SharedPicture
-
 MOST_WEIGHT = 100.0  # either sign; chosen: 1 is usual, and sliders go to 10
 
 
@@ -58,7 +56,7 @@ class Adapter(AdapterContents):
         self,
         folder: str | Path,
         *,
-        pictures: Sequence[SharedPicture] = (),
+        pictures: Sequence[Any] = (),
         layout: Layout = "kohya",
         dtype: Dtype = "fp16",
         thumbnail: Image.Image | str | Path | None = None,
@@ -81,7 +79,7 @@ class Adapter(AdapterContents):
         *,
         private: bool = False,
         token: str | None = None,
-        pictures: Sequence[SharedPicture] = (),
+        pictures: Sequence[Any] = (),
         layout: Layout = "kohya",
         dtype: Dtype = "fp16",
         thumbnail: Image.Image | str | Path | None = None,

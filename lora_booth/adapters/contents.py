@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..base.families import is_hub_id
 from ..cache import bytes_of
@@ -26,7 +26,6 @@ Dtype = Literal["fp16", "bf16", "fp32"]
 
 FamilyName = Literal["sd1", "sd2", "sdxl"]  # the keys of FAMILIES
 Consent = Literal["not stated", "self", "consenting person", "object", "own art", "licensed art"]
-CONSENT: tuple[Consent, ...] = get_args(Consent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +65,7 @@ class LoraFactors:
     def delta(self) -> Tensor:
         """The change of the weight, float32: (out, in) or (out, in, kh, kw)."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (product * self.scale).reshape(self.up.shape[0], *self.down.shape[1:])
+        return (product * self.scale).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,8 @@ class Card:
             datetime.fromisoformat(self.date or "2026-07-01")
         except ValueError:
             raise SettingsError(f"date {self.date!r}; write it as 2026-07-01") from None
-        if self.base_model is not None:
-            object.__setattr__(self, "base_model", bare_name(self.base_model))
+        if self.base_model is not None and not is_hub_id(self.base_model):  # a path holds people's names
+            object.__setattr__(self, "base_model", self.base_model.replace("\\", "/").rstrip("/").rpartition("/")[2])
 
     @property
     def words(self) -> str:
@@ -150,11 +149,6 @@ def ways(adapter: AdapterContents, file: str, source: str, *, new_name: str = ""
     yield "ComfyUI", f"{put.format('loras')}, {node}, and write", prompt
     stem = (new_name or file).removesuffix(".safetensors")
     yield "A1111", f"{put.format('Lora')} and write", f"{prompt} <lora:{stem}:{weight}>"
-
-
-def bare_name(base_model: str) -> str:
-    """Keep a Hub id; cut anything else that is a path to its last part, since paths hold people's names."""
-    return base_model if is_hub_id(base_model) else base_model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def file_stem(name: str) -> str:

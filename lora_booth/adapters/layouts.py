@@ -215,14 +215,13 @@ def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
     return names
 
 
-def checked_path(module: str) -> str:
-    """Return `module` if it is a canonical path that a file may hold."""
+def check_path(module: str) -> None:
+    """Raise AdapterTargetError unless `module` is a canonical path that a file may hold."""
     component, _, name = module.partition(".")
     if _matched(component, _words(name)) != name:
         raise AdapterTargetError(f"{module!r} is not the canonical path of a module that adapters change")
     if module.endswith(".text_projection"):
         raise AdapterTargetError(f"{module} cannot be saved: most programs cannot read it")
-    return module
 
 
 # --- what the published models have ---------------------------------------------------------------------------------
@@ -258,17 +257,13 @@ def numbered(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, Role
     """
     found: dict[str, tuple[str, Role]] = {}
     for component, orders in NUMBERED.items():
-        count = sum(key.startswith(f"{component}:") for key in shapes)
+        given = {key for key in shapes if key.startswith(f"{component}:")}
         for family, order in itertools.product(FAMILIES.values(), orders):
             modules = [f"{place}.{name}" for place in _places(family, component) for name in order]
             keys = {f"{component}:{i}:{role}": (m, role) for i, m in enumerate(modules) for role in ("down", "up")}
-            if (
-                count == len(keys)
-                and keys.keys() <= shapes.keys()
-                and all(
-                    fits(family, m, shapes[f"{component}:{i}:up"][0], shapes[f"{component}:{i}:down"][-1])
-                    for i, m in enumerate(modules)
-                )
+            if keys.keys() == given and all(
+                fits(family, m, shapes[f"{component}:{i}:up"][0], shapes[f"{component}:{i}:down"][-1])
+                for i, m in enumerate(modules)
             ):
                 found |= keys
                 break

@@ -10,7 +10,7 @@ tuners/lokr compute the same. m: outputs, n: inputs, k: side of a kernel, r: ran
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,11 +29,6 @@ FORMS: dict[frozenset[Role], str] = {  # the tensors of one module except alpha
 }
 
 Lora = tuple[Tensor, Tensor, int | None]  # down, up, and the rank of alpha / rank; None: the scale is 1 whatever alpha is
-
-
-def kind_of(roles: Collection[Role]) -> str | None:
-    """What these tensors of a module are together, without alpha; None if they are not complete."""
-    return FORMS.get(frozenset(roles))
 
 
 def as_lora(module: str, parts: Mapping[Role, Tensor]) -> Lora:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..base.families import FAMILIES
+from ..base.families import FAMILIES, Family
 from ..errors import SettingsError
-from .contents import CONSENT, AdapterContents, Card, Layout, LoraFactors, file_stem, one_line
+from .contents import AdapterContents, Card, Layout, LoraFactors, file_stem, one_line, one_rank
 from .layouts import component_of, fits
 
 CARD_KEY = "lora_booth.card"
@@ -25,8 +24,7 @@ MAX_WEIGHT = 10.0  # a larger suggestion in a file is ignored, since it applies 
 def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha256: str) -> dict[str, str]:
     """Every header entry except those that need the finished file. No date: equal adapters give equal bytes."""
     card = adapter.card
-    ranks = Counter(f.rank for f in adapter.modules.values())
-    rank = ranks.most_common(1)[0][0] if len(ranks) == 1 else None
+    rank = one_rank(adapter.modules)
     trigger = card.words or None
     entries: dict[str, str | None] = {
         "format": "pt",
@@ -57,13 +55,9 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
     }
     if card.family is not None:
         family = FAMILIES[card.family]
-        prediction = card.prediction_type or "epsilon"
-        size = card.resolution or family.resolution.get(prediction, family.resolution["epsilon"])
         entries |= {
-            "modelspec.architecture": family.modelspec.get(prediction),
+            **base_entries(family, card.prediction_type or "epsilon", card.resolution),
             "modelspec.implementation": SGM_IMPLEMENTATION if layout == "kohya" and family.kohya_sgm else "diffusers",
-            "modelspec.resolution": f"{size}x{size}",
-            "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
             "ss_base_model_version": family.ss_base_model_version,
             "ss_v2": family.ss_v2,
         }
@@ -71,11 +65,21 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
     return {key: value.encode("utf-8", "replace").decode() for key, value in entries.items() if value is not None}
 
 
+def base_entries(family: Family, prediction: str, resolution: int | None = None) -> dict[str, str]:
+    """ModelSpec's entries on the base of a model or an adapter."""
+    size = resolution or family.resolution[prediction]
+    return {
+        "modelspec.architecture": family.modelspec[prediction],
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
+    }
+
+
 def summary(card: Card) -> str:
     """Say what the adapter is in one or two sentences."""
     family = FAMILIES[card.family].label if card.family in FAMILIES else "Stable Diffusion"
     photos = f", trained on {card.photos} photo{'' if card.photos == 1 else 's'}" if card.photos else ""
-    stated = "" if card.consent == CONSENT[0] else f" The maker states of what it shows: {card.consent}."
+    stated = "" if card.consent == Card.consent else f" The maker states of what it shows: {card.consent}."
     return f"A LoRA{f' of {card.words}' if card.words else ''} for {family}{photos}.{stated}"
 
 
@@ -101,12 +105,9 @@ def _own_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
         values: Any = json.loads(metadata.get(CARD_KEY, ""))
     except (ValueError, RecursionError):
         return {}
-    known = isinstance(values, dict) and "family" in values
-    return (
-        {name: value for name, value in values.items() if name in Card.__dataclass_fields__ and value is not None}
-        if known
-        else {}
-    )
+    if not isinstance(values, dict) or "family" not in values:
+        return {}
+    return {name: value for name, value in values.items() if name in Card.__dataclass_fields__ and value is not None}
 
 
 def _facts_of_others(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -7,14 +7,11 @@ quotes, in Python's string literals, and in Markdown code, where nothing is a li
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from .. import __version__
 from ..base.families import FAMILIES, is_hub_id
 from .contents import AdapterContents, Card, Consent, Layout, file_stem, one_line, ways
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 # the Hub's identifiers (huggingface.co/docs/hub/repositories-licenses); it lists every other licence as "other"
 HUB_LICENSES = frozenset(
@@ -39,33 +36,13 @@ STATEMENTS: dict[Consent, str] = {
 }
 
 
-class SharedPicture(Protocol):
-    """What the page shows of a picture: one from `Composition.generate`, or anything with these attributes."""
-
-    @property
-    def image(self) -> Image.Image: ...
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def negative_prompt(self) -> str | None: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def guidance(self) -> float: ...
-    @property
-    def adapters(self) -> Sequence[tuple[str, float]]: ...
-
-
-Placed = Sequence[tuple[str, SharedPicture]]  # the path in the folder, and the picture
+Placed = Sequence[tuple[str, Any]]  # the path in the folder, and the picture of `Composition.generate`
 
 
 def model_card(adapter: AdapterContents, file: str, layout: Layout, pictures: Placed, source: str) -> str:
     """The page.
 
     file      name of the adapter's file
-    pictures  path in the folder -> picture
     source    what a reader gives to diffusers' load_lora_weights: a Hub id, or "." for the folder itself
     """
     card = adapter.card

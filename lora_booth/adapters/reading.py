@@ -143,7 +143,7 @@ def _plan(module: str, keys: Mapping[Role, str], header: Header, path: Path) -> 
 
 
 def _lycoris_plan(module: str, shapes: Mapping[Role, tuple[int, ...]], path: Path) -> Plan:
-    kind = lycoris.kind_of(shapes)
+    kind = lycoris.FORMS.get(frozenset(shapes))
     if kind is None:
         raise AdapterIncomplete(f"{module}: {', '.join(sorted(shapes))} are not a complete LoRA, LoHa or LoKr", path)
     try:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -20,7 +21,7 @@ from ..files import replacing
 from ..photos.opening import read_picture
 from ..photos.square import crop_and_resize
 from .contents import AdapterContents, Dtype, Layout, file_stem
-from .model_card import SharedPicture, model_card
+from .model_card import Placed, model_card
 from .writing import save
 
 # ModelSpec recommends 256 x 256; a busy picture is made coarser, then smaller, until it is short enough
@@ -29,7 +30,6 @@ THUMBNAIL_QUALITIES = (85, 70, 50)  # JPEG
 MAX_THUMBNAIL = 20 * 2**10  # characters: a third of the metadata that `Adapter.load` accepts
 README = "README.md"
 MARK = "<!-- lora_booth wrote this folder: "  # before its digest, in the last line of README.md
-MOST_FILES = 1000  # in a folder that `save_folder` may replace
 
 
 # --- a picture in the header ---------------------------------------------------------------------------------------
@@ -56,9 +56,7 @@ def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
 # --- a folder ------------------------------------------------------------------------------------------------------
 
 
-def save_folder(
-    adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPicture], *, layout: Layout, dtype: Dtype
-) -> Path:
+def save_folder(adapter: AdapterContents, folder: Path, pictures: Sequence[Any], *, layout: Layout, dtype: Dtype) -> Path:
     """See `Adapter.save_folder`."""
     check_free(folder)
     place = Path(os.path.abspath(folder))
@@ -73,7 +71,7 @@ def save_folder(
     return folder
 
 
-def fill(adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPicture], *, layout: Layout, dtype: Dtype) -> None:
+def fill(adapter: AdapterContents, folder: Path, pictures: Sequence[Any], *, layout: Layout, dtype: Dtype) -> None:
     """Everything but the page."""
     save(adapter, folder / file_name(adapter), layout=layout, dtype=dtype)
     for path, picture in paths_of(pictures):
@@ -82,9 +80,7 @@ def fill(adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPictur
         save_picture(read_picture(picture.image), folder / path)
 
 
-def write_page(
-    adapter: AdapterContents, folder: Path, pictures: Sequence[SharedPicture], *, layout: Layout, source: str
-) -> None:
+def write_page(adapter: AdapterContents, folder: Path, pictures: Sequence[Any], *, layout: Layout, source: str) -> None:
     page = model_card(adapter, file_name(adapter), layout, paths_of(pictures), source) + "\n"
     (folder / README).write_text(page + mark(folder, page), encoding="utf-8", newline="\n")
 
@@ -93,7 +89,7 @@ def file_name(adapter: AdapterContents) -> str:
     return f"{file_stem(adapter.name)}.safetensors"
 
 
-def paths_of(pictures: Sequence[SharedPicture]) -> list[tuple[str, SharedPicture]]:
+def paths_of(pictures: Sequence[Any]) -> Placed:
     return [(f"pictures/{number:02d}.png", picture) for number, picture in enumerate(pictures, 1)]
 
 
@@ -120,12 +116,9 @@ def is_ours(folder: Path) -> bool:
 
 def mark(folder: Path, page: str) -> str:
     """The last line of README.md, by which a later call knows that the folder is unchanged."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    if len(paths) > MOST_FILES or any(path.is_symlink() or not path.is_file() for path in paths):
-        raise ValueError("not written by save_folder")
     digest = hashlib.sha256(page.encode("utf-8"))
-    for path in paths:
-        if path != folder / README:
+    for path in sorted(folder.rglob("*")):
+        if path != folder / README and (path.is_symlink() or path.is_file()):
             digest.update(f"\0{path.relative_to(folder).as_posix()}\0".encode("utf-8", "surrogateescape"))
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return f"{MARK}{digest.hexdigest()} -->\n"
@@ -145,7 +138,7 @@ REMEDIES = {  # HTTP status -> what it means here, and what helps
 def push_to_hub(
     adapter: AdapterContents,
     repo_id: str,
-    pictures: Sequence[SharedPicture],
+    pictures: Sequence[Any],
     *,
     private: bool,
     token: str | None,

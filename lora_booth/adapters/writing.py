@@ -20,7 +20,7 @@ from ..cache import bytes_of
 from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite, AdapterScaleError
 from ..files import replacing
 from .contents import MAX_SCALE, AdapterContents, Dtype, Layout, LoraFactors, check_shapes, check_values
-from .layouts import KERNEL_3X3, checked_path, component_of, kohya_names, tail_of
+from .layouts import KERNEL_3X3, check_path, component_of, kohya_names, tail_of
 from .metadata import PEFT_KEY, metadata_of
 from .readers import check_readers, opened
 from .reading import PICKLE_SUFFIXES, load
@@ -66,7 +66,7 @@ def _verify(written: Path, meant: Mapping[str, LoraFactors], layout: Layout, pat
 def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: Path) -> tuple[bytes, dict[str, LoraFactors]]:
     """Return a file's bytes, and the factors that reading them gives."""
     for module, factors in adapter.modules.items():
-        checked_path(module)
+        check_path(module)
         check_shapes(module, tuple(factors.down.shape), tuple(factors.up.shape), path)
     family = adapter.card.family
     modules = {module: _spelled(module, factors, family) for module, factors in adapter.modules.items()}

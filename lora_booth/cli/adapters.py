@@ -73,7 +73,7 @@ def show(adapter: AdapterFile, *, modules: Modules = False, json: Json = False) 
     found = inspect_adapter(Adapter.load(adapter))
     read = readings(adapter)
     if json:
-        say_json(found.as_dict() | {"readers": {name: asdict(reading) for name, reading in read.items()}})
+        say_json(asdict(found) | {"readers": {name: asdict(reading) for name, reading in read.items()}})
         return
     for key, value in vars(found.card).items():
         if value is not None:

@@ -24,6 +24,7 @@ from ...files import replacing
 from ...injection import placements
 from ..adapter import Adapter, weighted
 from ..contents import Dtype
+from ..metadata import SGM_IMPLEMENTATION, base_entries
 from ..writing import DTYPES
 
 CHANNELS = (4, 8, 9)  # that U-Nets in single files take: of models for text to image, editing (InstructPix2Pix) and inpainting
@@ -142,18 +143,13 @@ def save_single_file(pipeline: Any, path: Path, *, title: str) -> None:
     modules = {name: module.state_dict() for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     weights = original_weights(pipeline, family, modules) | schedule_marks(pipeline.scheduler)
     tensors = {key: value.contiguous() for key, value in sorted(weights.items())}
-    save_file(tensors, path, metadata_of(pipeline, family, title))
-
-
-def metadata_of(pipeline: Any, family: Family, title: str) -> dict[str, str]:
-    prediction = str(pipeline.scheduler.config.prediction_type)
-    size = family.resolution[prediction]
-    return {
+    entries = base_entries(family, pipeline.scheduler.config.prediction_type)
+    metadata = {
+        **entries,
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": family.modelspec[prediction].removesuffix("/lora"),
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.architecture": entries["modelspec.architecture"].removesuffix("/lora"),
+        "modelspec.implementation": SGM_IMPLEMENTATION,
         "modelspec.title": title,
-        "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
     }
+    save_file(tensors, path, metadata)

@@ -11,11 +11,11 @@ from torch import Tensor
 from ... import __version__
 from ...base.base_model import BaseModel
 from ...base.quantization import refuse_quantized
-from ...errors import AdapterTargetError, BaseModelError
+from ...errors import BaseModelError
 from ...injection import adaptable, module_path, unread_layers
 from ..adapter import Adapter
 from ..contents import Card, LoraFactors, card_facts, one_rank
-from ..layouts import RARE, checked_path
+from ..layouts import RARE, understood
 from .spectrum import Truncation, Truncations, keep, spectrum_of, truncated
 
 
@@ -60,8 +60,10 @@ def extract(
         changes = changed_weights(tuned, base, component)
         for name, layer in model.named_modules():
             path = module_path(component, name)
-            if f"{name}.weight" not in changes or not adaptable(layer) or not travels(path):
+            if f"{name}.weight" not in changes or not adaptable(layer):
                 continue
+            if path in RARE or understood(f"{path}.alpha") != (path, "alpha"):
+                continue  # not every program reads it
             change = changes.pop(f"{name}.weight")
             if any(f".{layer_name}." in name for layer_name in unread):
                 continue  # conditions nothing
@@ -101,11 +103,3 @@ def changed_weights(tuned: BaseModel, base: BaseModel, component: str) -> dict[s
             if change.any():
                 changes[key] = change
     return changes
-
-
-def travels(path: str) -> bool:
-    """Whether a module may be in an adapter file that every program reads."""
-    try:
-        return checked_path(path) not in RARE
-    except AdapterTargetError:
-        return False

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ..adapter import Adapter
 from ..contents import Card
@@ -38,38 +37,25 @@ class Inspection:
     modules: tuple[ModuleInspection, ...]
     nbytes: int  # of the tensors
     digest: str  # sha256 of the factors
-
-    @property
-    def ranks(self) -> dict[int, int]:
-        """rank -> how many modules have it"""
-        return dict(sorted(Counter(m.rank for m in self.modules).items()))
-
-    @property
-    def alphas(self) -> dict[float, int]:
-        """alpha -> how many modules have it"""
-        return dict(sorted(Counter(m.alpha for m in self.modules).items()))
-
-    @property
-    def norms(self) -> dict[str, float]:
-        """block -> Frobenius norm of all its changes together"""
-        parts = {block: [m.norm for m in self.modules if block_of(m.module) == block] for block in BLOCKS.values()}
-        return {block: math.hypot(*norms) for block, norms in parts.items() if norms}
-
-    @property
-    def dead(self) -> tuple[str, ...]:
-        """Modules whose change is zero."""
-        return tuple(m.module for m in self.modules if m.norm == 0)
-
-    def as_dict(self) -> dict[str, Any]:
-        derived = {name: getattr(self, name) for name in ("ranks", "alphas", "norms", "dead")}
-        return asdict(self) | derived
+    ranks: dict[int, int]  # rank -> how many modules have it
+    alphas: dict[float, int]  # the same for alpha
+    norms: dict[str, float]  # block -> Frobenius norm of all its changes together
+    dead: tuple[str, ...]  # modules whose change is zero
 
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
     """Inspect an adapter. Norms are computed from the factors, in float64."""
     modules = [ModuleInspection(name, f.shape, f.rank, f.alpha, norm(f)) for name, f in sorted(adapter.modules.items())]
-    return Inspection(adapter.card, tuple(modules), adapter.nbytes, adapter.digest())
-
-
-def block_of(module: str) -> str:
-    return next(block for start, block in BLOCKS.items() if module.startswith(start))
+    norms: dict[str, list[float]] = {block: [] for block in BLOCKS.values()}
+    for m in modules:
+        norms[next(block for start, block in BLOCKS.items() if m.module.startswith(start))].append(m.norm)
+    return Inspection(
+        card=adapter.card,
+        modules=tuple(modules),
+        nbytes=adapter.nbytes,
+        digest=adapter.digest(),
+        ranks=dict(sorted(Counter(m.rank for m in modules).items())),
+        alphas=dict(sorted(Counter(m.alpha for m in modules).items())),
+        norms={block: math.hypot(*parts) for block, parts in norms.items() if parts},
+        dead=tuple(m.module for m in modules if m.norm == 0),
+    )
