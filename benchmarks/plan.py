@@ -24,8 +24,7 @@ import torch
 
 import lora_booth as lb
 from lora_booth.base.base_model import BaseModel
-from lora_booth.base.generation import generate_images
-from lora_booth.base.memory import pictures_at_a_time
+from lora_booth.base.generation import generate_images, pictures_at_a_time
 from lora_booth.base.quantization import put_packed, quantize
 from lora_booth.base.single_file import CONFIGS
 from lora_booth.base.weight_files import put

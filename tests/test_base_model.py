@@ -33,10 +33,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_booth.base import base_model, single_file
-from lora_booth.base.base_model import BaseModel, default_device, default_dtype
+from lora_booth.base.base_model import BaseModel, default_device, default_dtype, without_collections
 from lora_booth.base.diffusers_folder import SUCCESSORS
 from lora_booth.base.families import is_hub_id
-from lora_booth.base.memory import without_collections
 from lora_booth.errors import BaseModelError, reason_of
 
 FAMILY = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sd2-zsnr": "sd2", "sdxl": "sdxl"}

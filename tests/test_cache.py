@@ -88,7 +88,7 @@ def test_a_run_from_the_cache_is_the_run_without_it(
     calls = computed(again)
     second = prepare(again, [rex], lora=LORA, config=CONFIG)
     assert not calls and same(first, second)
-    assert {name for name in again.weights.parts if again.unread(name) is None} == set()
+    assert {name for name in again.weights if again.unread(name) is None} == set()
 
     own_cache.rename(own_cache.with_name("put away"))
     assert same(prepare(load(folders[kind], dtype), [rex], lora=LORA, config=CONFIG), first)

@@ -449,7 +449,7 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from lora_booth.base.weight_files import LazyModule, LazyWeights, WeightFile
+from lora_booth.base.weight_files import LazyModule, WeightFile
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
@@ -461,12 +461,13 @@ def part():
     return LazyModule(model, WeightFile(Path({file!r})).places, torch.bfloat16, torch.device("cpu"))
 
 torch.zeros(2**24, dtype=torch.bfloat16).float().bfloat16()  # its code is loaded
-weights = LazyWeights(dict(vae=part(), unet=part()))
+vae, unet = part(), part()
 before = resident()
-weights.fill("vae", "unet")
+vae.fill()
+unet.fill()
 both = resident() - before
-weights.drop(["vae"])
-print(both, resident() - before, sum(t.nbytes for t in weights.parts["unet"].module.parameters()))
+vae.drop()
+print(both, resident() - before, sum(t.nbytes for t in unet.module.parameters()))
 """
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_booth import cli
 from lora_booth.base.base_model import BaseModel
-from lora_booth.base.memory import storage_bytes
+from lora_booth.base.quantization import storage_bytes
 from lora_booth.base.single_file import CONFIGS
 from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import BaseModelError, SettingsError

@@ -18,8 +18,7 @@ from lora_booth.adapters.tools.bake import baked
 from lora_booth.adapters.tools.extract import extract
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import generate_images
-from lora_booth.base.memory import storage_bytes
-from lora_booth.base.quantization import is_packed, packed_bytes, quantized_bytes, tensors_of, unpacked
+from lora_booth.base.quantization import is_packed, packed_bytes, quantized_bytes, storage_bytes, tensors_of, unpacked
 from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import BaseModelError, MissingExtraError, SettingsError
 from lora_booth.injection import attached, trainable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import pickle
@@ -21,15 +22,26 @@ from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import Family, is_hub_id
 from .library_logging import quiet_about_long_prompts, quiet_about_torchvision
-from .memory import without_collections
 from .quantization import check_quantization, is_quantized
 from .quantization import quantize as quantize_unet
 from .recognition import check_trainable, is_offloaded, noise_schedule, recognise
 from .single_file import load_single_file
-from .weight_files import LazyModule, LazyWeights
+from .weight_files import LazyModule
 
 TOYBOX = "toybox"
 TOYBOX_FOLDER = Path(__file__).parent.parent / "toybox" / "model"
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Disable garbage collection, which repeatedly walks all libraries while they are imported."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class BaseModel:
     shell: Any  # the stock pipeline; some of its modules may not have been read yet
     family: Family
     name: str  # for cards and messages: a Hub id, or the name of a folder or file without its path
-    weights: LazyWeights = field(default_factory=LazyWeights)  # of the modules that are read when needed
+    weights: Mapping[str, LazyModule] = field(default_factory=dict)  # of the modules that are read when needed
     quantized: str | None = None  # how the U-Net's linear layers were packed: "nf4"; None: not by this library
     rare_tokens: tuple[str, ...] = ()  # words without meaning to it, as its folder declares
 
@@ -110,7 +122,7 @@ class BaseModel:
             raise BaseModelError(f"{source}: cannot be loaded ({reason}); check that it is complete") from error
         if quantize is not None:
             _ = base.fingerprint  # cached now, from the weights in the file, to equal the plain base's
-            quantize_unet(pipeline.unet, weights.parts.get("unet"), precision)
+            quantize_unet(pipeline.unet, weights.get("unet"), precision)
         return base
 
     @classmethod
@@ -141,17 +153,17 @@ class BaseModel:
     @property
     def pipeline(self) -> Any:
         """The stock pipeline, with all modules in memory."""
-        self._keep(*self.weights.parts)
+        self._read(*self.weights, keep=True)
         return self.shell
 
     @property
     def unet(self) -> Any:
-        self.weights.fill("unet")
+        self._read("unet")
         return self.shell.unet
 
     @property
     def vae(self) -> Any:
-        self._keep("vae")
+        self._read("vae", keep=True)
         return self.shell.vae
 
     @property
@@ -192,19 +204,21 @@ class BaseModel:
         """The modules that are in memory."""
         return {name: module for name, module in self.modules.items() if self.unread(name) is None}
 
-    def _keep(self, *names: str) -> None:
-        """Read modules for a caller who may hold on to them: from now on none is released (the U-Net never is)."""
-        self.weights.fill(*names)
-        self.weights.kept |= any(name != "unet" for name in names)
+    def _read(self, *names: str, keep: bool = False) -> None:
+        """Read these modules, unless they are in memory. keep: for a caller who may hold on to them"""
+        for part in (self.weights[name] for name in names if name in self.weights):
+            part.fill()
+            part.kept |= keep
 
     def unread(self, name: str) -> LazyModule | None:
         """A module that is still on disk; None if it is in memory."""
-        part = self.weights.parts.get(name)
+        part = self.weights.get(name)
         return None if part is None or part.is_read else part
 
     def stays(self, name: str) -> bool:
         """Whether this module is in memory and training does not release it."""
-        return self.unread(name) is None and (name == "unet" or name not in self.weights.parts or self.weights.kept)
+        part = self.weights.get(name)
+        return part is None or part.is_read and (part.kept or name == "unet")
 
     @property
     def device(self) -> torch.device:
@@ -264,12 +278,11 @@ class BaseModel:
     @contextmanager
     def upcast_vae(self) -> Iterator[Any]:
         """The VAE, within the context in fp32 where fp16 overflows (SDXL), as in the stock pipeline."""
-        self.weights.fill("vae")
+        self._read("vae")
         vae = self.shell.vae
-        stored = vae.dtype
-        upcast = stored == torch.float16 and vae.config.force_upcast
+        upcast = vae.dtype == torch.float16 and vae.config.force_upcast
         to = partial(nn.Module.to, vae)  # diffusers' own `to` warns at every change of precision
-        with undone(*([partial(to, stored)] if upcast else [])):
+        with undone(*([partial(to, vae.dtype)] if upcast else [])):
             if upcast:
                 to(torch.float32)
             yield vae
@@ -280,7 +293,7 @@ class BaseModel:
 
     def encode_text(self, prompts: Sequence[str]) -> TextConditions:
         """Encode like the stock pipeline. With gradients if they are enabled (text-encoder LoRA)."""
-        self.weights.fill(*self.family.text_encoders)
+        self._read(*self.family.text_encoders)
         with quiet_about_long_prompts(self.shell):
             encoded = self.shell.encode_prompt(
                 list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -309,7 +322,9 @@ class BaseModel:
     def only_unet_on_device(self) -> Iterator[None]:
         """Within the context, release all but the U-Net, or move it to the host if it cannot be read again."""
         with claimed(self.shell.unet, training=True):
-            self.weights.drop(name for name in self.weights.parts if name != "unet")
+            for name, part in self.weights.items():
+                if name != "unet":
+                    part.drop()
             with moved(self._others, torch.device("cpu")):
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -318,9 +333,9 @@ class BaseModel:
     @contextmanager
     def all_on_device(self) -> Iterator[Any]:
         """The complete pipeline on the U-Net's device, to draw with, also inside `only_unet_on_device`."""
-        unread = [name for name in self.weights.parts if name != "unet" and self.unread(name) is not None]
-        with claimed(self.shell.unet), undone(lambda: self.weights.drop(unread)):
-            self.weights.fill(*self.weights.parts)
+        unread = [part for name, part in self.weights.items() if name != "unet" and not part.is_read]
+        with claimed(self.shell.unet), undone(*(part.drop for part in unread)):
+            self._read(*self.weights)
             with moved(self._others, self.device):
                 yield self.shell
 
@@ -339,7 +354,7 @@ class Parts(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self._names:
             raise KeyError(name)
-        self._base._keep(name)
+        self._base._read(name, keep=True)
         return getattr(self._base.shell, name)
 
     def __iter__(self) -> Iterator[str]:

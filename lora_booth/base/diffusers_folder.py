@@ -19,7 +19,7 @@ from ..files import read_json
 from .families import FAMILIES, labels
 from .library_logging import without_bars
 from .recognition import demand
-from .weight_files import LazyModule, LazyWeights, Place, WeightFile
+from .weight_files import LazyModule, Place, WeightFile
 
 # Limits on an untrusted folder; chosen: far above every published model
 MOST_BYTES = 2**24  # of a configuration or a vocabulary
@@ -64,7 +64,7 @@ def load_folder(
     revision: str | None = None,
     variant: str | None = None,
     vae: str | Path | None = None,
-) -> tuple[Any, LazyWeights]:
+) -> tuple[Any, dict[str, LazyModule]]:
     """The pipeline of a diffusers folder or Hub id (from the cache if possible), and its weights to read later.
 
     vae  where another one is, as for `load_vae`
@@ -87,7 +87,7 @@ def load_folder(
         module = empty_module(folder, component, entry, dtype) if component not in given else None
         if module is not None and (places := places_in_folder(folder / component, variant)):
             parts[component] = LazyModule(module, matched(module, places, folder / component), dtype, device)
-    return assemble(folder, parts, dtype, device, **given)
+    return assemble(folder, parts, dtype, device, **given), parts
 
 
 def check_files(folder: Path, index: Mapping[str, Any]) -> None:
@@ -126,9 +126,7 @@ def load_vae(source: str | Path, folder: Path, dtype: torch.dtype) -> Any:
     return AutoencoderKL.from_pretrained(source, subfolder=inner, torch_dtype=dtype, use_safetensors=True)
 
 
-def assemble(
-    folder: Path, parts: Mapping[str, LazyModule], dtype: torch.dtype, device: torch.device, **given: Any
-) -> tuple[Any, LazyWeights]:
+def assemble(folder: Path, parts: Mapping[str, LazyModule], dtype: torch.dtype, device: torch.device, **given: Any) -> Any:
     """The stock pipeline of a folder: `parts` are read later, the rest by the stock loader, with the arguments `given`."""
     from diffusers import DiffusionPipeline
 
@@ -138,7 +136,7 @@ def assemble(
     for component, module in pipeline.components.items():
         if isinstance(module, nn.Module) and component not in parts:
             module.to(device)
-    return pipeline, LazyWeights(parts)
+    return pipeline
 
 
 def empty_module(folder: Path, component: str, entry: Any, dtype: torch.dtype) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -152,6 +152,11 @@ def put_packed(module: nn.Module, key: str, value: Tensor) -> None:
 
 
 # --- how large -----------------------------------------------------------------------------------------------------
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storage of these tensors; shared storage counts once."""
+    return sum({one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}.values())
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:

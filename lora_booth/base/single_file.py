@@ -20,7 +20,7 @@ from .diffusers_folder import assemble, check_files, empty_module, load_vae, mat
 from .families import FAMILIES, Family, labels
 from .original_naming import V_PREDICTION, ZERO_SNR, original_weights
 from .recognition import TIMESTEPS, demand, has_vocabulary
-from .weight_files import LazyModule, LazyWeights, Place, WeightFile
+from .weight_files import LazyModule, Place, WeightFile
 
 CONFIGS = Path(__file__).parent / "single_file_configs"  # family -> its diffusers folder, without weights and tokenizers
 
@@ -48,7 +48,7 @@ def load_single_file(
     config: str | Path | None,
     prediction_type: str | None,
     vae: str | Path | None,
-) -> tuple[Any, LazyWeights]:
+) -> tuple[Any, dict[str, LazyModule]]:
     """The pipeline, and its weights to read later. Raises BaseModelError."""
     from diffusers import EulerDiscreteScheduler
 
@@ -66,10 +66,10 @@ def load_single_file(
     parts = parts_in_checkpoint(file, family, names, folder, index, dtype, device)
     if config is None:
         given |= tokenizers(family, parts["text_encoder"].module.config.max_position_embeddings)
-    pipeline, weights = assemble(folder, parts, dtype, device, **given)
+    pipeline = assemble(folder, parts, dtype, device, **given)
     wanted = prediction_type or stated_prediction_type(file, family)
     if wanted is None and config is None and len(set(family.modelspec.values())) > 1:  # published with both
-        weights.fill("unet")
+        parts["unet"].fill()
         wanted = tried_prediction_type(pipeline.unet)
     if wanted is not None:
         pipeline.scheduler.register_to_config(prediction_type=wanted)
@@ -78,7 +78,7 @@ def load_single_file(
     if ZERO_SNR in file.places:
         zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # trailing: starts from pure noise
         pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **zero)
-    return pipeline, weights
+    return pipeline, parts
 
 
 def family_of(file: WeightFile) -> Family:

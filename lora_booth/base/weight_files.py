@@ -6,11 +6,13 @@ read in pieces into its final place, so a module takes its size and a few MB.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, BaseModelError
 from ..files import open_regular
-from .memory import return_to_system
 from .safetensors_header import CHECKPOINT, DTYPES, read_header
 
 PIECE = 2**24  # bytes read at a time; chosen
@@ -113,12 +114,12 @@ class Place:
 
 
 class LazyModule:
-    """A module whose weights are read when needed."""
+    """A module whose weights are read when needed. `kept`: a caller may hold on to it, so it is not released."""
 
     def __init__(self, module: Any, places: Mapping[str, Place], dtype: torch.dtype, device: torch.device) -> None:
         self.module, self.places, self.dtype, self.device = module, places, dtype, device
         self.put: Callable[[nn.Module, str, Tensor], None] = put  # stores a tensor that was read
-        self.is_read = False
+        self.is_read = self.kept = False
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -136,35 +137,16 @@ class LazyModule:
 
     @torch.no_grad()
     def drop(self) -> None:
-        if self.is_read:
+        if self.is_read and not self.kept:
             self.is_read = False  # first: after an interrupt, `fill` reads all again
             weights = self.module.state_dict()
             for key in self.places:
                 put(self.module, key, torch.empty_like(weights.pop(key), device="meta"))
+            return_to_system()
 
     def stamp(self) -> str:
         """Identifies the files on this machine, and the places of the weights in them."""
         return repr(sorted((key, place.file.stamp, place.start) for key, place in self.places.items()))
-
-
-class LazyWeights:
-    """The modules of a pipeline that are read when needed. `kept`: a caller has them, so none is released."""
-
-    def __init__(self, parts: Mapping[str, LazyModule] | None = None) -> None:
-        self.parts = dict(parts or {})
-        self.kept = False
-
-    def fill(self, *names: str) -> None:
-        """Read these modules, unless they are in memory."""
-        for name in names:
-            if name in self.parts:
-                self.parts[name].fill()
-
-    def drop(self, names: Iterable[str]) -> None:
-        if self.parts and not self.kept:
-            for name in names:
-                self.parts[name].drop()
-            return_to_system()
 
 
 def put(module: nn.Module, key: str, value: Tensor) -> None:
@@ -176,3 +158,10 @@ def put(module: nn.Module, key: str, value: Tensor) -> None:
         parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
     else:
         parent._buffers[name] = value
+
+
+def return_to_system() -> None:
+    """Return freed host memory to the system; glibc would hold on to what lies below memory in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

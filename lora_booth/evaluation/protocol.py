@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..base.base_model import TOYBOX_FOLDER, BaseModel
-from ..base.memory import pictures_at_a_time
+from ..base.generation import pictures_at_a_time
 from ..config import check
 from ..errors import CompositionWarning, EvaluationError, shown
 from ..photos.finding import find_photos

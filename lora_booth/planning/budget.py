@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..base.base_model import BaseModel
-from ..base.memory import pictures_at_a_time, storage_bytes
-from ..base.quantization import tensors_of, weight_shape
+from ..base.generation import pictures_at_a_time
+from ..base.quantization import storage_bytes, tensors_of, weight_shape
 from ..config import LoraSpec, SettledConfig, TrainingConfig
 from ..errors import SettingsError
 from ..kernels.attention import attention_shapes, candidates, halvings

@@ -14,8 +14,7 @@ from torch import nn
 
 from .. import __version__
 from ..base.base_model import BaseModel, TextConditions
-from ..base.memory import storage_bytes
-from ..base.quantization import quantized_bytes, tensors_of
+from ..base.quantization import quantized_bytes, storage_bytes, tensors_of
 from ..cache import cached, key_of
 from ..config import LoraSpec, TrainingConfig
 from ..injection import trainable

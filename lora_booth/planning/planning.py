@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..base.base_model import BaseModel, default_device, default_dtype
-from ..base.memory import pictures_at_a_time, storage_bytes
-from ..base.quantization import KINDS, check_kind, is_quantized, tensors_of
+from ..base.generation import pictures_at_a_time
+from ..base.quantization import KINDS, check_kind, is_quantized, storage_bytes, tensors_of
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled
 from ..errors import SettingsError, setting
 from ..kernels.attention import fastest_attention

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from ..base.base_model import BaseModel
-from ..base.generation import generate_images
-from ..base.memory import pictures_at_a_time
+from ..base.generation import generate_images, pictures_at_a_time
 from ..cache import key_of, read_entry, write_entry
 from ..errors import TrainingError, setting
 
