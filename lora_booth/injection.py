@@ -319,7 +319,7 @@ def forget_compiled(models: Sequence[nn.Module]) -> None:
 def placements(base: BaseModel, adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[Adapter, float, Places]]:
     """Each adapter, its weight and its places. Raises AdapterBaseMismatch if one was made for another base."""
     plan = []
-    for adapter, weight in weighted(adapters):
+    for adapter, weight in adapters:
         if adapter.card.family not in (None, base.family.name):
             own = setting("a base of its family", option=f"--base {adapter.card.base_model or 'MODEL'}")
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} is {base.family.label}; use {own}")
@@ -352,7 +352,7 @@ def attached(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]]) -
     check comes before the first change, and leaving restores the pipeline bit for bit, also after an exception.
     Raises AdapterBaseMismatch when an adapter was made for another base.
     """
-    with attached_layers(base, adapters):
+    with attached_layers(base, weighted(adapters)):
         yield BaseModel.of(base).pipeline
 
 

@@ -19,7 +19,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import quiet
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, LoraBoothError, SettingsError
-from lora_booth.pictures import attention_maps
+from lora_booth.pictures import regional
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.picture import Picture
 from lora_booth.pictures.regions import Region
@@ -358,10 +358,10 @@ def test_a_preflight_says_that_the_base_is_another(base, rex):
 def test_regions_are_found_at_any_size(base, rex, monkeypatch):
     """The coarsest layers are read however large they are; where none can be read, that is said."""
     studio = Composition(base, [named(rex, "sks", "dog")], regions="auto")
-    monkeypatch.setattr(attention_maps, "MOST_PIXELS", 1)
-    monkeypatch.setattr(attention_maps, "COARSE", 4)
+    monkeypatch.setattr(regional, "MOST_PIXELS", 1)
+    monkeypatch.setattr(regional, "COARSE", 4)
     assert len(studio.find_regions(PROMPT, seed=1, steps=4, negative_prompt="a cat", size=32)) == 1
-    monkeypatch.setattr(attention_maps, "COARSE", 64)
+    monkeypatch.setattr(regional, "COARSE", 64)
     with pytest.raises(SettingsError, match="no attention could be read.*pass regions="):
         studio.find_regions(PROMPT, steps=4)
 

@@ -17,28 +17,16 @@ from ..adapters.adapter import Adapter, weighted
 from ..adapters.contents import file_stem
 from ..adapters.tools import merge as merging
 from ..adapters.tools.spectrum import Truncations
-from ..base.base_model import BaseModel, TextConditions
+from ..base.base_model import BaseModel
 from ..base.generation import generate_images, quiet
 from ..config import GUIDANCE, STEPS, check, typed
-from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError, setting
+from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
-from .attention_maps import AttentionMaps
 from .picture import Making, Picture, Place, default_start
-from .preflight import (
-    Preflight,
-    clashes,
-    misfits,
-    other_syntax,
-    overlaps_of,
-    recommendation,
-    subjects_of,
-    unnamed,
-    unread,
-    ways_to_place,
-)
-from .regional import EMPTY, Isolation, Regional
-from .regions import Region, masks_of
-from .subjects import find_phrase, token_positions, without
+from .preflight import Preflight, misfits, overlaps_of, recommendation, ways_to_place
+from .regional import EMPTY, AttentionMaps, Isolation, Regional, refuse_hidden_adapters, with_rest
+from .regions import Masks, Region, masks_of
+from .subjects import clashes, find_phrase, other_syntax, subjects_of, token_positions, unnamed, unread, without
 from .unet_hook import UNetHook
 from .weights import Weight
 
@@ -102,6 +90,7 @@ class Composition:
         if not regions and self.method == "regions":
             raise SettingsError(f'method "regions" needs places; pass {" or ".join(ways_to_place())}')
         self.regions, self.isolate = regions, typed("isolate", isolate, Isolation)
+        self.placed = () if isinstance(regions, str) else everyone_of([(r.adapter, r.weight) for r in regions])
         self.background, self.together = typed("background", background, str | None), typed("together", together, bool)
         self.start = default_start(auto=regions == "auto") if start is None else typed("start", start, float)
         check(0 <= self.start < 1, f"start {self.start:g}", "0 to 1, a share of the denoising steps")
@@ -252,7 +241,7 @@ class Composition:
         if isinstance(self.regions, str):
             named = self._named(prompt)
             return [item for item in self.adapters if not any(item is other for other in named)] + named
-        return [*self.adapters, *everyone_of([(r.adapter, r.weight) for r in self.regions])]
+        return [*self.adapters, *self.placed]
 
     def _named(self, prompt: str) -> list[tuple[Adapter, Weight]]:
         """The adapters whose subject the prompt names."""
@@ -314,7 +303,7 @@ class Composition:
             return 1
         if isinstance(self.regions, str):  # whose masks leave no background
             return max(1, len(self._named(prompt)))
-        return len(self.regions) + bool(masks_of(self.regions).background.max() > EMPTY)
+        return len(self.regions) + bool(with_rest(masks_of(self.regions).full)[-1].max() > EMPTY)
 
     def _trial(self, prompt: str, steps: int, size: int | None) -> tuple[float, int | None]:
         """Seconds for a picture and peak bytes on the GPU, from four steps."""
@@ -334,47 +323,34 @@ class Composition:
 
     # --- regions
 
+    @torch.no_grad()
     def _regional(self, prompt: str, on: Sequence[AttachedAdapter], weights: Sequence[Weight]) -> Regional:
+        places: list[tuple[Adapter, str | None]]
         if isinstance(self.regions, str):
-            subjects = [adapter for adapter, _ in self._named(prompt)]
-            if not subjects:
+            places, masks = [(adapter, None) for adapter, _ in self._named(prompt)], None
+            if not places:
                 names = ", ".join(repr(a.card.token or a.name) for a, _ in self.adapters)
                 raise SettingsError(f"the prompt {prompt!r} names none of {names}; name every subject in it")
-            prompts: list[str | None] = [None] * len(subjects)
-            words = [token_positions(prompt, subject, self.base.tokenizer) for subject in subjects]
-            maps, masks = AttentionMaps(words), None
         else:
-            subjects, prompts = [region.adapter for region in self.regions], [region.prompt for region in self.regions]
-            named = [find_phrase(prompt, subject) is not None for subject in subjects]
-            words = [
-                token_positions(prompt, subject, self.base.tokenizer) if is_named else []
-                for subject, is_named in zip(subjects, named, strict=True)
-            ]
-            maps, masks = None, masks_of(self.regions).to(self.base.device)
+            places = [(region.adapter, region.prompt) for region in self.regions]
+            masks = Masks(masks_of(self.regions).full.to(self.base.device))
+        subjects = [subject for subject, _ in places]
+        words = [token_positions(prompt, subject, self.base.tokenizer) for subject in subjects]
         members = list(range(len(on) - len(subjects), len(on)))
         for i in members:  # a text encoder has no pixels: its part is active only in the region's prompt
-            mute_text(on[i])
+            scale_text(on[i], None)
         texts, background = [], None
-        for i, subject, text in zip(members, subjects, prompts, strict=True):
+        for i, (subject, text) in zip(members, places, strict=True):
             if text is None and self.isolate == "noise":
                 text = without(prompt, [other for other in subjects if other is not subject])
-            texts.append(None if text is None else self._text(text, on[i], weights[i]))
+            scale_text(on[i], weights[i])
+            texts.append(None if text is None else self.base.encode_text([text]))
+            scale_text(on[i], None)
         if self.isolate == "noise":
-            background = self._text(without(prompt, subjects) if self.background is None else self.background)
+            plain = without(prompt, subjects) if self.background is None else self.background
+            background = self.base.encode_text([plain])
+        maps = AttentionMaps(words) if masks is None else None
         return Regional(self.isolate, members, masks, words, texts, background, self.start, self.together, maps)
-
-    @torch.no_grad()
-    def _text(self, prompt: str, adapter: AttachedAdapter | None = None, weight: Weight | None = None) -> TextConditions:
-        """The text encoders' output for the prompt, with one adapter alone or with none."""
-        if adapter is None or weight is None:
-            return self.base.encode_text([prompt])
-        for path in adapter.layers:
-            if not path.startswith("unet."):
-                adapter.scale(path, weight.of(path))
-        try:
-            return self.base.encode_text([prompt])
-        finally:
-            mute_text(adapter)
 
 
 def checked(**settings: Any) -> dict[str, Any]:
@@ -407,22 +383,8 @@ def by_block(adapter: Adapter, weight: Weight) -> Adapter:
     return replace(adapter, modules={m: replace(f, alpha=f.alpha * weight.of(m)) for m, f in adapter.modules.items()})
 
 
-def mute_text(adapter: AttachedAdapter) -> None:
+def scale_text(adapter: AttachedAdapter, weight: Weight | None) -> None:
+    """Set the weight of an adapter's part in the text encoders; None: off."""
     for path in adapter.layers:
         if not path.startswith("unet."):
-            adapter.scale(path, 0.0)
-
-
-def refuse_hidden_adapters(base: BaseModel) -> None:
-    """Raise AdapterBaseMismatch for adapters that no region can confine: fused into the weights, or rescaling them (DoRA)."""
-    for component, model in base.components.items():
-        for name, module in model.named_modules():
-            where = f"{component}.{name} of {base.name}"
-            if getattr(module, "merged_adapters", None):
-                raise AdapterBaseMismatch(
-                    f"an adapter is fused into {where}, so no region can confine it; call unfuse_lora() first"
-                )
-            if any(dict(getattr(module, "use_dora", None) or {}).values()):
-                raise AdapterBaseMismatch(
-                    f"a DoRA adapter is on {where}, which rescales what other adapters change; call unload_lora_weights() first"
-                )
+            adapter.scale(path, 0.0 if weight is None else weight.of(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,17 +11,10 @@ from itertools import combinations
 from ..adapters.adapter import Adapter
 from ..adapters.tools.difference import Difference, difference
 from ..base.base_model import BaseModel
-from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting, shown
+from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting
 from ..injection import placements
-from ..subject.wording import with_article
-from .subjects import find_phrase
+from .subjects import subjects_of
 from .weights import Weight
-
-SYNTAX = (  # of AUTOMATIC1111 and others
-    (re.compile(r"<(?:lora|lyco|hypernet)\w*:[^<>]*>", re.IGNORECASE), "pass the adapter's file with its weight instead"),
-    (re.compile(r"\(+[^()]*:\s*[-+]?[\d.]+\s*\)+|\({2,}[^()]+\){2,}"), "prompts have no weights here: leave the brackets out"),
-    (re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]"), "prompts do not change between steps here: leave the brackets out"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,64 +56,6 @@ class Preflight:
         lines += [f"cannot be attached: {text}" for text in self.refused]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, *([] if self.refused else [f"recommended: {self.recommended}"])])
-
-
-def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
-    """The adapters with a token: a style has none."""
-    return [adapter for adapter, weight in adapters if adapter.card.token and weight.value]
-
-
-def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str) -> list[str]:
-    """Warnings about subjects that will blend, one line each."""
-    subjects = subjects_of(adapters)
-    found = []
-    for a, b in combinations(subjects, 2):
-        if a.card.token == b.card.token:
-            found.append(
-                f"two adapters share the token {a.card.token!r}: the prompt cannot tell them apart; "
-                "pass a region with a prompt for each, or retrain one of them with another token"
-            )
-        elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
-            found.append(
-                f"{a.card.words!r} and {b.card.words!r} are both {with_article(a.card.class_noun)}: they will blend; "
-                f"use regions with {setting('isolate', 'noise')}"
-            )
-    if len(subjects) > 1 and method == "sum":
-        found.append(f"method sum blends {len(subjects)} subjects; use regions, which separate them")
-    return found
-
-
-def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompts: Sequence[str]) -> list[str]:
-    """Warnings about subjects that their prompt leaves out: "a dog" draws any dog."""
-    found = []
-    for (adapter, weight), prompt in zip(adapters, prompts, strict=True):
-        if adapter.card.token and weight.value and prompt and find_phrase(prompt, adapter) is None:
-            found.append(f"the prompt does not name {adapter.card.words!r}; add it, or you get any {adapter.card.class_noun}")
-    return found
-
-
-def other_syntax(prompt: str) -> list[str]:
-    """Warnings about what other programs read as instructions."""
-    return [
-        f"{found.group()!r} is read as plain words; {remedy}"
-        for pattern, remedy in SYNTAX
-        for found in pattern.finditer(prompt)
-    ]
-
-
-def unread(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]], *prompts: str | None) -> list[str]:
-    """Warnings about prompts whose end the text encoders do not read, and the subjects that are lost with it."""
-    found = []
-    for prompt in prompts:
-        if not prompt or not (rest := base.cut_off(prompt)):
-            continue
-        places = [(subject, find_phrase(prompt, subject)) for subject in subjects_of(adapters)]
-        lost = [one.card.words for one, place in places if place is not None and base.cut_off(prompt[: place.end()])]
-        remedy = (
-            f"move {' and '.join(map(repr, lost))} forward, or shorten it" if lost else "shorten it to have all of it drawn"
-        )
-        found.append(f"the base does not read the end of a prompt this long ({shown(rest)!r}); {remedy}")
-    return found
 
 
 def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ...]:

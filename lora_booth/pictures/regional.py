@@ -8,24 +8,27 @@ noise   one row for each region and one for the background: each predicts the fu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..base.base_model import TextConditions
-from ..base.changes import undone
+from ..base.base_model import BaseModel, TextConditions
+from ..base.changes import hooked, undone
+from ..errors import AdapterBaseMismatch, SettingsError, setting
 from ..kernels.attention import split_heads
-from .attention_maps import AttentionMaps
-from .regions import Masks
+from .regions import Masks, blurred
 from .unet_hook import Gate, UNetCall, UNetHook
 
 Isolation = Literal["delta", "noise"]
 EMPTY = 1 / 255  # a background mask nowhere above this needs no row
+MOST_PIXELS = 1024  # of a layer whose attention is read; chosen: finer layers show little of objects and cost much
+COARSE = 16  # latents per pixel of a layer that is always read: as in SDXL's coarsest
+SOFTNESS = 0.06  # of the masks' edges, as a share of the side; chosen
 
 
 @dataclass
@@ -52,12 +55,11 @@ class Regional:
 
     def __call__(self, hook: UNetHook, call: UNetCall) -> Any:
         if call.progress < self.start:
-            hook.open_gates()
+            hook.gates = [None] * len(hook.attached)
             if self.maps is None:
                 return call.run()
             if call.step == 0:
-                self.maps.clear()
-                self.masks = None
+                self.maps.total = self.masks = None
             with self.maps.collecting(hook):
                 return call.run()
         if self.masks is None:
@@ -76,21 +78,13 @@ class Regional:
             branches.append((everywhere, self.background))
         else:
             shares = shares[:-1]
-        calls, device = [call.prompted(text) for _, text in branches], hook.unet.device
-        if self.together:
+        predictions: list[Tensor] = []
+        for part in [branches] if self.together else [[branch] for branch in branches]:
             for index in range(len(hook.attached)):
-                active = torch.tensor([float(index in adapters) for adapters, _ in branches]).repeat_interleave(call.rows)
-                hook.gates[index] = None if active.all() else Gate(rows=active.to(device))
-            answer = call.given(**joined([one.arguments for one in calls], call.rows)).run()
-            predictions = list(torch.split(prediction_of(answer), call.rows))
-        else:
-            predictions = []
-            muted = Gate(rows=torch.zeros(call.rows, device=device))
-            for (adapters, _), one in zip(branches, calls, strict=True):
-                hook.gates = [None if index in adapters else muted for index in range(len(hook.attached))]
-                answer = one.run()
-                predictions.append(prediction_of(answer))
-        hook.open_gates()
+                active = torch.tensor([float(index in adapters) for adapters, _ in part]).repeat_interleave(call.rows)
+                hook.gates[index] = None if active.all() else Gate(rows=active.to(hook.unet.device))
+            answer = call.given(**joined([call.prompted(text).arguments for _, text in part], call.rows)).run()
+            predictions += torch.split(answer[0] if isinstance(answer, tuple) else answer.sample, call.rows)
         mixed = torch.zeros_like(predictions[0])
         for share, prediction in zip(normalized(shares).to(mixed), predictions, strict=True):  # (P or 1, h, w)
             mixed += share.repeat(call.rows // len(share) if len(share) > 1 else 1, 1, 1)[:, None] * prediction
@@ -101,20 +95,16 @@ class Regional:
     def _delta(self, hook: UNetHook, call: UNetCall, masks: Masks) -> Any:
         prompted = [n for n, text in enumerate(self.texts) if text is not None]
         tokens = call.states.shape[1]
-        hook.open_gates()
         for n, member in enumerate(self.members):
             negative, positive = self._word_gates(n, masks, tokens, prompted)
             parts = [negative, positive] if call.guided else [positive]
             words = torch.cat([part if len(part) == call.pictures else part.expand(call.pictures, -1) for part in parts])
             hook.gates[member] = Gate(masks=masks, subject=n, words=words)
-        try:
-            if not prompted:
-                return call.run()
-            states = [call.states, *(call.prompted(self.texts[n]).states for n in prompted)]
-            with attention_by_region(hook, masks, prompted, tokens):
-                return call.given(encoder_hidden_states=torch.cat(states, dim=1)).run()
-        finally:
-            hook.open_gates()
+        if not prompted:
+            return call.run()
+        states = [call.states, *(call.prompted(self.texts[n]).states for n in prompted)]
+        with attention_by_region(hook, masks, prompted, tokens):
+            return call.given(encoder_hidden_states=torch.cat(states, dim=1)).run()
 
     def _word_gates(self, n: int, masks: Masks, tokens: int, prompted: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Gates (P, all tokens) for region n: rows of the negative prompt, and rows of the prompt.
@@ -147,10 +137,6 @@ def with_rest(masks: Tensor) -> Tensor:
 def normalized(shares: Tensor) -> Tensor:
     """The shares, scaled to add up to 1 at every pixel."""
     return shares / shares.sum(0, keepdim=True).clamp(min=1e-6)
-
-
-def prediction_of(answer: Any) -> Tensor:
-    return answer[0] if isinstance(answer, tuple) else answer.sample
 
 
 def joined(calls: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
@@ -206,3 +192,75 @@ class RegionalAttention:
         masks = self.masks.at(*self.hook.size)[list(self.prompted)].flatten(2)  # (prompted, P, pixels)
         shares = normalized(with_rest(masks).roll(1, 0))
         return shares.repeat(1, rows // shares.shape[1], 1)
+
+
+# --- automatic regions ---------------------------------------------------------------------------------------------
+
+
+class AttentionMaps:
+    """Mean attention to each subject's words, over heads, layers and steps.
+
+    words  token positions of each subject in the picture's prompt
+    """
+
+    def __init__(self, words: Sequence[Sequence[int]]) -> None:
+        self.words = words
+        self.total: Tensor | None = None  # (N, P, side, side)
+        self.queries: dict[int, Tensor] = {}
+
+    @contextmanager
+    def collecting(self, hook: UNetHook) -> Iterator[None]:
+        read = [module for name, module in hook.unet.named_modules() if name.endswith(".attn2")]
+        queries = [(module.to_q, self._store_query(module, hook)) for module in read]
+        with hooked([*queries, *((module.to_k, self._add(module, hook)) for module in read)]):
+            yield
+
+    def _store_query(self, attention: nn.Module, hook: UNetHook) -> Callable[..., None]:
+        def store(module: nn.Module, args: Any, output: Tensor) -> None:
+            height, width = hook.current.size
+            if output.shape[1] <= max(MOST_PIXELS, height * width // COARSE):
+                self.queries[id(attention)] = output
+
+        return store
+
+    def _add(self, attention: Any, hook: UNetHook) -> Callable[..., None]:
+        def add(module: nn.Module, args: Any, output: Tensor) -> None:
+            query = self.queries.pop(id(attention), None)
+            if query is None:
+                return
+            call = hook.current
+            q, k = (split_heads(t[call.first :].float(), attention.heads) for t in (query, output))
+            weights = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean(1)  # (P, pixels, tokens)
+            found = torch.stack([weights[..., list(positions)].mean(-1) for positions in self.words])  # (N, P, pixels)
+            maps = found.reshape(*found.shape[:2], *hook.size)
+            maps = maps / maps.mean((2, 3), keepdim=True).clamp(min=1e-8)
+            side = max(call.size)
+            maps = F.interpolate(maps, (side, side), mode="bilinear")
+            self.total = maps if self.total is None else self.total + maps
+
+        return add
+
+    def masks(self) -> Masks:
+        """Give each pixel to the subject whose words it attends to most, with soft edges. Raises SettingsError."""
+        if self.total is None:  # fused projections, or another kind of attention
+            boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
+            raise SettingsError(f"no attention could be read to find regions; pass {boxes}")
+        side = self.total.shape[-1]
+        winner = blurred(self.total, SOFTNESS * side).argmax(0)  # (P, side, side)
+        won = torch.stack([(winner == n).float() for n in range(len(self.total))])
+        return Masks(blurred(won, SOFTNESS * side / 2).clamp(0, 1))
+
+
+def refuse_hidden_adapters(base: BaseModel) -> None:
+    """Raise AdapterBaseMismatch for adapters that no region can confine: fused into the weights, or rescaling them (DoRA)."""
+    for component, model in base.components.items():
+        for name, module in model.named_modules():
+            where = f"{component}.{name} of {base.name}"
+            if getattr(module, "merged_adapters", None):
+                raise AdapterBaseMismatch(
+                    f"an adapter is fused into {where}, so no region can confine it; call unfuse_lora() first"
+                )
+            if any(dict(getattr(module, "use_dora", None) or {}).values()):
+                raise AdapterBaseMismatch(
+                    f"a DoRA adapter is on {where}, which rescales what other adapters change; call unload_lora_weights() first"
+                )

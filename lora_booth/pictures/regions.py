@@ -96,14 +96,6 @@ class Masks:
             self._sizes[height, width] = F.interpolate(self.full, (height, width), mode="area")
         return self._sizes[height, width]
 
-    @property
-    def background(self) -> Tensor:
-        """(P, H, W): what no subject covers."""
-        return (1 - self.full.sum(0)).clamp(0, 1)
-
-    def to(self, device: torch.device) -> Masks:
-        return Masks(self.full.to(device))
-
 
 def masks_of(regions: Sequence[Region]) -> Masks:
     drawn = [np.array(region.mask_image(), dtype=np.float32) / 255 for region in regions]

@@ -6,22 +6,25 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..adapters.adapter import Adapter
-from ..base.base_model import BaseModel, TextConditions
+from ..adapters.adapter import Adapter, weighted
+from ..base.base_model import BaseModel
 from ..base.changes import claimed, undone
 from ..base.generation import quiet
 from ..config import GUIDANCE, STEPS, check
 from ..errors import CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attachable
 from .picture import Picture
-from .preflight import unread
+from .subjects import unread
 from .unet_hook import Gate, UNetCall, UNetHook
 from .weights import Weight
+
+# what `encode_prompt` returns; the last two of SDXL alone
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Serving:
     def __enter__(self) -> Serving:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         with claimed(self.base.shell.unet), undone(*(on.detach for on in self.loaded.values())):
             pass
         self.loaded.clear()
@@ -63,7 +66,7 @@ class Serving:
         """Attach an adapter to the base, with weight 0 until you use it. Raises AdapterBaseMismatch."""
         if name in self.loaded:
             raise SettingsError(f"{name!r} is already loaded; unload it first, or choose another name")
-        [on] = attachable(self.base, [(adapter, 1.0)])
+        [on] = attachable(self.base, weighted([(adapter, 1.0)]))
         on.use(0.0)
         with claimed(self.base.shell.unet):
             self.loaded[name] = on
@@ -95,14 +98,10 @@ class Serving:
         """Draw all requests in one batch, each with its adapters: the same pictures as one by one."""
         if not requests:
             raise SettingsError("no requests; pass one for each picture")
-        for request in requests:
-            for name in request.adapters:
-                self._known(name)
         names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
         before = {name: on.weight for name, on in self.loaded.items()}
-        with claimed(self.base.shell.unet), undone(lambda: self.use(before)):
-            prompts = [self._text(request, request.prompt) for request in requests]
-            negatives = [self._negative(request) for request in requests]
+        with claimed(self.base.shell.unet), undone(lambda: self.use(before)), quiet(self.pipeline):
+            texts = [self._encoded(request) for request in requests]
             self.use(dict.fromkeys(names, 1.0))
             rows = {n: torch.tensor([float(r.adapters.get(n, 0.0)) for r in requests]) for n in names}
 
@@ -111,9 +110,9 @@ class Serving:
                 return call.run()
 
             hook = UNetHook(self.pipeline, [self.loaded[n] for n in names], [Weight()] * len(names))
-            with hook.hooked(answer), quiet(self.pipeline):
+            with hook.hooked(answer):
                 images = self.pipeline(
-                    **text_arguments(prompts, negatives),
+                    **{name: torch.cat([text[name] for text in texts]) for name in texts[0]},
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     height=size,
@@ -125,27 +124,16 @@ class Serving:
             for image, r in zip(images, requests, strict=True)
         ]
 
-    def _text(self, request: Request, prompt: str) -> TextConditions:
-        for warning in unread(self.base, [], prompt):
+    def _encoded(self, request: Request) -> dict[str, Tensor]:
+        """The pipeline's arguments in place of the request's prompts."""
+        for warning in unread(self.base, [], request.prompt, request.negative_prompt):
             warnings.warn(warning, CompositionWarning, stacklevel=3)
         self.use(request.adapters)  # a text encoder may have an adapter too
-        return self.base.encode_text([prompt])
-
-    def _negative(self, request: Request) -> TextConditions:
-        text = self._text(request, request.negative_prompt or "")
-        if request.negative_prompt is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL
-            assert text.pooled is not None
-            return TextConditions(torch.zeros_like(text.states), torch.zeros_like(text.pooled))
-        return text
-
-
-def text_arguments(prompts: Sequence[TextConditions], negatives: Sequence[TextConditions]) -> dict[str, Any]:
-    """The pipeline's arguments in place of prompts."""
-    given = {
-        "prompt_embeds": torch.cat([text.states for text in prompts]),
-        "negative_prompt_embeds": torch.cat([text.states for text in negatives]),
-    }
-    if prompts[0].pooled is not None:
-        given["pooled_prompt_embeds"] = torch.cat([text.pooled for text in prompts if text.pooled is not None])
-        given["negative_pooled_prompt_embeds"] = torch.cat([text.pooled for text in negatives if text.pooled is not None])
-    return given
+        encoded = self.pipeline.encode_prompt(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            device=self.base.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+        )
+        return dict(zip(EMBEDS, encoded, strict=False))

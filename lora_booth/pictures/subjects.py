@@ -1,14 +1,23 @@
-"""Find the subjects of adapters in a prompt, and remove them from it."""
+"""The subjects of adapters in a prompt: find them, remove them, and tell what is probably not meant."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import combinations
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..errors import SettingsError
-from ..subject.wording import subject_pattern, without_subject
+from ..base.base_model import BaseModel
+from ..errors import SettingsError, setting, shown
+from ..subject.wording import subject_pattern, with_article, without_subject
+from .weights import Weight
+
+SYNTAX = (  # of AUTOMATIC1111 and others
+    (re.compile(r"<(?:lora|lyco|hypernet)\w*:[^<>]*>", re.IGNORECASE), "pass the adapter's file with its weight instead"),
+    (re.compile(r"\(+[^()]*:\s*[-+]?[\d.]+\s*\)+|\({2,}[^()]+\){2,}"), "prompts have no weights here: leave the brackets out"),
+    (re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]"), "prompts do not change between steps here: leave the brackets out"),
+)
 
 
 def find_phrase(prompt: str, adapter: Adapter) -> re.Match[str] | None:
@@ -27,14 +36,10 @@ def without(prompt: str, others: Collection[Adapter]) -> str:
 
 
 def token_positions(prompt: str, adapter: Adapter, tokenizer: Any) -> list[int]:
-    """Positions of the subject's phrase in the tokenized prompt. Raises SettingsError when the prompt does not name it."""
+    """Positions of the subject's phrase in the tokenized prompt; none if the prompt does not name it. Raises SettingsError."""
     found = find_phrase(prompt, adapter)
     if found is None:
-        card = adapter.card
-        cause = (
-            f"the prompt {prompt!r} does not name {card.words!r}" if card.token else f"{adapter.name} has no token on its card"
-        )
-        raise SettingsError(f"{cause}; name every subject in the prompt, or pass a region with a box and a prompt")
+        return []
     ids = tokenizer(prompt, truncation=True).input_ids
     wanted = tokenizer(found.group(), add_special_tokens=False).input_ids
     for first in range(len(ids) - len(wanted) + 1):
@@ -43,3 +48,64 @@ def token_positions(prompt: str, adapter: Adapter, tokenizer: Any) -> list[int]:
     raise SettingsError(
         f"{found.group()!r} is beyond the {len(ids)} tokens that this base reads of a prompt; shorten the prompt"
     )
+
+
+# --- remarks: one line each ----------------------------------------------------------------------------------------
+
+
+def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
+    """The adapters with a token: a style has none."""
+    return [adapter for adapter, weight in adapters if adapter.card.token and weight.value]
+
+
+def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str) -> list[str]:
+    """Warnings about subjects that will blend, one line each."""
+    subjects = subjects_of(adapters)
+    found = []
+    for a, b in combinations(subjects, 2):
+        if a.card.token == b.card.token:
+            found.append(
+                f"two adapters share the token {a.card.token!r}: the prompt cannot tell them apart; "
+                "pass a region with a prompt for each, or retrain one of them with another token"
+            )
+        elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
+            found.append(
+                f"{a.card.words!r} and {b.card.words!r} are both {with_article(a.card.class_noun)}: they will blend; "
+                f"use regions with {setting('isolate', 'noise')}"
+            )
+    if len(subjects) > 1 and method == "sum":
+        found.append(f"method sum blends {len(subjects)} subjects; use regions, which separate them")
+    return found
+
+
+def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompts: Sequence[str]) -> list[str]:
+    """Warnings about subjects that their prompt leaves out: "a dog" draws any dog."""
+    found = []
+    for (adapter, weight), prompt in zip(adapters, prompts, strict=True):
+        if adapter.card.token and weight.value and prompt and find_phrase(prompt, adapter) is None:
+            found.append(f"the prompt does not name {adapter.card.words!r}; add it, or you get any {adapter.card.class_noun}")
+    return found
+
+
+def other_syntax(prompt: str) -> list[str]:
+    """Warnings about what other programs read as instructions."""
+    return [
+        f"{found.group()!r} is read as plain words; {remedy}"
+        for pattern, remedy in SYNTAX
+        for found in pattern.finditer(prompt)
+    ]
+
+
+def unread(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]], *prompts: str | None) -> list[str]:
+    """Warnings about prompts whose end the text encoders do not read, and the subjects that are lost with it."""
+    found = []
+    for prompt in prompts:
+        if not prompt or not (rest := base.cut_off(prompt)):
+            continue
+        places = [(subject, find_phrase(prompt, subject)) for subject in subjects_of(adapters)]
+        lost = [one.card.words for one, place in places if place is not None and base.cut_off(prompt[: place.end()])]
+        remedy = (
+            f"move {' and '.join(map(repr, lost))} forward, or shorten it" if lost else "shorten it to have all of it drawn"
+        )
+        found.append(f"the base does not read the end of a prompt this long ({shown(rest)!r}); {remedy}")
+    return found

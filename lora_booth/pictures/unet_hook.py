@@ -107,15 +107,10 @@ class UNetHook:
 
         self.pipeline, self.unet = pipeline, pipeline.unet
         self.attached, self.weights = attached, weights
-        self.gates: list[Gate | None] = []
-        self.open_gates()
+        self.gates: list[Gate | None] = [None] * len(attached)
         self._names = list(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]  # after self
         self._timesteps: list[float] = []  # of this denoising so far
         self._total = 1  # timesteps of this denoising
-
-    def open_gates(self) -> None:
-        """Make all adapters active everywhere."""
-        self.gates = [None] * len(self.attached)
 
     # --- on and off
 
