@@ -26,9 +26,8 @@ from lora_booth.errors import SettingsError
 from lora_booth.pictures.album import RECORD, Album, first_free
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.gallery import Gallery
-from lora_booth.pictures.picture import Picture
+from lora_booth.pictures.picture import Picture, command_of, python_of
 from lora_booth.pictures.regions import Region
-from lora_booth.pictures.reproduction import command_of, python_of
 from lora_booth.pictures.weights import Weight
 
 NASTY = """<script>alert(1)</script> & "quotes" 'single' </figure>"""

@@ -22,7 +22,7 @@ from ..base.generation import generate_images, quiet
 from ..config import GUIDANCE, STEPS, check, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
-from .picture import Making, Picture, Place, default_start
+from .picture import AUTO_START, Making, Picture
 from .preflight import Preflight, misfits, overlaps_of, recommendation, ways_to_place
 from .regional import EMPTY, AttentionMaps, Isolation, Regional, refuse_hidden_adapters, with_rest
 from .regions import Masks, Region, masks_of
@@ -92,7 +92,8 @@ class Composition:
         self.regions, self.isolate = regions, typed("isolate", isolate, Isolation)
         self.placed = () if isinstance(regions, str) else everyone_of([(r.adapter, r.weight) for r in regions])
         self.background, self.together = typed("background", background, str | None), typed("together", together, bool)
-        self.start = default_start(auto=regions == "auto") if start is None else typed("start", start, float)
+        default = AUTO_START if regions == "auto" else 0.0
+        self.start = default if start is None else typed("start", start, float)
         check(0 <= self.start < 1, f"start {self.start:g}", "0 to 1, a share of the denoising steps")
         if self.method != "regions" and (start or background is not None):
             raise SettingsError("start and background are settings of regions; pass regions, or leave them out")
@@ -156,21 +157,16 @@ class Composition:
                 f"a picture came out black: numbers beyond {str(self.base.dtype).removeprefix('torch.')}; lower the guidance "
                 f"or the weights, or load the base with {setting('dtype', 'float32')}"
             )
+        settings, regions = self.settings(prompt), [] if isinstance(self.regions, str) else self.regions
+        extras = ["a mask"] * any(region.box is None for region in regions)
+        extras += ["weights by block or step"] * any(weight.blocks or weight.timed for _, weight in everyone)
+        files = tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone)
+        making = Making(files, recipe_only=" and ".join(extras) or None, **settings)
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
-        making = self._making(prompt, everyone)
         return [
             Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making)
             for image, seed in zip(images, asked["seeds"], strict=True)
         ]
-
-    def _making(self, prompt: str, everyone: Sequence[tuple[Adapter, Weight]]) -> Making:
-        settings = self.settings(prompt)
-        regions = settings.pop("regions")
-        places = () if regions == "auto" else tuple(Place(r.box, r.prompt, r.feather) for r in regions)
-        extras = ["a mask"] if any(place.box is None for place in places) else []
-        extras += ["weights by block or step"] if any(weight.blocks or weight.timed for _, weight in everyone) else []
-        files = tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone)
-        return Making(files, auto=regions == "auto", places=places, recipe_only=" and ".join(extras) or None, **settings)
 
     @contextmanager
     def attached(self, prompt: str = "", pipeline: Any = None) -> Iterator[Any]:

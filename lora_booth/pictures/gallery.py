@@ -13,8 +13,7 @@ from ..config import typed
 from ..errors import SettingsError
 from ..files import page, write_file
 from ..photos.sheet import contact_sheet
-from .picture import Picture
-from .reproduction import command_of, number, python_of
+from .picture import Picture, command_of, number, python_of
 
 PAGE = (".html", ".htm")
 # chosen
