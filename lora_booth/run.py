@@ -21,6 +21,7 @@ from .planning.budget import is_ample
 from .planning.planning import levels_that_fit
 from .subject.subject import Subject
 from .subject.tokens import check_token
+from .training.checkpoint import REPORT
 from .training.distributed import joined
 from .training.encoding import prepare, subjects_of
 from .training.job import Job
@@ -182,9 +183,12 @@ def token_notes(base: BaseModel, subjects: Sequence[Subject]) -> Iterator[str]:
 def leave_report(folder: NoFolder) -> None:
     """A page on what this process did in the folder, however it ended."""
     if isinstance(folder, RunFolder) and folder.record.content:
-        from .report.report import try_report
+        from .report.report import write_report
 
-        try_report(folder.path, folder.say)
+        try:
+            write_report(folder.path)
+        except Exception as error:  # which must not break the end of a run
+            folder.say(f"no {REPORT} ({type(error).__name__})")
 
 
 # --- stopping before the end: Ctrl-C and similar signals, and a time limit ------------------------------------------

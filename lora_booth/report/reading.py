@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..adapters.adapter import Adapter
-from ..errors import AdapterError, SettingsError, setting, shown
+from ..errors import SettingsError, setting, shown
 from ..files import json_lines, number, read_json
-from ..training.checkpoint import ADAPTER, CROPS, METRICS, RECORD, SAMPLES, SCORES, number_of, read_record
+from ..training.checkpoint import CROPS, METRICS, RECORD, SAMPLES, SCORES, read_record, saved_adapters
 from ..training.samples import SAMPLE_LIST
 
 # chosen, not measured: thresholds of the advice
@@ -35,52 +33,30 @@ class Sample(NamedTuple):
     file: Path
 
 
+class Event(NamedTuple):
+    at: str  # UTC
+    step: int
+    what: str
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, as read."""
+    """A run's folder, as read; what is missing or damaged is empty."""
 
     path: Path
     record: Mapping[str, Any]
-    updates: tuple[Update, ...]
-    samples: tuple[Sample, ...]  # by step
-    crops: tuple[Path, ...]
-    scores: Mapping[str, Any] = field(default_factory=dict)  # empty where they are of another run
-    adapter_file: Path | None = None
-
-    @cached_property
-    def adapter(self) -> Adapter | None:
-        try:
-            return None if self.adapter_file is None else Adapter.load(self.adapter_file)
-        except (AdapterError, OSError):
-            return None
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return part(self.record, "facts", "config")
-
-    @property
-    def subjects(self) -> list[dict[str, Any]]:
-        return dicts(part(self.record, "facts").get("subjects"))
-
-    @property
-    def photos(self) -> int:
-        return sum(len(dicts(one.get("photos"))) for one in self.subjects)
-
-    @property
-    def step(self) -> int:
-        return integer(self.record.get("step"))
-
-    @property
-    def total(self) -> int:
-        return integer(self.record.get("steps"))
-
-    @property
-    def finished(self) -> bool:
-        return self.record.get("status") == "finished"
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return dicts(self.record.get("events"))
+    finished: bool
+    step: int
+    total: int
+    config: Mapping[str, Any]
+    subjects: Sequence[Mapping[str, Any]]
+    photos: int
+    events: Sequence[Event]
+    updates: Sequence[Update]
+    samples: Sequence[Sample]  # by step
+    crops: Sequence[Path]
+    scores: Mapping[str, Any]  # empty where they are of another run
+    adapters: Mapping[int, Path]  # by step
 
 
 def read_run(path: Path) -> Run:
@@ -88,15 +64,29 @@ def read_run(path: Path) -> Run:
     record = read_record(path)
     if not record:
         raise SettingsError(f"{shown(path)}: no readable {RECORD}; pass the folder of a run, e.g. runs/rex")
+    subjects = dicts(part(record, "facts").get("subjects"))
     return Run(
-        path,
-        record,
-        tuple(updates(path / METRICS)),
-        tuple(sorted(samples(path / SAMPLES), key=lambda sample: sample.step)),
-        tuple(sorted((path / CROPS).glob("*.webp"))),
-        scores_of(path / SCORES, record.get("identity")),
-        adapter_in(path, record),
+        path=path,
+        record=record,
+        finished=record.get("status") == "finished",
+        step=integer(record.get("step")),
+        total=integer(record.get("steps")),
+        config=part(record, "facts", "config"),
+        subjects=subjects,
+        photos=sum(len(dicts(one.get("photos"))) for one in subjects),
+        events=list(events(record)),
+        updates=list(updates(path / METRICS)),
+        samples=sorted(samples(path / SAMPLES), key=lambda sample: sample.step),
+        crops=sorted((path / CROPS).glob("*.webp")),
+        scores=scores_of(path / SCORES, record.get("identity")),
+        adapters=saved_adapters(path),
     )
+
+
+def events(record: Mapping[str, Any]) -> Iterator[Event]:
+    for one in dicts(record.get("events")):
+        at = str(one.get("at", "")).replace("T", " ").removesuffix("+00:00")
+        yield Event(at, integer(one.get("step")), str(one.get("what", "")))
 
 
 def updates(path: Path) -> Iterator[Update]:
@@ -121,13 +111,6 @@ def scores_of(path: Path, identity: Any) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and found.get("identity") == identity else {}
-
-
-def adapter_in(path: Path, record: Mapping[str, Any]) -> Path | None:
-    """The finished adapter, or that of the newest checkpoint."""
-    if record.get("status") == "finished" and (path / ADAPTER).is_file():
-        return path / ADAPTER
-    return max(path.glob(f"checkpoints/[0-9]*/{ADAPTER}"), key=lambda file: number_of(file.parent), default=None)
 
 
 def part(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -179,8 +162,7 @@ def advice(run: Run) -> Iterator[Advice]:
     elif run.total:
         words = f"{run.step} of {run.total} steps so far ({run.record.get('status', 'running')})."
         yield Advice("warning", f"{words} Run the same call or command again to continue.")
-    texts = [str(event.get("what", "")) for event in run.events]
-    found = {next((words for words in OF_EVENTS if words in text), "") for text in texts}
+    found = {next((words for words in OF_EVENTS if words in event.what), "") for event in run.events}
     yield from (one for words, one in OF_EVENTS.items() if words in found)
     scores = run.scores.get("advice")
     for text in scores if isinstance(scores, list) else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from html import escape
 from itertools import pairwise
@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
@@ -18,10 +19,10 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import file_stem, one_line, quoted, ways
 from ..base.ai_mark import LOSSLESS, data_url
 from ..config import LoraSpec, TrainingConfig
-from ..errors import PhotoError, SettingsError, shown
+from ..errors import AdapterError, PhotoError, SettingsError, shown
 from ..files import Owned, number, page
 from ..photos.opening import read_picture
-from ..training.checkpoint import REPORT, saved_adapters
+from ..training.checkpoint import REPORT
 from ..training.progress import clock
 from .reading import Run, Sample, advice, counted, dicts, integer, part, read_run
 
@@ -54,37 +55,34 @@ def write_report(run: str | Path, *, photos: bool = True) -> Path:
     return path
 
 
-def try_report(run: Path, say: Callable[[str], None]) -> None:
-    """`write_report` for the end of a training, which a failure must not break: `say` gets a line about it."""
-    try:
-        write_report(run)
-    except Exception as error:
-        say(f"no {REPORT} ({type(error).__name__})")
-
-
 def html(run: Run, *, photos: bool = True) -> str:
     """One self-contained page; all text is escaped."""
-    adapter = run.adapter
-    card = {} if adapter is None else {k: v for k, v in asdict(adapter.card).items() if v is not None}
+    adapter = last_adapter(run)
+    card = {} if adapter is None else {name: fact for name, fact in asdict(adapter.card).items() if fact is not None}
     return page(
         __package__,
+        run=run,
         title=title_of(run),
         summary=summary(run),
-        advice=list(advice(run)),
+        advice=advice(run),
         strips=strips(run),
-        choices=choices(run),
-        ways=[] if adapter is None or run.adapter_file is None else list(uses(adapter, run.adapter_file, run.path)),
+        choices=list(choices(run)),
+        ways=[] if adapter is None else list(uses(adapter, run)),
         charts={"loss": loss_chart(run), "rate": rate_chart(run), "fidelity": fidelity_chart(run)},
         scores=scores_table(run),
         crops=[picture(run, path, f"photo {i}", generated=False) for i, path in enumerate(run.crops if photos else (), 1)],
-        mirrored=bool(run.config.get("flip")),
-        resolution=run.config.get("resolution"),
-        events=[event_words(event) for event in run.events],
         timings=timings(run),
         settings=settings(run),
-        versions=[(str(k).replace("_", " "), str(v)) for k, v in part(run.record, "surroundings").items()],
-        card=[(k.replace("_", " "), str(v)) for k, v in card.items()],
+        versions=part(run.record, "surroundings"),
+        card=card,
     )
+
+
+def last_adapter(run: Run) -> Adapter | None:
+    try:
+        return Adapter.load(list(run.adapters.values())[-1]) if run.adapters else None
+    except (AdapterError, OSError):
+        return None
 
 
 # --- the head
@@ -123,17 +121,17 @@ def strips(run: Run) -> list[tuple[str, int, list[dict[str, Any]]]]:
     ]
 
 
-def choices(run: Run) -> list[dict[str, Any]]:
+def choices(run: Run) -> Iterator[dict[str, Any]]:
     """The adapters that the run has saved, one for each step, and their scores if they have some."""
     rows = {integer(row.get("step")): row for row in dicts(run.scores.get("adapters"))}
-    found = []
-    for step, file in spread(list(saved_adapters(run.path).items())):
+    for step, file in spread(list(run.adapters.items())):
         row = rows.get(step, {})
         best = bool(row) and row.get("name") == run.scores.get("best")
-        found.append(
-            {"step": step, "file": file.relative_to(run.path).as_posix(), "best": best, "overall": number(row.get("overall"))}
-        )
-    return found
+        yield {"step": step, "file": name_of(run, file), "best": best, "overall": number(row.get("overall"))}
+
+
+def name_of(run: Run, file: Path) -> str:
+    return file.relative_to(run.path).as_posix()
 
 
 def spread(row: Sequence[T], most: int = MOST_COLUMNS) -> list[T]:
@@ -160,10 +158,12 @@ def picture(run: Run, path: Path, text: str, *, generated: bool = True) -> dict[
 
 def loss_chart(run: Run, *, style: str = "") -> Markup | None:
     points = [(float(u.step), u.loss) for u in run.updates if u.loss is not None]
+    if not points:
+        return None
     mean = smoothed(points)
-    label = f"Loss by step; its mean went from {mean[0][1]:.3g} to {mean[-1][1]:.3g}" if mean else ""
-    top = max(usual_top([y for _, y in points]), max((y for _, y in mean), default=0.0))
-    marks = [(number(e.get("step")) or 0.0, str(e.get("what"))) for e in run.events]
+    label = f"Loss by step; its mean went from {mean[0][1]:.3g} to {mean[-1][1]:.3g}"
+    top = max(float(np.quantile([y for _, y in points], HIGHEST)), *(y for _, y in mean))
+    marks = [(event.step, event.what) for event in run.events]
     return chart(label, [("raw", points), ("mean", mean)], top=top, marks=marks, last=run.total, style=style)
 
 
@@ -213,14 +213,14 @@ def chart(
     top: float | None = None,
     dots: bool = False,
     marks: Sequence[tuple[float, str]] = (),
-    last: float | None = None,
+    last: float = 0.0,
     style: str = "",
 ) -> Markup | None:
     """A line chart as an SVG element, with all text escaped; None if there are no points.
 
     label      a description for screen readers
     lines      CSS class and points, by x
-    top, last  ends of the axes; None: those of the points
+    top, last  ends of the axes; the x axis also holds all points, and so does the other without `top`
     dots       a dot at each point, with its values on hover
     marks      x and text of vertical lines
     style      CSS for svg.lb, for use outside the report; "": the page has the style
@@ -228,9 +228,9 @@ def chart(
     everything = [point for _, points in lines for point in points]
     if not everything:
         return None
-    last_x = max(1.0, last or 0.0, *(x for x, _ in everything))
+    last_x = max(1.0, last, *(x for x, _ in everything))
     highest = top if top is not None else max(y for _, y in everything)
-    y_ticks = ticks(0.0, highest or 1.0, max(1, height // 60))
+    y_ticks = ticks(highest or 1.0, max(1, height // 60))
     highest = max(highest, y_ticks[-1])
     right, floor = WIDTH - RIGHT, height - BOTTOM
 
@@ -240,10 +240,10 @@ def chart(
     def up(y: float) -> str:
         return f"{floor - min(max(y, 0.0), highest) / highest * (floor - TOP):.1f}"
 
-    x_ticks = [x for x in ticks(0.0, last_x, 6) if x <= last_x and x.is_integer()]
-    title = f'aria-label="{escape(label)}"'
+    x_ticks = [x for x in ticks(last_x, 6) if x <= last_x and x.is_integer()]
     alone = f'xmlns="http://www.w3.org/2000/svg" class="lb" width="{WIDTH}" height="{height}" ' if style else ""
-    parts = [f'<svg {alone}viewBox="0 0 {WIDTH} {height}" role="img" {title}>', f"<style>{style}</style>" if style else ""]
+    parts = [f'<svg {alone}viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">']
+    parts.append(f"<style>{style}</style>" if style else "")
     for y in y_ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {up(y)}H{right}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{up(y)}" dy=".32em" text-anchor="end">{short(y)}</text>')
@@ -263,13 +263,12 @@ def chart(
     return Markup("".join([*parts, "</svg>"]))
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers over low..high, about `count` of them; the last is at or above `high`."""
-    raw = max((high - low) / count, 1e-12)
+def ticks(high: float, count: int) -> list[float]:
+    """Round numbers from 0, about `count` of them; the last is at or above `high`."""
+    raw = max(high / count, 1e-12)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
-    first = math.floor(low / step + 1e-9)
-    return [round((first + i) * step, 12) for i in range(math.ceil(high / step - 1e-9) - first + 1)]
+    return [round(i * step, 12) for i in range(math.ceil(high / step - 1e-9) + 1)]
 
 
 def short(value: float) -> str:
@@ -297,12 +296,6 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return means
 
 
-def usual_top(values: Sequence[float]) -> float:
-    """An upper end for the axis of noisy values."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(HIGHEST * len(ordered)))] if ordered else 1.0
-
-
 # --- facts
 
 
@@ -325,30 +318,24 @@ def text_of(value: Any) -> str:
         return "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return f"{value:.4g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+    return short(value) if isinstance(value, float) else str(value)
 
 
-def timings(run: Run) -> list[tuple[str, str]]:
+def timings(run: Run) -> dict[str, str]:
     took = {name: number(value) for name, value in part(run.record, "seconds").items()}
-    found = [(TIMES.get(name, name), clock(value)) for name in {**TIMES, **took} if (value := took.get(name)) is not None]
-    each = [b.seconds - a.seconds for a, b in pairwise(run.updates)]
-    if each:
-        found.append(("a step, median", f"{median(each):.2f} s"))
+    found = {TIMES.get(name, name): clock(value) for name in {**TIMES, **took} if (value := took.get(name)) is not None}
+    if each := [b.seconds - a.seconds for a, b in pairwise(run.updates)]:
+        found["a step, median"] = f"{median(each):.2f} s"
     peaks = part(run.record, "peak_memory")
-    return found + [(text, f"{peaks[name] / 2**30:.1f} GiB") for name, text in MEMORY.items() if number(peaks.get(name))]
-
-
-def event_words(event: dict[str, Any]) -> tuple[str, str, str]:
-    at = str(event.get("at", "")).replace("T", " ").removesuffix("+00:00")
-    return at, f"step {integer(event.get('step'))}", str(event.get("what", ""))
+    return found | {text: f"{peaks[name] / 2**30:.1f} GiB" for name, text in MEMORY.items() if number(peaks.get(name))}
 
 
 # --- how to use the file
 
 
-def uses(adapter: Adapter, file: Path, run: Path) -> Iterator[tuple[str, str, str]]:
+def uses(adapter: Adapter, run: Run) -> Iterator[tuple[str, str, str]]:
     """Program, sentence and code, for each program. The page has the name of the run's folder, but not its path."""
-    folder, name = one_line(run.resolve().name), file.relative_to(run).as_posix()
+    folder, name = one_line(run.path.resolve().name), name_of(run, list(run.adapters.values())[-1])
     here = f"From the folder above {folder}"
     for program, sentence, code in ways(adapter, name, folder, new_name=f"{file_stem(adapter.name)}.safetensors"):
         yield program, sentence or here, code
