@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ..base.families import labels
-from ..base.safetensors_header import brief
+from ..base.weight_files import brief
 from ..errors import AdapterBaseMismatch, AdapterError, AdapterTargetError
 
 EMBEDDING, CHECKPOINT = "a textual inversion embedding, not LoRA", "a whole checkpoint, not an adapter"

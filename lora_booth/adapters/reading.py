@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import files
 from ..base.families import labels
-from ..base.safetensors_header import DTYPES, FACTOR_DTYPES, Header, parse_json, read_header
+from ..base.weight_files import DTYPES, FACTOR_DTYPES, Header, parse_json, read_header
 from ..errors import (
     AdapterBaseMismatch,
     AdapterDtypeError,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..base.families import FAMILIES
-from ..base.safetensors_header import DTYPES as HEADER_DTYPES
-from ..base.safetensors_header import FACTOR_DTYPES
+from ..base.weight_files import DTYPES as HEADER_DTYPES
+from ..base.weight_files import FACTOR_DTYPES
 from ..cache import bytes_of
 from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite, AdapterScaleError
 from ..files import replacing

@@ -36,25 +36,21 @@ def save_picture(image: Image.Image, path: Path, *, generated: bool = True) -> P
     return path
 
 
-def picture_bytes(image: Image.Image, kind: str = "PNG", *, generated: bool = True) -> bytes:
-    """What `save_picture` writes."""
-    options: dict[str, Any] = {"quality": 95} | ({"xmp": AI_MARK.encode()} if generated else {})
-    if kind == "PNG" and generated:
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("XML:com.adobe.xmp", AI_MARK)
-        options = {"pnginfo": info}
-    return _encoded(image, kind, options)
+def picture_bytes(image: Image.Image, kind: str = "PNG", *, generated: bool = True, **options: Any) -> bytes:
+    """What `save_picture` writes. options: Pillow's"""
+    if generated and kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", AI_MARK)
+    elif generated:
+        options["xmp"] = AI_MARK.encode()
+    clean = image.copy()
+    clean.info = {}  # Pillow would write comments and colour profiles from it
+    content = io.BytesIO()  # Pillow does not notice when a full disk truncates a JPEG
+    clean.save(content, kind, **{"quality": 95, **options})
+    return content.getvalue()
 
 
 def data_url(image: Image.Image, quality: int, *, generated: bool = True) -> str:
     """A picture as WebP for a page. generated: with the mark; without it for photos"""
-    options = {"quality": quality, "lossless": image.width <= LOSSLESS} | ({"xmp": AI_MARK.encode()} if generated else {})
-    return "data:image/webp;base64," + base64.b64encode(_encoded(image, "WEBP", options)).decode()
-
-
-def _encoded(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
-    clean = image.copy()
-    clean.info = {}  # Pillow would write comments and colour profiles from it
-    content = io.BytesIO()  # Pillow does not notice when a full disk truncates a JPEG
-    clean.save(content, kind, **options)
-    return content.getvalue()
+    content = picture_bytes(image, "WEBP", generated=generated, quality=quality, lossless=image.width <= LOSSLESS)
+    return "data:image/webp;base64," + base64.b64encode(content).decode()

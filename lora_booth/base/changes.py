@@ -64,14 +64,10 @@ def claimed(unet: nn.Module, *, training: bool = False) -> Iterator[None]:
     with undone(release):
         claims.append(mine)
         while not mine.granted:
-            now = list(claims)
-            granted = [claim for claim in now if claim.granted]
+            granted = [claim for claim in list(claims) if claim.granted]
             if any(claim.training and claim.thread != mine.thread for claim in granted):
                 raise SettingsError("another thread is training on this base; wait until it is done, or load a second base")
-            if granted:
-                mine.granted = granted[0].thread == mine.thread
-            else:
-                mine.granted = now[0] is mine
+            mine.granted = granted[0].thread == mine.thread if granted else claims[0] is mine
             if not mine.granted:
                 if time.monotonic() > warn_at:
                     warnings.warn(

