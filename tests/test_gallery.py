@@ -23,9 +23,8 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.errors import SettingsError
-from lora_booth.pictures.album import RECORD, Album, first_free
 from lora_booth.pictures.composition import Composition
-from lora_booth.pictures.gallery import Gallery
+from lora_booth.pictures.gallery import RECORD, Album, Gallery, first_free
 from lora_booth.pictures.picture import Picture, command_of, python_of
 from lora_booth.pictures.regions import Region
 from lora_booth.pictures.weights import Weight

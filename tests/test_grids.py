@@ -16,8 +16,8 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.errors import CompositionWarning, SettingsError
-from lora_booth.pictures.album import RECORD
 from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.gallery import RECORD
 from lora_booth.pictures.grids import Grid, before_after, grid, grid_steps
 from lora_booth.pictures.picture import Picture
 

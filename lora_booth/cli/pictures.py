@@ -37,7 +37,7 @@ def generate(
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
     from ..base.ai_mark import save_picture
-    from ..pictures.album import Album
+    from ..pictures.gallery import Album
     from ..pictures.grids import batches
     from ..pictures.recipe import Recipe
     from ..pictures.regions import preview as drawn
@@ -107,7 +107,7 @@ def replay(
 ) -> None:
     """Draw the pictures of a recipe again."""
     from ..adapters.adapter import Adapter
-    from ..pictures.album import Album
+    from ..pictures.gallery import Album
     from ..pictures.recipe import Recipe
 
     written = Recipe.load(recipe)
@@ -134,8 +134,7 @@ def grid(
     method: Method = None,
 ) -> None:
     """Draw the same prompts and seeds at several weights, on one labelled sheet."""
-    from ..pictures.album import first_free
-    from ..pictures.gallery import check_output
+    from ..pictures.gallery import check_output, first_free
     from ..pictures.grids import WEIGHTS, before_after_of, grid_steps
 
     if before_after and weights is not None:
