@@ -567,7 +567,7 @@ def places() -> list[Hostile]:
         Hostile("a folder of pickles", unsafe, pickles_alone),
         Hostile("a folder of two files with other names", E.AdapterError, other_names, "name the adapter's file"),
         Hostile("an empty folder", E.AdapterError, lambda folder: folder),
-        Hostile("a directory in the file's place", form, directory),
+        Hostile("a directory in the file's place", E.AdapterError, directory),
         Hostile("larger than 1 GiB", E.AdapterTooLarge, sparse),
         Hostile("not there", E.AdapterError, lambda folder: folder / "missing.safetensors", "check the name"),
         Hostile("a name with a zero byte", E.AdapterError, lambda folder: folder / "a\0b.safetensors"),
@@ -583,10 +583,10 @@ def places() -> list[Hostile]:
     ]
     if sys.platform != "win32":
         found += [
-            Hostile("a named pipe", form, fifo, "regular"),
-            Hostile("a link to a named pipe", form, linked_fifo, "regular"),
-            Hostile("a device", form, lambda _: Path("/dev/zero"), "regular"),
-            Hostile("a terminal", form, lambda _: Path("/dev/tty")),
+            Hostile("a named pipe", E.AdapterError, fifo, "regular"),
+            Hostile("a link to a named pipe", E.AdapterError, linked_fifo, "regular"),
+            Hostile("a device", E.AdapterError, lambda _: Path("/dev/zero"), "regular"),
+            Hostile("a terminal", E.AdapterError, lambda _: Path("/dev/tty")),
             Hostile("a link to itself", E.AdapterError, loop),
             Hostile("a link to itself in a folder", E.AdapterError, loop_inside),
             Hostile("a link out of the folder", E.UnsafePath, leads_out),

@@ -470,7 +470,7 @@ def test_what_cannot_be_baked(bases, rex, tmp_path):
     base = bases["sd1"]
     with pytest.raises(AdapterBaseMismatch):
         lb.bake(bases["sdxl"], [(rex, 1.0)], tmp_path / "a.safetensors")
-    with pytest.raises(SettingsError, match="allowed: fp16"):
+    with pytest.raises(SettingsError, match="dtype 'int8'; needed: 'fp16'"):
         lb.bake(base, [(rex, 1.0)], tmp_path / "a.safetensors", dtype="int8")
     with pytest.raises(SettingsError, match="pickle"):
         lb.bake(base, [(rex, 1.0)], tmp_path / "a.ckpt")

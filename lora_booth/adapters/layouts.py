@@ -57,25 +57,29 @@ PREFIXES = {  # how the name of a module begins; longest first where one begins 
     "text_encoders.clip_h.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
-LYCORIS = frozenset(
-    (
-        *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    )
+TUCKER, LOHA, LOKR = "LoRA with a middle factor", "LoHa", "LoKr"
+_HADA = frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
+_W1 = (frozenset(("lokr_w1",)), frozenset(("lokr_w1_a", "lokr_w1_b")))
+_W2 = (frozenset(("lokr_w2",)), frozenset(("lokr_w2_a", "lokr_w2_b")), frozenset(("lokr_w2_a", "lokr_w2_b", "lokr_t2")))
+FORMS: dict[frozenset[Role], str] = {  # the tensors of one module except alpha -> what LyCORIS calls it
+    frozenset(("down", "mid", "up")): TUCKER,
+    _HADA: LOHA,
+    _HADA | {"hada_t1", "hada_t2"}: LOHA,
+    **{w1 | w2: LOKR for w1 in _W1 for w2 in _W2},
+}
+LYCORIS = frozenset[Role]().union(*FORMS) - {"down", "mid", "up"}
+PAIRS = (  # how the names of both factors end
+    (".lora_down.weight", ".lora_up.weight"),  # kohya
+    (".lora_A.weight", ".lora_B.weight"),  # PEFT
+    (".lora.down.weight", ".lora.up.weight"),  # the rest: diffusers, before it knew PEFT
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
 )
 ENDS: dict[str, Role] = {  # of a key -> which tensor of its module it is; longest first
     **{f".{role}": role for role in LYCORIS},
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
+    **dict.fromkeys((down for down, _ in PAIRS), "down"),
+    **dict.fromkeys((up for _, up in PAIRS), "up"),
     ".lora_mid.weight": "mid",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
     ".lora.alpha": "alpha",
     ".lora_linear_layer.alpha": "alpha",
     ".alpha": "alpha",
@@ -195,24 +199,19 @@ def likely_family(modules: Iterable[str], family: str | None) -> str:
 def kohya_names(modules: Collection[str], family: str | None) -> dict[str, str]:
     """Canonical path -> kohya stem, for the modules of one file."""
     base = FAMILIES[likely_family(modules, family)]
-    prefixes = dict(zip(base.text_encoders, base.kohya_text_prefixes, strict=True))
-    sgm = family is not None and FAMILIES[family].kohya_sgm
-    attended = {int(m.split(".")[2]) for m in modules if m.startswith("unet.up_blocks.") and ".attentions." in m}
-    original = UNetNames(LAYERS, MOST_BLOCKS, attended | {0, 1})  # sgm is SDXL, whose first two blocks up have attention
-    names: dict[str, str] = {}
-    sgm_names: dict[str, str | None] = {}
+    prefixes = {"unet": "lora_unet", **dict(zip(base.text_encoders, base.kohya_text_prefixes, strict=True))}
+    paths = {}
     for module in modules:
-        component, name = module.split(".", 1)
-        if component == "unet":
-            names[module] = "lora_unet_" + name.replace(".", "_")
-            sgm_names[module] = original.original(name) if sgm else None
-        elif component in prefixes:
-            names[module] = f"{prefixes[component]}_{name.replace('.', '_')}"
-        else:
+        component, _, paths[module] = module.partition(".")
+        if component not in prefixes:
             raise AdapterTargetError(f"{module}: {family or 'this family'} has no such component")
-    if all(sgm_names.values()):  # all or none: diffusers drops the original names in a file that has both
-        names.update({module: f"lora_unet_{name.replace('.', '_')}" for module, name in sgm_names.items() if name})
-    return names
+    if family is not None and base.kohya_sgm:
+        attended = {int(m.split(".")[2]) for m in modules if m.startswith("unet.up_blocks.") and ".attentions." in m}
+        names = UNetNames(LAYERS, MOST_BLOCKS, attended | {0, 1})  # SDXL's first two blocks up have attention
+        original = {m: names.original(path) for m, path in paths.items() if component_of(m) == "unet"}
+        if all(original.values()):  # all or none: diffusers drops the original names in a file that has both
+            paths.update({module: name for module, name in original.items() if name})
+    return {module: f"{prefixes[component_of(module)]}_{path.replace('.', '_')}" for module, path in paths.items()}
 
 
 def check_path(module: str) -> None:

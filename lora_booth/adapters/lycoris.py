@@ -15,18 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .layouts import KERNEL_3X3, Role
-
-TUCKER, LOHA, LOKR = "LoRA with a middle factor", "LoHa", "LoKr"
-_HADA = frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
-_W1 = (frozenset(("lokr_w1",)), frozenset(("lokr_w1_a", "lokr_w1_b")))
-_W2 = (frozenset(("lokr_w2",)), frozenset(("lokr_w2_a", "lokr_w2_b")), frozenset(("lokr_w2_a", "lokr_w2_b", "lokr_t2")))
-FORMS: dict[frozenset[Role], str] = {  # the tensors of one module except alpha
-    frozenset(("down", "mid", "up")): TUCKER,
-    _HADA: LOHA,
-    _HADA | {"hada_t1", "hada_t2"}: LOHA,
-    **{w1 | w2: LOKR for w1 in _W1 for w2 in _W2},
-}
+from .layouts import FORMS, KERNEL_3X3, LOHA, LOKR, TUCKER, Role
 
 Lora = tuple[Tensor, Tensor, int | None]  # down, up, and the rank of alpha / rank; None: the scale is 1 whatever alpha is
 

@@ -34,15 +34,14 @@ STATEMENTS: dict[Consent, str] = {
     "own art": "The maker states that it was trained on the maker's own art.",
     "licensed art": "The maker states that it was trained on art that is licensed for it.",
 }
+PICTURE = "pictures/{:02d}.png"  # where the page's first, second, ... picture is
 
 
-Placed = Sequence[tuple[str, Any]]  # the path in the folder, and the picture of `Composition.generate`
-
-
-def model_card(adapter: AdapterContents, file: str, layout: Layout, pictures: Placed, source: str) -> str:
+def model_card(adapter: AdapterContents, file: str, layout: Layout, pictures: Sequence[Any], source: str) -> str:
     """The page.
 
     file      name of the adapter's file
+    pictures  of `Composition.generate`
     source    what a reader gives to diffusers' load_lora_weights: a Hub id, or "." for the folder itself
     """
     card = adapter.card
@@ -89,7 +88,7 @@ def fenced(text: str, language: str) -> str:
 # --- the parts of the page -----------------------------------------------------------------------------------------
 
 
-def front_matter(adapter: AdapterContents, pictures: Placed) -> str:
+def front_matter(adapter: AdapterContents, pictures: Sequence[Any]) -> str:
     from huggingface_hub import ModelCardData
 
     card = adapter.card
@@ -103,16 +102,19 @@ def front_matter(adapter: AdapterContents, pictures: Placed) -> str:
         name = "-".join(filter(None, (file_stem(part) for part in known.split())))[:60]
         data |= {"license": known} if known in HUB_LICENSES else {"license": "other", "license_name": name}
     if pictures:
-        data["widget"] = [{"text": one_line(picture.prompt), "output": {"url": path}} for path, picture in pictures]
+        data["widget"] = [
+            {"text": one_line(picture.prompt), "output": {"url": PICTURE.format(number)}}
+            for number, picture in enumerate(pictures, 1)
+        ]
     tags = ["text-to-image", "diffusers", "lora", "dreambooth", "template:sd-lora", *FAMILY_TAGS.get(card.family or "", ())]
     page = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=[*tags, "lora_booth"], **data)
     return f"---\n{page.to_yaml()}\n---"
 
 
-def sample_pictures(pictures: Placed) -> str:
+def sample_pictures(pictures: Sequence[Any]) -> str:
     lines = []
-    for number, (path, picture) in enumerate(pictures, 1):
-        parts = [f"![picture {number}]({path})", code(picture.prompt), f"seed {picture.seed}"]
+    for number, picture in enumerate(pictures, 1):
+        parts = [f"![picture {number}]({PICTURE.format(number)})", code(picture.prompt), f"seed {picture.seed}"]
         parts += [f"without {code(picture.negative_prompt)}"] if picture.negative_prompt else []
         parts += [f"{picture.steps} steps, guidance {picture.guidance:g}"] if picture.steps else []
         parts += [", ".join(f"{code(name)} at {weight:g}" for name, weight in picture.adapters)] if picture.adapters else []

@@ -22,7 +22,7 @@ from ..base.original_naming import UNetNames
 from ..config import TEXT_TARGETS
 from ..errors import AdapterScaleError, AdapterTargetError, reason_of
 from .contents import AdapterContents, Layout
-from .layouts import LAYERS, RARE, likely_family
+from .layouts import LAYERS, LYCORIS, PAIRS, RARE, likely_family
 from .metadata import PEFT_KEY
 from .reading import find, load
 
@@ -32,7 +32,6 @@ UNET = {"unet": ("lora_unet_{original_}", "lora_unet_{path_}")}
 TEXT = {"text_encoder": ("lora_te_{path_}",)}
 TEXTS = {"text_encoder": ("lora_te1_{path_}",), "text_encoder_2": ("lora_te2_{path_}",)}
 NO_PROJECTION: dict[str, tuple[str, ...]] = {"text_encoder.text_projection": (), "text_encoder_2.text_projection": ()}
-KOHYA_ENDS = (".lora_down.weight", ".lora_up.weight")
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,7 @@ PROGRAMS = {
             for name in FAMILIES
             for clip in ["text_encoders.clip_h.transformer." if name == "sd2" else "text_encoders.clip_l.transformer."]
         },
-        ends=(
-            KOHYA_ENDS,
-            ("_lora.down.weight", "_lora.up.weight"),
-            (".lora_A.weight", ".lora_B.weight"),
-            (".lora.down.weight", ".lora.up.weight"),
-            (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-            (".lora_A.default.weight", ".lora_B.default.weight"),
-        ),
+        ends=(*PAIRS, (".lora_A.default.weight", ".lora_B.default.weight")),
         lycoris=True,
     ),
     "A1111": Program(
@@ -89,7 +81,7 @@ PROGRAMS = {
                 for path in ("add_embedding.linear_1", "add_embedding.linear_2", "up_blocks.0.upsamplers.0.conv")
             },
         },
-        ends=(KOHYA_ENDS,),
+        ends=PAIRS[:1],
         lycoris=True,
         joined={"sd2": "text_encoder", "sdxl": "text_encoder_2"},  # OpenCLIP's, which have torch's MultiheadAttention
     ),
@@ -100,7 +92,7 @@ PROGRAMS = {
             "sd2": {"unet": ("lora_unet_{path_}",)} | TEXT | dict.fromkeys(RARE, ()),
             "sdxl": UNET | TEXTS | dict.fromkeys(RARE, ()),
         },
-        ends=(KOHYA_ENDS,),
+        ends=PAIRS[:1],
     ),
 }
 
@@ -110,8 +102,6 @@ PUBLISHED = {
 }
 READERS = ("diffusers", *PROGRAMS)
 MUST_READ = {"kohya": READERS, "peft": ("diffusers",)}  # layout -> who has to read all that `save` writes
-LYCORIS_ENDS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
-MIDDLE_END = ".lora_mid.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,9 +197,9 @@ def by_table(program: Program, file: OpenFile) -> dict[str, float]:
                 if name + down in tensors and name + up in tensors:
                     alpha = tensors.get(f"{name}.alpha")
                     scales[module] = 1.0 if alpha is None else alpha.item() / tensors[name + down].shape[0]
-            if program.lycoris and any(name + end in tensors for end in LYCORIS_ENDS):
+            if program.lycoris and any(f"{name}.{role}" in tensors for role in LYCORIS):
                 scales[module] = file.meant[module]  # the same formula as ours
-            if not program.lycoris and name + MIDDLE_END in tensors:
+            if not program.lycoris and f"{name}.lora_mid.weight" in tensors:
                 scales.pop(module, None)
     component = (program.joined or {}).get(file.family)
     for layer in {m.rpartition(".")[0] for m in scales if m.startswith(f"{component}.") and ".self_attn." in m}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import warnings
@@ -29,10 +28,10 @@ from ..errors import (
     UnsafePath,
     shown,
 )
-from . import lycoris
 from .contents import AdapterContents, LoraFactors, check_scale, check_shapes, check_values, one_line
 from .foreign import refusal
-from .layouts import PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, numbered, understood
+from .layouts import FORMS, LOHA, LOKR, PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, numbered, understood
+from .lycoris import as_lora
 from .metadata import PEFT_KEY, card_from
 from .peft_config import PeftConfig
 
@@ -143,12 +142,12 @@ def _plan(module: str, keys: Mapping[Role, str], header: Header, path: Path) -> 
 
 
 def _lycoris_plan(module: str, shapes: Mapping[Role, tuple[int, ...]], path: Path) -> Plan:
-    kind = lycoris.FORMS.get(frozenset(shapes))
+    kind = FORMS.get(frozenset(shapes))
     if kind is None:
         raise AdapterIncomplete(f"{module}: {', '.join(sorted(shapes))} are not a complete LoRA, LoHa or LoKr", path)
     try:
         parts = {role: torch.empty(shape, device="meta") for role, shape in shapes.items()}
-        down, up, rank = lycoris.as_lora(module, parts)
+        down, up, rank = as_lora(module, parts)
     except (ValueError, RuntimeError, IndexError):
         listed = ", ".join(f"{role} {list(shape)}" for role, shape in sorted(shapes.items()))
         raise AdapterIncomplete(f"{module}: the parts of its {kind} do not fit together: {listed}", path) from None
@@ -160,7 +159,7 @@ def _factors(module: str, tensors: dict[Role, Tensor], plan: Plan, peft: PeftCon
     if given is not None:
         alpha = float(given.item())
     elif peft is not None:
-        alpha = peft.alpha(module, plan.rank, lycoris=plan.kind in (lycoris.LOHA, lycoris.LOKR))
+        alpha = peft.alpha(module, plan.rank, lycoris=plan.kind in (LOHA, LOKR))
     else:
         alpha = float(plan.rank or 1)
     if plan.rank is None and given is not None and math.isfinite(alpha):
@@ -173,7 +172,7 @@ def _factors(module: str, tensors: dict[Role, Tensor], plan: Plan, peft: PeftCon
         if up.ndim != down.ndim:
             up = up.flatten(1) if down.ndim == 2 else up[:, :, None, None]
         return LoraFactors(down, up, alpha)
-    down, up, _ = lycoris.as_lora(module, {role: tensor.float() for role, tensor in tensors.items()})
+    down, up, _ = as_lora(module, {role: tensor.float() for role, tensor in tensors.items()})
     for tensor in (down, up):
         check_values(module, tensor, path)
     rank = down.shape[0]
@@ -230,9 +229,6 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         return files.open_regular(path)
     except (OSError, ValueError) as error:
-        # EINVAL: of `files`; the others: a socket or a dead device
-        if isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.ENXIO, errno.ENODEV):
-            raise AdapterFormatError("not a regular file", path) from None
         raise _cannot_open(path, error) from None
 
 

@@ -16,12 +16,13 @@ from PIL import Image
 
 from .. import __version__
 from ..base.ai_mark import save_picture
+from ..config import typed
 from ..errors import AdapterError, SettingsError, reason_of
 from ..files import replacing
 from ..photos.opening import read_picture
 from ..photos.square import crop_and_resize
 from .contents import AdapterContents, Dtype, Layout, file_stem
-from .model_card import Placed, model_card
+from .model_card import PICTURE, model_card
 from .writing import save
 
 # ModelSpec recommends 256 x 256; a busy picture is made coarser, then smaller, until it is short enough
@@ -37,11 +38,7 @@ MARK = "<!-- lora_booth wrote this folder: "  # before its digest, in the last l
 
 def thumbnail_url(image: Image.Image | str | Path) -> str:
     """A data URL of a small JPEG: the pixels of the upright centre square, without anything else that the picture carries."""
-    if isinstance(image, str):
-        image = Path(image)
-    if not isinstance(image, Path | Image.Image):
-        raise SettingsError(f"a {type(image).__name__} is not a picture; pass a PIL image or a path")
-    rgb = read_picture(image)
+    rgb = read_picture(typed("thumbnail", image, Path | Image.Image))
     sizes = ((side, quality) for side in THUMBNAIL_SIDES for quality in THUMBNAIL_QUALITIES)
     return next(url for side, quality in sizes if len(url := small_jpeg(rgb, side, quality)) <= MAX_THUMBNAIL)
 
@@ -74,23 +71,19 @@ def save_folder(adapter: AdapterContents, folder: Path, pictures: Sequence[Any],
 def fill(adapter: AdapterContents, folder: Path, pictures: Sequence[Any], *, layout: Layout, dtype: Dtype) -> None:
     """Everything but the page."""
     save(adapter, folder / file_name(adapter), layout=layout, dtype=dtype)
-    for path, picture in paths_of(pictures):
+    for number, picture in enumerate(pictures, 1):
         if not hasattr(picture, "prompt"):
             raise SettingsError(f"a {type(picture).__name__} has no prompt and seed; share pictures of Composition.generate")
-        save_picture(read_picture(picture.image), folder / path)
+        save_picture(read_picture(picture.image), folder / PICTURE.format(number))
 
 
 def write_page(adapter: AdapterContents, folder: Path, pictures: Sequence[Any], *, layout: Layout, source: str) -> None:
-    page = model_card(adapter, file_name(adapter), layout, paths_of(pictures), source) + "\n"
+    page = model_card(adapter, file_name(adapter), layout, pictures, source) + "\n"
     (folder / README).write_text(page + mark(folder, page), encoding="utf-8", newline="\n")
 
 
 def file_name(adapter: AdapterContents) -> str:
     return f"{file_stem(adapter.name)}.safetensors"
-
-
-def paths_of(pictures: Sequence[Any]) -> Placed:
-    return [(f"pictures/{number:02d}.png", picture) for number, picture in enumerate(pictures, 1)]
 
 
 def check_free(folder: Path) -> None:

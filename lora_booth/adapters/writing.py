@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..base.families import FAMILIES
 from ..base.weight_files import DTYPES as HEADER_DTYPES
 from ..base.weight_files import FACTOR_DTYPES
 from ..cache import bytes_of
+from ..config import typed
 from ..errors import AdapterError, AdapterFormatError, AdapterNonFinite, AdapterScaleError
 from ..files import replacing
 from .contents import MAX_SCALE, AdapterContents, Dtype, Layout, LoraFactors, check_shapes, check_values
@@ -35,8 +37,8 @@ def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) 
     if path.suffix != ".safetensors":
         what = "a pickle's name" if path.suffix in PICKLE_SUFFIXES else "not the name of an adapter file"
         raise AdapterFormatError(f"{what}; end it with .safetensors", path)
-    if layout not in ("kohya", "peft") or dtype not in DTYPES:
-        raise AdapterError(f"layout {layout!r}, dtype {dtype!r}; allowed: kohya, peft; {', '.join(DTYPES)}", path)
+    typed("layout", layout, Layout)
+    typed("dtype", dtype, Dtype)
     if not adapter.modules:
         raise AdapterError("the adapter has no modules; nothing was trained", path)
     content, meant = packed(adapter, layout, DTYPES[dtype], path)
@@ -44,23 +46,13 @@ def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) 
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_bytes(content)
-            _verify(temporary, meant, layout, path)
+            found = load(temporary, allow=meant)
+            if found.digest() != replace(adapter, modules=meant).digest():
+                raise AdapterFormatError("read back differently from what was written; nothing was changed", path)
+            check_readers(opened(temporary, found), layout, path)
     except OSError as error:
         raise AdapterError(f"cannot be written: {error.strerror}; nothing was changed", path) from error
     return path
-
-
-def _verify(written: Path, meant: Mapping[str, LoraFactors], layout: Layout, path: Path) -> None:
-    """Raise unless the file reads back as what was meant, here and in every program for this layout."""
-    adapter = load(written, allow=meant)
-    found = adapter.modules
-    equal = found.keys() == meant.keys() and all(
-        torch.equal(found[m].down, f.down) and torch.equal(found[m].up, f.up) and found[m].alpha == f.alpha
-        for m, f in meant.items()
-    )
-    if not equal:
-        raise AdapterFormatError("read back differently from what was written; nothing was changed", path)
-    check_readers(opened(written, adapter), layout, path)
 
 
 def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: Path) -> tuple[bytes, dict[str, LoraFactors]]:
@@ -79,15 +71,14 @@ def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: P
             tensors[f"{names[module]}.lora_down.weight"] = factors.down
             tensors[f"{names[module]}.lora_up.weight"] = factors.up
             tensors[f"{names[module]}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
-        alpha = Counter(f.alpha for f in meant.values()).most_common(1)[0][0]
     else:
         meant = {m: _cast(m, f, float(f.rank), dtype, path) for m, f in modules.items()}
         tensors = {f"{module}.lora_A.weight": factors.down for module, factors in meant.items()}
         tensors |= {f"{module}.lora_B.weight": factors.up for module, factors in meant.items()}
-        alpha = float(Counter(f.rank for f in meant.values()).most_common(1)[0][0])
     # widest dtype first, as the safetensors library does, so that every tensor lies aligned; then by name
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     data = b"".join(bytes_of(tensor) for _, tensor in ordered)
+    alpha = Counter(f.alpha for f in meant.values()).most_common(1)[0][0]
     metadata = metadata_of(adapter, layout, alpha, hashlib.sha256(data).hexdigest())
     if layout == "peft":
         metadata |= _peft_entry(meant)

@@ -40,10 +40,8 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
     dtype  of the written weights; sums are computed in float32
     Raises AdapterBaseMismatch if an adapter was made for another base.
     """
-    path, adapters = typed("out", out, Path), weighted(adapters)
+    path, adapters, dtype = typed("out", out, Path), weighted(adapters), typed("dtype", dtype, Dtype)
     single = path.suffix.lower() == ".safetensors"
-    if dtype not in DTYPES:
-        raise SettingsError(f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or pass the name of a folder")
     if path.is_dir() and (single or any(path.iterdir())) or (path.exists() and not single and not path.is_dir()):

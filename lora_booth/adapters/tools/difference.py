@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..contents import LoraFactors
-from .spectrum import cores, fitted, one_family, spectrum
+from .spectrum import cores, fitted, norm, one_family, spectrum
 
 USED = 1e-3  # of a change's largest singular value: smaller ones may be the rounding of half precision
 # where the summary draws its lines; chosen
@@ -146,8 +146,3 @@ def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
         columns_by_chance=many / one.left.shape[0],
         rows_by_chance=many / one.right.shape[1],
     )
-
-
-def norm(factors: LoraFactors) -> float:
-    """Frobenius norm of a module's change."""
-    return float(cores((factors, 1.0))[1].norm())

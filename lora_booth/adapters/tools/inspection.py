@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..adapter import Adapter
 from ..contents import Card
-from .difference import norm
+from .spectrum import norm
 
 BLOCKS = {  # how a module's path begins -> what the block is called
     "unet.down_blocks.": "down",

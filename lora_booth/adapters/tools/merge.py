@@ -12,7 +12,7 @@ from ...errors import AdapterError, SettingsError
 from ..adapter import Adapter, weighted
 from ..contents import Card, FamilyName, LoraFactors, one_rank
 from ..lycoris import thin
-from .spectrum import Truncation, Truncations, fitted, one_family, resize, spectrum
+from .spectrum import Truncation, Truncations, fitted, norm, one_family, resize
 
 Method = Literal["sum", "svd"]
 REMOVED = ("ssr", "switch", "composite")  # methods of earlier versions, which separated subjects less often
@@ -35,7 +35,7 @@ def merge(
         raise SettingsError(f"rank {rank} with method sum, which keeps every rank; use method svd")
     joined = concatenated(adapters)
     if method == "sum":
-        kept = [Truncation(name, f.rank, f.rank, spectrum(f).norm, 0.0) for name, f in joined.modules.items()]
+        kept = [Truncation(name, f.rank, f.rank, norm(f), 0.0) for name, f in joined.modules.items()]
         return joined, Truncations(tuple(kept))
     largest = max(factors.rank for adapter, _ in adapters for factors in adapter.modules.values())
     return resize(joined, rank=largest if rank is None else rank)

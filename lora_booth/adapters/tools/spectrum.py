@@ -60,6 +60,11 @@ def cores(*parts: tuple[LoraFactors, float]) -> tuple[Tensor, Tensor, Tensor]:
     return q_up, r_up @ r_down.T, q_down.T
 
 
+def norm(factors: LoraFactors) -> float:
+    """Frobenius norm of a module's change."""
+    return float(cores((factors, 1.0))[1].norm())
+
+
 def spectrum(factors: LoraFactors) -> Spectrum:
     """The spectrum of an adapter's module, float64."""
     q_up, core, q_down = cores((factors, 1.0))
