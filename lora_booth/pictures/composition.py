@@ -19,6 +19,7 @@ from ..adapters.tools import merge as merging
 from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images, quiet
+from ..base.recognition import TIMESTEPS
 from ..config import GUIDANCE, STEPS, check, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
@@ -35,17 +36,15 @@ REMOVED = ("svd", *merging.REMOVED)  # svd only merges files
 
 Weighted = Adapter | str | Path | tuple[Adapter | str | Path, float | Weight | None]
 
-# chosen, far above what gives a picture
-MOST_STEPS = 1000  # of the noise schedule of every supported family
-MOST_GUIDANCE = 1_000
-PICTURES: dict[str, Any] = {  # the arguments of `generate`, other than callbacks, and their types
-    "prompt": str,
-    "seeds": tuple[int, ...],
-    "negative_prompt": str | None,
-    "steps": int,
-    "guidance": float,
-    "size": int | None,
-    "batch_size": int,
+# argument of `generate` -> its type, and which values are allowed; limits: chosen, far above what gives a picture
+PICTURES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "prompt": (str, lambda _: True, ""),
+    "seeds": (tuple[int, ...], lambda _: True, ""),
+    "negative_prompt": (str | None, lambda _: True, ""),
+    "steps": (int, lambda steps: 1 <= steps <= TIMESTEPS, f"1 to {TIMESTEPS}; 20 to 50 is usual"),
+    "guidance": (float, lambda scale: 0 <= scale <= 1000, "0 to 1000; 4 to 8 is usual"),
+    "size": (int | None, lambda side: side is None or (side >= 8 and side % 8 == 0), "multiples of 8 pixels"),
+    "batch_size": (int, lambda count: count >= 1, "at least 1"),
 }
 
 
@@ -137,15 +136,8 @@ class Composition:
         on_image    called with the number of pictures drawn so far
         on_step     called after each denoising step with the number of pictures that it advanced
         """
-        asked = checked(
-            prompt=prompt,
-            seeds=seeds,
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance=guidance,
-            size=size,
-            batch_size=batch_size,
-        )
+        sampler = {"steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
+        asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, **sampler)
         everyone = self.everyone(prompt)
         for text in self.remarks(prompt, negative_prompt):
             warnings.warn(text, CompositionWarning, stacklevel=2)
@@ -358,14 +350,11 @@ def checked(**settings: Any) -> dict[str, Any]:
             raise SettingsError("no seeds; pass one for each picture, e.g. range(4)")
         for seed in seeds:
             check(not isinstance(seed, int) or 0 <= seed < 2**63, f"seed {seed}", "0 to 2**63 - 1")
-    found = {name: typed(name, value, PICTURES[name]) for name, value in settings.items()}
-    batch, steps = found.get("batch_size", 1), found.get("steps", 1)
-    check(batch >= 1, f"batch_size {batch}", "at least 1")
-    check(1 <= steps <= MOST_STEPS, f"steps {steps}", f"1 to {MOST_STEPS}; 20 to 50 is usual")
-    guidance, size = found.get("guidance", 0), found.get("size")
-    check(0 <= guidance <= MOST_GUIDANCE, f"guidance {guidance}", f"0 to {MOST_GUIDANCE}; 4 to 8 is usual")
-    check(size is None or (size >= 8 and size % 8 == 0), f"size {size}", "multiples of 8 pixels")
-    return found
+    for name, value in settings.items():
+        kind, allows, allowed = PICTURES[name]
+        settings[name] = typed(name, value, kind)
+        check(allows(settings[name]), f"{name} {settings[name]}", allowed)
+    return settings
 
 
 def everyone_of(adapters: Weighted | Iterable[Weighted]) -> tuple[tuple[Adapter, Weight], ...]:

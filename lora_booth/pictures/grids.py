@@ -9,24 +9,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
 from ..config import check, typed
 from ..errors import SettingsError, shown
-from ..photos.sheet import wrapped_lines
+from ..photos.sheet import contact_sheet, wrapped_lines
 from .composition import Composition, Method, Weighted, checked, everyone_of
 from .gallery import PAGE, Gallery
 from .picture import Picture
-from .weights import Weight
 
 # chosen
 MOST = 1_000  # pictures
 WEIGHTS = (0, 0.4, 0.8, 1)  # default columns of a grid
 SHEET_PIXELS = 80e6  # of a sheet, about
 SIDE = (128, 512)  # pixels of a picture on it, at least and at most
-GAP, FONT, ROW_LABEL = 8, 14, 150  # pixels
+GAP, FONT, ROW_LABEL = 8, 14, 150  # pixels; the gap is that of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,18 @@ class Grid:
 
     def sheet(self, *, side: int | None = None) -> Image.Image:
         """All pictures, labelled by row and column; a cell not drawn yet stays grey. side: of a picture, in pixels."""
-        drawn = self.pictures
         if side is None:
-            width = max((picture.image.width for picture in drawn), default=SIDE[0])
+            width = max((picture.image.width for picture in self.pictures), default=SIDE[0])
             side = min(SIDE[1], max(SIDE[0], width), math.isqrt(int(SHEET_PIXELS / self.total)))
+        empty = Image.new("RGB", (side, side), (232, 232, 232))
+        images = [empty if picture is None else picture.image for picture in chain(*self.cells)]
+        drawn = contact_sheet(images, columns=len(self.columns), side=side)
         font, line = ImageFont.load_default(FONT), FONT + 4
-        top = wrapped_lines(shown(self.title), font, ROW_LABEL + len(self.columns) * (side + GAP)) if self.title else []
+        top = wrapped_lines(shown(self.title), font, drawn.width) if self.title else []
         heads = [wrapped_lines(shown(text), font, side) for text in self.columns]
-        above = GAP + (len(top) * line + GAP if top else 0) + max(map(len, heads)) * line + GAP // 2
-        size = (ROW_LABEL + GAP + len(self.columns) * (side + GAP), above + len(self.rows) * (side + GAP))
-        sheet = Image.new("RGB", size, "white")
+        above = GAP + (len(top) * line + GAP if top else 0) + max(map(len, heads)) * line
+        sheet = Image.new("RGB", (ROW_LABEL + drawn.width, above + drawn.height), "white")
+        sheet.paste(drawn, (ROW_LABEL, above))
         draw = ImageDraw.Draw(sheet)
 
         def write(x: int, y: int, lines: Sequence[str]) -> None:
@@ -77,18 +77,10 @@ class Grid:
 
         write(GAP, GAP, top)
         for column, head in enumerate(heads):
-            write(ROW_LABEL + column * (side + GAP), above - GAP // 2 - len(head) * line, head)
-        for row, (label, pictures) in enumerate(zip(self.rows, self.cells, strict=True)):
-            y = above + row * (side + GAP)
+            write(ROW_LABEL + GAP + column * (side + GAP), above - len(head) * line, head)
+        for row, label in enumerate(self.rows):
             lines = wrapped_lines(shown(label), font, ROW_LABEL - 2 * GAP, most=max(1, side // line))
-            write(GAP, y + (side - len(lines) * line) // 2, lines)
-            for column, picture in enumerate(pictures):
-                x = ROW_LABEL + column * (side + GAP)
-                if picture is None:
-                    draw.rectangle((x, y, x + side - 1, y + side - 1), fill=(232, 232, 232))
-                    continue
-                fitted = ImageOps.pad(picture.image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color="white")
-                sheet.paste(fitted, (x, y))
+            write(GAP, above + GAP + row * (side + GAP) + (side - len(lines) * line) // 2, lines)
         return sheet
 
     def save(self, path: str | Path) -> Path:
@@ -100,9 +92,8 @@ class Grid:
 
 def grid(base: BaseModel | Any, adapters: Weighted | Sequence[Weighted], prompt: str | Sequence[str], **settings: Any) -> Grid:
     """Every prompt and seed (rows) at every weight (columns); see `grid_steps` for the settings."""
-    for made in grid_steps(base, adapters, prompt, **settings):
-        last = made
-    return last
+    *_, made = grid_steps(base, adapters, prompt, **settings)
+    return made
 
 
 def grid_steps(
@@ -130,7 +121,8 @@ def grid_steps(
     weights = typed("weights", list(weights), tuple[float, ...])
     total = len(asked) * len(weights)
     check(1 <= total <= MOST, f"a grid of {total} pictures", f"1 to {MOST}; at least one prompt, seed and weight")
-    columns = tuple(weight_label(everyone, factor) for factor in weights)
+    alone = everyone[0][1].value if len(everyone) == 1 else None
+    columns = tuple(f"weights x {factor:.3g}" if alone is None else f"weight {alone * factor:.3g}" for factor in weights)
     cells: list[list[Picture | None]] = [[None] * len(columns) for _ in asked]
     rows, title = labels_of(prompts, seeds)
     for column, factor in enumerate(weights):
@@ -157,12 +149,6 @@ def before_after(
 def before_after_of(made: Grid) -> Grid:
     """A grid of the weights 0 and 1, as a strip."""
     return replace(made.transposed(), rows=("without", "with"))
-
-
-def weight_label(everyone: Sequence[tuple[Adapter, Weight]], factor: float) -> str:
-    if len(everyone) == 1:
-        return f"weight {everyone[0][1].value * factor:.3g}"
-    return f"weights x {factor:.3g}"
 
 
 def labels_of(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...], str]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..base.base_model import BaseModel, TextConditions
 from ..base.changes import hooked, undone
@@ -139,20 +140,14 @@ def normalized(shares: Tensor) -> Tensor:
     return shares / shares.sum(0, keepdim=True).clamp(min=1e-6)
 
 
-def joined(calls: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
+def joined(calls: Sequence[Mapping[str, Any]], rows: int) -> Any:
     """Several calls' arguments as one: every tensor with `rows` rows end to end, everything else as in the first."""
 
-    def join(values: Sequence[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, Tensor):
-            return torch.cat(list(values)) if first.ndim and len(first) == rows else first
-        if isinstance(first, Mapping):
-            return {key: join([value[key] for value in values]) for key in first}
-        if isinstance(first, (list, tuple)):  # the residuals of a ControlNet
-            return type(first)(join(parts) for parts in zip(*values, strict=True))
-        return first
+    def join(first: Any, *others: Any) -> Any:
+        together = isinstance(first, Tensor) and first.ndim and len(first) == rows
+        return torch.cat([first, *others]) if together else first
 
-    return {key: join([call[key] for call in calls]) for key in calls[0]}
+    return tree_map(join, *calls)  # also within lists: the residuals of a ControlNet
 
 
 # --- prompts of regions within one pass ----------------------------------------------------------------------------

@@ -58,16 +58,11 @@ class Region:
             drawn = Image.new("L", (SIDE, SIDE))
             x0, y0, x1, y1 = (round(SIDE * edge) for edge in self.box)
             ImageDraw.Draw(drawn).rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
-        return feathered(drawn, self.feather)
-
-
-def feathered(mask: Image.Image, feather: float) -> Image.Image:
-    """The mask with a soft edge, but no fading at the picture's border."""
-    if not feather:
-        return mask
-    values = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None]
-    soft = blurred(values, feather * SIDE / 2)
-    return Image.fromarray(soft[0, 0].round().clamp(0, 255).byte().numpy())
+        if not self.feather:
+            return drawn
+        values = torch.from_numpy(np.array(drawn, dtype=np.float32))[None, None]
+        soft = blurred(values, self.feather * SIDE / 2)  # which repeats the border: it does not fade there
+        return Image.fromarray(soft[0, 0].round().clamp(0, 255).byte().numpy())
 
 
 def blurred(maps: Tensor, sigma: float) -> Tensor:

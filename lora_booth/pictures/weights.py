@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..adapters.adapter import MOST_WEIGHT
 from ..config import check, typed
 from ..errors import SettingsError
 
-BLOCKS = {"unet.down_blocks": "down", "unet.mid_block": "mid", "unet.up_blocks": "up"}
-TEXT = "text"
-MOST = 100  # chosen, far above what gives a picture
+BLOCK = re.compile(r"(down|up)(\.\d+)?|mid|text")
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,18 @@ class Weight:
 
     def __post_init__(self) -> None:
         for name, value in {"weight": self.value, "start": self.start, "end": self.end, **self.blocks}.items():
-            check(abs(typed(name, value, float)) <= MOST, f"weight {value}", f"-{MOST} to {MOST}; 0 to 1 is usual")
+            usual = f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}; 0 to 1 is usual"
+            check(abs(typed(name, value, float)) <= MOST_WEIGHT, f"weight {value}", usual)
         check(0 <= self.start < self.end <= 1, f"start {self.start:g}, end {self.end:g}", "0 <= start < end <= 1")
         for name in self.blocks:
-            kind, _, index = name.partition(".")
-            known = kind in (*BLOCKS.values(), TEXT) and (not index or (kind in ("down", "up") and index.isdigit()))
-            if not known:
+            if not BLOCK.fullmatch(name):
                 raise SettingsError(f"block {name!r} is unknown; allowed: down, mid, up, text, and one block, e.g. 'up.1'")
 
     def of(self, path: str) -> float:
         """For a module of an adapter file, e.g. `unet.up_blocks.1.…`, while it is active."""
-        for name in names_of_block(path):
-            if name in self.blocks:
-                return self.value * self.blocks[name]
-        return self.value
+        component, block, index = (*path.split("."), "", "")[:3]
+        kind = block.partition("_")[0] if component == "unet" else "text"  # of down_blocks, mid_block and up_blocks
+        return self.value * self.blocks.get(f"{kind}.{index}", self.blocks.get(kind, 1.0))
 
     def active(self, progress: float) -> bool:
         """Whether the adapter is active at this share of the denoising steps."""
@@ -58,12 +56,3 @@ class Weight:
         if self.timed:
             parts.append(f"steps {self.start:g} to {self.end:g}")
         return ", ".join(parts)
-
-
-def names_of_block(path: str) -> tuple[str, ...]:
-    """Names of the block, the most specific first."""
-    component, block, index = (*path.split("."), "", "")[:3]
-    if component != "unet":
-        return (TEXT,)
-    kind = BLOCKS.get(f"{component}.{block}")
-    return () if kind is None else (f"{kind}.{index}", kind) if index.isdigit() else (kind,)
