@@ -60,7 +60,7 @@ def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
     """For every component, the modules that `lora` adapts. Raises SettingsError for an impossible target or rank."""
     wanted = {"unet": lora.target_modules}
     if lora.text_encoder:
-        wanted |= {name: lora.text_target_modules for name in base.text_encoders}
+        wanted |= {name: lora.text_target_modules for name in base.structure if name != "unet"}
     chosen: dict[str, list[str]] = {}
     for component, suffixes in wanted.items():
         model = base.structure[component]
@@ -83,11 +83,10 @@ def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
 
 def unread_layers(base: BaseModel, component: str) -> list[str]:
     """Final text encoder layers without effect, e.g. "layers.11": an adapter there would learn nothing."""
-    encoders = list(base.text_encoders)
-    if component not in encoders:
+    if component == "unet":
         return []
     depth = base.structure[component].config.num_hidden_layers
-    count = base.family.unread_text_layers[encoders.index(component)]
+    count = base.family.unread_text_layers[base.family.text_encoders.index(component)]
     return [f"layers.{i}" for i in range(depth - count, depth)]
 
 
@@ -200,7 +199,7 @@ def refuse(*_: Any, **__: Any) -> None:
 def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[TrainableLora]:
     """Inject a new adapter to train. Leaving takes it out and restores the base, also after an exception."""
     chosen = target_paths(base, lora)
-    injections = {component: Injection(base.components[component]) for component in chosen}
+    injections = {component: Injection(model) for component, model in base.read(*chosen).items()}
     parameters: dict[str, nn.Parameter] = {}
     with claimed(base.shell.unet, training=True), undone(*(injection.remove for injection in injections.values())):
         for component, injection in injections.items():
@@ -230,8 +229,8 @@ def placed(adapter: Adapter, base: BaseModel) -> Places:
         component, _, path = key.partition(".")
         if component not in components:
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} has no {component}")
+        model = components[component]
         try:
-            model = components[component]
             layer = base_layer(model.get_submodule(local_path(model, path)))
         except AttributeError:
             raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} has no module {key}") from None

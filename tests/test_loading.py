@@ -203,7 +203,7 @@ def test_with_a_text_encoder_lora_the_text_encoder_stays(rex: Subject, folders: 
 def test_one_module_does_not_bring_the_others(folders: dict[str, Path]) -> None:
     base = load(folders["sdxl"])
     assert (
-        base.resolution == 64 and base.scaling_factor and base.prediction_type and base.tokenizer and len(base.components) == 3
+        base.resolution == 64 and base.scaling_factor and base.prediction_type and base.tokenizer and len(base.structure) == 3
     )
     assert read(base) == set()
     base.encode_images(torch.zeros(1, 3, 64, 64))

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -153,23 +153,21 @@ class BaseModel:
     @property
     def pipeline(self) -> Any:
         """The stock pipeline, with all modules in memory."""
-        self._read(*self.weights, keep=True)
+        self.read(*self.weights)
         return self.shell
 
     @property
     def unet(self) -> Any:
-        self._read("unet")
-        return self.shell.unet
+        return self.read("unet")["unet"]
 
     @property
     def vae(self) -> Any:
-        self._read("vae", keep=True)
-        return self.shell.vae
+        return self.read("vae")["vae"]
 
     @property
-    def text_encoders(self) -> Mapping[str, Any]:
+    def text_encoders(self) -> dict[str, Any]:
         """By their names in the pipeline, which are also those in adapter files."""
-        return Parts(self, (name for name in self.family.text_encoders if getattr(self.shell, name, None) is not None))
+        return self.read(*(name for name in self.structure if name != "unet"))
 
     @property
     def tokenizer(self) -> Any:
@@ -185,14 +183,15 @@ class BaseModel:
         return self.shell.scheduler
 
     @property
-    def components(self) -> Mapping[str, nn.Module]:
+    def components(self) -> dict[str, nn.Module]:
         """Every module that an adapter can change."""
-        return Parts(self, ("unet", *self.text_encoders))
+        return self.read(*self.structure)
 
     @property
     def structure(self) -> dict[str, Any]:
         """The modules of `components`, perhaps without weights yet, to look at their layers and modes."""
-        return {name: getattr(self.shell, name) for name in self.components}
+        found = {name: getattr(self.shell, name, None) for name in self.family.components}
+        return {name: module for name, module in found.items() if module is not None}
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -204,11 +203,12 @@ class BaseModel:
         """The modules that are in memory."""
         return {name: module for name, module in self.modules.items() if self.unread(name) is None}
 
-    def _read(self, *names: str, keep: bool = False) -> None:
-        """Read these modules, unless they are in memory. keep: for a caller who may hold on to them"""
+    def read(self, *names: str, keep: bool = True) -> dict[str, Any]:
+        """These modules, with their weights in memory. keep: for a caller who may hold on to them"""
         for part in (self.weights[name] for name in names if name in self.weights):
             part.fill()
             part.kept |= keep
+        return {name: getattr(self.shell, name) for name in names}
 
     def unread(self, name: str) -> LazyModule | None:
         """A module that is still on disk; None if it is in memory."""
@@ -278,8 +278,7 @@ class BaseModel:
     @contextmanager
     def upcast_vae(self) -> Iterator[Any]:
         """The VAE, within the context in fp32 where fp16 overflows (SDXL), as in the stock pipeline."""
-        self._read("vae")
-        vae = self.shell.vae
+        vae = self.read("vae", keep=False)["vae"]
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast
         to = partial(nn.Module.to, vae)  # diffusers' own `to` warns at every change of precision
         with undone(*([partial(to, vae.dtype)] if upcast else [])):
@@ -293,7 +292,7 @@ class BaseModel:
 
     def encode_text(self, prompts: Sequence[str]) -> TextConditions:
         """Encode like the stock pipeline. With gradients if they are enabled (text-encoder LoRA)."""
-        self._read(*self.family.text_encoders)
+        self.read(*self.family.text_encoders, keep=False)
         with quiet_about_long_prompts(self.shell):
             encoded = self.shell.encode_prompt(
                 list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -335,7 +334,7 @@ class BaseModel:
         """The complete pipeline on the U-Net's device, to draw with, also inside `only_unet_on_device`."""
         unread = [part for name, part in self.weights.items() if name != "unet" and not part.is_read]
         with claimed(self.shell.unet), undone(*(part.drop for part in unread)):
-            self._read(*self.weights)
+            self.read(*self.weights, keep=False)
             with moved(self._others, self.device):
                 yield self.shell
 
@@ -343,25 +342,6 @@ class BaseModel:
     def _others(self) -> list[nn.Module]:
         """The modules in memory except the U-Net, and except those that are moved for each call anyway."""
         return [module for name, module in self.loaded.items() if name != "unet" and not is_offloaded(module)]
-
-
-class Parts(Mapping[str, Any]):
-    """Modules by name, each read on access."""
-
-    def __init__(self, base: BaseModel, names: Iterable[str]) -> None:
-        self._base, self._names = base, tuple(names)
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._names:
-            raise KeyError(name)
-        self._base._read(name, keep=True)
-        return getattr(self._base.shell, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def beginning(model: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -193,7 +193,7 @@ def places_in_folder(folder: Path, variant: str | None) -> dict[str, Place]:
             found.setdefault(match[1] or match[2], [folder / name for name in shards])
     if variant is None and None not in found:
         demand(len(found) <= 1, f"{folder}: only variants ({', '.join(map(str, found))}); pass {setting('variant')}")
-        return {key: place for files in found.values() for file in files for key, place in WeightFile(file).places.items()}
+        variant = next(iter(found), None)
     return {key: place for file in found.get(variant, ()) for key, place in WeightFile(file).places.items()}
 
 
@@ -212,14 +212,10 @@ def matched(module: nn.Module, places: Mapping[str, Place], where: Path, *, ones
         if place is None:
             raise BaseModelError(f"{where}: not complete, {key} is missing; download it again")
         given, wanted = place.shape, tuple(value.shape)
-        if given != wanted and not (ones and squeezed(given) == squeezed(wanted)):
+        if given != wanted and not (ones and [n for n in given if n != 1] == [n for n in wanted if n != 1]):
             raise BaseModelError(f"{where}: {key} is {given} in the file and {wanted} by its configuration")
         found[key] = place
     return found
-
-
-def squeezed(shape: Iterable[int]) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
 
 
 def declared_rare_tokens(folder: Path) -> tuple[str, ...]:

@@ -30,17 +30,14 @@ def check_quantization(kind: str, device: torch.device) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError(setting("quantize", kind), "quant")
     try:
-        packed, state = packed_and_state(torch.ones(BLOCK, BLOCK, device=device))
-        works = bool(torch.isfinite(unpacked(packed, state)).all())
-        reason = "its numbers are not finite"
+        if not unpacked(*packed_and_state(torch.ones(BLOCK, BLOCK, device=device))).isfinite().all():
+            raise ArithmeticError("its numbers are not finite")
     except Exception as error:  # without a kernel for the device, it may raise anything
-        works, reason = False, reason_of(error)
-    if not works:
         version = importlib.metadata.version("bitsandbytes")
         raise SettingsError(
-            f"{setting('quantize', kind)} does not work on {device} with bitsandbytes {version} ({reason}); "
+            f"{setting('quantize', kind)} does not work on {device} with bitsandbytes {version} ({reason_of(error)}); "
             "load the base without it"
-        )
+        ) from error
 
 
 def is_packed(layer: nn.Module) -> bool:
@@ -52,23 +49,15 @@ def is_quantized(module: nn.Module) -> bool:
     return any(map(is_packed, module.modules()))
 
 
-def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+def weight_shape(layer: Any) -> tuple[int, ...]:
     """(out, in) of a linear layer, also of a packed one; (out, in, height, width) of a convolution."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return tuple(weight.shape)
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
 
 
-def weight_dtype(layer: nn.Module) -> torch.dtype:
+def weight_dtype(layer: Any) -> torch.dtype:
     """The precision that the layer computes in."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_floating_point():
-        return weight.dtype
-    computed = getattr(layer, "compute_dtype", None)
-    return computed if isinstance(computed, torch.dtype) else torch.float32
+    stored: torch.dtype = layer.weight.dtype
+    return stored if stored.is_floating_point else getattr(layer, "compute_dtype", None) or torch.float32
 
 
 def refuse_quantized(module: nn.Module, name: str, what: str) -> None:

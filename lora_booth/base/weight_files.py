@@ -91,20 +91,21 @@ def read_header(handle: BinaryIO, size: int, path: Path, limits: Limits = ADAPTE
 
     Raises a kind of AdapterError; UnsafeFormat for a pickle.
     """
-    first = exactly(handle, min(size, 9), path)
+    first = handle.read(9)
     length = int.from_bytes(first[:8], "little")
-    if length > limits.header or first[8:] != b"{":
-        if first[:2] == b"PK" or first[:1] == b"\x80":  # a header's length may also begin so, but not with that size or text
+    if length < 2 or first[8:] != b"{":
+        if first[:2] == b"PK" or first[:1] == b"\x80":
             raise UnsafeFormat("a pickle under another name, which could run code; use a .safetensors file", path)
-        if size >= 9 and first[8:] == b"{" and 8 + length <= size:
-            raise AdapterTooLarge(f"its header has {length} bytes; allowed: {limits.header}", path)
         kind = next((f"; it is {name}" for begins, name in KNOWN.items() if first.startswith(begins)), "")
         raise AdapterFormatError(f"not a safetensors file{kind or ', or a damaged one; download it again'}", path)
-    if length < 2:
-        raise AdapterFormatError("not a safetensors file: its header is empty", path)
     if 8 + length > size:
         raise AdapterFormatError(f"header length {length} is more than the file has ({size} bytes); download it again", path)
-    content = parse_json(first[8:] + exactly(handle, length - 1, path), path)
+    if length > limits.header:
+        raise AdapterTooLarge(f"its header has {length} bytes; allowed: {limits.header}", path)
+    text = first[8:] + handle.read(length - 1)
+    if len(text) != length:
+        raise AdapterFormatError("became shorter while it was being read; download it again", path)
+    content = parse_json(text, path)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterFormatError("__metadata__ is not a table of strings", path)
@@ -125,13 +126,6 @@ def read_header(handle: BinaryIO, size: int, path: Path, limits: Limits = ADAPTE
         what = "trailing bytes" if 8 + length + end < size else "tensors cut off"
         raise AdapterFormatError(f"{what}: {8 + length + end} bytes described, the file has {size}; download it again", path)
     return Header(tensors, metadata, 8 + length)
-
-
-def exactly(handle: BinaryIO, count: int, path: Path) -> bytes:
-    content = handle.read(count)
-    if len(content) != count:
-        raise AdapterFormatError("shorter than its header states; download it again", path)
-    return content
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -156,10 +150,9 @@ def _entry(name: str, value: Any, path: Path, limits: Limits) -> Entry:
         raise AdapterFormatError(f"{key}: not a tensor's entry (dtype, shape, data_offsets)", path)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     numbers = isinstance(shape, list) and isinstance(offsets, list) and all(type(n) is int and n >= 0 for n in shape + offsets)
-    if not isinstance(dtype, str) or not numbers or len(offsets) != 2 or len(shape) > 8:
+    possible = numbers and max(shape + offsets, default=0) <= MAX_EXTENT and (limits.empty or 0 not in shape)
+    if not isinstance(dtype, str) or not possible or len(offsets) != 2 or len(shape) > 8:
         raise AdapterFormatError(f"{key}: dtype, shape or data_offsets malformed", path)
-    if (0 in shape and not limits.empty) or any(n > MAX_EXTENT for n in shape + offsets):
-        raise AdapterFormatError(f"{key}: impossible shape or offsets", path)
     if dtype not in DTYPES:
         raise AdapterDtypeError(f"{key}: dtype {ascii(dtype[:20])}; allowed: {', '.join(FACTOR_DTYPES)}", path)
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:

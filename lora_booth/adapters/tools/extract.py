@@ -56,7 +56,7 @@ def extract(
     lost: list[Truncation] = []
     left_out: dict[str, float] = {}
     for component in ("unet", *(base.text_encoders if text_encoder else ())):
-        model, unread = base.components[component], unread_layers(base, component)
+        model, unread = base.read(component)[component], unread_layers(base, component)
         changes = changed_weights(tuned, base, component)
         for name, layer in model.named_modules():
             path = module_path(component, name)
@@ -86,7 +86,7 @@ def extract(
 
 def changed_weights(tuned: BaseModel, base: BaseModel, component: str) -> dict[str, Tensor]:
     """tuned - base for every tensor that differs, float32, on the base's device."""
-    one, other = (model.components[component].state_dict() for model in (tuned, base))
+    one, other = (model.read(component)[component].state_dict() for model in (tuned, base))
     shapes = [{key: tuple(value.shape) for key, value in weights.items()} for weights in (one, other)]
     if shapes[0] != shapes[1]:
         key = next(k for k in sorted({*shapes[0], *shapes[1]}) if shapes[0].get(k) != shapes[1].get(k))
