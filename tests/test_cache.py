@@ -25,7 +25,7 @@ from lora_booth.injection import trainable
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training import prior
-from lora_booth.training.encoding import TextCache, VaeCache, digest_of, digest_on_disk, prepare
+from lora_booth.training.encoding import dependencies, digest_of, digest_on_disk, encode_prompts, prepare, text_dependencies
 from lora_booth.training.latents import LatentCache
 from lora_booth.training.prior import class_images, image_key
 
@@ -152,7 +152,7 @@ def test_other_weights_settings_or_precision_are_other_entries(folders: dict[str
     def keys(change: Any = lambda base: None, kind: str = "sd1", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
         base = load(folders[kind], dtype)
         change(base)
-        return key_of(facts=VaeCache(base).depends_on), key_of(facts=TextCache(base).depends_on)
+        return key_of(facts=dependencies(base, "vae")), key_of(facts=text_dependencies(base))
 
     plain = keys()
     assert keys() == plain
@@ -171,19 +171,19 @@ def test_other_weights_settings_or_precision_are_other_entries(folders: dict[str
 
 def test_other_words_are_other_entries(folders: dict[str, Path]) -> None:
     base = load(folders["sd1"])
-    before = TextCache(base).encode("a dog").states
-    assert not torch.equal(TextCache(base).encode("a cat").states, before)
+    before = encode_prompts(base, ["a dog"])["a dog"].states
+    assert not torch.equal(encode_prompts(base, ["a cat"])["a cat"].states, before)
     base.shell.tokenizer = tokenizer("!")  # the same prompt, other tokens
-    assert not torch.equal(TextCache(base).encode("a dog").states, before)
+    assert not torch.equal(encode_prompts(base, ["a dog"])["a dog"].states, before)
 
 
 def test_adapters_in_a_module_switch_its_cache_off(folders: dict[str, Path], own_cache: Path) -> None:
     base = BaseModel.from_pipeline(make_pipeline("sd1"))
     with trainable(base, LoraSpec(rank=2, text_encoder=True)):
-        assert TextCache(base).depends_on is None and VaeCache(base).depends_on is not None
-        TextCache(base).encode("a dog")
+        assert text_dependencies(base) is None and dependencies(base, "vae") is not None
+        encode_prompts(base, ["a dog"])
     assert not (own_cache / "text").exists()
-    assert TextCache(base).depends_on is not None
+    assert text_dependencies(base) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,7 +191,7 @@ def test_weights_on_disk_have_the_digest_that_they_have_in_memory(dtype: torch.d
     base = load(folders["sd1"], dtype)
     unread = base.unread("vae")
     assert unread is not None
-    assert digest_on_disk(unread) == digest_on_disk(unread) == digest_of(base.vae)
+    assert digest_on_disk(unread) == digest_on_disk(unread) == digest_of(sorted(base.vae.state_dict().items()))
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def some_inputs(seed: int, rows: int = 2) -> Inputs:
     torch.manual_seed(seed)
     latents, noise = torch.randn(2, rows, 4, 2, 2)
     text = TextConditions(torch.randn(rows, 3, 5), torch.randn(rows, 6))
-    return Inputs(Batch(latents, ("a", "b")[:rows], torch.randn(rows, 6), photos=1), text, noise, torch.randint(9, (rows,)))
+    return Inputs(Batch(latents, noise, torch.randint(9, (rows,)), ("a", "b")[:rows], torch.randn(rows, 6), photos=1), text)
 
 
 def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_each_layout_has_a_recording_of_its_own() -> None:
         some_inputs(1, rows=1),
         replace(one, batch=replace(one.batch, photos=2)),
         replace(one, batch=replace(one.batch, part_of=(3, 3))),
-        replace(one, noise=one.noise.half()),
+        replace(one, batch=replace(one.batch, noise=one.batch.noise.half())),
         replace(one, text=TextConditions(one.text.states)),
     ]
     assert len({layout_of(inputs) for inputs in (one, *others)}) == 6
@@ -82,7 +82,7 @@ def test_nothing_is_added_twice_and_what_cannot_be_recorded_runs_as_usual_and_sa
     said: list[str] = []
 
     def work(inputs: Inputs) -> torch.Tensor:
-        loss = ((parameter - inputs.noise.mean()) ** 2).sum()
+        loss = ((parameter - inputs.batch.noise.mean()) ** 2).sum()
         torch.autograd.backward(loss)
         return loss.detach()
 
@@ -91,8 +91,8 @@ def test_nothing_is_added_twice_and_what_cannot_be_recorded_runs_as_usual_and_sa
     total = torch.zeros(3)
     for seed in range(5):
         inputs = some_inputs(seed)
-        assert torch.allclose(step(inputs), 3 * inputs.noise.mean() ** 2)
-        total -= 2 * inputs.noise.mean()
+        assert torch.allclose(step(inputs), 3 * inputs.batch.noise.mean() ** 2)
+        total -= 2 * inputs.batch.noise.mean()
     assert parameter.grad is not None and torch.allclose(parameter.grad, total)
     assert not step.on and len(said) == 1 and "cannot be recorded (" in said[0]
 

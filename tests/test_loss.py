@@ -89,7 +89,8 @@ def stock(kind: str, given: dict[str, Any], prior_loss_weight: float | None, gam
 def ours(kind: str, given: dict[str, Any], photos: int, **settings: Any) -> LossAndGradients:
     base = BaseModel.from_pipeline(make_pipeline(kind))
     start = random_adapter(base).modules
-    batch = Batch(given["latents"], ("a dog",) * len(given["latents"]), given["time_ids"], photos)
+    drawn = given["latents"], given["noise"], given["timesteps"]
+    batch = Batch(*drawn, ("a dog",) * len(given["latents"]), given["time_ids"], photos)
     with trainable(base, LoraSpec(rank=4)) as lora:
         parameters = lora.parameters
         with torch.no_grad():
@@ -97,7 +98,7 @@ def ours(kind: str, given: dict[str, Any], photos: int, **settings: Any) -> Loss
                 parameters[f"{key}.down"].copy_(factors.down)
                 parameters[f"{key}.up"].copy_(factors.up)
         text = TextConditions(given["states"], given["pooled"])
-        loss = dreambooth_loss(base, batch, text, given["noise"], given["timesteps"], **settings)
+        loss = dreambooth_loss(base, batch, text, **settings)
         loss.backward()
         assert loss.shape == () and loss.dtype == torch.float32
         assert not any(p.grad is not None for p in base.unet.parameters() if not p.requires_grad)
@@ -170,7 +171,8 @@ def masks(count: int) -> Tensor:
 def loss_with(given: dict[str, Any], mask: Tensor | None, **settings: Any) -> LossAndGradients:
     base = BaseModel.from_pipeline(make_pipeline("sd1"))
     start = random_adapter(base).modules
-    batch = Batch(given["latents"], ("a dog",) * len(given["latents"]), None, 2, masks=mask)
+    drawn = given["latents"], given["noise"], given["timesteps"]
+    batch = Batch(*drawn, ("a dog",) * len(given["latents"]), None, 2, masks=mask)
     with trainable(base, LoraSpec(rank=4)) as lora:
         parameters = lora.parameters
         with torch.no_grad():
@@ -178,7 +180,7 @@ def loss_with(given: dict[str, Any], mask: Tensor | None, **settings: Any) -> Lo
                 parameters[f"{key}.down"].copy_(factors.down)
                 parameters[f"{key}.up"].copy_(factors.up)
         text = TextConditions(given["states"])
-        loss = dreambooth_loss(base, batch, text, given["noise"], given["timesteps"], prior_loss_weight=0.5, **settings)
+        loss = dreambooth_loss(base, batch, text, prior_loss_weight=0.5, **settings)
         loss.backward()
         return loss.detach(), {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
@@ -212,7 +214,7 @@ def test_masks_of_ones_are_the_plain_loss_bit_for_bit() -> None:
 
 def test_parts_of_a_masked_batch_add_up() -> None:
     given, mask = inputs("sd1", 3, [20, 500, 999]), masks(3)
-    batch = Batch(given["latents"], ("a dog",) * 3, None, 2, masks=mask)
+    batch = Batch(given["latents"], given["noise"], given["timesteps"], ("a dog",) * 3, None, 2, masks=mask)
     assert torch.equal(torch.cat([batch[slice(0, 1)].masks, batch[slice(1, 3)].masks]), mask)  # type: ignore[list-item]
 
 
@@ -234,9 +236,9 @@ def test_batches_draw_the_same_with_and_without_masks() -> None:
     plain = LatentCache(LatentSet(mean, torch.ones_like(mean), prompts, None), prior, 1.0, {})
     masked = LatentCache(LatentSet(mean, torch.ones_like(mean), prompts, None, mask), prior, 1.0, {})
     for step in range(6):
-        (a, *rest_a), (b, *rest_b) = (draw(cache, seed=3, step=step, batch_size=2) for cache in (plain, masked))
+        a, b = (draw(cache, seed=3, step=step, batch_size=2) for cache in (plain, masked))
         assert torch.equal(a.latents, b.latents) and a.prompts == b.prompts
-        assert all(torch.equal(x, y) for x, y in zip(rest_a, rest_b, strict=True))
+        assert torch.equal(a.noise, b.noise) and torch.equal(a.timesteps, b.timesteps)
         assert a.masks is None and b.masks is not None and b.masks.shape == (4, 1, 2, 2)
         assert (b.masks[2:] == 1).all()  # of class images
         for row, prompt in zip(b.masks[:2], b.prompts[:2], strict=True):

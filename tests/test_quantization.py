@@ -71,8 +71,8 @@ def gradients(base: BaseModel, *, lean: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
         latents, noise = torch.randn_like(latents), torch.randn_like(latents)
         text = replace(text, states=torch.randn_like(text.states))
-        batch = Batch(latents, ("", ""), None, photos=2)
-        dreambooth_loss(base, batch, text, noise, torch.tensor([10, 700]), prior_loss_weight=0.0).backward()
+        batch = Batch(latents, noise, torch.tensor([10, 700]), ("", ""), None, photos=2)
+        dreambooth_loss(base, batch, text, prior_loss_weight=0.0).backward()
         return {name: parameter.grad.clone() for name, parameter in lora.parameters.items()}
 
 

@@ -153,9 +153,9 @@ def fixed_loss(base: BaseModel, cache: LatentCache) -> float:
     """Mean loss on 16 draws that are never trained on."""
     total = 0.0
     for i in range(16):
-        batch, noise, timesteps = draw(cache, seed=99, step=10_000 + i, batch_size=2)
+        batch = draw(cache, seed=99, step=10_000 + i, batch_size=2)
         text = conditions(base, cache, batch.prompts)
-        total += dreambooth_loss(base, batch, text, noise, timesteps, prior_loss_weight=0.0).item() / 16
+        total += dreambooth_loss(base, batch, text, prior_loss_weight=0.0).item() / 16
     return total
 
 
@@ -246,9 +246,9 @@ def test_gradient_accumulation(rex: Subject) -> None:
     expected = []
     with torch.no_grad():
         for i in range(3):
-            batch, noise, timesteps = draw(cache, seed=0, step=i, batch_size=1)
+            batch = draw(cache, seed=0, step=i, batch_size=1)
             text = conditions(base, cache, batch.prompts)
-            expected.append(dreambooth_loss(base, batch, text, noise, timesteps, prior_loss_weight=0.0).item())
+            expected.append(dreambooth_loss(base, batch, text, prior_loss_weight=0.0).item())
     steps = list(training_steps(base, cache, lora=LORA, config=config))
     assert [step.index for step in steps] == [1, 2]
     assert math.isclose(steps[0].loss, sum(expected) / 3, rel_tol=1e-5)  # up = 0: the base's own loss
@@ -413,7 +413,8 @@ def test_a_batch_is_photos_then_class_images() -> None:
     cache = LatentCache(numbered(3, 0), numbered(4, 10), 0.5, {})
     seen = []
     for step in range(6):
-        batch, noise, timesteps = draw(cache, seed=1, step=step, batch_size=2)
+        batch = draw(cache, seed=1, step=step, batch_size=2)
+        noise, timesteps = batch.noise, batch.timesteps
         assert batch.photos == 2 and batch.latents.shape == noise.shape == (4, 4, 2, 2)
         assert timesteps.shape == (4,) and timesteps.dtype == torch.int64 and 0 <= timesteps.min() and timesteps.max() < 1000
         values = (batch.latents[:, 0, 0, 0] / 0.5).int().tolist()
@@ -421,14 +422,14 @@ def test_a_batch_is_photos_then_class_images() -> None:
         assert max(values[:2]) < 3 and min(values[2:]) >= 10
         seen.append((values, noise.sum().item()))
         again = draw(cache, seed=1, step=step, batch_size=2)
-        assert torch.equal(again[1], noise) and torch.equal(again[2], timesteps)
+        assert torch.equal(again.noise, noise) and torch.equal(again.timesteps, timesteps)
     assert len({noise for _, noise in seen}) == 6
 
 
 def test_every_timestep_is_drawn() -> None:
     mean = torch.zeros(1, 1, 1, 1, 1)
     cache = LatentCache(LatentSet(mean, mean, ("a dog",), None), None, 1.0, {})
-    drawn = torch.cat([draw(cache, seed=0, step=i, batch_size=100)[2] for i in range(200)])
+    drawn = torch.cat([draw(cache, seed=0, step=i, batch_size=100).timesteps for i in range(200)])
     assert (drawn.min(), drawn.max()) == (0, 999)
     assert abs(drawn.float().mean().item() - 499.5) < 10 and len(drawn.unique()) == 1000
 

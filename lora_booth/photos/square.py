@@ -32,8 +32,8 @@ class Square:
 
     image: Image.Image  # RGB, resolution x resolution
     crop: Crop
-    mask: Image.Image | None  # greys, as large; white is the subject
-    kept: float | None  # share of the mask that is inside the square; None without a mask
+    mask: Image.Image | None = None  # greys, as large; white is the subject
+    kept: float | None = None  # share of the mask that is inside the square; None without a mask
 
 
 def training_square(photo: Photo, resolution: int) -> Square:
@@ -43,7 +43,7 @@ def training_square(photo: Photo, resolution: int) -> Square:
     image = crop_and_resize(open_photo(photo, smaller=smaller), resolution, photo.crop, focus=photo.focus)
     crop = crop_of(photo.width, photo.height, resolution, photo.crop, photo.focus)
     if photo.mask is None:
-        return Square(image, crop, None, None)
+        return Square(image, crop)
     greys = open_mask(photo.mask, photo.name)
     across, down = greys.width / photo.width, greys.height / photo.height
     region = (left * across, top * down, (left + side) * across, (top + side) * down)

@@ -146,23 +146,15 @@ def count_step(base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures
     config = replace(config, attention=counted_attention(config), compile=False)  # type: ignore[arg-type]
     with trainable(base, lora) as adapter, training_mode(base, adapter, config):
         latents, text, time_ids = inputs(base, pictures, resolution)
-        batch = Batch(latents, ("",) * pictures, time_ids, photos=pictures)
         times = torch.zeros(pictures, dtype=torch.long, device=base.device)
         _ = base.alphas_cumprod  # made once per base, so not counted
         with fused_attention(), Meter() as meter:
             with saved_for_backward(*base.structure.values()) as saved:
                 adapter.flat.refresh()
+                batch = Batch(latents, torch.zeros_like(latents), times, ("",) * pictures, time_ids, photos=pictures)
                 if lora.text_encoder:
                     text = base.encode_text(batch.prompts)
-                loss = dreambooth_loss(
-                    base,
-                    batch,
-                    text,
-                    torch.zeros_like(latents),
-                    times,
-                    prior_loss_weight=1.0,
-                    min_snr_gamma=config.min_snr_gamma,
-                )
+                loss = dreambooth_loss(base, batch, text, prior_loss_weight=1.0, min_snr_gamma=config.min_snr_gamma)
                 for_backward = saved()
             torch.autograd.backward(loss)
         return Count(meter.peak, meter.peak_on_cpu, for_backward, meter.flops)

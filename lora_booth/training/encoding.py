@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..cache import bytes_of, cached, key_of, prune_cache
 from ..config import LoraSpec, TrainingConfig, settled, typed
 from ..errors import SettingsError, shown
 from ..photos.photo import Photo
-from ..photos.square import Crop, to_tensor, training_square
+from ..photos.square import Crop, Square, to_tensor, training_square
 from ..subject.subject import Subject
 from ..subject.wording import subject_pattern
 from .latents import LatentCache, LatentSet
@@ -55,53 +55,44 @@ def prepare(
     on_progress  called with what is made ("class images", "encoding"), how many are done, and their total
     on_square    called with each photo's number, from 0, and its training square
     """
-    base, subjects = typed("base", base, BaseModel), subjects_of(subject)
-    config = settled(
-        typed("config", config, TrainingConfig | None) or TrainingConfig(), base, sum(len(s.photos) for s in subjects)
-    )
-    squares, prompts = [], []
+    base, subjects, warn = typed("base", base, BaseModel), subjects_of(subject), say or warnings.warn
+    asked = typed("config", config, TrainingConfig | None) or TrainingConfig()
+    config = settled(asked, base, sum(len(one.photos) for one in subjects))
+    photos: list[Square] = []
+    prompts: list[str] = []
     for one in subjects:
         for photo in one.photos:
-            squares.append(training_square(photo, config.resolution))
-            on_square(len(squares) - 1, squares[-1].image)
-            prompts.append(prompt_read(base, one, photo, f"photo {len(squares)}", say or warnings.warn))
+            photos.append(training_square(photo, config.resolution))
+            on_square(len(photos) - 1, photos[-1].image)
+            prompts.append(prompt_read(base, one, photo, f"photo {len(photos)}", warn))
     if say is not None:
-        say(f"{len(squares)} photos at {config.resolution} px")
-    pictures, class_prompts = [], []
+        say(f"{len(photos)} photos at {config.resolution} px")
+    drawn: list[Square] = []
+    class_prompts: list[str] = []
     if config.prior_loss_weight > 0:
-        for prompt in dict.fromkeys(s.class_prompt for s in subjects):
-            pictures += class_images(
+        uncropped = Crop(0, 0, (config.resolution, config.resolution))
+        for prompt in dict.fromkeys(one.class_prompt for one in subjects):
+            images = class_images(
                 base,
-                told_if_cut(base, prompt, "class images", say or warnings.warn),
+                told_if_cut(base, prompt, "class images", warn),
                 config.class_images,
                 resolution=config.resolution,
                 seed=config.seed,
                 on_progress=partial(on_progress, "class images"),
             )
+            drawn += [Square(image, uncropped) for image in images]
             class_prompts += [prompt] * config.class_images
-    views = 2 if config.flip else 1
-    total, done = views * (len(squares) + len(pictures)), count()
+    total, done = (2 if config.flip else 1) * len(photos + drawn), count()
 
     def on_picture() -> None:
         on_progress("encoding", next(done), total)
 
     on_picture()
-    photos = encode(
-        base,
-        [s.image for s in squares],
-        [s.crop for s in squares],
-        prompts,
-        flip=config.flip,
-        masks=[s.mask for s in squares],
-        on_picture=on_picture,
-    )
-    prior = None
-    if pictures:
-        crops = [Crop(0, 0, (config.resolution, config.resolution))] * len(pictures)
-        prior = encode(base, pictures, crops, class_prompts, flip=config.flip, on_picture=on_picture)
+    encoded = encode(base, photos, prompts, flip=config.flip, on_picture=on_picture)
+    prior = encode(base, drawn, class_prompts, flip=config.flip, on_picture=on_picture) if drawn else None
     text = {} if lora is not None and lora.text_encoder else encode_prompts(base, [*prompts, *class_prompts])
     prune_cache()
-    return LatentCache(photos, prior, base.scaling_factor, text)
+    return LatentCache(encoded, prior, base.scaling_factor, text)
 
 
 def prompt_read(base: BaseModel, subject: Subject, photo: Photo, name: str, warn: Callable[[str], None]) -> str:
@@ -129,37 +120,40 @@ def subjects_of(subject: Subject | Sequence[Subject]) -> list[Subject]:
     return subjects
 
 
+@torch.no_grad()
 def encode(
-    base: BaseModel,
-    images: Sequence[Image.Image],
-    crops: Sequence[Crop],
-    prompts: Sequence[str],
-    *,
-    flip: bool,
-    masks: Sequence[Image.Image | None] = (),
-    on_picture: Callable[[], None] = lambda: None,
+    base: BaseModel, squares: Sequence[Square], prompts: Sequence[str], *, flip: bool, on_picture: Callable[[], None]
 ) -> LatentSet:
-    """Pictures of one size -> LatentSet on the base's device, through the cache on disk.
-
-    masks       grey pictures of the same size, one for each picture; None for a picture without a mask
-    on_picture  called after each picture
-    """
-    cache = VaeCache(base)
-    views: list[tuple[Tensor, Tensor]] = []
-    for mirrored in (False, True)[: 2 if flip else 1]:
+    """Pictures of one size -> LatentSet on the base's device, through the cache on disk. on_picture: called after each"""
+    depends_on = dependencies(base, "vae")
+    means, stds = [], []  # of each view
+    for mirrored in (False, True) if flip else (False,):
         encoded = []
-        for image in images:
-            encoded.append(cache.encode(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image))
+        for square in squares:
+            image = square.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else square.image
+            encoded.append(latents_of(base, to_tensor(image), depends_on))
             on_picture()
-        views.append((torch.cat([mean for mean, _ in encoded]), torch.cat([std for _, std in encoded])))
-    ids = [base.time_ids(crop.original_size, (crop.top, crop.left), images[0].width) for crop in crops]
+        means.append(torch.cat([mean for mean, _ in encoded]))
+        stds.append(torch.cat([std for _, std in encoded]))
+    ids = [base.time_ids(s.crop.original_size, (s.crop.top, s.crop.left), s.image.width) for s in squares]
+    masks = [square.mask for square in squares]
     return LatentSet(
-        mean=torch.stack([mean for mean, _ in views]).to(base.device),
-        std=torch.stack([std for _, std in views]).to(base.device),
+        mean=torch.stack(means).to(base.device),
+        std=torch.stack(stds).to(base.device),
         prompts=tuple(prompts),
         time_ids=torch.stack([row for row in ids if row is not None]) if base.family.time_ids else None,
-        masks=mask_latents(masks, base.pixels_per_latent, views=len(views)).to(base.device) if any(masks) else None,
+        masks=mask_latents(masks, base.pixels_per_latent, views=len(means)).to(base.device) if any(masks) else None,
     )
+
+
+def latents_of(base: BaseModel, pixels: Tensor, depends_on: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
+    """A picture (1, 3, H, W) in -1..1 -> mean and standard deviation of its latents, each (1, C, H/f, W/f) float32."""
+    if depends_on is None:
+        return base.encode_images(pixels)
+    picture = hashlib.sha256(bytes_of(pixels)).hexdigest()
+    key = key_of(of="latents", picture=picture, shape=tuple(pixels.shape), **depends_on)
+    found = cached("latents", key, lambda: dict(zip(("mean", "std"), base.encode_images(pixels), strict=True)))
+    return found["mean"].to(base.device), found["std"].to(base.device)
 
 
 def mask_latents(masks: Sequence[Image.Image | None], factor: int, *, views: int) -> Tensor:
@@ -174,52 +168,25 @@ def mask_latents(masks: Sequence[Image.Image | None], factor: int, *, views: int
 @torch.no_grad()
 def encode_prompts(base: BaseModel, prompts: Sequence[str]) -> dict[str, TextConditions]:
     """Text conditions of each distinct prompt, through the cache on disk."""
-    cache = TextCache(base)
-    return {prompt: cache.encode(prompt) for prompt in dict.fromkeys(prompts)}
+    depends_on = text_dependencies(base)
+    return {prompt: conditions_of(base, prompt, depends_on) for prompt in dict.fromkeys(prompts)}
 
 
-class VaeCache:
-    """Latents of pictures by the base's VAE."""
+def conditions_of(base: BaseModel, prompt: str, depends_on: Mapping[str, Any] | None) -> TextConditions:
+    def made() -> dict[str, Tensor]:
+        text = base.encode_text([prompt])
+        return {"states": text.states} | ({} if text.pooled is None else {"pooled": text.pooled})
 
-    def __init__(self, base: BaseModel) -> None:
-        self.base = base
-
-    @cached_property
-    def depends_on(self) -> dict[str, Any] | None:
-        return dependencies(self.base, "vae")
-
-    def encode(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """A picture -> mean and standard deviation of its latents, each (1, C, H/f, W/f) float32."""
-        pixels = to_tensor(image)
-        if self.depends_on is None:
-            return self.base.encode_images(pixels)
-        picture = hashlib.sha256(bytes_of(pixels)).hexdigest()
-        key = key_of(of="latents", picture=picture, shape=tuple(pixels.shape), **self.depends_on)
-        found = cached("latents", key, lambda: dict(zip(("mean", "std"), self.base.encode_images(pixels), strict=True)))
-        return found["mean"].to(self.base.device), found["std"].to(self.base.device)
+    if depends_on is None:
+        return TextConditions(**made())
+    tokens = [words([prompt], padding="max_length", truncation=True).input_ids for words in base.tokenizers]
+    found = cached("text", key_of(of="text", prompt=prompt, tokens=tokens, **depends_on), made)
+    return TextConditions(**{name: tensor.to(base.device) for name, tensor in found.items()})
 
 
-class TextCache:
-    """Text conditions of prompts by the base's text encoders."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self.base = base
-
-    @cached_property
-    def depends_on(self) -> dict[str, Any] | None:
-        each = [dependencies(self.base, name) for name in self.base.family.text_encoders]
-        return None if None in each else {"encoders": each, "pipeline": type(self.base.shell).__name__}
-
-    def encode(self, prompt: str) -> TextConditions:
-        def made() -> dict[str, Tensor]:
-            text = self.base.encode_text([prompt])
-            return {"states": text.states} | ({} if text.pooled is None else {"pooled": text.pooled})
-
-        if self.depends_on is None:
-            return TextConditions(**made())
-        tokens = [words([prompt], padding="max_length", truncation=True).input_ids for words in self.base.tokenizers]
-        found = cached("text", key_of(of="text", prompt=prompt, tokens=tokens, **self.depends_on), made)
-        return TextConditions(**{name: tensor.to(self.base.device) for name, tensor in found.items()})
+def text_dependencies(base: BaseModel) -> dict[str, Any] | None:
+    each = [dependencies(base, name) for name in base.family.text_encoders]
+    return None if None in each else {"encoders": each, "pipeline": type(base.shell).__name__}
 
 
 def dependencies(base: BaseModel, name: str) -> dict[str, Any] | None:
@@ -235,7 +202,7 @@ def dependencies(base: BaseModel, name: str) -> dict[str, Any] | None:
     return {
         "class": type(module).__name__,
         "config": {key: value for key, value in sorted(config.items()) if key[0] != "_" and key not in NO_EFFECT},
-        "weights": digest_of(module) if unread is None else digest_on_disk(unread),
+        "weights": digest_on_disk(unread) if unread else digest_of(sorted(module.state_dict().items())),
         "dtype": str(next(module.parameters()).dtype),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else [place.type, torch.get_num_threads()],
         "modes": {mode: getattr(module, mode, None) for mode in ("training", "use_tiling", "use_slicing")},
@@ -245,10 +212,10 @@ def dependencies(base: BaseModel, name: str) -> dict[str, Any] | None:
     }
 
 
-def digest_of(module: Any) -> str:
-    """sha256 of every weight, as held in memory."""
+def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of a module's weights, by name."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in weights:
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(bytes_of(value))
     return digest.hexdigest()
@@ -258,11 +225,10 @@ def digest_on_disk(unread: LazyModule) -> str:
     """The same for a module that is not loaded yet; computed once for each state of its files."""
 
     def computed() -> dict[str, Tensor]:
-        digest = hashlib.sha256()
-        for name, place in sorted(unread.places.items()):
-            digest.update(f"{name} {tuple(unread.module.state_dict()[name].shape)}".encode())
-            digest.update(bytes_of(place.read(unread.dtype, torch.device("cpu"))))
-        return {"sha256": torch.tensor(list(digest.digest()), dtype=torch.uint8)}
+        shapes = {name: value.shape for name, value in unread.module.state_dict().items()}
+        places = sorted(unread.places.items())
+        weights = ((name, place.read(unread.dtype, torch.device("cpu")).view(shapes[name])) for name, place in places)
+        return {"sha256": torch.tensor(list(bytes.fromhex(digest_of(weights))), dtype=torch.uint8)}
 
     found = cached("digests", key_of(of="digest", files=unread.stamp(), dtype=unread.dtype), computed)
     return bytes(found["sha256"].tolist()).hex()

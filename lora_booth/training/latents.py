@@ -38,9 +38,11 @@ class LatentCache:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward pass: photos first, then class images."""
+    """What is drawn for one forward pass: photos first, then class images."""
 
     latents: Tensor  # (N, C, H/f, W/f) float32, scaled
+    noise: Tensor  # like latents, standard normal
+    timesteps: Tensor  # (N,) int64, in [0, 1000)
     prompts: tuple[str, ...]
     time_ids: Tensor | None  # (N, 6)
     photos: int  # how many of the N are photos
@@ -55,7 +57,8 @@ class Batch:
         photos = sum(row < self.photos for row in range(*part.indices(len(self))))
         ids = None if self.time_ids is None else self.time_ids[part]
         masks = None if self.masks is None else self.masks[part]
-        return Batch(self.latents[part], self.prompts[part], ids, photos, self.totals, masks)
+        drawn = self.latents[part], self.noise[part], self.timesteps[part], self.prompts[part]
+        return Batch(*drawn, ids, photos, self.totals, masks)
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -69,8 +72,6 @@ class Inputs:
 
     batch: Batch
     text: TextConditions
-    noise: Tensor  # like batch.latents
-    timesteps: Tensor  # (N,) int64
 
 
 def conditions(base: BaseModel, cache: LatentCache, prompts: Sequence[str]) -> TextConditions:
@@ -92,8 +93,8 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
 
 
-def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> tuple[Batch, Tensor, Tensor]:
-    """The batch of forward pass `step`, its noise (like latents) and its timesteps (N,) int64.
+def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> Batch:
+    """The batch of forward pass `step`.
 
     Every photo is drawn once before any is drawn twice. The VAE's posterior is sampled again each time.
     """
@@ -118,14 +119,15 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> tuple[
     stacked = torch.cat(latents)
     noise = torch.randn(stacked.shape, generator=generator, device=device)
     timesteps = torch.randint(TIMESTEPS, (len(stacked),), generator=generator, device=device)
-    batch = Batch(
+    return Batch(
         stacked,
+        noise,
+        timesteps,
         tuple(prompts),
         torch.cat(ids) if ids else None,
         photos=len(parts[0][1]),
         masks=torch.cat(masks) if masks else None,
     )
-    return batch, noise, timesteps
 
 
 def numbers_on(device: torch.device, values: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ from ..kernels.lora import FlatFactors
 from .distributed import ALONE, Processes
 from .health import Health
 from .latents import Inputs, LatentCache, conditions, draw, step_seed
+from .loss import dreambooth_loss
 
 
 @dataclass
@@ -61,33 +62,44 @@ def updates(state: LoopState, gradients: Callable[[], Tensor]) -> Iterator[Tenso
         yield loss if scaler.is_enabled() else torch.where(finite, loss, torch.nan)
 
 
-def accumulate(state: LoopState, backward: Callable[[Inputs], Tensor]) -> Tensor:
-    """The gradients of one update, summed over its batches; returns its loss ().
-
-    backward  forward and backward pass of a batch or a part of it: adds to the gradient of the factors, returns its loss ()
-    """
+def accumulate(state: LoopState, work: Callable[[Inputs], Tensor]) -> Tensor:
+    """The gradients of one update, summed over its batches; returns its loss (). work: `backward`, or a recording of it"""
     state.factors.gradient.zero_()
     loss = torch.zeros((), device=state.base.device)
     batches = state.config.gradient_accumulation
     for index in range(state.step * batches, (state.step + 1) * batches):
         with dropout_seeded(state, index):
             for inputs in inputs_of(state, index):  # drawn
-                loss += backward(inputs)  # forward and backward
+                loss += work(inputs)  # forward and backward
     return loss
 
 
 def inputs_of(state: LoopState, index: int) -> Iterator[Inputs]:
     """Draw batch `index`: this process's share of it, in as many parts as memory requires."""
     config = state.config
-    batch, noise, timesteps = draw(state.cache, seed=config.seed, step=index, batch_size=config.batch_size)
+    batch = draw(state.cache, seed=config.seed, step=index, batch_size=config.batch_size)
     if state.processes.count > 1:
-        share = state.processes.share
-        batch, noise, timesteps = batch[share], noise[share], timesteps[share]
+        batch = batch[state.processes.share]
     size = config.pictures_at_a_time or max(1, len(batch))
     for first in range(0, len(batch), size):
-        rows = slice(first, first + size)
-        part = batch[rows]
-        yield Inputs(part, conditions(state.base, state.cache, part.prompts), noise[rows], timesteps[rows])
+        part = batch[first : first + size]
+        yield Inputs(part, conditions(state.base, state.cache, part.prompts))
+
+
+def backward(state: LoopState, inputs: Inputs) -> Tensor:
+    """Forward and backward pass of a batch or a part of it: adds to the gradient of the factors, returns its loss ()."""
+    config = state.config
+    state.factors.refresh()
+    loss = dreambooth_loss(
+        state.base,
+        inputs.batch,
+        inputs.text,
+        prior_loss_weight=config.prior_loss_weight,
+        min_snr_gamma=config.min_snr_gamma,
+    )
+    loss = loss / config.gradient_accumulation
+    state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 @contextmanager

@@ -6,45 +6,16 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-from ..kernels.lora import FlatFactors
-from .latents import Batch, Inputs
+from .latents import Batch
 
 # of the error where a mask is black: chosen; at 0 the adapter is free to draw anything behind the subject
 BACKGROUND_WEIGHT = 0.1
-
-
-def backward(
-    base: BaseModel,
-    inputs: Inputs,
-    factors: FlatFactors,
-    *,
-    scaler: torch.amp.GradScaler,
-    prior_loss_weight: float,
-    min_snr_gamma: float | None,
-    divisor: int = 1,
-) -> Tensor:
-    """Forward and backward pass: adds the gradient of the loss / `divisor` to that of `factors`; returns it, () float32."""
-    factors.refresh()
-    loss = dreambooth_loss(
-        base,
-        inputs.batch,
-        inputs.text,
-        inputs.noise,
-        inputs.timesteps,
-        prior_loss_weight=prior_loss_weight,
-        min_snr_gamma=min_snr_gamma,
-    )
-    loss = loss / divisor
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
 
 
 def dreambooth_loss(
     base: BaseModel,
     batch: Batch,
     text: TextConditions,
-    noise: Tensor,
-    timesteps: Tensor,
     *,
     prior_loss_weight: float,
     min_snr_gamma: float | None = None,
@@ -54,21 +25,19 @@ def dreambooth_loss(
 
     batch.latents  (N, C, H/f, W/f)  times the scaling_factor; H, W in pixels, f pixels a latent; photos before class images
     text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
-    noise          like latents      standard normal
-    timesteps      (N,) int64        in [0, 1000)
     batch.masks    (N, 1, H/f, W/f)  1 where the error counts fully, 0 where it counts `background_weight`; None: 1 everywhere
     batch.totals   photos and class images of the full batch: the losses of its parts sum to that of the batch
     returns        () float32
     """
-    alphas = base.alphas_cumprod[timesteps]
+    alphas = base.alphas_cumprod[batch.timesteps]
     signal, spread = (a.view(-1, 1, 1, 1) for a in (alphas.sqrt(), (1 - alphas).sqrt()))
-    noisy = signal * batch.latents + spread * noise
+    noisy = signal * batch.latents + spread * batch.noise
     extra = None if batch.time_ids is None else {"text_embeds": text.pooled, "time_ids": batch.time_ids}
-    predicted = base.unet(noisy.to(base.dtype), timesteps, text.states.to(base.dtype), added_cond_kwargs=extra).sample
+    predicted = base.unet(noisy.to(base.dtype), batch.timesteps, text.states.to(base.dtype), added_cond_kwargs=extra).sample
     if base.prediction_type == "v_prediction":
-        target = signal * noise - spread * batch.latents
+        target = signal * batch.noise - spread * batch.latents
     else:
-        target = noise
+        target = batch.noise
     squared = (predicted.float() - target).square()
     if batch.masks is not None:
         squared = squared * mask_weight(batch.masks, background_weight)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -21,8 +22,7 @@ from ..kernels.capture import StepGraph, can_capture
 from .distributed import ALONE, Processes
 from .health import Health, RollBack
 from .latents import Inputs, LatentCache
-from .loop import LoopState, accumulate, updates
-from .loss import backward
+from .loop import LoopState, accumulate, backward, updates
 from .memory_ladder import LEFT_TO_TRY, LEVELS, is_out_of_memory, next_level
 from .progress import Step
 from .training_mode import make_optimizer, make_scaler, training_mode
@@ -88,9 +88,11 @@ class TrainingRun(Iterator[Step]):
             factors = self.lora.flat
             optimizer, scaler = make_optimizer(factors.values, config, base.device), make_scaler(base)
             self.loop = LoopState(base, cache, config, factors, optimizer, scaler, lora.dropout, processes)
-            self.backward: Callable[[Inputs], Tensor] = self._backward
-            if base.device.type == "cuda" or config.capture == "on":
-                self._capture(lora, say)
+            self.backward: Callable[[Inputs], Tensor] = partial(backward, self.loop)
+            if (base.device.type == "cuda" or config.capture == "on") and can_capture(base, lora, config):
+                graph = StepGraph(self.backward, factors.gradient, say=say)
+                self._stack.callback(graph.close)
+                self.backward = graph
             self._updates = updates(self.loop, self._gradients)
             self.started = time.monotonic()
             self.look_every = 1 if base.device.type == "cpu" else LOOK_EVERY
@@ -133,25 +135,6 @@ class TrainingRun(Iterator[Step]):
                     raise
                 reason = reason_of(error)
             self._climb(reason)  # out here: the exception's traceback holds tensors
-
-    def _capture(self, lora: LoraSpec, say: Callable[[str], None]) -> None:
-        """Record and replay `backward`, where that is possible."""
-        if can_capture(self.loop.base, lora, self.loop.config):
-            graph = StepGraph(self._backward, self.loop.factors.gradient, say=say)
-            self._stack.callback(graph.close)
-            self.backward = graph
-
-    def _backward(self, inputs: Inputs) -> Tensor:
-        loop, config = self.loop, self.loop.config
-        return backward(
-            loop.base,
-            inputs,
-            loop.factors,
-            scaler=loop.scaler,
-            prior_loss_weight=config.prior_loss_weight,
-            min_snr_gamma=config.min_snr_gamma,
-            divisor=config.gradient_accumulation,
-        )
 
     def _climb(self, reason: str) -> None:
         """Go to the next level of the memory ladder. Raises TrainingError at its end."""
