@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +93,12 @@ def unread_layers(base: BaseModel, component: str) -> list[str]:
 # --- training ------------------------------------------------------------------------------------------------------
 
 
+def factors_of(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraFactors]:
+    """Factors by module path, of tensors by path + ".down" or ".up"."""
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    return {path: LoraFactors(tensors[f"{path}.down"], tensors[f"{path}.up"], alpha) for path in paths}
+
+
 @dataclass
 class TrainableLora:
     """The adapter under training: float32 factors inside the frozen base. They stay readable when it is taken out."""
@@ -108,9 +114,7 @@ class TrainableLora:
 
     def factors(self) -> dict[str, LoraFactors]:
         """A copy of what was learnt so far, on the CPU."""
-        learnt = self.copied()
-        paths = dict.fromkeys(name.rpartition(".")[0] for name in learnt)
-        return {path: LoraFactors(learnt[f"{path}.down"], learnt[f"{path}.up"], self.alpha) for path in paths}
+        return factors_of(self.copied(), self.alpha)
 
     def check_gradients(self) -> None:
         """After the first backward pass. Raises TrainingError unless all gradients are finite and no up factor's is zero."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -82,10 +82,10 @@ def train(
     config = settled(asked, base, sum(len(s.photos) for s in subjects))
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
-    job, processes = Job(base, subjects, lora, config), joined(base.device)
+    job = Job(base, subjects, lora, config)
 
     with ExitStack() as stack:
-        stack.enter_context(processes.watched())
+        processes = stack.enter_context(joined(base.device))
         shown = stack.enter_context(display(progress and processes.main))
         folder = NoFolder(job, say=shown.say)
         if place is not None and processes.main:
@@ -103,14 +103,16 @@ def train(
             return done
 
         # photos -> latents, with settings that fit into memory; a resumed run keeps those that it started with
-        for note in token_notes(base, subjects):
-            shown.say(f"note: {note}")
+        for one in subjects:
+            report = check_token(one.token, base.tokenizer, known_rare=base.rare_tokens)
+            for note in (*report.problems, *report.warnings):
+                shown.say(f"note: {note}")
         levels = {}
         if state is None and not is_ample(base, lora, config, photos=job.photos):
             levels = levels_that_fit(base, lora, config, photos=job.photos, say=shown.say)
         encode = partial(prepare, say=shown.say, on_progress=shown.progress, on_square=folder.save_crop)
         cache = processes.main_first(lambda: encode(base, subjects, lora=lora, config=config))
-        folder.begin(cache, processes=processes.count)
+        folder.begin(job.surroundings(cache, processes.count))
         if not lora.text_encoder:
             stack.enter_context(base.only_unet_on_device())
 
@@ -119,14 +121,17 @@ def train(
         stack.callback(run.close)
         del state  # the run has taken it over, and its bytes are free
         tracking = None
+        observers: list[Callable[[Step], None]] = [shown.update]
         if trackers and processes.main:
-            tracking = Tracking(trackers, say=folder.event)
-            tracking.begin({**asdict(config), **asdict(lora), "base": base.name})
+            settings = {**asdict(config), **asdict(lora), "base": base.name}
+            tracking = Tracking(trackers, settings, say=folder.event)
             stack.callback(tracking.close)
+            observers.append(tracking.update)
+        if on_step is not None:
+            observers.append(on_step)
         stopping = Stopping(began=began, time_limit=time_limit)
         if out is not None:
             stack.enter_context(stopping)
-        observers = [shown.update, *([tracking.update] if tracking else []), *([on_step] if on_step else [])]
         stop = follow(run, job, folder, stopping, tracking, observers)
         adapter = job.adapter(run.state())
         folder.end(adapter, words_of(stop) if stop else "")
@@ -158,7 +163,7 @@ def follow(
             if stop and not last:
                 return stop
             if every and step.index % every == 0:
-                draw(step.index, None if last else partial(job.adapter_of, step))
+                draw(step.index, None if last else step)
         return 0
     except TrainingError as error:
         folder.give_up(error, run.state)
@@ -171,13 +176,6 @@ def check_place(place: Path, copies: Path | None, subjects: Sequence[Subject]) -
         raise SettingsError(f"{shown(place)}: holds the photos; pass another folder as {setting('out', option='--run')}")
     if copies is not None and copies.resolve() == place.resolve():
         raise SettingsError(f"{shown(copies)}: is the run folder itself; pass a folder on other storage as {setting('mirror')}")
-
-
-def token_notes(base: BaseModel, subjects: Sequence[Subject]) -> Iterator[str]:
-    """Problems of the chosen tokens, by the base's tokenizer."""
-    for subject in subjects:
-        report = check_token(subject.token, base.tokenizer, known_rare=base.rare_tokens)
-        yield from (*report.problems, *report.warnings)
 
 
 def leave_report(folder: NoFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import socket
 import sys
@@ -26,6 +27,8 @@ T = TypeVar("T")
 BEAT = 2.0  # seconds between two heartbeats of a process; this and the next two were chosen, not measured
 LOST = 30.0  # seconds without a heartbeat after which a process counts as lost
 LONGEST = timedelta(hours=2)  # how long a live process may keep the others waiting: class images on a slow machine
+CALLS = itertools.count(1)  # a number for each training of this program, so that none reads another's heartbeats
+WHEN_LOST = "another process of this run was lost; run the same command again to continue"
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,6 @@ class Processes:
 
     def sum_gradients(self, loss: Tensor, gradient: Tensor) -> Tensor:
         """Sum the gradient (n,) in place over all shares; returns the sum of their losses ()."""
-        if self.count == 1:
-            return loss
         both = torch.cat([loss.reshape(1), gradient])
         with naming_a_lost_process():
             dist.all_reduce(both, group=self.gradients)
@@ -74,22 +75,19 @@ class Processes:
         """The result of `work` in the main process, for all; an error there is raised everywhere."""
         if self.count == 1:
             return work()
-        if not self.main:
-            with naming_a_lost_process():
-                received: list[Any] = [None]
-                dist.broadcast_object_list(received, group=self.control)
-            error, result = received[0]
-            if error is not None:
-                raise TrainingError(error)
-            return result  # type: ignore[no-any-return]
-        try:
-            result = work()
-        except BaseException as error:
-            dist.broadcast_object_list([(f"the main process stopped: {error}", None)], group=self.control)
-            raise
+        sent: list[Any] = [None]
+        if self.main:
+            try:
+                sent = [(work(), None)]
+            except BaseException as error:
+                dist.broadcast_object_list([(None, f"the main process stopped: {error}")], group=self.control)
+                raise
         with naming_a_lost_process():
-            dist.broadcast_object_list([(None, result)], group=self.control)
-        return result
+            dist.broadcast_object_list(sent, group=self.control)
+        result, stopped = sent[0]
+        if stopped is not None:
+            raise TrainingError(stopped)
+        return result  # type: ignore[no-any-return]
 
     def check_same(self, value: str, what: str) -> None:
         """Raises TrainingError where `value` differs from that of the main process."""
@@ -101,23 +99,6 @@ class Processes:
         made: list[T] = []
         self.from_main(lambda: made.append(work()))
         return made[0] if made else work()
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Each process sends a heartbeat; one that misses another's for LOST seconds exits, since a sum of gradients would wait
-        for hours. Its checkpoints are intact. (A process that dies closes its connections and is missed at once.)
-        """
-        if self.count == 1 or "MASTER_ADDR" not in os.environ:
-            yield
-            return
-        done = threading.Event()
-        watcher = threading.Thread(target=watch, args=(self.index, self.count, next_call(), done), daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join(BEAT)
 
 
 ALONE = Processes()
@@ -139,11 +120,26 @@ def own_gpu() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def joined(device: torch.device) -> Processes:
-    """The processes that a launcher started with this one, or ALONE. device: of the base."""
-    if not dist.is_available() or not (started() or dist.is_initialized()):
-        return ALONE
-    return joined_on(device)
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """The processes that a launcher started with this one, or ALONE. device: of the base.
+
+    Each process sends a heartbeat; one that misses another's for LOST seconds exits, since a sum of gradients would wait for
+    hours. Its checkpoints are intact. (A process that dies closes its connections and is missed at once.)
+    """
+    several = dist.is_available() and (started() or dist.is_initialized())
+    processes = joined_on(device) if several else ALONE
+    if processes.count == 1 or "MASTER_ADDR" not in os.environ:
+        yield processes
+        return
+    done = threading.Event()
+    watcher = threading.Thread(target=watch, args=(processes.index, processes.count, next(CALLS), done), daemon=True)
+    watcher.start()
+    try:
+        yield processes
+    finally:
+        done.set()
+        watcher.join(BEAT)
 
 
 @cache
@@ -166,17 +162,7 @@ def naming_a_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TrainingError("another process of this run was lost; run the same command again to continue") from error
-
-
-_calls = 0
-
-
-def next_call() -> int:
-    """A number for each training of this program, so that none reads another's heartbeats."""
-    global _calls
-    _calls += 1
-    return _calls
+        raise TrainingError(WHEN_LOST) from error
 
 
 def watch(index: int, count: int, call: int, done: threading.Event) -> None:
@@ -188,9 +174,7 @@ def watch(index: int, count: int, call: int, done: threading.Event) -> None:
     while not (done.wait(BEAT) or gone.is_set() or time.monotonic() - min(last_beats.values()) > LOST):
         pass
     if not done.is_set() and not done.wait(2 * BEAT):  # the loop's own error is more helpful, if it comes
-        print(
-            "error: another process of this run was lost; run the same command again to continue", file=sys.stderr, flush=True
-        )
+        print(f"error: {WHEN_LOST}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

@@ -15,13 +15,13 @@ import torch
 
 from .. import __version__
 from ..adapters.adapter import Adapter
-from ..adapters.contents import Card, LoraFactors, card_facts
+from ..adapters.contents import Card, card_facts
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, SettledConfig, defaults
+from ..injection import factors_of
 from ..photos.photo import Photo
 from ..subject.subject import Subject
 from .latents import LatentCache
-from .progress import Step
 
 # settings that may change when a run is resumed: those that do not affect the adapter, and those that affect rounding only
 FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_seeds")
@@ -94,14 +94,7 @@ class Job:
 
     def adapter(self, state: dict[str, Any]) -> Adapter:
         """The adapter of a `TrainingRun.state()`."""
-        tensors = {name: tensor.detach().float().cpu() for name, tensor in state["lora"].items()}
-        paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-        factors = {p: LoraFactors(tensors[f"{p}.down"], tensors[f"{p}.up"], self.lora.scale_alpha) for p in paths}
-        return Adapter(factors, self.card(int(state["step"])))
-
-    def adapter_of(self, step: Step) -> Adapter:
-        """The adapter learnt up to `step`, which must be the last one."""
-        return Adapter(step.factors(), self.card(step.index))
+        return Adapter(factors_of(state["lora"], self.lora.scale_alpha), self.card(int(state["step"])))
 
     def card(self, steps: int) -> Card:
         first = self.subjects[0]

@@ -37,7 +37,6 @@ from .checkpoint import (
     unpacked_state,
 )
 from .job import Job, changes, differences, only_steps_differ
-from .latents import LatentCache
 from .lock import locked
 from .loop import learning_rate
 from .mirror import Mirror
@@ -70,8 +69,8 @@ class NoFolder:
         """What is there of this run: a state to continue from, or the finished adapter."""
         return None, None
 
-    def begin(self, cache: LatentCache, *, processes: int) -> None:
-        """The run begins, or continues from what `open` found."""
+    def begin(self, surroundings: dict[str, Any]) -> None:
+        """The run begins, or continues from what `open` found. surroundings: of the Job"""
 
     def event(self, text: str) -> None:
         """Report one line to the user and to the record."""
@@ -159,7 +158,7 @@ class RunFolder(NoFolder):
         if adapter is None:
             return state, None
         if file is None:
-            self._begin(checkpoint.record().get("surroundings", {}))
+            self.begin(checkpoint.record().get("surroundings", {}))
             self.end(adapter, "")
         return None, adapter
 
@@ -229,11 +228,8 @@ class RunFolder(NoFolder):
 
     # --- while it runs
 
-    def begin(self, cache: LatentCache, *, processes: int) -> None:
-        self._begin(self.job.surroundings(cache, processes))
-
-    def _begin(self, surroundings: dict[str, Any]) -> None:
-        """Begin, or continue from the checkpoint of `find`, whose record and metrics become the folder's again."""
+    def begin(self, surroundings: dict[str, Any]) -> None:
+        """The record and metrics of the checkpoint that `find` found become the folder's again."""
         record, found = self.record, self._found
         record.content = {"status": "running", "step": 0, "steps": self.job.config.steps, "events": []}
         if found is not None:

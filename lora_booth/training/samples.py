@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..subject.subject import Subject
 from .checkpoint import SAMPLES
 from .job import Job
 from .memory_ladder import is_out_of_memory
+from .progress import Step
 from .run_folder import NoFolder, RunFolder, why
 from .tracking import Row, Tracking
 from .training_mode import modes_restored
@@ -31,37 +32,32 @@ SAMPLE_STEPS = 15  # denoising steps of a sample: chosen, enough to compare roun
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file
 
 
-def draw_samples(
-    job: Job,
-    folder: NoFolder,
-    tracking: Tracking | None,
-    step: int,
-    adapter: Callable[[], Adapter] | None,
-) -> None:
-    """Draw a round of samples into the folder, with the adapter that drew them unless that is None. A failure is an event."""
+def draw_samples(job: Job, folder: NoFolder, tracking: Tracking | None, index: int, step: Step | None) -> None:
+    """Draw a round of samples after `index` updates into the folder, and with `step` the adapter that drew them.
+
+    A failure is an event.
+    """
     if not isinstance(folder, RunFolder):
         return
     began, rows = time.monotonic(), rows_of(job.subjects[0], job.config)
     try:
         images = sample(job.base, rows, job.config)
-        keep(folder.owned, step, rows, images, None if adapter is None else adapter())
+        adapter = None if step is None else Adapter(step.factors(), job.card(index))
+        keep(folder.owned, index, rows, images, adapter)
         if tracking is not None:
-            tracking.samples(step, rows, images)
+            tracking.samples(index, rows, images)
     except (OSError, RuntimeError, AdapterError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         reason = "out of memory" if isinstance(error, RuntimeError) else why(error)
-        folder.event(f"no samples of step {step}: {reason}", step=step)
+        folder.event(f"no samples of step {index}: {reason}", step=index)
     folder.record.timing("sampling", time.monotonic() - began)
 
 
 def rows_of(subject: Subject, config: SettledConfig) -> list[Row]:
     """What is drawn each time. By default the subject, the subject elsewhere, and the plain class, which should not change."""
-    prompts = config.sample_prompt or (
-        subject.instance_prompt,
-        f"{subject.instance_prompt} in the snow",
-        subject.class_prompt,
-    )
+    usual = (subject.instance_prompt, f"{subject.instance_prompt} in the snow", subject.class_prompt)
+    prompts = config.sample_prompt or usual
     several = (prompts,) if isinstance(prompts, str) else prompts
     return [(prompt, config.seed + i) for prompt in dict.fromkeys(several) for i in range(config.sample_seeds)]
 

@@ -53,20 +53,16 @@ def trackers_of(track: Track, out: Path | None) -> list[Any]:
 
 
 class Tracking:
-    """say: called with one line when a tracker fails; it is not used from then on."""
+    """Starts the trackers. say: called with one line when a tracker fails; it is not used from then on."""
 
-    def __init__(self, trackers: Sequence[Any] = (), *, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, trackers: Sequence[Any], settings: Mapping[str, Any], *, say: Callable[[str], None]) -> None:
         self.trackers, self.say = list(trackers), say
         self._steps: list[Step] = []
-
-    def begin(self, settings: Mapping[str, Any]) -> None:
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
         self._each(lambda tracker: getattr(tracker, "start", lambda: None)())
         self._each(lambda tracker: tracker.store_init_configuration(plain))
 
     def update(self, step: Step) -> None:
-        if not self.trackers:
-            return
         self._steps.append(step)
         if len(self._steps) >= AT_ONCE or step.index == step.total:
             self._log()

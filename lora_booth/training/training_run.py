@@ -258,9 +258,8 @@ def fastest_for(base: BaseModel, cache: LatentCache, config: SettledConfig, proc
     pictures = config.batch_size * (1 if cache.class_images is None else 2)
     pictures = min(config.pictures_at_a_time or pictures, -(-pictures // processes.count))
     side = cache.photos.mean.shape[-1] * base.pixels_per_latent
-    if processes.count == 1:
-        return fastest_attention(base, resolution=side, pictures=pictures)
-    return processes.from_main(lambda: fastest_attention(base, resolution=side, pictures=pictures))
+    measure = partial(fastest_attention, base, resolution=side, pictures=pictures)
+    return measure() if processes.count == 1 else processes.from_main(measure)
 
 
 def on_cpu(value: Any) -> Any:
