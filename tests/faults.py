@@ -33,7 +33,7 @@ from lora_booth.subject.subject import Subject  # noqa: E402
 from lora_booth.training.checkpoint import ADAPTER, STATE, newest, read_back, unpacked_state  # noqa: E402
 from lora_booth.training.health import RAISED, RECENT  # noqa: E402
 from lora_booth.training.loop import learning_rate  # noqa: E402
-from lora_booth.training.memory_ladder import LEVELS  # noqa: E402
+from lora_booth.training.training_run import LEVELS  # noqa: E402
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(

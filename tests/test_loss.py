@@ -22,7 +22,7 @@ from lora_booth.injection import attached, trainable
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import mask_latents, prepare
 from lora_booth.training.latents import Batch, LatentCache, LatentSet, draw
-from lora_booth.training.loss import dreambooth_loss, min_snr_weight
+from lora_booth.training.loop import dreambooth_loss, min_snr_weight
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 

@@ -30,7 +30,7 @@ from lora_booth.run import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.job import Job
 from lora_booth.training.latents import Batch
-from lora_booth.training.loss import dreambooth_loss
+from lora_booth.training.loop import dreambooth_loss
 from lora_booth.training.prior import image_key
 from lora_booth.training.training_mode import training_mode
 

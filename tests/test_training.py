@@ -31,8 +31,7 @@ from lora_booth.run import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import LatentCache, LatentSet, conditions, draw, rows
-from lora_booth.training.loop import learning_rate
-from lora_booth.training.loss import dreambooth_loss
+from lora_booth.training.loop import dreambooth_loss, learning_rate
 from lora_booth.training.prior import class_images
 from lora_booth.training.progress import Lines, Step
 from lora_booth.training.samples import SAMPLE_STEPS

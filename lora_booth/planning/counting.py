@@ -19,7 +19,7 @@ from ..cache import cached, key_of
 from ..config import LoraSpec, TrainingConfig
 from ..injection import trainable
 from ..training.latents import Batch
-from ..training.loss import dreambooth_loss
+from ..training.loop import dreambooth_loss
 from ..training.training_mode import training_mode
 from .meter import Meter, fused_attention, saved_for_backward
 from .shapes import plain

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,32 +103,40 @@ def publish(parent: Path, step: int, number: int, contents: Mapping[str, bytes])
     manifest = json.dumps({"step": step, "number": number, "sha256": hashes}).encode()
     contents = {**contents, MANIFEST: manifest}
     make_folder(parent)
-    return Checkpoint(write_folder(parent, f"{step:06d}", contents), step, number, contents)
+    return Checkpoint(write_folder(parent, step, contents), step, number, contents)
 
 
-def write_folder(
-    parent: Path, name: str, contents: Mapping[str, bytes], *, check: Callable[[Path], None] = lambda folder: None
-) -> Path:
-    """`contents` as the files of `parent/name`, synced and checked by `check`, or nothing; then the oldest are removed."""
+def write_folder(parent: Path, step: int, contents: Mapping[str, bytes], *, verify: bool = False) -> Path:
+    """`contents` as the files of `parent/STEP`, synced and maybe read back, or nothing; then the oldest are removed."""
     if parent.is_symlink():
         raise OSError(errno.ELOOP, f"{parent.name} is a link")
     needed, free = ROOM * sum(map(len, contents.values())), shutil.disk_usage(parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"no room: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB wanted")
-    final, again = parent / name, 0
+    final, again = parent / f"{step:06d}", 0
     while os.path.lexists(final):  # after a rollback a step comes twice
         again += 1
-        final = parent / f"{name}.{again}"
+        final = parent / f"{step:06d}.{again}"
     with replacing(final) as temporary:
         temporary.mkdir()
         for file, content in contents.items():
             write_synced(temporary / file, content)
         sync_folder(temporary)
-        check(temporary)
+        for file, content in contents.items() if verify else ():
+            if uncached(temporary / file) != content:
+                raise OSError(errno.EIO, f"{file} was read back with other bytes")
     for old in sorted(checkpoints_in(parent), key=number_of)[:-KEPT]:
         with suppress(OSError):
             discard(old)
     return final
+
+
+def uncached(path: Path) -> bytes:
+    """The file's bytes, from the storage itself where the system allows it."""
+    with open(path, "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read()
 
 
 def checkpoints_in(parent: Path) -> list[Path]:

@@ -122,15 +122,10 @@ def use_of(photo: Photo, prompt: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the facts of two jobs, in words. Empty if another version wrote those before."""
-    try:
-        return list(found_differences(before, now))
-    except (KeyError, TypeError, AttributeError):
-        return []
-
-
-def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between the facts of two jobs, in words. Nothing if another version wrote those before."""
+    if before.get("format") != FORMAT:
+        return
     if before["base"]["fingerprint"] != now["base"]["fingerprint"]:
         yield f"base {before['base']['name']} -> {now['base']['name']} (other weights)"
     yield from changes({"dtype": before["base"]["dtype"]}, {"dtype": now["base"]["dtype"]})
@@ -160,13 +155,12 @@ def photos_in(facts: Mapping[str, Any]) -> int:
 
 def only_steps_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a run of these facts can be continued as the other one, with another number of steps."""
-    try:
-        one, other = (
-            {**facts, "base": {**facts["base"], "name": ""}, "config": {**facts["config"], "steps": 0, "warmup_steps": 0}}
-            for facts in (before, now)
-        )
-    except (KeyError, TypeError):
+    if before.get("format") != FORMAT:
         return False
+    one, other = (
+        {**facts, "base": {**facts["base"], "name": ""}, "config": {**facts["config"], "steps": 0, "warmup_steps": 0}}
+        for facts in (before, now)
+    )
     return one == other
 
 

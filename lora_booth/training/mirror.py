@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ..files import make_folder
@@ -25,19 +24,14 @@ class Mirror:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.news: list[str] = []  # lines for the user
+        self.seconds = 0.0  # of the longest copy
+        self.runs: set[object] = set()  # identities of the run whose copies are here
         self._thread: threading.Thread | None = None
         self._waiting: Checkpoint | None = None
-        self._news: list[str] = []
         self._made = False
-        self.seconds = 0.0  # of the longest copy
-        self.runs: set[object] = {None}  # identities of the run whose copies are here; damaged ones have none
-
-    def begin(self) -> None:
-        """Create the folder. A failure is reported by the first copy."""
-        try:
+        with suppress(OSError):  # the first copy reports it
             self._make()
-        except OSError:
-            pass
 
     def _make(self) -> None:
         if not self._made:
@@ -58,47 +52,24 @@ class Mirror:
             if self._thread is not None:
                 self._thread.join(PATIENCE)
                 if self._thread.is_alive():
-                    self._news.append("the mirror does not answer")
+                    self.news.append("the mirror does not answer")
                     return
             if self._waiting is not None:
                 self.copy(self._waiting)
-
-    def news(self) -> Iterator[str]:
-        """Lines for the user since the last call."""
-        while self._news:
-            yield self._news.pop(0)
 
     def _copy(self, checkpoint: Checkpoint) -> None:
         began = time.monotonic()
         try:
             self._make()
-            if self._of_another_run(checkpoint):
+            # two runs with one mirror would remove each other's copies (locks are unreliable on mounted storage); a damaged
+            # copy has no identity
+            ours = {*self.runs, None, checkpoint.record().get("identity")}
+            if any(identity_in(folder) not in ours for folder in checkpoints_in(self.folder)):
                 raise OSError(errno.EEXIST, "it holds checkpoints of another run")
-            write_folder(self.folder, f"{checkpoint.step:06d}", checkpoint.contents, check=self._compare(checkpoint))
+            write_folder(self.folder, checkpoint.step, checkpoint.contents, verify=True)
         except (OSError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
-            self._news.append(f"the mirror has no copy of step {checkpoint.step}: {reason}")
+            self.news.append(f"the mirror has no copy of step {checkpoint.step}: {reason}")
         else:
-            self._news.append(f"safe at step {checkpoint.step}: copied to the mirror and read back")
+            self.news.append(f"safe at step {checkpoint.step}: copied to the mirror and read back")
         self.seconds = max(self.seconds, time.monotonic() - began)
-
-    def _of_another_run(self, checkpoint: Checkpoint) -> bool:
-        """Two runs with one mirror would remove each other's copies. (Locks are unreliable on mounted storage.)"""
-        ours = {*self.runs, None, checkpoint.record().get("identity")}
-        return any(identity_in(folder) not in ours for folder in checkpoints_in(self.folder))
-
-    def _compare(self, checkpoint: Checkpoint) -> Callable[[Path], None]:
-        def check(written: Path) -> None:
-            for name, content in checkpoint.contents.items():
-                if uncached(written / name) != content:
-                    raise OSError(errno.EIO, f"{name} was read back with other bytes")
-
-        return check
-
-
-def uncached(path: Path) -> bytes:
-    """The file's bytes, from the storage itself where the system allows it."""
-    with open(path, "rb") as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return file.read()

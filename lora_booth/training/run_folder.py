@@ -104,13 +104,14 @@ class RunFolder(NoFolder):
         self.path: Path = path
         self.owned = Owned(path)
         self.record = Record(self.owned, say=say)
-        self.mirror = None if mirror is None else Mirror(mirror / CHECKPOINTS)
+        self.mirror: Mirror | None = None
         self.number = 0  # of checkpoints so far, including those of earlier runs
         self.saved: int | None = None  # the step of the last checkpoint
         self._opened = self._saved_at = time.monotonic()
         self._found: Checkpoint | None = None
         self._damaged: list[Path] = []
         self._held = ExitStack()
+        self._copies = mirror
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         with self._held:
@@ -132,10 +133,11 @@ class RunFolder(NoFolder):
         """Raises TrainingError if another process has the folder, it holds another run, or cannot be written."""
         if not self._held.enter_context(locked(self.path)):
             self.say(f"note: {shown(self.path.name)} is on storage without locks; never start a second run in it")
-        if self.mirror is not None:
-            self.mirror.begin()
-            if same_storage(self.path, self.mirror.folder):
-                self.say("note: the mirror is on the same storage as the run folder, and is lost with it")
+        if self._copies is not None:
+            self.mirror = Mirror(self._copies / CHECKPOINTS)
+            with suppress(OSError):
+                if self.path.stat().st_dev == self.mirror.folder.stat().st_dev:
+                    self.say("note: the mirror is on the same storage as the run folder, and is lost with it")
         if restart:
             self.clear()
         self.check_names()
@@ -303,15 +305,19 @@ class RunFolder(NoFolder):
         self.record.write(metrics=True)
         if self.mirror is not None:
             self.mirror.copy(checkpoint)
-            self._report_mirror()
+            self.report_mirror()
 
-    def _report_mirror(self, *, wait: bool = False) -> None:
-        if self.mirror is None:
-            return
-        if wait:
+    def report_mirror(self) -> None:
+        while self.mirror is not None and self.mirror.news:
+            self.event(self.mirror.news.pop(0))
+
+    def close(self, status: str) -> None:
+        """The run is over: wait for its last copy, and record its status."""
+        self.record.content["status"] = status
+        if self.mirror is not None:
             self.mirror.finish()
-        for line in self.mirror.news():
-            self.event(line)
+        self.report_mirror()
+        self.record.write()
 
     # --- its end
 
@@ -324,34 +330,24 @@ class RunFolder(NoFolder):
                     content = adapter.save(Path(scratch) / ADAPTER).read_bytes()
                 self.owned.write(ADAPTER, content)
                 self.record.content["adapter"] = {"sha256": sha256(content).hexdigest(), "digest": adapter.digest()}
-                self.record.content["status"] = "finished"
+                status = "finished"
             except (OSError, AdapterError) as error:
                 self.event(f"{ADAPTER} cannot be written ({why(error)}); run the same call again to retry", step=step)
-                self.record.content["status"] = f"trained, without {ADAPTER}"
+                status = f"trained, without {ADAPTER}"
         else:
             saved = "saved" if self.saved == step else f"not saved, the last checkpoint is of step {self.saved}"
             self.event(f"{stopped} at step {step} of {total}: {saved}; run the same call again to continue", step=step)
-            self.record.content["status"] = stopped
-        self._report_mirror(wait=True)
-        self.record.write()
+            status = stopped
+        self.close(status)
 
     def give_up(self, error: LoraBoothError, state_of: Callable[[], State]) -> None:
         self.event(f"stopped: {error}")
-        self.record.content["status"] = "stopped by an error"
         state = state_of()
         if state["step"] and state["step"] != self.saved:
             self.save(lambda: state)
             if self.saved == state["step"]:
                 self.event(f"the last good state, of step {state['step']}, is saved")
-        self._report_mirror(wait=True)
-        self.record.write()
-
-
-def same_storage(one: Path, other: Path) -> bool:
-    try:
-        return one.stat().st_dev == other.stat().st_dev
-    except OSError:
-        return False
+        self.close("stopped by an error")
 
 
 def why(error: BaseException) -> str:

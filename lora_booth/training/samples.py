@@ -22,11 +22,11 @@ from ..files import Owned, json_lines
 from ..subject.subject import Subject
 from .checkpoint import SAMPLES
 from .job import Job
-from .memory_ladder import is_out_of_memory
 from .progress import Step
 from .run_folder import NoFolder, RunFolder, why
 from .tracking import Row, Tracking
 from .training_mode import modes_restored
+from .training_run import is_out_of_memory
 
 SAMPLE_STEPS = 15  # denoising steps of a sample: chosen, enough to compare rounds
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file

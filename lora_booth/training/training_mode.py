@@ -66,13 +66,10 @@ def training_mode(
         if base.device.type == "cuda":
             stack.enter_context(channels_last(base.unet))
         if config.gradient_checkpointing:
-            stack.enter_context(checkpointed(base.unet, draws=any(layer_draws(module) for module in base.unet.modules())))
+            draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.unet.modules())
+            stack.enter_context(checkpointed(base.unet, draws=draws))
             base.unet.train()  # diffusers checkpoints in training mode only; its U-Nets have no active dropout
         yield
-
-
-def layer_draws(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Dropout) and module.p > 0
 
 
 @contextmanager

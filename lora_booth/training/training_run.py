@@ -23,12 +23,27 @@ from .distributed import ALONE, Processes
 from .health import Health, RollBack
 from .latents import Inputs, LatentCache
 from .loop import LoopState, accumulate, backward, updates
-from .memory_ladder import LEFT_TO_TRY, LEVELS, is_out_of_memory, next_level
 from .progress import Step
 from .training_mode import make_optimizer, make_scaler, training_mode
 
 LOOK_EVERY = 16  # updates on a GPU between two looks at the losses, since each waits for the GPU: chosen
 SMOOTHING = 0.95  # of the displayed loss, an exponential mean over about 1 / (1 - .95) = 20 updates: chosen
+
+# The ladder of settings that need less memory, from the cheapest to the slowest.
+# Each level changes one setting and leaves rank, resolution, batch and steps alone: the same adapter up to rounding.
+# The first step needs as much memory as any later one, so the ladder is used there, or when another program takes memory.
+LEVELS: tuple[tuple[str, Any], ...] = (
+    ("pictures_at_a_time", 1),
+    ("gradient_checkpointing", True),
+)
+# these change the result
+LEFT_TO_TRY = "a smaller resolution or rank, or a base in half precision or in 4 bits"
+SIGNS = (  # in the message of a RuntimeError, in lower case
+    "can't allocate memory",  # PyTorch on a CPU
+    "not enough memory",  # the same, on Windows
+    "out of memory",  # CUDA, MPS
+    "alloc_failed",  # cuBLAS, cuDNN
+)
 
 
 def training_steps(
@@ -143,22 +158,23 @@ class TrainingRun(Iterator[Step]):
         level = next_level(loop.config, pictures=-(-pictures // loop.processes.count))
         if level is None:
             raise TrainingError(f"out of memory at step {self.step + 1} at every level ({reason}); try {LEFT_TO_TRY}")
-        setting, value = level
-        self.levels[setting] = value
-        loop.config = replace(loop.config, **{setting: value})
+        name, value = level
+        self.levels[name] = value
+        loop.config = replace(loop.config, **{name: value})
         self._modes.close()
         self._modes.enter_context(training_mode(loop.base, self.lora, loop.config))
         if isinstance(self.backward, StepGraph):
             self.backward.forget()
         if loop.base.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.say(f"out of memory at step {self.step + 1}: continuing with {setting}={value}")
+        self.say(f"out of memory at step {self.step + 1}: continuing with {name}={value}")
 
     # --- looking at the losses
 
     def _went_well(self, loss: Tensor) -> bool:
         """Look at the losses now and then. False: they went wrong, and the run is back at its last good state."""
-        self._smooth(loss)
+        mean = torch.where(self.smoothed.isnan(), loss, SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss)
+        self.smoothed = torch.where(loss.isfinite(), mean, self.smoothed)
         self._unread.append(loss)
         if not (self.step == self.loop.config.steps or self.step % self.look_every == 0):
             return True
@@ -184,10 +200,6 @@ class TrainingRun(Iterator[Step]):
             return
         self.lora.check_gradients()
         self.loop.check = None
-
-    def _smooth(self, loss: Tensor) -> None:
-        mean = torch.where(self.smoothed.isnan(), loss, SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss)
-        self.smoothed = torch.where(loss.isfinite(), mean, self.smoothed)
 
     def _report(self, loss: Tensor) -> Step:
         elapsed, steps = time.monotonic() - self.started, self.loop.config.steps
@@ -251,6 +263,21 @@ class TrainingRun(Iterator[Step]):
         health = self.loop.health
         self._restore(self._good)
         self.loop.health = Health.from_state(self._good["health"], after=health)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def next_level(config: TrainingConfig, *, pictures: int) -> tuple[str, Any] | None:
+    """The next setting that can still save memory, and its value; or None. pictures: in this process's share of a batch."""
+    for name, value in LEVELS:
+        useless = name == "pictures_at_a_time" and pictures <= 1
+        if getattr(config, name) != value and not useless:
+            return name, value
+    return None
 
 
 def fastest_for(base: BaseModel, cache: LatentCache, config: SettledConfig, processes: Processes) -> str:
