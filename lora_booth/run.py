@@ -86,31 +86,31 @@ def train(
 
     with ExitStack() as stack:
         processes = stack.enter_context(joined(base.device))
-        shown = stack.enter_context(display(progress and processes.main))
-        folder = NoFolder(job, say=shown.say)
+        screen = stack.enter_context(display(progress and processes.main))
+        folder = NoFolder(job, say=screen.say)
         if place is not None and processes.main:
-            folder = RunFolder(place, job, mirror=copies, say=shown.say)
+            folder = RunFolder(place, job, mirror=copies, say=screen.say)
         stack.callback(leave_report, folder)  # runs after everything entered below, so that the report has the last entry
         stack.enter_context(folder)
-        shown.say(f"training on {base.name}: {config.steps} steps at {config.resolution} px, rank {lora.rank}")
+        screen.say(f"training on {base.name}: {config.steps} steps at {config.resolution} px, rank {lora.rank}")
 
         # what the folder holds of this run: nothing, a state to continue from, or the finished adapter
         state, done = processes.from_main(partial(folder.open, restart=restart))
         if processes.count > 1:
             processes.check_same(job.identity, "photos, settings or base")
         if done is not None:
-            shown.say(f"finished already, {config.steps} steps")
+            screen.say(f"finished already, {config.steps} steps")
             return done
 
         # photos -> latents, with settings that fit into memory; a resumed run keeps those that it started with
         for one in subjects:
             report = check_token(one.token, base.tokenizer, known_rare=base.rare_tokens)
             for note in (*report.problems, *report.warnings):
-                shown.say(f"note: {note}")
+                screen.say(f"note: {note}")
         levels = {}
         if state is None and not is_ample(base, lora, config, photos=job.photos):
-            levels = levels_that_fit(base, lora, config, photos=job.photos, say=shown.say)
-        encode = partial(prepare, say=shown.say, on_progress=shown.progress, on_square=folder.save_crop)
+            levels = levels_that_fit(base, lora, config, photos=job.photos, say=screen.say)
+        encode = partial(prepare, say=screen.say, on_progress=screen.progress, on_square=folder.save_crop)
         cache = processes.main_first(lambda: encode(base, subjects, lora=lora, config=config))
         folder.begin(job.surroundings(cache, processes.count))
         if not lora.text_encoder:
@@ -121,7 +121,7 @@ def train(
         stack.callback(run.close)
         del state  # the run has taken it over, and its bytes are free
         tracking = None
-        observers: list[Callable[[Step], None]] = [shown.update]
+        observers: list[Callable[[Step], None]] = [screen.update]
         if trackers and processes.main:
             settings = {**asdict(config), **asdict(lora), "base": base.name}
             tracking = Tracking(trackers, settings, say=folder.event)
@@ -132,7 +132,7 @@ def train(
         stopping = Stopping(began=began, time_limit=time_limit)
         if out is not None:
             stack.enter_context(stopping)
-        stop = follow(run, job, folder, stopping, tracking, observers)
+        stop = follow(run, folder, stopping, tracking, observers)
         adapter = job.adapter(run.state())
         folder.end(adapter, words_of(stop) if stop else "")
         processes.wait_for_all()
@@ -144,26 +144,25 @@ def train(
 
 def follow(
     run: TrainingRun,
-    job: Job,
     folder: NoFolder,
     stopping: Stopping,
     tracking: Tracking | None,
     observers: Sequence[Callable[[Step], None]],
 ) -> int:
     """Every update, with its checkpoints and samples. Returns why it stopped: 0 for the end, TIME_UP or a signal's number."""
-    every, draw = job.config.sample_every, partial(draw_samples, job, folder, tracking)
+    every, steps = folder.job.config.sample_every, folder.job.config.steps
     try:
         if every and run.step == 0:
-            draw(0, None)
+            draw_samples(folder, tracking, 0, None)
         for step in run:
-            stop, last = run.processes.maximum(stopping.asked(copying=folder.copying_seconds)), step.index == job.config.steps
+            stop, last = run.processes.maximum(stopping.asked(copying=folder.copying_seconds)), step.index == steps
             folder.update(step, run.state, save=bool(stop) or last)
             for observe in observers:
                 observe(step)
             if stop and not last:
                 return stop
             if every and step.index % every == 0:
-                draw(step.index, None if last else step)
+                draw_samples(folder, tracking, step.index, None if last else step)
         return 0
     except TrainingError as error:
         folder.give_up(error, run.state)

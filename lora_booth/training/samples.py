@@ -21,7 +21,6 @@ from ..errors import AdapterError
 from ..files import Owned, json_lines
 from ..subject.subject import Subject
 from .checkpoint import SAMPLES
-from .job import Job
 from .progress import Step
 from .run_folder import NoFolder, RunFolder, why
 from .tracking import Row, Tracking
@@ -32,14 +31,15 @@ SAMPLE_STEPS = 15  # denoising steps of a sample: chosen, enough to compare roun
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file
 
 
-def draw_samples(job: Job, folder: NoFolder, tracking: Tracking | None, index: int, step: Step | None) -> None:
+def draw_samples(folder: NoFolder, tracking: Tracking | None, index: int, step: Step | None) -> None:
     """Draw a round of samples after `index` updates into the folder, and with `step` the adapter that drew them.
 
     A failure is an event.
     """
     if not isinstance(folder, RunFolder):
         return
-    began, rows = time.monotonic(), rows_of(job.subjects[0], job.config)
+    began, job = time.monotonic(), folder.job
+    rows = rows_of(job.subjects[0], job.config)
     try:
         images = sample(job.base, rows, job.config)
         adapter = None if step is None else Adapter(step.factors(), job.card(index))

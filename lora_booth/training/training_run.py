@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,16 +80,16 @@ class TrainingRun(Iterator[Step]):
         config: SettledConfig,
         *,
         resume: dict[str, Any] | None = None,
-        levels: Mapping[str, Any] = MappingProxyType({}),
+        levels: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
         processes: Processes = ALONE,
     ) -> None:
         self.say = say
         self.processes = processes
         saved = resume or {}
-        self.levels = {name: value for name, value in dict(saved.get("levels", levels)).items() if name in dict(LEVELS)}
-        if self.levels:
-            config = replace(config, **self.levels)
+        found = saved.get("levels", levels or {})
+        self.levels = {name: found[name] for name, _ in LEVELS if name in found}
+        config = replace(config, **self.levels)
         if config.attention == "auto":  # a resumed run keeps the kernel that it started with
             kernel: Any = saved.get("attention") or fastest_for(base, cache, config, processes)
             config = replace(config, attention=kernel)
