@@ -24,13 +24,12 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lora_booth.photos.audit import audit_photos
-from lora_booth.photos.cropping import focus_of
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.measures import alike_behind, likeness, nearly_the_same
 from lora_booth.photos.opening import open_photo
 from lora_booth.photos.segmenting import rembg_segmenter
 from lora_booth.photos.sheet import contact_sheet
-from lora_booth.photos.square import square_box
+from lora_booth.photos.square import focus_of, square_box
 
 BOXES = {  # folder -> photo -> x0, y0, x1, y1 of the subject in percent of the photo, by eye
     "backpack_dog": {

@@ -324,7 +324,7 @@ def test_train_tells_what_it_leaves_out(call, photos, tiny, tmp_path):
     (folder / "notes.pdf").write_bytes(b"%PDF-1.7")
     words = train_words(folder, tiny, tmp_path / "out.safetensors", "--steps", "1", "--layout", "peft")
     code, _, err = call(*words)
-    assert code == 0 and "not used: notes.pdf: PDF" in err
+    assert code == 0 and "not used: notes.pdf: not a photo" in err
 
 
 # --- photos and tokens ---------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def test_photos_says_why_one_is_not_used(call, photos, tmp_path):
     (tmp_path / "c.gif").write_bytes(b"GIF89a")
     code, out, _ = call("photos", tmp_path)
     assert code == 0
-    assert "skipped  b.jpg  the same file as a.jpg" in out and "skipped  c.gif  GIF" in out
+    assert "skipped  b.jpg  the same file as a.jpg" in out and "skipped  c.gif  not a photo" in out
     assert out.splitlines()[-2:] == ["judged   at 512 px", "1 used, 2 skipped"]
     assert "small: 260 px, enlarged to 512" in out
 

@@ -80,7 +80,7 @@ def test_natural_order(tmp_path: Path) -> None:
 def test_a_list_keeps_its_order(folder: Path) -> None:
     files = [folder / "img2.png", str(folder / "img0.png")]
     assert [photo.path.name for photo in find_photos(files, minimum=1).photos] == ["img2.png", "img0.png"]
-    with pytest.raises(PhotoError, match="gone.png: no such file"):
+    with pytest.raises(PhotoError, match="gone.png: no such folder or file"):
         find_photos([folder / "gone.png"])
 
 
@@ -104,7 +104,7 @@ def test_clutter_is_skipped_with_reasons(folder: Path) -> None:
         "desktop.ini": "a system file",
         "more": "a folder",
         "empty.png": "empty (0 bytes)",
-        "text.jpg": "not a photo (none of JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP)",
+        "text.jpg": "not a photo, or damaged or truncated; accepted are JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP",
         "lonely.txt": "a caption without a photo of that name (photo.txt is for photo.jpg)",
     }
 
@@ -136,7 +136,7 @@ def test_truncated(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         (folder / f"cut{part}").write_bytes(whole.read_bytes()[: whole.stat().st_size * part // 100])
     found = find_photos(folder)
     assert len(found.photos) == 3
-    assert all(text.startswith("damaged or truncated") for text in reasons(found).values())
+    assert all("damaged or truncated" in text for text in reasons(found).values())
     assert len(found.skipped) == 3
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
@@ -164,11 +164,8 @@ def test_other_formats_never_reach_their_decoders(folder: Path) -> None:
     picture(6).save(folder / "raw.nef", "TIFF")
     (folder / "paper.jpg").write_bytes(b"%PDF-1.7\n")
     found = reasons(find_photos(folder))
-    assert found["eps.jpg"].startswith("PostScript; accepted are")
-    assert found["gif.png"].startswith("GIF; accepted are")
-    assert found["live.heic"].startswith("video; accepted are")
-    assert found["raw.nef"] == "camera raw; export it as JPEG or PNG"
-    assert found["paper.jpg"].startswith("PDF; accepted are")
+    assert found.pop("raw.nef") == "camera raw; export it as JPEG or PNG"
+    assert len(found) == 4 and all(text.startswith("not a photo, ") for text in found.values())
 
 
 def test_content_decides_not_the_name(tmp_path: Path) -> None:
@@ -220,7 +217,7 @@ def test_too_few(tmp_path: Path) -> None:
     assert message == (
         f"{tmp_path}: 1 usable photo, 3 needed; skipped: "
         "c.heic: HEIC needs an optional package; pip install 'lora-booth[heic]'; "
-        "b.jpg: not a photo (none of JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP); "
+        "b.jpg: not a photo, or damaged or truncated; accepted are JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP; "
         "add photos (JPEG, PNG, WEBP, AVIF, HEIC, TIFF, BMP), or pass minimum=1"
     )
     assert len(find_photos(tmp_path, minimum=1).photos) == 1
@@ -537,7 +534,7 @@ def test_animated(tmp_path: Path) -> None:
     assert notes == ["animated: first frame only"] * 2 + ["several pages: first one only"]
     for photo, frame in zip(found.photos, frames, strict=True):
         assert np.array_equal(np.asarray(open_photo(photo)), np.asarray(frame))
-    assert reasons(found)["d.gif"].startswith("GIF")
+    assert reasons(found)["d.gif"].startswith("not a photo, ")
 
 
 def test_camera_jpeg_with_a_preview_inside(tmp_path: Path) -> None:
@@ -702,7 +699,7 @@ def test_a_square_photo_and_an_empty_one_are_cut_in_the_middle(tmp_path: Path) -
 def test_an_unknown_crop_is_a_mistake(folder: Path) -> None:
     with pytest.raises(PhotoError, match="crop 'middle' is unknown; allowed: smart, center"):
         find_photos(folder, crop="middle")  # type: ignore[arg-type]
-    with pytest.raises(PhotoError, match=r'crop "face" was removed .*crops\.json.*masks'):
+    with pytest.raises(PhotoError, match=r"crop 'face' is unknown.*faces.*crops\.json or masks"):
         find_photos(folder, crop="face")  # type: ignore[arg-type]
 
 

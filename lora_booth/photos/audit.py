@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from ..config import typed
-from ..errors import PhotoError
+from ..errors import PhotoError, listed
 from . import measures as m
 from .measures import Likeness, Measures, likeness, measure
 from .photo import Photo, Skipped
@@ -19,7 +19,6 @@ from .square import square_box, training_square
 SHEET_SIDE = 160  # pixels of a square on the contact sheet
 FEW, MANY = 5, 30  # photos; chosen: fewer repeat themselves, more add little
 MOST = 0.6  # share of the photos with one background that is worth a line of advice; chosen
-MOST_NAMES = 6  # in one line of advice; chosen
 MOST_COMPARED = 300  # photos, since each is compared with every other; chosen
 
 
@@ -84,20 +83,16 @@ def audit_photos(photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, re
     resolution = typed("resolution", resolution, int)
     if resolution < 8:
         raise PhotoError(f"resolution {resolution} is out of range; allowed: at least 8 pixels")
-    reports, likenesses = [], []
-    for photo in photos:
-        report, like = _look(photo, resolution)
-        reports.append(report)
-        likenesses.append(like)
+    reports, likenesses = zip(*(_look(photo, resolution) for photo in photos), strict=True)
     names = [photo.name for photo in photos]
     if len(photos) > MOST_COMPARED:
-        likenesses = []
+        likenesses = ()
     near = tuple(tuple(names[i] for i in group) for group in _groups(likenesses, m.nearly_the_same))
     behind = _groups(likenesses, m.alike_behind, share=MOST)
     largest = max(behind, key=len, default=())
     alike = tuple(names[i] for i in largest) if len(largest) >= max(3, MOST * len(photos)) else ()
-    advice = (*_about_the_set(names, near, alike), *_about_photos(reports), *_about_skipped(skipped))
-    return Audit(resolution, tuple(reports), tuple(skipped), near, alike, advice)
+    advice = tuple(_advice(reports, skipped, near, alike))
+    return Audit(resolution, reports, tuple(skipped), near, alike, advice)
 
 
 # --- one photo -----------------------------------------------------------------------------------------------------
@@ -123,6 +118,15 @@ def _look(photo: Photo, resolution: int) -> tuple[PhotoReport, Likeness]:
 
 BLURRED, DARK, BRIGHT, FLAT = "blurred", "too dark", "too bright", "hardly any contrast"
 SMALL, CUT, UNSEEN = "the subject is small", "the crop cuts the subject", "the subject is outside the crop"
+REMEDIES = {
+    BLURRED: "leave them out: blur is learned too",
+    DARK: "brighten them, or leave them out",
+    BRIGHT: "leave them out: clipped areas have no detail to learn",
+    FLAT: "leave them out: there is nothing to see",
+    SMALL: "crop closer (crops.json)",
+    CUT: "choose the crop yourself (crops.json)",
+    UNSEEN: "choose the crop yourself (crops.json)",
+}
 
 
 def _notes(found: Measures, kept: float | None) -> list[str]:
@@ -176,49 +180,23 @@ def _groups(
     return [tuple(group) for group in groups if len(group) > 1]
 
 
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
-
-
-def _about_the_set(names: Sequence[str], near: Sequence[Sequence[str]], alike: Sequence[str]) -> list[str]:
-    advice = []
-    distinct = len(names) - sum(len(group) - 1 for group in near)
+def _advice(
+    reports: Sequence[PhotoReport], skipped: Sequence[Skipped], near: Sequence[Sequence[str]], alike: Sequence[str]
+) -> Iterator[str]:
+    """near, alike: as in `Audit`"""
     for group in near:
-        advice.append(f"{len(group)} photos are nearly the same: {_named(group)}; keep the best one")
+        yield f"{len(group)} photos are nearly the same: {listed(group)}; keep the best one"
     if alike:
-        which = "all photos have" if len(alike) == len(names) else f"{len(alike)} of {len(names)} photos have"
-        advice.append(
-            f"{which} much the same background: {_named(alike)}; it is learned with the subject: "
-            "add photos in other places, or masks"
-        )
+        which = "all photos have" if len(alike) == len(reports) else f"{len(alike)} of {len(reports)} photos have"
+        behind = f"{which} much the same background: {listed(alike)}"
+        yield f"{behind}; it is learned with the subject: add photos in other places, or masks"
+    distinct = len(reports) - sum(len(group) - 1 for group in near)
     if distinct < FEW:
-        advice.append(
-            f"{distinct} different photo{'s are' if distinct > 1 else ' is'} few; {FEW} to {MANY} teach a subject better"
-        )
+        yield f"{distinct} different photo{'s are' if distinct > 1 else ' is'} few; {FEW} to {MANY} teach a subject better"
     if distinct > MANY:
-        advice.append(f"{distinct} photos are many; the best {MANY} teach as much in less time")
-    return advice
-
-
-def _about_photos(reports: Sequence[PhotoReport]) -> list[str]:
-    remedies = {
-        BLURRED: "leave them out: blur is learned too",
-        DARK: "brighten them, or leave them out",
-        BRIGHT: "leave them out: clipped areas have no detail to learn",
-        FLAT: "leave them out: there is nothing to see",
-        SMALL: "crop closer (crops.json)",
-        CUT: "choose the crop yourself (crops.json)",
-        UNSEEN: "choose the crop yourself (crops.json)",
-    }
-    advice = []
-    for note, remedy in remedies.items():
-        concerned = [report.photo.name for report in reports if note in report.notes]
-        if concerned:
-            advice.append(f"{note}: {_named(concerned)}; {remedy}")
-    return advice
-
-
-def _about_skipped(skipped: Sequence[Skipped]) -> list[str]:
-    copies = [one.name for one in skipped if one.reason.startswith(("the same file", "the same picture"))]
-    return [f"copies are not used: {_named(copies)}"] if copies else []
+        yield f"{distinct} photos are many; the best {MANY} teach as much in less time"
+    for note, remedy in REMEDIES.items():
+        if concerned := [report.photo.name for report in reports if note in report.notes]:
+            yield f"{note}: {listed(concerned)}; {remedy}"
+    if copies := [one.name for one in skipped if one.reason.startswith(("the same file", "the same picture"))]:
+        yield f"copies are not used: {listed(copies)}"

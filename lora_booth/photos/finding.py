@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from ..config import typed
-from ..errors import PhotoError, setting, shown
-from .cropping import BAR_COPY, Cropping, check_cropping, focus_of, without_black_bars
+from ..errors import PhotoError, listed, setting, shown
 from .opening import FORMATS, begins_like_a_photo, opened, upright_copy, upright_size
 from .photo import Photo, PhotoSet, Region, Skipped, Unusable
 from .sidecars import (
@@ -29,7 +29,7 @@ from .sidecars import (
     read_crops,
     sidecar,
 )
-from .square import box
+from .square import BAR_COPY, Cropping, box, focus_of, without_black_bars
 
 MIN_SIDE = 64  # pixels of the short side of a photo or its crop; chosen: an eighth of SD 1.x's resolution
 MAX_ASPECT = 4.0  # long side / short side; chosen
@@ -59,7 +59,11 @@ def find_photos(
     maximum    usable photos accepted, so that you do not train on a whole camera roll by mistake
     raises     PhotoError: no such folder, too few or too many photos, an invalid crop, mask or caption
     """
-    check_cropping(crop)
+    if crop not in get_args(Cropping):
+        raise PhotoError(
+            f"crop {shown(crop)!r} is unknown; allowed: {', '.join(get_args(Cropping))}; to choose squares yourself, e.g. of "
+            "faces, write crops.json or masks beside the photos"
+        )
     minimum, maximum = typed("minimum", minimum, int), typed("maximum", maximum, int)
     crops, masks = typed("crops", crops or {}, Mapping), typed("masks", masks or {}, Mapping)
     if minimum < 1 or maximum < minimum:
@@ -84,31 +88,32 @@ def find_photos(
     return PhotoSet(tuple(photos), tuple(skipped))
 
 
-def _natural(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+def _natural(path: Path) -> tuple[str, str]:
     """A sort key in which numbers count as numbers: img2 before img10."""
-    # [0-9], not \d: int() refuses some characters that \d matches.
-    parts = re.split(r"([0-9]+)", path.name.lower())
-    return [(0, int(part[:300]), "") if part.isdecimal() and part.isascii() else (1, 0, part) for part in parts], path.name
+    return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(300), path.name.lower()), path.name
 
 
 def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path], list[Skipped], dict[str, Region]]:
     """The source's name for messages, the files worth opening, the others with reasons, and the crops of crops.json."""
-    root = None  # of a folder
     if not str(source):
         raise PhotoError("no photos: the folder's name is empty; pass a folder with photos")
-    listed = typed("photos", source, Path | tuple[Path, ...])  # type: ignore[arg-type]
-    if isinstance(listed, Path):
-        where, files, root = _folder_listing(listed)
-    else:
-        files, where = list(listed), f"{len(listed)} files"
+    given = typed("photos", source, Path | tuple[Path, ...])  # type: ignore[arg-type]
+    where = shown(given) if isinstance(given, Path) else f"{len(given)} files"
+    files, root = [given] if isinstance(given, Path) else list(given), None
+    for path in files:
+        if not os.path.exists(path):  # Path.exists raises where the name is too long
+            raise PhotoError(f"{shown(path)}: no such folder or file; check the name")
+    if isinstance(given, Path) and given.is_dir():
+        try:
+            files, root = sorted(given.iterdir(), key=_natural), given.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise PhotoError(f"{where}: the folder cannot be read ({type(error).__name__}); check its permissions") from None
     photos = [path for path in files if not is_sidecar(path)]
     used = {sidecar(path, ending) for path in photos for ending in (CAPTION_ENDING, MASK_ENDING)}
     candidates: list[Path] = []
     skipped: list[Skipped] = []
     regions: dict[str, Region] = {}
     for path in files:
-        if root is None and not os.path.exists(path):  # Path.exists raises where the name is too long
-            raise PhotoError(f"{shown(path)}: no such file; check the name")
         if (reason := _unfit_entry(path, root)) is not None:
             skipped.append(Skipped(path, reason))
         elif root is not None and path.name.lower() == CROPS_FILE:
@@ -121,28 +126,13 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
     return where, candidates, skipped, regions
 
 
-def _folder_listing(folder: Path) -> tuple[str, list[Path], Path | None]:
-    """The name for messages, the entries in natural order, and the folder without links; of a file, only itself and None."""
-    where = shown(folder)
-    if not os.path.exists(folder):
-        raise PhotoError(f"{where}: no such folder; pass a folder with photos")
-    if not folder.is_dir():
-        return where, [folder], None
-    try:
-        return where, sorted(folder.iterdir(), key=_natural), folder.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise PhotoError(f"{where}: the folder cannot be read ({type(error).__name__}); check its permissions") from None
-
-
 def _unfit_entry(path: Path, root: Path | None) -> str | None:
     """Why a file is skipped; None: it is worth opening. root: the folder that was listed, without links; None: files were"""
-    if root is None:
-        return "a folder" if path.is_dir() else None
-    if path.name.startswith("."):
+    if root is not None and path.name.startswith("."):
         return "hidden"
-    if path.name.lower() in SYSTEM_FILES:
+    if root is not None and path.name.lower() in SYSTEM_FILES:
         return "a system file"
-    if path.is_symlink():
+    if root is not None and path.is_symlink():
         try:
             if root not in path.resolve(strict=True).parents:
                 return "a link that leaves the folder"
@@ -160,7 +150,8 @@ def _check(
         file_key = f"{digest} {region}"
         if file_key in first_with:
             raise Unusable(f"the same file as {first_with[file_key]}")
-        several = bool(getattr(image, "is_animated", False)) and kind != "JPEG"  # JPEG: a preview or a second lens
+        # an MPO is a JPEG with a preview or the picture of a second lens
+        several = bool(getattr(image, "is_animated", False)) and kind not in ("JPEG", "MPO")
         rgb = upright_copy(image, smaller=max(1, max(image.size) // ENOUGH))
         width, height = upright_size(image)
     crop = None if region is None else fractions(path, region, width, height)
@@ -175,7 +166,7 @@ def _check(
         raise Unusable(f"the same picture as {first_with[pixel_key]}")
     caption, notes = caption_of(path), []
     if several:
-        notes.append("several pages: first one only" if kind in ("TIFF", "HEIC") else "animated: first frame only")
+        notes.append("several pages: first one only" if kind in ("TIFF", "HEIF") else "animated: first frame only")
     if cropping == "smart" and crop is None and (inner := without_black_bars(rgb)) is not None:
         if _unfit_size(width, height, inner) is None:
             crop = inner
@@ -216,15 +207,10 @@ def _too_few(where: str, count: int, minimum: int, skipped: Sequence[Skipped]) -
 
     # remedies first; hidden and system files explain nothing, so they come last and are the first to be left out
     groups = sorted(by_reason.items(), key=lambda one: ("pip install" not in one[0], one[0] in ("hidden", "a system file")))
-    listed = []
-    for reason, names in groups[:6]:
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        listed.append(f"{', '.join(names[:2])}{more}: {reason}")
+    reasons = [f"{listed(names, 2)}: {reason}" for reason, names in groups[:6]]
     if len(groups) > 6:
-        listed.append(f"and {sum(len(names) for _, names in groups[6:])} more")
+        reasons.append(f"and {sum(len(names) for _, names in groups[6:])} more")
     usable = "no usable photo" if count == 0 else f"{count} usable photo{'s' if count > 1 else ''}"
-    message = f"{where}: {usable}, {minimum} needed"
-    if listed:
-        message += f"; skipped: {'; '.join(listed)}"
+    why = f"; skipped: {'; '.join(reasons)}" if reasons else ""
     anyway = "" if count == 0 else f", or pass {setting('minimum', count, option=f'--min-photos {count}')}"
-    return f"{message}; add photos ({FORMATS}){anyway}"
+    return f"{where}: {usable}, {minimum} needed{why}; add photos ({FORMATS}){anyway}"

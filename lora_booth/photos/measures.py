@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from .cropping import Values, lab, saliency
+from .square import Values, lab, saliency
 
 JUDGED_SIDE = 512  # pixels; sharpness and light are judged on squares of this side, or of the photo's if that is smaller
 
@@ -153,9 +153,7 @@ def _spread(colours: Values) -> Values:
     place = np.stack([colours[:, 0] / 12.5, (colours[:, 1] + 64) / 16, (colours[:, 2] + 64) / 16], axis=-1)
     counts = np.histogramdd(place.clip(0, 7.999), bins=(8, 8, 8), range=((0, 8),) * 3)[0]
     for axis in range(3):
-        padded = np.pad(counts, [(1, 1) if i == axis else (0, 0) for i in range(3)])
-        before, same, after = (padded.take(range(start, start + 8), axis) for start in range(3))
-        counts = 0.25 * before + 0.5 * same + 0.25 * after
+        counts = np.apply_along_axis(np.convolve, axis, counts, [0.25, 0.5, 0.25], "same")
     return (counts / counts.sum()).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Open pictures: detect the format by content, decode strictly, return upright 8-bit sRGB (or grey) pixels.
+"""Open pictures: tell the format by content, decode strictly, return upright 8-bit sRGB (or grey) pixels.
 
 Every picture that the package reads comes in here, not photos and masks alone: those in run folders and recipes too.
 Nothing private gets through: the pixels are copied to a new image, without location, camera, comments or colour profile.
@@ -19,32 +19,18 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
-from ..errors import MissingExtraError, PhotoError, shown
-from .photo import Mask, Photo, Unusable
+from ..errors import MissingExtraError, PhotoError, reason_of, shown
+from .photo import Photo, Unusable
 
-# A file's first bytes decide what it is, never its name. Pillow may then use only this decoder.
-DECODERS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WEBP", "AVIF": "AVIF", "HEIC": "HEIF", "TIFF": "TIFF", "BMP": "BMP"}
-FORMATS = ", ".join(DECODERS)
-MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-    b"GIF8": "GIF",
-    b"%!PS": "PostScript",
-    b"\xc5\xd0\xd3\xc6": "PostScript",
-    b"%PDF": "PDF",
-    b"8BPS": "Photoshop",
-}
+DECODERS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP")  # of Pillow, which goes by content: no other sees a file
+FORMATS = ", ".join(DECODERS).replace("HEIF", "HEIC")  # as people know them
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 RAW_SUFFIXES = {".dng", ".cr2", ".nef", ".nrw", ".arw", ".sr2", ".pef", ".srw", ".rw2", ".orf", ".3fr", ".iiq"}
 MAX_PIXELS = 50_000_000  # width x height, read from the header before anything is decoded; chosen
 MAX_BYTES = 512 * 2**20  # of a photo's file; chosen
+TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; make it smaller"
 
 STRIP = 64  # rows; chosen
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
@@ -62,30 +48,12 @@ def open_photo(photo: Photo, *, smaller: int = 1) -> Image.Image:
     A colour profile is converted to sRGB, transparency is blended with white, 16-bit and float greys are scaled to 8 bits.
     Raises PhotoError if the file is gone, can no longer be read, or changed since it was found.
     """
-    try:
-        with opened(photo.path) as (image, _, digest):
-            if digest != photo.sha256:
-                raise Unusable("the file changed since it was checked; find the photos again")
-            return upright_copy(image, smaller=smaller)
-    except Unusable as error:
-        raise PhotoError(f"{shown(photo.path)}: {error}") from None
+    return _copied(photo.path, shown(photo.path), sha256=photo.sha256, smaller=smaller)[0]
 
 
-def open_mask(mask: Mask, name: str) -> Image.Image:
-    """The mask as greys (L), in its own size. Raises PhotoError if it is gone or changed since it was found."""
-    greys, digest = read_mask(mask.source, name)
-    if digest != mask.sha256:
-        raise PhotoError(f"mask {name}: it changed since it was checked; find the photos again")
-    return greys
-
-
-def read_mask(source: Path | Image.Image, name: str) -> tuple[Image.Image, str]:
-    """A mask as greys (L), and its digest. Raises PhotoError."""
-    try:
-        with opened(source) as (image, _, digest):
-            return upright_copy(image, "L"), digest
-    except Unusable as error:
-        raise PhotoError(f"mask {name}: {error}") from None
+def read_mask(source: Path | Image.Image, name: str, *, sha256: str | None = None) -> tuple[Image.Image, str]:
+    """A mask as greys (L), in its own size, and its digest. Raises PhotoError, also if that is not `sha256`."""
+    return _copied(source, f"mask {name}", mode="L", sha256=sha256)
 
 
 def read_picture(source: Path | bytes | Image.Image, *, mode: Mode = "RGB", inside: Path | None = None) -> Image.Image:
@@ -96,11 +64,25 @@ def read_picture(source: Path | bytes | Image.Image, *, mode: Mode = "RGB", insi
     inside  the folder that the file must be in, links resolved
     raises  PhotoError
     """
+    return _copied(source, shown(source) if isinstance(source, Path) else "the picture", mode=mode, inside=inside)[0]
+
+
+def _copied(
+    source: Path | bytes | Image.Image,
+    name: str,
+    *,
+    mode: Mode = "RGB",
+    sha256: str | None = None,
+    inside: Path | None = None,
+    smaller: int = 1,
+) -> tuple[Image.Image, str]:
     try:
-        with opened(source, inside=inside) as (image, _, _):
-            return upright_copy(image, mode)
+        with opened(source, inside=inside) as (image, _, digest):
+            if sha256 not in (None, digest):
+                raise Unusable("it changed since it was checked; find the photos again")
+            return upright_copy(image, mode, smaller=smaller), digest
     except Unusable as error:
-        raise PhotoError(f"{shown(source) if isinstance(source, Path) else 'the picture'}: {error}") from None
+        raise PhotoError(f"{name}: {error}") from None
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
@@ -113,34 +95,43 @@ def opened(source: Path | bytes | Image.Image, *, inside: Path | None = None) ->
     Of a picture in memory, the format is "" and the sha256 that of its values.
     """
     try:
-        with warnings.catch_warnings(), _strict_decoding():
-            warnings.simplefilter("ignore")  # minor faults, e.g. a bad EXIF tag, do not concern the user
+        with _strict_decoding():
             if isinstance(source, Image.Image):
                 _check_size(source)
                 yield source, "", hashlib.sha256(f"{source.mode} {source.size}".encode() + source.tobytes()).hexdigest()
                 return
             with _readable(source, inside) as file:
-                kind = _kind(file.read(64))
-                decoder = _decoder(source if isinstance(source, Path) else Path(), kind)
-                file.seek(0)
                 digest = hashlib.sha256()
                 while block := file.read(2**20):
                     digest.update(block)
-                file.seek(0)
-                with Image.open(file, formats=[decoder]) as image:
+                with _identified(file) as image:
+                    kind = str(image.format)
+                    if kind == "TIFF" and isinstance(source, Path) and source.suffix.lower() in RAW_SUFFIXES:
+                        # A raw file is a TIFF whose first page is a thumbnail, which would be used in place of the photo.
+                        raise Unusable("camera raw; export it as JPEG or PNG")
                     _check_size(image)
                     yield image, kind, digest.hexdigest()
     except (Unusable, PhotoError):
         raise
     except Image.DecompressionBombError:
         raise Unusable(TOO_LARGE) from None
+    except UnidentifiedImageError:
+        raise Unusable(f"not a photo, or damaged or truncated; accepted are {FORMATS}") from None
     except PermissionError:
         raise Unusable("no permission to read it") from None
     except (FileNotFoundError, NotADirectoryError):
         raise Unusable("no such file") from None
     # On untrusted files, decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
     except Exception as error:
-        raise Unusable(f"damaged or truncated ({_short(error)})") from None
+        raise Unusable(f"damaged or truncated ({reason_of(error)[:80]})") from None
+
+
+def begins_like_a_photo(path: Path) -> bool:
+    try:
+        with _strict_decoding(), _readable(path, None) as file, _identified(file):
+            return True
+    except Exception:  # as in `opened`
+        return False
 
 
 def _readable(source: Path | bytes, inside: Path | None) -> BinaryIO:
@@ -161,18 +152,22 @@ def _readable(source: Path | bytes, inside: Path | None) -> BinaryIO:
     return source.open("rb")
 
 
+def _identified(file: BinaryIO) -> Image.Image:
+    """Let one of DECODERS read the header. Raises Unusable where an optional package would be needed."""
+    file.seek(0)
+    head = file.read(64)
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS and b"avif" not in head:
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError:
+            raise Unusable(str(MissingExtraError("HEIC", "heic"))) from None
+    Image.init()
+    return Image.open(file, formats=[name for name in DECODERS if name in Image.OPEN])
+
+
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise Unusable(f"{image.width}x{image.height} is {TOO_LARGE}")
-
-
-TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; make it smaller"
-
-
-def _short(error: Exception) -> str:
-    text = str(error)
-    # Pillow's "cannot identify image file <_io.BufferedReader name='/home/...'>" would reveal a path and nothing else.
-    return "not readable" if "cannot identify" in text or not text else shown(text)[:80]
 
 
 @contextmanager
@@ -181,54 +176,11 @@ def _strict_decoding() -> Iterator[None]:
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # minor faults, e.g. a bad EXIF tag, do not concern the user
+            yield
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def begins_like_a_photo(path: Path) -> bool:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return False
-        with path.open("rb") as file:
-            return _kind(file.read(64)) in DECODERS
-    except OSError:
-        return False
-
-
-def _kind(head: bytes) -> str:
-    """The format by a file's first bytes: a key of DECODERS, or a plain name for what is not accepted."""
-    for magic, kind in MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    if head[4:8] == b"ftyp":  # a family of containers: the brand gives the content
-        brand = head[8:12]
-        if brand in (b"avif", b"avis") or (brand in (b"mif1", b"msf1") and b"avif" in head):
-            return "AVIF"
-        return "HEIC" if brand in HEIC_BRANDS else "video"
-    return "unknown"
-
-
-def _decoder(path: Path, kind: str) -> str:
-    """The one Pillow decoder that may read the file. Raises Unusable."""
-    if kind == "unknown":
-        raise Unusable(f"not a photo (none of {FORMATS})")
-    if kind not in DECODERS:
-        raise Unusable(f"{kind}; accepted are {FORMATS}")
-    if kind == "TIFF" and path.suffix.lower() in RAW_SUFFIXES:
-        # A raw file is a TIFF whose first page is a thumbnail, which would be used in place of the photo.
-        raise Unusable("camera raw; export it as JPEG or PNG")
-    if kind == "HEIC":
-        try:
-            importlib.import_module("pillow_heif").register_heif_opener()
-        except ImportError:
-            raise Unusable(str(MissingExtraError("HEIC", "heic"))) from None
-    Image.init()
-    if DECODERS[kind] not in Image.OPEN:
-        raise Unusable(f"this Pillow cannot read {kind}; pip install -U pillow")
-    return DECODERS[kind]
 
 
 # --- its pixels -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Masks and crops passed in code are checked here as well.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..config import as_type
 from ..errors import PhotoError, shown
 from ..files import read_json
 from .opening import read_mask
@@ -88,16 +88,15 @@ def fractions(path: Path, region: Any, width: int, height: int) -> Region:
     """A user's crop as fractions 0..1 of the upright photo. Pixels if any value is above 1. Raises PhotoError."""
     cause = f"crop of {shown(path.name)}: {shown(region)[:80]}"
     remedy = f"needed: x0, y0, x1, y1 with x0 < x1 and y0 < y1, as fractions 0..1 or as pixels of {width}x{height}"
-    if not isinstance(region, (list, tuple)) or len(region) != 4:
+    numbers = as_type(region, tuple[float, ...])
+    if numbers is None or len(numbers) != 4:
         raise PhotoError(f"{cause} is not four numbers; {remedy}")
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in region):
-        raise PhotoError(f"{cause} is not four numbers; {remedy}")
-    x0, y0, x1, y1 = region
-    if max(region) > 1:
+    x0, y0, x1, y1 = numbers
+    if max(numbers) > 1:
         x0, y0, x1, y1 = x0 / width, y0 / height, x1 / width, y1 / height
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         raise PhotoError(f"{cause} is outside the photo or empty; {remedy}")
-    return (float(x0), float(y0), float(x1), float(y1))
+    return x0, y0, x1, y1
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -114,8 +113,7 @@ def find_mask(
     source = given or sidecar(path, MASK_ENDING)
     if source is None:
         return None
-    if isinstance(source, str):
-        source = Path(source)
+    source = Path(source) if isinstance(source, str) else source
     if not isinstance(source, (Path, Image.Image)):
         raise PhotoError(f"mask of {shown(path.name)}: a {type(source).__name__}; pass a file or a PIL image")
     name = shown(source.name) if isinstance(source, Path) else f"of {shown(path.name)}"
