@@ -24,9 +24,8 @@ from lora_booth.base.base_model import TOYBOX_FOLDER, BaseModel
 from lora_booth.cli.demo import write_photos
 from lora_booth.config import LoraSpec
 from lora_booth.errors import EvaluationError, SettingsError
-from lora_booth.evaluation.cases import TEMPLATE, cases_of
 from lora_booth.evaluation.encoders import FOR_CLIP, FOR_DINO, Clip, Dino
-from lora_booth.evaluation.measures import ToyboxMeasure, drawn_subject
+from lora_booth.evaluation.measures import TEMPLATE, ToyboxMeasure, cases_of, drawn_subject
 from lora_booth.evaluation.protocol import Candidate, candidates_of, evaluate, is_toybox
 from lora_booth.evaluation.results import CHANCE, Comparison, Metric, Row, score, scores_file
 from lora_booth.photos.finding import find_photos

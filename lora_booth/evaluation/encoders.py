@@ -81,8 +81,7 @@ class Clip:
     def of_images(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, d) float32 on the CPU: the projected picture."""
         parts = in_parts(images, FOR_CLIP, self.side, self.device)
-        pooled = [self.model.vision_model(pixel_values=part).pooler_output for part in parts]
-        return joined([self.model.visual_projection(part) for part in pooled])
+        return joined([self.model.visual_projection(self.model.vision_model(part).pooler_output) for part in parts])
 
     @torch.no_grad()
     def of_texts(self, prompts: Sequence[str]) -> Tensor:

@@ -1,23 +1,68 @@
-"""Measures of the pictures: by DINO and CLIP for real subjects, by the toybox's judge for drawn ones."""
+"""Prompts of an evaluation, and the measures of their pictures: DINO and CLIP for photos, the judge for the toybox's world."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from PIL import Image
 
+from ..adapters.contents import Card
+from ..errors import SettingsError, setting, shown
+from ..pictures.prompts import fill_prompts
+from ..subject.wording import without_subject
 from ..toybox.judge import OBJECT_HEADS, Verdict, judge, to_pixels
 from ..toybox.scenery import CONTEXTS
 from ..toybox.world import HELD_OUT, Identity, Scene, draw
-from .cases import Case
 from .encoders import Clip, Dino
 from .results import CHANCE, Metric, Values
 
 Groups = Sequence[Sequence[Image.Image]]  # by prompt
 RENDER_SEED = 77_000  # chosen: far from the seeds of the photos, so that the ceiling shows other poses
+TEMPLATE = "a photo of {token} {class_noun} {context}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of the evaluation."""
+
+    template: str  # with {token}, and all else filled in
+    plain: str  # without the token: what the base draws, and what CLIP compares pictures with
+
+    @property
+    def context(self) -> str | None:
+        """The toybox context that it asks for."""
+        return next((context for context in CONTEXTS if context in self.plain), None)
+
+    def prompt_for(self, card: Card) -> str:
+        return fill_prompts([self.template], token=card.token)[0]
+
+
+def cases_of(card: Card, templates: Sequence[str], contexts: Sequence[str] = ()) -> list[Case]:
+    """A case for each prompt, or for each context of a prompt with {context}. Prompts may also contain the token itself.
+
+    Raises SettingsError for a prompt that does not name the subject, and for a card without token or class noun.
+    """
+    if not (card.token and card.class_noun):
+        remedy = setting("with_card(token=..., class_noun=...)", option="--token and --class-noun")
+        raise SettingsError(f"the adapter's card has no token or class noun; add them with {remedy}")
+    token, noun = card.token, card.class_noun
+    found: dict[str, Case] = {}
+    for text in templates:
+        templated = re.sub(rf"(?<![\w{{]){re.escape(token)}(?![\w}}])", "{token}", text)
+        if "{token}" not in templated:
+            raise SettingsError(f"prompt {shown(text)!r} does not name the subject; add {{token}} or {token!r} to it")
+        for template in fill_prompts([templated], token="{token}", class_noun=noun, contexts=contexts):
+            filled = template.replace("{token}", token)
+            found[filled] = Case(template, without_subject(filled, token, noun))
+    return list(found.values())
+
+
+# --- measures ------------------------------------------------------------------------------------------------------
 
 
 class PhotoMeasure:

@@ -24,9 +24,8 @@ from ..pictures.picture import Picture
 from ..pictures.prompts import PAPER, fill_prompts
 from ..subject.subject import CLASS_TEMPLATE
 from ..training.checkpoint import RECORD, saved_adapters
-from .cases import TEMPLATE, cases_of
 from .encoders import CLIP, DINO, Clip, Dino
-from .measures import PhotoMeasure, ToyboxMeasure, unseen_contexts
+from .measures import TEMPLATE, PhotoMeasure, ToyboxMeasure, cases_of, unseen_contexts
 from .results import Comparison, Row
 
 PHOTO_SIDE = 512  # pixels of the photos' squares; chosen: the encoders take less

@@ -89,7 +89,8 @@ class Composition:
         if not regions and self.method == "regions":
             raise SettingsError(f'method "regions" needs places; pass {" or ".join(ways_to_place())}')
         self.regions, self.isolate = regions, typed("isolate", isolate, Isolation)
-        self.placed = () if isinstance(regions, str) else everyone_of([(r.adapter, r.weight) for r in regions])
+        self.places: Sequence[Region] = [] if isinstance(regions, str) else regions
+        self.placed = everyone_of([(place.adapter, place.weight) for place in self.places])
         self.background, self.together = typed("background", background, str | None), typed("together", together, bool)
         default = AUTO_START if regions == "auto" else 0.0
         self.start = default if start is None else typed("start", start, float)
@@ -149,11 +150,10 @@ class Composition:
                 f"a picture came out black: numbers beyond {str(self.base.dtype).removeprefix('torch.')}; lower the guidance "
                 f"or the weights, or load the base with {setting('dtype', 'float32')}"
             )
-        settings, regions = self.settings(prompt), [] if isinstance(self.regions, str) else self.regions
-        extras = ["a mask"] * any(region.box is None for region in regions)
+        extras = ["a mask"] * any(place.box is None for place in self.places)
         extras += ["weights by block or step"] * any(weight.blocks or weight.timed for _, weight in everyone)
         files = tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone)
-        making = Making(files, recipe_only=" and ".join(extras) or None, **settings)
+        making = Making(files, recipe_only=" and ".join(extras) or None, **self.settings(prompt))
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
         return [
             Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making)
@@ -173,12 +173,11 @@ class Composition:
     @contextmanager
     def _attached(self, prompt: str, pipeline: Any = None) -> Iterator[tuple[Any, Regional | None]]:
         """The pipeline with the adapters attached, and what answers its U-Net's calls; None: the U-Net itself."""
-        place, pipeline = pipeline or self.base, pipeline or self.base.pipeline  # a base has a name for messages
         everyone = self.everyone(prompt)
+        weights = [weight for _, weight in everyone]
         if self.method == "regions":
             refuse_hidden_adapters(self.base)
-        with attached_layers(place, [(a, w.value) for a, w in everyone]) as on:
-            weights = [weight for _, weight in everyone]
+        with attached_layers(pipeline or self.base, [(adapter, weight.value) for adapter, weight in everyone]) as on:
             for adapter, weight in zip(on, weights, strict=True):
                 for path in adapter.layers:
                     late_text = weight.start > 0 and not path.startswith("unet.")
@@ -186,6 +185,7 @@ class Composition:
             by_region = self.settings(prompt)["method"] == "regions"
             regional = self._regional(prompt, on, weights) if by_region else None
             needed = regional is not None or any(weight.timed for weight in weights)
+            pipeline = pipeline or self.base.pipeline
             with UNetHook(pipeline, on, weights).hooked(regional) if needed else nullcontext():
                 yield pipeline, regional
 
@@ -226,10 +226,8 @@ class Composition:
 
     def everyone(self, prompt: str = "") -> list[tuple[Adapter, Weight]]:
         """Adapters that are active everywhere, then those of the regions."""
-        if isinstance(self.regions, str):
-            named = self._named(prompt)
-            return [item for item in self.adapters if not any(item is other for other in named)] + named
-        return [*self.adapters, *self.placed]
+        named = self._named(prompt) if self.regions == "auto" else []
+        return [*(item for item in self.adapters if not any(item is other for other in named)), *named, *self.placed]
 
     def _named(self, prompt: str) -> list[tuple[Adapter, Weight]]:
         """The adapters whose subject the prompt names."""
@@ -244,13 +242,16 @@ class Composition:
         remedy = "share a recipe with the adapter files instead"
         if self.method == "regions":
             raise SettingsError(f'regions cannot be one adapter, which is active everywhere; use method="sum", or {remedy}')
+        parts = []
         for adapter, weight in self.adapters:
             if weight.timed:
                 raise SettingsError(
                     f"{adapter.name} is active in some denoising steps only ({weight}), which one adapter cannot express; "
                     f"leave out start and end, or {remedy}"
                 )
-        parts = [(by_block(adapter, weight), 1.0) for adapter, weight in self.adapters if weight.value]
+            if weight.value:
+                scaled = {path: replace(f, alpha=f.alpha * weight.of(path)) for path, f in adapter.modules.items()}
+                parts.append((replace(adapter, modules=scaled), 1.0))
         made, lost = merging.merge(parts, method="sum" if rank is None else "svd", rank=rank)
         sources = " + ".join(f"{adapter.name} ({weight})" for adapter, weight in self.adapters)
         loss = f"{lost.error:.1%} of the change lost" if lost.error else "exact"
@@ -260,8 +261,8 @@ class Composition:
 
     def remarks(self, prompt: str, negative_prompt: str | None = None) -> list[str]:
         """What is probably not meant, one line each; `generate` gives them as warnings."""
-        everyone, places = self.everyone(prompt), () if isinstance(self.regions, str) else self.regions
-        prompts = [prompt] * (len(everyone) - len(places)) + [place.prompt or prompt for place in places]
+        everyone = self.everyone(prompt)
+        prompts = [prompt] * (len(everyone) - len(self.places)) + [place.prompt or prompt for place in self.places]
         return [
             *clashes(everyone, self.method, self.isolate),
             *unnamed(everyone, prompts),
@@ -289,9 +290,9 @@ class Composition:
     def _passes(self, prompt: str) -> int:
         if self.method != "regions" or self.isolate == "delta":
             return 1
-        if isinstance(self.regions, str):  # whose masks leave no background
+        if self.regions == "auto":  # whose masks leave no background
             return max(1, len(self._named(prompt)))
-        return len(self.regions) + bool(with_rest(masks_of(self.regions).full)[-1].max() > EMPTY)
+        return len(self.places) + bool(with_rest(masks_of(self.places).full)[-1].max() > EMPTY)
 
     def _trial(self, prompt: str, steps: int, size: int | None) -> tuple[float, int | None]:
         """Seconds for a picture and peak bytes on the GPU, from four steps."""
@@ -313,22 +314,19 @@ class Composition:
 
     @torch.no_grad()
     def _regional(self, prompt: str, on: Sequence[AttachedAdapter], weights: Sequence[Weight]) -> Regional:
-        places: list[tuple[Adapter, str | None]]
-        if isinstance(self.regions, str):
-            places, masks = [(adapter, None) for adapter, _ in self._named(prompt)], None
-            if not places:
-                names = ", ".join(repr(a.card.token or a.name) for a, _ in self.adapters)
-                raise SettingsError(f"the prompt {prompt!r} names none of {names}; name every subject in it")
-        else:
-            places = [(region.adapter, region.prompt) for region in self.regions]
-            masks = Masks(masks_of(self.regions).full.to(self.base.device))
-        subjects = [subject for subject, _ in places]
+        auto = self.regions == "auto"
+        subjects = [adapter for adapter, _ in (self._named(prompt) if auto else self.placed)]
+        if not subjects:
+            names = ", ".join(repr(a.card.token or a.name) for a, _ in self.adapters)
+            raise SettingsError(f"the prompt {prompt!r} names none of {names}; name every subject in it")
+        prompts = [None] * len(subjects) if auto else [place.prompt for place in self.places]
+        masks = None if auto else Masks(masks_of(self.places).full.to(self.base.device))
         words = [token_positions(prompt, subject, self.base.tokenizer) for subject in subjects]
         members = list(range(len(on) - len(subjects), len(on)))
         for i in members:  # a text encoder has no pixels: its part is active only in the region's prompt
             scale_text(on[i], None)
         texts, background = [], None
-        for i, (subject, text) in zip(members, places, strict=True):
+        for i, subject, text in zip(members, subjects, prompts, strict=True):
             if text is None and self.isolate == "noise":
                 text = without(prompt, [other for other in subjects if other is not subject])
             scale_text(on[i], weights[i])
@@ -361,11 +359,6 @@ def everyone_of(adapters: Weighted | Iterable[Weighted]) -> tuple[tuple[Adapter,
     """Adapters with their weights, from one or several."""
     pairs = weighted(adapters, float | Weight)
     return tuple((adapter, weight if isinstance(weight, Weight) else Weight(weight)) for adapter, weight in pairs)
-
-
-def by_block(adapter: Adapter, weight: Weight) -> Adapter:
-    """The adapter with its weight folded into every module."""
-    return replace(adapter, modules={m: replace(f, alpha=f.alpha * weight.of(m)) for m, f in adapter.modules.items()})
 
 
 def scale_text(adapter: AttachedAdapter, weight: Weight | None) -> None:

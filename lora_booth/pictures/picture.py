@@ -117,14 +117,11 @@ def python_of(picture: Picture) -> str | None:
     else:
         arguments.append(f"method={making.method!r}")
     settings = [f"seeds=[{picture.seed}]", *(f"{name}={value!r}" for name, value in settings_of(picture).items())]
-    return "\n".join(
-        [
-            "import lora_booth as lb",
-            "",
-            f"base = lb.BaseModel.load({picture.base!r})",
-            f"studio = lb.Composition({', '.join(arguments)})",
-            f"[picture] = studio.generate({picture.prompt!r}, {', '.join(settings)})",
-        ]
+    return (
+        "import lora_booth as lb\n\n"
+        f"base = lb.BaseModel.load({picture.base!r})\n"
+        f"studio = lb.Composition({', '.join(arguments)})\n"
+        f"[picture] = studio.generate({picture.prompt!r}, {', '.join(settings)})"
     )
 
 

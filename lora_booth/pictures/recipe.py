@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from .. import __version__
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
+from ..base.ai_mark import picture_bytes
 from ..base.base_model import BaseModel
 from ..config import typed
 from ..errors import AdapterBaseMismatch, SettingsError, reason_of, shown
@@ -138,9 +136,8 @@ def region_entry(region: Region) -> dict[str, Any]:
     entry = adapter_entry(region.adapter, region.weight)
     entry |= {"prompt": region.prompt, "feather": region.feather, "box": region.box}
     if region.mask is not None:
-        content = io.BytesIO()
-        Image.fromarray(np.array(region.mask.convert("L"))).save(content, "PNG")  # pixels only: no metadata of the mask's file
-        entry["mask"] = base64.b64encode(content.getvalue()).decode("ascii")
+        pixels = picture_bytes(region.mask.convert("L"), generated=False)  # without the metadata of the mask's file
+        entry["mask"] = base64.b64encode(pixels).decode("ascii")
     return entry
 
 

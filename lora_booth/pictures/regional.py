@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -205,35 +206,30 @@ class AttentionMaps:
 
     @contextmanager
     def collecting(self, hook: UNetHook) -> Iterator[None]:
-        read = [module for name, module in hook.unet.named_modules() if name.endswith(".attn2")]
-        queries = [(module.to_q, self._store_query(module, hook)) for module in read]
-        with hooked([*queries, *((module.to_k, self._add(module, hook)) for module in read)]):
+        hooks: list[tuple[nn.Module, Callable[..., None]]] = []
+        for name, module in hook.unet.named_modules():
+            if name.endswith(".attn2"):
+                hooks.append((module.to_q, partial(self._keep_query, hook, module)))
+                hooks.append((module.to_k, partial(self._add, hook, module)))
+        with hooked(hooks):
             yield
 
-    def _store_query(self, attention: nn.Module, hook: UNetHook) -> Callable[..., None]:
-        def store(module: nn.Module, args: Any, output: Tensor) -> None:
-            height, width = hook.current.size
-            if output.shape[1] <= max(MOST_PIXELS, height * width // COARSE):
-                self.queries[id(attention)] = output
+    def _keep_query(self, hook: UNetHook, attention: Any, to_q: nn.Module, args: Any, query: Tensor) -> None:
+        height, width = hook.current.size
+        if query.shape[1] <= max(MOST_PIXELS, height * width // COARSE):
+            self.queries[id(attention)] = query
 
-        return store
-
-    def _add(self, attention: Any, hook: UNetHook) -> Callable[..., None]:
-        def add(module: nn.Module, args: Any, output: Tensor) -> None:
-            query = self.queries.pop(id(attention), None)
-            if query is None:
-                return
-            call = hook.current
-            q, k = (split_heads(t[call.first :].float(), attention.heads) for t in (query, output))
-            weights = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean(1)  # (P, pixels, tokens)
-            found = torch.stack([weights[..., list(positions)].mean(-1) for positions in self.words])  # (N, P, pixels)
-            maps = found.reshape(*found.shape[:2], *hook.size)
-            maps = maps / maps.mean((2, 3), keepdim=True).clamp(min=1e-8)
-            side = max(call.size)
-            maps = F.interpolate(maps, (side, side), mode="bilinear")
-            self.total = maps if self.total is None else self.total + maps
-
-        return add
+    def _add(self, hook: UNetHook, attention: Any, to_k: nn.Module, args: Any, key: Tensor) -> None:
+        query, call = self.queries.pop(id(attention), None), hook.current
+        if query is None:
+            return
+        q, k = (split_heads(t[call.first :].float(), attention.heads) for t in (query, key))
+        weights = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean(1)  # (P, pixels, tokens)
+        found = torch.stack([weights[..., list(positions)].mean(-1) for positions in self.words])  # (N, P, pixels)
+        maps = found.reshape(*found.shape[:2], *hook.size)
+        maps = maps / maps.mean((2, 3), keepdim=True).clamp(min=1e-8)
+        maps = F.interpolate(maps, (max(call.size),) * 2, mode="bilinear")
+        self.total = maps if self.total is None else self.total + maps
 
     def masks(self) -> Masks:
         """Give each pixel to the subject whose words it attends to most, with soft edges. Raises SettingsError."""

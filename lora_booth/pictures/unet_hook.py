@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ class UNetHook:
 
         with undone(undo), hooked(sizes):
             for index, path, layer in inside:
-                layer.gate = self._gating(index, path)
+                layer.gate = partial(self._gated, index, path)
             self.unet.forward = answering
             yield
 
@@ -163,22 +164,17 @@ class UNetHook:
     def _note_size(self, norm: nn.Module, args: Any, states: Tensor) -> None:
         self.size = (states.shape[-2], states.shape[-1])
 
-    def _gating(self, index: int, path: str) -> Callable[[Tensor], Tensor]:
-        reads_prompt = path.endswith(PROMPT_LAYERS)
-
-        def gated(change: Tensor) -> Tensor:
-            gate = self.gates[index]
-            if gate is None:
-                return change
-            if gate.rows is not None:
-                change = change * gate.rows.to(change.dtype).reshape([len(change)] + [1] * (change.ndim - 1))
-            if reads_prompt and gate.words is not None:
-                change = change * gate.words.to(change.dtype)[..., None]
-            elif not reads_prompt and gate.masks is not None:
-                change = change * self._pixels(gate.masks, gate.subject, change)
+    def _gated(self, index: int, path: str, change: Tensor) -> Tensor:
+        gate, reads_prompt = self.gates[index], path.endswith(PROMPT_LAYERS)
+        if gate is None:
             return change
-
-        return gated
+        if gate.rows is not None:
+            change = change * gate.rows.to(change.dtype).reshape([len(change)] + [1] * (change.ndim - 1))
+        if reads_prompt and gate.words is not None:
+            change = change * gate.words.to(change.dtype)[..., None]
+        elif not reads_prompt and gate.masks is not None:
+            change = change * self._pixels(gate.masks, gate.subject, change)
+        return change
 
     def _pixels(self, masks: Masks, subject: int, output: Tensor) -> Tensor:
         """The mask in the shape of a layer's output: (rows, H, W) -> (rows, 1, H, W), (rows, H * W, 1) or (rows, 1)."""
