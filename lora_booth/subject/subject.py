@@ -15,7 +15,7 @@ from ..photos.photo import Photo, PhotoSet, Region, Skipped
 from ..photos.sidecars import MaskSource
 from ..photos.square import Cropping
 from .tokens import SYNTAX, check_token_text
-from .wording import article, with_article
+from .wording import article, subject_pattern, with_article
 
 INSTANCE_TEMPLATE = "a photo of {token} {class_noun}"
 CLASS_TEMPLATE = "a photo of {a} {class_noun}"  # {a}: "a" or "an", by the class noun's sound
@@ -44,14 +44,9 @@ class Subject:
             raise SubjectError("the subject has no photos; pass at least one (5 to 30 teach a subject best)")
         check_token_text(self.token)
         _check_class_noun(self.class_noun)
-        if self.token.lower() == self.class_noun.lower():
-            raise SubjectError(
-                f"token {self.token!r} is the class noun itself; the subject would replace the class: use a rare token"
-            )
-        if re.search(_as_word(self.token), self.class_noun, re.IGNORECASE):
-            raise SubjectError(
-                f"class noun {self.class_noun!r} has the token {self.token!r} in it; pass only what the subject is, e.g. 'dog'"
-            )
+        if re.search(subject_pattern(self.token, None), self.class_noun, re.IGNORECASE):
+            remedy = "pass only what the subject is, e.g. 'dog', and a rare token"
+            raise SubjectError(f"class noun {self.class_noun!r} has the token {self.token!r} in it; {remedy}")
         if not self.templates:
             raise SubjectError(f"templates {self.templates!r}; needed: a tuple of at least one template")
         for template in self.templates:
@@ -137,10 +132,10 @@ class Subject:
             place = self.photos.index(photo) if photo in self.photos else 0
             return self._filled(self.templates[place % len(self.templates)])
         caption = self._filled(photo.caption)
-        if re.search(_as_word(self.token), caption, re.IGNORECASE):
+        if re.search(subject_pattern(self.token, None), caption, re.IGNORECASE):
             return caption
         both = f"{self.token} {self.class_noun}"
-        renamed, count = re.subn(_as_word(self.class_noun), lambda _: both, caption, count=1, flags=re.IGNORECASE)
+        renamed, count = re.subn(subject_pattern(self.class_noun, None), lambda _: both, caption, count=1, flags=re.IGNORECASE)
         return renamed if count else f"{self.instance_prompt}, {caption}"
 
     def _filled(self, template: str) -> str:
@@ -149,19 +144,11 @@ class Subject:
         return re.sub(r"\{(token|class_noun|a)\}", lambda match: words[match[1]], template)
 
 
-def _as_word(words: str) -> str:
-    return rf"(?<!\w){re.escape(words)}(?!\w)"
-
-
 def _check_class_noun(noun: str) -> None:
-    if not typed("class_noun", noun, str).strip():
-        raise SubjectError("class noun ''; needed: what the subject is, e.g. 'dog' or 'coffee mug'")
-    if not noun.isprintable() or noun != noun.strip() or any(character in SYNTAX for character in noun):
-        raise SubjectError(
-            f"class noun '{shown(noun)}' has punctuation, a control character or outer space; needed: plain words, e.g. 'dog'"
-        )
-    if len(noun) > 100:
-        raise SubjectError(f"class noun '{shown(noun[:20])}...' has {len(noun)} characters; at most 100")
+    plain = typed("class_noun", noun, str).strip()
+    if plain != noun or not 0 < len(noun) <= 100 or not noun.isprintable() or any(c in SYNTAX for c in noun):
+        wanted = "what the subject is, in plain words without punctuation, at most 100 characters"
+        raise SubjectError(f"class noun '{shown(noun[:110])}'; needed: {wanted}, e.g. 'dog' or 'coffee mug'")
     if (plain := NOT_A_NOUN.sub("", noun)) != noun:
         raise SubjectError(f"class noun {noun!r} is more than a noun; prompts have the other words already: pass {plain!r}")
 

@@ -64,33 +64,27 @@ def check_token(token: str, tokenizer: CLIPTokenizer, *, known_rare: Collection[
     if word in known_rare:
         return TokenReport(token, pieces, ())
     vocabulary = tokenizer.get_vocab()
+    parts = [piece.removesuffix(END) for piece in pieces]
+    known = [part for part in parts if _is_known_word(part, vocabulary) and (len(parts) == 1 or len(part) >= 3)]
     problems: list[str] = []
     warnings: list[str] = []
     if not pieces or any(piece not in vocabulary or piece.startswith("<|") for piece in pieces):
         problems.append("it has characters that the base cannot read")
     elif len(pieces) > MAX_PIECES:
-        plain = ", ".join(shown(piece.removesuffix(END)) for piece in pieces)
+        plain = ", ".join(map(shown, parts))
         problems.append(f"it splits into {len(pieces)} pieces ({plain}); at most {MAX_PIECES}, one is best")
-    elif len(pieces) == 1:
-        if known_rare or _is_known_word(word, vocabulary):
-            problems.append("the base knows it as a word and has pictures for it")
-        elif word.isalpha() and _reads_like_a_word(word):
-            warnings.append("it reads like a word; if the base knows it, that meaning will show")
-    else:
-        parts = [piece.removesuffix(END) for piece in pieces]
-        known = [part for part in parts if len(part) >= 3 and _is_known_word(part, vocabulary)]
-        if known:
-            warnings.append(f"it contains what the base knows as a word ({', '.join(map(shown, known))}), which may show")
-        elif word.isalpha() and len(word) >= 5 and _reads_like_a_word(word):
-            warnings.append("it reads like a word or a name; if the base knows it, that meaning will show")
-        if all(len(part) == 1 for part in parts):
-            warnings.append("the base spells it letter by letter, as it does with much other text; one piece is better")
+    elif len(pieces) == 1 and (known or known_rare):
+        problems.append("the base knows it as a word and has pictures for it")
+    elif known:
+        warnings.append(f"it contains what the base knows as a word ({', '.join(map(shown, known))}), which may show")
+    elif word.isalpha() and _reads_like_a_word(word) and (len(pieces) == 1 or len(word) >= 5):
+        warnings.append("it reads like a word or a name; if the base knows it, that meaning will show")
+    if not problems and len(parts) > 1 and all(len(part) == 1 for part in parts):
+        warnings.append("the base spells it letter by letter, as it does with much other text; one piece is better")
     if word == "sks":
         warnings.append("SKS is a rifle, and bases have pictures of it; any other rare token is better")
-    if word in _words("first_names", "artists"):
-        warnings.append("it is a person's name; the base links it to people's pictures or style")
-    elif _looks_like_a_name(token):
-        warnings.append("it looks like a person's name; train on a person only with their consent, and choose a rare token")
+    if _looks_like_a_name(token):
+        warnings.append("it looks like a person's name, and the base links names to pictures of people; choose a rare token")
     if word != token:
         warnings.append(f"the base reads lower case only: {token} and {word} are the same to it")
     return TokenReport(token, pieces, tuple(problems), tuple(warnings))
@@ -115,18 +109,12 @@ def propose_tokens(tokenizer: CLIPTokenizer, count: int = 8, *, known_rare: Coll
 
 
 def check_token_text(token: str) -> None:
-    """Raises SubjectError if a token is not one printable word of at most 64 characters."""
-    if not typed("token", token, str).strip():
-        raise SubjectError("token ''; needed: a rare word, e.g. 'ohwx'")
-    if not token.isprintable() or any(character.isspace() for character in token):
-        raise SubjectError(f"token '{shown(token)}' has a space or control character; needed: one word, e.g. 'ohwx'")
-    if "{" in token or "}" in token:
-        raise SubjectError(f"token {token!r} has a brace, which marks a placeholder; needed: one word, e.g. 'ohwx'")
-    if (plain := token.strip(PUNCTUATION)) != token or any(character in SYNTAX for character in token):
-        remedy = plain if plain and not any(character in SYNTAX for character in plain) else "ohwx"
-        raise SubjectError(f"token {token!r} has punctuation, which prompts use otherwise; needed: one word, e.g. {remedy!r}")
-    if len(token) > 64:
-        raise SubjectError(f"token '{shown(token[:20])}...' has {len(token)} characters; at most 64, 3 to 5 are best")
+    """Raises SubjectError if a token is not one printable word without punctuation, of at most 64 characters."""
+    plain = typed("token", token, str).strip(PUNCTUATION)
+    fits = 0 < len(plain) <= 64 and plain.isprintable() and not any(c.isspace() or c in SYNTAX for c in plain)
+    if plain != token or not fits:
+        wanted = "one word without braces or other punctuation, at most 64 characters"
+        raise SubjectError(f"token '{shown(token[:70])}'; needed: {wanted}, e.g. {plain if fits else 'ohwx'!r}")
 
 
 @cache
@@ -150,16 +138,15 @@ def _reads_like_a_word(word: str) -> bool:
 
 
 def _looks_like_a_name(token: str) -> bool:
-    """First and last name in one word: JohnSmith, john_smith, john-smith, gregrutkowski.
+    """A first name, an artist's surname, or first and last name in one word: JohnSmith, john-smith, gregrutkowski.
 
     The signs are two capitalised parts, or a common first name or artist's surname among the parts. This is a hint, not a
-    check: it misses names of one part, of other scripts or outside the lists, and it takes a brand (TealCup) for a name.
+    check: it misses other names of one part, of other scripts or outside the lists, and takes a brand (TealCup) for a name.
     """
     first_names, artists = _words("first_names"), _words("artists")
+    if any(token.lower().endswith(name) and token.lower().removesuffix(name) in first_names for name in artists):
+        return True
     parts = [part for part in re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])", token) if len(part) > 1]
-    if len(parts) == 1:
-        word = parts[0].lower()
-        return any(word.endswith(name) and word.removesuffix(name) in first_names for name in artists)
     capitalised = sum(part[0].isupper() and part[1:].islower() and len(part) > 2 for part in parts)
     return capitalised > 1 or any(part.lower() in first_names | artists for part in parts)
 
