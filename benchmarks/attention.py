@@ -11,7 +11,7 @@ from collections import Counter
 
 import torch
 
-from lora_booth.kernels.attention import KERNELS, Shape, attention_shapes, candidates, seconds_of
+from lora_booth.kernels.attention import KERNELS, REJECTED, Shape, attention_shapes, candidates, seconds_of
 from lora_booth.planning.shapes import without_weights
 
 
@@ -35,7 +35,7 @@ def main() -> None:
                 if device.type == "cpu" and "plain" not in candidates(Place(base, device, dtype), shapes, args.pictures):  # type: ignore[arg-type]
                     kernels.remove("plain")
                 found = {k: seconds_of(k, shapes, args.pictures, dtype, device) if k in kernels else math.inf for k in KERNELS}
-                words = "".join(f"{1e3 * s:10.1f}" if math.isfinite(s) else f"{'-':>10s}" for s in found.values())
+                words = "".join(f"{1e3 * s:10.1f}" if s < REJECTED else f"{'-':>10s}" for s in found.values())
                 print(f"{name} {size} px x {args.pictures} {str(dtype)[6:]:10s}".ljust(42) + words, flush=True)
 
 

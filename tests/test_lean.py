@@ -19,7 +19,7 @@ from lora_booth.kernels import autograd
 from lora_booth.kernels.autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm
 from lora_booth.kernels.lean import lean, rewrites
 from lora_booth.kernels.lora import FlatFactors, LoraLinears, LoraPiece
-from lora_booth.planning.meter import saved_for_backward
+from lora_booth.planning.counting import Meter
 
 EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
 
@@ -135,9 +135,9 @@ def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
     flat = FlatFactors([p for p in unet.parameters() if p.requires_grad], dtype)
     kept = []
     for context in (nullcontext(), lean(unet, flat.factors)):
-        with context, saved_for_backward(unet) as saved:
+        with context, Meter() as meter:
             out = unet(torch.randn(1, 4, 16, 16, dtype=dtype), 5, torch.randn(1, 8, 32, dtype=dtype)).sample
-            kept.append(saved())
+            kept.append(meter.live)
         del out
     injection.remove()
     assert kept[1] < share * kept[0], kept

@@ -27,7 +27,6 @@ from lora_booth.pictures.composition import Composition
 from lora_booth.planning import budget, planning
 from lora_booth.planning.budget import (
     CPU_CONTEXT,
-    GPUS,
     RESERVE,
     Machine,
     available_bytes,
@@ -36,8 +35,7 @@ from lora_booth.planning.budget import (
     is_ample,
     upper_bound,
 )
-from lora_booth.planning.counting import Counter, count, count_step, inputs
-from lora_booth.planning.meter import Meter, saved_for_backward
+from lora_booth.planning.counting import Counter, Meter, count, count_step, draw, inputs
 from lora_booth.planning.planning import DoesNotFit, Plan, Planner, levels_that_fit, plan
 from lora_booth.planning.shapes import built, configured, without_weights
 
@@ -53,7 +51,7 @@ def weights_of(base: BaseModel, *, named: Iterable[str] = ("unet", "vae", "text_
 
 @cache
 def counter_of(kind: str, dtype: torch.dtype = torch.float32, lora: LoraSpec = LORA) -> Counter:
-    return Counter(without_weights(base_of(kind), dtype), lora)
+    return Counter(without_weights(base_of(kind), dtype), lora, on_cpu=True)
 
 
 def planned(kind: str = "sd1", *, budget: float, config: TrainingConfig = CONFIG, device: str = "cuda") -> Plan:
@@ -154,41 +152,44 @@ def attention_flops(base: BaseModel) -> int:
 def test_saved_bytes_are_those_of_the_graph() -> None:
     x = torch.ones(1000, requires_grad=True)
     layer = torch.nn.Linear(1000, 10)
-    with saved_for_backward(layer) as saved, Meter() as meter:
+    with Meter() as meter:
         y = layer(x.exp())
-        assert saved() == 4000  # exp's result, which is the layer's input; not the weights
-        assert y.shape == (10,) and meter.live == 4040
+        assert y.shape == (10,) and meter.live == 4040  # with exp's result, which is the layer's input; not the weights
     del y
-    assert saved() == 0 and meter.live == 0 and meter.peak >= 4040
+    assert meter.live == 0 and meter.peak >= 4040
 
 
 def test_convolutions_of_a_cpu_work_on_copies() -> None:
     x, weight = torch.empty(2, 8, 16, 16, device="meta"), torch.empty(4, 8, 3, 3, device="meta", requires_grad=True)
-    with Meter() as meter:
-        y = torch.conv2d(x, weight, padding=1)
-        assert (meter.peak, meter.peak_on_cpu) == (y.nbytes, y.nbytes + x.nbytes + weight.nbytes)
-        y.sum().backward()
+    peaks = []
+    for on_cpu in (False, True):
+        with Meter(on_cpu=on_cpu) as meter:
+            y = torch.conv2d(x, weight, padding=1)
+            assert meter.peak == y.nbytes + (x.nbytes + weight.nbytes if on_cpu else 0)
+            y.sum().backward()
+        peaks.append(meter.peak)
+        weight.grad = None
     gradients = y.nbytes + weight.nbytes
-    assert meter.peak_on_cpu >= y.nbytes + gradients + weight.nbytes > meter.peak
+    assert peaks[1] >= y.nbytes + gradients + weight.nbytes > peaks[0]
 
 
 def test_the_weights_are_no_work() -> None:
     counter = Counter(without_weights(base_of("sd1"), torch.float64), LORA)  # no entry in the cache has this precision
-    assert counter.sample(pictures=1, resolution=128) == count(lambda: counter._denoise(2, 128))
+    assert counter.draw(128) == count(draw, counter.base, 128)
 
 
 @pytest.mark.slow
 def test_more_pictures_are_on_a_line() -> None:
     counter = counter_of("sd1")
     five = counter.step(CONFIG, pictures=5, resolution=64)
-    real = count_step(counter.base, LORA, CONFIG, 5, 64)
+    real = count_step(counter.base, LORA, CONFIG, 5, 64, on_cpu=True)
     assert five.saved == real.saved and five.flops == real.flops and five.peak == pytest.approx(real.peak, rel=0.02)
 
 
 def test_a_count_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base, options = without_weights(base_of("sd1"), torch.float32), {"pictures": 1, "resolution": 64}
     first = Counter(base, LORA).step(CONFIG, **options)
-    monkeypatch.setattr("lora_booth.planning.counting.count_step", None)
+    monkeypatch.setattr("lora_booth.planning.counting.count_step", lambda *_, **__: pytest.fail("counted again"))
     assert Counter(without_weights(base_of("sd1"), torch.float32), LORA).step(CONFIG, **options) == first
 
 
@@ -390,7 +391,8 @@ def test_this_machine() -> None:
 
 
 def test_gpus_by_name() -> None:
-    assert gpu_named("T4") is gpu_named("tesla t4") is GPUS["t4"] and gpu_named("RTX-4090").memory_gb == 24
+    assert gpu_named("T4") == gpu_named("tesla t4")
+    assert gpu_named("RTX-4090").budget == 24e9 and gpu_named("RTX-4090", 7).budget == 7e9
     with pytest.raises(SettingsError, match="choose from T4"):
         gpu_named("voodoo")
     with pytest.raises(SettingsError, match="vram_gb"):

@@ -20,15 +20,17 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel
 from ..base.changes import undone
-from ..cache import key_of, read_entry, write_entry
+from ..cache import cached, key_of
 from ..errors import MissingExtraError, SettingsError, setting
 
 PROCESSORS = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor", "xformers": "XFormersAttnProcessor"}  # of diffusers
 MOST_SCORES = 2**28  # bytes that plain attention may store for the backward pass; chosen
 FEWEST_SCORES = 2**20  # multiply-adds of the widest layer's scores in one head that make measuring worth it; chosen
 CLEARLY = 1.2  # times faster than sdpa that a kernel must be to replace it, above measurement noise; chosen
+REJECTED = 1e9  # seconds, in place of a measurement
 CALLS = 5  # of each kernel, of which the shortest counts; chosen
 
+Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # as `sdpa` below
 Shape = tuple[int, int, int, int]  # heads, query tokens, key tokens, channels of a head
 
 
@@ -42,7 +44,7 @@ def check_attention(base: BaseModel, name: str) -> None:
         raise SettingsError(f"xformers needs a CUDA GPU and the base is on {base.device}; pass {setting('attention', 'auto')}")
 
 
-def kernel_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
+def kernel_of(layer: Any) -> Kernel | None:
     """The function for the processor of a diffusers attention layer; None for a custom processor."""
     kind = type(layer.processor).__name__
     if kind == PROCESSORS["plain"] and (layer.upcast_attention or layer.upcast_softmax):
@@ -87,25 +89,22 @@ def halvings(path: str, levels: int) -> int:
     return {"down_blocks": int(number) if number.isdigit() else 0, "mid_block": levels - 1}.get(part, 0)
 
 
-def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int, device: torch.device | None = None) -> list[str]:
-    """Kernels that may be fastest on the device (default: the base's), sdpa first."""
-    found, kind = ["sdpa"], (device or base.device).type
+def candidates(base: BaseModel, shapes: Counter[Shape], pictures: int) -> list[str]:
+    """Kernels that may be fastest on the base's device, sdpa first. A base without weights is to run on a CPU."""
+    found, kind = ["sdpa"], base.device.type
     scores = sum(heads * queries * keys * count for (heads, queries, keys, _), count in shapes.items()) * pictures
-    if kind == "cpu" and scores * base.dtype.itemsize <= MOST_SCORES:
+    if kind in ("cpu", "meta") and scores * base.dtype.itemsize <= MOST_SCORES:
         found.append("plain")
     if kind == "cuda" and base.dtype != torch.float32 and importlib.util.find_spec("xformers") is not None:
         found.append("xformers")
     return found
 
 
-def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device: torch.device | None = None) -> str:
-    """The kernel for `pictures` images of `resolution` pixels in one forward pass: measured once, then read from the cache.
-
-    device  where a base without weights will run; None: the base's device
-    """
-    device = base.device if device is None else device
+def fastest_attention(base: BaseModel, *, resolution: int, pictures: int) -> str:
+    """The kernel for `pictures` images of `resolution` pixels in one forward pass: measured once, then read from the cache."""
+    device = torch.device("cpu") if base.device.type == "meta" else base.device
     shapes = attention_shapes(base, resolution)
-    names = candidates(base, shapes, pictures, device)
+    names = candidates(base, shapes, pictures)
     widest = max((queries * keys * width for _, queries, keys, width in shapes), default=0)
     if len(names) == 1 or widest * pictures < FEWEST_SCORES:
         return "sdpa"
@@ -118,18 +117,17 @@ def fastest_attention(base: BaseModel, *, resolution: int, pictures: int, device
         pictures=pictures,
         kernels=names,
     )
-    entry = read_entry("attention", key)
-    if entry is not None and entry.keys() == set(names):
-        seconds = {name: float(value) for name, value in entry.items()}
-    else:
-        seconds = {name: seconds_of(name, shapes, pictures, base.dtype, device) for name in names}
-        write_entry("attention", key, {name: torch.tensor(value) for name, value in seconds.items()})
-    best = min(names, key=lambda name: seconds[name])
+
+    def measured() -> dict[str, Tensor]:
+        return {name: torch.tensor(seconds_of(name, shapes, pictures, base.dtype, device)) for name in names}
+
+    seconds = cached("attention", key, measured)
+    best = min(names, key=lambda name: float(seconds[name]))
     return best if seconds[best] * CLEARLY <= seconds["sdpa"] else "sdpa"
 
 
 def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Forward and backward pass of all layers; infinite when the kernel rejects them."""
+    """Forward and backward pass of all layers; REJECTED when the kernel does not support them."""
     total = 0.0
     for (heads, queries, keys, width), count in shapes.items():
         sizes = ((pictures, tokens, heads * width) for tokens in (queries, keys, keys))
@@ -137,11 +135,11 @@ def seconds_of(name: str, shapes: Counter[Shape], pictures: int, dtype: torch.dt
         try:
             total += count * min(seconds_for(KERNELS[name], q, k, v, heads) for _ in range(CALLS))
         except (RuntimeError, NotImplementedError, ValueError):
-            return math.inf
+            return REJECTED
     return total
 
 
-def seconds_for(kernel: Callable[[Tensor, Tensor, Tensor, int], Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int) -> float:
+def seconds_for(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, heads: int) -> float:
     began = now(q.device)
     result = kernel(q, k, v, heads)
     result.backward(torch.ones_like(result))  # type: ignore[no-untyped-call]
@@ -181,4 +179,4 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return result.view(-1, heads, *q.shape[1:]).transpose(1, 2).flatten(2)
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {"sdpa": sdpa, "plain": plain, "xformers": xformers}
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "plain": plain, "xformers": xformers}

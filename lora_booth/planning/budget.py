@@ -26,33 +26,6 @@ ADAPTER_BYTES = 40  # per value of an adapter, at most: itself, gradient, optimi
 
 
 @dataclass(frozen=True)
-class Gpu:
-    label: str
-    memory_gb: float  # usable, 10^9 bytes
-    bf16: bool = True
-
-
-GPUS = {
-    "t4": Gpu("T4", 15, bf16=False),
-    "l4": Gpu("L4", 22),
-    "3090": Gpu("RTX 3090", 24),
-    "4090": Gpu("RTX 4090", 24),
-    "a100": Gpu("A100 40 GB", 40),
-    "h100": Gpu("H100", 80),
-    "h200": Gpu("H200", 141),
-}
-
-
-def gpu_named(name: str) -> Gpu:
-    """The GPU by the last word of its name: "T4", "tesla t4", "RTX-4090". Raises SettingsError."""
-    words = name.lower().replace("_", " ").replace("-", " ").split()
-    known = GPUS.get(words[-1]) if words else None
-    if known is None:
-        raise SettingsError(f"gpu {name!r} is unknown; choose from {', '.join(gpu.label for gpu in GPUS.values())}")
-    return known
-
-
-@dataclass(frozen=True)
 class Machine:
     """The machine to train on."""
 
@@ -62,10 +35,21 @@ class Machine:
     context: float  # bytes of the budget that the device and its libraries take
 
 
-def machine_for(base: object, device: torch.device, *, gpu: Gpu | None = None, vram_gb: float | None = None) -> Machine:
-    """A GPU of the table, or this machine's device. vram_gb: the budget, in place of the GPU's memory or of what is free"""
-    if gpu is not None:
-        return Machine(gpu.label, "cuda", GB * (vram_gb or gpu.memory_gb), CUDA_CONTEXT + CUDA_WORKSPACES)
+GPUS = {"T4": 15, "L4": 22, "RTX 3090": 24, "RTX 4090": 24, "A100": 40, "H100": 80, "H200": 141}  # usable GB
+WITHOUT_BF16 = ("T4",)
+
+
+def gpu_named(name: str, vram_gb: float | None = None) -> Machine:
+    """A GPU of the table by the last word of its name: "T4", "tesla t4", "RTX-4090". Raises SettingsError."""
+    words = name.upper().replace("_", " ").replace("-", " ").split()
+    for label, size in GPUS.items():
+        if words[-1:] == label.split()[-1:]:
+            return Machine(label, "cuda", GB * (vram_gb or size), CUDA_CONTEXT + CUDA_WORKSPACES)
+    raise SettingsError(f"gpu {name!r} is unknown; choose from {', '.join(GPUS)}")
+
+
+def this_machine(base: object, device: torch.device, vram_gb: float | None = None) -> Machine:
+    """This machine's device. vram_gb: the budget, in place of what is free"""
     context = {"cuda": CUDA_WORKSPACES, "cpu": CPU_CONTEXT}.get(device.type, 0.0)
     context += CUDA_CONTEXT if device.type == "cuda" and vram_gb is not None else 0.0
     budget = available_bytes(base, device) if vram_gb is None else vram_gb * GB
@@ -80,12 +64,9 @@ def device_name(device: torch.device) -> str:
 
 def available_bytes(base: object, device: torch.device) -> int:
     """Bytes for a training: what is free, and what the base's modules in memory already take."""
-    return free_bytes(device) + (in_memory(base, device) if isinstance(base, BaseModel) else 0)
-
-
-def in_memory(base: BaseModel, device: torch.device) -> int:
-    """Bytes of the base's modules that are already on the device."""
-    return storage_bytes(t for module in base.loaded.values() for t in tensors_of(module) if t.device.type == device.type)
+    modules = base.loaded.values() if isinstance(base, BaseModel) else ()
+    taken = (tensor for module in modules for tensor in tensors_of(module) if tensor.device.type == device.type)
+    return free_bytes(device) + storage_bytes(taken)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -131,7 +112,7 @@ def upper_bound(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photo
     adapter = lora.rank * values * ADAPTER_BYTES
     pictures = batch_of(config)
     size = min(config.pictures_at_a_time or pictures, pictures)
-    each, skips, largest = layer_values(base, resolution)
+    each, largest = layer_values(base, resolution)
     shapes = attention_shapes(base, resolution)
     if config.attention == "plain" or (config.attention == "auto" and "plain" in candidates(base, shapes, size)):
         each += sum(3 * heads * queries * keys * count for (heads, queries, keys, _), count in shapes.items())
@@ -139,7 +120,7 @@ def upper_bound(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photo
     if lora.text_encoder:
         step += size * text_values(base) * itemsize
     few = pictures_at_a_time(resolution)
-    sampling = 2 * few * (skips + 8 * largest) * itemsize
+    sampling = 2 * few * 10 * largest * itemsize  # with guidance
     vae = few * vae_values(base, resolution) * 4  # in fp32 where fp16 overflows
     images = (config.class_images + photos) * 3 * resolution**2
     context = CUDA_CONTEXT + CUDA_WORKSPACES if base.device.type == "cuda" else CPU_CONTEXT
@@ -152,20 +133,17 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
-def layer_values(base: BaseModel, resolution: int) -> tuple[int, int, int]:
-    """For one picture (pixels): the values that all layers of the U-Net read and write; those that the convolutions of its
-    down blocks write; the most of one layer."""
+def layer_values(base: BaseModel, resolution: int) -> tuple[int, int]:
+    """For one picture (pixels): the values that all layers of the U-Net read and write, and the most of one layer."""
     unet, side, tokens = base.structure["unet"], resolution // base.pixels_per_latent, base.tokenizer.model_max_length
     levels = len(unet.config.block_out_channels)  # type: ignore[union-attr, arg-type]
-    every, skips, largest = 0, 0, 0
+    every, largest = 0, 0
     for path, layer in layers_of(unet).items():
         once = "time_emb" in path or "add_embedding" in path  # once per picture
         pixels = 1 if once else max(math.ceil(side / 2 ** halvings(path, levels)) ** 2, tokens if "attn" in path else 1)
-        wrote, read = weight_shape(layer)[:2]
-        every += pixels * (read + wrote)
-        skips += pixels * wrote * (path.startswith(("down_blocks", "conv_in")) and isinstance(layer, nn.Conv2d))
-        largest = max(largest, pixels * (read + wrote))
-    return every, skips, largest
+        values = pixels * sum(weight_shape(layer)[:2])
+        every, largest = every + values, max(largest, values)
+    return every, largest
 
 
 def text_values(base: BaseModel) -> int:

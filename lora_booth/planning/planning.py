@@ -7,22 +7,20 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..base.base_model import BaseModel, default_device, default_dtype
-from ..base.generation import pictures_at_a_time
+from ..base.base_model import BaseModel, default_device, default_dtype, usable
 from ..base.quantization import is_quantized, storage_bytes, tensors_of
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import SettingsError, setting
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
 from ..training.training_run import TrainingRun
-from .budget import GB, GPUS, RESERVE, Machine, batch_of, cache_bytes, gpu_named, machine_for
-from .counting import Count, Counter, inputs
+from .budget import GB, RESERVE, WITHOUT_BF16, Machine, batch_of, cache_bytes, gpu_named, this_machine
+from .counting import Counter, inputs
 from .shapes import without_weights
 
 ADAM_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each value of the adapter
@@ -103,7 +101,8 @@ class Plan:
         rank = f"rank {self.lora.rank}" + (" with text encoders" if self.lora.text_encoder else "")
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.training.items() if size >= 0.005 * GB)
         phases = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.phases.items())
-        table = [("settings", "memory", ""), *((way.words, f"{way.peak / GB:.2f} GB", self._verdict(way)) for way in self._all)]
+        ways = [*self.forecasts, *filter(None, [self.offered])]
+        table = [("settings", "memory", ""), *((way.words, f"{way.peak / GB:.2f} GB", self._verdict(way)) for way in ways)]
         widths = [max(len(row[i]) for row in table) for i in range(2)]
         lines = [
             f"{self.base} ({self.family}, {self.dtype}) at {config.resolution} px, {batch}, {rank}",
@@ -117,10 +116,6 @@ class Plan:
             minutes = max(1, round(steps * self.seconds / 60))
             lines.append(f"time: {self.seconds:.3g} s a step (median of {TIMED} here), about {minutes} min for {steps} steps")
         return "\n".join(lines if self.chosen else [*lines, self.remedy])
-
-    @property
-    def _all(self) -> list[Forecast]:
-        return [*self.forecasts, *filter(None, [self.offered])]
 
     def _verdict(self, way: Forecast) -> str:
         if way is self.chosen:
@@ -180,17 +175,16 @@ def plan(
         wrong = f"{elsewhere[0]}=" if elsewhere else f"{str(base)!r}"
         raise SettingsError(f"measure=True with {wrong}: only a loaded base can be timed, unchanged; pass BaseModel.load(...)")
     quantize = typed("quantize", quantize, Literal["nf4"] | None)
-    here = torch.device(device) if device is not None else loaded.device if loaded is not None else default_device()
-    if gpu is None and vram_gb is not None and device is None and here.type != "cuda":
-        gpu = GPUS["t4"].label
     if vram_gb is not None and not vram_gb > 0:
         raise SettingsError(f"{setting('vram_gb', option='--vram')} {vram_gb} is out of range; allowed: above 0")
-    other = None if gpu is None else gpu_named(gpu)
-    if dtype is None and other is not None:
-        dtype = torch.bfloat16 if other.bf16 else torch.float16
+    here = usable(device) if device is not None else default_device() if loaded is None else loaded.device
+    if gpu is None and vram_gb is not None and device is None and here.type != "cuda":
+        gpu = "T4"
+    machine = this_machine(base, here, vram_gb) if gpu is None else gpu_named(gpu, vram_gb)
+    if dtype is None and gpu is not None:
+        dtype = torch.float16 if machine.name in WITHOUT_BF16 else torch.bfloat16
     if dtype is None:
-        dtype = default_dtype(here, base) if not isinstance(base, BaseModel) else base.dtype
-    machine = machine_for(base, here, gpu=other, vram_gb=vram_gb)
+        dtype = loaded.dtype if loaded is not None else default_dtype(here, str(base))
     found = Planner.of(base, lora, config or TrainingConfig(), machine, dtype=dtype, photos=photos, quantize=quantize).plan()
     if measure and loaded is not None and found.chosen is not None:
         return replace(found, seconds=measured_seconds(loaded, lora, settled(found.config, loaded, photos)))
@@ -203,7 +197,7 @@ def levels_that_fit(
     """The settings of the memory ladder with which a training fits on this machine. Raises DoesNotFit."""
     if len(ways(config)) == 1:  # somebody who set them all wants to try
         return {}
-    machine = machine_for(base, base.device)
+    machine = this_machine(base, base.device)
     planner = Planner.of(base, lora, config, machine, dtype=base.dtype, photos=photos)
     asked = planner.forecast(config, {})
     chosen = asked if asked.fits else planner.plan().fitting
@@ -255,7 +249,7 @@ class Planner:
         photos: int,
         quantize: str | None = None,
     ) -> Planner:
-        counter = Counter(without_weights(base, dtype), lora)
+        counter = Counter(without_weights(base, dtype), lora, on_cpu=machine.type == "cpu")
         settled_config = settled(config, counter.base, photos)
         if not isinstance(base, BaseModel):
             return cls(counter, machine, settled_config, photos, quantize=quantize)
@@ -283,15 +277,6 @@ class Planner:
         )
         return found if found.chosen else replace(found, remedy=self._remedy(found.least, offered))
 
-    @cached_property
-    def _sampling(self) -> float:
-        """Peak bytes of drawing class images, without the weights."""
-        few = {"pictures": pictures_at_a_time(self.config.resolution), "resolution": self.config.resolution}
-        return max(self._peak(self.counter.sample(**few)), self._peak(self.counter.decode(**few)))
-
-    def _peak(self, count: Count) -> int:
-        return count.peak_on_cpu if self.machine.type == "cpu" else count.peak
-
     def forecast(self, config: SettledConfig, settings: dict[str, Any]) -> Forecast:
         """settings: changes to `config`, and `quantize`"""
         quantize = settings.get("quantize", self.quantize)
@@ -302,10 +287,10 @@ class Planner:
         parts = [size] * (pictures // size) + [pictures % size] * (pictures % size > 0)
         counted = config
         if config.attention == "auto" and machine.type == "cpu":  # on a GPU all kernels save the same
-            kernel: Any = fastest_attention(self.counter.base, resolution=resolution, pictures=size, device=torch.device("cpu"))
+            kernel: Any = fastest_attention(self.counter.base, resolution=resolution, pictures=size)
             counted = replace(config, attention=kernel)
         counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]
-        largest = max(counts, key=self._peak)
+        largest = counts[0]
         unpacked = self.counter.weights.widest if quantize else 0  # one layer at a time
         weights = self._weights(prior=prior, quantize=bool(quantize))
         training = {
@@ -314,17 +299,17 @@ class Planner:
             **self._of_adapter(config),
             "latents and text": float(cache_bytes(self.counter.base, config, photos=self.photos)),
             "saved for the backward pass": float(largest.saved),
-            "working memory": float(self._peak(largest) - largest.saved + unpacked),
+            "working memory": float(largest.peak - largest.saved + unpacked),
         }
-        encode = self._peak(self.counter.encode(pictures=1, resolution=resolution))
         opened = config.class_images if prior else self.photos
         images = 0 if machine.type == "cuda" else opened * 3 * resolution**2
-        phases = {"through the VAE": machine.context + weights["through the VAE"] + images + encode}
+        beyond = {"through the VAE": machine.context + images + self.counter.encode(resolution).peak}  # beyond the weights
         if prior:
-            phases["drawing class images"] = machine.context + weights["drawing class images"] + self._sampling + unpacked
-        phases["training"] = sum(training.values())
+            beyond["drawing class images"] = machine.context + self.counter.draw(resolution).peak + unpacked
+        beyond["training"] = sum(training.values()) - weights["training"]
+        phases = {name: weights[name] + size for name, size in beyond.items()}
         peak = max(phases.values())
-        reserve = max(size + RESERVE * (size - weights[name]) for name, size in phases.items()) - peak
+        reserve = max(phases[name] + RESERVE * size for name, size in beyond.items()) - peak
         return Forecast(
             settings=settings,
             training=training,
