@@ -54,7 +54,7 @@ class Dino:
     def __init__(self, source: str | Path = DINO, *, device: torch.device | str = "cpu") -> None:
         from transformers import AutoModel
 
-        self.source, self.device = source, torch.device(device)
+        self.device = torch.device(device)
         [model] = loaded("DINO", source, WITH_CLASS_TOKEN, AutoModel)
         self.model = model.float().eval().to(self.device)
         self.side = side_of(self.model.config.image_size)
@@ -72,7 +72,7 @@ class Clip:
     def __init__(self, source: str | Path = CLIP, *, device: torch.device | str = "cpu") -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
-        self.source, self.device = source, torch.device(device)
+        self.device = torch.device(device)
         self.tokenizer, model = loaded("CLIP", source, ("clip",), CLIPTokenizer, CLIPModel)
         self.model = model.float().eval().to(self.device)
         self.side = side_of(self.model.config.vision_config.image_size)

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..adapters.contents import Card
@@ -84,14 +86,12 @@ class PhotoMeasure:
         Metric("copies", "copies", "lower"),
     )
 
-    def __init__(self, photos: Sequence[Image.Image], dino: Dino, clip: Clip) -> None:
-        self.dino, self.clip = dino, clip
-        self.described = (
-            f"DINO {dino.source}, CLIP {clip.source}, bicubic, centre square of {dino.side} and {clip.side} px; "
-            "DIV by DINO, not LPIPS"
-        )
-        self.photo_dino = dino.of_images(photos).numpy()
-        self.photo_clip = clip.of_images(photos).numpy()
+    def __init__(self, photos: Sequence[Image.Image], dino: str | Path, clip: str | Path, device: torch.device) -> None:
+        self.dino, self.clip = Dino(dino, device=device), Clip(clip, device=device)
+        sides = f"{self.dino.side} and {self.clip.side} px"
+        self.described = f"DINO {dino}, CLIP {clip}, bicubic, centre square of {sides}; DIV by DINO, not LPIPS"
+        self.photo_dino = self.dino.of_images(photos).numpy()
+        self.photo_clip = self.clip.of_images(photos).numpy()
         self.closest = max(a @ b for a, b in combinations(self.photo_dino, 2))  # cosine of the two most alike
 
     def of_subject(self, cases: Sequence[Case], drawn: Groups) -> dict[str, Values]:

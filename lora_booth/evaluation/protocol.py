@@ -24,7 +24,7 @@ from ..pictures.picture import Picture
 from ..pictures.prompts import PAPER, fill_prompts
 from ..subject.subject import CLASS_TEMPLATE
 from ..training.checkpoint import RECORD, saved_adapters
-from .encoders import CLIP, DINO, Clip, Dino
+from .encoders import CLIP, DINO
 from .measures import TEMPLATE, PhotoMeasure, ToyboxMeasure, cases_of, unseen_contexts
 from .results import Comparison, Row
 
@@ -73,9 +73,8 @@ def evaluate(
     on_progress  called with the number of pictures drawn and the total
     Raises EvaluationError, SettingsError, PhotoError.
     """
-    candidates = [
-        a if isinstance(a, Candidate) else Candidate(a) for a in ([adapters] if isinstance(adapters, Adapter) else adapters)
-    ]
+    several = [adapters] if isinstance(adapters, Adapter) else adapters
+    candidates = [one if isinstance(one, Candidate) else Candidate(one) for one in several]
     nouns = {candidate.adapter.card.class_noun for candidate in candidates}
     if len(nouns) != 1:
         raise EvaluationError(f"adapters of {len(nouns)} classes; pass at least one adapter, all of the same class")
@@ -85,11 +84,7 @@ def evaluate(
     if contexts is None:
         contexts = unseen_contexts(images) if toybox else PAPER["shared"]
     cases = cases_of(card, prompts, contexts)
-    measure = (
-        ToyboxMeasure(images)
-        if toybox
-        else PhotoMeasure(images, Dino(dino, device=base.device), Clip(clip, device=base.device))
-    )
+    measure = ToyboxMeasure(images) if toybox else PhotoMeasure(images, dino, clip, base.device)
     many = pictures_at_a_time(size or base.resolution) if batch_size is None else batch_size
     sampler: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "batch_size": many}
     plain = fill_prompts([CLASS_TEMPLATE], class_noun=card.class_noun)[0]

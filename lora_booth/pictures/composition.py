@@ -24,7 +24,7 @@ from ..config import GUIDANCE, STEPS, check, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
 from .picture import AUTO_START, Making, Picture
-from .preflight import Preflight, misfits, overlaps_of, recommendation, ways_to_place
+from .preflight import Preflight, misfits, overlaps_of, ways_to_place
 from .regional import EMPTY, AttentionMaps, Isolation, Regional, refuse_hidden_adapters, with_rest
 from .regions import Masks, Region, masks_of
 from .subjects import clashes, find_phrase, other_syntax, subjects_of, token_positions, unnamed, unread, without
@@ -87,7 +87,7 @@ class Composition:
         if regions and self.method != "regions":
             raise SettingsError(f"method {method!r} has no regions; leave out the method or the regions")
         if not regions and self.method == "regions":
-            raise SettingsError(f'method "regions" needs places; pass {" or ".join(ways_to_place())}')
+            raise SettingsError(f'method "regions" needs places; pass {ways_to_place()}')
         self.regions, self.isolate = regions, typed("isolate", isolate, Isolation)
         self.places: Sequence[Region] = [] if isinstance(regions, str) else regions
         self.placed = everyone_of([(place.adapter, place.weight) for place in self.places])
@@ -245,10 +245,8 @@ class Composition:
         parts = []
         for adapter, weight in self.adapters:
             if weight.timed:
-                raise SettingsError(
-                    f"{adapter.name} is active in some denoising steps only ({weight}), which one adapter cannot express; "
-                    f"leave out start and end, or {remedy}"
-                )
+                only = f"{adapter.name} is active in some denoising steps only ({weight}), which one adapter cannot express"
+                raise SettingsError(f"{only}; leave out start and end, or {remedy}")
             if weight.value:
                 scaled = {path: replace(f, alpha=f.alpha * weight.of(path)) for path, f in adapter.modules.items()}
                 parts.append((replace(adapter, modules=scaled), 1.0))
@@ -281,7 +279,7 @@ class Composition:
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
             warnings=(*other_base, *self.remarks(prompt)),
-            recommended=recommendation(everyone),
+            recommended=ways_to_place() if len(subjects_of(everyone)) > 1 else 'method "sum": one subject, and styles',
             refused=tuple(refused),
             seconds=seconds,
             peak_bytes=peak,

@@ -62,9 +62,8 @@ class Gallery:
         """A contact sheet with seed and prompt under each picture; a long prompt is cut at three lines."""
         labels = [f"seed {p.seed}: {p.prompt}" for p in self.pictures]
         images = [p.image for p in self.pictures]
-        grid = contact_sheet(
-            images, labels=labels, columns=min(columns, len(images)), side=max(128, min(SHEET_SIDE, images[0].width))
-        )
+        side = max(128, min(SHEET_SIDE, images[0].width))
+        grid = contact_sheet(images, labels=labels, columns=columns, side=side)
         return Picture(grid, self.title, 0).save(path)
 
     def html(self) -> str:

@@ -117,14 +117,13 @@ def grid_steps(
     if not everyone:
         raise SettingsError("a grid without adapters; pass at least one")
     seeds = checked(seeds=seeds)["seeds"]
-    asked = [(text, seed) for text in prompts for seed in seeds]
+    rows, title = labels_of(prompts, seeds)
     weights = typed("weights", list(weights), tuple[float, ...])
-    total = len(asked) * len(weights)
+    total = len(rows) * len(weights)
     check(1 <= total <= MOST, f"a grid of {total} pictures", f"1 to {MOST}; at least one prompt, seed and weight")
     alone = everyone[0][1].value if len(everyone) == 1 else None
     columns = tuple(f"weights x {factor:.3g}" if alone is None else f"weight {alone * factor:.3g}" for factor in weights)
-    cells: list[list[Picture | None]] = [[None] * len(columns) for _ in asked]
-    rows, title = labels_of(prompts, seeds)
+    cells: list[list[Picture | None]] = [[None] * len(columns) for _ in rows]
     for column, factor in enumerate(weights):
         studio = Composition(base, [(a, replace(w, value=w.value * factor)) for a, w in everyone], method=method)
         for start, text, part in batches(prompts, seeds, batch_size):

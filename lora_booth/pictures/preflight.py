@@ -13,7 +13,6 @@ from ..adapters.tools.difference import Difference, difference
 from ..base.base_model import BaseModel
 from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting
 from ..injection import placements
-from .subjects import subjects_of
 from .weights import Weight
 
 
@@ -79,13 +78,7 @@ def misfits(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]]) -> tupl
     return refused, [str(note.message) for note in noted if issubclass(note.category, OtherBaseWarning)]
 
 
-def recommendation(adapters: Sequence[tuple[Adapter, Weight]]) -> str:
-    if len(subjects_of(adapters)) < 2:
-        return 'method "sum": one subject, and styles'
-    return "{}, or {} if you know the places".format(*ways_to_place())
-
-
-def ways_to_place() -> tuple[str, str]:
+def ways_to_place() -> str:
     """The settings that say where each subject goes."""
     auto = setting("regions", "auto", option="--auto-regions")
-    return auto, setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
+    return f"{auto}, or {setting('regions=[Region(...)]', option='--region NAME:0,0,0.5,1')} if you know the places"

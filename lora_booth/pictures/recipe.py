@@ -107,10 +107,7 @@ class Recipe:
 
         def find(entry: dict[str, Any]) -> Adapter:
             if entry["hash"] not in by_hash:
-                raise SettingsError(
-                    f"the recipe needs {entry['name']} (hash {entry['hash'][:12]}), which is not among the adapters; "
-                    "pass its file too"
-                )
+                raise SettingsError(f"the recipe needs {entry['name']} (hash {entry['hash'][:12]}); pass its file too")
             return by_hash[entry["hash"]]
 
         settings = dict(self.composition)
@@ -142,14 +139,11 @@ def region_entry(region: Region) -> dict[str, Any]:
 
 
 def region_from(entry: dict[str, Any], adapter: Adapter) -> Region:
-    mask = None
-    if entry.get("mask") is not None:
-        mask = read_picture(base64.b64decode(entry["mask"], validate=True), mode="L")
-    box, weight = entry["box"], entry["weight"]
+    mask, weight = entry.get("mask"), entry["weight"]
     return Region(
         adapter,
-        box=None if box is None else tuple(box),
-        mask=mask,
+        box=entry["box"],
+        mask=None if mask is None else read_picture(base64.b64decode(mask, validate=True), mode="L"),
         prompt=entry["prompt"],
         weight=Weight(**weight) if isinstance(weight, dict) else weight,
         feather=entry["feather"],

@@ -248,10 +248,6 @@ def refuse_hidden_adapters(base: BaseModel) -> None:
         for name, module in model.named_modules():
             where = f"{component}.{name} of {base.name}"
             if getattr(module, "merged_adapters", None):
-                raise AdapterBaseMismatch(
-                    f"an adapter is fused into {where}, so no region can confine it; call unfuse_lora() first"
-                )
+                raise AdapterBaseMismatch(f"no region can confine an adapter fused into {where}; call unfuse_lora() first")
             if any(dict(getattr(module, "use_dora", None) or {}).values()):
-                raise AdapterBaseMismatch(
-                    f"a DoRA adapter is on {where}, which rescales what other adapters change; call unload_lora_weights() first"
-                )
+                raise AdapterBaseMismatch(f"a DoRA adapter on {where} rescales the others; call unload_lora_weights() first")

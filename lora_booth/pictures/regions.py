@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -80,9 +80,7 @@ class Masks:
     """(N, P, H, W) float32 in 0..1: N subjects; P pictures of the batch, or 1 for all. Reduced to any layer's size."""
 
     full: Tensor
-
-    def __post_init__(self) -> None:
-        self._sizes: dict[tuple[int, int], Tensor] = {}
+    _sizes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def at(self, height: int, width: int) -> Tensor:
         """The masks averaged down to (N, P, height, width)."""

@@ -45,9 +45,7 @@ def token_positions(prompt: str, adapter: Adapter, tokenizer: Any) -> list[int]:
     for first in range(len(ids) - len(wanted) + 1):
         if ids[first : first + len(wanted)] == wanted:
             return list(range(first, first + len(wanted)))
-    raise SettingsError(
-        f"{found.group()!r} is beyond the {len(ids)} tokens that this base reads of a prompt; shorten the prompt"
-    )
+    raise SettingsError(f"{found.group()!r} is beyond the {len(ids)} tokens that this base reads; shorten the prompt")
 
 
 # --- remarks: one line each ----------------------------------------------------------------------------------------
@@ -104,8 +102,7 @@ def unread(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]], *prompts
             continue
         places = [(subject, find_phrase(prompt, subject)) for subject in subjects_of(adapters)]
         lost = [one.card.words for one, place in places if place is not None and base.cut_off(prompt[: place.end()])]
-        remedy = (
-            f"move {' and '.join(map(repr, lost))} forward, or shorten it" if lost else "shorten it to have all of it drawn"
-        )
+        names = " and ".join(map(repr, lost))
+        remedy = f"move {names} forward, or shorten it" if lost else "shorten it to have all of it drawn"
         found.append(f"the base does not read the end of a prompt this long ({shown(rest)!r}); {remedy}")
     return found

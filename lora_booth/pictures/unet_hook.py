@@ -63,11 +63,9 @@ class UNetCall:
         """The same call with another prompt: (1, tokens, d), in the rows that are not the negative prompt's."""
         if text is None:
             return self
-        if text.states.shape[1:] != self.states.shape[1:]:
-            raise SettingsError(
-                f"a region's prompt has {text.states.shape[1]} tokens and the picture's {self.states.shape[1]}; "
-                "shorten the longer prompt"
-            )
+        theirs, ours = text.states.shape[1], self.states.shape[1]
+        if theirs != ours:
+            raise SettingsError(f"a region's prompt has {theirs} tokens and the picture's {ours}; shorten the longer prompt")
         states = self.states.clone()
         states[self.first :] = text.states.to(states)
         changed: dict[str, Any] = {"encoder_hidden_states": states}
