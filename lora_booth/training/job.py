@@ -130,27 +130,25 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
         yield f"base {before['base']['name']} -> {now['base']['name']} (other weights)"
     yield from changes({"dtype": before["base"]["dtype"]}, {"dtype": now["base"]["dtype"]})
     yield from changes(before["lora"], now["lora"])
-    both = [(facts["config"], defaults(photos_in(facts), facts["config"]["steps"])) for facts in (before, now)]
-    follow = [
-        name for name in ("warmup_steps", "class_images") if all(config[name] == default[name] for config, default in both)
-    ]
-    yield from changes(*({k: v for k, v in config.items() if k not in follow} for config, _ in both))
+    photos = [[photo["sha256"] for subject in f["subjects"] for photo in subject["photos"]] for f in (before, now)]
+    configs = [before["config"], now["config"]]
+    usual = [defaults(len(shas), config["steps"]) for shas, config in zip(photos, configs, strict=True)]
+    for name in ("warmup_steps", "class_images"):  # not named where they follow from the steps and the photos
+        if all(config[name] == default[name] for config, default in zip(configs, usual, strict=True)):
+            configs = [{**config, name: None} for config in configs]
+    yield from changes(*configs)
     words = [[{k: s[k] for k in ("token", "class_noun", "class_prompt")} for s in f["subjects"]] for f in (before, now)]
     if len(words[0]) != len(words[1]):
         yield f"subjects {len(words[0])} -> {len(words[1])}"
-    for old, new in zip(*words, strict=False):
-        yield from changes(old, new)
-    old_photos, new_photos = ([p["sha256"] for s in f["subjects"] for p in s["photos"]] for f in (before, now))
-    if len(old_photos) != len(new_photos):
-        yield f"photos {len(old_photos)} -> {len(new_photos)}"
-    elif sorted(old_photos) != sorted(new_photos):
-        yield f"{len(set(new_photos) - set(old_photos))} of {len(new_photos)} photos were replaced or edited"
+    for pair in zip(*words, strict=False):
+        yield from changes(*pair)
+    old, new = photos
+    if len(old) != len(new):
+        yield f"photos {len(old)} -> {len(new)}"
+    elif sorted(old) != sorted(new):
+        yield f"{len(set(new) - set(old))} of {len(new)} photos were replaced or edited"
     elif words[0] == words[1] and before["subjects"] != now["subjects"]:
         yield "the order, a caption, a crop or a mask of the photos"
-
-
-def photos_in(facts: Mapping[str, Any]) -> int:
-    return sum(len(subject["photos"]) for subject in facts["subjects"])
 
 
 def only_steps_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -219,21 +219,17 @@ class RunFolder(NoFolder):
         return found
 
     def finished(self) -> Path | None:
-        """The adapter's file, if the run is finished and the file unchanged."""
+        """The adapter's file, if the run is finished. `check_names` has seen that it is unchanged."""
         record, file = read_record(self.path), self.path / ADAPTER
-        made = record.get("adapter") if record.get("identity") == self.job.identity else None
-        try:
-            intact = made is not None and sha256(file.read_bytes()).hexdigest() == made["sha256"]
-        except (OSError, TypeError, KeyError):
-            intact = False
-        return file if intact else None
+        made = record.get("identity") == self.job.identity and "adapter" in record
+        return file if made and file.is_file() else None
 
     # --- while it runs
 
     def begin(self, surroundings: dict[str, Any]) -> None:
         """The record and metrics of the checkpoint that `find` found become the folder's again."""
         record, found = self.record, self._found
-        record.content = {"status": "running", "step": 0, "steps": self.job.config.steps, "events": []}
+        record.content = {"step": 0, "events": []}
         if found is not None:
             record.go_on(found.record(), found.contents.get(METRICS, b""))
             there = read_record(self.path)
@@ -242,22 +238,23 @@ class RunFolder(NoFolder):
         for folder in self._damaged:
             where = "" if folder.parent == self.checkpoints[0] else " in the mirror"
             record.event(f"checkpoint {folder.name}{where} is damaged: skipped")
+        steps = self.job.config.steps
         if found is not None:
-            others = changes(found.record().get("surroundings", {}), surroundings)
+            others = changes(record.content.get("surroundings", {}), surroundings)
             more = f", computed differently ({'; '.join(others)}): equal up to rounding" if others else ""
             record.event(f"continued at step {found.step}{more}", step=found.step)
-            before, steps = record.content.get("steps"), self.job.config.steps
+            before = record.content.get("steps")
             if before != steps:
                 rate = f"{learning_rate(self.job.config, found.step):.1e}"
                 record.event(f"steps {before} -> {steps}: the learning rate is {rate} now, as in a run of {steps} steps")
                 record.content.pop("adapter", None)
-        facts = {
-            "steps": self.job.config.steps,
+        record.content |= {
+            "status": "running",
+            "steps": steps,
             "facts": self.job.facts,
             "identity": self.job.identity,
             "surroundings": surroundings,
         }
-        record.content |= {"status": "running", **facts}
         record.timing("preparing", time.monotonic() - self._opened)
         record.write(metrics=True)
 
