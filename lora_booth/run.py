@@ -26,7 +26,7 @@ from .training.distributed import joined
 from .training.encoding import prepare, subjects_of
 from .training.job import Job
 from .training.progress import Step, display
-from .training.run_folder import NoFolder, RunFolder
+from .training.run_folder import RunFolder
 from .training.samples import draw_samples
 from .training.tracking import Track, Tracking, trackers_of
 from .training.training_mode import check_feasible
@@ -87,15 +87,16 @@ def train(
     with ExitStack() as stack:
         processes = stack.enter_context(joined(base.device))
         screen = stack.enter_context(display(progress and processes.main))
-        folder = NoFolder(job, say=screen.say)
+        folder, say = None, screen.say
         if place is not None and processes.main:
             folder = RunFolder(place, job, mirror=copies, say=screen.say)
-        stack.callback(leave_report, folder)  # runs after everything entered below, so that the report has the last entry
-        stack.enter_context(folder)
+            stack.callback(leave_report, folder)  # runs after everything entered below, so that the report has the last entry
+            stack.enter_context(folder)
+            say = folder.event
         screen.say(f"training on {base.name}: {config.steps} steps at {config.resolution} px, rank {lora.rank}")
 
         # what the folder holds of this run: nothing, a state to continue from, or the finished adapter
-        state, done = processes.from_main(partial(folder.open, restart=restart))
+        state, done = processes.from_main(lambda: folder.open(restart=restart) if folder else (None, None))
         if processes.count > 1:
             processes.check_same(job.identity, "photos, settings or base")
         if done is not None:
@@ -110,21 +111,24 @@ def train(
         levels = {}
         if state is None and not is_ample(base, lora, config, photos=job.photos):
             levels = levels_that_fit(base, lora, config, photos=job.photos, say=screen.say)
-        encode = partial(prepare, say=screen.say, on_progress=screen.progress, on_square=folder.save_crop)
-        cache = processes.main_first(lambda: encode(base, subjects, lora=lora, config=config))
-        folder.begin(job.surroundings(cache, processes.count))
+        encode = partial(prepare, base, subjects, lora=lora, config=config, say=screen.say, on_progress=screen.progress)
+        if folder is not None:
+            encode = partial(encode, on_square=folder.save_crop)
+        cache = processes.main_first(encode)
+        if folder is not None:
+            folder.begin(job.surroundings(cache, processes.count))
         if not lora.text_encoder:
             stack.enter_context(base.only_unet_on_device())
 
         # latents -> adapter
-        run = TrainingRun(base, cache, lora, config, resume=state, levels=levels, say=folder.event, processes=processes)
+        run = TrainingRun(base, cache, lora, config, resume=state, levels=levels, say=say, processes=processes)
         stack.callback(run.close)
         del state  # the run has taken it over, and its bytes are free
         tracking = None
         observers: list[Callable[[Step], None]] = [screen.update]
         if trackers and processes.main:
             settings = {**asdict(config), **asdict(lora), "base": base.name}
-            tracking = Tracking(trackers, settings, say=folder.event)
+            tracking = Tracking(trackers, settings, say=say)
             stack.callback(tracking.close)
             observers.append(tracking.update)
         if on_step is not None:
@@ -134,7 +138,10 @@ def train(
             stack.enter_context(stopping)
         stop = follow(run, folder, stopping, tracking, observers)
         adapter = job.adapter(run.state())
-        folder.end(adapter, words_of(stop) if stop else "")
+        if folder is not None:
+            folder.end(adapter, words_of(stop) if stop else "")
+        elif stop:
+            screen.say(f"{words_of(stop)} at step {adapter.card.steps}; without out= the run cannot be continued")
         processes.wait_for_all()
         stop = stopping.signal or stop  # a signal may have come since
         if stop not in (0, TIME_UP):
@@ -144,28 +151,31 @@ def train(
 
 def follow(
     run: TrainingRun,
-    folder: NoFolder,
+    folder: RunFolder | None,
     stopping: Stopping,
     tracking: Tracking | None,
     observers: Sequence[Callable[[Step], None]],
 ) -> int:
     """Every update, with its checkpoints and samples. Returns why it stopped: 0 for the end, TIME_UP or a signal's number."""
-    every, steps = folder.job.config.sample_every, folder.job.config.steps
+    every = 0 if folder is None else folder.job.config.sample_every
     try:
-        if every and run.step == 0:
+        if folder is not None and every and run.step == 0:
             draw_samples(folder, tracking, 0, None)
         for step in run:
-            stop, last = run.processes.maximum(stopping.asked(copying=folder.copying_seconds)), step.index == steps
-            folder.update(step, run.state, save=bool(stop) or last)
+            last, copying = step.index == step.total, folder.copying_seconds if folder else 0.0
+            stop = run.processes.maximum(stopping.asked(copying=copying))
+            if folder is not None:
+                folder.update(step, run.state, save=bool(stop) or last)
             for observe in observers:
                 observe(step)
             if stop and not last:
                 return stop
-            if every and step.index % every == 0:
+            if folder is not None and every and step.index % every == 0:
                 draw_samples(folder, tracking, step.index, None if last else step)
         return 0
     except TrainingError as error:
-        folder.give_up(error, run.state)
+        if folder is not None:
+            folder.give_up(error, run.state)
         raise
 
 
@@ -177,9 +187,9 @@ def check_place(place: Path, copies: Path | None, subjects: Sequence[Subject]) -
         raise SettingsError(f"{shown(copies)}: is the run folder itself; pass a folder on other storage as {setting('mirror')}")
 
 
-def leave_report(folder: NoFolder) -> None:
+def leave_report(folder: RunFolder) -> None:
     """A page on what this process did in the folder, however it ended."""
-    if isinstance(folder, RunFolder) and folder.record.content:
+    if folder.record.content:
         from .report.report import write_report
 
         try:

@@ -50,48 +50,7 @@ LOSSLESS_UP_TO = 128  # pixels; crops up to this are saved without loss; chosen
 State = dict[str, Any]  # of a TrainingRun
 
 
-class NoFolder:
-    """The record of a run without a folder: events are printed, and nothing is saved."""
-
-    path: Path | None = None
-    copying_seconds = 0.0  # that the mirror will take at the end of the run
-
-    def __init__(self, job: Job, *, say: Callable[[str], None]) -> None:
-        self.job, self.say = job, say
-
-    def __enter__(self) -> NoFolder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """The run is over, by an exception or not."""
-
-    def open(self, *, restart: bool) -> tuple[State | None, Adapter | None]:
-        """What is there of this run: a state to continue from, or the finished adapter."""
-        return None, None
-
-    def begin(self, surroundings: dict[str, Any]) -> None:
-        """The run begins, or continues from what `open` found. surroundings: of the Job"""
-
-    def event(self, text: str) -> None:
-        """Report one line to the user and to the record."""
-        self.say(shown(text))
-
-    def save_crop(self, number: int, square: Image.Image) -> None:
-        """Save a small copy of a training square for the report."""
-
-    def update(self, step: Step, state_of: Callable[[], State], *, save: bool) -> None:
-        """Record an update. Save a checkpoint if one is due, or with `save`."""
-
-    def end(self, adapter: Adapter, stopped: str) -> None:
-        """The loop is over, finished or `stopped` by something."""
-        if stopped:
-            self.say(f"{stopped} at step {adapter.card.steps}; without out= the run cannot be continued")
-
-    def give_up(self, error: LoraBoothError, state_of: Callable[[], State]) -> None:
-        """Save the last good state of a run that cannot continue."""
-
-
-class RunFolder(NoFolder):
+class RunFolder:
     """The folder of one run, held by this process. A failure in here never ends a training: it is reported and recorded.
 
     path    created if missing
@@ -100,8 +59,7 @@ class RunFolder(NoFolder):
     """
 
     def __init__(self, path: Path, job: Job, *, mirror: Path | None = None, say: Callable[[str], None]) -> None:
-        super().__init__(job, say=say)
-        self.path: Path = path
+        self.path, self.job, self.say = path, job, say
         self.owned = Owned(path)
         self.record = Record(self.owned, say=say)
         self.mirror: Mirror | None = None
@@ -113,6 +71,9 @@ class RunFolder(NoFolder):
         self._held = ExitStack()
         self._copies = mirror
 
+    def __enter__(self) -> RunFolder:
+        return self
+
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         with self._held:
             if kind is not None and self.record.content.get("status") == "running":
@@ -120,7 +81,8 @@ class RunFolder(NoFolder):
                 self.record.write()
 
     @property
-    def copying_seconds(self) -> float:  # type: ignore[override]
+    def copying_seconds(self) -> float:
+        """That the mirror will take at the end of the run."""
         return 0.0 if self.mirror is None else self.mirror.seconds
 
     # --- what is there
@@ -130,7 +92,10 @@ class RunFolder(NoFolder):
         return [self.path / CHECKPOINTS, *([] if self.mirror is None else [self.mirror.folder])]
 
     def open(self, *, restart: bool) -> tuple[State | None, Adapter | None]:
-        """Raises TrainingError if another process has the folder, it holds another run, or cannot be written."""
+        """What is there of this run: a state to continue from, or the finished adapter.
+
+        Raises TrainingError if another process has the folder, it holds another run, or cannot be written.
+        """
         if not self._held.enter_context(locked(self.path)):
             self.say(f"note: {shown(self.path.name)} is on storage without locks; never start a second run in it")
         if self._copies is not None:
@@ -227,7 +192,7 @@ class RunFolder(NoFolder):
     # --- while it runs
 
     def begin(self, surroundings: dict[str, Any]) -> None:
-        """The record and metrics of the checkpoint that `find` found become the folder's again."""
+        """The run begins, or continues: record and metrics of the checkpoint that `find` found become the folder's again."""
         record, found = self.record, self._found
         record.content = {"step": 0, "events": []}
         if found is not None:
@@ -259,10 +224,12 @@ class RunFolder(NoFolder):
         record.write(metrics=True)
 
     def event(self, text: str, *, step: int | None = None) -> None:
+        """Report one line to the user and to the record."""
         self.record.event(text, step=step)
         self.record.write()
 
     def save_crop(self, number: int, square: Image.Image) -> None:
+        """Save a small copy of a training square for the report."""
         small = square.copy()
         small.info = {}
         small.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
@@ -272,6 +239,7 @@ class RunFolder(NoFolder):
             self.owned.write(f"{CROPS}/{number:04d}.webp", content.getvalue())
 
     def update(self, step: Step, state_of: Callable[[], State], *, save: bool) -> None:
+        """Record an update. Save a checkpoint if one is due, or with `save`."""
         self.record.update(step)
         config, waited = self.job.config, time.monotonic() - self._saved_at
         if save or step.index % config.checkpoint_every == 0 or waited >= 60 * config.checkpoint_minutes:
@@ -319,7 +287,7 @@ class RunFolder(NoFolder):
     # --- its end
 
     def end(self, adapter: Adapter, stopped: str) -> None:
-        """Write the adapter of a finished run, and its hash to the record."""
+        """The loop is over, finished or `stopped` by something: write the adapter of a finished run, and its hash."""
         step, total = adapter.card.steps, self.job.config.steps
         if step == total:
             try:
@@ -338,6 +306,7 @@ class RunFolder(NoFolder):
         self.close(status)
 
     def give_up(self, error: LoraBoothError, state_of: Callable[[], State]) -> None:
+        """Save the last good state of a run that cannot continue."""
         self.event(f"stopped: {error}")
         state = state_of()
         if state["step"] and state["step"] != self.saved:

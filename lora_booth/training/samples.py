@@ -22,7 +22,7 @@ from ..files import Owned, json_lines
 from ..subject.subject import Subject
 from .checkpoint import SAMPLES
 from .progress import Step
-from .run_folder import NoFolder, RunFolder, why
+from .run_folder import RunFolder, why
 from .tracking import Row, Tracking
 from .training_mode import modes_restored
 from .training_run import is_out_of_memory
@@ -31,13 +31,11 @@ SAMPLE_STEPS = 15  # denoising steps of a sample: chosen, enough to compare roun
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file
 
 
-def draw_samples(folder: NoFolder, tracking: Tracking | None, index: int, step: Step | None) -> None:
+def draw_samples(folder: RunFolder, tracking: Tracking | None, index: int, step: Step | None) -> None:
     """Draw a round of samples after `index` updates into the folder, and with `step` the adapter that drew them.
 
     A failure is an event.
     """
-    if not isinstance(folder, RunFolder):
-        return
     began, job = time.monotonic(), folder.job
     rows = rows_of(job.subjects[0], job.config)
     try:
