@@ -69,9 +69,7 @@ def target_paths(base: BaseModel, lora: LoraSpec) -> dict[str, list[str]]:
         for suffix in suffixes:
             matching = [name for name in layers if name == suffix or name.endswith("." + suffix)]
             if not matching:
-                raise SettingsError(
-                    f"target module {suffix!r} is in no linear or convolution layer of the {component}; try 'to_q'"
-                )
+                raise SettingsError(f"no linear or convolution layer of the {component} ends in {suffix!r}; try 'to_q'")
             for path in matching:
                 outer, *inner = weight_shape(base_layer(model.get_submodule(path)))
                 limit = min(outer, math.prod(inner))
@@ -374,9 +372,7 @@ def attached_layers(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, flo
 def refuse_fused(unet: nn.Module, *_: Any) -> None:
     """A forward hook of the U-Net. Raises AdapterBaseMismatch where the layers that adapters change are not called."""
     if any("Fused" in type(getattr(module, "processor", None)).__name__ for module in unet.modules()):
-        raise AdapterBaseMismatch(
-            "with fused projections adapters have no effect; call unfuse_qkv_projections() on the pipeline"
-        )
+        raise AdapterBaseMismatch("with fused projections adapters have no effect; call unfuse_qkv_projections() first")
 
 
 def attachable(base: BaseModel, adapters: Sequence[tuple[Adapter, float]]) -> list[AttachedAdapter]:

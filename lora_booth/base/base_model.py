@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of, shown
+from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of
 from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import Family, is_hub_id
@@ -375,9 +375,7 @@ def usable(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"device {shown(device)} cannot be used here ({reason_of(error)}); pass cpu, cuda or mps"
-        ) from error
+        raise SettingsError(f"device {device} cannot be used here ({reason_of(error)}); pass cpu, cuda or mps") from error
 
 
 def default_dtype(device: torch.device, source: str | Path = "") -> torch.dtype:

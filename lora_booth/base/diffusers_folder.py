@@ -70,11 +70,9 @@ def load_folder(
     vae  where another one is, as for `load_vae`
     """
     index = read_config(source, "model_index.json", revision)
-    if index.get("_class_name") not in {family.pipeline for family in FAMILIES.values()}:
-        raise BaseModelError(
-            f"{source} is a {index.get('_class_name', 'pipeline of unknown class')}; "
-            f"lora_booth trains {labels()} text-to-image models"
-        )
+    kind = index.get("_class_name", "pipeline of unknown class")
+    known = kind in {family.pipeline for family in FAMILIES.values()}
+    demand(known, f"{source} is a {kind}; lora_booth trains {labels()} text-to-image models")
     from diffusers import DiffusionPipeline
 
     given: dict[str, Any] = {} if variant is None else {"variant": variant}
@@ -234,10 +232,8 @@ def read_config(source: str | Path, name: str, revision: str | None = None, *, m
     most: the largest integer in it. Raises BaseModelError.
     """
     path = source / name if isinstance(source, Path) else from_hub(source, name, revision)
-    if not path.is_file():
-        raise BaseModelError(
-            f"{source}: no {name}, so this is not a complete diffusers folder; save one with pipe.save_pretrained(folder)"
-        )
+    remedy = "save one with pipe.save_pretrained(folder)"
+    demand(path.is_file(), f"{source}: no {name}, so this is not a complete diffusers folder; {remedy}")
     try:
         config = read_json(path, most=MOST_BYTES)
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .families import Family
 
 Weights = dict[str, Tensor]
-Renames = Iterable[tuple[str, str]]  # the beginning or a part of a name -> its replacement
+Renames = Iterable[tuple[str, str]]  # the beginning of a name -> its replacement
 
 # how checkpoints say what their models predict; ComfyUI looks for these names (comfy/supported_models.py)
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
@@ -58,11 +58,11 @@ OPEN_CLIP = (
     ("embeddings.position_embedding.weight", "positional_embedding"),
 )
 OPEN_CLIP_LAYER = (
-    ("layer_norm1.", "ln_1."),
-    ("layer_norm2.", "ln_2."),
-    ("mlp.fc1.", "mlp.c_fc."),
-    ("mlp.fc2.", "mlp.c_proj."),
-    ("self_attn.out_proj.", "attn.out_proj."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
 )
 
 
@@ -143,10 +143,9 @@ def vae_weights(weights: Mapping[str, Tensor], config: Any) -> Weights:
         renames += [(half + old, half + new) for old, new in VAE_MIDDLE]
     named = {}
     for key, value in weights.items():
-        convolution = ".attentions." in key and key.endswith(".weight") and value.ndim == 2
-        named[_with_part(_with_prefix(key, renames), [("conv_shortcut.", "nin_shortcut.")])] = (
-            value[:, :, None, None] if convolution else value
-        )
+        linear = ".attentions." in key and key.endswith(".weight") and value.ndim == 2
+        name = _with_prefix(key, renames).replace(".conv_shortcut.", ".nin_shortcut.")
+        named[name] = value[:, :, None, None] if linear else value
     return named
 
 
@@ -170,7 +169,9 @@ def open_clip_weights(weights: Mapping[str, Tensor], _: Any) -> Weights:
         elif key == "text_projection.weight":
             named["text_projection"] = value.T
         else:
-            named[_with_part(key, OPEN_CLIP_LAYER)] = value
+            for old, new in OPEN_CLIP_LAYER:
+                key = key.replace(old, new)
+            named[key] = value
     named |= {key: torch.cat([parts[letter] for letter in "qkv"]) for key, parts in joint.items()}
     if "text_projection" not in named:  # readers take the width from it; SD 2.x does not use it
         embedding = named["token_embedding.weight"]
@@ -196,8 +197,3 @@ TEXT: dict[str, dict[str, Renaming]] = {
 def _with_prefix(key: str, renames: Renames) -> str:
     """`key` with a renamed beginning; at most one rename applies."""
     return next((new + key.removeprefix(old) for old, new in renames if key.startswith(old)), key)
-
-
-def _with_part(key: str, renames: Renames) -> str:
-    """`key` with a renamed part in the middle."""
-    return next((key.replace(f".{old}", f".{new}") for old, new in renames if f".{old}" in key), key)

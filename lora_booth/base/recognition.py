@@ -32,14 +32,11 @@ def check_drawable(pipeline: Any, family: Family) -> None:
     """Check that it draws pictures from text alone. Raises BaseModelError."""
     what = type(pipeline).__name__
     for name in ("vae", "scheduler", *family.text_encoders, *family.tokenizers):
-        demand(
-            getattr(pipeline, name, None) is not None,
-            f"{what} has no {name}; use a complete {family.label} model (of SDXL the base, not the refiner)",
-        )
-    demand(
-        "image" not in inspect.signature(pipeline.__call__).parameters,
-        f"{what} does not draw from text alone; use diffusers.{family.pipeline}.from_pipe(pipeline), or call it in `attached`",
-    )
+        has_it = getattr(pipeline, name, None) is not None
+        demand(has_it, f"{what} has no {name}; use a complete {family.label} model (of SDXL the base, not the refiner)")
+    from_text = "image" not in inspect.signature(pipeline.__call__).parameters
+    remedy = f"use diffusers.{family.pipeline}.from_pipe(pipeline), or call it in `attached`"
+    demand(from_text, f"{what} does not draw from text alone; {remedy}")
 
 
 def check_trainable(pipeline: Any, family: Family) -> None:
@@ -47,10 +44,8 @@ def check_trainable(pipeline: Any, family: Family) -> None:
     import diffusers
 
     check_drawable(pipeline, family)
-    demand(
-        isinstance(pipeline, getattr(diffusers, family.pipeline)),
-        f"{type(pipeline).__name__} is not supported; use diffusers.{family.pipeline}.from_pipe(pipeline)",
-    )
+    known, remedy = getattr(diffusers, family.pipeline), f"use diffusers.{family.pipeline}.from_pipe(pipeline)"
+    demand(isinstance(pipeline, known), f"{type(pipeline).__name__} is not supported; {remedy}")
     moved = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and is_offloaded(part)]
     demand(not moved, f"its {', '.join(moved)} is offloaded; load the pipeline without offloading to train it")
     check_unet_and_vae(pipeline)
@@ -86,16 +81,11 @@ def check_unet_and_vae(pipeline: Any) -> None:
 
 def check_schedule(scheduler: Any, family: Family) -> None:
     config, kind = scheduler.config, type(scheduler).__name__
-    demand(
-        "beta_start" in config and not config.get("use_flow_sigmas"),
-        f"its {kind} has another noise schedule than {family.label} (EDM or flow matching), which the loss does not know",
-    )
+    usual = "beta_start" in config and not config.get("use_flow_sigmas")
+    demand(usual, f"its {kind} has a noise schedule that the loss does not know (EDM or flow matching); use another base")
     steps, prediction = config.get("num_train_timesteps"), config.get("prediction_type")
     demand(steps == TIMESTEPS, f"its noise schedule has {steps!r} timesteps (num_train_timesteps); training needs {TIMESTEPS}")
-    demand(
-        prediction in family.modelspec,
-        f"prediction type {prediction!r} is not supported; allowed: {', '.join(family.modelspec)}",
-    )
+    demand(prediction in family.modelspec, f"prediction type {prediction!r} is unknown; allowed: {', '.join(family.modelspec)}")
     signal = noise_schedule(scheduler)
     decreasing = bool((signal >= 0).all() and (signal <= 1).all() and (signal.diff() <= 0).all())
     demand(decreasing, f"its {kind} has betas that are not a noise schedule; check its scheduler_config.json")
@@ -104,16 +94,11 @@ def check_schedule(scheduler: Any, family: Family) -> None:
 def check_text(pipeline: Any, family: Family) -> None:
     encoders = [getattr(pipeline, name).config for name in family.text_encoders]
     unet, width = pipeline.unet.config, sum(encoder.hidden_size for encoder in encoders)
-    apart = "they are from different models; load them from one"
-    demand(
-        width == unet.cross_attention_dim,
-        f"the text encoder gives {width} values per token, the U-Net takes {unet.cross_attention_dim}: {apart}",
-    )
+    apart, taken = "they are from different models; load them from one", unet.cross_attention_dim
+    demand(width == taken, f"the text encoder gives {width} values per token, the U-Net takes {taken}: {apart}")
     if family.time_ids:
-        pooled, taken = (
-            encoders[-1].projection_dim,
-            unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim,
-        )
+        pooled = encoders[-1].projection_dim
+        taken = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
         demand(pooled == taken, f"the text encoder gives {pooled} pooled values, the U-Net takes {taken}: {apart}")
     for name, encoder in zip(family.tokenizers, encoders, strict=True):
         tokenizer = getattr(pipeline, name)

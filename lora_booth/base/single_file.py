@@ -7,7 +7,7 @@ the family's repository or of OpenAI's CLIP), from the Hub, or from the folder p
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,14 +56,19 @@ def load_single_file(
     family = family_of(file)
     folder = CONFIGS / family.name if config is None else Path(os.path.expanduser(config))
     index = read_config(folder, "model_index.json")
-    if index.get("_class_name") != family.pipeline:
-        raise BaseModelError(f"{path} is {family.label}, and {folder} is not; pass a {setting('config')} of the same family")
+    same = index.get("_class_name") == family.pipeline
+    demand(same, f"{path} is {family.label}, and {folder} is not; pass a {setting('config')} of the same family")
     check_files(folder, index)
     given: dict[str, Any] = {name: None for name in OPTIONAL if name in index}
     if vae is not None:
         given["vae"] = load_vae(vae, folder, dtype)
     names = [name for name in ("vae", *family.components) if name not in given]
-    parts = parts_in_checkpoint(file, family, names, folder, index, dtype, device)
+    modules = {name: empty_module(folder, name, index.get(name), dtype) for name in names}
+    for name, module in modules.items():
+        remedy = f"pass a {setting('config')} of a text-to-image model"
+        demand(module is not None, f"{folder}: has no {name} of {family.label}; {remedy}")
+    places = places_in_checkpoint(file, family, modules)
+    parts = {name: LazyModule(module, places[name], dtype, device) for name, module in modules.items()}
     if config is None:
         given |= tokenizers(family, parts["text_encoder"].module.config.max_position_embeddings)
     pipeline = assemble(folder, parts, dtype, device, **given)
@@ -91,35 +96,20 @@ def family_of(file: WeightFile) -> Family:
         demand(not adapter, f"{file.path}: an adapter, not a base model; pass the base that it was made for")
         raise BaseModelError(f"{file.path}: not a checkpoint of {labels()} in the original naming")
     channels = unet.shape[1] if len(unet.shape) == 4 else None
-    demand(
-        channels == 4,
-        f"{file.path}: its U-Net takes {channels} channels: an inpainting or editing model; use the text-to-image one",
-    )
+    remedy = "an inpainting or editing model; use the text-to-image one"
+    demand(channels == 4, f"{file.path}: its U-Net takes {channels} channels: {remedy}")
     for name, key in FAMILY_KEYS.items():
         if key in file.places:
             return FAMILIES[name]
     raise BaseModelError(f"{file.path}: has a U-Net, but no text encoder of {labels()}; use a complete checkpoint")
 
 
-def parts_in_checkpoint(
-    file: WeightFile,
-    family: Family,
-    names: Sequence[str],
-    folder: Path,
-    index: dict[str, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, LazyModule]:
-    """The modules of these names, to read later. Raises BaseModelError if the file does not hold all of their tensors.
+def places_in_checkpoint(file: WeightFile, family: Family, modules: Mapping[str, Any]) -> dict[str, dict[str, Place]]:
+    """Where the tensors of each module are. Raises BaseModelError if the file does not hold all of them.
 
     `original_weights` maps a pipeline's tensors to the names in such files. Here it maps pairs of numbers instead, which
     show for each name in the file which tensors it holds, in which order and whether transposed.
     """
-    modules = {name: empty_module(folder, name, index.get(name), dtype) for name in names}
-    if absent := [name for name, module in modules.items() if module is None]:
-        raise BaseModelError(
-            f"{folder}: has no {absent[0]} of {family.label}; pass a {setting('config')} of a text-to-image model"
-        )
     keys = [(name, key) for name, module in modules.items() for key in module.state_dict()]
     marks: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
     for i, (name, key) in enumerate(keys, 1):
@@ -136,10 +126,7 @@ def parts_in_checkpoint(
     for name, places in found.items():
         remedy = f"pass {setting('vae')}, a folder, Hub id or file of one" if name == "vae" else "use a complete checkpoint"
         demand(bool(places), f"{file.path}: has no {name}; {remedy}")
-    return {
-        name: LazyModule(module, matched(module, found[name], file.path, ones=name == "vae"), dtype, device)
-        for name, module in modules.items()
-    }
+    return {name: matched(modules[name], places, file.path, ones=name == "vae") for name, places in found.items()}
 
 
 def stated_prediction_type(file: WeightFile, family: Family) -> str | None:
