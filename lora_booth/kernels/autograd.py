@@ -88,8 +88,8 @@ class NormBeside(Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.groups, ctx.eps, ctx.silu, ctx.fused = groups, eps, silu, fused(x)
-        if ctx.fused:
+        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
+        if fused(x):
             normal, mean, rstd = dispatch.group_norm(x, weight, bias, groups, eps, silu=silu)
         else:
             normal, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *sizes_of(x), groups, eps)
@@ -102,7 +102,7 @@ class NormBeside(Function):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         if gradient is None:
             return skip, None, None, None, None, None
-        if ctx.fused:
+        if fused(x):
             work = dispatch.group_norm_backward
             for_x = work(gradient, skip, x, mean, rstd, weight, bias, ctx.groups, silu=ctx.silu)
             return for_x, None, None, None, None, None
@@ -127,8 +127,8 @@ class SumAndNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.fused, ctx.summed = fused(x), more is not None
-        if ctx.fused:
+        ctx.summed = more is not None
+        if fused(x):
             total, normal, mean, rstd = dispatch.layer_norm(x, more, weight, bias, eps)
         else:
             total = x if more is None else x + more
@@ -141,7 +141,7 @@ class SumAndNorm(Function):
         total, mean, rstd, weight, bias = ctx.saved_tensors
         if gradient is None:
             result = skip
-        elif ctx.fused:
+        elif fused(total):
             result = dispatch.layer_norm_backward(gradient, skip, total, mean, rstd, weight)
         else:
             backward, mask = torch.ops.aten.native_layer_norm_backward, [True, False, False]
@@ -157,8 +157,7 @@ class Geglu(Function):
     @staticmethod
     def forward(ctx: Any, halves: Tensor) -> Tensor:
         ctx.save_for_backward(halves)
-        ctx.fused = fused(halves)
-        if ctx.fused:
+        if fused(halves):
             return dispatch.geglu(halves)
         values, gates = halves.chunk(2, dim=-1)
         return F.gelu(gates).mul_(values)
@@ -166,7 +165,7 @@ class Geglu(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (halves,) = ctx.saved_tensors
-        if ctx.fused:
+        if fused(halves):
             return dispatch.geglu_backward(gradient, halves)
         values, gates = halves.chunk(2, dim=-1)
         result = torch.empty_like(halves)

@@ -7,7 +7,7 @@ that cannot be recorded runs as usual, and the run reports why.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError, reason_of, setting
-from .lean import watched
+from .lean import has_hooks
 
 WARM_UPS = 3  # passes before a recording, for one-time set-up in cuDNN, cuBLAS and autograd; as in PyTorch's documentation
 
@@ -32,39 +32,33 @@ def can_capture(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> bool
 
 def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | None:
     """Why the step cannot be recorded; None if it can."""
-    if base.device.type != "cuda":
-        return f"the base is on {base.device.type}"
-    if lora.text_encoder:
-        return "text encoders are trained, and their tokenizer runs on the host"
-    if lora.dropout:
-        return "dropout draws from a generator that is reseeded for every step"
-    if config.compile:
-        return "compile=True"
-    if any(watched(module) for module in base.unet.modules()):
-        return "the U-Net has hooks, which a replay would not call"
-    return None
+    obstacles = {
+        f"the base is on {base.device.type}": base.device.type != "cuda",
+        "text encoders are trained, and their tokenizer runs on the host": lora.text_encoder,
+        "dropout draws from a generator that is reseeded for every step": lora.dropout > 0,
+        "compile=True": config.compile,
+        "the U-Net has hooks, which a replay would not call": any(map(has_hooks, base.shell.unet.modules())),
+    }
+    return next((reason for reason, present in obstacles.items() if present), None)
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors of a tree of dataclasses, in a fixed order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if is_dataclass(value):
-        return [tensor for field in fields(value) for tensor in tensors_of(getattr(value, field.name))]
-    return []
+def leaves(value: Any) -> Iterator[Any]:
+    """The tensors and plain values in a tree of dataclasses, in a fixed order; not the prompts, which the text encodes."""
+    if not is_dataclass(value):
+        yield value
+        return
+    for field in fields(value):
+        if field.name != "prompts":
+            yield from leaves(getattr(value, field.name))
 
 
-def layout_of(value: Any) -> Any:
-    """What a recording depends on: sizes, precisions and plain values, but not the prompts."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if is_dataclass(value):
-        return tuple(layout_of(getattr(value, field.name)) for field in fields(value) if field.name != "prompts")
-    return value
+def tensors_in(value: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
-def fill(buffers: Any, inputs: Any) -> None:
-    torch._foreach_copy_(tensors_of(buffers), tensors_of(inputs), non_blocking=True)
+def layout_of(value: Any) -> tuple[Any, ...]:
+    """What a recording depends on: sizes, precisions and plain values."""
+    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves(value))
 
 
 class StepGraph:
@@ -73,18 +67,14 @@ class StepGraph:
     inputs  a dataclass of tensors; each new layout gets a recording
     """
 
-    def __init__(
-        self,
-        work: Callable[[Any], Tensor],
-        gradient: Tensor,
-        *,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
+    _recordings: dict[Any, Callable[[Any], Tensor]]  # by layout
+    _begun: set[Any]  # layouts
+    _pool: Any
+
+    def __init__(self, work: Callable[[Any], Tensor], gradient: Tensor, *, say: Callable[[str], None]) -> None:
         self.work, self.gradient, self.say = work, gradient, say
         self.on = True
-        self._recordings: dict[Any, Callable[[Any], Tensor]] = {}
-        self._begun: set[Any] = set()
-        self._pool: Any = None
+        self.forget()
 
     def __call__(self, inputs: Any) -> Tensor:
         if not self.on:
@@ -120,7 +110,7 @@ class StepGraph:
             self._pool = graph.pool()
 
             def replay(inputs: Any) -> Tensor:
-                fill(buffers, inputs)
+                torch._foreach_copy_(tensors_in(buffers), tensors_in(inputs), non_blocking=True)
                 graph.replay()
                 return loss.clone()
 

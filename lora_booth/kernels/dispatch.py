@@ -68,44 +68,33 @@ def channels_last(x: Tensor) -> Tensor:
     return x if good else x.contiguous(memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How programs share the groups of images (N, C, H, W)."""
-
-    grid: tuple[int, int]
-    numbers: tuple[int, int, int, int]  # pixels, channels, parts of a group's pixels, channels of a group
-    sizes: dict[str, int]
-
-    @classmethod
-    def of(cls, x: Tensor, groups: int) -> Tiles:
-        rows, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-        width = channels // groups
-        across = power_of_2(width)
-        down = max(1, TILE // across)
-        parts = parts_of(pixels, down)
-        return cls(
-            (rows * groups, parts), (pixels, channels, parts, width), {"GROUPS": groups, "PIXELS": down, "WIDTH": across}
-        )
-
-    @property
-    def parts(self) -> dict[str, int]:
-        return {"PARTS": next((most for most in PARTS if self.grid[1] <= most), power_of_2(self.grid[1]))}
+def tiles_of(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int], int]:
+    """How programs share the groups of images (N, C, H, W): the grid; pixels, channels, parts of a group's pixels and channels
+    of a group; the tiles' constants; and for how many parts the kernels that add them up are compiled."""
+    rows, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    width = channels // groups
+    across = power_of_2(width)
+    down = max(1, TILE // across)
+    parts = parts_of(pixels, down)
+    most = next((most for most in PARTS if parts <= most), power_of_2(parts))
+    sizes = {"GROUPS": groups, "PIXELS": down, "WIDTH": across}
+    return (rows * groups, parts), (pixels, channels, parts, width), sizes, most
 
 
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GroupNorm, then SiLU if `silu`; and mean and 1 / deviation of each group, (N x groups,) float32. x (N, C, H, W)"""
-    x, tiles = channels_last(x), Tiles.of(x, groups)
-    means, squares = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
-    mean, rstd = torch.empty((2, tiles.grid[0]), dtype=torch.float32, device=x.device)
+    x = channels_last(x)
+    grid, numbers, sizes, most = tiles_of(x, groups)
+    means, squares = torch.empty((2, *grid), dtype=torch.float32, device=x.device)
+    mean, rstd = torch.empty((2, grid[0]), dtype=torch.float32, device=x.device)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     strides = x.stride(0), x.stride(3)
-    compiled().group_moments_kernel[tiles.grid](x, means, squares, *strides, *tiles.numbers, **tiles.sizes)
-    compiled().group_norm_kernel[tiles.grid](
-        x, weight, bias, means, squares, mean, rstd, y, *strides, *tiles.numbers, eps, int(silu),
-        **tiles.parts, **tiles.sizes,
-    )  # fmt: skip
+    compiled().group_moments_kernel[grid](x, means, squares, *strides, *numbers, **sizes)
+    compiled().group_norm_kernel[grid](
+        x, weight, bias, means, squares, mean, rstd, y, *strides, *numbers, eps, int(silu), PARTS=most, **sizes
+    )
     return y, mean, rstd
 
 
@@ -122,18 +111,18 @@ def group_norm_backward(
     silu: bool,
 ) -> Tensor:
     """The gradient of x in `group_norm`, plus `skip`, its gradient along other paths. All shaped like x."""
-    x, gradient, tiles = channels_last(x), channels_last(gradient), Tiles.of(x, groups)
-    plain, along = torch.empty((2, *tiles.grid), dtype=torch.float32, device=x.device)
+    x, gradient = channels_last(x), channels_last(gradient)
+    grid, numbers, sizes, most = tiles_of(x, groups)
+    plain, along = torch.empty((2, *grid), dtype=torch.float32, device=x.device)
     result = torch.empty_like(x, memory_format=torch.channels_last)
     beside = gradient if skip is None else channels_last(skip)
     strides = [size for tensor in (x, gradient) for size in (tensor.stride(0), tensor.stride(3))]
-    compiled().group_sums_kernel[tiles.grid](
-        x, weight, bias, gradient, mean, rstd, plain, along, *strides, *tiles.numbers, int(silu), **tiles.sizes
+    compiled().group_sums_kernel[grid](
+        x, weight, bias, gradient, mean, rstd, plain, along, *strides, *numbers, int(silu), **sizes
     )
-    compiled().group_norm_backward_kernel[tiles.grid](
+    compiled().group_norm_backward_kernel[grid](
         x, weight, bias, gradient, beside, mean, rstd, plain, along, result,
-        *strides, beside.stride(0), beside.stride(3), *tiles.numbers, int(silu), int(skip is not None),
-        **tiles.parts, **tiles.sizes,
+        *strides, beside.stride(0), beside.stride(3), *numbers, int(silu), int(skip is not None), PARTS=most, **sizes,
     )  # fmt: skip
     return result
 

@@ -25,24 +25,22 @@ from ..base.changes import undone
 from ..base.quantization import is_packed
 from .attention import kernel_of
 from .autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm
-from .lora import Factor, LoraLinears, LoraPiece, LoraPieces
+from .lora import FlatFactors, LoraLinears, LoraPiece
 
 
 @contextmanager
-def lean(
-    model: nn.Module, factors: Mapping[nn.Parameter, Factor], *, say: Callable[[str], None] = lambda text: None
-) -> Iterator[int]:
+def lean(model: nn.Module, factors: FlatFactors, *, say: Callable[[str], None] = lambda text: None) -> Iterator[int]:
     """Give layers of `model` lean forwards; yields how many. A module whose forward is already replaced keeps that one.
 
-    factors  of the adapter under training: `FlatFactors.factors`
+    factors  of the adapter under training
     say      gets a line for each kind of module whose stock forward differs from the known one, and so stays
     """
-    pieces, modules = LoraPieces(factors), list(model.modules())
+    modules = list(model.modules())
     for rewrite in rewrites().values():
         if not rewrite.agrees and any(type(module) is rewrite.kind for module in modules):
             name = rewrite.kind.__name__
             say(f"note: {name} of this diffusers differs from its lean forward, so the stock one is used: more memory")
-    found = [(module, lean_forward(module, pieces)) for module in modules if "forward" not in vars(module)]
+    found = [(module, lean_forward(module, factors)) for module in modules if "forward" not in vars(module)]
     forwards = {module: forward for module, forward in found if forward is not None}
     with undone(lambda: [vars(module).pop("forward", None) for module in forwards]):
         for module, forward in forwards.items():
@@ -50,10 +48,10 @@ def lean(
         yield len(forwards)
 
 
-def lean_forward(module: Any, pieces: LoraPieces) -> Callable[..., Any] | None:
+def lean_forward(module: Any, factors: FlatFactors) -> Callable[..., Any] | None:
     """The lean forward of this module; None if there is none, or the module is not a stock one."""
     if is_lora(module):
-        return partial(lean_lora, pieces, module)
+        return partial(lean_lora, factors, module)
     rewrite = rewrites().get(type(module))
     if rewrite is None or not rewrite.fits(module) or not rewrite.agrees:
         return None
@@ -75,14 +73,14 @@ def frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether it has hooks, so that it must be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is a frozen module of exactly this kind that can be computed without being called."""
-    return type(module) is kind and frozen(module) and not watched(module) and "forward" not in vars(module)
+    return type(module) is kind and frozen(module) and not has_hooks(module) and "forward" not in vars(module)
 
 
 # --- single layers ---------------------------------------------------------------------------------------------------
@@ -95,10 +93,6 @@ def lean_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 def plain_conv(layer: nn.Conv2d) -> bool:
     return frozen(layer) and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
-
-
-def lean_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return norm_beside(norm, x)[1]
 
 
 def plain_norm(norm: nn.GroupNorm) -> bool:
@@ -121,9 +115,9 @@ def lean_geglu(layer: Any, x: Tensor) -> Tensor:
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-def lean_lora(pieces: LoraPieces, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def lean_lora(factors: FlatFactors, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A PEFT layer around a frozen linear layer, with one adapter, enabled and not merged."""
-    piece = None if args or kwargs or not usable(x) else pieces.of(layer, x)
+    piece = None if args or kwargs or not usable(x) else factors.piece_of(layer, x)
     if piece is None:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     return projected(x, [piece])[0]
@@ -136,8 +130,8 @@ def projected(x: Tensor, pieces: list[LoraPiece]) -> tuple[Tensor, ...]:
 def together(layers: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of these layers for x, in one step where all of them are lean LoRA layers without hooks."""
     forwards = [vars(layer).get("forward") for layer in layers]
-    if all(getattr(forward, "func", None) is lean_lora for forward in forwards) and not any(map(watched, layers)):
-        pieces = [forward.args[0].of(layer, x) for forward, layer in zip(forwards, layers, strict=True)]  # type: ignore[union-attr]
+    if all(getattr(forward, "func", None) is lean_lora for forward in forwards) and not any(map(has_hooks, layers)):
+        pieces = [forward.args[0].piece_of(layer, x) for forward, layer in zip(forwards, layers, strict=True)]  # type: ignore[union-attr]
         if None not in pieces:
             return projected(x, pieces)
     return tuple(layer(x) for layer in layers)
@@ -154,7 +148,7 @@ def is_lora(layer: Any) -> bool:
     return (
         (type(layer.base_layer) is nn.Linear or is_packed(layer.base_layer))
         and frozen(layer.base_layer)
-        and not any(watched(part) or "forward" in vars(part) for part in inner)
+        and not any(has_hooks(part) or "forward" in vars(part) for part in inner)
         and not layer.lora_variant
         and all(type(layer.lora_dropout[name]) is nn.Identity for name in adapters)
         and all(layer.lora_A[name].bias is None and layer.lora_B[name].bias is None for name in adapters)
@@ -347,7 +341,7 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
     resnet = {"in_channels": 8, "out_channels": 16, "temb_channels": 12, "groups": 4}
     found = (
         Rewrite(nn.Conv2d, plain_conv, lean_conv),
-        Rewrite(nn.GroupNorm, plain_norm, lean_norm),
+        Rewrite(nn.GroupNorm, plain_norm, lambda norm, x: norm_beside(norm, x)[1]),
         Rewrite(GEGLU, lambda layer: True, lean_geglu),
         Rewrite(ResnetBlock2D, plain_resnet, lean_resnet, ((resnet, (2, 8, 4, 4), {"temb": (2, 12)}),)),
         Rewrite(Attention, plain_attention, lean_attention, ((attention, tokens, {}), (crossed, tokens, text))),

@@ -6,7 +6,7 @@ one kernel each, however many layers there are. Layers in half precision read on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,18 @@ APART = 64  # values; each factor begins at a multiple of this; chosen: kernels 
 
 
 @dataclass(frozen=True)
-class Factor:
-    """Views of one factor for its layer, all in the shape of its parameter."""
+class LoraPiece:
+    """One layer: W x + b + scale B A x. Gradients of A and B are added in place, in float32, never returned."""
 
-    value: Tensor  # in the precision of the base
-    gradient: Tensor  # float32
+    weight: Tensor  # (outs, ins), or packed
+    bias: Tensor | None
+    packing: Any  # state of a quantized weight; None: not quantized
+    down: Tensor  # A, (rank, ins), in the precision of the input
+    up: Tensor  # B, (outs, rank)
+    scale: float
+    down_gradient: Tensor
+    up_gradient: Tensor
+    trigger: Tensor  # requires a gradient, so that autograd runs the backward pass
 
 
 class FlatFactors:
@@ -47,12 +54,13 @@ class FlatFactors:
         self.values = nn.Parameter(torch.zeros(end, dtype=torch.float32, device=device))
         self.values.grad = torch.zeros_like(self.values)
         self.cast = self.values.data.to(dtype)
-        self.factors: dict[nn.Parameter, Factor] = {}
+        self._views: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}  # of `cast` and of the gradient, in the parameter's shape
+        self._pieces: dict[tuple[Any, ...], LoraPiece | None] = {}  # a layer and its setting -> its piece
         tensors = (self.values.data, self.values.grad, self.cast)
         for parameter, value, gradient, cast in zip(parameters, *map(self.parts_of, tensors), strict=True):
             value.copy_(parameter.data)
             parameter.data, parameter.grad = value, gradient
-            self.factors[parameter] = Factor(cast, gradient)
+            self._views[parameter] = cast, gradient
 
     def parts_of(self, tensor: Tensor) -> list[Tensor]:
         """A tensor like `values` -> views of it, one for each parameter, in its shape."""
@@ -68,40 +76,14 @@ class FlatFactors:
         if self.cast.dtype != torch.float32:
             self.cast.copy_(self.values.data)
 
-
-@dataclass(frozen=True)
-class LoraPiece:
-    """One layer: W x + b + scale B A x. Gradients of A and B are added in place, in float32, never returned."""
-
-    weight: Tensor  # (outs, ins), or packed
-    bias: Tensor | None
-    packing: Any  # state of a quantized weight; None: not quantized
-    down: Tensor  # A, (rank, ins), in the precision of the input
-    up: Tensor  # B, (outs, rank)
-    scale: float
-    down_gradient: Tensor
-    up_gradient: Tensor
-    trigger: Tensor  # requires a gradient, so that autograd runs the backward pass
-
-
-class LoraPieces:
-    """The pieces of an adapter under training, made once per setting of a layer.
-
-    factors  `FlatFactors.factors`
-    """
-
-    def __init__(self, factors: Mapping[nn.Parameter, Factor]) -> None:
-        self.factors = factors
-        self._made: dict[tuple[Any, ...], LoraPiece | None] = {}
-
-    def of(self, layer: Any, x: Tensor) -> LoraPiece | None:
+    def piece_of(self, layer: Any, x: Tensor) -> LoraPiece | None:
         """This PEFT layer's piece; None where its current setting or x's precision rules it out."""
         if layer.disable_adapters or layer.merged:
             return None
         setting = layer, *layer.active_adapters, *layer.scaling.values()
-        if setting not in self._made:
-            self._made[setting] = self._make(layer)
-        piece = self._made[setting]
+        if setting not in self._pieces:
+            self._pieces[setting] = self._make(layer)
+        piece = self._pieces[setting]
         return piece if piece is not None and piece.down.dtype == x.dtype else None
 
     def _make(self, layer: Any) -> LoraPiece | None:
@@ -109,24 +91,15 @@ class LoraPieces:
         if len(names) != 1:
             return None
         (name,), base = names, layer.base_layer
-        parameters = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if any(one not in self.factors for one in parameters):
+        trigger, other = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if trigger not in self._views or other not in self._views:
             return None
-        down, up = (self.factors[one] for one in parameters)
+        (down, down_gradient), (up, up_gradient) = self._views[trigger], self._views[other]
         packing = base.weight.quant_state if is_packed(base) else None
-        if packing is not None and packing.dtype != down.value.dtype:
+        if packing is not None and packing.dtype != down.dtype:
             return None
-        return LoraPiece(
-            weight=base.weight,
-            bias=base.bias,
-            packing=packing,
-            down=down.value,
-            up=up.value,
-            scale=layer.scaling[name],
-            down_gradient=down.gradient,
-            up_gradient=up.gradient,
-            trigger=parameters[0],
-        )
+        scale = layer.scaling[name]
+        return LoraPiece(base.weight, base.bias, packing, down, up, scale, down_gradient, up_gradient, trigger)
 
 
 class LoraLinears(Function):
@@ -161,12 +134,9 @@ def fusible(rows: Tensor, pieces: Sequence[LoraPiece]) -> bool:
     """Whether the Triton kernel supports them: half precision, and layers of one shape with aligned rows."""
     if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16) or not dispatch.products_work_on(rows.device):
         return False
-    one = pieces[0]
-    alike = all(
-        piece.down.shape == one.down.shape and piece.up.shape == one.up.shape and (piece.bias is None) == (one.bias is None)
-        for piece in pieces
-    )
-    return alike and one.down.shape[1] % 8 == 0 and one.up.shape[0] % 8 == 0 and one.down.shape[0] % 4 == 0
+    shapes = {(piece.down.shape, piece.up.shape, piece.bias is None) for piece in pieces}
+    (rank, ins), outs = pieces[0].down.shape, len(pieces[0].up)
+    return len(shapes) == 1 and ins % 8 == 0 and outs % 8 == 0 and rank % 4 == 0
 
 
 def plain_forward(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[LoraPiece]) -> tuple[list[Tensor], list[Tensor]]:

@@ -62,7 +62,7 @@ def training_mode(
         elif config.lean:
             for model in base.structure.values():
                 if any(hasattr(module, "lora_A") for module in model.modules()):
-                    stack.enter_context(lean(model, lora.flat.factors, say=say))
+                    stack.enter_context(lean(model, lora.flat, say=say))
         if base.device.type == "cuda":
             stack.enter_context(channels_last(base.unet))
         if config.gradient_checkpointing:
