@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,6 @@ SHOWN = ("on the moon", "underwater", "in the snow", "in the jungle")
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 4.0}
 
 
-@dataclass(frozen=True)
-class DemoSubject:
-    name: str
-    adapter: Adapter
-    scores: Comparison
-
-
 def drawn_photos(name: str, count: int = PHOTOS, contexts: Sequence[str] = CONTEXTS) -> list[Image.Image]:
     """A held-out subject as a user's photos would show it, 256 x 256 pixels."""
     return photos_of(HELD_OUT[name], count, contexts, seed=500)
@@ -58,12 +50,12 @@ def score(base: BaseModel, adapter: Adapter, name: str, *, count: int = PHOTOS, 
     return evaluate(base, adapter, drawn_photos(name, count), contexts=NEW_CONTEXTS, seeds=seeds, batch_size=8, **SAMPLER)
 
 
-def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> list[DemoSubject]:
+def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> None:
     """Photos, training, files, before and after, scores, both in one picture. Everything is written to `out`.
 
     base  the toybox: the subjects are from its world
     """
-    done: list[DemoSubject] = []
+    adapters, scores, images, labels = [], [], [], []
     for name, token in SUBJECTS.items():
         noun = HELD_OUT[name].class_noun
         folder = write_photos(name, out / "photos" / name)
@@ -72,41 +64,24 @@ def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) 
         adapter = train(base, subject, out=out / "runs" / name)
         file = adapter.save(out / f"{name}.safetensors")
         say(f"{file} ({file.stat().st_size / 1e6:.2f} MB); drawing and scoring pictures")
-        done.append(DemoSubject(name, adapter, score(base, adapter, name, seeds=range(2))))
-    show_before_after(base, done, out)
-    show_together(base, done, out)
-    Gallery([p for one in done for p in one.scores.best.pictures], title="lora_booth demo").save(out / "gallery.html")
-    for line in table(done):
-        say(line)
-    return done
-
-
-def show_before_after(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> None:
-    """For each subject a row of photos, a row without the adapter and a row with it."""
-    images, labels = [], []
-    for one in subjects:
-        images += drawn_photos(one.name, len(SHOWN))
-        labels += [f"photo {i + 1} of {one.name}" for i in range(len(SHOWN))]
-        prompts = [f"{one.adapter.card.prompt} {context}" for context in SHOWN]
-        images += [picture.image for picture in before_after(base, one.adapter, prompts, seeds=[1], **SAMPLER).pictures]
+        adapters.append(adapter)
+        scores.append(score(base, adapter, name, seeds=range(2)))
+        # a row of photos, a row without the adapter and a row with it
+        prompts = [f"{adapter.card.prompt} {context}" for context in SHOWN]
+        images += drawn_photos(name, len(SHOWN))
+        images += [picture.image for picture in before_after(base, adapter, prompts, seeds=[1], **SAMPLER).pictures]
+        labels += [f"photo {i + 1} of {name}" for i in range(len(SHOWN))]
         labels += [f"{when}: {prompt}" for when in ("before", "after") for prompt in prompts]
     save_picture(contact_sheet(images, labels=labels, columns=len(SHOWN), side=192), out / "before_after.png")
-
-
-def show_together(base: BaseModel, subjects: Sequence[DemoSubject], out: Path) -> None:
-    """Both subjects in one picture, each adapter where the U-Net attends to its words."""
-    names = " and ".join(one.adapter.card.words for one in subjects)
-    studio = Composition(base, [one.adapter for one in subjects], regions="auto")
-    pictures = studio.generate(f"a photo of {names} in the snow", seeds=range(4), **SAMPLER)
-    Gallery(pictures, title="together").save(out / "together.png")
-
-
-def table(subjects: Sequence[DemoSubject]) -> Iterator[str]:
-    for one in subjects:
-        yield ""
-        yield from one.scores.lines()
-    share = np.mean([of_ceiling(one.scores) for one in subjects])
-    yield f"\nidentity attributes right, as a share of those in real renders: {share:.2f}"
+    Gallery([p for one in scores for p in one.best.pictures], title="lora_booth demo").save(out / "gallery.html")
+    # both subjects in one picture, each adapter where the U-Net attends to its words
+    prompt = f"a photo of {' and '.join(adapter.card.words for adapter in adapters)} in the snow"
+    together = Composition(base, adapters, regions="auto").generate(prompt, seeds=range(4), **SAMPLER)
+    Gallery(together, title="together").save(out / "together.png")
+    for one in scores:
+        say("\n".join(["", *one.lines()]))
+    share = np.mean([of_ceiling(one) for one in scores])
+    say(f"\nidentity attributes right, as a share of those in real renders: {share:.2f}")
 
 
 def of_ceiling(scores: Comparison, key: str = "identity") -> float:

@@ -28,7 +28,7 @@ EDGE_SHARE = 0.75  # of the first line after a bar that is not black
 
 LONG_SIDE = 64  # pixels of the small copy that saliency is measured on; chosen
 EDGE = 0.1  # of the short side: how wide the strips along the edges are; chosen
-WHITE = np.array([0.95047, 1.0, 1.08883], dtype=np.float32)  # D65
+D65 = np.array([0.95047, 1.0, 1.08883], dtype=np.float32)  # white
 RGB_TO_XYZ = np.array(  # IEC 61966-2-1
     [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], dtype=np.float32
 )
@@ -233,7 +233,7 @@ def lab(image: Image.Image) -> Values:
     """(H, W, 3) CIE L*a*b* of an sRGB picture: equal distances look about equally different. L 0..100."""
     values = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    xyz = linear @ RGB_TO_XYZ.T / WHITE
+    xyz = linear @ RGB_TO_XYZ.T / D65
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     stacked: Any = np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
     return stacked.astype(np.float32)

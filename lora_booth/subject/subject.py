@@ -10,9 +10,8 @@ from pathlib import Path
 from ..config import check_types, typed
 from ..errors import SubjectError, shown
 from ..photos.audit import Audit, audit_photos
-from ..photos.finding import find_photos
+from ..photos.finding import MaskSource, find_photos
 from ..photos.photo import Photo, PhotoSet, Region, Skipped
-from ..photos.sidecars import MaskSource
 from ..photos.square import Cropping
 from .tokens import SYNTAX, check_token_text
 from .wording import article, subject_pattern, with_article
