@@ -6,19 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from PIL import Image
 
 from ..adapters.contents import file_stem
 from ..base.ai_mark import save_picture
 from ..config import typed
-
-if TYPE_CHECKING:
-    from .regions import Region
+from .regions import FEATHER, Region
 
 AUTO_START = 0.3  # share of the steps, before automatic regions start, whose attention is read; chosen on the toybox
-FEATHER = 0.04  # softness of a region's edge, as a share of the picture's side; chosen
 # words that are the same to bash, zsh, cmd and PowerShell
 PLAIN = re.compile(r"[A-Za-z0-9_+:./-]+")
 QUOTED = re.compile(r"[^\"$`\\!%“”„]+")  # between double quotes; PowerShell ends a string at “

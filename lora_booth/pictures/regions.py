@@ -14,9 +14,9 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..config import check, check_types
 from ..errors import SettingsError
-from .picture import FEATHER
 from .weights import Weight
 
+FEATHER = 0.04  # softness of a region's edge, as a share of the picture's side; chosen
 SIDE = 512  # pixels of a drawn mask, which is reduced to the size of each layer; chosen
 COLORS = ("#e4572e", "#2e86ab", "#f2b134", "#56a3a6", "#a05195", "#76b041")  # of a preview
 
