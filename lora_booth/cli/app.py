@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -89,11 +88,9 @@ PARSER = re.compile(r"Value error, |Input |, unable to parse string as an? \w+")
 
 def usage(error: Any, words: Sequence[str]) -> str:
     """What is wrong with the words of a command, and where its options are listed."""
-    command, message = error.ctx.command, PARSER.sub("", error.format_message()).strip()
-    if hasattr(error, "possibilities"):  # an unknown option; theirs are in alphabetical order
-        known = [word for one in command.params for word in (*one.opts, *one.secondary_opts)]
-        near = get_close_matches(error.option_name, known, n=1)
-        message = f"{error.message}. Did you mean {near[0]}?" if near else error.message
+    message = PARSER.sub("", error.format_message()).strip()
+    if getattr(error, "possibilities", None):  # of an unknown option, the nearest first
+        message = f"{error.message}. Did you mean {error.possibilities[0]}?"
     elif (parameter := getattr(error, "param", None)) is not None:
         parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
         given = next((value for word, value in zip(parts, parts[1:], strict=False) if word in parameter.opts), None)

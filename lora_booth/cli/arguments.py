@@ -20,7 +20,7 @@ MOST_SEEDS = 10_000  # chosen
 
 def check_adapter_file(out: Path) -> None:
     """Called before the work, not after it."""
-    if out.suffix.lower() != ".safetensors":
+    if out.suffix != ".safetensors":
         raise SettingsError(f"{out}: adapters are written as .safetensors; pass --out {out.name}.safetensors")
     if out.is_dir():
         raise SettingsError(f"{out}: is a folder; pass --out a file name")

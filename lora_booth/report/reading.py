@@ -56,7 +56,7 @@ class Run:
     samples: Sequence[Sample]  # by step
     crops: Sequence[Path]
     scores: Mapping[str, Any]  # empty where they are of another run
-    adapters: Mapping[int, Path]  # by step
+    adapters: Mapping[int, str]  # names of files in the folder, by step
 
 
 def read_run(path: Path) -> Run:
@@ -79,7 +79,7 @@ def read_run(path: Path) -> Run:
         samples=sorted(samples(path / SAMPLES), key=lambda sample: sample.step),
         crops=sorted((path / CROPS).glob("*.webp")),
         scores=scores_of(path / SCORES, record.get("identity")),
-        adapters=saved_adapters(path),
+        adapters={step: file.relative_to(path).as_posix() for step, file in saved_adapters(path).items()},
     )
 
 

@@ -57,18 +57,21 @@ def write_report(run: str | Path, *, photos: bool = True) -> Path:
 
 def html(run: Run, *, photos: bool = True) -> str:
     """One self-contained page; all text is escaped."""
+    subjects = [" ".join(str(one.get(name, "")) for name in ("token", "class_noun")) for one in run.subjects]
+    rates = [(float(update.step), update.rate) for update in run.updates]
+    rate = chart("Learning rate by step", [("rate", rates)], height=120, last=run.total)
     adapter = last_adapter(run)
     card = {} if adapter is None else {name: fact for name, fact in asdict(adapter.card).items() if fact is not None}
     return page(
         __package__,
         run=run,
-        title=title_of(run),
+        title=" and ".join(subjects) or shown(run.path.resolve().name),
         summary=summary(run),
         advice=advice(run),
         strips=strips(run),
         choices=list(choices(run)),
         ways=[] if adapter is None else list(uses(adapter, run)),
-        charts={"loss": loss_chart(run), "rate": rate_chart(run), "fidelity": fidelity_chart(run)},
+        charts={"loss": loss_chart(run), "rate": rate, "fidelity": fidelity_chart(run)},
         scores=scores_table(run),
         crops=[picture(run, path, f"photo {i}", generated=False) for i, path in enumerate(run.crops if photos else (), 1)],
         timings=timings(run),
@@ -80,17 +83,9 @@ def html(run: Run, *, photos: bool = True) -> str:
 
 def last_adapter(run: Run) -> Adapter | None:
     try:
-        return Adapter.load(list(run.adapters.values())[-1]) if run.adapters else None
+        return Adapter.load(run.path / list(run.adapters.values())[-1]) if run.adapters else None
     except (AdapterError, OSError):
         return None
-
-
-# --- the head
-
-
-def title_of(run: Run) -> str:
-    names = [" ".join(str(s.get(k, "")) for k in ("token", "class_noun")) for s in run.subjects]
-    return " and ".join(names) or shown(run.path.resolve().name)
 
 
 def summary(run: Run) -> list[str]:
@@ -127,11 +122,7 @@ def choices(run: Run) -> Iterator[dict[str, Any]]:
     for step, file in spread(list(run.adapters.items())):
         row = rows.get(step, {})
         best = bool(row) and row.get("name") == run.scores.get("best")
-        yield {"step": step, "file": name_of(run, file), "best": best, "overall": number(row.get("overall"))}
-
-
-def name_of(run: Run, file: Path) -> str:
-    return file.relative_to(run.path).as_posix()
+        yield {"step": step, "file": file, "best": best, "overall": number(row.get("overall"))}
 
 
 def spread(row: Sequence[T], most: int = MOST_COLUMNS) -> list[T]:
@@ -165,11 +156,6 @@ def loss_chart(run: Run, *, style: str = "") -> Markup | None:
     top = max(float(np.quantile([y for _, y in points], HIGHEST)), *(y for _, y in mean))
     marks = [(event.step, event.what) for event in run.events]
     return chart(label, [("raw", points), ("mean", mean)], top=top, marks=marks, last=run.total, style=style)
-
-
-def rate_chart(run: Run) -> Markup | None:
-    points = [(float(u.step), u.rate) for u in run.updates]
-    return chart("Learning rate by step", [("rate", points)], height=120, last=run.total)
 
 
 def fidelity_chart(run: Run) -> Markup | None:
@@ -335,7 +321,7 @@ def timings(run: Run) -> dict[str, str]:
 
 def uses(adapter: Adapter, run: Run) -> Iterator[tuple[str, str, str]]:
     """Program, sentence and code, for each program. The page has the name of the run's folder, but not its path."""
-    folder, name = one_line(run.path.resolve().name), name_of(run, list(run.adapters.values())[-1])
+    folder, name = one_line(run.path.resolve().name), list(run.adapters.values())[-1]
     here = f"From the folder above {folder}"
     for program, sentence, code in ways(adapter, name, folder, new_name=f"{file_stem(adapter.name)}.safetensors"):
         yield program, sentence or here, code
