@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of
 from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
-from .families import Family, is_hub_id
+from .families import Family, check_trainable, is_hub_id, is_offloaded, noise_schedule, recognise
 from .library_logging import quiet_about_long_prompts, quiet_about_torchvision
 from .quantization import check_quantization, is_quantized
 from .quantization import quantize as quantize_unet
-from .recognition import check_trainable, is_offloaded, noise_schedule, recognise
 from .single_file import load_single_file
 from .weight_files import LazyModule
 

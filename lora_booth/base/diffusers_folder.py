@@ -16,9 +16,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import BaseModelError, reason_of, setting
 from ..files import read_json
-from .families import FAMILIES, labels
+from .families import FAMILIES, demand, labels
 from .library_logging import without_bars
-from .recognition import demand
 from .weight_files import LazyModule, Place, WeightFile
 
 # Limits on an untrusted folder; chosen: far above every published model

@@ -12,8 +12,8 @@ from PIL import Image
 
 from ..config import GUIDANCE, STEPS
 from .changes import claimed, undone
+from .families import check_drawable, recognise
 from .library_logging import quiet_about_long_prompts
-from .recognition import check_drawable, recognise
 from .weight_files import return_to_system
 
 PIXELS_AT_A_TIME = 4 * 512 * 512  # through the VAE or the sampler; chosen to fit a GPU of 15 GB in fp32

@@ -17,9 +17,8 @@ import torch
 
 from ..errors import BaseModelError, setting
 from .diffusers_folder import assemble, check_files, empty_module, load_vae, matched, read_config
-from .families import FAMILIES, Family, labels
+from .families import FAMILIES, TIMESTEPS, Family, demand, has_vocabulary, labels
 from .original_naming import V_PREDICTION, ZERO_SNR, original_weights
-from .recognition import TIMESTEPS, demand, has_vocabulary
 from .weight_files import LazyModule, Place, WeightFile
 
 CONFIGS = Path(__file__).parent / "single_file_configs"  # family -> its diffusers folder, without weights and tokenizers

@@ -195,11 +195,8 @@ class WeightFile:
         view = memoryview(into.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
         with self._lock:
             self._handle.seek(start)
-            while view:
-                got = self._handle.readinto(view)  # type: ignore[attr-defined]  # a file has it
-                if not got:
-                    raise BaseModelError(f"{self.path}: truncated while in use; load the base again")
-                view = view[got:]
+            if self._handle.readinto(view) != len(view):  # type: ignore[attr-defined]  # a file has it
+                raise BaseModelError(f"{self.path}: truncated while in use; load the base again")
 
     def check_unchanged(self) -> None:
         if self._stamp() != self.stamp:

@@ -18,8 +18,8 @@ from ..adapters.contents import file_stem
 from ..adapters.tools import merge as merging
 from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel
+from ..base.families import TIMESTEPS
 from ..base.generation import generate_images, quiet
-from ..base.recognition import TIMESTEPS
 from ..config import GUIDANCE, STEPS, check, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers

@@ -12,8 +12,7 @@ from torch import nn
 
 from ..base.base_model import BaseModel, located
 from ..base.diffusers_folder import limited, read_config
-from ..base.families import FAMILIES
-from ..base.recognition import check_trainable, recognise
+from ..base.families import FAMILIES, check_trainable, recognise
 from ..base.single_file import CONFIGS, family_of
 from ..base.weight_files import WeightFile
 from ..errors import BaseModelError, reason_of

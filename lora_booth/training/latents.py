@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-from ..base.recognition import TIMESTEPS
+from ..base.families import TIMESTEPS
 
 
 @dataclass(frozen=True)

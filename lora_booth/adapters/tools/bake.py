@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...base.base_model import BaseModel
-from ...base.families import Family
+from ...base.families import Family, recognise
 from ...base.library_logging import without_bars
 from ...base.original_naming import original_weights, schedule_marks
 from ...base.quantization import refuse_quantized
-from ...base.recognition import recognise
 from ...base.single_file import CONFIGS
 from ...config import typed
 from ...errors import BaseModelError, SettingsError
