@@ -202,28 +202,26 @@ class AttentionMaps:
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
         self.words = words
         self.total: Tensor | None = None  # (N, P, side, side)
-        self.queries: dict[int, Tensor] = {}
+        self.query: Tensor | None = None  # of the layer whose keys come next
 
     @contextmanager
     def collecting(self, hook: UNetHook) -> Iterator[None]:
         hooks: list[tuple[nn.Module, Callable[..., None]]] = []
         for name, module in hook.unet.named_modules():
             if name.endswith(".attn2"):
-                hooks.append((module.to_q, partial(self._keep_query, hook, module)))
-                hooks.append((module.to_k, partial(self._add, hook, module)))
+                hooks += [(module.to_q, partial(self._keep, hook)), (module.to_k, partial(self._add, hook, module))]
         with hooked(hooks):
             yield
 
-    def _keep_query(self, hook: UNetHook, attention: Any, to_q: nn.Module, args: Any, query: Tensor) -> None:
+    def _keep(self, hook: UNetHook, to_q: nn.Module, args: Any, query: Tensor) -> None:
         height, width = hook.current.size
-        if query.shape[1] <= max(MOST_PIXELS, height * width // COARSE):
-            self.queries[id(attention)] = query
+        self.query = query if query.shape[1] <= max(MOST_PIXELS, height * width // COARSE) else None
 
     def _add(self, hook: UNetHook, attention: Any, to_k: nn.Module, args: Any, key: Tensor) -> None:
-        query, call = self.queries.pop(id(attention), None), hook.current
-        if query is None:
+        call = hook.current
+        if self.query is None:
             return
-        q, k = (split_heads(t[call.first :].float(), attention.heads) for t in (query, key))
+        q, k = (split_heads(t[call.first :].float(), attention.heads) for t in (self.query, key))
         weights = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean(1)  # (P, pixels, tokens)
         found = torch.stack([weights[..., list(positions)].mean(-1) for positions in self.words])  # (N, P, pixels)
         maps = found.reshape(*found.shape[:2], *hook.size)

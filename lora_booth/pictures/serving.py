@@ -21,7 +21,6 @@ from ..injection import AttachedAdapter, attachable
 from .picture import Picture
 from .subjects import unread
 from .unet_hook import Gate, UNetCall, UNetHook
-from .weights import Weight
 
 # what `encode_prompt` returns; the last two of SDXL alone
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -109,7 +108,7 @@ class Serving:
                 hook.gates = [Gate(rows=rows[n].repeat(2 if call.guided else 1).to(self.base.device)) for n in names]
                 return call.run()
 
-            hook = UNetHook(self.pipeline, [self.loaded[n] for n in names], [Weight()] * len(names))
+            hook = UNetHook(self.pipeline, [self.loaded[n] for n in names])
             with hook.hooked(answer):
                 images = self.pipeline(
                     **{name: torch.cat([text[name] for text in texts]) for name in texts[0]},

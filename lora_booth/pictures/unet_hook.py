@@ -93,6 +93,7 @@ Answer = Callable[["UNetHook", UNetCall], Any]  # returns what the pipeline gets
 class UNetHook:
     """Weights by step, and gates by row, pixel and word, for adapters that are attached to a pipeline.
 
+    weights  of the attached adapters; (): as they are attached
     gates    one for each attached adapter, set before a call runs; None: active everywhere
     current  the U-Net call that is being answered
     size     height and width of the hidden states that pass through the current transformer
@@ -101,7 +102,7 @@ class UNetHook:
     current: UNetCall
     size: tuple[int, int]
 
-    def __init__(self, pipeline: Any, attached: Sequence[AttachedAdapter], weights: Sequence[Weight]) -> None:
+    def __init__(self, pipeline: Any, attached: Sequence[AttachedAdapter], weights: Sequence[Weight] = ()) -> None:
         from diffusers import UNet2DConditionModel
 
         self.pipeline, self.unet = pipeline, pipeline.unet
@@ -149,7 +150,7 @@ class UNetHook:
             self._timesteps.append(time)
         step = len(self._timesteps) - 1
         progress = min(1.0, step / self._total)
-        for adapter, weight in zip(self.attached, self.weights, strict=True):
+        for adapter, weight in zip(self.attached, self.weights, strict=False):
             for path in adapter.layers if weight.timed else ():
                 if path.startswith("unet."):
                     adapter.scale(path, weight.of(path) if weight.active(progress) else 0.0)
