@@ -454,7 +454,7 @@ MISTAKES = [
     ("convert {rex}", "out"),
     ("convert {rex} {tmp}/b.safetensors --dtype int8", "is not one of 'fp16', 'bf16', 'fp32'"),
     ("merge {rex}:much --out {tmp}/a.safetensors", "'much' is not a weight"),
-    ("merge {rex} --out {tmp}/a.safetensors --method mean", "allowed: sum (exact), svd"),
+    ("merge {rex} --out {tmp}/a.safetensors --method mean", "method 'mean'; needed: 'sum' or 'svd'"),
     ("merge {rex} --out {tmp}/a.safetensors --rank 3", "rank 3 with method sum"),
     ("merge {rex} --out {tmp}/a.safetensors --method svd --rank 0", "rank 0"),
     ("merge {rex} --out {tmp}/a.pt", ".safetensors"),
@@ -484,7 +484,7 @@ MISTAKES = [
     ("generate {rex} --prompt x --device quda", "device quda cannot be used here"),
     ("generate {rex} --prompt x --device cuda:99", "device cuda:99 cannot be used here"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --resolution 100", "allowed: multiples of 8"),
-    ("merge {rex} --out {tmp}/a.safetensors --method ssr", "'ssr' was removed"),
+    ("merge {rex} --out {tmp}/a.safetensors --method ssr", "'ssr'; needed: 'sum' or 'svd'"),
     ("trian {photos}", "trian"),
     ("--colour", "--colour"),
 ]

@@ -31,7 +31,7 @@ BASE_CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": 
 class PeftConfig:
     """The fields of a PEFT file's header entry or adapter_config.json; without any, alpha = rank."""
 
-    def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, fields: Mapping[str, Any], path: Path | None = None) -> None:
         self.path = path
         self.fields = fields
         self._patterns: dict[tuple[str, str], dict[str, tuple[int, Any]]] = {}
@@ -81,7 +81,7 @@ class PeftConfig:
         self._patterns[component, name] = texts
         return texts
 
-    def _value(self, module: str, pattern: str, field: str) -> Any:
+    def value(self, module: str, pattern: str, field: str) -> Any:
         """The pattern's value for the module, else the field's. As in PEFT, the first text that fits counts."""
         component, _, path = module.partition(".")
         texts = self._pattern(component, pattern)
@@ -100,13 +100,13 @@ class PeftConfig:
         rank     None: of a LoKr without low-rank parts; it is in the configuration or does not matter
         lycoris  PEFT calls the field `alpha` in LoHa and LoKr, and `lora_alpha` in LoRA
         """
-        alpha = self._value(module, "alpha_pattern", "alpha" if lycoris else "lora_alpha")
+        alpha = self.value(module, "alpha_pattern", "alpha" if lycoris else "lora_alpha")
         if alpha is None:
             return float(rank or 1)
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e300:
             shown = ascii(alpha)[:NUMBER_LENGTH]
             raise AdapterScaleError(f"{module}: alpha {shown} in its metadata is not a usable number", self.path)
         if rank is None:
-            configured = self._value(module, "rank_pattern", "r")
+            configured = self.value(module, "rank_pattern", "r")
             return float(alpha) / (configured if isinstance(configured, int) else 1)
         return float(alpha) * (math.sqrt(rank) if self._field(component_of(module), "use_rslora") is True else 1.0)

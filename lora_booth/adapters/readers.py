@@ -24,6 +24,7 @@ from ..errors import AdapterScaleError, AdapterTargetError, reason_of
 from .contents import AdapterContents, Layout
 from .layouts import LAYERS, LYCORIS, PAIRS, RARE, likely_family
 from .metadata import PEFT_KEY
+from .peft_config import PeftConfig
 from .reading import find, load
 
 # How names are made of a module's path below its component: {path} as it is, {original} as the original code calls it,
@@ -31,7 +32,6 @@ from .reading import find, load
 UNET = {"unet": ("lora_unet_{original_}", "lora_unet_{path_}")}
 TEXT = {"text_encoder": ("lora_te_{path_}",)}
 TEXTS = {"text_encoder": ("lora_te1_{path_}",), "text_encoder_2": ("lora_te2_{path_}",)}
-NO_PROJECTION: dict[str, tuple[str, ...]] = {"text_encoder.text_projection": (), "text_encoder_2.text_projection": ()}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Program:
 
     names: Mapping[str, Mapping[str, tuple[str, ...]]]  # family -> module, or else its component -> names
     ends: tuple[tuple[str, str], ...]  # of the down and the up factor
+    unread: tuple[str, ...] = ()  # modules that it never takes
     lycoris: bool = False  # it reads LoHa, LoKr and LoRA with a middle factor as well, by LyCORIS's formulas
     joined: Mapping[str, str] | None = None  # family -> component where it takes all four projections of a layer, or none
 
@@ -70,29 +71,26 @@ PROGRAMS = {
     "A1111": Program(
         # AUTOMATIC1111/stable-diffusion-webui 82a973c0 (1.10.1): extensions-builtin/Lora, networks.py and network*.py
         names={
-            "sd1": UNET | {"text_encoder": ("lora_te_{path_}", "lora_te1_{path_}")} | NO_PROJECTION,
-            "sd2": UNET | TEXT | NO_PROJECTION,
+            "sd1": UNET | {"text_encoder": ("lora_te_{path_}", "lora_te1_{path_}")},
+            "sd2": UNET | TEXT,
+            # of diffusers' names it knows those of SD 1.x, which has no such embedding, and no attention before this sampler
             "sdxl": UNET
             | TEXTS
-            | NO_PROJECTION
-            # of diffusers' names it knows those of SD 1.x, which has no such embedding, and no attention before this sampler
             | {
                 f"unet.{path}": ("lora_unet_{original_}",)
                 for path in ("add_embedding.linear_1", "add_embedding.linear_2", "up_blocks.0.upsamplers.0.conv")
             },
         },
         ends=PAIRS[:1],
+        unread=("text_encoder.text_projection", "text_encoder_2.text_projection"),
         lycoris=True,
         joined={"sd2": "text_encoder", "sdxl": "text_encoder_2"},  # OpenCLIP's, which have torch's MultiheadAttention
     ),
     "sd-scripts": Program(
         # kohya-ss/sd-scripts 48d368fa: networks/lora.py, library/original_unet.py, library/sdxl_original_unet.py
-        names={  # it adapts transformers, resnets, samplers and text layers, nothing else
-            "sd1": {"unet": ("lora_unet_{path_}",)} | TEXT | dict.fromkeys(RARE, ()),
-            "sd2": {"unet": ("lora_unet_{path_}",)} | TEXT | dict.fromkeys(RARE, ()),
-            "sdxl": UNET | TEXTS | dict.fromkeys(RARE, ()),
-        },
+        names={**dict.fromkeys(("sd1", "sd2"), {"unet": ("lora_unet_{path_}",)} | TEXT), "sdxl": UNET | TEXTS},
         ends=PAIRS[:1],
+        unread=RARE,  # it adapts transformers, resnets, samplers and text layers, nothing else
     ),
 }
 
@@ -212,6 +210,8 @@ def by_table(program: Program, file: OpenFile) -> dict[str, float]:
 
 def names_of(module: str, family: str, program: Program) -> list[str]:
     """The names under which `program` looks for a module, with a base of `family`."""
+    if module in program.unread:
+        return []
     component, _, path = module.partition(".")
     forms = {"path": path}
     if component == "unet":
@@ -285,24 +285,17 @@ def _component_scales(
         config = get_peft_kwargs(marked, alphas, tensors, is_unet=unet)
     if not config.get("target_modules"):
         raise ValueError(f"no {component}.target_modules in its metadata")
+    peft = PeftConfig({"r": 8, "lora_alpha": 8} | config)  # 8 and 8 are LoraConfig's own
     scales = {}
     for key, rank in ranks.items():
         path = key.removesuffix(".lora_B.weight")
         if f"{path}.lora_A.weight" not in tensors:
             continue
-        stated = _chosen(config.get("rank_pattern"), path, config.get("r", 8))  # 8 and 8 are LoraConfig's own
+        stated = peft.value(f"{component}.{path}", "rank_pattern", "r")
         if stated != rank:
             raise ValueError(f"{component}.{path} has rank {rank}, but {stated} in its metadata")
-        alpha = _chosen(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-        scales[f"{component}.{level}{path}"] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scales[f"{component}.{level}{path}"] = peft.alpha(f"{component}.{path}", rank) / rank
     return scales
-
-
-def _chosen(patterns: Mapping[str, Any] | None, path: str, otherwise: Any) -> Any:
-    """PEFT's `get_pattern_key`, for patterns that are plain paths: a whole one, marked with ^, or the end of one."""
-    parts = path.split(".") if patterns else []
-    names = (f"^{path}", *(".".join(parts[i:]) for i in range(len(parts))))
-    return next((patterns[name] for name in names if name in patterns), otherwise) if patterns else otherwise
 
 
 # --- the check before a file appears -------------------------------------------------------------------------------

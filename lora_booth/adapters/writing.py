@@ -25,7 +25,7 @@ from .contents import MAX_SCALE, AdapterContents, Dtype, Layout, LoraFactors, ch
 from .layouts import KERNEL_3X3, check_path, component_of, kohya_names, tail_of
 from .metadata import PEFT_KEY, metadata_of
 from .readers import check_readers, opened
-from .reading import PICKLE_SUFFIXES, load
+from .reading import load
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAMES = {HEADER_DTYPES[name]: name for name in FACTOR_DTYPES}
@@ -35,8 +35,7 @@ LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000  # the part of a file that kohy
 def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
     """See `Adapter.save`."""
     if path.suffix != ".safetensors":
-        what = "a pickle's name" if path.suffix in PICKLE_SUFFIXES else "not the name of an adapter file"
-        raise AdapterFormatError(f"{what}; end it with .safetensors", path)
+        raise AdapterFormatError("not the name of an adapter file; end it with .safetensors", path)
     typed("layout", layout, Layout)
     typed("dtype", dtype, Dtype)
     if not adapter.modules:

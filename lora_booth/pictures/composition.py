@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter, weighted
 from ..adapters.contents import file_stem
-from ..adapters.tools import merge as merging
+from ..adapters.tools.merge import merge
 from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel
 from ..base.families import TIMESTEPS
@@ -32,7 +32,7 @@ from .unet_hook import UNetHook
 from .weights import Weight
 
 Method = Literal["sum", "regions"]
-REMOVED = ("svd", *merging.REMOVED)  # svd only merges files
+REMOVED = ("svd", "ssr", "switch", "composite")  # of earlier snapshots; svd only merges files
 
 Weighted = Adapter | str | Path | tuple[Adapter | str | Path, float | Weight | None]
 
@@ -250,7 +250,7 @@ class Composition:
             if weight.value:
                 scaled = {path: replace(f, alpha=f.alpha * weight.of(path)) for path, f in adapter.modules.items()}
                 parts.append((replace(adapter, modules=scaled), 1.0))
-        made, lost = merging.merge(parts, method="sum" if rank is None else "svd", rank=rank)
+        made, lost = merge(parts, method="sum" if rank is None else "svd", rank=rank)
         sources = " + ".join(f"{adapter.name} ({weight})" for adapter, weight in self.adapters)
         loss = f"{lost.error:.1%} of the change lost" if lost.error else "exact"
         return made.with_card(description=f"{sources}, as one adapter: {loss}"), lost

@@ -24,6 +24,7 @@ from ...injection import placements
 from ..adapter import Adapter, weighted
 from ..contents import Dtype
 from ..metadata import SGM_IMPLEMENTATION, base_entries
+from ..reading import PICKLE_SUFFIXES
 from ..writing import DTYPES
 
 CHANNELS = (4, 8, 9)  # that U-Nets in single files take: of models for text to image, editing (InstructPix2Pix) and inpainting
@@ -41,7 +42,7 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
     """
     path, adapters, dtype = typed("out", out, Path), weighted(adapters), typed("dtype", dtype, Dtype)
     single = path.suffix.lower() == ".safetensors"
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or pass the name of a folder")
     if path.is_dir() and (single or any(path.iterdir())) or (path.exists() and not single and not path.is_dir()):
         raise SettingsError(f"{path}: already exists; pass the name of a new folder or of a .safetensors file")

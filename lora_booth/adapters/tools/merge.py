@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from ...config import typed
 from ...errors import AdapterError, SettingsError
 from ..adapter import Adapter, weighted
 from ..contents import Card, FamilyName, LoraFactors, one_rank
@@ -15,7 +16,6 @@ from ..lycoris import thin
 from .spectrum import Truncation, Truncations, fitted, norm, one_family, resize
 
 Method = Literal["sum", "svd"]
-REMOVED = ("ssr", "switch", "composite")  # methods of earlier versions, which separated subjects less often
 
 
 def merge(
@@ -26,11 +26,7 @@ def merge(
     method  "sum" is exact and adds up the ranks; "svd" is the closest adapter of a lower rank
     rank    for svd; None: the largest rank of the inputs
     """
-    adapters = weighted(adapters)
-    if method in REMOVED:
-        raise SettingsError(f"method {method!r} was removed; use sum, or draw several subjects by regions")
-    if method not in ("sum", "svd"):
-        raise SettingsError(f"method {method!r} is unknown; allowed: sum (exact), svd (to a rank)")
+    adapters, method = weighted(adapters), typed("method", method, Method)
     if method == "sum" and rank is not None:
         raise SettingsError(f"rank {rank} with method sum, which keeps every rank; use method svd")
     joined = concatenated(adapters)
