@@ -29,9 +29,10 @@ from .reading import find, load
 
 # How names are made of a module's path below its component: {path} as it is, {original} as the original code calls it,
 # {path_} and {original_} with underscores for dots, {processor} as diffusers wrote attention before it knew PEFT.
-UNET = {"unet": ("lora_unet_{original_}", "lora_unet_{path_}")}
-TEXT = {"text_encoder": ("lora_te_{path_}",)}
-TEXTS = {"text_encoder": ("lora_te1_{path_}",), "text_encoder_2": ("lora_te2_{path_}",)}
+Names = dict[str, tuple[str, ...]]  # module, or else its component -> templates
+UNET: Names = {"unet": ("lora_unet_{original_}", "lora_unet_{path_}")}
+TEXT: Names = {"text_encoder": ("lora_te_{path_}",)}
+TEXTS: Names = {"text_encoder": ("lora_te1_{path_}",), "text_encoder_2": ("lora_te2_{path_}",)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Program:
     The scale is `<name>.alpha` / rank, and 1 without such a tensor.
     """
 
-    names: Mapping[str, Mapping[str, tuple[str, ...]]]  # family -> module, or else its component -> names
+    names: Mapping[str, Names]  # by family
     ends: tuple[tuple[str, str], ...]  # of the down and the up factor
     unread: tuple[str, ...] = ()  # modules that it never takes
     lycoris: bool = False  # it reads LoHa, LoKr and LoRA with a middle factor as well, by LyCORIS's formulas
