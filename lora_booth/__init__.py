@@ -11,7 +11,7 @@ _HOMES = {
     "Adapter": "adapters.adapter",
     "Card": "adapters.contents",
     "LoraFactors": "adapters.contents",
-    "difference": "adapters.tools.difference",
+    "difference": "adapters.tools.inspection",
     "merge": "adapters.tools.merge",
     "resize": "adapters.tools.spectrum",
     "bake": "adapters.tools.bake",
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from .adapters.adapter import Adapter
     from .adapters.contents import Card, LoraFactors
     from .adapters.tools.bake import bake
-    from .adapters.tools.difference import difference
     from .adapters.tools.extract import extract
+    from .adapters.tools.inspection import difference
     from .adapters.tools.merge import merge
     from .adapters.tools.spectrum import resize
     from .base.base_model import BaseModel

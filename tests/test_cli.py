@@ -28,8 +28,8 @@ from lora_booth import cli
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.tools.bake import bake
 from lora_booth.adapters.tools.convert import convert
-from lora_booth.adapters.tools.difference import difference
 from lora_booth.adapters.tools.extract import extract
+from lora_booth.adapters.tools.inspection import difference
 from lora_booth.adapters.tools.merge import merge
 from lora_booth.adapters.tools.spectrum import resize
 from lora_booth.base.base_model import BaseModel

@@ -94,13 +94,14 @@ class PeftConfig:
                 return min(fitting, key=lambda found: found[0])[1]
         return self._field(component, field)
 
-    def alpha(self, module: str, rank: int | None, *, lycoris: bool = False) -> float:
+    def alpha(self, module: str, rank: int | None) -> float:
         """PEFT's scale for the module as the alpha of a plain alpha / rank; without any entry alpha = rank.
 
-        rank     None: of a LoKr without low-rank parts; it is in the configuration or does not matter
-        lycoris  PEFT calls the field `alpha` in LoHa and LoKr, and `lora_alpha` in LoRA
+        rank  None: of a LoKr without low-rank parts; it is in the configuration or does not matter
         """
-        alpha = self.value(module, "alpha_pattern", "alpha" if lycoris else "lora_alpha")
+        alpha = self.value(module, "alpha_pattern", "lora_alpha")
+        if alpha is None:  # PEFT calls it so in LoHa and LoKr
+            alpha = self.value(module, "alpha_pattern", "alpha")
         if alpha is None:
             return float(rank or 1)
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e300:

@@ -144,7 +144,7 @@ def readings(path: str | Path) -> dict[str, Reading]:
 def opened(path: Path, adapter: AdapterContents) -> OpenFile:
     """path: a file that `load` has checked; adapter: what it found there."""
     with safe_open(path, "pt") as content:
-        tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118  (no dictionary)
+        tensors = {key: content.get_tensor(key) for key in content.keys()}  # no dictionary
         metadata = content.metadata() or {}
     family = likely_family(adapter.modules, adapter.card.family)
     return OpenFile(tensors, metadata, family, {module: f.scale for module, f in adapter.modules.items()})

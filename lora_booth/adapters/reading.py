@@ -30,7 +30,7 @@ from ..errors import (
 )
 from .contents import AdapterContents, LoraFactors, check_scale, check_shapes, check_values, one_line
 from .foreign import refusal
-from .layouts import FORMS, LOHA, LOKR, PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, numbered, understood
+from .layouts import FORMS, PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, numbered, understood
 from .lycoris import as_lora
 from .metadata import PEFT_KEY, card_from
 from .peft_config import PeftConfig
@@ -80,14 +80,14 @@ def read(
     return AdapterContents(modules, card_from(header.metadata, modules, sgm=sgm, stem=stem), stem)
 
 
-def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConfig | None:
-    """From the header's entry, else from the file beside the tensors; None: there is neither."""
+def _peft_config(entry: str | None, config: Path | None, path: Path) -> PeftConfig:
+    """From the header's entry, else from the file beside the tensors."""
     if entry is not None:
         if not entry.isascii():
             raise AdapterFormatError("PEFT's metadata are not ASCII", path)
         return PeftConfig(parse_json(entry.encode("ascii"), path), path)
     if config is None:
-        return None
+        return PeftConfig({})
     with open_regular(_inside(config)) as handle:
         content = handle.read(MAX_CONFIG + 1)
     if len(content) > MAX_CONFIG:
@@ -154,14 +154,9 @@ def _lycoris_plan(module: str, shapes: Mapping[Role, tuple[int, ...]], path: Pat
     return Plan(kind, tuple(down.shape), tuple(up.shape), rank)
 
 
-def _factors(module: str, tensors: dict[Role, Tensor], plan: Plan, peft: PeftConfig | None, path: Path) -> LoraFactors:
+def _factors(module: str, tensors: dict[Role, Tensor], plan: Plan, peft: PeftConfig, path: Path) -> LoraFactors:
     given = tensors.pop("alpha", None)
-    if given is not None:
-        alpha = float(given.item())
-    elif peft is not None:
-        alpha = peft.alpha(module, plan.rank, lycoris=plan.kind in (LOHA, LOKR))
-    else:
-        alpha = float(plan.rank or 1)
+    alpha = peft.alpha(module, plan.rank) if given is None else float(given.item())
     if plan.rank is None and given is not None and math.isfinite(alpha):
         alpha = 1.0  # LyCORIS and programs that read its files scale only low-rank parts
     check_scale(module, alpha, plan.rank or 1, path)

@@ -202,7 +202,7 @@ def diff(
 ) -> None:
     """Print how two adapters differ and overlap."""
     from ..adapters.adapter import Adapter
-    from ..adapters.tools.difference import difference
+    from ..adapters.tools.inspection import difference
 
     found = difference(Adapter.load(a), Adapter.load(b))
     if json:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from ..adapters.adapter import Adapter
-from ..adapters.tools.difference import Difference, difference
+from ..adapters.tools.inspection import Difference, difference
 from ..base.base_model import BaseModel
 from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting
 from ..injection import placements

@@ -1,14 +1,15 @@
-"""What is in an adapter: its ranks, how large its change is in each block, and which modules change nothing."""
+"""What an adapter changes, and how two differ and overlap: from their factors alone, no module's full matrix is formed."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..adapter import Adapter
-from ..contents import Card
-from .spectrum import norm
+from ..contents import Card, LoraFactors
+from .spectrum import cores, fitted, norm, one_family, spectrum
 
 BLOCKS = {  # how a module's path begins -> what the block is called
     "unet.down_blocks.": "down",
@@ -18,6 +19,11 @@ BLOCKS = {  # how a module's path begins -> what the block is called
     "text_encoder.": "text encoder",
     "text_encoder_2.": "text encoder 2",
 }
+USED = 1e-3  # of a change's largest singular value: smaller ones may be the rounding of half precision
+# where the summary draws its lines; chosen
+SAME = 1e-3  # relative distance; half precision alone makes 5e-4
+COPY = 0.999  # cosine, either sign
+RELATED = 0.1  # cosine, or overlap beyond chance on a scale from chance (0) to all (1)
 
 
 @dataclass(frozen=True)
@@ -58,4 +64,138 @@ def inspect_adapter(adapter: Adapter) -> Inspection:
         alphas=dict(sorted(Counter(m.alpha for m in modules).items())),
         norms={block: math.hypot(*parts) for block, parts in norms.items() if parts},
         dead=tuple(m.module for m in modules if m.norm == 0),
+    )
+
+
+# --- two adapters ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModuleDifference:
+    """Two changes of one module. Norms are Frobenius norms of the scaled change."""
+
+    module: str
+    rank_a: int  # directions in use
+    rank_b: int
+    norm_a: float
+    norm_b: float
+    distance: float  # norm of a - b
+    cosine: float  # of the angle between the changes as vectors; 0 where one is zero
+    columns: float  # mean squared cosine of the principal angles between the outputs (column spaces) that they use, 0 to 1
+    rows: float  # the same for the inputs (row spaces)
+    columns_by_chance: float  # what random spaces of these ranks have
+    rows_by_chance: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two adapters have in common, by module and in total; `str()` says what it means."""
+
+    only_a: tuple[str, ...]  # modules
+    only_b: tuple[str, ...]
+    modules: tuple[ModuleDifference, ...]  # in both
+    norm_a: float  # of all changes together, including modules that only one adapter has
+    norm_b: float
+    distance: float  # norm of a - b
+    cosine: float
+
+    @property
+    def relative(self) -> float:
+        """The distance, relative to the larger of the two."""
+        return self.distance / larger if (larger := max(self.norm_a, self.norm_b)) else 0.0
+
+    @property
+    def columns(self) -> float:
+        """Overlap of the outputs, averaged over all directions of the common modules; 0 to 1."""
+        return self._mean("columns")
+
+    @property
+    def rows(self) -> float:
+        """Overlap of the inputs."""
+        return self._mean("rows")
+
+    @property
+    def beyond_chance(self) -> float:
+        """The larger overlap on a scale from chance (0) to all (1)."""
+        pairs = [(self._mean(overlap), self._mean(f"{overlap}_by_chance")) for overlap in ("columns", "rows")]
+        return max((found - chance) / (1 - chance) if chance < 1 else 0.0 for found, chance in pairs)
+
+    def _mean(self, figure: str) -> float:
+        """Of a figure of the common modules, weighted by how many directions they can share."""
+        weights = [min(m.rank_a, m.rank_b) for m in self.modules]
+        total = sum(getattr(m, figure) * weight for m, weight in zip(self.modules, weights, strict=True))
+        return total / sum(weights) if any(weights) else 0.0
+
+    @property
+    def kind(self) -> str:
+        """same, scaled copy, overlapping or unrelated"""
+        if self.relative < SAME:
+            return "same"
+        if abs(self.cosine) > COPY:
+            return "scaled copy"
+        return "overlapping" if max(abs(self.cosine), self.beyond_chance) > RELATED else "unrelated"
+
+    def __str__(self) -> str:
+        if self.kind == "same":
+            return f"same: they differ by {self.relative:.2g} of their size, which is rounding"
+        if self.kind == "scaled copy":
+            scale = math.copysign(self.norm_b / self.norm_a, self.cosine)
+            return f"scaled copy: b is a times {scale:.3g}"
+        if not self.modules:
+            return "unrelated: they change no module in common"
+        if self.kind == "unrelated":
+            return "unrelated: their common modules share no more directions than by chance"
+        together = "the same way" if self.cosine > RELATED else "opposite ways" if self.cosine < -RELATED else "different ways"
+        return (
+            f"overlapping: they change {together} (cosine {self.cosine:.2f}) "
+            f"and share {self.columns:.0%} of their outputs, {self.rows:.0%} of their inputs"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        derived = {name: getattr(self, name) for name in ("kind", "relative", "columns", "rows", "beyond_chance")}
+        return asdict(self) | derived
+
+
+def difference(a: Adapter, b: Adapter) -> Difference:
+    """Compare what two adapters do to a base. Raises AdapterBaseMismatch if they do not fit the same base."""
+    one_family((a, b), "compared")
+    both = sorted(a.modules.keys() & b.modules.keys())
+    only_a, only_b = sorted(a.modules.keys() - b.modules.keys()), sorted(b.modules.keys() - a.modules.keys())
+    modules = tuple(compared(name, a.modules[name], b.modules[name]) for name in both)
+    alone_a, alone_b = ([norm(x.modules[name]) for name in names] for x, names in ((a, only_a), (b, only_b)))
+    norm_a, norm_b = math.hypot(*alone_a, *(m.norm_a for m in modules)), math.hypot(*alone_b, *(m.norm_b for m in modules))
+    inner = sum(m.cosine * m.norm_a * m.norm_b for m in modules)
+    return Difference(
+        only_a=tuple(only_a),
+        only_b=tuple(only_b),
+        modules=modules,
+        norm_a=norm_a,
+        norm_b=norm_b,
+        distance=math.hypot(*alone_a, *alone_b, *(m.distance for m in modules)),
+        cosine=inner / (norm_a * norm_b) if norm_a and norm_b else 0.0,
+    )
+
+
+def compared(module: str, a: LoraFactors, b: LoraFactors) -> ModuleDifference:
+    b = fitted(module, b, a.shape)
+    one, other = spectrum(a), spectrum(b)
+    rank_a, rank_b = one.rank(USED), other.rank(USED)
+    few, many = sorted((rank_a, rank_b))
+    outputs, inputs = one.left.T @ other.left, one.right @ other.right.T  # cosines of all pairs of directions
+    # <a, b> = sum of s_i t_j (u_i . x_j) (v_i . y_j) over the singular directions
+    product = float((one.values[:, None] * other.values * outputs * inputs).sum())
+    cosine = product / (one.norm * other.norm) if few else 0.0
+    outputs, inputs = outputs[:rank_a, :rank_b], inputs[:rank_a, :rank_b]
+    return ModuleDifference(
+        module=module,
+        rank_a=rank_a,
+        rank_b=rank_b,
+        norm_a=one.norm,
+        norm_b=other.norm,
+        distance=float(cores((a, 1.0), (b, -1.0))[1].norm()),  # from the norms, half of the digits would be lost
+        cosine=max(-1.0, min(1.0, cosine)),
+        columns=float((outputs**2).sum()) / few if few else 0.0,
+        rows=float((inputs**2).sum()) / few if few else 0.0,
+        columns_by_chance=many / one.left.shape[0],
+        rows_by_chance=many / one.right.shape[1],
     )
