@@ -49,7 +49,8 @@ def updates(state: LoopState, gradients: Callable[[], Tensor]) -> Iterator[Tenso
     """
     factors, optimizer, scaler = state.factors, state.optimizer, state.scaler
     while state.step < state.config.steps:
-        set_rate(optimizer, learning_rate(state.config, state.step) * state.health.rate_share)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state.config, state.step) * state.health.rate_share
         loss = gradients()
         if state.processes.count > 1:
             loss = state.processes.sum_gradients(loss, factors.gradient)
@@ -124,14 +125,6 @@ def learning_rate(config: SettledConfig, step: int) -> float:
         return config.learning_rate
     share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:

@@ -57,18 +57,21 @@ def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> 
     """A picture for each seed. One that a safety checker blacked out is drawn again: black would be learnt."""
     options: dict[str, Any] = {"steps": CLASS_IMAGE_STEPS, "guidance": GUIDANCE, "size": resolution}
     images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
-    for trial in range(1, TRIALS):
-        black = [n for n, image in enumerate(images) if image.convert("RGB").getbbox() is None]
-        others = [(seeds[n] + trial * OTHER_SEED) % SEEDS for n in black]
-        for n, image in zip(black, generate_images(pipeline, prompt, others, **options) if black else (), strict=True):
-            images[n] = image
-    if any(image.convert("RGB").getbbox() is None for image in images):
+    for n, seed in enumerate(seeds):
+        for trial in range(1, TRIALS):
+            if is_black(images[n]):
+                images[n] = generate_images(pipeline, prompt, [(seed + trial * OTHER_SEED) % SEEDS], **options)[0]
+    if any(map(is_black, images)):
         raise TrainingError(
             f"class images of {prompt!r} stay black, by the pipeline's safety checker or numbers that are not finite; "
             f"choose another class noun, {setting('dtype=torch.float32', option='--dtype fp32')}, "
             f"or {setting('prior_loss_weight', 0)}"
         )
     return images
+
+
+def is_black(image: Image.Image) -> bool:
+    return image.convert("RGB").getbbox() is None
 
 
 def image_key(base: BaseModel, prompt: str, *, resolution: int, seed: int) -> str:

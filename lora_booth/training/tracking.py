@@ -14,7 +14,6 @@ from PIL import Image
 from ..errors import MissingExtraError, SettingsError, reason_of, setting
 from .progress import Step
 
-EXTRAS = {"tensorboard": "tensorboard"}  # tracker -> our extra that brings its package
 AT_ONCE = 16  # losses read together, since each look waits for the device: chosen
 LOGS = "logs"  # in the run's folder
 
@@ -39,8 +38,8 @@ def trackers_of(track: Track, out: Path | None) -> list[Any]:
                 f"track {one!r} is unknown; allowed: {', '.join(sorted(known))}, or a tracker of accelerate's kind"
             )
         if one not in there:
-            if one in EXTRAS:
-                raise MissingExtraError(setting("track", one), EXTRAS[one])
+            if one == "tensorboard":
+                raise MissingExtraError(setting("track", one), "tensorboard")
             raise SettingsError(f"{setting('track', one)} needs its package; pip install {one}")
         name = "lora_booth" if out is None else out.resolve().name
         if known[one].requires_logging_directory:

@@ -207,7 +207,7 @@ class TrainingRun(Iterator[Step]):
             total=steps,
             loss_tensor=loss,
             smoothed_tensor=self.smoothed,
-            learning_rate=float(self.loop.optimizer.param_groups[0]["lr"]),
+            learning_rate=self.loop.optimizer.param_groups[0]["lr"],
             seconds=elapsed,
             seconds_left=elapsed / max(1, self.step - self.first) * (steps - self.step),
             lora=self.lora,
