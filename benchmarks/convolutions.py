@@ -19,9 +19,9 @@ from torch import nn
 
 from lora_booth.base.single_file import CONFIGS
 from lora_booth.kernels import autograd
-from lora_booth.kernels.autograd import ConvOptions, FrozenConv2d
+from lora_booth.kernels.autograd import FrozenConv2d
 
-Layer = tuple[tuple[int, ...], tuple[int, ...], ConvOptions]  # shapes of x and of the weight
+Layer = tuple[tuple[int, ...], tuple[Any, ...]]  # the shape of x; the arguments of nn.Conv2d
 
 
 def layers(resolution: int, pictures: int) -> Counter[Layer]:
@@ -29,8 +29,8 @@ def layers(resolution: int, pictures: int) -> Counter[Layer]:
     found: Counter[Layer] = Counter()
 
     def seen(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        how = ConvOptions(layer.stride, layer.padding, layer.dilation, layer.groups)
-        found[tuple(inputs[0].shape), tuple(layer.weight.shape), how] += 1
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
+        found[tuple(inputs[0].shape), tuple(getattr(layer, name) for name in names)] += 1
 
     side = resolution // 8
     with torch.device("meta"):
@@ -42,10 +42,10 @@ def layers(resolution: int, pictures: int) -> Counter[Layer]:
     return found
 
 
-def milliseconds(layer: Layer, dtype: torch.dtype, times: int) -> list[float] | None:
+def milliseconds(case: Layer, dtype: torch.dtype, times: int) -> list[float] | None:
     """As a product, as a convolution; None if it is no product."""
-    shape, size, how = layer
-    x, weight = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(size).to(dtype)
+    shape, sizes = case
+    x, layer = torch.randn(shape).to(dtype).requires_grad_(), nn.Conv2d(*sizes, bias=False, dtype=dtype).requires_grad_(False)
     found: dict[int, list[float]] = {autograd.FEW_PIXELS: [], 0: []}
     few = autograd.FEW_PIXELS
     try:
@@ -53,7 +53,7 @@ def milliseconds(layer: Layer, dtype: torch.dtype, times: int) -> list[float] | 
             for most in sorted(found, reverse=number % 2 == 0):
                 autograd.FEW_PIXELS = most
                 began = time.process_time()
-                result = FrozenConv2d.apply(x, weight, None, how)
+                result = FrozenConv2d.apply(x, layer)
                 if most and not result.grad_fn.product:
                     return None
                 result.backward(torch.ones_like(result))

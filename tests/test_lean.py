@@ -16,7 +16,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
 from lora_booth.injection import TrainableLora, trainable
 from lora_booth.kernels import autograd
-from lora_booth.kernels.autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm
+from lora_booth.kernels.autograd import FrozenConv2d, Geglu, NormBeside, SumAndNorm
 from lora_booth.kernels.lean import lean, rewrites
 from lora_booth.kernels.lora import FlatFactors, LoraLinears, LoraPiece
 from lora_booth.planning.counting import Meter
@@ -150,42 +150,48 @@ def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
 @pytest.mark.parametrize(
     ("kernel", "how"),
     [
-        (3, ConvOptions(padding=(1, 1))),
-        (3, ConvOptions(stride=(2, 2), padding=(1, 1))),
-        (3, ConvOptions(stride=(1, 2), padding=(0, 2), dilation=(2, 1))),
-        (1, ConvOptions()),
-        (1, ConvOptions(stride=(2, 2))),
-        (3, ConvOptions(padding=(1, 1), groups=4)),
+        (3, {"padding": 1}),
+        (3, {"stride": 2, "padding": 1}),
+        (3, {"stride": (1, 2), "padding": (0, 2), "dilation": (2, 1)}),
+        (1, {}),
+        (1, {"stride": 2}),
+        (3, {"padding": 1, "groups": 4}),
     ],
 )
 @pytest.mark.parametrize("size", [(6, 5), (33, 20)])
 @pytest.mark.parametrize("as_product", [True, False])
 def test_convolutions(
-    rows: int, kernel: int, how: ConvOptions, size: tuple[int, int], as_product: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, kernel: int, how: dict[str, Any], size: tuple[int, int], as_product: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if as_product:
         monkeypatch.setattr(autograd, "MANY_WEIGHTS", 0)
         monkeypatch.setattr(autograd, "FEW_PIXELS", 10**6)
     torch.manual_seed(0)
     x = torch.randn(rows, 8, *size, requires_grad=True)
-    weight, bias = torch.randn(12, 8 // how.groups, kernel, kernel), torch.randn(12)
-    for b in (bias, None):
-        expected = F.conv2d(x, weight, b, *how)
-        found = FrozenConv2d.apply(x, weight, b, how)
+    for bias in (True, False):
+        layer = nn.Conv2d(8, 12, kernel, bias=bias, **how).requires_grad_(False)
+        expected, found = layer(x), FrozenConv2d.apply(x, layer)
         up = torch.randn_like(expected)
         assert torch.allclose(found, expected, atol=1e-4) and found.is_contiguous()
         (wanted,), (got,) = torch.autograd.grad(expected, x, up), torch.autograd.grad(found, x, up)
         assert torch.allclose(got, wanted, atol=1e-4)
 
 
+def filled(layer: Any) -> Any:
+    """This norm, frozen, with weights that can be told apart."""
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return layer.requires_grad_(False).double()
+
+
 def test_what_is_computed_again() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8, 3, 3, dtype=torch.float64, requires_grad=True)
-    weight, bias = torch.randn(8).double(), torch.randn(8).double()
+    norm = filled(nn.GroupNorm(4, 8))
     for silu in (True, False):
-        assert torch.autograd.gradcheck(lambda x: NormBeside.apply(x, weight, bias, 4, 1e-5, silu), (x,))  # noqa: B023
-        skip, found = NormBeside.apply(x, weight, bias, 4, 1e-5, silu)
-        expected = F.group_norm(x, 4, weight, bias, 1e-5)
+        assert torch.autograd.gradcheck(lambda x: NormBeside.apply(x, norm, silu), (x,))  # noqa: B023
+        skip, found = NormBeside.apply(x, norm, silu)
+        expected = norm(x)
         assert torch.equal(skip, x) and torch.allclose(found, F.silu(expected) if silu else expected)
     halves = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(Geglu.apply, (halves,))
@@ -196,14 +202,14 @@ def test_what_is_computed_again() -> None:
 def test_sums_on_the_way() -> None:
     torch.manual_seed(0)
     x, more = torch.randn(2, 2, 5, 8, dtype=torch.float64).requires_grad_().unbind()
-    weight, bias = torch.randn(2, 8, dtype=torch.float64)
+    norm = filled(nn.LayerNorm(8))
     for given in (more, None):
-        total, normal = SumAndNorm.apply(x, given, weight, bias, 1e-5)
+        total, normal = SumAndNorm.apply(x, given, norm)
         assert torch.equal(total, x if given is None else x + more)
-        assert torch.allclose(normal, F.layer_norm(total, [8], weight, bias, 1e-5))
-    assert torch.autograd.gradcheck(lambda x, more: SumAndNorm.apply(x, more, weight, bias, 1e-5), (x, more))
-    assert torch.autograd.gradcheck(lambda x: SumAndNorm.apply(x, None, weight, bias, 1e-5), (x,))
-    assert torch.autograd.gradcheck(lambda x: SumAndNorm.apply(x, x * 2, weight, bias, 1e-5)[1], (x,))
+        assert torch.allclose(normal, norm(total))
+    assert torch.autograd.gradcheck(lambda x, more: SumAndNorm.apply(x, more, norm), (x, more))
+    assert torch.autograd.gradcheck(lambda x: SumAndNorm.apply(x, None, norm), (x,))
+    assert torch.autograd.gradcheck(lambda x: SumAndNorm.apply(x, x * 2, norm)[1], (x,))
 
 
 @pytest.mark.parametrize("count", [1, 3])

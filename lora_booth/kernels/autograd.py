@@ -6,11 +6,11 @@ one or two Triton kernels (`dispatch`), elsewhere PyTorch's.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import dispatch
@@ -27,93 +27,84 @@ def fused(x: Tensor) -> bool:
 # --- convolutions ----------------------------------------------------------------------------------------------------
 
 
-class ConvOptions(NamedTuple):
-    """Each as (height, width), in the order of `F.conv2d`."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-
 class FrozenConv2d(Function):
-    """Saves only its weight."""
+    """A convolution of x (N, C, H, W) that saves nothing. layer: an nn.Conv2d"""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: ConvOptions) -> Tensor:
-        ctx.save_for_backward(weight)
-        steps = [divmod(far, stride) for far, stride in zip(reach(x, weight, how), how.stride, strict=True)]
-        ctx.shape, ctx.how, ctx.left = x.shape, how, tuple(left for _, left in steps)
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        steps = [divmod(far, stride) for far, stride in zip(reach(x, layer), layer.stride, strict=True)]
+        ctx.layer, ctx.size, ctx.left = layer, x.shape[2:], tuple(left for _, left in steps)
         height, width = (count + 1 for count, _ in steps)
-        ctx.product = as_product(x, weight, how, len(x) * height * width)
+        ctx.product = as_product(x, layer, len(x) * height * width)
         if not ctx.product:
-            return F.conv2d(x, weight, bias, *how)
-        patches = F.unfold(x, weight.shape[2:], how.dilation, how.padding, how.stride)  # type: ignore[arg-type]
-        result = weight.flatten(1) @ patches.transpose(0, 1).flatten(1)  # (outs, N pixels)
-        result = result if bias is None else result.add_(bias[:, None])
+            return nn.Conv2d.forward(layer, x)
+        weight = layer.weight.flatten(1)
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        result = weight @ patches.transpose(0, 1).flatten(1)  # (outs, N pixels)
+        result = result if layer.bias is None else result.add_(layer.bias[:, None])
         return result.view(len(weight), len(x), height, width).transpose(0, 1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (weight,), how = ctx.saved_tensors, ctx.how
+        layer, weight = ctx.layer, ctx.layer.weight
         if not ctx.product:
-            for_x = F.conv_transpose2d(gradient, weight, output_padding=ctx.left, **how._asdict())
-            return for_x, None, None, None
+            how = layer.stride, layer.padding, ctx.left, layer.groups, layer.dilation
+            return F.conv_transpose2d(gradient, weight, None, *how), None
         rows = gradient.flatten(2).transpose(1, 2).flatten(0, 1)  # (N pixels, outs): one product, however many images
         patches = (rows @ weight.flatten(1)).unflatten(0, (len(gradient), -1)).transpose(1, 2)
-        sizes = ctx.shape[2:], weight.shape[2:], how.dilation, how.padding, how.stride
-        return F.fold(patches, *sizes), None, None, None  # type: ignore[arg-type]
+        return F.fold(patches, ctx.size, layer.kernel_size, layer.dilation, layer.padding, layer.stride), None
 
 
-def reach(x: Tensor, weight: Tensor, how: ConvOptions) -> list[int]:
+def reach(x: Tensor, layer: Any) -> list[int]:
     """Down and across: how far the kernel moves from the first pixel to the last."""
-    sizes = zip(x.shape[2:], how.padding, how.dilation, weight.shape[2:], strict=True)
+    sizes = zip(x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, strict=True)
     return [size + 2 * pad - spread * (kernel - 1) - 1 for size, pad, spread, kernel in sizes]
 
 
-def as_product(x: Tensor, weight: Tensor, how: ConvOptions, pixels: int) -> bool:
+def as_product(x: Tensor, layer: Any, pixels: int) -> bool:
     """Whether one product of patches is faster: on a CPU, a convolution reorders its weights at every call."""
-    small = pixels <= FEW_PIXELS and weight.numel() >= MANY_WEIGHTS
-    return small and x.device.type == "cpu" and how.groups == 1 and weight.is_contiguous()
+    small = pixels <= FEW_PIXELS and layer.weight.numel() >= MANY_WEIGHTS
+    return small and x.device.type == "cpu" and layer.groups == 1 and layer.weight.is_contiguous()
 
 
 # --- norms and gates -------------------------------------------------------------------------------------------------
 
 
 class NormBeside(Function):
-    """x, and GroupNorm(x), with SiLU if `silu`: saves x and the groups' statistics. x (N, C, H, W)"""
+    """x, and its GroupNorm, with SiLU if `silu`: saves x and the groups' statistics. x (N, C, H, W); norm: an nn.GroupNorm"""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, norm: Any, silu: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
+        ctx.norm, ctx.silu = norm, silu
+        how = norm.weight, norm.bias, norm.num_groups, norm.eps
         if fused(x):
-            normal, mean, rstd = dispatch.group_norm(x, weight, bias, groups, eps, silu=silu)
+            normal, mean, rstd = dispatch.group_norm(x, *how, silu=silu)
         else:
-            normal, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *sizes_of(x), groups, eps)
+            normal, mean, rstd = native_group_norm(x.contiguous(), norm)
             normal = F.silu(normal, inplace=True) if silu else normal
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.save_for_backward(x, mean, rstd)
         return x.view_as(x), normal
 
     @staticmethod
     def backward(ctx: Any, skip: Tensor | None, gradient: Tensor | None) -> Any:
-        x, mean, rstd, weight, bias = ctx.saved_tensors
+        x, mean, rstd = ctx.saved_tensors
+        norm = ctx.norm
         if gradient is None:
-            return skip, None, None, None, None, None
+            return skip, None, None
         if fused(x):
-            work = dispatch.group_norm_backward
-            for_x = work(gradient, skip, x, mean, rstd, weight, bias, ctx.groups, silu=ctx.silu)
-            return for_x, None, None, None, None, None
-        sizes = (*sizes_of(x), ctx.groups)
+            how = norm.weight, norm.bias, norm.num_groups
+            return dispatch.group_norm_backward(gradient, skip, x, mean, rstd, *how, silu=ctx.silu), None, None
         x, gradient = x.contiguous(), gradient.contiguous()  # PyTorch reads them as contiguous, whatever their strides
         if ctx.silu:
-            normal = torch.native_group_norm(x, weight, bias, *sizes, ctx.eps)[0]
-            gradient = torch.ops.aten.silu_backward(gradient, normal)
-        mask = [True, False, False]
-        for_x = torch.ops.aten.native_group_norm_backward(gradient, x, mean, rstd, weight, *sizes, mask)[0]
-        return for_x if skip is None else for_x.add_(skip), None, None, None, None, None
+            gradient = torch.ops.aten.silu_backward(gradient, native_group_norm(x, norm)[0])
+        sizes, mask = (*sizes_of(x), norm.num_groups), [True, False, False]
+        for_x = torch.ops.aten.native_group_norm_backward(gradient, x, mean, rstd, norm.weight, *sizes, mask)[0]
+        return for_x if skip is None else for_x.add_(skip), None, None
+
+
+def native_group_norm(x: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_group_norm(x, norm.weight, norm.bias, *sizes_of(x), norm.num_groups, norm.eps)
 
 
 def sizes_of(x: Tensor) -> tuple[int, int, int]:
@@ -125,20 +116,21 @@ class SumAndNorm(Function):
     """x + more (just x without more), and LayerNorm of that: saves the sum and each token's statistics. x (..., C)"""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, more: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.summed = more is not None
+        ctx.norm, ctx.summed = norm, more is not None
         if fused(x):
-            total, normal, mean, rstd = dispatch.layer_norm(x, more, weight, bias, eps)
+            total, normal, mean, rstd = dispatch.layer_norm(x, more, norm.weight, norm.bias, norm.eps)
         else:
             total = x if more is None else x + more
-            normal, mean, rstd = torch.native_layer_norm(total, [x.shape[-1]], weight, bias, eps)
-        ctx.save_for_backward(total, mean, rstd, weight, bias)
+            normal, mean, rstd = torch.native_layer_norm(total, [x.shape[-1]], norm.weight, norm.bias, norm.eps)
+        ctx.save_for_backward(total, mean, rstd)
         return total.view_as(total) if more is None else total, normal
 
     @staticmethod
     def backward(ctx: Any, skip: Tensor | None, gradient: Tensor | None) -> Any:
-        total, mean, rstd, weight, bias = ctx.saved_tensors
+        total, mean, rstd = ctx.saved_tensors
+        weight, bias = ctx.norm.weight, ctx.norm.bias
         if gradient is None:
             result = skip
         elif fused(total):
@@ -148,7 +140,7 @@ class SumAndNorm(Function):
             result = backward(gradient, total, [total.shape[-1]], mean, rstd, weight, bias, mask)[0]
             if skip is not None:
                 result = result.add_(skip)
-        return result, result if ctx.summed else None, None, None, None
+        return result, result if ctx.summed else None, None
 
 
 class Geglu(Function):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..base.changes import undone
 from ..base.quantization import is_packed
 from .attention import kernel_of
-from .autograd import ConvOptions, FrozenConv2d, Geglu, NormBeside, SumAndNorm
+from .autograd import FrozenConv2d, Geglu, NormBeside, SumAndNorm
 from .lora import FlatFactors, LoraLinears, LoraPiece
 
 
@@ -87,8 +87,7 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def lean_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    how = ConvOptions(layer.stride, layer.padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
-    return FrozenConv2d.apply(x, layer.weight, layer.bias, how)  # type: ignore[no-any-return, no-untyped-call]
+    return FrozenConv2d.apply(x, layer)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def plain_conv(layer: nn.Conv2d) -> bool:
@@ -100,12 +99,11 @@ def plain_norm(norm: nn.GroupNorm) -> bool:
 
 
 def norm_beside(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> tuple[Tensor, Tensor]:
-    result = NormBeside.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)  # type: ignore[no-untyped-call]
-    return result  # type: ignore[no-any-return]
+    return NormBeside.apply(x, norm, silu)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sum_and_norm(norm: nn.LayerNorm, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
-    return SumAndNorm.apply(x, more, norm.weight, norm.bias, norm.eps)  # type: ignore[no-any-return, no-untyped-call]
+    return SumAndNorm.apply(x, more, norm)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def lean_geglu(layer: Any, x: Tensor) -> Tensor:

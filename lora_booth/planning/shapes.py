@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ def without_weights(source: BaseModel | str | Path, dtype: torch.dtype) -> BaseM
         components = {"vae": source.shell.vae, **source.structure, "scheduler": source.scheduler}
         parts = {name: plain(component.config) for name, component in components.items()}
         parts["model_index"] = {name: ["", type(component).__name__] for name, component in components.items()}
-        return built(source.name, parts, dtype, source.tokenizers)
+        return built(source.name, parts, dtype)
     if str(source) in FAMILIES:
         return built(FAMILIES[str(source)].label, configured(CONFIGS / str(source)), dtype)
     name, place = located(source, or_else=f"a family ({', '.join(FAMILIES)}), ")
@@ -66,11 +67,10 @@ class StandIn:
         return []
 
 
-def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype, tokenizers: Sequence[Any] = ()) -> BaseModel:
+def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> BaseModel:
     """A base on the "meta" device. Raises BaseModelError.
 
-    parts       module or "scheduler" -> its configuration; "model_index" -> each one's [library, class]
-    tokenizers  of a loaded base; none: stand-ins
+    parts  module or "scheduler" -> its configuration; "model_index" -> each one's [library, class]
     """
     import diffusers
     import transformers
@@ -90,15 +90,13 @@ def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype,
             except Exception as error:  # what the libraries raise for a wrong configuration has no bounds
                 raise BaseModelError(f"{name}: no {part} can be built from its configuration ({reason_of(error)})") from error
             modules[part] = nn.Module.to(module, dtype).eval()
-    encoders = [modules[part] for part in ("text_encoder", "text_encoder_2") if part in modules]
-    tokenizers = tokenizers or [StandIn(encoder.config.max_position_embeddings) for encoder in encoders]
-    others = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
+    others: dict[str, Any] = {"requires_safety_checker": False, "add_watermarker": False}
     others["scheduler"] = getattr(diffusers, classes["scheduler"][-1]).from_config(dict(parts["scheduler"]))
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if encoder in modules:
+            others[tokenizer] = StandIn(modules[encoder].config.max_position_embeddings)
     family = recognise(SimpleNamespace(**modules))
-    more: dict[str, Any] = {"add_watermarker": False}
-    if not family.time_ids:
-        more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    absent = dict.fromkeys({"vae", *family.components, *family.tokenizers} - {*modules, *others})
-    pipeline = getattr(diffusers, family.pipeline)(**modules, **others, **more, **absent)
+    kind = getattr(diffusers, family.pipeline)
+    pipeline = kind(**{argument: (modules | others).get(argument) for argument in signature(kind).parameters})
     check_trainable(pipeline, family)
     return BaseModel(pipeline, family, name)
