@@ -25,6 +25,7 @@ from .results import CHANCE, Metric, Values
 
 Groups = Sequence[Sequence[Image.Image]]  # by prompt
 RENDER_SEED = 77_000  # chosen: far from the seeds of the photos, so that the ceiling shows other poses
+RECOGNISED_BY = ("class_noun", "color", "second", "pattern")  # parts of the subject's identity, in pictures of its class
 TEMPLATE = "a photo of {token} {class_noun} {context}"
 
 
@@ -161,7 +162,10 @@ class ToyboxMeasure:
 
     def of_class(self, pictures: Sequence[Image.Image]) -> dict[str, Values]:
         verdicts, who = judge(pictures), self.identity
-        pres = self.to_photos(verdicts) if who is None else [float(shows(verdict, who)) for verdict in verdicts]
+        if who is None:
+            pres = self.to_photos(verdicts)
+        else:
+            pres = [float(attributes_right(verdict, who, RECOGNISED_BY) == 1) for verdict in verdicts]
         return {"pres": [pres], "class_div": [diversity(features(verdicts))]}
 
     def of_photos(self, cases: Sequence[Case], seeds: int) -> dict[str, Values]:
@@ -210,18 +214,11 @@ def to_others(vectors: np.ndarray) -> list[float]:
 # --- the drawn world
 
 
-def attributes_right(verdict: Verdict, identity: Identity) -> float:
-    """The share of the identity's attributes that the first object has; 0 without an object."""
+def attributes_right(verdict: Verdict, identity: Identity, parts: Sequence[str] = tuple(OBJECT_HEADS)) -> float:
+    """The share of these attributes of the identity that the first object has; 0 without an object."""
     if not verdict.objects:
         return 0.0
-    return float(np.mean([getattr(verdict.objects[0], part) == getattr(identity, part) for part in OBJECT_HEADS]))
-
-
-def shows(verdict: Verdict, identity: Identity) -> bool:
-    """Whether the first object is the subject: its class, its two body colours and its pattern."""
-    return bool(verdict.objects) and all(
-        getattr(verdict.objects[0], part) == getattr(identity, part) for part in ("class_noun", "color", "second", "pattern")
-    )
+    return float(np.mean([getattr(verdict.objects[0], part) == getattr(identity, part) for part in parts]))
 
 
 def drawn_subject(photos: Sequence[Image.Image]) -> tuple[str, Identity] | None:
