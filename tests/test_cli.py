@@ -34,8 +34,7 @@ from lora_booth.adapters.tools.merge import merge
 from lora_booth.adapters.tools.spectrum import resize
 from lora_booth.base.base_model import BaseModel
 from lora_booth.cli.app import fail
-from lora_booth.cli.arguments import by_file, file_and_weight, parse_seeds
-from lora_booth.cli.bases import base_of, remember
+from lora_booth.cli.arguments import base_of, by_file, file_and_weight, parse_seeds, remember
 from lora_booth.cli.options import Loading, Placement
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError, in_command, setting

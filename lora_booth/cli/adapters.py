@@ -11,8 +11,7 @@ import typer
 from ..adapters.contents import Dtype
 from ..errors import SettingsError, listed, shown
 from .app import say, say_json
-from .arguments import check_adapter_file, weighted
-from .bases import base_of
+from .arguments import base_of, check_adapter_file, weighted
 from .options import Adapters, Json, Names, OwnBase, Reading, command
 
 if TYPE_CHECKING:
@@ -50,17 +49,6 @@ class Output:
             for m in report.modules:
                 say(f"{m.error:10.3g}  rank {m.rank_before} -> {m.rank}  norm {m.norm:.4g}  {m.module}")
         say_file(file)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a person adds to an adapter's card."""
-
-    title: str | None = None  # title on the card, e.g. 'Rex the dog'
-    author: str | None = None  # author on the card, e.g. anna
-    license: str | None = None  # license of the adapter, e.g. cc-by-4.0
-    consent: str | None = None  # who agreed to be shown, e.g. self or 'consenting person'
-    tags: str | None = None  # search terms, separated by commas, e.g. dog,plush
 
 
 @command
@@ -112,7 +100,11 @@ def share(
     push: str | None = None,  # upload the folder to this Hub repository, e.g. anna/rex
     private: bool = False,  # make the repository private
     layout: Names = "kohya",
-    facts: Facts,
+    title: str | None = None,  # title on the card, e.g. 'Rex the dog'
+    author: str | None = None,  # author on the card, e.g. anna
+    license: str | None = None,  # license of the adapter, e.g. cc-by-4.0
+    consent: str | None = None,  # who agreed to be shown, e.g. self or 'consenting person'
+    tags: str | None = None,  # search terms, separated by commas, e.g. dog,plush
     thumbnail: Path | None = None,  # picture for the file's header, e.g. rex.png
 ) -> None:
     """Make a folder ready for the Hub, or upload it."""
@@ -120,8 +112,8 @@ def share(
 
     if (out is None) == (push is None):
         raise SettingsError("share writes a folder or uploads it; pass either --out FOLDER or --push OWNER/NAME")
-    card = {name: fact for name, fact in asdict(facts).items() if fact is not None}
-    shared = Adapter.load(adapter).with_card(**card)
+    facts = {"title": title, "author": author, "license": license, "consent": consent, "tags": tags}
+    shared = Adapter.load(adapter).with_card(**{name: fact for name, fact in facts.items() if fact is not None})
     if out is not None:
         say(f"wrote {shared.save_folder(out, layout=layout, thumbnail=thumbnail)}")
     if push is not None:

@@ -20,8 +20,7 @@ from ..adapters.contents import Dtype, Layout
 from ..config import GUIDANCE, STEPS
 from ..errors import SettingsError, shown
 from .app import app, note
-from .arguments import region_words
-from .bases import base_of
+from .arguments import base_of, region_words
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,7 @@ import typer
 from ..config import LoraSpec, TrainingConfig
 from ..errors import AdapterError, SettingsError
 from .app import INTERRUPTED, note, say, say_json
-from .arguments import check_adapter_file
-from .bases import remember
+from .arguments import check_adapter_file, remember
 from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, command, torch_dtype
 
 
@@ -121,7 +120,9 @@ def train(
     subject = Subject.from_folder(folder, token=token, class_noun=class_noun, minimum=min_photos, maximum=max_photos, crop=crop)
     for skipped in subject.skipped:
         note(f"not used: {skipped.name}: {skipped.reason}")
-    run = run or run_beside(out, folder)
+    if run is None:  # beside the adapter's file, but never the folder of the photos
+        run = out.with_suffix("")
+        run = run if run.resolve() != folder.resolve() else out.with_name(f"{out.stem}-run")
     own_gpu()
     loaded = loading.base(base)
     if base == "toybox":
@@ -151,12 +152,6 @@ def train(
         except AdapterError as error:
             raise AdapterError(f"{error}; the finished adapter is {run / ADAPTER}") from error
     say(f"wrote {file} ({file.stat().st_size / 1e6:.2f} MB); prompt: {adapter.card.prompt}")
-
-
-def run_beside(out: Path, photos: Path) -> Path:
-    """The run's folder where none is asked for: the adapter's file without its ending, but never the folder of the photos."""
-    run = out.with_suffix("")
-    return run if run.resolve() != photos.resolve() else out.with_name(f"{out.stem}-run")
 
 
 @command

@@ -50,14 +50,7 @@ def find_photos(
     """Find the usable photos of a folder (or of a list of files), and why each of the other files is skipped.
 
     source     a folder: its files in natural order (img2 before img10), without subfolders; or files, in their order
-    crop       "smart": the square that keeps the subject, without black bars; "center": the one in the middle.
-               A photo with an entry in `crops` is cut there, in the middle.
-    crops      file name -> (x0, y0, x1, y1), fractions 0..1 of the upright photo, or pixels if any value is above 1.
-               They override those of a `crops.json` in the folder, which has the same form.
-    masks      file name -> a file or a PIL image of the upright photo's shape, white on the subject.
-               They override a `photo.mask.png` beside photo.jpg.
-    minimum    usable photos needed
-    maximum    usable photos accepted, so that you do not train on a whole camera roll by mistake
+    the rest   as for `Subject.from_folder`; a photo with an entry in `crops` is cut there, in the middle
     raises     PhotoError: no such folder, too few or too many photos, an invalid crop, mask or caption
     """
     if crop not in get_args(Cropping):

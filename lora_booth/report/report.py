@@ -263,8 +263,6 @@ def short(value: float) -> str:
 
 def thinned(points: Sequence[Point]) -> list[Point]:
     """At most about MOST_POINTS: the lowest and the highest of each stretch, so that spikes stay."""
-    if len(points) <= MOST_POINTS:
-        return list(points)
     size, extremes = math.ceil(2 * len(points) / MOST_POINTS), []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
