@@ -32,9 +32,7 @@ def demo(
 def photos(
     folder: Photos,
     *,
-    resolution: Annotated[
-        int, typer.Option(min=8, max=4096, help="side in pixels that the base trains at, e.g. 64 (toybox)")
-    ] = 512,
+    resolution: Annotated[int, typer.Option(min=8, max=4096, help="side in pixels that the base trains at, e.g. 64")] = 512,
     sheet: Path | None = None,  # write a contact sheet of the crops here, e.g. crops.png
     crop: Crop = "smart",
     make_masks: bool = False,  # first write NAME.mask.png beside photos that have none (needs lora-booth[masks])

@@ -11,17 +11,15 @@ from ..errors import PhotoError, shown
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], *, labels: Sequence[str] | None = None, columns: int = 5, side: int = 160
+    images: Sequence[Image.Image], *, labels: Sequence[str] = (), columns: int = 5, side: int = 160
 ) -> Image.Image:
     """A grid of pictures, each fitted into side x side pixels, with a wrapped label (up to 3 lines) below it."""
     if not images:
         raise PhotoError("no pictures for a contact sheet; pass at least one")
-    if labels is not None and len(labels) != len(images):
-        raise PhotoError(f"{len(labels)} labels for {len(images)} pictures; pass one label for each picture")
     gap, size = 8, 12  # pixels
     line = size + 3
     font = ImageFont.load_default(size)
-    wrapped = [wrapped_lines(shown(label), font, side) for label in labels] if labels is not None else [[] for _ in images]
+    wrapped = [wrapped_lines(shown(label), font, side) for label in labels or [""] * len(images)]
     columns = max(1, min(columns, len(images)))
     text_height = line * max(len(lines) for lines in wrapped)
     cell = (side + gap, side + text_height + gap)

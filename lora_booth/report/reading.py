@@ -144,15 +144,9 @@ class Advice(NamedTuple):
 
 OF_EVENTS = {  # words of an event -> advice; the first that an event contains counts
     "not finite": Advice("warning", "The loss was not finite for a while: use a lower learning rate, or the base in fp32."),
-    "learning rate is halved": Advice(
-        "warning", "The loss jumped and the learning rate was halved: start with a lower one next time."
-    ),
-    "out of memory": Advice(
-        "note", "Memory ran out, and a setting that saves memory was switched on: see the events, and set it from the start."
-    ),
-    "no checkpoint": Advice(
-        "warning", "A checkpoint could not be written: see the events, and free disk space before the next run."
-    ),
+    "learning rate is halved": Advice("warning", "The loss jumped and the learning rate was halved: start with a lower one."),
+    "out of memory": Advice("note", "Memory ran out: start with the setting that was switched on then (see the events)."),
+    "no checkpoint": Advice("warning", "A checkpoint could not be written (see the events): free disk space before the next."),
 }
 
 

@@ -286,12 +286,12 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 def settings(run: Run) -> dict[str, list[tuple[str, str, str]]]:
     """Names, values and defaults: changed ones, those without a fixed default (set, or chosen for this run), and the usual."""
     groups: dict[str, list[tuple[str, str, str]]] = {"changed": [], "chosen": [], "usual": []}
-    for values, defaults in ((run.config, asdict(TrainingConfig())), (part(run.record, "facts", "lora"), asdict(LoraSpec()))):
-        for name, default in defaults.items():
-            if name in values:
-                value, usual = text_of(values[name]), text_of(default)
-                group = "usual" if value == usual else "chosen" if default is None else "changed"
-                groups[group].append((name, value, usual))
+    values = {**run.config, **part(run.record, "facts", "lora")}
+    for name, default in (asdict(TrainingConfig()) | asdict(LoraSpec())).items():
+        if name in values:
+            value, usual = text_of(values[name]), text_of(default)
+            group = "usual" if value == usual else "chosen" if default is None else "changed"
+            groups[group].append((name, value, usual))
     return groups
 
 
