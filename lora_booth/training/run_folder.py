@@ -159,28 +159,24 @@ class RunFolder:
 
     def find(self) -> Checkpoint | None:
         """The newest intact checkpoint, here or in the mirror. Raises TrainingError if it is of another run."""
-        found = newest(self.checkpoints, damaged=self._damaged)
-        there = read_record(self.path)
-        record = found.record() if found is not None else there if there.get("status") == "finished" else {}
-        more = (
-            found is not None
-            and found.step < self.job.config.steps
-            and only_steps_differ(record.get("facts", {}), self.job.facts)
-        )
-        if (found is not None or record) and record.get("identity") != self.job.identity and not more:
-            step = found.step if found is not None else 0
-            place = self.path if found is None else found.folder.parent.parent
+        self._found = found = newest(self.checkpoints, damaged=self._damaged)
+        self.number = max([0, *map(number_of, self._damaged)])
+        if found is None:
+            there = read_record(self.path)
+            record, step, place = there if there.get("status") == "finished" else {}, 0, self.path
+        else:
+            record, step, place = found.record(), found.step, found.folder.parent.parent
+            self.saved, self.number = step, max(found.number, self.number)
+        facts, ours = record.get("facts", {}), record.get("identity") == self.job.identity
+        more = found is not None and step < self.job.config.steps and only_steps_differ(facts, self.job.facts)
+        if (found is not None or record) and not ours and not more:
             raise TrainingError(
                 f"{shown(place)}: holds a run with other photos, settings or base (step {step}): "
-                f"{'; '.join(differences(record.get('facts', {}), self.job.facts)) or 'made by another version'}; "
+                f"{'; '.join(differences(facts, self.job.facts)) or 'made by another version'}; "
                 f"use another folder, or discard that run with {setting('restart', True)}"
             )
-        if found is not None:
-            self.saved = found.step
         if self.mirror is not None:
             self.mirror.runs = {self.job.identity, record.get("identity")}
-        self.number = max(0 if found is None else found.number, *map(number_of, self._damaged), 0)
-        self._found = found
         return found
 
     def finished(self) -> Path | None:
