@@ -18,18 +18,6 @@ LOCK = ".lora_booth.lock"
 
 
 @contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """The same for one file that a run will write: a lock beside it, removed at the end."""
-    lock = f".{path.name}{LOCK}"
-    with locked(path.absolute().parent, lock, of=path):
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                path.with_name(lock).unlink()
-
-
-@contextmanager
 def locked(folder: Path, name: str = LOCK, *, of: Path | None = None) -> Iterator[bool]:
     """Hold the lock of `folder`, created if missing, or of a file in it. False: the storage has no locks. Raises TrainingError.
 
@@ -68,3 +56,15 @@ def locked(folder: Path, name: str = LOCK, *, of: Path | None = None) -> Iterato
             holder.unlink(missing_ok=True)
         with suppress(OSError):
             lock.release()
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """The same for one file that a run will write: a lock beside it, removed at the end."""
+    lock = f".{path.name}{LOCK}"
+    with locked(path.absolute().parent, lock, of=path):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.with_name(lock).unlink()
