@@ -178,7 +178,7 @@ def main() -> None:
     if given.no_kernels:
         from lora_booth.kernels import dispatch as kernels
 
-        kernels.works_on = kernels.products_work_on = lambda device: False  # type: ignore[assignment]
+        kernels.works_on = lambda *_: False  # type: ignore[assignment]
     torch.backends.cuda.enable_cudnn_sdp(not given.no_cudnn_attention)
     torch.backends.cudnn.benchmark = given.cudnn_benchmark
     rate = {dtype: matrix_rate(dtype) for dtype in (torch.bfloat16, torch.float16)}

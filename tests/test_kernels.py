@@ -156,7 +156,7 @@ def test_lora_layers(
 
 
 def test_where_there_are_none() -> None:
-    assert not kernels.works_on(torch.device("cpu")) and not kernels.products_work_on(torch.device("cpu"))
+    assert not kernels.works_on(torch.device("cpu")) and not kernels.works_on(torch.device("cpu"), kernels.OLDEST_FOR_PRODUCTS)
 
 
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")

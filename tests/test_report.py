@@ -27,7 +27,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError
-from lora_booth.notebook.progress import newest_samples, samples_of
+from lora_booth.notebook.outputs import newest_samples, samples_of
 from lora_booth.photos.square import training_square
 from lora_booth.report.reading import advice, read_run
 from lora_booth.report.report import BOTTOM, MOST_POINTS, TOP, chart, smoothed, thinned, ticks, write_report

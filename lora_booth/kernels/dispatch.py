@@ -26,22 +26,17 @@ COUNTERS = 2**14  # chosen
 
 
 @cache
-def works_on(device: torch.device) -> bool:
+def works_on(device: torch.device, oldest: tuple[int, int] = OLDEST) -> bool:
     """Whether the kernels run on this device, and are right. Tried once, since they are compiled on first use."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    if torch.cuda.get_device_capability(device) < OLDEST:
+    if torch.cuda.get_device_capability(device) < oldest:
         return False
     try:
         x = torch.linspace(-3, 3, 128, device=device).view(4, 32)
         return torch.allclose(geglu(x), x[:, :16] * torch.nn.functional.gelu(x[:, 16:]), atol=1e-5)
     except Exception:  # no C compiler, cache folder or driver: each raises another kind
         return False
-
-
-@cache
-def products_work_on(device: torch.device) -> bool:
-    return works_on(device) and torch.cuda.get_device_capability(device) >= OLDEST_FOR_PRODUCTS
 
 
 @cache

@@ -94,10 +94,6 @@ def plain_conv(layer: nn.Conv2d) -> bool:
     return frozen(layer) and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
 
 
-def plain_norm(norm: nn.GroupNorm) -> bool:
-    return frozen(norm) and norm.weight is not None
-
-
 def norm_beside(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> tuple[Tensor, Tensor]:
     return NormBeside.apply(x, norm, silu)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -339,7 +335,7 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
     resnet = {"in_channels": 8, "out_channels": 16, "temb_channels": 12, "groups": 4}
     found = (
         Rewrite(nn.Conv2d, plain_conv, lean_conv),
-        Rewrite(nn.GroupNorm, plain_norm, lambda norm, x: norm_beside(norm, x)[1]),
+        Rewrite(nn.GroupNorm, frozen, lambda norm, x: norm_beside(norm, x)[1]),
         Rewrite(GEGLU, lambda layer: True, lean_geglu),
         Rewrite(ResnetBlock2D, plain_resnet, lean_resnet, ((resnet, (2, 8, 4, 4), {"temb": (2, 12)}),)),
         Rewrite(Attention, plain_attention, lean_attention, ((attention, tokens, {}), (crossed, tokens, text))),

@@ -132,11 +132,12 @@ class LoraLinears(Function):
 
 def fusible(rows: Tensor, pieces: Sequence[LoraPiece]) -> bool:
     """Whether the Triton kernel supports them: half precision, and layers of one shape with aligned rows."""
-    if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16) or not dispatch.products_work_on(rows.device):
+    if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16):
         return False
     shapes = {(piece.down.shape, piece.up.shape, piece.bias is None) for piece in pieces}
     (rank, ins), outs = pieces[0].down.shape, len(pieces[0].up)
-    return len(shapes) == 1 and ins % 8 == 0 and outs % 8 == 0 and rank % 4 == 0
+    aligned = ins % 8 == 0 and outs % 8 == 0 and rank % 4 == 0
+    return len(shapes) == 1 and aligned and dispatch.works_on(rows.device, dispatch.OLDEST_FOR_PRODUCTS)
 
 
 def plain_forward(x: Tensor, weights: Sequence[Tensor], pieces: Sequence[LoraPiece]) -> tuple[list[Tensor], list[Tensor]]:

@@ -11,15 +11,7 @@ from typing import Any
 from ..errors import LoraBoothError, SettingsError, reason_of, shown
 
 # Services import these before the first cell, so the version in memory is not the newer one that a cell installs.
-IMPORTED_EARLY = {
-    "PIL": "pillow",
-    "numpy": "numpy",
-    "torch": "torch",
-    "huggingface_hub": "huggingface_hub",
-    "transformers": "transformers",
-    "diffusers": "diffusers",
-    "safetensors": "safetensors",
-}
+IMPORTED_EARLY = ("PIL", "numpy", "torch", "huggingface_hub", "transformers", "diffusers", "safetensors")
 RESTART = "restart the session (on Colab: Runtime > Restart session; elsewhere: restart the kernel) and run from the top again"
 DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
 FOLDER = "booth"  # in the drive
@@ -63,10 +55,10 @@ def minutes_left(minutes: float | None) -> float | None:
 def outdated() -> list[str]:
     """Modules in memory of another version than the installed one, e.g. "torch 2.9.0"."""
     found = []
-    for module, package in IMPORTED_EARLY.items():
+    for module in IMPORTED_EARLY:
         loaded = getattr(sys.modules.get(module), "__version__", None)
         try:
-            installed = importlib.metadata.version(package)
+            installed = importlib.metadata.version("pillow" if module == "PIL" else module)
         except importlib.metadata.PackageNotFoundError:
             continue
         if loaded is not None and loaded != installed:

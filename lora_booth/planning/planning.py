@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import SettingsError, setting
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
-from ..training.training_run import TrainingRun
+from ..training.training_run import training_steps
 from .budget import GB, RESERVE, WITHOUT_BF16, Machine, batch_of, cache_bytes, gpu_named, this_machine
 from .counting import Counter, inputs
 from .shapes import without_weights
@@ -214,17 +215,13 @@ def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> 
         prompts = {} if lora.text_encoder else {"a photo": base.encode_text(["a photo"])}
     pictures = LatentSet(mean[None], torch.ones_like(mean[None]), ("a photo",) * len(mean), time_ids)
     cache = LatentCache(pictures, pictures if config.prior_loss_weight > 0 else None, base.scaling_factor, prompts)
-    with ExitStack() as stack:
-        if not lora.text_encoder:
-            stack.enter_context(base.only_unet_on_device())
-        run = TrainingRun(base, cache, lora, config)
-        stack.callback(run.close)
-        seconds = []
-        for _ in range(WARM_UPS + min(TIMED, max(1, config.steps - WARM_UPS))):
-            began = time.perf_counter()
-            _ = next(run).loss  # waits for a GPU
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[WARM_UPS:])
+    config = replace(config, steps=WARM_UPS + TIMED)
+    ends = [time.perf_counter()]
+    with nullcontext() if lora.text_encoder else base.only_unet_on_device():
+        for step in training_steps(base, cache, lora=lora, config=config):
+            _ = step.loss  # waits for a GPU
+            ends.append(time.perf_counter())
+    return statistics.median(end - began for began, end in pairwise(ends[WARM_UPS:]))
 
 
 @dataclass(frozen=True)
