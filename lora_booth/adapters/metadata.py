@@ -26,7 +26,7 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
     card = adapter.card
     rank = one_rank(adapter.modules)
     trigger = card.words or None
-    entries: dict[str, str | None] = {
+    entries: dict[str, Any] = {
         "format": "pt",
         CARD_KEY: json.dumps(asdict(card), sort_keys=True, ensure_ascii=True),
         "modelspec.sai_model_spec": "1.0.1",
@@ -41,14 +41,14 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
         "modelspec.trigger_phrase": trigger,
         "modelspec.usage_hint": f"{card.prompt}; weight {card.weight:g}" if card.prompt else None,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": "Dynamic" if rank is None else str(rank),
+        "ss_network_dim": rank or "Dynamic",
         "ss_network_alpha": "Dynamic" if rank is None else f"{alpha:g}",
         "ss_network_args": "{}",
         "ss_output_name": file_stem(adapter.name),  # A1111 writes it into prompts, as <lora:name:1>
         "ss_sd_model_name": card.base_model,
         "ss_resolution": None if card.resolution is None else f"({card.resolution}, {card.resolution})",
-        "ss_num_train_images": None if card.photos is None else str(card.photos),
-        "ss_steps": None if card.steps is None else str(card.steps),
+        "ss_num_train_images": card.photos,
+        "ss_steps": card.steps,
         # A1111 and others offer these words for the prompt; only the trigger, never captions or folders
         "ss_tag_frequency": None if trigger is None else json.dumps({trigger: {trigger: card.photos or 1}}),
         "sshs_model_hash": data_sha256,
@@ -62,7 +62,7 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
             "ss_v2": family.ss_v2,
         }
     # half a character, e.g. from a file name that is not UTF-8, would make the header unreadable for the safetensors library
-    return {key: value.encode("utf-8", "replace").decode() for key, value in entries.items() if value is not None}
+    return {key: str(value).encode("utf-8", "replace").decode() for key, value in entries.items() if value is not None}
 
 
 def base_entries(family: Family, prediction: str, resolution: int | None = None) -> dict[str, str]:
@@ -147,7 +147,7 @@ def family_of(modules: Mapping[str, LoraFactors], metadata: Mapping[str, str], *
     widths = {f.down.shape[1] for name, f in modules.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
     sizes = {name: (f.up.shape[0], f.down.shape[1]) for name, f in modules.items()}
     fitting = [name for name, family in FAMILIES.items() if all(fits(family, module, *size) for module, size in sizes.items())]
-    proven = [name for name in fitting or FAMILIES if widths == {FAMILIES[name].text_width}] or fitting
+    proven = fitting or [name for name, family in FAMILIES.items() if widths == {family.text_width}]
     if len(proven) == 1:
         return proven[0]
     possible = proven or list(FAMILIES)

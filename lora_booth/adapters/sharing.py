@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from .. import __version__
-from ..base.ai_mark import save_picture
+from ..base.ai_mark import picture_bytes, save_picture
 from ..config import typed
 from ..errors import AdapterError, SettingsError, reason_of
 from ..files import replacing
@@ -45,9 +44,8 @@ def thumbnail_url(image: Image.Image | str | Path) -> str:
 
 def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
     square = crop_and_resize(rgb, min(side, *rgb.size))
-    buffer = io.BytesIO()
-    square.save(buffer, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    content = picture_bytes(square, "JPEG", generated=False, quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
 
 
 # --- a folder ------------------------------------------------------------------------------------------------------
