@@ -162,21 +162,15 @@ def check_unet_and_vae(pipeline: Any) -> None:
     unet, vae = pipeline.unet.config, pipeline.vae.config
     kind = getattr(pipeline.vae, "_orig_mod", pipeline.vae)  # inside a compiled one
     demand(isinstance(kind, AutoencoderKL), f"its VAE is a {type(kind).__name__}; training needs an AutoencoderKL")
-    demand(
-        unet.in_channels == unet.out_channels == vae.latent_channels,
-        f"its U-Net takes {unet.in_channels} channels and gives {unet.out_channels}, the VAE has {vae.latent_channels}: "
-        "an inpainting or editing model; use the text-to-image model of the same family",
-    )
+    taken, given, held = unet.in_channels, unet.out_channels, vae.latent_channels
+    remedy = "use the text-to-image model, not one for inpainting or editing"
+    demand(taken == given == held, f"its U-Net takes {taken} channels and gives {given}, the VAE has {held}; {remedy}")
     more = [k for k in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type") if unet.get(k) is not None]
-    demand(
-        not more,
-        f"its U-Net has further inputs ({', '.join(more)}), as distilled (LCM) models and IP-Adapters have; "
-        "use the plain model, or call unload_ip_adapter() on the pipeline",
-    )
+    remedy = "use the plain model, or call unload_ip_adapter() on the pipeline"
+    demand(not more, f"its U-Net has further inputs ({', '.join(more)}), as LCM models and IP-Adapters have; {remedy}")
     shifted = [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.get(key)]
     demand(not shifted, f"its VAE shifts the latents ({', '.join(shifted)}), which the loss does not know; use another base")
-    sizes = {"scaling_factor": vae.scaling_factor, "sample_size": unet.sample_size}
-    for name, value in sizes.items():
+    for name, value in (("scaling_factor", vae.scaling_factor), ("sample_size", unet.sample_size)):
         values = value if isinstance(value, list | tuple) else (value,)
         numbers = all(type(one) in (int, float) and 0 < one < math.inf for one in values)
         demand(numbers, f"its {name} is {value!r}; it must be a number above 0")
