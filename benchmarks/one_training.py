@@ -194,7 +194,7 @@ def class_pictures() -> dict[str, Any]:
 
     import lora_booth as lb
     from lora_booth.cache import write_entry
-    from lora_booth.training.prior import image_key
+    from lora_booth.training.encoding import image_key
 
     base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]))
     folder = Path(JOB["class_images"])

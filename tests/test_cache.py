@@ -24,10 +24,18 @@ from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.injection import trainable
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
-from lora_booth.training import prior
-from lora_booth.training.encoding import dependencies, digest_of, digest_on_disk, encode_prompts, prepare, text_dependencies
+from lora_booth.training import encoding
+from lora_booth.training.encoding import (
+    class_images,
+    dependencies,
+    digest_of,
+    digest_on_disk,
+    encode_prompts,
+    image_key,
+    prepare,
+    text_dependencies,
+)
 from lora_booth.training.latents import LatentCache
-from lora_booth.training.prior import class_images, image_key
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=2, class_images=2, warmup_steps=0, flip=True)
@@ -38,7 +46,7 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=to
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "cache"
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(folder))
-    monkeypatch.setattr(prior, "CLASS_IMAGE_STEPS", 2)
+    monkeypatch.setattr(encoding, "CLASS_IMAGE_STEPS", 2)
     yield folder
 
 

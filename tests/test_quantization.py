@@ -28,10 +28,10 @@ from lora_booth.planning.planning import DoesNotFit, plan
 from lora_booth.planning.shapes import without_weights
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
+from lora_booth.training.encoding import image_key
 from lora_booth.training.job import Job
 from lora_booth.training.latents import Batch
 from lora_booth.training.loop import dreambooth_loss
-from lora_booth.training.prior import image_key
 from lora_booth.training.training_mode import training_mode
 
 LORA = LoraSpec(rank=2, target_modules=("to_q", "to_v", "to_out.0", "ff.net.2"))

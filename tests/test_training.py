@@ -29,10 +29,9 @@ from lora_booth.pictures.composition import Composition
 from lora_booth.planning.planning import plan
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
-from lora_booth.training.encoding import prepare
+from lora_booth.training.encoding import class_images, prepare
 from lora_booth.training.latents import LatentCache, LatentSet, conditions, draw, rows
 from lora_booth.training.loop import dreambooth_loss, learning_rate
-from lora_booth.training.prior import class_images
 from lora_booth.training.progress import Lines, Step
 from lora_booth.training.samples import SAMPLE_STEPS
 from lora_booth.training.training_run import training_steps
