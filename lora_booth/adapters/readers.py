@@ -24,8 +24,7 @@ from ..errors import AdapterScaleError, AdapterTargetError, reason_of
 from .contents import AdapterContents, Layout
 from .layouts import LAYERS, LYCORIS, PAIRS, RARE, likely_family
 from .metadata import PEFT_KEY
-from .peft_config import PeftConfig
-from .reading import find, load
+from .reading import PeftConfig, find, load
 
 # How names are made of a module's path below its component: {path} as it is, {original} as the original code calls it,
 # {path_} and {original_} with underscores for dots, {processor} as diffusers wrote attention before it knew PEFT.

@@ -24,7 +24,7 @@ except ImportError:
 
 if atheris is not None and __name__ == "__main__":
     with atheris.instrument_imports(include=["lora_booth.adapters", "lora_booth.base.weight_files"]):
-        from lora_booth.adapters import contents, layouts, lycoris, metadata, peft_config, reading  # noqa: F401
+        from lora_booth.adapters import contents, layouts, lycoris, metadata, reading  # noqa: F401
         from lora_booth.base import weight_files  # noqa: F401
 from adapter_judge import beyond  # noqa: E402
 from spoilt import byte, mutants  # noqa: E402
