@@ -340,7 +340,7 @@ def hostile_photos() -> list[HostilePhoto]:
         case("all white", "x.png", lambda: encoded("PNG", Image.new("RGB", (WIDTH, HEIGHT), "white")), "used", "contrast"),
         case("all transparent", "x.png", lambda: encoded("PNG", Image.new("RGBA", (WIDTH, HEIGHT))), "used", "contrast"),
         # beside a photo
-        HostilePhoto("a caption that is no text", "x.png", beside(x__txt=b"\xff\xfe\xfd"), "refused", "not UTF-8"),
+        HostilePhoto("a caption that is no text", "x.png", beside(x__txt=b"\xff\xfe\xfd"), "refused", "read as UTF-8"),
         HostilePhoto("a caption without end", "x.png", beside(x__txt=b"word " * 1000), "refused", "at most 2000"),
         HostilePhoto("a caption with escape codes", "x.png", beside(x__txt=b"\x1b[2Ja dog\0"), "used"),
         HostilePhoto("nested crops", "x.png", beside(crops__json=b"[" * 100_000), "refused", "crops.json"),

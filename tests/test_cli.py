@@ -400,6 +400,7 @@ MISTAKES = [
     ("train {photos} --token dog --class-noun dog --out {tmp}/a.safetensors --base {tiny}", "the token 'dog' in it"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.pt --base {tiny}", ".safetensors"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a --base {tiny}", ".safetensors"),
+    ("train {tmp}/nowhere --token sks --class-noun dog --out {tmp}/a.SAFETENSORS --base {tiny}", ".safetensors"),
     ("train {photos} --token sks --class-noun dog --out {folder} --base {tiny}", "is a folder"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --layout webui", "is not one of 'kohya', 'peft'"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --rank 0", "rank 0"),

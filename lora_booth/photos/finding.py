@@ -54,10 +54,8 @@ def find_photos(
     raises     PhotoError: no such folder, too few or too many photos, an invalid crop, mask or caption
     """
     if crop not in get_args(Cropping):
-        raise PhotoError(
-            f"crop {shown(crop)!r} is unknown; allowed: {', '.join(get_args(Cropping))}; to choose squares yourself, e.g. of "
-            "faces, write crops.json or masks beside the photos"
-        )
+        own = "for squares of your own, e.g. of faces, write crops.json or masks beside the photos"
+        raise PhotoError(f"crop {shown(crop)!r} is unknown; allowed: {', '.join(get_args(Cropping))}; {own}")
     minimum, maximum = typed("minimum", minimum, int), typed("maximum", maximum, int)
     crops, masks = typed("crops", crops or {}, Mapping), typed("masks", masks or {}, Mapping)
     if minimum < 1 or maximum < minimum:
@@ -189,10 +187,8 @@ def _check_names(where: str, what: str, given: Mapping[str, object], candidates:
 
 def _check_not_too_many(where: str, count: int, maximum: int) -> None:
     if count > maximum:
-        raise PhotoError(
-            f"{where}: more than {maximum} photos; 5 to 30 good ones teach a subject better: choose the best, "
-            f"or pass {setting('maximum=N', option='--max-photos N')}"
-        )
+        remedy = f"choose the best 5 to 30, or pass {setting('maximum=N', option='--max-photos N')}"
+        raise PhotoError(f"{where}: more than {maximum} photos; {remedy}")
 
 
 def _too_few(where: str, count: int, minimum: int, skipped: Sequence[Skipped]) -> str:
@@ -240,15 +236,12 @@ def caption_of(path: Path) -> str | None:
     try:
         with beside.open("rb") as file:
             text = file.read(MAX_TEXT_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise PhotoError(f"caption {name}: not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise PhotoError(f"caption {name}: cannot be read ({type(error).__name__}); check its permissions") from None
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read as UTF-8 text ({type(error).__name__})"
+        raise PhotoError(f"caption {name}: {what}; save it as UTF-8, or check its permissions") from None
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if len(text) > MAX_CAPTION:
-        raise PhotoError(
-            f"caption {name}: {len(text)} characters; shorten it to at most {MAX_CAPTION} (only about the first 300 are read)"
-        )
+        raise PhotoError(f"caption {name}: {len(text)} characters; at most {MAX_CAPTION}, of which about 300 are read")
     return text or None
 
 

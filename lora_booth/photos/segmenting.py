@@ -107,7 +107,6 @@ def _make_mask(photo: Photo, segmenter: Segmenter, *, alone: bool) -> MadeMask:
         with replacing(path) as temporary:
             mask.save(temporary, "PNG")
     except OSError as error:
-        raise PhotoError(
-            f"{shown(path)}: cannot be written ({error.strerror or type(error).__name__}); make the photos' folder writable"
-        ) from None
+        why = error.strerror or type(error).__name__
+        raise PhotoError(f"{shown(path)}: cannot be written ({why}); make the photos' folder writable") from None
     return MadeMask(photo, path, None)

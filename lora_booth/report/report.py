@@ -88,18 +88,15 @@ def last_adapter(run: Run) -> Adapter | None:
         return None
 
 
-def summary(run: Run) -> list[str]:
+def summary(run: Run) -> Iterator[str]:
+    yield "finished" if run.finished else f"{run.record.get('status', 'running')} at step {run.step} of {run.total}"
+    yield counted(run.step if run.finished else run.total, "step")
+    yield counted(run.photos, "photo")
+    if name := part(run.record, "facts", "base").get("name"):
+        yield str(name)
     took = part(run.record, "seconds")
-    seconds = (number(took.get("preparing")) or 0.0) + (number(took.get("training")) or 0.0)
-    base = part(run.record, "facts", "base")
-    state = "finished" if run.finished else f"{run.record.get('status', 'running')} at step {run.step} of {run.total}"
-    return [
-        state,
-        counted(run.step if run.finished else run.total, "step"),
-        counted(run.photos, "photo"),
-        *([str(base["name"])] if "name" in base else []),
-        *([f"{clock(seconds)} in all"] if seconds else []),
-    ]
+    if seconds := (number(took.get("preparing")) or 0.0) + (number(took.get("training")) or 0.0):
+        yield f"{clock(seconds)} in all"
 
 
 # --- pictures

@@ -52,9 +52,7 @@ class Subject:
             _check_template(template, needs="token")
         _check_template(self.class_template, needs="class_noun")
         if "{token}" in self.class_template:
-            raise SubjectError(
-                f"class template {shown(self.class_template)!r} names the token; leave it out: this is for the plain class"
-            )
+            raise SubjectError(f"class template {shown(self.class_template)!r} names the token; leave it out")
 
     def __repr__(self) -> str:
         """Without the paths of the photos."""
