@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +64,7 @@ def read_entry(kind: str, key: str) -> dict[str, Tensor] | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("key") != key or metadata.get("sha256") != checksum(tensors):
+        if metadata.get("key") != key or metadata.get("sha256") != checksum(sorted(tensors.items())):
             return None
         os.utime(path)  # when it was last used
     except (OSError, SafetensorError, ValueError, RuntimeError):  # PyTorch raises the last for a file that just vanished
@@ -82,7 +82,7 @@ def write_entry(kind: str, key: str, tensors: Mapping[str, Tensor]) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with replacing(path, durable=False) as temporary:
-            save_file(whole, temporary, {"key": key, "sha256": checksum(whole)})
+            save_file(whole, temporary, {"key": key, "sha256": checksum(sorted(whole.items()))})
             temporary.chmod(0o600)
     except (OSError, SafetensorError):  # safetensors reports a full disk by its own error
         return False
@@ -103,9 +103,10 @@ def place_of(kind: str, key: str) -> Path:
     return cache_folder() / kind / key[:2] / f"{key}.safetensors"
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of names, types, shapes and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(bytes_of(tensor))
     return digest.hexdigest()

@@ -18,7 +18,17 @@ from pipelines import make_pipeline, tokenizer
 
 from lora_booth import cache
 from lora_booth.base.base_model import BaseModel
-from lora_booth.cache import cache_folder, cache_size, clear_cache, key_of, place_of, prune_cache, read_entry, write_entry
+from lora_booth.cache import (
+    cache_folder,
+    cache_size,
+    checksum,
+    clear_cache,
+    key_of,
+    place_of,
+    prune_cache,
+    read_entry,
+    write_entry,
+)
 from lora_booth.config import LoraSpec, TrainingConfig, typed
 from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.injection import trainable
@@ -28,7 +38,6 @@ from lora_booth.training import encoding
 from lora_booth.training.encoding import (
     class_images,
     dependencies,
-    digest_of,
     digest_on_disk,
     encode_prompts,
     image_key,
@@ -199,7 +208,7 @@ def test_weights_on_disk_have_the_digest_that_they_have_in_memory(dtype: torch.d
     base = load(folders["sd1"], dtype)
     unread = base.unread("vae")
     assert unread is not None
-    assert digest_on_disk(unread) == digest_on_disk(unread) == digest_of(sorted(base.vae.state_dict().items()))
+    assert digest_on_disk(unread) == digest_on_disk(unread) == checksum(sorted(base.vae.state_dict().items()))
 
 
 @pytest.mark.slow

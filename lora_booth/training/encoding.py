@@ -25,7 +25,7 @@ from torch import Tensor
 from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import generate_images, pictures_at_a_time
 from ..base.weight_files import LazyModule
-from ..cache import bytes_of, cached, key_of, prune_cache, read_entry, write_entry
+from ..cache import bytes_of, cached, checksum, key_of, prune_cache, read_entry, write_entry
 from ..config import LoraSpec, TrainingConfig, settled, typed
 from ..errors import SettingsError, TrainingError, setting, shown
 from ..photos.photo import Photo
@@ -289,7 +289,7 @@ def dependencies(base: BaseModel, name: str) -> dict[str, Any] | None:
     return {
         "class": type(module).__name__,
         "config": {key: value for key, value in sorted(config.items()) if key[0] != "_" and key not in NO_EFFECT},
-        "weights": digest_on_disk(unread) if unread else digest_of(sorted(module.state_dict().items())),
+        "weights": digest_on_disk(unread) if unread else checksum(sorted(module.state_dict().items())),
         "dtype": str(next(module.parameters()).dtype),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else [place.type, torch.get_num_threads()],
         "modes": {mode: getattr(module, mode, None) for mode in ("training", "use_tiling", "use_slicing")},
@@ -299,23 +299,14 @@ def dependencies(base: BaseModel, name: str) -> dict[str, Any] | None:
     }
 
 
-def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 of a module's weights, by name."""
-    digest = hashlib.sha256()
-    for name, value in weights:
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(bytes_of(value))
-    return digest.hexdigest()
-
-
 def digest_on_disk(unread: LazyModule) -> str:
-    """The same for a module that is not loaded yet; computed once for each state of its files."""
+    """The checksum of a module that is not loaded yet; computed once for each state of its files."""
 
     def computed() -> dict[str, Tensor]:
         shapes = {name: value.shape for name, value in unread.module.state_dict().items()}
         places = sorted(unread.places.items())
         weights = ((name, place.read(unread.dtype, torch.device("cpu")).view(shapes[name])) for name, place in places)
-        return {"sha256": torch.tensor(list(bytes.fromhex(digest_of(weights))), dtype=torch.uint8)}
+        return {"sha256": torch.tensor(list(bytes.fromhex(checksum(weights))), dtype=torch.uint8)}
 
     found = cached("digests", key_of(of="digest", files=unread.stamp(), dtype=unread.dtype), computed)
     return bytes(found["sha256"].tolist()).hex()
