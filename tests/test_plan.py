@@ -397,6 +397,8 @@ def test_gpus_by_name() -> None:
         gpu_named("voodoo")
     with pytest.raises(SettingsError, match="vram_gb"):
         plan("sd1", vram_gb=0)
+    with pytest.raises(SettingsError, match="device tpu cannot be used here"):
+        plan("sd1", device="tpu")
 
 
 # --- what people see -----------------------------------------------------------------------------------------------

@@ -354,13 +354,12 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Convolution weights, and so the activations between them, in channels-last memory format."""
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1]
-    plain = [layer for layer in layers if layer.weight.is_contiguous()]
+    weights = [layer.weight for layer in layers if layer.weight.is_contiguous()]
 
-    def undo() -> None:
-        for layer in plain:
-            layer.weight.data = layer.weight.data.contiguous()
+    def store(memory_format: torch.memory_format) -> None:
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=memory_format)
 
-    with undone(undo):
-        for layer in layers:
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    with undone(partial(store, torch.contiguous_format)):
+        store(torch.channels_last)
         yield

@@ -286,8 +286,7 @@ class Planner:
         if config.attention == "auto" and machine.type == "cpu":  # on a GPU all kernels save the same
             kernel: Any = fastest_attention(self.counter.base, resolution=resolution, pictures=size)
             counted = replace(config, attention=kernel)
-        counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]
-        largest = counts[0]
+        counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]  # the largest first
         unpacked = self.counter.weights.widest if quantize else 0  # one layer at a time
         weights = self._weights(prior=prior, quantize=bool(quantize))
         training = {
@@ -295,8 +294,8 @@ class Planner:
             "context": machine.context,
             **self._of_adapter(config),
             "latents and text": float(cache_bytes(self.counter.base, config, photos=self.photos)),
-            "saved for the backward pass": float(largest.saved),
-            "working memory": float(largest.peak - largest.saved + unpacked),
+            "saved for the backward pass": float(counts[0].saved),
+            "working memory": float(counts[0].peak - counts[0].saved + unpacked),
         }
         opened = config.class_images if prior else self.photos
         images = 0 if machine.type == "cuda" else opened * 3 * resolution**2
@@ -345,8 +344,7 @@ class Planner:
         if offered is not None and offered.peak <= budget:
             offers.append(f"{setting('quantize', 'nf4')} would need {offered.peak / GB:.1f} GB")
         for side in (one for one in COMMON_SIDES if one < resolution and one % self.counter.base.pixels_per_latent == 0):
-            smaller = replace(config, resolution=side)
-            found = replace(self, config=smaller).forecast(smaller, least.settings)
+            found = self.forecast(replace(config, resolution=side), least.settings)
             if found.peak <= budget:
                 offers.append(f"{setting('resolution', side)} would need {found.peak / GB:.1f} GB")
                 break
