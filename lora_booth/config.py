@@ -86,25 +86,20 @@ class TrainingConfig:
         check(0 <= self.seed <= MOST - self.sample_seeds, f"seed {self.seed}", "0 to 2**63 - 1, also of the last sample")
 
 
-AT_LEAST_1 = (lambda count: count >= 1, "at least 1")
+COUNTS = ("steps", "batch_size", "gradient_accumulation", "pictures_at_a_time", "checkpoint_every", "sample_seeds")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a value that is given is allowed
+    **dict.fromkeys(COUNTS, (lambda count: count >= 1, "at least 1")),
     "rank": (lambda rank: 1 <= rank <= 512, "a whole number from 1 to 512; 4 to 32 is usual"),
     "dropout": (lambda share: 0 <= share < 1, "at least 0 and below 1"),
-    "steps": AT_LEAST_1,
     "learning_rate": (lambda rate: 0 < rate <= 0.1, "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA"),
-    "batch_size": AT_LEAST_1,
-    "gradient_accumulation": AT_LEAST_1,
-    "pictures_at_a_time": AT_LEAST_1,
     "warmup_steps": (lambda steps: steps >= 0, "at least 0"),
     "weight_decay": (lambda decay: 0 <= decay <= 1, "from 0 to 1"),
     "max_grad_norm": (lambda norm: norm > 0, "above 0 (infinity: no clipping)"),
     "prior_loss_weight": (lambda weight: 0 <= weight < math.inf, "at least 0 (0: no prior preservation)"),
     "min_snr_gamma": (lambda gamma: gamma > 0, "above 0"),
     "resolution": (lambda pixels: pixels >= 8, "a multiple of 8"),
-    "checkpoint_every": AT_LEAST_1,
     "checkpoint_minutes": (lambda minutes: minutes > 0, "above 0 (infinity: by steps alone)"),
     "sample_every": (lambda steps: steps >= 0, "at least 0 (0: no samples)"),
-    "sample_seeds": AT_LEAST_1,
 }
 
 
