@@ -53,15 +53,15 @@ class TrainingConfig:
 
     steps: int | None = None  # optimizer updates, e.g. 800 [from the number of photos]
     learning_rate: float | None = None  # learning rate at its highest, e.g. 1e-4 [from the base]
-    batch_size: int = 1  # photos in a forward pass, e.g. 2; as many class images are added
+    batch_size: int = 1  # photos in a forward pass, e.g. 2; as many of the class are added
     gradient_accumulation: int = 1  # forward passes for one optimizer update, e.g. 4
     pictures_at_a_time: int | None = None  # pictures of a batch in memory at a time, e.g. 1 [all]
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up: cosine (falls to 0) or constant
     warmup_steps: int | None = None  # updates over which the rate rises from 0, e.g. 50 [a twentieth of the steps, at most 50]
     weight_decay: float = 1e-2  # weight decay of AdamW, e.g. 0.01
     max_grad_norm: float = 1.0  # norm at which gradients are clipped, e.g. 1; inf: never
-    prior_loss_weight: float = 1.0  # weight of the class images, e.g. 0.5; 0: none
-    class_images: int | None = None  # pictures of the plain class to train on as well, e.g. 100 [from the number of photos]
+    prior_loss_weight: float = 1.0  # weight of keeping the plain class as it is, e.g. 0.5; 0: none
+    class_images: int | None = None  # pictures of the plain class to keep it by, e.g. 100; 0: by predictions [from the photos]
     min_snr_gamma: float | None = None  # gamma of min-SNR loss weighting, e.g. 5 [off]
     flip: bool = False  # also train on mirrored photos (not for text or faces)
     resolution: int | None = None  # side in pixels, e.g. 512 [the base's own]
@@ -81,8 +81,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_ranges(self)
-        remedy = f"at least 1; to train without, {setting('prior_loss_weight', 0)}"
-        check(self.class_images is None or self.class_images >= 1, f"class_images {self.class_images}", remedy)
         check(0 <= self.seed <= MOST - self.sample_seeds, f"seed {self.seed}", "0 to 2**63 - 1, also of the last sample")
 
 
@@ -96,6 +94,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a
     "weight_decay": (lambda decay: 0 <= decay <= 1, "from 0 to 1"),
     "max_grad_norm": (lambda norm: norm > 0, "above 0 (infinity: no clipping)"),
     "prior_loss_weight": (lambda weight: 0 <= weight < math.inf, "at least 0 (0: no prior preservation)"),
+    "class_images": (lambda count: count >= 0, "at least 0 (0: the class is kept by the base's predictions)"),
     "min_snr_gamma": (lambda gamma: gamma > 0, "above 0"),
     "resolution": (lambda pixels: pixels >= 8, "a multiple of 8"),
     "checkpoint_minutes": (lambda minutes: minutes > 0, "above 0 (infinity: by steps alone)"),

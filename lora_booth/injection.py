@@ -104,6 +104,18 @@ class TrainableLora:
     parameters: dict[str, nn.Parameter]  # path in adapter files + ".down" or ".up"
     alpha: float
     flat: FlatFactors  # all of them, and their gradients
+    layers: Sequence[Any]  # PEFT's, that hold them
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """The base computes as without the adapter, whose factors still require gradients: PEFT's own switch ends that."""
+        try:
+            for layer in self.layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer in self.layers:
+                layer._disable_adapters = False
 
     def copied(self) -> dict[str, Tensor]:
         """What was learnt so far, by the names of `parameters`: one copy from the device to the CPU."""
@@ -214,7 +226,8 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
                     parameters[f"{module_path(component, path)}.{name}"] = factor.weight
         flat = FlatFactors(list(parameters.values()), base.dtype)
         with hooked([(injection.model, injection.check) for injection in injections.values()]):
-            yield TrainableLora(parameters, lora.scale_alpha, flat)
+            layers = [layer for injection in injections.values() for layer in injection.layers.values()]
+            yield TrainableLora(parameters, lora.scale_alpha, flat, layers)
 
 
 # --- use -----------------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from pipelines import KINDS, make_pipeline, random_adapter
 from torch import Tensor
 
 from lora_booth.base.base_model import BaseModel, TextConditions
-from lora_booth.config import LoraSpec, TrainingConfig
+from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.injection import attached, trainable
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import mask_latents, prepare
-from lora_booth.training.latents import Batch, LatentCache, LatentSet, draw
-from lora_booth.training.loop import dreambooth_loss, min_snr_weight
+from lora_booth.training.latents import Batch, Inputs, LatentCache, LatentSet, draw
+from lora_booth.training.loop import LoopState, backward, dreambooth_loss, min_snr_weight
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -112,6 +112,58 @@ def same(a: LossAndGradients, b: LossAndGradients) -> None:
     assert largest > 0
     for name in a[1]:
         assert (a[1][name] - b[1][name]).abs().max() <= 1e-6 * max(1.0, largest), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_class_is_kept_by_what_the_base_predicts(kind: str) -> None:
+    """Against stock U-Nets: one with the adapter in PEFT's layers, one without any."""
+    given = inputs(kind, 4, [100, 700, 100, 700])
+    photos, weight = 2, 0.7
+    base = BaseModel.from_pipeline(make_pipeline(kind))
+    of_class = TextConditions(given["states"][photos:], None if given["pooled"] is None else given["pooled"][photos:])
+    batch = Batch(given["latents"], given["noise"], given["timesteps"], ("a",) * 4, given["time_ids"], photos)
+    text = TextConditions(given["states"], given["pooled"])
+    start = random_adapter(base).modules
+    with trainable(base, LoraSpec(rank=4)) as lora:
+        with torch.no_grad():
+            for key, factors in start.items():
+                lora.parameters[f"{key}.down"].copy_(factors.down)
+                lora.parameters[f"{key}.up"].copy_(factors.up)
+        before = [p.requires_grad for p in base.unet.parameters()]
+        config = settled(TrainingConfig(prior_loss_weight=weight), base, photos)
+        optimizer, scaler = torch.optim.AdamW([lora.flat.values]), torch.amp.GradScaler("cpu", enabled=False)
+        state = LoopState(base, LatentCache(None, None, 1.0, {}), config, lora, optimizer, scaler)  # type: ignore[arg-type]
+        loss = backward(state, Inputs(batch, text, of_class))
+        assert before == [p.requires_grad for p in base.unet.parameters()]
+        gradients = {name: p.grad.clone() for name, p in lora.parameters.items() if p.grad is not None}
+
+    def predicted(pipeline: Any) -> Tensor:
+        noisy = DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(
+            given["latents"], given["noise"], given["timesteps"]
+        )
+        extra = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]} if kind == "sdxl" else None
+        return pipeline.unet(noisy, given["timesteps"], given["states"], added_cond_kwargs=extra, return_dict=False)[0]
+
+    pipeline = make_pipeline(kind)
+    target = predicted(pipeline).detach()
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    if scheduler.config.prediction_type == "epsilon":
+        target[:photos] = given["noise"][:photos]
+    else:
+        target[:photos] = scheduler.get_velocity(given["latents"], given["noise"], given["timesteps"])[:photos]
+    unet = pipeline.unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
+    layers = {key: unet.get_submodule(key.removeprefix("unet.")) for key in start}
+    with torch.no_grad():
+        for key, factors in start.items():
+            layers[key].lora_A["default"].weight.copy_(factors.down)
+            layers[key].lora_B["default"].weight.copy_(factors.up)
+    error = (predicted(pipeline) - target).square().mean(dim=(1, 2, 3))
+    wanted = error[:photos].mean() + weight * error[photos:].mean()
+    wanted.backward()
+    stock = {f"{key}.down": layer.lora_A["default"].weight.grad for key, layer in layers.items()}
+    stock |= {f"{key}.up": layer.lora_B["default"].weight.grad for key, layer in layers.items()}
+    same((loss, gradients), (wanted.detach(), stock))
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ from lora_booth.training.training_run import training_steps
 LORA = LoraSpec(rank=2)
 ALONE = TrainingConfig(steps=4, prior_loss_weight=0.0, warmup_steps=0)  # without class images
 WITH_PRIOR = TrainingConfig(steps=4, class_images=2, warmup_steps=0)
+BY_PREDICTIONS = TrainingConfig(steps=4, class_images=0, warmup_steps=0)
 
 
 class Interrupted(Exception):
@@ -152,7 +153,7 @@ def fixed_loss(base: BaseModel, cache: LatentCache) -> float:
     total = 0.0
     for i in range(16):
         batch = draw(cache, seed=99, step=10_000 + i, batch_size=2)
-        text = conditions(base, cache, batch.prompts)
+        text = conditions(base, cache.text, batch.prompts)
         total += dreambooth_loss(base, batch, text, prior_loss_weight=0.0).item() / 16
     return total
 
@@ -245,7 +246,7 @@ def test_gradient_accumulation(rex: Subject) -> None:
     with torch.no_grad():
         for i in range(3):
             batch = draw(cache, seed=0, step=i, batch_size=1)
-            text = conditions(base, cache, batch.prompts)
+            text = conditions(base, cache.text, batch.prompts)
             expected.append(dreambooth_loss(base, batch, text, prior_loss_weight=0.0).item())
     steps = list(training_steps(base, cache, lora=LORA, config=config))
     assert [step.index for step in steps] == [1, 2]
@@ -308,7 +309,7 @@ def test_settings_take_the_type_that_they_plainly_mean() -> None:
         (TrainingConfig, {"weight_decay": -0.1}, "weight_decay -0.1 is out of range"),
         (TrainingConfig, {"max_grad_norm": "inf"}, "max_grad_norm 'inf'; needed: a number"),
         (TrainingConfig, {"prior_loss_weight": math.inf}, "prior_loss_weight inf is out of range"),
-        (TrainingConfig, {"class_images": 0}, "class_images 0 is out of range; .*prior_loss_weight=0"),
+        (TrainingConfig, {"class_images": -1}, "class_images -1 is out of range; allowed: at least 0"),
         (TrainingConfig, {"lr_schedule": "linear"}, "lr_schedule 'linear'; needed: 'constant' or 'cosine'"),
         (TrainingConfig, {"attention": None}, "attention None; needed: 'auto' or"),
         (TrainingConfig, {"sample_prompt": ("a", 3)}, "sample_prompt .*; needed: a string or a tuple of strings or None"),
@@ -422,6 +423,54 @@ def test_a_batch_is_photos_then_class_images() -> None:
         again = draw(cache, seed=1, step=step, batch_size=2)
         assert torch.equal(again.noise, noise) and torch.equal(again.timesteps, timesteps)
     assert len({noise for _, noise in seen}) == 6
+
+
+def test_by_predictions_a_batch_has_each_noisy_photo_again_by_its_class() -> None:
+    mean = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(1, 3, 4, 2, 2)
+    masks = torch.zeros(1, 3, 1, 2, 2)
+    photos = LatentSet(mean, torch.ones_like(mean), ("0", "1", "2"), torch.arange(18).view(3, 6), masks)
+    cache = LatentCache(photos, None, 0.5, {}, ("a dog", "a cat", "an owl"))
+    alone = LatentCache(photos, None, 0.5, {})
+    for step in range(4):
+        batch = draw(cache, seed=1, step=step, batch_size=2)
+        assert (batch.photos, batch.totals, len(batch)) == (2, (2, 2), 4)
+        assert batch.time_ids is not None and batch.masks is not None
+        for tensor in (batch.latents, batch.noise, batch.timesteps, batch.time_ids):
+            assert torch.equal(tensor[:2], tensor[2:])
+        assert batch.masks[:2].sum() == 0 and bool((batch.masks[2:] == 1).all())  # the whole picture is kept
+        assert batch.prompts[2:] == tuple(cache.class_prompts[int(i)] for i in batch.prompts[:2])
+        same = draw(alone, seed=1, step=step, batch_size=2)
+        assert torch.equal(same.latents, batch.latents[:2]) and torch.equal(same.noise, batch.noise[:2])
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_class_can_be_kept_without_a_class_image(rex: Subject, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_booth.training.encoding.class_images", None)  # not called
+    base, config = base_of(kind), replace(BY_PREDICTIONS, batch_size=2, learning_rate=1e-2)
+    cache = prepare(base, [rex], lora=LORA, config=config)
+    assert cache.class_images is None and cache.class_prompts == ("a photo of a dog",) * 3
+    kept = run(base, rex, config)
+    for name, other in {
+        "in two parts": replace(config, pictures_at_a_time=1),
+        "stock layers": replace(config, lean=False),
+        "checkpointed": replace(config, gradient_checkpointing=True),
+    }.items():
+        assert distance(kept, run(base, rex, other)) < 1e-4, name
+    assert distance(kept, run(base, rex, replace(config, prior_loss_weight=0.0))) > 1e-3
+
+
+def distance(one: Adapter, other: Adapter) -> float:
+    """Of their changes of the base, relative to the first's."""
+    deltas = [[f.up @ f.down for f in adapter.modules.values()] for adapter in (one, other)]
+    return float(sum((a - b).norm() for a, b in zip(*deltas, strict=True)) / sum(a.norm() for a in deltas[0]))
+
+
+def test_what_the_base_predicts_does_not_hang_on_a_text_encoder_in_training(rex: Subject) -> None:
+    base, lora = base_of("sd1"), replace(LORA, text_encoder=True)
+    before = base.encode_text(["a photo of a dog"]).states
+    cache = prepare(base, [rex], lora=lora, config=BY_PREDICTIONS)
+    assert cache.text == {} and torch.equal(cache.class_text["a photo of a dog"].states, before)
+    assert run(base, rex, BY_PREDICTIONS, lora).card.steps == 4
 
 
 def test_every_timestep_is_drawn() -> None:
@@ -758,7 +807,7 @@ def test_a_caption_that_is_cut_keeps_its_subject_and_is_told(
     config = TrainingConfig(steps=1, class_images=1, prior_loss_weight=1.0)
     plain = replace(subject, photos=rex.photos[:1], class_template="far away on the moon, {a} {class_noun}")
     prepare(base_of(kind), plain, config=config, say=lines.append)
-    assert [line for line in lines if line.startswith("class images: the text encoder does not read the end")]
+    assert [line for line in lines if line.startswith("class prompt: the text encoder does not read the end")]
     assert not [text for text in caplog.messages if "indexing errors" in text or "truncated" in text]
 
 

@@ -98,7 +98,8 @@ class Plan:
         """A table of the ways, and the parts of the memory."""
         config, machine, one = self.asked, self.machine, self.chosen or self.least
         batch = f"{config.batch_size} photo(s)"
-        batch += f" + {config.batch_size} class image(s)" if config.prior_loss_weight > 0 else ""
+        if config.prior_loss_weight > 0:
+            batch += f" + {config.batch_size} class image(s)" if config.class_images else " by their own and the class prompt"
         rank = f"rank {self.lora.rank}" + (" with text encoders" if self.lora.text_encoder else "")
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.training.items() if size >= 0.005 * GB)
         phases = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.phases.items())
@@ -278,7 +279,8 @@ class Planner:
         """settings: changes to `config`, and `quantize`"""
         quantize = settings.get("quantize", self.quantize)
         config = replace(config, **{name: value for name, value in settings.items() if name != "quantize"})
-        machine, resolution, prior = self.machine, config.resolution, config.prior_loss_weight > 0
+        machine, resolution = self.machine, config.resolution
+        drawn = config.class_images if config.prior_loss_weight > 0 else 0
         pictures = batch_of(config)
         size = min(config.pictures_at_a_time or pictures, pictures)
         parts = [size] * (pictures // size) + [pictures % size] * (pictures % size > 0)
@@ -288,7 +290,7 @@ class Planner:
             counted = replace(config, attention=kernel)
         counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]  # the largest first
         unpacked = self.counter.weights.widest if quantize else 0  # one layer at a time
-        weights = self._weights(prior=prior, quantize=bool(quantize))
+        weights = self._weights(drawn=drawn > 0, quantize=bool(quantize))
         training = {
             "weights": float(weights["training"]),
             "context": machine.context,
@@ -297,10 +299,9 @@ class Planner:
             "saved for the backward pass": float(counts[0].saved),
             "working memory": float(counts[0].peak - counts[0].saved + unpacked),
         }
-        opened = config.class_images if prior else self.photos
-        images = 0 if machine.type == "cuda" else opened * 3 * resolution**2
+        images = 0 if machine.type == "cuda" else (drawn or self.photos) * 3 * resolution**2
         beyond = {"through the VAE": machine.context + images + self.counter.encode(resolution).peak}  # beyond the weights
-        if prior:
+        if drawn:
             beyond["drawing class images"] = machine.context + self.counter.draw(resolution).peak + unpacked
         beyond["training"] = sum(training.values()) - weights["training"]
         phases = {name: weights[name] + size for name, size in beyond.items()}
@@ -316,8 +317,8 @@ class Planner:
             fits=peak + reserve <= machine.budget,
         )
 
-    def _weights(self, *, prior: bool, quantize: bool) -> dict[str, int]:
-        """Bytes of the modules in memory, for each phase."""
+    def _weights(self, *, drawn: bool, quantize: bool) -> dict[str, int]:
+        """Bytes of the modules in memory, for each phase. drawn: class images were drawn before the others"""
         sizes, stays = self.counter.weights, self.resident
         unet = sizes.packed if quantize else sizes.unet
         everything = unet + sizes.vae + sizes.text_encoders
@@ -328,7 +329,7 @@ class Planner:
             training = unet
         else:
             training = unet + sizes.vae * ("vae" in stays) + sizes.text_encoders * ("text_encoder" in stays) + beside
-        encoding = everything if prior or "unet" in stays else everything - unet
+        encoding = everything if drawn or "unet" in stays else everything - unet
         return {"through the VAE": encoding + beside, "drawing class images": everything + self.others, "training": training}
 
     def _of_adapter(self, config: TrainingConfig) -> dict[str, float]:

@@ -74,32 +74,33 @@ def prepare(
             prompts.append(prompt_read(base, one, photo, f"photo {len(photos)}", warn))
     if say is not None:
         say(f"{len(photos)} photos at {config.resolution} px")
-    plain: list[Square] = []
-    class_prompts: list[str] = []
-    if config.prior_loss_weight > 0:
-        uncropped = Crop(0, 0, (config.resolution, config.resolution))
-        for prompt in dict.fromkeys(one.class_prompt for one in subjects):
+    drawn: list[Square] = []
+    drawn_prompts: list[str] = []
+    class_prompts = [one.class_prompt for one in subjects for _ in one.photos] if config.prior_loss_weight > 0 else []
+    uncropped = Crop(0, 0, (config.resolution, config.resolution))
+    for prompt in dict.fromkeys(class_prompts):
+        told_if_cut(base, prompt, "class prompt", warn)
+        if config.class_images:
+            progress = partial(on_progress, "class images")
             images = class_images(
-                base,
-                told_if_cut(base, prompt, "class images", warn),
-                config.class_images,
-                resolution=config.resolution,
-                seed=config.seed,
-                on_progress=partial(on_progress, "class images"),
+                base, prompt, config.class_images, resolution=config.resolution, seed=config.seed, on_progress=progress
             )
-            plain += [Square(image, uncropped) for image in images]
-            class_prompts += [prompt] * config.class_images
-    total, done = (2 if config.flip else 1) * len(photos + plain), itertools.count()
+            drawn += [Square(image, uncropped) for image in images]
+            drawn_prompts += [prompt] * config.class_images
+    total, done = (2 if config.flip else 1) * len(photos + drawn), itertools.count()
 
     def on_picture() -> None:
         on_progress("encoding", next(done), total)
 
     on_picture()
     encoded = encode(base, photos, prompts, flip=config.flip, on_picture=on_picture)
-    prior = encode(base, plain, class_prompts, flip=config.flip, on_picture=on_picture) if plain else None
-    text = {} if lora is not None and lora.text_encoder else encode_prompts(base, [*prompts, *class_prompts])
+    prior = encode(base, drawn, drawn_prompts, flip=config.flip, on_picture=on_picture) if drawn else None
+    class_text = encode_prompts(base, class_prompts)
+    text = {} if lora is not None and lora.text_encoder else encode_prompts(base, prompts) | class_text
     prune_cache()
-    return LatentCache(encoded, prior, base.scaling_factor, text)
+    if drawn:
+        return LatentCache(encoded, prior, base.scaling_factor, text)
+    return LatentCache(encoded, None, base.scaling_factor, text, tuple(class_prompts), class_text)
 
 
 def prompt_read(base: BaseModel, subject: Subject, photo: Photo, name: str, warn: Callable[[str], None]) -> str:

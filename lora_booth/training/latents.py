@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,11 +34,18 @@ class LatentCache:
     class_images: LatentSet | None
     scaling_factor: float
     text: dict[str, TextConditions]  # prompt -> one row; empty when the text encoders are trained too
+    class_prompts: tuple[str, ...] = ()  # one for each photo, where the base's predictions keep the class; else none
+    class_text: dict[str, TextConditions] = field(default_factory=dict)  # of these, by the base's own text encoders
+
+    @property
+    def rows_per_photo(self) -> int:
+        """Of a batch: each photo, and a class image or the photo again by its class prompt."""
+        return 1 if self.class_images is None and not self.class_prompts else 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is drawn for one forward pass: photos first, then class images."""
+    """What is drawn for one forward pass: photos, then the class: its images, or the same noisy photos by its prompt."""
 
     latents: Tensor  # (N, C, H/f, W/f) float32, scaled
     noise: Tensor  # like latents, standard normal
@@ -46,7 +53,7 @@ class Batch:
     prompts: tuple[str, ...]
     time_ids: Tensor | None  # (N, 6)
     photos: int  # how many of the N are photos
-    part_of: tuple[int, int] | None = None  # photos and class images of the full batch; None: this is the full batch
+    part_of: tuple[int, int] | None = None  # photos and rows of the class of the full batch; None: this is the full batch
     masks: Tensor | None = None  # (N, 1, H/f, W/f) float32 in 0..1, 1 the subject; all 1 for a picture without a mask
 
     def __len__(self) -> int:
@@ -62,7 +69,7 @@ class Batch:
 
     @property
     def totals(self) -> tuple[int, int]:
-        """Photos and class images of the full batch."""
+        """Photos and rows of the class of the full batch."""
         return self.part_of or (self.photos, len(self) - self.photos)
 
 
@@ -72,13 +79,14 @@ class Inputs:
 
     batch: Batch
     text: TextConditions
+    class_text: TextConditions | None = None  # of the class's rows, as the base reads them; None: it has images, or no rows
 
 
-def conditions(base: BaseModel, cache: LatentCache, prompts: Sequence[str]) -> TextConditions:
-    """Text conditions of a batch: cached rows, or encoded now if the text encoders are being trained."""
-    if not cache.text:
+def conditions(base: BaseModel, text: Mapping[str, TextConditions], prompts: Sequence[str]) -> TextConditions:
+    """Text conditions of a batch: cached rows of `text`, or encoded now if it is empty."""
+    if not text:
         return base.encode_text(prompts)
-    rows = [cache.text[prompt] for prompt in prompts]
+    rows = [text[prompt] for prompt in prompts]
     pooled = [row.pooled for row in rows if row.pooled is not None]
     return TextConditions(torch.cat([row.states for row in rows]), torch.cat(pooled) if pooled else None)
 
@@ -96,7 +104,8 @@ def step_seed(seed: int, step: int) -> int:
 def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> Batch:
     """The batch of forward pass `step`.
 
-    Every photo is drawn once before any is drawn twice. The VAE's posterior is sampled again each time.
+    Every photo is drawn once before any is drawn twice. The VAE's posterior is sampled again each time. Where the base's
+    predictions keep the class, its rows are the noisy photos again, at the same timesteps.
     """
     device = cache.photos.mean.device
     generator = step_generator(seed, step, device)
@@ -119,6 +128,10 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> Batch:
     stacked = torch.cat(latents)
     noise = torch.randn(stacked.shape, generator=generator, device=device)
     timesteps = torch.randint(TIMESTEPS, (len(stacked),), generator=generator, device=device)
+    if cache.class_prompts:
+        stacked, noise, timesteps = (torch.cat([drawn, drawn]) for drawn in (stacked, noise, timesteps))
+        prompts += [cache.class_prompts[i] for i in parts[0][1]]
+        ids, masks = 2 * ids, [*masks, *map(torch.ones_like, masks)]
     return Batch(
         stacked,
         noise,

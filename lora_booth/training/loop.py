@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
 from ..config import SettledConfig
+from ..injection import TrainableLora
 from ..kernels.lora import FlatFactors
 from .distributed import ALONE, Processes
 from .health import Health
@@ -31,7 +32,7 @@ class LoopState:
     base: BaseModel
     cache: LatentCache
     config: SettledConfig
-    factors: FlatFactors  # of the adapter, in the base's layers
+    lora: TrainableLora  # in the base's layers
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dropout: float = 0.0  # in the adapter
@@ -39,6 +40,10 @@ class LoopState:
     step: int = 0  # updates done
     health: Health = field(default_factory=Health)
     check: Callable[[], None] | None = None  # of the first gradients, before they are clipped
+
+    @property
+    def factors(self) -> FlatFactors:
+        return self.lora.flat
 
 
 def updates(state: LoopState, gradients: Callable[[], Tensor]) -> Iterator[Tensor]:
@@ -86,19 +91,25 @@ def inputs_of(state: LoopState, index: int) -> Iterator[Inputs]:
     size = config.pictures_at_a_time or max(1, len(batch))
     for first in range(0, len(batch), size):
         part = batch[first : first + size]
-        yield Inputs(part, conditions(state.base, state.cache, part.prompts))
+        of_class = part.prompts[part.photos :] if state.cache.class_prompts else ()
+        text = conditions(state.base, state.cache.text, part.prompts)
+        yield Inputs(part, text, conditions(state.base, state.cache.class_text, of_class) if of_class else None)
 
 
 def backward(state: LoopState, inputs: Inputs) -> Tensor:
     """Forward and backward pass of a batch or a part of it: adds to the gradient of the factors, returns its loss ()."""
-    config = state.config
+    config, class_targets = state.config, None
     state.factors.refresh()
+    if inputs.class_text is not None:  # what the base predicts there, as in Drift Correction (arXiv 2410.14159)
+        with torch.no_grad(), state.lora.muted():
+            class_targets = predict(state.base, inputs.batch[inputs.batch.photos :], inputs.class_text)
     loss = dreambooth_loss(
         state.base,
         inputs.batch,
         inputs.text,
         prior_loss_weight=config.prior_loss_weight,
         min_snr_gamma=config.min_snr_gamma,
+        class_targets=class_targets,
     )
     loss = loss / config.gradient_accumulation
     state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -150,35 +161,48 @@ def dreambooth_loss(
     prior_loss_weight: float,
     min_snr_gamma: float | None = None,
     background_weight: float = BACKGROUND_WEIGHT,
+    class_targets: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the prediction on the photos, plus the weighted one on the class images, in one forward pass.
+    """Mean squared error of the prediction on the photos, plus the weighted one on the class, in one forward pass.
 
-    batch.latents  (N, C, H/f, W/f)  times the scaling_factor; H, W in pixels, f pixels a latent; photos before class images
+    batch.latents  (N, C, H/f, W/f)  times the scaling_factor; H, W in pixels, f pixels a latent; photos before the class
     text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
     batch.masks    (N, 1, H/f, W/f)  1 where the error counts fully, 0 where it counts `background_weight`; None: 1 everywhere
-    batch.totals   photos and class images of the full batch: the losses of its parts sum to that of the batch
+    batch.totals   photos and rows of the class of the full batch: the losses of its parts sum to that of the batch
+    class_targets  (rows of the class, C, H/f, W/f)  what to predict there; None: noise or velocity, as for photos
     returns        () float32
     """
-    alphas = base.alphas_cumprod[batch.timesteps]
-    signal, spread = (a.view(-1, 1, 1, 1) for a in (alphas.sqrt(), (1 - alphas).sqrt()))
-    noisy = signal * batch.latents + spread * batch.noise
-    extra = None if batch.time_ids is None else {"text_embeds": text.pooled, "time_ids": batch.time_ids}
-    predicted = base.unet(noisy.to(base.dtype), batch.timesteps, text.states.to(base.dtype), added_cond_kwargs=extra).sample
-    if base.prediction_type == "v_prediction":
-        target = signal * batch.noise - spread * batch.latents
-    else:
-        target = batch.noise
-    squared = (predicted.float() - target).square()
+    predicted = predict(base, batch, text)
+    signal, spread = signal_and_spread(base, batch)
+    target = signal * batch.noise - spread * batch.latents if base.prediction_type == "v_prediction" else batch.noise
+    if class_targets is not None:
+        target = torch.cat([target[: batch.photos], class_targets])
+    squared = (predicted - target).square()
     if batch.masks is not None:
         squared = squared * mask_weight(batch.masks, background_weight)
     error = squared.mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
-        error = error * min_snr_weight(alphas, min_snr_gamma, base.prediction_type)
-    photos, class_images = batch.totals
+        error = error * min_snr_weight(base.alphas_cumprod[batch.timesteps], min_snr_gamma, base.prediction_type)
+    photos, of_class = batch.totals
     loss = error[: batch.photos].sum() / photos
-    if class_images:
-        loss = loss + prior_loss_weight * error[batch.photos :].sum() / class_images
+    if of_class:
+        loss = loss + prior_loss_weight * error[batch.photos :].sum() / of_class
     return loss
+
+
+def predict(base: BaseModel, batch: Batch, text: TextConditions) -> Tensor:
+    """What the U-Net predicts for the noisy latents, in their shape, float32."""
+    signal, spread = signal_and_spread(base, batch)
+    noisy = signal * batch.latents + spread * batch.noise
+    extra = None if batch.time_ids is None else {"text_embeds": text.pooled, "time_ids": batch.time_ids}
+    predicted = base.unet(noisy.to(base.dtype), batch.timesteps, text.states.to(base.dtype), added_cond_kwargs=extra).sample
+    return predicted.float()
+
+
+def signal_and_spread(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What latents and noise are multiplied with at their timesteps, each (N, 1, 1, 1)."""
+    alphas = base.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    return alphas.sqrt(), (1 - alphas).sqrt()
 
 
 def mask_weight(masks: Tensor, background_weight: float) -> Tensor:

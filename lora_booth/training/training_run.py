@@ -99,12 +99,11 @@ class TrainingRun(Iterator[Step]):
             self.lora: TrainableLora = self._stack.enter_context(trainable(base, lora, seed=config.seed))
             self._stack.enter_context(self._modes)
             self._modes.enter_context(training_mode(base, self.lora, config, say=say))
-            factors = self.lora.flat
-            optimizer, scaler = make_optimizer(factors.values, config, base.device), make_scaler(base)
-            self.loop = LoopState(base, cache, config, factors, optimizer, scaler, lora.dropout, processes)
+            optimizer, scaler = make_optimizer(self.lora.flat.values, config, base.device), make_scaler(base)
+            self.loop = LoopState(base, cache, config, self.lora, optimizer, scaler, lora.dropout, processes)
             self.backward: Callable[[Inputs], Tensor] = partial(backward, self.loop)
             if (base.device.type == "cuda" or config.capture == "on") and can_capture(base, lora, config):
-                graph = StepGraph(self.backward, factors.gradient, say=say)
+                graph = StepGraph(self.backward, self.lora.flat.gradient, say=say)
                 self._stack.callback(graph.close)
                 self.backward = graph
             self._updates = updates(self.loop, self._gradients)
@@ -153,7 +152,7 @@ class TrainingRun(Iterator[Step]):
     def _climb(self, reason: str) -> None:
         """Go to the next level of the memory ladder. Raises TrainingError at its end."""
         loop = self.loop
-        pictures = loop.config.batch_size * (1 if loop.cache.class_images is None else 2)
+        pictures = loop.config.batch_size * loop.cache.rows_per_photo
         level = next_level(loop.config, pictures=-(-pictures // loop.processes.count))
         if level is None:
             raise TrainingError(f"out of memory at step {self.step + 1} at every level ({reason}); try {LEFT_TO_TRY}")
@@ -281,7 +280,7 @@ def next_level(config: TrainingConfig, *, pictures: int) -> tuple[str, Any] | No
 
 def fastest_for(base: BaseModel, cache: LatentCache, config: SettledConfig, processes: Processes) -> str:
     """The fastest attention for the batches of this run, the same in all its processes."""
-    pictures = config.batch_size * (1 if cache.class_images is None else 2)
+    pictures = config.batch_size * cache.rows_per_photo
     pictures = min(config.pictures_at_a_time or pictures, -(-pictures // processes.count))
     side = cache.photos.mean.shape[-1] * base.pixels_per_latent
     measure = partial(fastest_attention, base, resolution=side, pictures=pictures)
