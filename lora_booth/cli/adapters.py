@@ -159,7 +159,7 @@ def extract(
     from ..adapters.tools.spectrum import keep
 
     keep(rank, energy)  # checked before gigabytes are read
-    models = reading.exact(tuned), reading.exact(base)
+    models = reading.load(tuned), reading.load(base)
     adapter, report = extracted(*models, rank=rank, energy=energy, text_encoder=text_encoder)
     if report.left_out:
         names = listed(list(report.left_out))
@@ -181,7 +181,7 @@ def bake(
 
     chosen = weighted(adapters)
     source = base_of([adapter for adapter, _ in chosen]) if base is None else base
-    say_file(baked(reading.exact(source), chosen, out, dtype=dtype))
+    say_file(baked(reading.load(source), chosen, out, dtype=dtype))
 
 
 @command
@@ -202,9 +202,8 @@ def diff(
         return
     say(str(found))
     say_row("modules", f"{len(found.modules)} in both, {len(found.only_a)} only in a, {len(found.only_b)} only in b")
-    say_row(
-        "norm", f"a {found.norm_a:.4g}  b {found.norm_b:.4g}  a - b {found.distance:.4g} ({found.relative:.3g} of the larger)"
-    )
+    norms = f"a {found.norm_a:.4g}  b {found.norm_b:.4g}  a - b {found.distance:.4g}"
+    say_row("norm", f"{norms} ({found.relative:.3g} of the larger)")
     say_row("cosine", f"{found.cosine:.4f}")
     say_row("overlap", f"outputs {found.columns:.1%}  inputs {found.rows:.1%}  beyond chance {found.beyond_chance:.1%}")
     for label, names in (("only in a", found.only_a), ("only in b", found.only_b)):

@@ -83,8 +83,8 @@ def parse_weights(text: str) -> list[float]:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
-        weights = []
-    if not weights or not all(math.isfinite(weight) for weight in weights):
+        weights = [math.nan]
+    if not all(map(math.isfinite, weights)):
         raise SettingsError(f"weights {text!r} cannot be read; write them like 0,0.4,0.8,1")
     return weights
 

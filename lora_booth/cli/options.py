@@ -117,15 +117,12 @@ class Reading:
     vae: str | None = None  # another VAE: its folder, Hub id or .safetensors file, e.g. stabilityai/sd-vae-ft-mse
     revision: str | None = None  # branch, tag or commit of a Hub id, e.g. main
 
-    def exact(self, source: str) -> BaseModel:
-        """A base in fp32 on the CPU, to add and subtract weights."""
-        return self.load(source, dtype="fp32", device="cpu")
-
-    def load(self, source: str, *, dtype: Dtype | None = None, **where: Any) -> BaseModel:
+    def load(self, source: str, *, dtype: Dtype | None = "fp32", device: str | None = "cpu", **more: Any) -> BaseModel:
+        """By default a base in fp32 on the CPU, to add and subtract weights."""
         from ..base.base_model import BaseModel
 
         how = {one.name: getattr(self, one.name) for one in fields(Reading)}
-        return BaseModel.load(source, dtype=torch_dtype(dtype), **how, **where)
+        return BaseModel.load(source, dtype=torch_dtype(dtype), device=device, **how, **more)
 
 
 @dataclass(frozen=True)
