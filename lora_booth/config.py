@@ -141,8 +141,9 @@ def defaults(photos: int, steps: int | None) -> dict[str, int]:
     }
 
 
-def settled(config: TrainingConfig, base: Any, photos: int) -> SettledConfig:
+def settled(config: TrainingConfig | None, base: Any, photos: int) -> SettledConfig:
     """Choose what `config` leaves open, from the BaseModel and the number of photos. Settling twice changes nothing."""
+    config = typed("config", config, TrainingConfig | None) or TrainingConfig()
     width = max(base.shell.unet.config.block_out_channels)
     resolution = config.resolution or base.resolution
     multiple = math.lcm(base.pixels_per_latent, 8)  # 8: what diffusers' pipelines draw

@@ -78,8 +78,7 @@ def train(
     if place is not None:
         check_place(place, copies, subjects)
     lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
-    asked = typed("config", config, TrainingConfig | None) or TrainingConfig()
-    config = settled(asked, base, sum(len(s.photos) for s in subjects))
+    config = settled(config, base, sum(len(one.photos) for one in subjects))
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
     job = Job(base, subjects, lora, config)

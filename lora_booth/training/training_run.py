@@ -55,7 +55,6 @@ def training_steps(
     """
     base, cache = typed("base", base, BaseModel), typed("cache", cache, LatentCache)
     lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
-    config = typed("config", config, TrainingConfig | None) or TrainingConfig()
     run = TrainingRun(base, cache, lora, settled(config, base, len(cache.photos)))
     try:
         yield from run
