@@ -350,7 +350,7 @@ def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
     if given in base.family.modelspec and trained not in (None, given):
         difference = f", which predicts {trained}; {base.name} predicts {given}, so its pictures will look wrong"
     elif len(known) != FINGERPRINT_LENGTH or any(hasattr(module, "base_layer") for module in base.unet.modules()):
-        return  # other tools' hashes are of files, not of weights; with the user's own adapters in it there is none
+        return  # other tools' hashes are of files, not of weights; the user's own adapters may be fused
     elif base.fingerprint == known or len(base.fingerprint) != FINGERPRINT_LENGTH:  # longer: quantized by the user
         return
     else:

@@ -36,7 +36,9 @@ from lora_booth.base import base_model, single_file
 from lora_booth.base.base_model import BaseModel, default_device, default_dtype, without_collections
 from lora_booth.base.diffusers_folder import SUCCESSORS
 from lora_booth.base.families import is_hub_id
+from lora_booth.config import LoraSpec
 from lora_booth.errors import BaseModelError, reason_of
+from lora_booth.injection import trainable
 
 FAMILY = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sd2-zsnr": "sd2", "sdxl": "sdxl"}
 PREDICTION = {"sd1": "epsilon", "sd2": "epsilon", "sd2-v": "v_prediction", "sd2-zsnr": "v_prediction", "sdxl": "epsilon"}
@@ -354,6 +356,9 @@ def test_fingerprint(folders: dict[str, Path]) -> None:
     with torch.no_grad():
         other.unet.conv_in.weight.neg_()
     assert BaseModel.from_pipeline(other).fingerprint not in prints
+    with trainable(BaseModel.from_pipeline(other), LoraSpec(rank=2)):  # with PEFT's layers in it
+        during = BaseModel.from_pipeline(other).fingerprint
+    assert during == BaseModel.from_pipeline(other).fingerprint
 
 
 # --- a user's mistakes ---------------------------------------------------------------------------------------------

@@ -261,9 +261,11 @@ class BaseModel:
         digest = hashlib.sha256()
         unread = self.unread("unet")
         unet = getattr(self.shell.unet, "_orig_mod", self.shell.unet)  # inside torch.compile
-        for name, value in sorted(unet.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            start = beginning(unet, name, value) if unread is None else unread.places[name].start_of(256)
+        weights = unet.state_dict()
+        plain = {path.replace(".base_layer", ""): path for path in weights if ".lora_" not in path}  # not PEFT's
+        for name, path in sorted(plain.items()):
+            digest.update(f"{name} {tuple(weights[path].shape)}".encode())
+            start = beginning(unet, path, weights[path]) if unread is None else unread.places[path].start_of(256)
             digest.update(torch.signbit(start).cpu().numpy().tobytes())
         return digest.hexdigest()[: 64 if is_quantized(self.shell.unet) else 16]
 
