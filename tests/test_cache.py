@@ -29,6 +29,7 @@ from lora_booth.cache import (
     read_entry,
     write_entry,
 )
+from lora_booth.cli.arguments import KIND
 from lora_booth.config import LoraSpec, TrainingConfig, typed
 from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.injection import trainable
@@ -464,6 +465,12 @@ def test_a_cache_that_cannot_be_made_stops_nobody(place: str, monkeypatch: pytes
 def test_a_limit_that_cannot_be_read_is_the_usual_one(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BOOTH_CACHE_GB", size)
     assert cache.limit() == 2_000_000_000
+
+
+def test_where_a_local_base_lies_is_deleted_too(own_cache: Path) -> None:
+    write_entry(KIND, key_of(of="one"), TENSORS)
+    assert cache_size() > 0 and clear_cache() > 0
+    assert cache_size() == 0 and not list(own_cache.iterdir())
 
 
 def test_only_what_it_wrote_is_counted_or_deleted(own_cache: Path, tmp_path: Path) -> None:
