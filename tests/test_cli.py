@@ -35,7 +35,7 @@ from lora_booth.adapters.tools.spectrum import resize
 from lora_booth.base.base_model import BaseModel
 from lora_booth.cli.app import fail
 from lora_booth.cli.arguments import base_of, by_file, file_and_weight, parse_seeds, remember
-from lora_booth.cli.options import Loading, Placement
+from lora_booth.cli.options import Loading, Placement, Reading, comments, options_of
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError, in_command, setting
 from lora_booth.pictures.composition import Composition
@@ -875,7 +875,19 @@ def test_help_of_a_command_says_what_the_documentation_says(call, make_cli, comm
     for row in told.splitlines():
         if row.startswith("| `"):
             meaning = row.split(" | ")[1].rstrip("| ").strip()
+            assert meaning  # every option is explained
             assert meaning in words or meaning in words.replace("- ", "-")
+
+
+def test_without_its_source_a_program_has_no_explanations_and_works(monkeypatch):
+    def frozen(thing):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("inspect.getsource", frozen)
+    comments.cache_clear()
+    assert [one.name for one in options_of(Reading)][:2] == ["config", "prediction_type"]
+    assert comments(Reading) == {}
+    comments.cache_clear()
 
 
 def test_the_documented_command_line_is_up_to_date(make_cli):

@@ -62,7 +62,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         kind = kinds[name]
         if get_origin(kind) is not Annotated:
             about = typer.Option if one.kind is one.KEYWORD_ONLY else typer.Argument
-            kind = Annotated[kind, about(help=comments(function)[name])]
+            kind = Annotated[kind, about(help=comments(function).get(name, ""))]
         parameters.append(one.replace(kind=one.KEYWORD_ONLY, annotation=kind))
 
     @wraps(function)
@@ -87,7 +87,7 @@ def options_of(group: Any) -> Iterator[inspect.Parameter]:
         kind = kinds[one.name]
         default: Any = inspect.Parameter.empty if one.default is MISSING else one.default
         if get_origin(kind) is not Annotated:
-            help = comments(group)[one.name]
+            help = comments(group).get(one.name, "")
             if tuple in [get_origin(arm) for arm in (kind, *get_args(kind))]:
                 kind, help = list[str] | None, f"{help}; repeatable"
                 help += f" [{', '.join(default)}]" if default else ""
@@ -98,9 +98,15 @@ def options_of(group: Any) -> Iterator[inspect.Parameter]:
 
 @cache
 def comments(thing: Any) -> dict[str, str]:
-    """The comments beside the parameters of a function, or beside the fields of a dataclass and those that it extends."""
+    """The comments beside the parameters of a function, or beside the fields of a dataclass and those that it extends.
+
+    None where Python has no source, as in a program frozen into one file: then help has no explanations.
+    """
     parts = [one for one in inspect.getmro(thing) if is_dataclass(one)] if inspect.isclass(thing) else [thing]
-    source = "".join(map(inspect.getsource, reversed(parts)))
+    try:
+        source = "".join(map(inspect.getsource, reversed(parts)))
+    except OSError:
+        return {}
     return dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.MULTILINE))
 
 
