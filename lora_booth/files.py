@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
@@ -96,6 +96,14 @@ def write_file(path: Path, content: bytes) -> None:
     """Replace `path` by `content`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def add_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines of JSON to a file in one write, so that those of several processes stay apart. Raises OSError for a link."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, f"{path.name} is a link", str(path))
+    with open(path, "ab", buffering=0) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def check_writable(path: Path) -> None:
@@ -177,13 +185,11 @@ class Owned:
     def write(self, name: str, content: bytes) -> Path:
         """Raises OSError, also for what `check` refuses."""
         self.check(name)
-        if self._leads_elsewhere(name) or (self.folder / self.LIST).is_symlink():
+        if self._leads_elsewhere(name):
             raise OSError(errno.ELOOP, f"{name} is behind a link")
         path = self.folder / name
         make_folder(path.parent)
-        line = json.dumps({"file": name, "sha256": hashlib.sha256(content).hexdigest()})
-        with open(self.folder / self.LIST, "a", encoding="utf-8") as listed:
-            listed.write(line + "\n")
+        add_lines(self.folder / self.LIST, [{"file": name, "sha256": hashlib.sha256(content).hexdigest()}])
         write_file(path, content)
         return path
 

@@ -331,6 +331,30 @@ def test_an_album_keeps_what_others_put_into_its_folder(tmp_path):
         assert (tmp_path / name).read_text() == "mine"
 
 
+def test_what_another_process_adds_meanwhile_stays(tmp_path, monkeypatch):
+    from lora_booth.pictures import gallery
+
+    encode, other = gallery.picture_bytes, [picture(5, "an owl")]
+
+    def encoded(image):
+        if other:
+            Album(tmp_path).save([other.pop()])
+        return encode(image)
+
+    monkeypatch.setattr(gallery, "picture_bytes", encoded)
+    Album(tmp_path).save([picture(0, "a dog"), picture(1, "a dog")])
+    assert shown_in(Album(tmp_path).gallery()) == ["a dog seed 0", "a dog seed 1", "an owl seed 5"]
+
+
+def test_a_record_is_never_written_through_a_link(tmp_path):
+    (tmp_path / "theirs.txt").write_text("mine\n")
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album" / RECORD).symlink_to(tmp_path / "theirs.txt")
+    with pytest.raises(OSError, match="is a link"):
+        Album(tmp_path / "album").save([picture(0, "a dog")])
+    assert (tmp_path / "theirs.txt").read_text() == "mine\n"
+
+
 @pytest.mark.parametrize(
     "line",
     [

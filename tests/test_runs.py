@@ -30,6 +30,7 @@ from lora_booth.run import TIME_UP, Stopping, train
 from lora_booth.training import checkpoint
 from lora_booth.training.checkpoint import Checkpoint, identity_in, newest, publish, read_back
 from lora_booth.training.health import BEFORE, RECENT, Health, RollBack
+from lora_booth.training.job import FORMAT
 from lora_booth.training.loop import learning_rate
 from lora_booth.training.mirror import Mirror
 from lora_booth.training.progress import Step
@@ -343,7 +344,18 @@ def test_a_record_that_is_gone_is_written_anew(text: str, whole: tuple[Path, str
     assert tiny_run(photos, tmp_path, config=QUICK) == whole[1] and record(tmp_path)["status"] == "finished"
 
 
-@pytest.mark.parametrize("facts", [{}, {"base": {}}, {"base": {"fingerprint": "0", "dtype": 1, "name": "?"}}])
+BASES: list[Any] = [[], {"fingerprint": 1}, {"fingerprint": "0", "dtype": 1, "name": "?"}]
+FORGED: list[Any] = [[], "x", None, {"format": FORMAT}, *({"format": FORMAT, "base": base} for base in BASES)]
+    [],
+    "x",
+    None,
+    {"format": FORMAT},
+    {"format": FORMAT, "base": []},
+    {"format": FORMAT, "base": {"fingerprint": 1}},
+]
+
+
+@pytest.mark.parametrize("facts", [{}, {"base": {}}, {"base": {"fingerprint": "0", "dtype": 1, "name": "?"}}, *FORGED])
 def test_a_finished_run_of_another_version_is_refused(facts: Any, photos: Path, tmp_path: Path) -> None:
     Owned(tmp_path).write("run.json", json.dumps({"status": "finished", "facts": facts}).encode())
     with pytest.raises(

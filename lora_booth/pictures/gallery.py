@@ -3,7 +3,6 @@ under its own name, with one gallery of all."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -16,7 +15,7 @@ from ..adapters.contents import file_stem
 from ..base.ai_mark import KINDS, LOSSLESS, data_url, picture_bytes
 from ..config import typed
 from ..errors import PhotoError, SettingsError
-from ..files import json_lines, make_folder, page, remove, write_file
+from ..files import add_lines, json_lines, make_folder, page, remove, write_file
 from ..photos.opening import read_picture
 from ..photos.sheet import contact_sheet
 from .picture import Making, Picture, command_of, number, python_of
@@ -132,15 +131,14 @@ class Album:
     def save(self, pictures: Sequence[Picture]) -> list[Path]:
         """Add pictures under names that tell prompt and seed. One that is there already, to the byte, keeps its file."""
         files: list[Path] = []
-        lines = {str(line.get("file", "")): line for line in json_lines(self.record)} or {"": {"page": self.page.name}}
+        lines = [] if self.record.exists() else [{"page": self.page.name}]
         make_folder(self.folder)
         for picture in pictures:
             name = f"{file_stem(picture.prompt)[:LONGEST].strip('_')}-{picture.seed:06d}.png"
             path = write_new(self.folder / name, picture_bytes(picture.image))
             files.append(path)
-            lines.pop(path.name, None)  # so that the newest stands last
-            lines[path.name] = {"file": path.name, **record_of(picture)}
-        write_file(self.record, "".join(json.dumps(line) + "\n" for line in lines.values()).encode())
+            lines.append({"file": path.name, **record_of(picture)})
+        add_lines(self.record, lines)
         return files
 
     def gallery(self) -> Path:
@@ -153,8 +151,13 @@ class Album:
         return self.page
 
     def _rows(self) -> Iterator[tuple[dict[str, Any], Image.Image]]:
-        """Records and their pictures; a line of another making, or a picture that is gone, is left out."""
+        """Each picture that is still there, with its newest record; a line of another making is left out."""
+        newest: dict[str, dict[str, Any]] = {}
         for line in json_lines(self.record):
+            name = str(line.get("file"))
+            newest.pop(name, None)
+            newest[name] = line
+        for line in newest.values():
             try:
                 image = read_picture(self.folder / Path(str(line["file"])).name, inside=self.folder)
                 facts = [(str(name), str(value)) for name, value in line["facts"]]

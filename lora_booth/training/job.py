@@ -122,10 +122,15 @@ def use_of(photo: Photo, prompt: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between the facts of two jobs, in words. Nothing if another version wrote those before."""
-    if before.get("format") != FORMAT:
-        return
+def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
+    """What differs between the facts of two jobs, in words. Nothing if another version wrote those before, or somebody."""
+    try:
+        return list(found_differences(before, now)) if before["format"] == FORMAT else []
+    except (KeyError, TypeError, AttributeError):
+        return []
+
+
+def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if before["base"]["fingerprint"] != now["base"]["fingerprint"]:
         yield f"base {before['base']['name']} -> {now['base']['name']} (other weights)"
     yield from changes({"dtype": before["base"]["dtype"]}, {"dtype": now["base"]["dtype"]})
@@ -151,14 +156,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
         yield "the order, a caption, a crop or a mask of the photos"
 
 
-def only_steps_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def only_steps_differ(before: Any, now: Mapping[str, Any]) -> bool:
     """Whether a run of these facts can be continued as the other one, with another number of steps."""
-    if before.get("format") != FORMAT:
+    try:
+        one, other = (
+            {**facts, "base": {**facts["base"], "name": ""}, "config": {**facts["config"], "steps": 0, "warmup_steps": 0}}
+            for facts in (before, now)
+        )
+    except (KeyError, TypeError):
         return False
-    one, other = (
-        {**facts, "base": {**facts["base"], "name": ""}, "config": {**facts["config"], "steps": 0, "warmup_steps": 0}}
-        for facts in (before, now)
-    )
     return one == other
 
 
