@@ -346,13 +346,6 @@ def test_a_record_that_is_gone_is_written_anew(text: str, whole: tuple[Path, str
 
 BASES: list[Any] = [[], {"fingerprint": 1}, {"fingerprint": "0", "dtype": 1, "name": "?"}]
 FORGED: list[Any] = [[], "x", None, {"format": FORMAT}, *({"format": FORMAT, "base": base} for base in BASES)]
-    [],
-    "x",
-    None,
-    {"format": FORMAT},
-    {"format": FORMAT, "base": []},
-    {"format": FORMAT, "base": {"fingerprint": 1}},
-]
 
 
 @pytest.mark.parametrize("facts", [{}, {"base": {}}, {"base": {"fingerprint": "0", "dtype": 1, "name": "?"}}, *FORGED])
