@@ -102,8 +102,10 @@ def add_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Add lines of JSON to a file in one write, so that those of several processes stay apart. Raises OSError for a link."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, f"{path.name} is a link", str(path))
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     with open(path, "ab", buffering=0) as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        if file.write(content) < len(content):  # the disk has room for a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def check_writable(path: Path) -> None:

@@ -225,8 +225,9 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
                     factor.to(torch.float32).requires_grad_(True)
                     parameters[f"{module_path(component, path)}.{name}"] = factor.weight
         flat = FlatFactors(list(parameters.values()), base.dtype)
-        with hooked([(injection.model, injection.check) for injection in injections.values()]):
-            layers = [layer for injection in injections.values() for layer in injection.layers.values()]
+        layers = [layer for injection in injections.values() for layer in injection.layers.values()]
+        checks = [(injection.model, injection.check) for injection in injections.values()]
+        with hooked(checks), undone(layers.clear, flat.pieces.clear):  # which hold the base's weights
             yield TrainableLora(parameters, lora.scale_alpha, flat, layers)
 
 

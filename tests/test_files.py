@@ -20,7 +20,18 @@ from PIL import Image
 
 import lora_booth as lb
 from lora_booth.errors import AdapterError
-from lora_booth.files import HOST, Owned, json_lines, number, open_regular, parse_json, read_json, replacing, write_file
+from lora_booth.files import (
+    HOST,
+    Owned,
+    add_lines,
+    json_lines,
+    number,
+    open_regular,
+    parse_json,
+    read_json,
+    replacing,
+    write_file,
+)
 from lora_booth.pictures.picture import Picture
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -179,6 +190,11 @@ def test_a_list_that_is_a_link_is_not_written_to(tmp_path: Path) -> None:
         owned.write("a", b"x")
     owned.clear()
     assert (tmp_path / "theirs").read_text() == "" and (tmp_path / "run" / Owned.LIST).is_symlink()
+
+
+def test_lines_that_the_disk_has_no_room_for_are_an_error(tmp_path: Path) -> None:
+    with full_disk(30), pytest.raises(OSError, match="[Nn]o space"):  # there is room for a part
+        add_lines(tmp_path / "lines", [{"text": "x" * 100}])
 
 
 @pytest.mark.parametrize("path", ["a\0b", "a\0/b"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -701,6 +703,16 @@ def test_default_targets_are_all_attention_projections(kind: str) -> None:
         assert len(every) == 8 * sum(len(m.transformer_blocks) for m in base.unet.modules() if hasattr(m, "transformer_blocks"))
         assert {p.dtype for p in lora.parameters.values()} == {torch.float32}
         assert torch.equal(predict(base.pipeline), untouched)  # up = 0: nothing is changed at the start
+
+
+def test_a_trained_adapter_keeps_no_weight_of_the_base() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    with trainable(base, LoraSpec(rank=2)) as lora, lean(base.unet, lora.flat):
+        predict(base.pipeline)
+    weight = weakref.ref(base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight)
+    del base
+    gc.collect()
+    assert weight() is None and lora.factors()
 
 
 def test_other_targets() -> None:

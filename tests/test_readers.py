@@ -436,6 +436,14 @@ def test_alphas_that_only_peft_metadata_holds(tmp_path):
     assert readings["ComfyUI"].rescaled == (module,) and readings["ComfyUI"].scales == {module: 1.0}
 
 
+def test_a_regular_expression_in_the_metadata_is_no_reason_to_show_nothing(tmp_path):
+    tensors = named(small(Q), lambda module: module, (".lora_A.weight", ".lora_B.weight"), alpha=False)
+    fields = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"], "unet.rank_pattern": {"to_[qk]": 2}}
+    path = saved(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(fields)})
+    readings = readers.readings(path)
+    assert "regular expression" in readings["diffusers"].refusal and readings["A1111"].dropped == (Q,)
+
+
 def test_a_folder_of_peft_is_nothing_for_diffusers(tmp_path):
     tensors = named(
         small(Q), lambda module: f"base_model.model.{module[5:]}", (".lora_A.weight", ".lora_B.weight"), alpha=False

@@ -370,6 +370,12 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "picture changed": lambda folder: noise(4, 4).save(folder / "pictures" / "01.png"),
     "adapter gone": lambda folder: (folder / "sks_dog.safetensors").unlink(),
     "link": lambda folder: (folder / "link").symlink_to(folder / "README.md"),
+    "link that never ends": lambda folder: (folder / "link").symlink_to("/dev/zero"),
+    "same picture elsewhere": lambda folder: (
+        (folder / "pictures" / "01.png").rename(folder.parent.with_suffix(".png")),
+        (folder / "pictures" / "01.png").symlink_to(folder.parent.with_suffix(".png")),
+    ),
+    "named pipe": lambda folder: os.mkfifo(folder / "pipe"),
 }
 
 

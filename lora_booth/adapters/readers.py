@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base.families import FAMILIES
 from ..base.original_naming import UNetNames
 from ..config import TEXT_TARGETS
-from ..errors import AdapterScaleError, AdapterTargetError, reason_of
+from ..errors import AdapterError, AdapterScaleError, AdapterTargetError, reason_of
 from .contents import AdapterContents, Layout
 from .layouts import LAYERS, LYCORIS, PAIRS, RARE, likely_family
 from .metadata import PEFT_KEY
@@ -155,7 +155,7 @@ def read_as(reader: str, file: OpenFile) -> Reading:
     refusal = None
     try:
         found = by_diffusers(file) if reader == "diffusers" else by_table(PROGRAMS[reader], file)
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # what diffusers raises for odd files
+    except (AdapterError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # diffusers raises many kinds
         refusal = reason_of(error)
     if reader == "A1111" and any(key.startswith("diffusion_model.") for key in file.tensors):
         refusal = "it takes diffusion_model for the name of a module"  # the part before the first dot; and there is one

@@ -17,7 +17,7 @@ from .. import __version__
 from ..base.ai_mark import picture_bytes, save_picture
 from ..config import typed
 from ..errors import AdapterError, SettingsError, reason_of
-from ..files import replacing
+from ..files import open_regular, replacing
 from ..photos.opening import read_picture
 from ..photos.square import crop_and_resize
 from .contents import AdapterContents, Dtype, Layout, file_stem
@@ -109,9 +109,12 @@ def mark(folder: Path, page: str) -> str:
     """The last line of README.md, by which a later call knows that the folder is unchanged."""
     digest = hashlib.sha256(page.encode("utf-8"))
     for path in sorted(folder.rglob("*")):
-        if path != folder / README and (path.is_symlink() or path.is_file()):
+        if path.is_symlink():
+            raise OSError("a link, which save_folder never makes")
+        if path != folder / README and not path.is_dir():
             digest.update(f"\0{path.relative_to(folder).as_posix()}\0".encode("utf-8", "surrogateescape"))
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            with open_regular(path) as file:
+                digest.update(hashlib.sha256(file.read()).digest())
     return f"{MARK}{digest.hexdigest()} -->\n"
 
 

@@ -55,7 +55,7 @@ class FlatFactors:
         self.values.grad = torch.zeros_like(self.values)
         self.cast = self.values.data.to(dtype)
         self._views: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}  # of `cast` and of the gradient, in the parameter's shape
-        self._pieces: dict[tuple[Any, ...], LoraPiece | None] = {}  # a layer and its setting -> its piece
+        self.pieces: dict[tuple[Any, ...], LoraPiece | None] = {}  # a layer and its setting -> its piece
         tensors = (self.values.data, self.values.grad, self.cast)
         for parameter, value, gradient, cast in zip(parameters, *map(self.parts_of, tensors), strict=True):
             value.copy_(parameter.data)
@@ -81,9 +81,9 @@ class FlatFactors:
         if layer.disable_adapters or layer.merged:
             return None
         setting = layer, *layer.active_adapters, *layer.scaling.values()
-        if setting not in self._pieces:
-            self._pieces[setting] = self._make(layer)
-        piece = self._pieces[setting]
+        if setting not in self.pieces:
+            self.pieces[setting] = self._make(layer)
+        piece = self.pieces[setting]
         return piece if piece is not None and piece.down.dtype == x.dtype else None
 
     def _make(self, layer: Any) -> LoraPiece | None:
