@@ -48,6 +48,11 @@ def shown(name: object) -> str:
     return "".join(escaped(character) for character in str(name))
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 photo", "2 photos"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def listed(names: Sequence[str], most: int = 6) -> str:
     """ "a, b and 3 more", with at most so many names."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -371,7 +371,7 @@ def test_tokens_are_proposed(call, tiny, tmp_path):
 
 def test_tokens_are_checked(call, tiny):
     code, out, _ = call("token", "--base", tiny, "--check", "sks")
-    assert code == 0 and out.splitlines()[0] == "sks: 1 piece(s): sks</w>"
+    assert code == 0 and out.splitlines()[0] == "sks: 1 piece: sks</w>"
     assert "rifle" in out and "free" not in out  # one voice: what has a drawback is not called free
     code, out, _ = call("token", "--base", "toybox", "--check", "ohwx")
     assert (code, out.splitlines()[-1]) == (0, "free to take a new meaning")
@@ -829,9 +829,10 @@ def test_a_legacy_code_page_ends_no_command(command, encoding, photos, rex, tiny
 
 
 @pytest.mark.slow
-def test_the_first_line_comes_before_pytorch():
+@pytest.mark.parametrize("words", [["generate", "nothing.safetensors", "--prompt", "x"], ["diff", "nothing", "nothing"]])
+def test_the_first_line_comes_before_pytorch(words):
     """PyTorch takes seconds to import."""
-    code = """
+    code = f"""
 import sys
 from lora_booth.cli import main
 class Seen:
@@ -840,7 +841,7 @@ class Seen:
             print(text.strip(), "torch" in sys.modules)
     def flush(self): ...
 sys.stderr = Seen()
-main(["generate", "nothing.safetensors", "--prompt", "x"])
+main({words})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("loading PyTorch False"), done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..subject.subject import Subject
 from ..subject.wording import with_article
 from ..toybox.scenery import CONTEXTS as EVERY_CONTEXT
 from ..toybox.world import HELD_OUT, photos_of
+from ..training.progress import display
 
 PHOTOS = 5
 CONTEXTS = ("in a meadow", "in the kitchen", "on the beach")  # of the photos
@@ -45,9 +47,17 @@ def write_photos(name: str, folder: Path, *, count: int = PHOTOS, contexts: Sequ
     return folder
 
 
-def score(base: BaseModel, adapter: Adapter, name: str, *, count: int = PHOTOS, seeds: Sequence[int] = range(4)) -> Comparison:
-    """The adapter of a held-out subject in the contexts that its photos do not show. count: of the photos"""
-    return evaluate(base, adapter, drawn_photos(name, count), contexts=NEW_CONTEXTS, seeds=seeds, batch_size=8, **SAMPLER)
+def score(
+    base: BaseModel, adapter: Adapter, name: str, *, count: int = PHOTOS, seeds: Sequence[int] = range(4), **more: Any
+) -> Comparison:
+    """The adapter of a held-out subject in the contexts that its photos do not show.
+
+    count  of the photos
+    more   for `evaluate`
+    """
+    return evaluate(
+        base, adapter, drawn_photos(name, count), contexts=NEW_CONTEXTS, seeds=seeds, batch_size=8, **SAMPLER, **more
+    )
 
 
 def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> None:
@@ -65,7 +75,10 @@ def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) 
         file = adapter.save(out / f"{name}.safetensors")
         say(f"{file} ({file.stat().st_size / 1e6:.2f} MB); drawing and scoring pictures")
         adapters.append(adapter)
-        scores.append(score(base, adapter, name, seeds=range(2)))
+        with display(True) as shown:
+            scores.append(
+                score(base, adapter, name, seeds=range(2), on_progress=partial(shown.progress, f"pictures of {name}"))
+            )
         # a row of photos, a row without the adapter and a row with it
         prompts = [f"{adapter.card.prompt} {context}" for context in SHOWN]
         images += drawn_photos(name, len(SHOWN))
@@ -76,7 +89,10 @@ def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) 
     Gallery([p for one in scores for p in one.best.pictures], title="lora_booth demo").save(out / "gallery.html")
     # both subjects in one picture, each adapter where the U-Net attends to its words
     prompt = f"a photo of {' and '.join(adapter.card.words for adapter in adapters)} in the snow"
-    together = Composition(base, adapters, regions="auto").generate(prompt, seeds=range(4), **SAMPLER)
+    seeds = range(4)
+    with display(True) as shown:
+        count = partial(shown.progress, "pictures of both", total=len(seeds))
+        together = Composition(base, adapters, regions="auto").generate(prompt, seeds=seeds, on_image=count, **SAMPLER)
     Gallery(together, title="together").save(out / "together.png")
     for one in scores:
         say("\n".join(["", *one.lines()]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, wraps
@@ -45,6 +46,9 @@ Method = Annotated[str | None, typer.Option(help="how adapters combine: sum or r
 Json = Annotated[bool, typer.Option(help="print everything as JSON")]
 
 
+WITHOUT_PYTORCH = ("photos", "cache")  # commands that start at once
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a command with the function's name.
 
@@ -67,7 +71,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(**given: Any) -> None:
-        if Loading in groups.values():
+        if function.__name__ not in WITHOUT_PYTORCH and "torch" not in sys.modules:
             note("loading PyTorch")  # takes seconds
         made = {}
         for name, group in groups.items():

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..config import LoraSpec, TrainingConfig
-from ..errors import AdapterError, SettingsError
+from ..errors import AdapterError, SettingsError, counted
 from .app import INTERRUPTED, note, say, say_json
 from .arguments import check_adapter_file, remember
 from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, command, torch_dtype
@@ -78,7 +78,7 @@ def token(
         say("\n".join(propose_tokens(loaded.tokenizer, count, known_rare=loaded.rare_tokens)))
         return
     report = check_token(check, loaded.tokenizer, known_rare=loaded.rare_tokens)
-    say(f"{check}: {len(report.pieces)} piece(s): {' '.join(report.pieces)}")
+    say(f"{check}: {counted(len(report.pieces), 'piece')}: {' '.join(report.pieces)}")
     for line in (*report.problems, *report.warnings):
         say(line)
     if not report.ok:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoraBoothError, SettingsError, reason_of, shown
+from ..errors import LoraBoothError, SettingsError, counted, reason_of, shown
 
 # Services import these before the first cell, so the version in memory is not the newer one that a cell installs.
 IMPORTED_EARLY = ("PIL", "numpy", "torch", "huggingface_hub", "transformers", "diffusers", "safetensors")
@@ -101,7 +101,7 @@ def upload(folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.is_file() for path in folder.iterdir())
-    print(f"{there} file(s) in {folder}")
+    print(f"{counted(there, 'file')} in {folder}")
     widgets = ipywidgets()
     if widgets is None:
         print("Put your photos there with the file browser, then run the next cell.")

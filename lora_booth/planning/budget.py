@@ -14,7 +14,7 @@ from ..base.base_model import BaseModel
 from ..base.generation import pictures_at_a_time
 from ..base.quantization import storage_bytes, tensors_of, weight_shape
 from ..config import LoraSpec, SettledConfig, TrainingConfig
-from ..errors import SettingsError
+from ..errors import SettingsError, counted
 from ..kernels.attention import attention_shapes, candidates, halvings
 
 GB = 1e9  # bytes
@@ -59,7 +59,7 @@ def this_machine(base: object, device: torch.device, vram_gb: float | None = Non
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+    return f"{platform.processor() or platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def available_bytes(base: object, device: torch.device) -> int:

@@ -16,7 +16,7 @@ import torch
 from ..base.base_model import BaseModel, default_device, default_dtype, usable
 from ..base.quantization import is_quantized, storage_bytes, tensors_of
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
-from ..errors import SettingsError, setting
+from ..errors import SettingsError, counted, setting
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
 from ..training.training_run import training_steps
@@ -97,9 +97,13 @@ class Plan:
     def __str__(self) -> str:
         """A table of the ways, and the parts of the memory."""
         config, machine, one = self.asked, self.machine, self.chosen or self.least
-        batch = f"{config.batch_size} photo(s)"
+        batch = counted(config.batch_size, "photo")
         if config.prior_loss_weight > 0:
-            batch += f" + {config.batch_size} class image(s)" if config.class_images else " by their own and the class prompt"
+            batch += (
+                f" + {counted(config.batch_size, 'class image')}"
+                if config.class_images
+                else " by their own and the class prompt"
+            )
         rank = f"rank {self.lora.rank}" + (" with text encoders" if self.lora.text_encoder else "")
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.training.items() if size >= 0.005 * GB)
         phases = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.phases.items())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..errors import SettingsError, setting, shown
+from ..errors import SettingsError, counted, setting, shown
 from ..files import json_lines, number, read_json
 from ..training.checkpoint import CROPS, METRICS, RECORD, SAMPLES, SCORES, read_record, saved_adapters
 from ..training.samples import SAMPLE_LIST
@@ -126,10 +126,6 @@ def dicts(value: Any) -> list[dict[str, Any]]:
 
 def integer(value: Any) -> int:
     return int(number(value, 0) or 0)
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 # --- advice

@@ -19,12 +19,12 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import file_stem, one_line, quoted, ways
 from ..base.ai_mark import LOSSLESS, data_url
 from ..config import LoraSpec, TrainingConfig
-from ..errors import AdapterError, PhotoError, SettingsError, shown
+from ..errors import AdapterError, PhotoError, SettingsError, counted, shown
 from ..files import Owned, number, page
 from ..photos.opening import read_picture
 from ..training.checkpoint import REPORT
 from ..training.progress import clock
-from .reading import Run, Sample, advice, counted, dicts, integer, part, read_run
+from .reading import Run, Sample, advice, dicts, integer, part, read_run
 
 T = TypeVar("T")
 Point = tuple[float, float]
