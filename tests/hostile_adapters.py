@@ -272,6 +272,8 @@ WRONG_KEYS = (
     "unet.down_blocks.00.attentions.0.proj_in.lora_A.weight",
     "unet.down_blocks.-1.attentions.0.proj_in.lora_A.weight".replace("-", "_"),
     "unet.down_blocks.99999.attentions.0.proj_in.lora_A.weight",
+    "unet.down_blocks.#.attentions.0.proj_in.lora_A.weight",
+    "unet.down_blocks.\u00b2.attentions.0.proj_in.lora_A.weight",
     "unet.down_blocks.0.attentions.0.proj_in.weight",
     "unet.down_blocks.0.attentions.0.norm.lora_A.weight",
     "unet.down_blocks.0.__class__.lora_A.weight",

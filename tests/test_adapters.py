@@ -350,6 +350,7 @@ def test_alpha_of_peft_files(tmp_path):
         with pytest.raises(E.AdapterScaleError, match="regular expression"):
             alphas(r=4, lora_alpha=16, alpha_pattern={pattern: 2})
     assert alphas(r=4, lora_alpha=8, use_rslora=True) == (16, 16)
+    assert alphas(r=4, alpha=16) == (4, 4)  # no field of a LoRA's
     with pytest.raises(E.AdapterTooLarge):
         alphas(r=10**9, lora_alpha=16)
     with pytest.raises(E.AdapterTooLarge):

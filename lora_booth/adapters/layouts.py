@@ -6,6 +6,7 @@ A complete module path is matched against a table in which `#` stands for an ind
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 from ..base.families import FAMILIES, UNET_WIDTHS, Family
@@ -94,6 +95,7 @@ NUMBERED = {  # component -> orders within a block: of diffusers until 0.19 and 
 }
 LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the original numbering counts with it
 MOST_BLOCKS = 34  # as many as two digits number
+INDEX = re.compile("0|[1-9][0-9]{0,2}")  # in a module's path
 
 
 def _words(name: str) -> list[str]:
@@ -119,7 +121,7 @@ def _matched(component: str, words: list[str]) -> str | None:
     """The path of the module whose name has these words between its dots and underscores."""
     for template in _TEMPLATES.get((component, _shape(words)), ()):
         indices = [word for want, word in zip(_words(template), words, strict=True) if want == "#"]
-        if all(len(index) <= 3 and str(int(index)) == index for index in indices):
+        if all(map(INDEX.fullmatch, indices)):
             path = template.replace("#", "{}").format(*indices)
             if _words(path) == words:  # it also has the numbers that the template fixes
                 return path

@@ -32,7 +32,7 @@ from ..errors import (
 )
 from .contents import MAX_RANK, AdapterContents, LoraFactors, check_scale, check_shapes, check_values, one_line
 from .foreign import refusal
-from .layouts import FORMS, PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, component_of, numbered, understood
+from .layouts import FORMS, LOHA, LOKR, PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, component_of, numbered, understood
 from .lycoris import as_lora
 from .metadata import PEFT_KEY, card_from
 
@@ -142,7 +142,8 @@ def _lycoris_plan(module: str, shapes: Mapping[Role, tuple[int, ...]], path: Pat
 
 def _factors(module: str, tensors: dict[Role, Tensor], plan: Plan, peft: PeftConfig, path: Path) -> LoraFactors:
     given = tensors.pop("alpha", None)
-    alpha = peft.alpha(module, plan.rank) if given is None else float(given.item())
+    field = "alpha" if plan.kind in (LOHA, LOKR) else "lora_alpha"  # as PEFT calls it
+    alpha = peft.alpha(module, plan.rank, field) if given is None else float(given.item())
     if plan.rank is None and given is not None and math.isfinite(alpha):
         alpha = 1.0  # LyCORIS and programs that read its files scale only low-rank parts
     check_scale(module, alpha, plan.rank or 1, path)
@@ -256,14 +257,12 @@ class PeftConfig:
                 return min(fitting, key=lambda found: found[0])[1]
         return self._field(component, field)
 
-    def alpha(self, module: str, rank: int | None) -> float:
+    def alpha(self, module: str, rank: int | None, field: str = "lora_alpha") -> float:
         """PEFT's scale for the module as the alpha of a plain alpha / rank; without any entry alpha = rank.
 
         rank  None: of a LoKr without low-rank parts; it is in the configuration or does not matter
         """
-        alpha = self.value(module, "alpha_pattern", "lora_alpha")
-        if alpha is None:  # PEFT calls it so in LoHa and LoKr
-            alpha = self.value(module, "alpha_pattern", "alpha")
+        alpha = self.value(module, "alpha_pattern", field)
         if alpha is None:
             return float(rank or 1)
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e300:
