@@ -34,6 +34,10 @@ def setting(argument: str, value: object = None, *, option: str | None = None) -
     return argument if value is None else f"{argument}={text}"
 
 
+def same_again() -> str:
+    return f"run the same {'command' if in_command.get() else 'call'} again"
+
+
 def shown(name: object) -> str:
     """`name` safe to print: line breaks, escape codes, direction marks and stray bytes become backslash escapes."""
 

@@ -273,7 +273,7 @@ def test_ctrl_c_between_two_updates_is_told_once(call, photos, tiny, tmp_path, m
     monkeypatch.setattr("lora_booth.training.progress.Lines.update", stop)
     code, _, err = call(*train_words(photos, tiny, tmp_path / "again.safetensors"))
     assert code == 130 and err.count("interrupted") == 1
-    assert err.splitlines()[-1] == "interrupted at step 3 of 6: saved; run the same call again to continue"
+    assert err.splitlines()[-1] == "interrupted at step 3 of 6: saved; run the same command again to continue"
 
 
 @pytest.mark.parametrize("name", ["file/rex.safetensors", "file/a/rex.safetensors"])
@@ -281,6 +281,30 @@ def test_a_place_that_cannot_be_written_is_told_before_the_photos_are_read(name,
     (tmp_path / "file").write_text("")
     code, _, err = call(*train_words(tmp_path / "no photos", tiny, tmp_path / name))
     assert code == 2 and f"{name}: cannot be written (Not a directory)" in err and "pass --out" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "no.safetensors", "--prompt", "x", "--out", "file"],
+        ["generate", "no.safetensors", "--prompt", "x", "--out", "file/a"],
+        ["generate", "no.safetensors", "--prompt", "x", "--auto-regions", "--preview", "file/a.png"],
+        ["generate", "no.safetensors", "--prompt", "x", "--recipe", "file/a.json"],
+        ["grid", "no.safetensors", "--prompt", "x", "--out", "file/a.png"],
+        ["replay", "no.json", "no.safetensors", "--out", "file"],
+        ["evaluate", "no.safetensors", "--photos", "no photos", "--out", "file/a"],
+        ["photos", "no photos", "--sheet", "file/a.png"],
+        ["demo", "--out", "file"],
+    ],
+)
+def test_no_picture_is_drawn_for_a_place_that_cannot_be_written(words, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    code, _, err = call(*words)
+    option, place = words[-2:]
+    why = "is a file" if place == "file" else "cannot be written (Not a directory)"
+    assert code == 2 and f"error: {place}: {why}; pass {option} " in err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

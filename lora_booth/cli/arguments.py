@@ -24,15 +24,31 @@ KIND = "bases"  # of cache entries
 
 
 def check_adapter_file(out: Path) -> None:
-    """Called before the work, not after it."""
+    """As `check_place`."""
     if out.suffix != ".safetensors":
         raise SettingsError(f"{out}: adapters are written as .safetensors; pass --out {out.name}.safetensors")
     if out.is_dir():
         raise SettingsError(f"{out}: is a folder; pass --out a file name")
+    check_place(out)
+
+
+def check_place(file: Path, option: str = "--out") -> None:
+    """Raise SettingsError if the file that an option names cannot be written: called before the work, not after it."""
+    check_written(file, file, option)
+
+
+def check_folder(folder: Path) -> None:
+    """The same for a folder that gets files."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"{folder}: is a file; pass --out a folder")
+    check_written(folder, folder / "file", "--out")
+
+
+def check_written(named: Path, file: Path, option: str) -> None:
     try:
-        check_writable(out)
+        check_writable(file)
     except OSError as error:
-        raise SettingsError(f"{out}: cannot be written ({error.strerror}); pass --out another place") from error
+        raise SettingsError(f"{named}: cannot be written ({error.strerror}); pass {option} another place") from error
 
 
 def file_and_weight(text: str) -> tuple[Path, float | None]:

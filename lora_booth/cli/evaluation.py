@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .app import note, say, say_json
-from .arguments import file_and_weight, parse_seeds
+from .arguments import check_folder, file_and_weight, parse_seeds
 from .options import Loading, OwnBase, Prompting, Sampling, command
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def evaluate(
 
     changes: dict[str, Any] = {"prompts": prompting.templates()} if prompting.given else {}
     changes |= {name: model for name, model in (("dino", dino), ("clip", clip)) if model is not None}
+    if out is not None:
+        check_folder(out)
     of_subject, of_class = parse_seeds(seeds), parse_seeds(class_seeds)
     chosen = [one for text in adapters for one in candidates(text, token, class_noun)]
     runs = [path for text in adapters if is_run(path := file_and_weight(text)[0])]

@@ -14,7 +14,7 @@ import typer
 from ..config import STEPS
 from ..errors import AdapterBaseMismatch, SettingsError
 from .app import say
-from .arguments import by_file, parse_seeds, parse_weights, weighted
+from .arguments import by_file, check_folder, check_place, parse_seeds, parse_weights, weighted
 from .options import Adapters, Drawing, Loading, Method, OwnBase, Placement, Prompting, Size, Steps, command
 
 PATIENCE = 2.0  # seconds without a bar; chosen
@@ -45,6 +45,10 @@ def generate(
     wanted = parse_seeds(seeds)
     if preview is not None and not (placement.region or placement.auto_regions):
         raise SettingsError("--preview shows regions; pass --region or --auto-regions")
+    check_folder(out)
+    for option, file in (("--preview", preview), ("--recipe", recipe)):
+        if file is not None:
+            check_place(file, option)
     chosen = by_file(adapters)
     texts = prompting.texts([adapter for _, (adapter, _) in chosen])
     prompt, several = texts[0], len(texts) > 1
@@ -110,6 +114,7 @@ def replay(
     from ..pictures.gallery import Album
     from ..pictures.recipe import Recipe
 
+    check_folder(out)
     written = Recipe.load(recipe)
     changes: dict[str, Any] = {} if seeds is None else {"seeds": parse_seeds(seeds)}
     loaded = [Adapter.load(path) for path in adapters]
@@ -143,6 +148,7 @@ def grid(
     wanted = parse_seeds(seeds)
     out = out or first_free(Path("grid.png"))
     check_output(out)
+    check_place(out)
     chosen = weighted(adapters)
     texts = prompting.texts([adapter for adapter, _ in chosen])
     made = None

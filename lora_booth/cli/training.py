@@ -12,7 +12,7 @@ import typer
 from ..config import LoraSpec, TrainingConfig
 from ..errors import AdapterError, SettingsError, counted
 from .app import INTERRUPTED, note, say, say_json
-from .arguments import check_adapter_file, remember
+from .arguments import check_adapter_file, check_folder, check_place, remember
 from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, command, torch_dtype
 
 
@@ -24,6 +24,7 @@ def demo(
     """Try everything on the embedded base, offline: train two subjects, compare before and after, print scores."""
     from .demo import run_demo
 
+    check_folder(out)
     run_demo(Loading().base("toybox"), out, say=say)
     say(f"look at {out}/before_after.png, {out}/together.png and {out}/gallery.html")
 
@@ -46,6 +47,8 @@ def photos(
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise SettingsError(f"{sheet}: contact sheets are saved as .png, .jpg or .webp")
+    if sheet is not None:
+        check_place(sheet, "--sheet")
     tell = note if json else say
     if make_masks:
         write_masks(folder, say=lambda line: tell(f"mask     {line}"))

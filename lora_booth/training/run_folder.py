@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
-from ..errors import AdapterError, LoraBoothError, TrainingError, setting, shown
+from ..errors import AdapterError, LoraBoothError, TrainingError, same_again, setting, shown
 from ..files import Owned
 from .checkpoint import (
     ADAPTER,
@@ -293,11 +293,11 @@ class RunFolder:
                 self.record.content["adapter"] = {"sha256": sha256(content).hexdigest(), "digest": adapter.digest()}
                 status = "finished"
             except (OSError, AdapterError) as error:
-                self.event(f"{ADAPTER} cannot be written ({why(error)}); run the same call again to retry", step=step)
+                self.event(f"{ADAPTER} cannot be written ({why(error)}); {same_again()} to retry", step=step)
                 status = f"trained, without {ADAPTER}"
         else:
             saved = "saved" if self.saved == step else f"not saved, the last checkpoint is of step {self.saved}"
-            self.event(f"{stopped} at step {step} of {total}: {saved}; run the same call again to continue", step=step)
+            self.event(f"{stopped} at step {step} of {total}: {saved}; {same_again()} to continue", step=step)
             status = stopped
         self.close(status)
 
