@@ -125,6 +125,13 @@ def test_what_it_makes_is_there(done):
 
 
 @pytest.mark.slow
+def test_the_plan_is_of_the_training_and_nothing_is_noisy(done):
+    assert "4 steps at 64 px" in text_of(done.made, "notebook.compare(")
+    noise = [out.text for cell in done.made.cells for out in cell.get("outputs", ()) if out.get("name") == "stderr"]
+    assert not any("torchvision" in text for text in noise)
+
+
+@pytest.mark.slow
 def test_training_goes_on_from_what_is_kept(done):
     """The time limit stopped it after the first step, then the session's files were lost."""
     record = json.loads((done.folder / "booth/runs/olga/run.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ..base.base_model import BaseModel, default_device, default_dtype, usable
+from ..base.library_logging import quiet_about_torchvision
 from ..base.quantization import is_quantized, storage_bytes, tensors_of
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import SettingsError, counted, setting
@@ -173,6 +174,7 @@ def plan(
     measure  also time a few training steps of a loaded base on this machine, with the chosen settings
     Raises BaseModelError, SettingsError; and DoesNotFit when you read `config` of a plan in which nothing fits.
     """
+    quiet_about_torchvision()
     lora = lora or LoraSpec()
     asked = {"vram_gb": vram_gb, "gpu": gpu, "device": device, "dtype": dtype, "quantize": quantize}
     elsewhere = [name for name, value in asked.items() if value is not None]
