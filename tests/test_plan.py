@@ -38,6 +38,7 @@ from lora_booth.planning.budget import (
 from lora_booth.planning.counting import Counter, Meter, count, count_step, draw, inputs
 from lora_booth.planning.planning import DoesNotFit, Plan, Planner, levels_that_fit, plan
 from lora_booth.planning.shapes import built, configured, without_weights
+from lora_booth.training.latents import LatentCache
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=4, batch_size=2, prior_loss_weight=0.0)
@@ -379,6 +380,17 @@ def test_time_is_measured_by_real_steps() -> None:
         plan(base, gpu="T4", measure=True)
     with pytest.raises(SettingsError, match="measure=True with 'sd1': only a loaded base"):
         plan("sd1", measure=True)
+
+
+@pytest.mark.parametrize("images", [0, 5])
+def test_the_measured_steps_keep_the_class_as_the_training_will(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[LatentCache] = []
+    steps = planning.training_steps
+    monkeypatch.setattr(
+        planning, "training_steps", lambda base, cache, **more: caches.append(cache) or steps(base, cache, **more)
+    )
+    plan(base_of("sd1"), lora=LORA, config=TrainingConfig(batch_size=1, class_images=images), measure=True)
+    assert (caches[0].class_images is None, len(caches[0].class_prompts)) == ((False, 0) if images else (True, 1))
 
 
 def test_this_machine() -> None:

@@ -38,12 +38,7 @@ class Family:
     text_encoders: tuple[str, ...] = ("text_encoder",)  # components of the pipeline, as are the next
     tokenizers: tuple[str, ...] = ("tokenizer",)
     unread_text_layers: tuple[int, ...] = (0,)  # for each text encoder: how many of its last layers are unused
-    depths: tuple[int, ...] = (
-        1,
-        1,
-        1,
-        0,
-    )  # transformer blocks of an attention at each resolution; 0: no attention
+    depths: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks of an attention at each resolution; 0: no attention
     time_ids: bool = False  # also conditioned on a pooled embedding and six size ids
     kohya_text_prefixes: tuple[str, ...] = ("lora_te",)  # one for each text encoder
     kohya_sgm: bool = False  # kohya files name U-Net blocks as the original code does (input_blocks_4_1)

@@ -219,9 +219,13 @@ def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> 
     """Seconds for one optimizer update on this machine: the median of three, on zero latents."""
     with torch.no_grad():
         mean, _, time_ids = inputs(base, config.batch_size, config.resolution)
-        prompts = {} if lora.text_encoder else {"a photo": base.encode_text(["a photo"])}
+        text = {"a photo": base.encode_text(["a photo"])}
     pictures = LatentSet(mean[None], torch.ones_like(mean[None]), ("a photo",) * len(mean), time_ids)
-    cache = LatentCache(pictures, pictures if config.prior_loss_weight > 0 else None, base.scaling_factor, prompts)
+    cache = LatentCache(pictures, None, base.scaling_factor, {} if lora.text_encoder else text)
+    if config.prior_loss_weight > 0 and config.class_images:
+        cache = replace(cache, class_images=pictures)
+    elif config.prior_loss_weight > 0:
+        cache = replace(cache, class_prompts=pictures.prompts, class_text=text)
     config = replace(config, steps=WARM_UPS + TIMED)
     ends = [time.perf_counter()]
     with nullcontext() if lora.text_encoder else base.only_unet_on_device():
