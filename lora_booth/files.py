@@ -99,9 +99,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def add_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines of JSON to a file in one write, so that those of several processes stay apart. Raises OSError for a link."""
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, f"{path.name} is a link", str(path))
+    """Add lines of JSON to a file in one write, so that those of several processes stay apart. Raises OSError, also for a link
+    and for a named pipe, which might never answer."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise OSError(errno.EINVAL, f"{path.name} is a link or no regular file", str(path))
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     with open(path, "ab", buffering=0) as file:
         if file.write(content) < len(content):  # the disk has room for a part

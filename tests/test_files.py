@@ -197,6 +197,14 @@ def test_lines_that_the_disk_has_no_room_for_are_an_error(tmp_path: Path) -> Non
         add_lines(tmp_path / "lines", [{"text": "x" * 100}])
 
 
+def test_lines_are_not_added_to_a_named_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lines")
+    reader = os.open(tmp_path / "lines", os.O_RDONLY | os.O_NONBLOCK)  # without one, opening it would block
+    with pytest.raises(OSError, match="is a link or no regular file"):
+        add_lines(tmp_path / "lines", [{}])
+    os.close(reader)
+
+
 @pytest.mark.parametrize("path", ["a\0b", "a\0/b"])
 @pytest.mark.parametrize("ending", ["png", "html", "safetensors", "json", "txt", "folder"])
 def test_a_path_with_a_nul_is_a_users_mistake(path: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
