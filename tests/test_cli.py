@@ -284,6 +284,12 @@ def test_a_place_that_cannot_be_written_is_told_before_the_photos_are_read(name,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("given, meant", [("a/rex", "a/rex"), ("a/rex.png", "a/rex"), ("rex-v1.5", "rex-v1.5")])
+def test_a_name_that_is_no_adapter_file_gets_another(given, meant, call, tiny, tmp_path):
+    code, _, err = call(*train_words(tmp_path, tiny, tmp_path / given))
+    assert code == 2 and f"pass --out {tmp_path / meant}.safetensors" in err
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -200,6 +200,8 @@ def test_the_best_and_whether_it_is_clear() -> None:
     assert lead is not None and lead[0].name == "weak" and lead[1] <= 0.7625 - 0.2625 <= lead[2]
     unclear = comparison(one=[0.5, 0.7, 0.5, 0.7], other=[0.7, 0.5, 0.7, 0.51])
     assert unclear.best.name == "other" and "not clearly" in unclear.advice()[0]
+    alone = replace(clear, prompts=clear.prompts[:1])
+    assert alone.advice()[0] == "The best is strong, by one prompt alone: pass more to be sure."
     strong = clear.best
     deaf = replace(clear, adapters=(replace(strong, values={**strong.values, "clip_t": [[0.22]] * 4}), clear.adapters[0]))
     assert deaf.best.name == "weak"  # who no longer follows prompts is not the best

@@ -89,6 +89,9 @@ def test_what_is_missing_is_named(base, files, tmp_path):
     other = BaseModel.from_pipeline(pipelines.make_pipeline("sd1"))
     with pytest.raises(AdapterBaseMismatch, match="made with tiny"):
         recipe.generate(other, adapters)
+    (tmp_path / "run.json").write_text('{"status": "finished"}')
+    with pytest.raises(SettingsError, match=r"run\.json: not a recipe; pass a file that"):
+        Recipe.load(tmp_path / "run.json")
     for content in ("{}", "[]", "no", '{"format": 99}', '{"format": 1, "base": "x"}'):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SettingsError, match=r"bad\.json"):

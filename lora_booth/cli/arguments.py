@@ -26,7 +26,8 @@ KIND = "bases"  # of cache entries
 def check_adapter_file(out: Path) -> None:
     """As `check_place`."""
     if out.suffix != ".safetensors":
-        raise SettingsError(f"{out}: adapters are written as .safetensors; pass --out {out.name}.safetensors")
+        stem = out.with_suffix("") if out.suffix[1:].isalpha() else out  # of rex.png, but not of rex-v1.5
+        raise SettingsError(f"{out}: adapters are written as .safetensors; pass --out {stem}.safetensors")
     if out.is_dir():
         raise SettingsError(f"{out}: is a folder; pass --out a file name")
     check_place(out)

@@ -37,7 +37,7 @@ def evaluate(
 ) -> None:
     """Score adapters, or all that a run has saved, by new pictures, and name the best."""
     from ..evaluation.protocol import evaluate as compared
-    from ..evaluation.protocol import is_run
+    from ..evaluation.protocol import is_run, opened
 
     changes: dict[str, Any] = {"prompts": prompting.templates()} if prompting.given else {}
     changes |= {name: model for name, model in (("dino", dino), ("clip", clip)) if model is not None}
@@ -46,10 +46,11 @@ def evaluate(
     of_subject, of_class = parse_seeds(seeds), parse_seeds(class_seeds)
     chosen = [one for text in adapters for one in candidates(text, token, class_noun)]
     runs = [path for text in adapters if is_run(path := file_and_weight(text)[0])]
+    images = opened(photos)  # before gigabytes are read
     made = compared(
         loading.base(base, [one.adapter for one in chosen]),
         chosen,
-        photos,
+        images,
         contexts=prompting.context or None,
         seeds=of_subject,
         class_seeds=of_class,

@@ -195,7 +195,7 @@ class Comparison:
             return ["The photos are no more alike than the base's pictures are like them: check that all show one subject."]
         lines = []
         if len(self.adapters) > 1:
-            ahead = ""
+            ahead = ", by one prompt alone: pass more to be sure" if len(self.prompts) == 1 else ""
             if self.lead is not None:
                 ahead = f", {'clearly' if self.lead[1] > 0 else 'but not clearly'} ahead of {self.lead[0].name}"
             lines.append(f"The best is {row.name}{ahead}.")

@@ -81,6 +81,8 @@ class Recipe:
         path = Path(path)
         try:
             entries = read_json(path, most=MAX_BYTES)
+            if "format" not in entries:
+                raise SettingsError("not a recipe; pass a file that `generate --recipe` or `Recipe.save` wrote")
             if entries.pop("format") != FORMAT:
                 raise SettingsError("a recipe of another format; update lora_booth")
             entries["adapters"] = tuple(entries["adapters"])
