@@ -73,8 +73,8 @@ def prepare(
             prompts.append(prompt_read(base, one, photo, f"photo {len(photos)}", warn))
     if say is not None:
         say(f"{len(photos)} photos at {config.resolution} px")
-    drawn: list[Square] = []
-    drawn_prompts: list[str] = []
+    pictures: list[Square] = []
+    picture_prompts: list[str] = []
     class_prompts = [one.class_prompt for one in subjects for _ in one.photos] if config.prior_loss_weight > 0 else []
     uncropped = Crop(0, 0, (config.resolution, config.resolution))
     for prompt in dict.fromkeys(class_prompts):
@@ -84,20 +84,20 @@ def prepare(
             images = class_images(
                 base, prompt, config.class_images, resolution=config.resolution, seed=config.seed, on_progress=progress
             )
-            drawn += [Square(image, uncropped) for image in images]
-            drawn_prompts += [prompt] * config.class_images
-    total, done = (2 if config.flip else 1) * len(photos + drawn), itertools.count()
+            pictures += [Square(image, uncropped) for image in images]
+            picture_prompts += [prompt] * config.class_images
+    total, done = (2 if config.flip else 1) * len(photos + pictures), itertools.count()
 
     def on_picture() -> None:
         on_progress("encoding", next(done), total)
 
     on_picture()
     encoded = encode(base, photos, prompts, flip=config.flip, on_picture=on_picture)
-    prior = encode(base, drawn, drawn_prompts, flip=config.flip, on_picture=on_picture) if drawn else None
+    prior = encode(base, pictures, picture_prompts, flip=config.flip, on_picture=on_picture) if pictures else None
     class_text = encode_prompts(base, class_prompts)
     text = {} if lora is not None and lora.text_encoder else encode_prompts(base, prompts) | class_text
     prune_cache()
-    if drawn:
+    if pictures:
         return LatentCache(encoded, prior, base.scaling_factor, text)
     return LatentCache(encoded, None, base.scaling_factor, text, tuple(class_prompts), class_text)
 
