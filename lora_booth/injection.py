@@ -244,19 +244,24 @@ def placed(adapter: Adapter, base: BaseModel) -> Places:
     for key, factors in adapter.modules.items():
         component, _, path = key.partition(".")
         if component not in components:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} has no {component}")
+            raise unfit(adapter, f"{base.name} has no {component}")
         model = components[component]
         try:
             layer = base_layer(model.get_submodule(local_path(model, path)))
         except AttributeError:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} has no module {key}") from None
+            raise unfit(adapter, f"{base.name} has no module {key}") from None
         if not adaptable(layer):
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} of {base.name} is not a linear or convolution layer")
+            raise unfit(adapter, f"{key} of {base.name} is not a linear or convolution layer")
         wanted = weight_shape(layer)
         if (fitted := factors.fitted(wanted)) is None:
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {key} is {factors.shape} in the file and {wanted} in {base.name}")
+            raise unfit(adapter, f"{key} is {factors.shape} in the file and {wanted} in {base.name}")
         places[key] = layer, fitted
     return places
+
+
+def unfit(adapter: Adapter, why: str) -> AdapterBaseMismatch:
+    own = setting("the base that it was made for", option=f"--base {adapter.card.base_model or 'MODEL'}")
+    return AdapterBaseMismatch(f"{made_for(adapter)}; {why}; use {own}")
 
 
 def made_for(adapter: Adapter) -> str:
@@ -336,8 +341,7 @@ def placements(base: BaseModel, adapters: Sequence[tuple[Adapter, float]]) -> li
     plan = []
     for adapter, weight in adapters:
         if adapter.card.family not in (None, base.family.name):
-            own = setting("a base of its family", option=f"--base {adapter.card.base_model or 'MODEL'}")
-            raise AdapterBaseMismatch(f"{made_for(adapter)}; {base.name} is {base.family.label}; use {own}")
+            raise unfit(adapter, f"{base.name} is {base.family.label}")
         plan.append((adapter, weight, placed(adapter, base)))
     for adapter, weight, _ in plan:
         if weight:

@@ -497,7 +497,7 @@ MISTAKES = [
     ("bake {rex} --base {tiny} --out {tmp}/a.ckpt", "a.ckpt: a pickle's name"),
     ("bake {rex} --base {tiny} --out {two}", "already exists"),
     ("bake {rex} --base {tiny} --out {tmp}/a.safetensors --dtype int8", "is not one of 'fp16', 'bf16', 'fp32'"),
-    ("bake {rex} --base toybox --out {tmp}/a", "was made for tiny"),
+    ("bake {rex} --base toybox --out {tmp}/a", "in toybox; use --base tiny"),
     ("bake {rex} --base toybox --out {tmp}/a.safetensors", "no single file holds a U-Net that takes 6 channels"),
     ("extract {tiny} --base {tiny} --out {tmp}/a.safetensors --rank 2", "nothing to extract"),
     ("extract {tiny} --base toybox --out {tmp}/a.safetensors --rank 2", "neither was made from the other"),
