@@ -334,6 +334,7 @@ UNTRUSTED: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "a pickle with code": ("a pickle that could run code", lambda f: pickled(f / TEXT, {"a": Code()})),
     "endless words": ("1e.09 tokens", lambda f: edited(f / "tokenizer" / "tokenizer_config.json", model_max_length=10**9)),
+    "no padding": ("tokenizer has no pad_token", lambda f: edited(f / "tokenizer" / "tokenizer_config.json", pad_token=None)),
     "many text layers": ("layers by its conf", lambda f: edited(f / "text_encoder" / "config.json", num_hidden_layers=10**6)),
     "many resnets": ("layers by its configuration", lambda f: edited(f / "unet" / "config.json", layers_per_block=10**6)),
     "many transformers": (

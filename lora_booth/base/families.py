@@ -195,6 +195,7 @@ def check_text(pipeline: Any, family: Family) -> None:
     for name, encoder in zip(family.tokenizers, encoders, strict=True):
         tokenizer = getattr(pipeline, name)
         demand(has_vocabulary(tokenizer), f"its {name} has no vocabulary; check that its {name} folder is complete")
+        demand(tokenizer.pad_token is not None, f"its {name} has no pad_token; set one in its tokenizer_config.json")
         length, most = tokenizer.model_max_length, encoder.max_position_embeddings
         demand(length <= most, f"its {name} gives {length:g} tokens (model_max_length), the text encoder takes {most}: {apart}")
         words, known = len(tokenizer), encoder.vocab_size

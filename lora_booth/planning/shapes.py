@@ -52,6 +52,7 @@ class StandIn:
     """Replaces a tokenizer: gives every prompt the full number of tokens, without meaning."""
 
     all_special_tokens: tuple[str, ...] = ()
+    pad_token = ""
 
     def __init__(self, length: int) -> None:
         self.model_max_length = length
