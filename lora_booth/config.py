@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -170,6 +170,7 @@ def named(name: str) -> str:
 
 MOST = 2**63  # whole numbers are below it, as PyTorch's are
 NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path", NoneType: "None"}
+NEEDED[Mapping[str, float]] = "a mapping of names to numbers"
 
 
 def check_types(settings: Any) -> None:
@@ -183,7 +184,8 @@ hints = cache(get_type_hints)
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as a `kind`: int, float, bool, str, Path, a class, Literal["a", "b"], tuple[str, ...] or a union of these.
+    """`value` as a `kind`: int, float, bool, str, Path, a class, Literal["a", "b"], tuple[str, ...],
+    Mapping[str, float] or a union of these.
 
     Whole floats become ints, ints floats, lists tuples, a single string a tuple of one, strings paths. Raises SettingsError.
     """
@@ -211,6 +213,9 @@ def as_type(value: Any, kind: Any) -> Any:
         several = value if isinstance(value, list | tuple) else [value]
         found = [as_type(one, get_args(kind)[0]) for one in several]
         return None if None in found else tuple(found)
+    if get_origin(kind) is Mapping:
+        values = isinstance(value, Mapping) and {key: as_type(one, get_args(kind)[1]) for key, one in value.items()}
+        return None if values is False or None in values.values() else values
     if kind is int:
         return int(value) if number and abs(value) < MOST and value == int(value) else None
     if kind is float:

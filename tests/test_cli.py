@@ -716,7 +716,6 @@ PYTHON_ONLY = (  # mistakes that no command can make
     "find_regions needs",
     "regions cannot be one adapter",
     "save_pretrained",
-    "at least one of each, e.g. seeds=",
 )
 
 

@@ -132,7 +132,7 @@ def test_mistakes_are_named(base):
             live.load("rex", adapters["rex"])
         with pytest.raises(SettingsError, match="'bob' is not loaded; load it first .loaded: rex."):
             live.use({"bob": 1.0})
-        with pytest.raises(SettingsError, match="weight nan of 'rex'"):
+        with pytest.raises(SettingsError, match="weights {'rex': nan}; needed"):
             live.use({"rex": float("nan")})
         with pytest.raises(SettingsError, match="no requests"):
             live.generate([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ class Adapter(AdapterContents):
         """
         from .reading import load
 
-        found = load(Path(path), allow=allow)
+        found = load(Path(typed("path", path, str | os.PathLike)), allow=allow)
         return cls(found.modules, found.card, found.stem)
 
     def save(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..config import typed
 from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of
 from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
@@ -97,6 +98,7 @@ class BaseModel:
         MissingExtraError if it cannot be quantized.
         """
         quiet_about_torchvision()
+        source, dtype = typed("source", source, str | Path), typed("dtype", dtype, torch.dtype | None)
         place = default_device() if device is None else usable(device)
         if quantize is not None:
             check_quantization(quantize, place)

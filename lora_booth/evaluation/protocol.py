@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -15,11 +15,11 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..base.base_model import TOYBOX_FOLDER, BaseModel
 from ..base.generation import pictures_at_a_time
-from ..config import check
+from ..config import typed
 from ..errors import CompositionWarning, EvaluationError, shown
 from ..photos.finding import find_photos
 from ..photos.square import training_square
-from ..pictures.composition import Composition
+from ..pictures.composition import Composition, checked
 from ..pictures.picture import Picture
 from ..pictures.prompts import PAPER, fill_prompts
 from ..subject.subject import CLASS_TEMPLATE
@@ -73,20 +73,23 @@ def evaluate(
     on_progress  called with the number of pictures drawn and the total
     Raises EvaluationError, SettingsError, PhotoError.
     """
-    several = [adapters] if isinstance(adapters, Adapter) else adapters
-    candidates = [one if isinstance(one, Candidate) else Candidate(one) for one in several]
+    base, dino, clip = typed("base", base, BaseModel), typed("dino", dino, str | Path), typed("clip", clip, str | Path)
+    prompts, contexts = typed("prompts", prompts, tuple[str, ...]), typed("contexts", contexts, tuple[str, ...] | None)
+    several: Iterable[Any] = adapters if isinstance(adapters, Iterable) else [adapters]
+    candidates = [one if isinstance(one, Candidate) else Candidate(typed("adapters", one, Adapter)) for one in several]
     nouns = {candidate.adapter.card.class_noun for candidate in candidates}
     if len(nouns) != 1:
         raise EvaluationError(f"adapters of {len(nouns)} classes; pass at least one adapter, all of the same class")
-    check(len(seeds) > 0 and len(class_seeds) > 0, "no seeds", "at least one of each, e.g. seeds=range(4)")
+    seeds, class_seeds = checked(seeds=seeds)["seeds"], checked(seeds=class_seeds)["seeds"]
+    sampler = checked(steps=steps, guidance=guidance, size=size, batch_size=1 if batch_size is None else batch_size)
     images, toybox = opened(photos), is_toybox(base)
     card = candidates[0].adapter.card
     if contexts is None:
         contexts = unseen_contexts(images) if toybox else PAPER["shared"]
     cases = cases_of(card, prompts, contexts)
     measure = ToyboxMeasure(images) if toybox else PhotoMeasure(images, dino, clip, base.device)
-    many = pictures_at_a_time(size or base.resolution) if batch_size is None else batch_size
-    sampler: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "batch_size": many}
+    if batch_size is None:
+        sampler["batch_size"] = pictures_at_a_time(size or base.resolution)
     plain = fill_prompts([CLASS_TEMPLATE], class_noun=card.class_noun)[0]
     total = (len(cases) * len(seeds) + len(class_seeds)) * (1 + len(candidates))
     done = 0
@@ -156,10 +159,11 @@ def names_of(candidates: Sequence[Candidate]) -> list[str]:
 
 def opened(photos: str | Path | Sequence[Image.Image]) -> list[Image.Image]:
     """The squares that training would see."""
-    if not isinstance(photos, str | Path):
-        images = list(photos)
+    given = typed("photos", photos, Path | tuple[Image.Image, ...])
+    if isinstance(given, tuple):
+        images = list(given)
     else:
-        images = [training_square(photo, PHOTO_SIDE).image for photo in find_photos(photos, minimum=1).photos]
+        images = [training_square(photo, PHOTO_SIDE).image for photo in find_photos(given, minimum=1).photos]
     if len(images) < 2:
         raise EvaluationError(f"{len(images)} photo; pass at least 2: photos compared with each other are the ceiling")
     return images

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..config import typed
 from ..errors import MissingExtraError, PhotoError, reason_of, shown
 from ..files import replacing
 from .finding import MASK_ENDING, WHITE, check_shape, find_photos
@@ -53,7 +54,7 @@ def make_masks(
     raises     PhotoError: no usable photo, a model that cannot be downloaded, a mask of another shape than its picture, a
                folder that cannot be written to. MissingExtraError: no segmenter, and rembg is not installed.
     """
-    segmenter = segmenter or rembg_segmenter()
+    segmenter = typed("segmenter", segmenter, Callable | None) or rembg_segmenter()
     photos = find_photos(folder, minimum=1, maximum=1000).photos
     stems = Counter(photo.path.stem for photo in photos)
     made = []

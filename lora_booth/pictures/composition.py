@@ -79,8 +79,8 @@ class Composition:
         self.base = BaseModel.of(base)
         self.adapters = everyone_of(adapters)
         self.by_default = method is None and regions is None and len(subjects_of(self.adapters)) > 1
-        regions = "auto" if self.by_default else regions or ()
-        self.method: Method = method or ("regions" if regions else "sum")
+        regions = "auto" if self.by_default else typed("regions", regions, Literal["auto"] | tuple[Region, ...] | None) or ()
+        self.method: Method = ("regions" if regions else "sum") if method is None else method
         if self.method in REMOVED:
             raise SettingsError(f"method {method!r} was removed; use sum, or regions for several subjects")
         typed("method", self.method, Method)
@@ -173,7 +173,7 @@ class Composition:
     @contextmanager
     def _attached(self, prompt: str, pipeline: Any = None) -> Iterator[tuple[Any, Regional | None]]:
         """The pipeline with the adapters attached, and what answers its U-Net's calls; None: the U-Net itself."""
-        everyone = self.everyone(prompt)
+        everyone = self.everyone(typed("prompt", prompt, str))
         weights = [weight for _, weight in everyone]
         if self.method == "regions":
             refuse_hidden_adapters(self.base)
@@ -210,6 +210,8 @@ class Composition:
             pipeline._interrupt = step + 1 >= self.start * steps
             return tensors
 
+        [seed] = checked(seeds=seed)["seeds"]
+        checked(prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, size=size)
         with self._attached(prompt) as (pipeline, regional), quiet(pipeline):
             if regional is None or regional.maps is None:
                 raise SettingsError(f"the prompt {prompt!r} names no subject; name those whose regions you want")
@@ -270,6 +272,7 @@ class Composition:
 
     def preflight(self, prompt: str = "", *, steps: int = STEPS, size: int | None = None, trial: bool = False) -> Preflight:
         """The cost and the conflicts of this composition. trial: run a few steps to measure time and memory."""
+        prompt, steps, size = checked(prompt=prompt, steps=steps, size=size).values()
         everyone = self.everyone(prompt)
         refused, other_base = misfits(self.base, everyone)
         seconds, peak = self._trial(prompt, steps, size) if trial and not refused else (None, None)

@@ -43,7 +43,7 @@ class Gallery:
     def __init__(self, pictures: Sequence[Picture], *, title: str = "lora_booth") -> None:
         if not pictures:
             raise SettingsError("a gallery needs pictures; pass at least one")
-        self.pictures, self.title = list(pictures), title
+        self.pictures, self.title = list(typed("pictures", pictures, tuple[Picture, ...])), typed("title", title, str)
 
     def __repr__(self) -> str:
         return f"Gallery({self.title!r}: {len(self.pictures)} pictures)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -113,12 +113,12 @@ def grid_steps(
     method    see `Composition`
     settings  see `Composition.generate`: negative_prompt, steps, guidance, size, on_step
     """
-    prompts, everyone = [prompt] if isinstance(prompt, str) else list(prompt), everyone_of(adapters)
+    prompts, everyone = typed("prompt", prompt, tuple[str, ...]), everyone_of(adapters)
     if not everyone:
         raise SettingsError("a grid without adapters; pass at least one")
-    seeds = checked(seeds=seeds)["seeds"]
+    seeds, batch_size = checked(seeds=seeds, batch_size=batch_size).values()
     rows, title = labels_of(prompts, seeds)
-    weights = typed("weights", list(weights), tuple[float, ...])
+    weights = typed("weights", list(weights) if isinstance(weights, Iterable) else weights, tuple[float, ...])
     total = len(rows) * len(weights)
     check(1 <= total <= MOST, f"a grid of {total} pictures", f"1 to {MOST}; at least one prompt, seed and weight")
     alone = everyone[0][1].value if len(everyone) == 1 else None

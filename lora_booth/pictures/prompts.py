@@ -63,6 +63,8 @@ def fill_prompts(
     {token}, {class_noun}  the subject's;  {a}  "a" or "an", by the class noun's sound;  {context}  each in turn
     Raises SettingsError for a placeholder that is unknown or has no value.
     """
+    prompts, contexts = typed("prompts", prompts, tuple[str, ...]), typed("contexts", contexts, tuple[str, ...])
+    token, class_noun = typed("token", token, str | None), typed("class_noun", class_noun, str | None)
     noun = class_noun or ""
     words = {"token": token, "class_noun": class_noun, "a": article(noun) if noun else None}
     filled: dict[str, None] = {}  # each once

@@ -78,7 +78,7 @@ class Recipe:
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises SettingsError if it is not a recipe, or has arguments unknown to `generate`."""
-        path = Path(path)
+        path = Path(typed("path", path, Path))
         try:
             entries = read_json(path, most=MAX_BYTES)
             if "format" not in entries:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..config import check, check_types
+from ..config import check, check_types, typed
 from ..errors import SettingsError
 from .weights import Weight
 
@@ -100,6 +100,8 @@ def masks_of(regions: Sequence[Region]) -> Masks:
 
 def preview(regions: Sequence[Region], picture: Image.Image | None = None, *, side: int = 384) -> Image.Image:
     """The regions as coloured areas with their names, over a picture if there is one."""
+    regions, picture = typed("regions", regions, tuple[Region, ...]), typed("picture", picture, Image.Image | None)
+    check(typed("side", side, int) >= 1, f"side {side}", "at least 1")
     canvas = (picture or Image.new("RGB", (side, side), "#808080")).convert("RGB").resize((side, side))
     font = ImageFont.load_default(max(10, side // 24))
     for i, region in enumerate(regions):

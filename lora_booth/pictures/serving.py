@@ -15,9 +15,10 @@ from ..adapters.adapter import Adapter, weighted
 from ..base.base_model import BaseModel
 from ..base.changes import claimed, undone
 from ..base.generation import quiet
-from ..config import GUIDANCE, STEPS, check
+from ..config import GUIDANCE, STEPS, check, check_types, typed
 from ..errors import CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attachable
+from .composition import checked
 from .picture import Picture
 from .subjects import unread
 from .unet_hook import Gate, UNetCall, UNetHook
@@ -34,6 +35,10 @@ class Request:
     adapters: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        checked(seeds=self.seed)
 
 
 class Serving:
@@ -63,7 +68,7 @@ class Serving:
 
     def load(self, name: str, adapter: Adapter) -> None:
         """Attach an adapter to the base, with weight 0 until you use it. Raises AdapterBaseMismatch."""
-        if name in self.loaded:
+        if typed("name", name, str) in self.loaded:
             raise SettingsError(f"{name!r} is already loaded; unload it first, or choose another name")
         [on] = attachable(self.base, weighted([(adapter, 1.0)]))
         on.use(0.0)
@@ -79,6 +84,7 @@ class Serving:
 
     def use(self, weights: Mapping[str, float]) -> None:
         """Activate exactly these adapters, with these weights."""
+        weights = typed("weights", weights, Mapping[str, float])
         for name, weight in weights.items():
             self._known(name)
             check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
@@ -95,6 +101,8 @@ class Serving:
         self, requests: Sequence[Request], *, steps: int = STEPS, guidance: float = GUIDANCE, size: int | None = None
     ) -> list[Picture]:
         """Draw all requests in one batch, each with its adapters: the same pictures as one by one."""
+        requests = typed("requests", requests, tuple[Request, ...])
+        steps, guidance, size = checked(steps=steps, guidance=guidance, size=size).values()
         if not requests:
             raise SettingsError("no requests; pass one for each picture")
         names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]

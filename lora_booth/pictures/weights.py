@@ -29,12 +29,13 @@ class Weight:
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        typed("blocks", self.blocks, Mapping)
         for name, value in {"weight": self.value, "start": self.start, "end": self.end, **self.blocks}.items():
             usual = f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}; 0 to 1 is usual"
             check(abs(typed(name, value, float)) <= MOST_WEIGHT, f"weight {value}", usual)
         check(0 <= self.start < self.end <= 1, f"start {self.start:g}, end {self.end:g}", "0 <= start < end <= 1")
         for name in self.blocks:
-            if not BLOCK.fullmatch(name):
+            if not BLOCK.fullmatch(str(name)):
                 raise SettingsError(f"block {name!r} is unknown; allowed: down, mid, up, text, and one block, e.g. 'up.1'")
 
     def of(self, path: str) -> float:

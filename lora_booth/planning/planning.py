@@ -16,7 +16,7 @@ import torch
 from ..base.base_model import BaseModel, default_device, default_dtype, usable
 from ..base.library_logging import quiet_about_torchvision
 from ..base.quantization import is_quantized, storage_bytes, tensors_of
-from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
+from ..config import LoraSpec, SettledConfig, TrainingConfig, check, settled, typed
 from ..errors import SettingsError, counted, setting
 from ..kernels.attention import fastest_attention
 from ..training.latents import LatentCache, LatentSet
@@ -175,7 +175,11 @@ def plan(
     Raises BaseModelError, SettingsError; and DoesNotFit when you read `config` of a plan in which nothing fits.
     """
     quiet_about_torchvision()
-    lora = lora or LoraSpec()
+    base, gpu = typed("base", base, BaseModel | str | Path), typed("gpu", gpu, str | None)
+    lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
+    config = typed("config", config, TrainingConfig | None) or TrainingConfig()
+    vram_gb, dtype = typed("vram_gb", vram_gb, float | None), typed("dtype", dtype, torch.dtype | None)
+    check(typed("photos", photos, int) >= 1, f"photos {photos}", "at least 1")
     asked = {"vram_gb": vram_gb, "gpu": gpu, "device": device, "dtype": dtype, "quantize": quantize}
     elsewhere = [name for name, value in asked.items() if value is not None]
     loaded = base if isinstance(base, BaseModel) else None
@@ -193,7 +197,7 @@ def plan(
         dtype = torch.float16 if machine.name in WITHOUT_BF16 else torch.bfloat16
     if dtype is None:
         dtype = loaded.dtype if loaded is not None else default_dtype(here, str(base))
-    found = Planner.of(base, lora, config or TrainingConfig(), machine, dtype=dtype, photos=photos, quantize=quantize).plan()
+    found = Planner.of(base, lora, config, machine, dtype=dtype, photos=photos, quantize=quantize).plan()
     if measure and loaded is not None and found.chosen is not None:
         return replace(found, seconds=measured_seconds(loaded, lora, settled(found.config, loaded, photos)))
     return found

@@ -18,7 +18,7 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.contents import file_stem, one_line, quoted, ways
 from ..base.ai_mark import LOSSLESS, data_url
-from ..config import LoraSpec, TrainingConfig
+from ..config import LoraSpec, TrainingConfig, typed
 from ..errors import AdapterError, PhotoError, SettingsError, counted, shown
 from ..files import Owned, number, page
 from ..photos.opening import read_picture
@@ -46,7 +46,7 @@ def write_report(run: str | Path, *, photos: bool = True) -> Path:
     photos  show small copies of the photos; leave them out of a page that you share
     Raises SettingsError if the folder is not that of a run.
     """
-    found = read_run(Path(run))
+    found = read_run(typed("run", run, Path))
     path = found.path / REPORT
     try:
         Owned(found.path).write(REPORT, html(found, photos=photos).encode("utf-8", "replace"))

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import typed
+from ..config import check, typed
 from ..errors import SubjectError, shown
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def check_token(token: str, tokenizer: CLIPTokenizer, *, known_rare: Collection[
     Raises SubjectError if the token is not one word (empty, with spaces or control characters).
     """
     check_token_text(token)
+    check(hasattr(tokenizer, "get_vocab"), f"tokenizer {type(tokenizer).__name__}", "that of a base, base.tokenizer")
     word = token.lower()  # CLIP reads lower case only
     pieces = tuple(tokenizer.tokenize(token))
     if word in known_rare:
@@ -97,6 +98,8 @@ def propose_tokens(tokenizer: CLIPTokenizer, count: int = 8, *, known_rare: Coll
     pronounceable ones, names and well-known abbreviations.
     Raises SubjectError if the vocabulary has none.
     """
+    check(hasattr(tokenizer, "get_vocab"), f"tokenizer {type(tokenizer).__name__}", "that of a base, base.tokenizer")
+    check(typed("count", count, int) >= 1, f"count {count}", "at least 1")
     vocabulary = tokenizer.get_vocab()
     pool = sorted({word for word in known_rare if word + END in vocabulary})
     if not known_rare:

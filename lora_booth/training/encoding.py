@@ -63,6 +63,7 @@ def prepare(
     on_square    called with each photo's number, from 0, and its training square
     """
     base, subjects, warn = typed("base", base, BaseModel), subjects_of(subject), say or warnings.warn
+    lora = typed("lora", lora, LoraSpec | None)
     config = settled(config, base, sum(len(one.photos) for one in subjects))
     photos: list[Square] = []
     prompts: list[str] = []

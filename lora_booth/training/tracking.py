@@ -25,7 +25,7 @@ def trackers_of(track: Track, out: Path | None) -> list[Any]:
     """Not started yet. Raises SettingsError, MissingExtraError for what cannot be had."""
     from accelerate import tracking
 
-    asked = [track] if isinstance(track, str | tracking.GeneralTracker) else list(track)
+    asked = track if isinstance(track, list | tuple | set) else [track]
     known = {str(name): kind for name, kind in tracking.LOGGER_TYPE_TO_CLASS.items()}
     there = {str(name) for name in tracking.get_available_trackers()}
     found = []

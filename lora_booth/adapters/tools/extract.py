@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import __version__
 from ...base.base_model import BaseModel
 from ...base.quantization import refuse_quantized
+from ...config import typed
 from ...errors import BaseModelError
 from ...injection import adaptable, module_path, unread_layers
 from ..adapter import Adapter
@@ -45,7 +46,7 @@ def extract(
     text_encoder  also compare the text encoders
     Every linear layer and convolution that adapters change is compared; layers that are equal in both are left out.
     """
-    chosen = keep(rank, energy)
+    tuned, base, chosen = typed("tuned", tuned, BaseModel), typed("base", base, BaseModel), keep(rank, energy)
     if tuned.family != base.family:
         raise BaseModelError(
             f"{tuned.name} is {tuned.family.label} and {base.name} is {base.family.label}; pass the base that it was tuned from"

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...config import typed
 from ..adapter import Adapter
 from ..contents import Card, LoraFactors
 from .spectrum import cores, fitted, norm, one_family, spectrum
@@ -158,6 +159,7 @@ class Difference:
 
 def difference(a: Adapter, b: Adapter) -> Difference:
     """Compare what two adapters do to a base. Raises AdapterBaseMismatch if they do not fit the same base."""
+    a, b = typed("a", a, Adapter), typed("b", b, Adapter)
     one_family((a, b), "compared")
     both = sorted(a.modules.keys() & b.modules.keys())
     only_a, only_b = sorted(a.modules.keys() - b.modules.keys()), sorted(b.modules.keys() - a.modules.keys())

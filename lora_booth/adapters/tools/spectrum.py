@@ -173,7 +173,7 @@ def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = 
     energy  in every module, keep the fewest directions that hold this share of the change's squared Frobenius norm (0 to 1)
     With both, the smaller result counts. Directions that are zero or rounding are always dropped.
     """
-    chosen = keep(rank, energy)
+    adapter, chosen = typed("adapter", adapter, Adapter), keep(rank, energy)
     modules, lost = {}, []
     for name, factors in sorted(adapter.modules.items()):
         modules[name], loss = truncated(name, spectrum(factors), factors.shape, chosen)
