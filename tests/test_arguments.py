@@ -78,6 +78,8 @@ WRONG: list[tuple[str, str, list[Any], str | None]] = [
     ("bake", "dtype", [5, None, ["fp16"]], None),
     ("BaseModel.load", "source", [5, None, ["a"]], None),
     ("BaseModel.load", "dtype", ["float16", 5], None),
+    ("BaseModel.load", "vae", [5, ["x"]], None),
+    ("BaseModel.load", "device", [5.5, ["cpu"], "x"], None),
     ("BaseModel.from_pipeline", "pipeline", [5, None, "x", ["a"]], "U-Net|x"),
     ("Composition", "base", [5, None, ["x"]], "U-Net"),
     ("Composition", "adapters", [5, None, [None]], "adapter"),

@@ -104,7 +104,7 @@ class BaseModel:
             check_quantization(quantize, place)
         precision = dtype or default_dtype(place, source)
         name, path = located(source)
-        other_vae = None if vae is None else located(vae)[1]
+        other_vae = None if vae is None else located(typed("vae", vae, str | Path))[1]
         tokens: tuple[str, ...] = ()
         try:
             if isinstance(path, Path) and path.is_file():
@@ -377,7 +377,7 @@ def usable(device: str | torch.device) -> torch.device:
     """Raises SettingsError for a device that this machine, or this build of PyTorch, does not have."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise SettingsError(f"device {device} cannot be used here ({reason_of(error)}); pass cpu, cuda or mps") from error
 
 
