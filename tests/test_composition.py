@@ -322,7 +322,7 @@ def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
     assert Composition(base, regions=places).preflight().passes == 3  # with the background
     assert Composition(base, regions=places, isolate="delta").preflight().passes == 1
     auto = Composition(base, [dog, owl], regions="auto").preflight("sks dog and zwx owl")
-    assert auto.passes == 2 and auto.warnings == ()
+    assert auto.passes == 2 and auto.warnings == () and auto.recommended.startswith("draw it")
 
 
 @pytest.mark.parametrize(

@@ -282,11 +282,16 @@ class Composition:
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
             warnings=(*other_base, *self.remarks(prompt)),
-            recommended=ways_to_place() if len(subjects_of(everyone)) > 1 else 'method "sum": one subject, and styles',
+            recommended=self._recommended(len(subjects_of(everyone))),
             refused=tuple(refused),
             seconds=seconds,
             peak_bytes=peak,
         )
+
+    def _recommended(self, subjects: int) -> str:
+        if subjects < 2:
+            return 'method "sum": one subject, and styles'
+        return "draw it: each subject has its place" if self.method == "regions" else ways_to_place()
 
     def _passes(self, prompt: str) -> int:
         if self.method != "regions" or self.isolate == "delta":
