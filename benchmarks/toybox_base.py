@@ -1,4 +1,4 @@
-"""How good the embedded base is: pictures of random prompts, read by the judge.
+"""How good the embedded base is: pictures of random prompts and of looks by their names, read by the judge.
 
 python -m benchmarks.toybox_base --pictures 500
 """
@@ -11,6 +11,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,17 +21,24 @@ from lora_booth.base.generation import generate_images, quiet
 from lora_booth.photos.sheet import contact_sheet
 from lora_booth.toybox.judge import judge
 from lora_booth.toybox.scenery import CONTEXTS
-from lora_booth.toybox.world import CLASSES, COLORS, Scene, draw
-from tools.toybox.scenes import caption, random_identity
+from lora_booth.toybox.world import CLASSES, COLORS, Identity, Scene, draw
+from tools.toybox.scenes import caption, named_looks, random_identity
+
+from .composition import outcome
 
 
-def prompts(count: int, objects: int) -> list[Scene]:
-    """Scenes whose caption is the prompt; colours and classes of a pair are different, as a person would ask."""
+def prompts(count: int, objects: int, *, named: bool) -> list[Scene]:
+    """Scenes whose caption is the prompt; looks and classes of a pair are different, as a person would ask."""
     rng = random.Random(objects)
     scenes = []
     for i in range(count):
-        words = zip(rng.sample(CLASSES, objects), rng.sample(list(COLORS), objects), strict=True)
-        chosen = [replace(random_identity(rng, noun), color=color) for noun, color in words]
+        nouns = rng.sample(CLASSES, objects)
+        if named:
+            looks = rng.sample(list(named_looks().values()), objects)
+            chosen = [Identity(noun, *look) for noun, look in zip(nouns, looks, strict=True)]
+        else:
+            colors = rng.sample(list(COLORS), objects)
+            chosen = [replace(random_identity(rng, noun), color=color) for noun, color in zip(nouns, colors, strict=True)]
         scenes.append(Scene(tuple(chosen), rng.choice(CONTEXTS), "photo", i))
     return scenes
 
@@ -47,20 +55,25 @@ def generate(base: BaseModel, captions: list[str], steps: int, guidance: float) 
     return made
 
 
-def score(scenes: list[Scene], images: list[Image.Image]) -> dict[str, float]:
-    """Shares over pictures; "both" wants both classes, in any order."""
+def score(scenes: list[Scene], images: list[Image.Image], *, named: bool) -> dict[str, float]:
+    """Shares over pictures; of a look, shares over objects. "both" means both classes, in any order."""
     verdicts = judge(images)
     pairs = list(zip(scenes, verdicts, strict=True))
-    result = {"context": np.mean([v.context == s.context for s, v in pairs])}
+    result: dict[str, Any] = {"context": [v.context == s.context for s, v in pairs]}
     if len(scenes[0].objects) == 1:
-        result["class"] = np.mean([bool(v.objects) and v.objects[0].class_noun == s.objects[0].class_noun for s, v in pairs])
-        result["color"] = np.mean([bool(v.objects) and v.objects[0].color == s.objects[0].color for s, v in pairs])
+        result["class"] = [bool(v.objects) and v.objects[0].class_noun == s.objects[0].class_noun for s, v in pairs]
+        result["color"] = [bool(v.objects) and v.objects[0].color == s.objects[0].color for s, v in pairs]
     else:
-        result["both"] = np.mean([{o.class_noun for o in v.objects} == {o.class_noun for o in s.objects} for s, v in pairs])
-        wanted = [{(o.class_noun, o.color) for o in s.objects} for s in scenes]
-        found = [{(o.class_noun, o.color) for o in v.objects} for v in verdicts]
-        result["both with their colours"] = np.mean([w == f for w, f in zip(wanted, found, strict=True)])
-    return {key: round(float(value), 3) for key, value in result.items()}
+        result["both"] = [{o.class_noun for o in v.objects} == {o.class_noun for o in s.objects} for s, v in pairs]
+        colors = [[{(o.class_noun, o.color) for o in shown.objects} for shown in pair] for pair in pairs]
+        result["both with their colours"] = [wanted == found for wanted, found in colors]
+        result["bound"] = [outcome(v, s.objects) == "bound" for s, v in pairs]
+    if named:
+        asked = [(o, [x for x in v.objects if x.class_noun == o.class_noun]) for s, v in pairs for o in s.objects]
+        for part in ("second", "third", "pattern", "accessory"):
+            result[part] = [bool(found) and getattr(found[0], part) == getattr(o, part) for o, found in asked]
+        result["whole look"] = [o in found for o, found in asked]
+    return {key: round(float(np.mean(value)), 3) for key, value in result.items()}
 
 
 def main() -> None:
@@ -77,17 +90,17 @@ def main() -> None:
     one = (time.perf_counter() - started) / 2
     sheets: list[Image.Image] = []
     labels: list[str] = []
-    for objects in (1, 2):
-        scenes = prompts(arguments.pictures // 2, objects)
-        captions = [caption(scene) for scene in scenes]
+    for objects, named in ((1, False), (2, False), (1, True), (2, True)):
+        scenes = prompts(arguments.pictures // 2, objects, named=named)
+        captions = [caption(scene, names=range(objects) if named else ()) for scene in scenes]
         images = generate(base, captions, arguments.steps, arguments.guidance)
-        ceiling = score(scenes, [draw(scene) for scene in scenes])
-        print(
-            json.dumps({"objects": objects, "pictures": len(images), "base": score(scenes, images), "renders": ceiling}),
-            flush=True,
-        )
-        sheets += images[:20]
-        labels += captions[:20]
+        renders = [draw(scene) for scene in scenes]
+        of = {"objects": objects, "by": "name" if named else "colour", "pictures": len(images)}
+        print(json.dumps(of | {"base": score(scenes, images, named=named)}), flush=True)
+        print(json.dumps(of | {"renders": score(scenes, renders, named=named)}), flush=True)
+        for pair in zip(renders[:10], images[:10], strict=True):
+            sheets += pair
+        labels += [text for words in captions[:10] for text in ("render", words)]
     print(json.dumps({"seconds for one picture": round(one, 2), "steps": arguments.steps, "guidance": arguments.guidance}))
     if arguments.sheet:
         contact_sheet(sheets, labels=labels, columns=8, side=128).save(arguments.sheet)
