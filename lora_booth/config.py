@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .errors import SettingsError, setting, shown
 
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; chosen
+Size = int | tuple[int, ...] | str  # side of a square, width and height, or either in words: 768, (832, 1216), "832x1216"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -76,12 +78,14 @@ class TrainingConfig:
     checkpoint_minutes: float = 2.0  # minutes between two checkpoints, if that is sooner, e.g. 2
     sample_every: int | None = None  # updates between sample pictures, e.g. 100; 0: none [three rounds]
     sample_prompt: str | tuple[str, ...] | None = None  # sample prompt, e.g. 'zwx dog at sea' [subject, subject in snow, class]
+    sample_size: Size | None = None  # size of a sample picture, e.g. 768 or 832x1216 [the resolution]
     sample_seeds: int = 1  # sample pictures of each prompt, e.g. 2
 
     def __post_init__(self) -> None:
         check_types(self)
         check_ranges(self)
         check(0 <= self.seed <= MOST - self.sample_seeds, f"seed {self.seed}", "0 to 2**63 - 1, also of the last sample")
+        sides(self.sample_size, "sample_size")
 
 
 COUNTS = ("steps", "batch_size", "gradient_accumulation", "pictures_at_a_time", "checkpoint_every", "sample_seeds")
@@ -164,6 +168,33 @@ def check(ok: bool, value: str, allowed: str) -> None:
 
 def named(name: str) -> str:
     return setting(name) if "_" in name else name  # a plain word is the same in Python and on the command line
+
+
+# --- sizes of pictures -----------------------------------------------------------------------------------------------
+
+WRITTEN = re.compile(r"\s*(\d{1,9})(?:\s*[xX\u00d7]\s*(\d{1,9}))?\s*")
+MOST_SIDE = 16_384  # pixels; chosen: far above what any of these bases can draw
+
+
+def sides(size: Size | None, name: str = "size") -> tuple[int, int] | None:
+    """Width and height in pixels; None: the base's own. Raises SettingsError."""
+    if isinstance(size, str):
+        if (match := WRITTEN.fullmatch(size)) is None:
+            text = shown(repr(size[:40]))
+            raise SettingsError(f"{named(name)} {text} cannot be read; write a side like 768, or width x height like 832x1216")
+        size = tuple(int(number) for number in match.groups() if number)
+    given = typed(name, size, int | tuple[int, ...] | None)
+    if given is None:
+        return None
+    pair = tuple(given) if isinstance(given, tuple) else (given,)
+    check(len(pair) in (1, 2), f"{name} {pair}", "one side of a square, or width and height")
+    check(all(1 <= side <= MOST_SIDE for side in pair), f"{name} {written(pair)}", f"sides of up to {MOST_SIDE} pixels")
+    return pair[0], pair[-1]
+
+
+def written(pair: tuple[int, ...]) -> str:
+    """(832, 1216) -> "832x1216"; (768, 768) -> "768"."""
+    return str(pair[0]) if pair[0] == pair[-1] else "x".join(map(str, pair))
 
 
 # --- types -----------------------------------------------------------------------------------------------------------

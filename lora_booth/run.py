@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from .adapters.adapter import Adapter
 from .base.base_model import BaseModel
+from .base.sizes import drawable
 from .config import LoraSpec, TrainingConfig, check, settled, typed
 from .errors import SettingsError, TrainingError, setting, shown
 from .planning.budget import is_ample
@@ -79,6 +80,7 @@ def train(
         check_place(place, copies, subjects)
     lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
     config = settled(config, base, sum(len(one.photos) for one in subjects))
+    drawable(base, config.sample_size)
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
     job = Job(base, subjects, lora, config)

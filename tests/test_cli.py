@@ -174,7 +174,7 @@ def test_diff(call, rex, ink, tmp_path):
 @pytest.mark.slow
 def test_generate(call, rex, tiny, tmp_path):
     prompt = "a photo of sks dog"
-    words = ["--prompt", prompt, "--base", tiny, "--steps", 2, "--size", 32, "--out", tmp_path / "new"]
+    words = ["--prompt", prompt, "--base", tiny, "--steps", 2, "--size", "48x72", "--out", tmp_path / "new"]
     code, out, err = call("generate", rex, f"{rex}:-0.5", *words, "--seeds", "7,2")
     files = [
         tmp_path / "new" / name for name in ("a_photo_of_sks_dog-000007.png", "a_photo_of_sks_dog-000002.png", "gallery.html")
@@ -185,7 +185,7 @@ def test_generate(call, rex, tiny, tmp_path):
     assert notes and all(note.startswith("note: ") for note in notes) and "share the token 'sks'" in notes[0]
     for file in files[:2]:
         with Image.open(file) as picture:
-            assert picture.size == (32, 32)
+            assert picture.size == (48, 72)
     page = files[2].read_text(encoding="utf-8")
     assert page.count("<figure") == 2 and prompt in page and "sks dog 1, sks dog -0.5" in page
 
@@ -217,7 +217,8 @@ def test_regions_recipes_and_previews(call, rex, tiny, tmp_path):
     loaded = Adapter.load(rex)
     other = replace(loaded.scaled(0.5), card=replace(loaded.card, token="do", class_noun="owl"))
     dog, owl = loaded.save(tmp_path / "dog.safetensors"), other.save(tmp_path / "owl.safetensors")
-    words = ["--prompt", "sks dog, do owl", "--base", tiny, "--steps", 4, "--size", 32, "--seeds", "3", "--out", tmp_path / "a"]
+    words = ["--prompt", "sks dog, do owl", "--base", tiny, "--steps", 4, "--size", "48x56"]
+    words += ["--seeds", "3", "--out", tmp_path / "a"]
     places = ["--region", "dog:0,0,0.5,1", "--region", 'owl:0.5,0,1,1:"do owl"', "--preview", tmp_path / "places.png"]
     code, out, err = call("generate", dog, f"{owl}:0.8", *words, *places, "--recipe", tmp_path / "pair.json")
     assert (code, "note" in err) == (0, False)

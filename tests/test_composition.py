@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.tools.merge import concatenated
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import quiet
+from lora_booth.base.sizes import sides, size_note, usual_sizes
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, LoraBoothError, SettingsError
 from lora_booth.pictures import regional
@@ -84,10 +87,10 @@ def test_batches_differ_by_rounding_only(base, rex):
 def test_pictures_know_what_made_them(base, rex):
     counts: list[int] = []
     made = Composition(base, [(rex, 0.8)]).generate(
-        PROMPT, seeds=[5, 6], negative_prompt="a dog", size=32, on_image=counts.append, **QUICK
+        PROMPT, seeds=[5, 6], negative_prompt="a dog", size=(48, 72), on_image=counts.append, **QUICK
     )
     assert counts == [1, 2]
-    assert [picture.image.size for picture in made] == [(32, 32)] * 2
+    assert [picture.image.size for picture in made] == [(48, 72)] * 2
     assert [(p.prompt, p.seed, p.base, p.negative_prompt, p.steps, p.guidance) for p in made] == [
         (PROMPT, seed, "tiny", "a dog", 2, 2.0) for seed in (5, 6)
     ]
@@ -166,12 +169,45 @@ def test_a_misfit_is_told_before_anything_is_changed(base, rex):
         ({"guidance": -1.0}, "guidance -1.0"),
         ({"guidance": math.nan}, "guidance nan"),
         ({"size": 0}, "size 0"),
-        ({"size": 65}, "size 65"),
+        ({"size": 65}, "size 65: .* multiples of 8; pass 64 or 72 .usual for it: 64, 64x96, 96x64"),
+        ({"size": (66, 104)}, "size 66x104: .* pass 64x104 or 72x104"),
+        ({"size": (64, 64, 64)}, "size .64, 64, 64."),
+        ({"size": "64 by 96"}, "size '64 by 96' cannot be read"),
+        ({"size": 10**6}, "size 1000000"),
     ],
 )
 def test_settings_out_of_range_are_told(base, settings, words):
     with pytest.raises(SettingsError, match=words):
         Composition(base).generate(PROMPT, **settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "note"),
+    [
+        (None, None),
+        ((64, 96), None),
+        ((48, 64), None),
+        (40, "was not made for size 40: details get lost in pictures this small .usual for it: 64,"),
+        ((96, 96), "was not made for size 96: subjects repeat in pictures this large"),
+        ((40, 104), "was not made for size 40x104: subjects repeat in pictures this elongated"),
+    ],
+)
+def test_a_size_that_the_base_was_not_made_for_is_drawn_with_a_note(base, size, note):
+    studio = Composition(base)
+    notes = [text for text in studio.preflight(PROMPT, size=size).warnings if "size" in text]
+    assert len(notes) == (note is not None) and (note is None or re.search(note, notes[0]))
+    with pytest.warns(CompositionWarning, match=note) if note else nullcontext():
+        [picture] = studio.generate(PROMPT, steps=1, size=size)
+    assert picture.image.size == (sides(size) or (64, 64))
+
+
+def test_the_usual_sizes_are_the_familys(base):
+    assert usual_sizes(base) == [(64, 64), (64, 96), (96, 64)]
+    large = BaseModel.from_pipeline(pipelines.make_pipeline("sdxl"))
+    large.unet.register_to_config(sample_size=128)
+    assert usual_sizes(large) == list(large.family.sizes) and (832, 1216) in large.family.sizes
+    assert not [size for size in large.family.sizes if size_note(large, size)]
+    assert all(side % 64 == 0 for size in large.family.sizes for side in size)
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
@@ -340,8 +376,8 @@ def test_a_prompt_that_is_cut_is_told(base, rex, prompt, told, caplog):
     assert len(found) == (told is not None) and (told is None or told in found[0])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        studio.generate(prompt, steps=1, size=32)
-        studio.generate("sks dog", negative_prompt=prompt, steps=1, size=32)
+        studio.generate(prompt, steps=1, size=48)
+        studio.generate("sks dog", negative_prompt=prompt, steps=1, size=48)
     assert [str(note.message) for note in caught if "does not read the end" in str(note.message)] == found * 2
     assert not [text for text in caplog.messages if "indexing errors" in text or "truncated" in text]
 
@@ -360,7 +396,8 @@ def test_regions_are_found_at_any_size(base, rex, monkeypatch):
     studio = Composition(base, [named(rex, "sks", "dog")], regions="auto")
     monkeypatch.setattr(regional, "MOST_PIXELS", 1)
     monkeypatch.setattr(regional, "COARSE", 4)
-    assert len(studio.find_regions(PROMPT, seed=1, steps=4, negative_prompt="a cat", size=32)) == 1
+    [found] = studio.find_regions(PROMPT, seed=1, steps=4, negative_prompt="a cat", size="48x64")
+    assert found.mask.size == (6, 8)
     monkeypatch.setattr(regional, "COARSE", 64)
     with pytest.raises(SettingsError, match="no attention could be read.*pass regions="):
         studio.find_regions(PROMPT, steps=4)

@@ -371,10 +371,16 @@ FEW = ("--seeds", "0", "--class-seeds", "0-1", "--steps", "1", "--context", "on 
 
 @pytest.mark.slow
 def test_evaluate_on_the_command_line(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("evaluate", "rex.safetensors:0.5", "--photos", "photos/rex", *FEW, "--json", "--out", "scored") == 0
+    assert (
+        run_cli(
+            "evaluate", "rex.safetensors:0.5", "--photos", "photos/rex", *FEW, "--size", "48x64", "--json", "--out", "scored"
+        )
+        == 0
+    )
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert "the subject is rex" in found["measured_with"] and found["best"] == "rex"
+    assert found["settings"]["size"] == "48x64"
     assert found["prompts"] == ["a photo of sks dog on the moon", "a photo of sks dog in the snow"]
     keys = {"identity", "code", "cosine", "context", "pres", "div", "class_div", "copies"}
     assert {m["key"] for m in found["metrics"]} == keys

@@ -187,7 +187,7 @@ def test_command_and_python_draw_the_picture_again(studio_files, monkeypatch, ca
     monkeypatch.chdir(folder)
     dog, owl = (Adapter.load(folder / f"my {name}.safetensors") for name in ("rex", "owl"))
     studio = Composition(base, **compositions(dog, owl)[name])
-    asked = {"seeds": [5], "steps": 6, "guidance": 2.5, "size": 32, "negative_prompt": "no owl"}
+    asked = {"seeds": [5], "steps": 6, "guidance": 2.5, "size": (40, 72), "negative_prompt": "no owl"}
     [original] = studio.generate("a photo of rex do", **asked)
     names: dict = {}
     exec(python_of(original), names)
@@ -206,7 +206,7 @@ def test_what_only_a_recipe_can_say_is_said(studio_files):
         (Composition(base, [(dog, Weight(1, end=0.5))]), "weights by block or step"),
         (Composition(base, regions=[Region(dog, mask=Image.new("L", (8, 8), 255))]), "a mask"),
     ):
-        [made] = studio.generate("rex do", steps=2, size=32)
+        [made] = studio.generate("rex do", steps=2, size=48)
         assert command_of(made) is None and python_of(made) is None
         assert f"made with {words}, which only a recipe records" in Gallery([made]).html()
 

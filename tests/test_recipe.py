@@ -63,7 +63,7 @@ def same(a: list[Picture], b: list[Picture]) -> bool:
 def test_a_recipe_replays_to_the_same_pictures(base, files, tmp_path, name):
     adapters = [Adapter.load(path) for path in files]
     studio = Composition(base, **settings(adapters)[name])
-    asked = {"seeds": [3, 4], "steps": 4, "guidance": 2.0, "negative_prompt": "a cat"}
+    asked = {"seeds": [3, 4], "steps": 4, "guidance": 2.0, "size": (56, 48), "negative_prompt": "a cat"}
     file = Recipe.of(studio, PROMPT, **asked).save(tmp_path / "recipe.json")
     again = Recipe.load(file).generate(base, [Adapter.load(path) for path in reversed(files)])
     assert same(studio.generate(PROMPT, **asked), again)
@@ -101,7 +101,15 @@ def test_what_is_missing_is_named(base, files, tmp_path):
 def test_a_recipe_cannot_ask_for_what_generate_does_not_have(base, files, tmp_path):
     path = Recipe.of(Composition(base, [Adapter.load(files[0])]), PROMPT, steps=2).save(tmp_path / "r.json")
     written = json.loads(path.read_text())
-    for pictures in ({"on_image": "print"}, {"steps": "2"}, {"steps": True}, {"seeds": ["1"]}, {"prompt": None}, {"size": 8.5}):
+    for pictures in (
+        {"on_image": "print"},
+        {"steps": "2"},
+        {"steps": True},
+        {"seeds": ["1"]},
+        {"prompt": None},
+        {"size": 8.5},
+        {"size": "x"},
+    ):
         path.write_text(json.dumps(written | {"pictures": written["pictures"] | pictures}))
         with pytest.raises(SettingsError, match=rf"r\.json: .*({next(iter(pictures))}|whole numbers)"):
             Recipe.load(path)

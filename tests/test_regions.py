@@ -91,10 +91,13 @@ def test_masks_of_all_and_nothing_are_the_sum_and_the_single_adapter(base, untou
     full[1] = second
     monkeypatch.setattr(composition, "masks_of", lambda regions: Masks(full))
     regions = [Region(rex, box=FULL), Region(bob, box=FULL)]
-    split = latents(Composition(base, regions=regions, isolate="delta"))
-    plain = latents(Composition(base, [rex, bob] if second else [rex], method="sum"))
-    assert torch.equal(split, plain)
-    assert not torch.equal(plain, latents(Composition(base)))
+    odd = {"width": 56, "height": 88}  # latents of 7 x 11, then 4 x 6 and 2 x 3
+    for size in ({}, odd):
+        split = latents(Composition(base, regions=regions, isolate="delta"), **size)
+        plain = latents(Composition(base, [rex, bob] if second else [rex], method="sum"), **size)
+        assert torch.equal(split, plain)
+    assert split.shape[-2:] == (11, 7)
+    assert not torch.equal(plain, latents(Composition(base), **odd))
 
 
 @pytest.mark.slow
@@ -115,12 +118,13 @@ def test_passes_together_are_the_passes_one_by_one(base, untouched):
 
 
 @pytest.mark.slow
-def test_noise_regions_are_each_adapters_own_prediction_under_its_mask(base, untouched):
+@pytest.mark.parametrize("size", [(64, 64), (80, 56)])
+def test_noise_regions_are_each_adapters_own_prediction_under_its_mask(base, untouched, size):
     """One U-Net call, checked against the same call with each adapter attached alone, by its own prompt."""
     rex, bob = pair(base)
     regions = [Region(rex, box=LEFT, feather=0), Region(bob, box=RIGHT, feather=0)]
     studio = Composition(base, regions=regions, isolate="noise")
-    kwargs = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    kwargs = {"num_inference_steps": 1, "guidance_scale": 1.0, "width": size[0], "height": size[1]}
     mixed = latents(studio, **kwargs)
     alone = [
         latents(Composition(base, [adapter]), without(PROMPT, [other]), **kwargs) for adapter, other in ((rex, bob), (bob, rex))
@@ -440,3 +444,4 @@ def test_a_preview_shows_each_region_with_its_name(sd1):
     assert np.abs(drawn[8, 8] - drawn[8, 120]).max() > 40
     with_picture = preview([Region(rex, box=LEFT)], Image.new("RGB", (64, 64), "#00ff00"))
     assert with_picture.size == (384, 384)
+    assert preview([Region(rex, box=LEFT)], Image.new("RGB", (64, 96))).size == (256, 384)

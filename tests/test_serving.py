@@ -105,13 +105,19 @@ def test_requests_in_one_batch_are_what_each_would_be_alone(base):
             live.load(name, adapter)
         live.use({"bob": 0.3})
         held = latents(live.pipeline)
-        together = live.generate(requests, steps=3, guidance=3.0)
+        together = live.generate(requests, steps=3, guidance=3.0, size=(56, 72))
         assert torch.equal(latents(live.pipeline), held)  # what was in use still is
-        apart = [live.generate([request], steps=3, guidance=3.0)[0] for request in requests]
+        apart = [live.generate([request], steps=3, guidance=3.0, size="56x72")[0] for request in requests]
     for request, a, b in zip(requests, together, apart, strict=True):
         assert np.abs(np.asarray(a.image).astype(int) - np.asarray(b.image).astype(int)).max() <= 2  # of 255
         named = [(adapters[name], weight) for name, weight in request.adapters.items()]
-        options = {"seeds": [request.seed], "steps": 3, "guidance": 3.0, "negative_prompt": request.negative_prompt}
+        options = {
+            "seeds": [request.seed],
+            "steps": 3,
+            "guidance": 3.0,
+            "size": (56, 72),
+            "negative_prompt": request.negative_prompt,
+        }
         [stock] = Composition(base, named).generate(request.prompt, **options)
         assert np.abs(np.asarray(a.image).astype(int) - np.asarray(stock.image).astype(int)).max() <= 2
         assert (a.prompt, a.seed, dict(a.adapters)) == (request.prompt, request.seed, dict(request.adapters))
@@ -119,7 +125,7 @@ def test_requests_in_one_batch_are_what_each_would_be_alone(base):
 
 def test_a_prompt_that_is_cut_is_told(base):
     with Serving(base) as live, pytest.warns(CompositionWarning, match="does not read the end of a prompt this long"):
-        live.generate([Request("a dog far away on the moon")], steps=1, size=32)
+        live.generate([Request("a dog far away on the moon")], steps=1, size=48)
 
 
 def test_mistakes_are_named(base):

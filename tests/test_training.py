@@ -313,6 +313,8 @@ def test_settings_take_the_type_that_they_plainly_mean() -> None:
         (TrainingConfig, {"lr_schedule": "linear"}, "lr_schedule 'linear'; needed: 'constant' or 'cosine'"),
         (TrainingConfig, {"attention": None}, "attention None; needed: 'auto' or"),
         (TrainingConfig, {"sample_prompt": ("a", 3)}, "sample_prompt .*; needed: a string or a tuple of strings or None"),
+        (TrainingConfig, {"sample_size": "wide"}, "sample_size 'wide' cannot be read; write a side like 768"),
+        (TrainingConfig, {"sample_size": (512, 0)}, "sample_size 512x0 is out of range"),
         (TrainingConfig, {"flip": np.ones(100_000)}, r"flip array\(.{,80}; needed: True or False"),
     ],
 )
@@ -573,7 +575,7 @@ def test_resume_with_other_settings_is_refused(rex: Subject, tmp_path: Path) -> 
     for said, kind, subject, changed, lora in changes:
         with pytest.raises(TrainingError, match=f"other .*{said}"):
             run(base_of(kind), subject, changed, lora, out=tmp_path)
-    run(base_of("sd1"), rex, replace(config, checkpoint_every=3, sample_prompt="a dog"), out=tmp_path)  # these change nothing
+    run(base_of("sd1"), rex, replace(config, checkpoint_every=3, sample_size=48), out=tmp_path)  # these change nothing
 
 
 @pytest.mark.slow
@@ -760,7 +762,7 @@ def test_xformers_missing(rex: Subject) -> None:
 @pytest.mark.slow
 def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Path) -> None:
     base = base_of("sd1")
-    config = replace(ALONE, sample_every=2, learning_rate=1e-2, seed=5)
+    config = replace(ALONE, sample_every=2, learning_rate=1e-2, seed=5, sample_size=(48, 72))
     lora = replace(LORA, dropout=0.5)
     learnt = {}
     final = run(base, rex, config, lora, out=tmp_path, on_step=lambda s: learnt.setdefault(s.index, s.factors()))
@@ -772,7 +774,8 @@ def test_samples_are_drawn_with_what_is_learnt_so_far(rex: Subject, tmp_path: Pa
     pictures = []
     for index in (2, 4):
         adapter = Adapter(learnt[index], final.card)
-        expected = Composition(base, [adapter]).generate("a photo of sks dog", seeds=[5], size=64, steps=SAMPLE_STEPS)[0].image
+        studio = Composition(base, [adapter])
+        expected = studio.generate("a photo of sks dog", seeds=[5], size="48x72", steps=SAMPLE_STEPS)[0].image
         pictures.append(np.asarray(Image.open(tmp_path / "samples" / f"{index:06d}.png")).astype(int))
         assert np.abs(pictures[-1] - np.asarray(expected)).max() <= 1
     assert (pictures[0] != pictures[1]).any()

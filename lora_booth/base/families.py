@@ -35,6 +35,7 @@ class Family:
     ss_v2: str = "False"
     # as in SD 1.x and 2.x
     pipeline: str = "StableDiffusionPipeline"  # the class in diffusers
+    sizes: tuple[tuple[int, int], ...] = ((512, 512), (512, 768), (768, 512))  # usual widths and heights of pictures
     text_encoders: tuple[str, ...] = ("text_encoder",)  # components of the pipeline, as are the next
     tokenizers: tuple[str, ...] = ("tokenizer",)
     unread_text_layers: tuple[int, ...] = (0,)  # for each text encoder: how many of its last layers are unused
@@ -49,6 +50,18 @@ class Family:
         return ("unet", *self.text_encoders)
 
 
+# width and height, from arXiv 2307.01952, appendix I: those of about one megapixel that are not more elongated
+SDXL_SIZES = (
+    (1024, 1024),
+    (896, 1152),
+    (1152, 896),
+    (832, 1216),
+    (1216, 832),
+    (768, 1344),
+    (1344, 768),
+    (640, 1536),
+    (1536, 640),
+)
 FAMILIES: dict[str, Family] = {
     "sd1": Family(
         name="sd1",
@@ -84,6 +97,7 @@ FAMILIES: dict[str, Family] = {
         modelspec={"epsilon": "stable-diffusion-xl-v1-base/lora", "v_prediction": "stable-diffusion-xl-v1-base/lora"},
         ss_base_model_version="sdxl_base_v1-0",
         pipeline="StableDiffusionXLPipeline",
+        sizes=SDXL_SIZES,
         text_encoders=("text_encoder", "text_encoder_2"),
         tokenizers=("tokenizer", "tokenizer_2"),
         unread_text_layers=(1, 0),

@@ -14,15 +14,19 @@ from ..config import GUIDANCE, STEPS
 from .changes import claimed, undone
 from .families import check_drawable, recognise
 from .library_logging import quiet_about_long_prompts
+from .sizes import Size, as_arguments, sides
 from .weight_files import return_to_system
 
 PIXELS_AT_A_TIME = 4 * 512 * 512  # through the VAE or the sampler; chosen to fit a GPU of 15 GB in fp32
 MOST_AT_A_TIME = 8  # chosen: more gains little speed
 
 
-def pictures_at_a_time(resolution: int) -> int:
-    """How many square pictures of this side (pixels) go through the VAE or the sampler together: 4 at 512, 1 at 1024."""
-    return max(1, min(MOST_AT_A_TIME, PIXELS_AT_A_TIME // resolution**2))
+def pictures_at_a_time(width: int, height: int | None = None) -> int:
+    """How many pictures of this size (pixels) go through the VAE or the sampler together: 4 at 512, 1 at 1024.
+
+    height  None: square
+    """
+    return max(1, min(MOST_AT_A_TIME, PIXELS_AT_A_TIME // (width * (height or width))))
 
 
 @torch.no_grad()
@@ -34,7 +38,7 @@ def generate_images(
     negative_prompt: str | None = None,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
-    size: int | None = None,
+    size: Size | None = None,
     batch_size: int = 1,
     on_image: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -43,7 +47,7 @@ def generate_images(
 
     steps       denoising steps
     guidance    classifier-free guidance scale
-    size        side in pixels; None: the resolution that the base was trained for
+    size        in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
     batch_size  pictures at a time; more than one is faster and may differ by rounding
     Raises BaseModelError for a pipeline that does not draw from text alone.
     """
@@ -65,8 +69,7 @@ def generate_images(
                 negative_prompt=None if negative_prompt is None else [negative_prompt] * len(part),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                height=size,
-                width=size,
+                **as_arguments(sides(size)),
                 generator=[torch.Generator().manual_seed(seed) for seed in part],
                 callback_on_step_end=step_done,
             )

@@ -41,7 +41,7 @@ Precision = Annotated[Dtype | None, typer.Option(help="precision of the base: fp
 Quantize = Annotated[Literal["nf4"] | None, typer.Option(help="nf4: U-Net in 4 bits (bitsandbytes), less memory, less exact")]
 Names = Annotated[Layout, typer.Option(help="names of the tensors: kohya (diffusers, ComfyUI, A1111) or peft")]
 Steps = Annotated[int, typer.Option(help="denoising steps; 20 to 50 is usual")]
-Size = Annotated[int | None, typer.Option(help="side in pixels, e.g. 768 [the base's own]")]
+Size = Annotated[str | None, typer.Option(help="side in pixels, or width x height, e.g. 768 or 832x1216 [the base's own]")]
 Method = Annotated[str | None, typer.Option(help="how adapters combine: sum or regions [regions for several subjects]")]
 Json = Annotated[bool, typer.Option(help="print everything as JSON")]
 
@@ -92,7 +92,10 @@ def options_of(group: Any) -> Iterator[inspect.Parameter]:
         default: Any = inspect.Parameter.empty if one.default is MISSING else one.default
         if get_origin(kind) is not Annotated:
             help = comments(group).get(one.name, "")
-            if tuple in [get_origin(arm) for arm in (kind, *get_args(kind))]:
+            arms = get_args(kind) or (kind,)
+            if {int, str} <= set(arms):  # a size, which a string can express
+                kind = str | None
+            elif tuple in [get_origin(arm) for arm in (kind, *arms)]:
                 kind, help = list[str] | None, f"{help}; repeatable"
                 help += f" [{', '.join(default)}]" if default else ""
                 default = None

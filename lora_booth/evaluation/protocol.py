@@ -15,6 +15,7 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..base.base_model import TOYBOX_FOLDER, BaseModel
 from ..base.generation import pictures_at_a_time
+from ..base.sizes import Size, drawable, written
 from ..config import typed
 from ..errors import CompositionWarning, EvaluationError, shown
 from ..photos.finding import find_photos
@@ -52,7 +53,7 @@ def evaluate(
     class_seeds: Sequence[int] = range(16),
     steps: int = 25,
     guidance: float = 5.0,
-    size: int | None = None,
+    size: Size | None = None,
     batch_size: int | None = None,
     dino: str | Path = DINO,
     clip: str | Path = CLIP,
@@ -67,7 +68,7 @@ def evaluate(
     class_seeds  one picture each of the plain class ("a photo of a dog"), for PRES
     steps        denoising steps
     guidance     classifier-free guidance scale
-    size         side in pixels; None: the base's resolution
+    size         in pixels: 768, (width, height) or "832x1216"; None: the base's resolution
     batch_size   pictures at a time; None: as many as fit on a usual GPU
     dino, clip   Hub ids or folders; not used on the toybox, which has a judge
     on_progress  called with the number of pictures drawn and the total
@@ -81,7 +82,9 @@ def evaluate(
     if len(nouns) != 1:
         raise EvaluationError(f"adapters of {len(nouns)} classes; pass at least one adapter, all of the same class")
     seeds, class_seeds = checked(seeds=seeds)["seeds"], checked(seeds=class_seeds)["seeds"]
-    sampler = checked(steps=steps, guidance=guidance, size=size, batch_size=1 if batch_size is None else batch_size)
+    pair = drawable(base, size)
+    drawn_at = pair or (base.resolution, base.resolution)
+    sampler = checked(steps=steps, guidance=guidance, size=pair, batch_size=1 if batch_size is None else batch_size)
     images, toybox = opened(photos), is_toybox(base)
     card = candidates[0].adapter.card
     if contexts is None:
@@ -89,7 +92,7 @@ def evaluate(
     cases = cases_of(card, prompts, contexts)
     measure = ToyboxMeasure(images) if toybox else PhotoMeasure(images, dino, clip, base.device)
     if batch_size is None:
-        sampler["batch_size"] = pictures_at_a_time(size or base.resolution)
+        sampler["batch_size"] = pictures_at_a_time(*drawn_at)
     plain = fill_prompts([CLASS_TEMPLATE], class_noun=card.class_noun)[0]
     total = (len(cases) * len(seeds) + len(class_seeds)) * (1 + len(candidates))
     done = 0
@@ -128,7 +131,7 @@ def evaluate(
         seeds=len(seeds),
         class_prompt=plain,
         class_pictures=len(class_seeds),
-        settings={"base": base.name, "steps": steps, "guidance": guidance, "size": size or base.resolution},
+        settings={"base": base.name, "steps": steps, "guidance": guidance, "size": written(drawn_at)},
     )
 
 

@@ -20,6 +20,7 @@ from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel
 from ..base.families import TIMESTEPS
 from ..base.generation import generate_images, quiet
+from ..base.sizes import Size, as_arguments, drawable, sides, size_note
 from ..config import GUIDANCE, STEPS, check, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
@@ -43,7 +44,7 @@ PICTURES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "negative_prompt": (str | None, lambda _: True, ""),
     "steps": (int, lambda steps: 1 <= steps <= TIMESTEPS, f"1 to {TIMESTEPS}; 20 to 50 is usual"),
     "guidance": (float, lambda scale: 0 <= scale <= 1000, "0 to 1000; 4 to 8 is usual"),
-    "size": (int | None, lambda side: side is None or (side >= 8 and side % 8 == 0), "multiples of 8 pixels"),
+    "size": (tuple[int, ...] | None, lambda _: True, ""),
     "batch_size": (int, lambda count: count >= 1, "at least 1"),
 }
 
@@ -123,7 +124,7 @@ class Composition:
         negative_prompt: str | None = None,
         steps: int = STEPS,
         guidance: float = GUIDANCE,
-        size: int | None = None,
+        size: Size | None = None,
         batch_size: int = 1,
         on_image: Callable[[int], None] | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -132,15 +133,16 @@ class Composition:
 
         steps       denoising steps
         guidance    classifier-free guidance scale
-        size        side in pixels; None: the resolution that the base was trained for
+        size        in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
         batch_size  pictures at a time; more than one is faster and may differ by rounding
         on_image    called with the number of pictures drawn so far
         on_step     called after each denoising step with the number of pictures that it advanced
         """
         sampler = {"steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
         asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, **sampler)
+        asked["size"] = drawable(self.base, size)
         everyone = self.everyone(prompt)
-        for text in self.remarks(prompt, negative_prompt):
+        for text in self.remarks(prompt, negative_prompt, size=asked["size"]):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
             images = generate_images(pipeline, **asked, on_image=on_image, on_step=on_step)
@@ -197,7 +199,7 @@ class Composition:
         negative_prompt: str | None = None,
         steps: int = STEPS,
         guidance: float = GUIDANCE,
-        size: int | None = None,
+        size: Size | None = None,
     ) -> list[Region]:
         """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to inspect and to edit.
 
@@ -211,13 +213,14 @@ class Composition:
             return tensors
 
         [seed] = checked(seeds=seed)["seeds"]
-        checked(prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, size=size)
+        checked(prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance)
+        asked = as_arguments(drawable(self.base, size))
         with self._attached(prompt) as (pipeline, regional), quiet(pipeline):
             if regional is None or regional.maps is None:
                 raise SettingsError(f"the prompt {prompt!r} names no subject; name those whose regions you want")
             generator = torch.Generator().manual_seed(seed)
             options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
-            options |= {"negative_prompt": negative_prompt, "height": size, "width": size}
+            options |= {"negative_prompt": negative_prompt, **asked}
             pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
             masks = regional.maps.masks().full[:, 0]
         found: list[Region] = []
@@ -259,7 +262,7 @@ class Composition:
 
     # --- before the first step
 
-    def remarks(self, prompt: str, negative_prompt: str | None = None) -> list[str]:
+    def remarks(self, prompt: str, negative_prompt: str | None = None, *, size: tuple[int, int] | None = None) -> list[str]:
         """What is probably not meant, one line each; `generate` gives them as warnings."""
         everyone = self.everyone(prompt)
         prompts = [prompt] * (len(everyone) - len(self.places)) + [place.prompt or prompt for place in self.places]
@@ -268,20 +271,22 @@ class Composition:
             *unnamed(everyone, prompts),
             *(text for one in dict.fromkeys([*prompts, negative_prompt or ""]) for text in other_syntax(one)),
             *unread(self.base, everyone, prompt, negative_prompt),
+            *size_note(self.base, size),
         ]
 
-    def preflight(self, prompt: str = "", *, steps: int = STEPS, size: int | None = None, trial: bool = False) -> Preflight:
+    def preflight(self, prompt: str = "", *, steps: int = STEPS, size: Size | None = None, trial: bool = False) -> Preflight:
         """The cost and the conflicts of this composition. trial: run a few steps to measure time and memory."""
-        prompt, steps, size = checked(prompt=prompt, steps=steps, size=size).values()
+        prompt, steps = checked(prompt=prompt, steps=steps).values()
+        pair = drawable(self.base, size)
         everyone = self.everyone(prompt)
         refused, other_base = misfits(self.base, everyone)
-        seconds, peak = self._trial(prompt, steps, size) if trial and not refused else (None, None)
+        seconds, peak = self._trial(prompt, steps, pair) if trial and not refused else (None, None)
         return Preflight(
             method=self.method if self.method != "regions" else f"regions, isolate {self.isolate}",
             passes=self._passes(prompt),
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
-            warnings=(*other_base, *self.remarks(prompt)),
+            warnings=(*other_base, *self.remarks(prompt, size=pair)),
             recommended=self._recommended(len(subjects_of(everyone))),
             refused=tuple(refused),
             seconds=seconds,
@@ -300,14 +305,14 @@ class Composition:
             return max(1, len(self._named(prompt)))
         return len(self.places) + bool(with_rest(masks_of(self.places).full)[-1].max() > EMPTY)
 
-    def _trial(self, prompt: str, steps: int, size: int | None) -> tuple[float, int | None]:
+    def _trial(self, prompt: str, steps: int, size: tuple[int, int] | None) -> tuple[float, int | None]:
         """Seconds for a picture and peak bytes on the GPU, from four steps."""
         cuda = self.base.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         tried = 4  # chosen
         with self.attached(prompt) as pipeline, quiet(pipeline):
-            options = {"num_inference_steps": tried, "height": size, "width": size, "output_type": "latent"}
+            options = {"num_inference_steps": tried, "output_type": "latent", **as_arguments(size)}
             pipeline(prompt, **options | {"num_inference_steps": 1})  # one-time set-up
             started = time.perf_counter()
             pipeline(prompt, **options)
@@ -354,6 +359,8 @@ def checked(**settings: Any) -> dict[str, Any]:
             raise SettingsError("no seeds; pass one for each picture, e.g. range(4)")
         for seed in seeds:
             check(not isinstance(seed, int) or 0 <= seed < 2**63, f"seed {seed}", "0 to 2**63 - 1")
+    if "size" in settings:
+        settings["size"] = sides(settings["size"])
     for name, value in settings.items():
         kind, allows, allowed = PICTURES[name]
         settings[name] = typed(name, value, kind)

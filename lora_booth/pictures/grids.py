@@ -58,8 +58,8 @@ class Grid:
     def sheet(self, *, side: int | None = None) -> Image.Image:
         """All pictures, labelled by row and column; a cell not drawn yet stays grey. side: of a picture, in pixels."""
         if side is None:
-            width = max((picture.image.width for picture in self.pictures), default=SIDE[0])
-            side = min(SIDE[1], max(SIDE[0], width), math.isqrt(int(SHEET_PIXELS / self.total)))
+            longest = max((max(picture.image.size) for picture in self.pictures), default=SIDE[0])
+            side = min(SIDE[1], max(SIDE[0], longest), math.isqrt(int(SHEET_PIXELS / self.total)))
         empty = Image.new("RGB", (side, side), (232, 232, 232))
         images = [empty if picture is None else picture.image for picture in chain(*self.cells)]
         drawn = contact_sheet(images, columns=len(self.columns), side=side)

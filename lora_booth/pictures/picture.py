@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..adapters.contents import file_stem
 from ..base.ai_mark import save_picture
+from ..base.sizes import written
 from ..config import typed
 from .regions import FEATHER, Region
 
@@ -70,7 +71,8 @@ def command_of(picture: Picture) -> str | None:
     words += [f"{file_name(stem)}:{number(w)}" for stem, (_, w) in zip(making.files, picture.adapters, strict=True)]
     words += ["--base", picture.base, "--prompt", picture.prompt, "--seeds", str(picture.seed)]
     for name, value in settings_of(picture).items():
-        words += [f"--{name.replace('_', '-')}", number(value) if isinstance(value, float) else str(value)]
+        text = written(value) if isinstance(value, tuple) else number(value) if isinstance(value, float) else str(value)
+        words += [f"--{name.replace('_', '-')}", text]
     auto = making.regions == "auto"
     if making.method == "regions":
         regions = [] if isinstance(making.regions, str) else making.regions
@@ -133,7 +135,7 @@ def known_making(picture: Picture) -> Making | None:
 def settings_of(picture: Picture) -> dict[str, Any]:
     """Arguments of `generate` and options of the command; without a size that `generate` would not draw."""
     width, height = picture.image.size
-    size = width if width == height and width % 8 == 0 else None
+    size = None if width % 8 or height % 8 else width if width == height else (width, height)
     given = {
         "steps": picture.steps,
         "guidance": float(picture.guidance),

@@ -30,7 +30,7 @@ Isolation = Literal["delta", "noise"]
 EMPTY = 1 / 255  # a background mask nowhere above this needs no row
 MOST_PIXELS = 1024  # of a layer whose attention is read; chosen: finer layers show little of objects and cost much
 COARSE = 16  # latents per pixel of a layer that is always read: as in SDXL's coarsest
-SOFTNESS = 0.06  # of the masks' edges, as a share of the side; chosen
+SOFTNESS = 0.06  # of the masks' edges, as a share of the longer side; chosen
 
 
 @dataclass
@@ -201,7 +201,7 @@ class AttentionMaps:
 
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
         self.words = words
-        self.total: Tensor | None = None  # (N, P, side, side)
+        self.total: Tensor | None = None  # (N, P, H, W), of the latents
         self.query: Tensor | None = None  # of the layer whose keys come next
 
     @contextmanager
@@ -226,7 +226,7 @@ class AttentionMaps:
         found = torch.stack([weights[..., list(positions)].mean(-1) for positions in self.words])  # (N, P, pixels)
         maps = found.reshape(*found.shape[:2], *hook.size)
         maps = maps / maps.mean((2, 3), keepdim=True).clamp(min=1e-8)
-        maps = F.interpolate(maps, (max(call.size),) * 2, mode="bilinear")
+        maps = F.interpolate(maps, call.size, mode="bilinear")
         self.total = maps if self.total is None else self.total + maps
 
     def masks(self) -> Masks:
@@ -234,8 +234,8 @@ class AttentionMaps:
         if self.total is None:  # fused projections, or another kind of attention
             boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
             raise SettingsError(f"no attention could be read to find regions; pass {boxes}")
-        side = self.total.shape[-1]
-        winner = blurred(self.total, SOFTNESS * side).argmax(0)  # (P, side, side)
+        side = max(self.total.shape[-2:])
+        winner = blurred(self.total, SOFTNESS * side).argmax(0)  # (P, H, W)
         won = torch.stack([(winner == n).float() for n in range(len(self.total))])
         return Masks(blurred(won, SOFTNESS * side / 2).clamp(0, 1))
 

@@ -16,7 +16,7 @@ from ..config import check, check_types, typed
 from ..errors import SettingsError
 from .weights import Weight
 
-FEATHER = 0.04  # softness of a region's edge, as a share of the picture's side; chosen
+FEATHER = 0.04  # softness of a region's edge, as a share of the mask's side; chosen
 SIDE = 512  # pixels of a drawn mask, which is reduced to the size of each layer; chosen
 COLORS = ("#e4572e", "#2e86ab", "#f2b134", "#56a3a6", "#a05195", "#76b041")  # of a preview
 
@@ -99,13 +99,17 @@ def masks_of(regions: Sequence[Region]) -> Masks:
 
 
 def preview(regions: Sequence[Region], picture: Image.Image | None = None, *, side: int = 384) -> Image.Image:
-    """The regions as coloured areas with their names, over a picture if there is one."""
+    """The regions as coloured areas with their names, over a picture if there is one.
+
+    side  the longer one, in pixels; the result has the picture's shape
+    """
     regions, picture = typed("regions", regions, tuple[Region, ...]), typed("picture", picture, Image.Image | None)
     check(typed("side", side, int) >= 1, f"side {side}", "at least 1")
-    canvas = (picture or Image.new("RGB", (side, side), "#808080")).convert("RGB").resize((side, side))
+    canvas = (picture or Image.new("RGB", (side, side), "#808080")).convert("RGB")
+    canvas = canvas.resize(tuple(max(1, round(side * length / max(canvas.size))) for length in canvas.size))
     font = ImageFont.load_default(max(10, side // 24))
     for i, region in enumerate(regions):
-        mask = region.mask_image().resize((side, side))
+        mask = region.mask_image().resize(canvas.size)
         tint = Image.new("RGB", canvas.size, COLORS[i % len(COLORS)])
         canvas = Image.composite(Image.blend(canvas, tint, 0.55), canvas, mask)
         inside = np.argwhere(np.asarray(mask) > 127)

@@ -15,6 +15,7 @@ from ..adapters.adapter import Adapter, weighted
 from ..base.base_model import BaseModel
 from ..base.changes import claimed, undone
 from ..base.generation import quiet
+from ..base.sizes import Size, as_arguments, drawable, size_note
 from ..config import GUIDANCE, STEPS, check, check_types, typed
 from ..errors import CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attachable
@@ -98,13 +99,19 @@ class Serving:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], *, steps: int = STEPS, guidance: float = GUIDANCE, size: int | None = None
+        self, requests: Sequence[Request], *, steps: int = STEPS, guidance: float = GUIDANCE, size: Size | None = None
     ) -> list[Picture]:
-        """Draw all requests in one batch, each with its adapters: the same pictures as one by one."""
+        """Draw all requests in one batch, each with its adapters: the same pictures as one by one.
+
+        size  in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
+        """
         requests = typed("requests", requests, tuple[Request, ...])
-        steps, guidance, size = checked(steps=steps, guidance=guidance, size=size).values()
+        steps, guidance = checked(steps=steps, guidance=guidance).values()
+        pair = drawable(self.base, size)
         if not requests:
             raise SettingsError("no requests; pass one for each picture")
+        for text in size_note(self.base, pair):
+            warnings.warn(text, CompositionWarning, stacklevel=2)
         names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
         before = {name: on.weight for name, on in self.loaded.items()}
         with claimed(self.base.shell.unet), undone(lambda: self.use(before)), quiet(self.pipeline):
@@ -122,8 +129,7 @@ class Serving:
                     **{name: torch.cat([text[name] for text in texts]) for name in texts[0]},
                     num_inference_steps=steps,
                     guidance_scale=guidance,
-                    height=size,
-                    width=size,
+                    **as_arguments(pair),
                     generator=[torch.Generator().manual_seed(request.seed) for request in requests],
                 ).images
         return [

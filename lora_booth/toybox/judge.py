@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -75,8 +75,8 @@ class JudgeNet(nn.Module):
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of any size -> (N, 3, 64, 64) in -1..1."""
-    small = [image.convert("RGB").resize((64, 64), Image.Resampling.BOX) for image in images]
+    """Pictures of any size -> (N, 3, 64, 64) in -1..1, of their central square."""
+    small = [ImageOps.fit(image.convert("RGB"), (64, 64), Image.Resampling.BOX) for image in images]
     return torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -24,7 +24,7 @@ from ..subject.subject import Subject
 from .latents import LatentCache
 
 # settings that may change when a run is resumed: those that do not affect the adapter, and those that affect rounding only
-FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_seeds")
+FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_size", "sample_seeds")
 ROUNDING = ("pictures_at_a_time", "gradient_checkpointing", "attention", "lean", "capture", "compile")
 FORMAT = 2  # of a run's state and record; those of others are refused
 PACKAGES = ("torch", "diffusers", "transformers", "peft")

@@ -65,7 +65,7 @@ def sample(base: BaseModel, rows: Sequence[Row], config: SettledConfig) -> list[
     with base.all_on_device() as pipeline, modes_restored(base):
         for model in base.structure.values():
             model.eval()
-        draw = partial(generate_images, pipeline, steps=SAMPLE_STEPS, size=config.resolution)
+        draw = partial(generate_images, pipeline, steps=SAMPLE_STEPS, size=config.sample_size or config.resolution)
         return [draw(prompt, [seed])[0] for prompt, seed in rows]
 
 
