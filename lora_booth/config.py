@@ -55,6 +55,7 @@ class TrainingConfig:
 
     steps: int | None = None  # optimizer updates, e.g. 800 [from the number of photos]
     learning_rate: float | None = None  # learning rate at its highest, e.g. 1e-4 [from the base]
+    text_encoder_learning_rate: float | None = None  # of trained text encoders, e.g. 5e-5 [as learning_rate]
     batch_size: int = 1  # photos in a forward pass, e.g. 2; as many of the class are added
     gradient_accumulation: int = 1  # forward passes for one optimizer update, e.g. 4
     pictures_at_a_time: int | None = None  # pictures of a batch in memory at a time, e.g. 1 [all]
@@ -89,11 +90,12 @@ class TrainingConfig:
 
 
 COUNTS = ("steps", "batch_size", "gradient_accumulation", "pictures_at_a_time", "checkpoint_every", "sample_seeds")
+RATES = ("learning_rate", "text_encoder_learning_rate")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a value that is given is allowed
     **dict.fromkeys(COUNTS, (lambda count: count >= 1, "at least 1")),
     "rank": (lambda rank: 1 <= rank <= 512, "a whole number from 1 to 512; 4 to 32 is usual"),
     "dropout": (lambda share: 0 <= share < 1, "at least 0 and below 1"),
-    "learning_rate": (lambda rate: 0 < rate <= 0.1, "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA"),
+    **dict.fromkeys(RATES, (lambda rate: 0 < rate <= 0.1, "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA")),
     "warmup_steps": (lambda steps: steps >= 0, "at least 0"),
     "weight_decay": (lambda decay: 0 <= decay <= 1, "from 0 to 1"),
     "max_grad_norm": (lambda norm: norm > 0, "above 0 (infinity: no clipping)"),

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .base.base_model import BaseModel
 from .base.changes import claimed, hooked, undone, unhook
 from .base.families import FAMILIES
 from .base.quantization import is_quantized, weight_dtype, weight_shape
-from .config import LoraSpec
+from .config import ATTENTION_TARGETS, TEXT_TARGETS, LoraSpec
 from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError, setting
 from .kernels.lora import FlatFactors
 
@@ -106,6 +106,10 @@ class TrainableLora:
     flat: FlatFactors  # all of them, and their gradients
     layers: Sequence[Any]  # PEFT's, that hold them
 
+    def apart(self) -> list[nn.Parameter]:
+        """The U-Net's part of the flat values, and that of the text encoders: two parameters for an optimizer."""
+        return self.flat.split(sum(name.startswith("unet.") for name in self.parameters))
+
     @contextmanager
     def muted(self) -> Iterator[None]:
         """The base computes as without the adapter, whose factors still require gradients: PEFT's own switch ends that."""
@@ -138,6 +142,49 @@ class TrainableLora:
             raise TrainingError(f"all gradients are zero at the first step; {remedy}")
         if silent:
             raise TrainingError(f"no gradient reaches {len(silent)} adapter tensors, first {silent[0]}; please report this")
+
+
+def spec_of(base: BaseModel, adapter: Adapter) -> LoraSpec:
+    """The shape of an adapter, to train it further: its rank (the highest), its alpha, its modules.
+
+    In text encoders, all layers of the same names. Raises AdapterBaseMismatch.
+    """
+    placements(base, [(adapter, 0.0)])
+    rank = max((factors.rank for factors in adapter.modules.values()), default=1)
+    scales = {factors.scale for factors in adapter.modules.values()}
+    alpha = scales.pop() * rank if len(scales) == 1 else rank
+    unet = [key.removeprefix("unet.") for key in adapter.modules if key.startswith("unet.")]
+    text = {key.rpartition(".")[2] for key in adapter.modules if not key.startswith("unet.")}
+    spec = LoraSpec(
+        rank=rank,
+        alpha=alpha if 0 < alpha <= 16 * rank else rank,
+        text_encoder=bool(text),
+        text_target_modules=TEXT_TARGETS if text <= set(TEXT_TARGETS) else tuple(sorted(text)),
+    )
+    usual = set(unet) == set(target_paths(base, LoraSpec(rank=1))["unet"])
+    return replace(spec, target_modules=ATTENTION_TARGETS if usual or not unet else tuple(unet))
+
+
+def first_factors(base: BaseModel, lora: LoraSpec, adapter: Adapter) -> dict[str, LoraFactors]:
+    """The factors of `adapter` by module, to begin a training of `lora` with. A lower rank than `lora.rank` fits.
+
+    Raises AdapterBaseMismatch, or SettingsError where `lora` would not train all of it.
+    """
+    [(_, _, places)] = placements(base, [(adapter, 1.0)])
+    trained = {module_path(component, path) for component, paths in target_paths(base, lora).items() for path in paths}
+    found = {}
+    for key, (_, factors) in places.items():
+        without_effect = any(f".{layer}." in key for layer in unread_layers(base, key.partition(".")[0]))
+        if key not in trained and not without_effect:
+            remedy = f"name it in {setting('target_modules' if key.startswith('unet.') else 'text_target_modules')}"
+            if not key.startswith("unet.") and not lora.text_encoder:
+                remedy = f"pass {setting('text_encoder', True)}"
+            raise SettingsError(f"{adapter.name} also changes {key}, which would not be trained; {remedy}")
+        if factors.rank > lora.rank:
+            remedy = f"pass {setting('rank', factors.rank)}, or lower its rank first with resize"
+            raise SettingsError(f"{adapter.name} has rank {factors.rank}, and rank {lora.rank} is to be trained; {remedy}")
+        found[key] = factors
+    return found
 
 
 @dataclass
@@ -210,8 +257,11 @@ def refuse(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[TrainableLora]:
-    """Inject a new adapter to train. Leaving takes it out and restores the base, also after an exception."""
+def trainable(
+    base: BaseModel, lora: LoraSpec, *, seed: int = 0, first: Mapping[str, LoraFactors] | None = None
+) -> Iterator[TrainableLora]:
+    """Inject an adapter to train: a new one, or the `first_factors` of another. Leaving takes it out and restores the base,
+    also after an exception."""
     chosen = target_paths(base, lora)
     injections = {component: Injection(model) for component, model in base.read(*chosen).items()}
     parameters: dict[str, nn.Parameter] = {}
@@ -221,9 +271,14 @@ def trainable(base: BaseModel, lora: LoraSpec, *, seed: int = 0) -> Iterator[Tra
                 torch.manual_seed(seed)
                 injection.put(chosen[component], rank=lora.rank, alpha=lora.scale_alpha, dropout=lora.dropout)
             for path, layer in injection.layers.items():
-                for name, factor in (("down", layer.lora_A[NAME]), ("up", layer.lora_B[NAME])):
+                key, down, up = module_path(component, path), layer.lora_A[NAME], layer.lora_B[NAME]
+                for name, factor in (("down", down), ("up", up)):
                     factor.to(torch.float32).requires_grad_(True)
-                    parameters[f"{module_path(component, path)}.{name}"] = factor.weight
+                    parameters[f"{key}.{name}"] = factor.weight
+                if first is not None and key in first:
+                    before = first[key]  # of this rank or a lower one: the other rows stay as drawn, with up = 0
+                    down.weight.data[: before.rank] = before.down
+                    up.weight.data[:, : before.rank] = before.up.float() * (before.scale / layer.scaling[NAME])
         flat = FlatFactors(list(parameters.values()), base.dtype)
         layers = [layer for injection in injections.values() for layer in injection.layers.values()]
         checks = [(injection.model, injection.check) for injection in injections.values()]
@@ -240,7 +295,7 @@ Places = dict[str, tuple[nn.Module, LoraFactors]]  # path in adapter files -> th
 def placed(adapter: Adapter, base: BaseModel) -> Places:
     """Where the adapter's factors go. Raises AdapterBaseMismatch if one does not fit."""
     places: Places = {}
-    components = base.components
+    components = base.structure
     for key, factors in adapter.modules.items():
         component, _, path = key.partition(".")
         if component not in components:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,7 @@ from .training.run_folder import RunFolder
 from .training.samples import draw_samples
 from .training.tracking import Track, Tracking, trackers_of
 from .training.training_mode import check_feasible
-from .training.training_run import TrainingRun
+from .training.training_run import TrainingRun, beginning_with
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 TIME_UP = 1000  # above every signal's number
@@ -44,6 +44,7 @@ def train(
     *,
     lora: LoraSpec | None = None,
     config: TrainingConfig | None = None,
+    init: Adapter | str | Path | None = None,
     out: str | Path | None = None,
     mirror: str | Path | None = None,
     time_limit: float | None = None,
@@ -54,9 +55,12 @@ def train(
 ) -> Adapter:
     """Teach `base` one subject, or several. The base is restored bit for bit, also after an exception.
 
+    init        an adapter or its file to begin with, instead of a new one; `lora` is then what it has, and may have a higher
+                rank. Optimizer and learning rate begin anew
     out         a folder for the run: its record, checkpoints, samples, report and `adapter.safetensors`. The same call on an
                 interrupted run continues it, and ends with the same tensors as one that was never interrupted; on a finished
-                run it returns the adapter. Ctrl-C, SIGTERM and SIGHUP save a checkpoint before they end the program.
+                run it returns the adapter, or goes on if there are more `steps` now. Ctrl-C, SIGTERM and SIGHUP save a
+                checkpoint before they end the program.
     mirror      a folder on other storage: each checkpoint is copied there and read back, and a run whose own folder is lost
                 continues from it
     time_limit  minutes for this call: before they are over, it saves and returns the adapter learnt so far
@@ -65,7 +69,7 @@ def train(
     on_step     called after every optimizer update
     progress    show step, loss, rate and time left: a live bar in a terminal or notebook, plain lines elsewhere
     Under `accelerate launch` or `torchrun` each process takes its share of every batch, and all return the same adapter.
-    Raises SettingsError, TrainingError, PhotoError.
+    Raises SettingsError, TrainingError, PhotoError, AdapterError.
     """
     began = time.monotonic()
     base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
@@ -78,12 +82,12 @@ def train(
     copies: Path | None = typed("mirror", mirror, Path | None)
     if place is not None:
         check_place(place, copies, subjects)
-    lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
+    lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
     config = settled(config, base, sum(len(one.photos) for one in subjects))
     drawable(base, config.sample_size)
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
-    job = Job(base, subjects, lora, config)
+    job = Job(base, subjects, lora, config, begun)
 
     with ExitStack() as stack:
         processes = stack.enter_context(joined(base.device))
@@ -95,6 +99,8 @@ def train(
             stack.enter_context(folder)
             say = folder.event
         screen.say(f"training on {base.name}: {config.steps} steps at {config.resolution} px, rank {lora.rank}")
+        if begun is not None:
+            screen.say(f"beginning with {begun.name} ({len(begun.modules)} modules)")
 
         # what the folder holds of this run: nothing, a state to continue from, or the finished adapter
         state, done = processes.from_main(lambda: folder.open(restart=restart) if folder else (None, None))
@@ -110,8 +116,11 @@ def train(
             for note in (*report.problems, *report.warnings):
                 screen.say(f"note: {note}")
         levels = {}
-        if state is None and not is_ample(base, lora, config, photos=job.photos):
-            levels = levels_that_fit(base, lora, config, photos=job.photos, say=screen.say)
+        pictures, drawn = job.photos + sum(len(one.class_images) for one in subjects), config
+        if all(one.class_images for one in subjects):
+            drawn = replace(config, class_images=0)
+        if state is None and not is_ample(base, lora, drawn, photos=pictures):
+            levels = levels_that_fit(base, lora, drawn, photos=pictures, say=screen.say)
         encode = partial(prepare, base, subjects, lora=lora, config=config, say=screen.say, on_progress=screen.progress)
         if folder is not None:
             encode = partial(encode, on_square=folder.save_crop)
@@ -122,7 +131,7 @@ def train(
             stack.enter_context(base.only_unet_on_device())
 
         # latents -> adapter
-        run = TrainingRun(base, cache, lora, config, resume=state, levels=levels, say=say, processes=processes)
+        run = TrainingRun(base, cache, lora, config, first=first, resume=state, levels=levels, say=say, processes=processes)
         stack.callback(run.close)
         del state  # the run has taken it over, and its bytes are free
         tracking = None
@@ -182,7 +191,7 @@ def follow(
 
 def check_place(place: Path, copies: Path | None, subjects: Sequence[Subject]) -> None:
     """Raises SettingsError for a run folder that holds the photos, or is the mirror too."""
-    if place.resolve() in {photo.path.resolve().parent for subject in subjects for photo in subject.photos}:
+    if place.resolve() in {photo.path.resolve().parent for one in subjects for photo in (*one.photos, *one.class_images)}:
         raise SettingsError(f"{shown(place)}: holds the photos; pass another folder as {setting('out', option='--run')}")
     if copies is not None and copies.resolve() == place.resolve():
         raise SettingsError(f"{shown(copies)}: is the run folder itself; pass a folder on other storage as {setting('mirror')}")

@@ -597,7 +597,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "token": ((BaseModel.load, propose_tokens), {}, {"base", "check"}),
     "train": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train, Adapter.save),
-        {"min_photos": "minimum", "max_photos": "maximum"},
+        {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images"},
         {"folder", "base", "run"},
     ),
     "cache": ((), {}, {"clear"}),

@@ -89,6 +89,7 @@ class Card:
     steps: int | None = None  # optimizer updates
     photos: int | None = None  # how many
     library_version: str | None = None
+    init: str | None = None  # digest of the adapter that training began with; None: with a new one
     title: str | None = None
     description: str | None = None
     author: str | None = None

@@ -100,6 +100,8 @@ def train(
     loading: Loading,
     lora: LoraSpec,
     config: TrainingConfig,
+    init: Path | None = None,  # adapter file to begin with, e.g. rex.safetensors [a new adapter]
+    class_folder: Path | None = None,  # your own pictures of the plain class, instead of drawn ones, e.g. photos/dogs
     run: Path | None = None,  # folder for checkpoints and the report, e.g. runs/rex [OUT without its ending]
     track: list[str] | None = None,  # log to tensorboard (files in --run) or wandb (uploads samples too); repeatable
     layout: Names = "kohya",
@@ -118,7 +120,15 @@ def train(
     from ..training.lock import locked_file
 
     check_adapter_file(out)
-    subject = Subject.from_folder(folder, token=token, class_noun=class_noun, minimum=min_photos, maximum=max_photos, crop=crop)
+    subject = Subject.from_folder(
+        folder,
+        token=token,
+        class_noun=class_noun,
+        minimum=min_photos,
+        maximum=max_photos,
+        crop=crop,
+        class_images=class_folder,
+    )
     for skipped in subject.skipped:
         note(f"not used: {skipped.name}: {skipped.reason}")
     if run is None:  # beside the adapter's file, but never the folder of the photos
@@ -134,8 +144,9 @@ def train(
             adapter = train_adapter(
                 loaded,
                 subject,
-                lora=lora,
+                lora=None if init is not None and lora == LoraSpec() else lora,  # then as that adapter has it
                 config=config,
+                init=init,
                 out=run,
                 mirror=mirror,
                 time_limit=time_limit,

@@ -66,6 +66,14 @@ class FlatFactors:
         """A tensor like `values` -> views of it, one for each parameter, in its shape."""
         return [tensor[start : start + shape.numel()].view(shape) for start, shape in self._places]
 
+    def split(self, count: int) -> list[nn.Parameter]:
+        """The first `count` factors and the rest: two parameters that are views of the values, as their gradients are."""
+        parts = []
+        for part in (slice(None, self._places[count][0]), slice(self._places[count][0], None)):
+            parts.append(nn.Parameter(self.values.data[part]))
+            parts[-1].grad = self.gradient[part]
+        return parts
+
     @property
     def gradient(self) -> Tensor:
         assert self.values.grad is not None

@@ -24,6 +24,7 @@ NOT_A_NOUN = re.compile(  # "a dog", "a photo of my dog": a prompt has these wor
     re.IGNORECASE,
 )
 PLACEHOLDERS = ("token", "class_noun", "a")
+MOST_CLASS_IMAGES = 2000  # of your own; chosen
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Subject:
     templates: tuple[str, ...] = (INSTANCE_TEMPLATE,)  # cycled over the photos
     class_template: str = CLASS_TEMPLATE
     skipped: tuple[Skipped, ...] = field(default=(), compare=False)  # unused files, for reports only
+    class_images: tuple[Photo, ...] = ()  # your own, of the plain class; none: the base draws some
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -57,7 +59,8 @@ class Subject:
     def __repr__(self) -> str:
         """Without the paths of the photos."""
         masks = sum(photo.mask is not None for photo in self.photos)
-        more = (f", {masks} with masks" if masks else "") + (f", {len(self.skipped)} files skipped" if self.skipped else "")
+        counts = {"with masks": masks, "class images": len(self.class_images), "files skipped": len(self.skipped)}
+        more = "".join(f", {count} {what}" for what, count in counts.items() if count)
         return f"Subject({self.token!r}, {with_article(self.class_noun)}: {len(self.photos)} photos{more})"
 
     @classmethod
@@ -74,6 +77,7 @@ class Subject:
         crop: Cropping = "smart",
         crops: Mapping[str, Region] | None = None,
         masks: Mapping[str, MaskSource] | None = None,
+        class_images: Path | str | Sequence[Path | str] | None = None,
     ) -> Subject:
         """The subject of a folder of photos, or of a list of files.
 
@@ -84,6 +88,8 @@ class Subject:
         crops             file name -> (x0, y0, x1, y1), fractions 0..1 of the upright photo, or pixels if any value is
                           above 1; overrides a `crops.json` in the folder
         masks             file name -> a file or PIL image, white on the subject; overrides `photo.mask.png` files
+        class_images      your own pictures of the plain class, a folder or files, cropped as photos; None: the base draws
+                          as many as `TrainingConfig.class_images` says. A caption (photo.txt) replaces the class prompt
         raises            SubjectError, PhotoError
         """
         # Checked before the photos are decoded, so that a typo shows at once.
@@ -91,7 +97,11 @@ class Subject:
         _check_class_noun(class_noun)
         templates = typed("templates", templates, tuple[str, ...])
         found: PhotoSet = find_photos(folder, crop=crop, crops=crops, masks=masks, minimum=minimum, maximum=maximum)
-        return cls(found.photos, token, class_noun, tuple(templates), class_template, found.skipped)
+        own: PhotoSet | None = None
+        if class_images is not None:
+            own = find_photos(class_images, crop=crop, minimum=1, maximum=MOST_CLASS_IMAGES)
+        skipped = found.skipped + (own.skipped if own else ())
+        return cls(found.photos, token, class_noun, templates, class_template, skipped, own.photos if own else ())
 
     def audit(self, *, resolution: int = 512) -> Audit:
         """What the photos will teach at `resolution` pixels, and what to change. This is advice: nothing in it stops training.
@@ -134,6 +144,10 @@ class Subject:
         both = f"{self.token} {self.class_noun}"
         renamed, count = re.subn(subject_pattern(self.class_noun, None), lambda _: both, caption, count=1, flags=re.IGNORECASE)
         return renamed if count else f"{self.instance_prompt}, {caption}"
+
+    def class_prompt_for(self, picture: Photo) -> str:
+        """The prompt that one of your own class images is trained with: its caption, or the class prompt."""
+        return self.class_prompt if picture.caption is None else self._filled(picture.caption)
 
     def _filled(self, template: str) -> str:
         words = {"token": self.token, "class_noun": self.class_noun, "a": article(self.class_noun)}

@@ -76,10 +76,21 @@ def prepare(
         say(f"{len(photos)} photos at {config.resolution} px")
     pictures: list[Square] = []
     picture_prompts: list[str] = []
-    class_prompts = [one.class_prompt for one in subjects for _ in one.photos] if config.prior_loss_weight > 0 else []
+    with_class = subjects if config.prior_loss_weight > 0 else []
+    for one in with_class:
+        pictures += [training_square(picture, config.resolution) for picture in one.class_images]
+        picture_prompts += [one.class_prompt_for(picture) for picture in one.class_images]
+    class_prompts = [one.class_prompt for one in with_class if not one.class_images for _ in one.photos]
+    if pictures and class_prompts and not config.class_images:
+        raise SettingsError(
+            f"{setting('class_images', 0)} keeps the class by predictions, but a subject has class images; pass some for each"
+        )
+    if not with_class and any(one.class_images for one in subjects):
+        warn(f"your class images are not used, with {setting('prior_loss_weight', 0)}")
+    for prompt in dict.fromkeys([*picture_prompts, *class_prompts]):
+        told_if_cut(base, prompt, "class prompt", warn)
     uncropped = Crop(0, 0, (config.resolution, config.resolution))
     for prompt in dict.fromkeys(class_prompts):
-        told_if_cut(base, prompt, "class prompt", warn)
         if config.class_images:
             progress = partial(on_progress, "class images")
             images = class_images(
@@ -95,7 +106,7 @@ def prepare(
     on_picture()
     encoded = encode(base, photos, prompts, flip=config.flip, on_picture=on_picture)
     prior = encode(base, pictures, picture_prompts, flip=config.flip, on_picture=on_picture) if pictures else None
-    class_text = encode_prompts(base, class_prompts)
+    class_text = encode_prompts(base, [*picture_prompts, *class_prompts])
     text = {} if lora is not None and lora.text_encoder else encode_prompts(base, prompts) | class_text
     prune_cache()
     if pictures:

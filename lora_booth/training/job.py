@@ -26,7 +26,8 @@ from .latents import LatentCache
 # settings that may change when a run is resumed: those that do not affect the adapter, and those that affect rounding only
 FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_size", "sample_seeds")
 ROUNDING = ("pictures_at_a_time", "gradient_checkpointing", "attention", "lean", "capture", "compile")
-FORMAT = 2  # of a run's state and record; those of others are refused
+DIGEST_LENGTH = 16  # hex digits
+FORMAT = 3  # of a run's state and record; those of others are refused
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -38,6 +39,7 @@ class Job:
     subjects: Sequence[Subject]
     lora: LoraSpec
     config: SettledConfig
+    init: Adapter | None = None  # to begin with
 
     @property
     def photos(self) -> int:
@@ -51,6 +53,7 @@ class Job:
             "format": FORMAT,
             "base": {"name": self.base.name, "fingerprint": self.base.fingerprint, "dtype": precision},
             "lora": asdict(self.lora),
+            "init": self.init and self.init.digest()[:DIGEST_LENGTH],
             "config": {name: value for name, value in asdict(self.config).items() if name not in FREE + ROUNDING},
             "subjects": [
                 {
@@ -58,6 +61,7 @@ class Job:
                     "class_noun": s.class_noun,
                     "class_prompt": s.class_prompt,
                     "photos": [{"sha256": p.sha256, "use": use_of(p, s.prompt_for(p))} for p in s.photos],
+                    "class_images": [p.sha256 + use_of(p, s.class_prompt_for(p)) for p in s.class_images],
                 }
                 for s in self.subjects
             ],
@@ -109,6 +113,7 @@ class Job:
             steps=steps,
             photos=self.photos,
             library_version=__version__,
+            init=self.facts["init"],
             title=" and ".join(f"{s.token} {s.class_noun}" for s in self.subjects),
         )
 
@@ -135,6 +140,7 @@ def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
         yield f"base {before['base']['name']} -> {now['base']['name']} (other weights)"
     yield from changes({"dtype": before["base"]["dtype"]}, {"dtype": now["base"]["dtype"]})
     yield from changes(before["lora"], now["lora"])
+    yield from changes({"init": before["init"]}, {"init": now["init"]})
     photos = [[photo["sha256"] for subject in f["subjects"] for photo in subject["photos"]] for f in (before, now)]
     configs = [before["config"], now["config"]]
     usual = [defaults(len(shas), config["steps"]) for shas, config in zip(photos, configs, strict=True)]
@@ -152,8 +158,10 @@ def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
         yield f"photos {len(old)} -> {len(new)}"
     elif sorted(old) != sorted(new):
         yield f"{len(set(new) - set(old))} of {len(new)} photos were replaced or edited"
-    elif words[0] == words[1] and before["subjects"] != now["subjects"]:
+    elif words[0] == words[1] and [s["photos"] for s in before["subjects"]] != [s["photos"] for s in now["subjects"]]:
         yield "the order, a caption, a crop or a mask of the photos"
+    if [s["class_images"] for s in before["subjects"]] != [s["class_images"] for s in now["subjects"]]:
+        yield "the folder of class images"
 
 
 def only_steps_differ(before: Any, now: Mapping[str, Any]) -> bool:

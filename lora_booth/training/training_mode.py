@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..base.base_model import BaseModel
@@ -26,6 +25,9 @@ def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> N
     target_paths(base, lora)
     check_attention(base, config.attention)
     check_optimizer(config, base.device)
+    if config.text_encoder_learning_rate is not None and not lora.text_encoder:
+        rate, remedy = setting("text_encoder_learning_rate", config.text_encoder_learning_rate), setting("text_encoder", True)
+        raise SettingsError(f"{rate} has no effect while text encoders are not trained; pass {remedy} too, or leave it out")
     if config.capture == "on":
         can_capture(base, lora, config)
 
@@ -124,16 +126,23 @@ def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
         raise SettingsError(f"adamw8bit needs a CUDA GPU and the base is on {device}; use {setting('optimizer', 'adamw')}")
 
 
-def make_optimizer(parameter: Tensor, config: SettledConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, fused where PyTorch has a fused kernel; or AdamW with 8 bits for each value of its state."""
+def make_optimizer(lora: TrainableLora, config: SettledConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, fused where PyTorch has a fused kernel; or AdamW with 8 bits for each value of its state.
+
+    A group's "share" is what the learning rate is multiplied with there.
+    """
     check_optimizer(config, device)
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay, for_text = config.learning_rate, config.weight_decay, config.text_encoder_learning_rate
+    groups: list[dict[str, Any]] = [{"params": [lora.flat.values], "share": 1.0}]
+    if for_text is not None:
+        unet, text = lora.apart()
+        groups = [{"params": [unet], "share": 1.0}, {"params": [text], "share": for_text / rate}]
     if config.optimizer == "adamw8bit":
         import bitsandbytes  # type: ignore[import-not-found]
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=rate, weight_decay=decay)
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=rate, weight_decay=decay)
         return optimizer
-    return torch.optim.AdamW([parameter], lr=rate, weight_decay=decay, fused=device.type != "mps")
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=device.type != "mps")
 
 
 def make_scaler(base: BaseModel) -> torch.amp.GradScaler:

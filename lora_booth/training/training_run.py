@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adapters.adapter import Adapter
+from ..adapters.contents import LoraFactors
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import TrainingError, reason_of, setting
-from ..injection import TrainableLora, trainable
+from ..injection import TrainableLora, first_factors, spec_of, trainable
 from ..kernels.attention import fastest_attention
 from ..kernels.capture import StepGraph, can_capture
 from .distributed import ALONE, Processes
@@ -46,25 +49,45 @@ SIGNS = (  # in the message of a RuntimeError, in lower case
 
 
 def training_steps(
-    base: BaseModel, cache: LatentCache, *, lora: LoraSpec | None = None, config: TrainingConfig | None = None
+    base: BaseModel,
+    cache: LatentCache,
+    *,
+    lora: LoraSpec | None = None,
+    config: TrainingConfig | None = None,
+    init: Adapter | str | Path | None = None,
 ) -> Iterator[Step]:
     """Train on what `prepare` encoded; yields after each optimizer update.
+
+    init  an adapter to begin with, as in `train`
 
     Stop whenever you like: `step.factors()` holds what was learnt so far. The base is restored when the iteration ends.
     Raises SettingsError, TrainingError.
     """
     base, cache = typed("base", base, BaseModel), typed("cache", cache, LatentCache)
-    lora = typed("lora", lora, LoraSpec | None) or LoraSpec()
-    run = TrainingRun(base, cache, lora, settled(config, base, len(cache.photos)))
+    lora, _, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
+    run = TrainingRun(base, cache, lora, settled(config, base, len(cache.photos)), first=first)
     try:
         yield from run
     finally:
         run.close()
 
 
+def beginning_with(
+    init: Adapter | str | Path | None, base: BaseModel, lora: LoraSpec | None
+) -> tuple[LoraSpec, Adapter | None, dict[str, LoraFactors] | None]:
+    """What is trained, the adapter that it begins with, and its factors."""
+    given: Any = typed("init", init, Adapter | Path | None)  # type: ignore[operator]
+    if given is None:
+        return lora or LoraSpec(), None, None
+    adapter = given if isinstance(given, Adapter) else Adapter.load(given)
+    lora = lora or spec_of(base, adapter)
+    return lora, adapter, first_factors(base, lora, adapter)
+
+
 class TrainingRun(Iterator[Step]):
     """An iterator of `Step`s. `close()` takes the adapter out of the base.
 
+    first      the factors to begin with, by module; None: new ones
     resume     what `state()` returned earlier
     levels     settings of the memory ladder to start with; those of `resume` take precedence
     say        called with one line for each event: a rollback, a halved rate, a level of the memory ladder
@@ -78,6 +101,7 @@ class TrainingRun(Iterator[Step]):
         lora: LoraSpec,
         config: SettledConfig,
         *,
+        first: Mapping[str, LoraFactors] | None = None,
         resume: dict[str, Any] | None = None,
         levels: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
@@ -95,10 +119,10 @@ class TrainingRun(Iterator[Step]):
             say(f"attention: {config.attention}")
         self._stack, self._modes = ExitStack(), ExitStack()
         try:
-            self.lora: TrainableLora = self._stack.enter_context(trainable(base, lora, seed=config.seed))
+            self.lora: TrainableLora = self._stack.enter_context(trainable(base, lora, seed=config.seed, first=first))
             self._stack.enter_context(self._modes)
             self._modes.enter_context(training_mode(base, self.lora, config, say=say))
-            optimizer, scaler = make_optimizer(self.lora.flat.values, config, base.device), make_scaler(base)
+            optimizer, scaler = make_optimizer(self.lora, config, base.device), make_scaler(base)
             self.loop = LoopState(base, cache, config, self.lora, optimizer, scaler, lora.dropout, processes)
             self.backward: Callable[[Inputs], Tensor] = partial(backward, self.loop)
             if (base.device.type == "cuda" or config.capture == "on") and can_capture(base, lora, config):
@@ -243,14 +267,16 @@ class TrainingRun(Iterator[Step]):
                 with torch.no_grad():
                     parameter.copy_(factor)
             moments = on_cpu(state["optimizer"]["state"])  # a copy, since the optimizer would update the state itself
-            if any(found["exp_avg"].shape != loop.factors.values.shape for found in moments.values() if "exp_avg" in found):
+            groups = loop.optimizer.param_groups
+            shapes = [values.shape for group in groups for values in group["params"]]
+            if any(found["exp_avg"].shape != shapes[index] for index, found in moments.items() if "exp_avg" in found):
                 raise ValueError("optimizer")
             loop.optimizer.load_state_dict({**loop.optimizer.state_dict(), "state": moments})
             loop.scaler.load_state_dict(state["scaler"])
             loop.step, self.smoothed = int(state["step"]), state["smoothed"].to(loop.base.device).reshape(())
             loop.health = Health.from_state(state["health"])
             self._unread = [] if state["unread"] is None else list(state["unread"].to(loop.base.device).reshape(-1).unbind())
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {reason_of(error)}"
             remedy = setting("restart", True)
             raise TrainingError(f"the saved state does not fit this run ({reason}); discard it with {remedy}") from error
