@@ -71,6 +71,8 @@ RECIPES: dict[str, Recipe] = {
     "a third of the rate": Recipe({"learning_rate": 1e-3}),
     "twice the steps": Recipe({"steps": 1000}),
     "constant rate": Recipe({"lr_schedule": "constant"}),
+    "Prodigy": Recipe({"optimizer": "prodigy"}),
+    "schedule-free": Recipe({"optimizer": "schedulefree"}),
     "batch 2": Recipe({"batch_size": 2}),
     "batch 4": Recipe({"batch_size": 4}),
     "rank 4": Recipe(lora={"rank": 4}),

@@ -19,6 +19,7 @@ from .errors import SettingsError, setting, shown
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; chosen
 Size = int | tuple[int, ...] | str  # side of a square, width and height, or either in words: 768, (832, 1216), "832x1216"
+Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree"]
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -59,7 +60,7 @@ class TrainingConfig:
     batch_size: int = 1  # photos in a forward pass, e.g. 2; as many of the class are added
     gradient_accumulation: int = 1  # forward passes for one optimizer update, e.g. 4
     pictures_at_a_time: int | None = None  # pictures of a batch in memory at a time, e.g. 1 [all]
-    lr_schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up: cosine (falls to 0) or constant
+    lr_schedule: Literal["constant", "cosine"] | None = None  # rate after the warm-up: cosine (falls to 0) or constant [cosine]
     warmup_steps: int | None = None  # updates over which the rate rises from 0, e.g. 50 [a twentieth of the steps, at most 50]
     weight_decay: float = 1e-2  # weight decay of AdamW, e.g. 0.01
     max_grad_norm: float = 1.0  # norm at which gradients are clipped, e.g. 1; inf: never
@@ -74,7 +75,7 @@ class TrainingConfig:
     lean: bool = True  # store less for the backward pass; the numbers stay the same up to rounding
     capture: Literal["auto", "on", "off"] = "auto"  # replay a recorded step on a GPU: auto (where possible), on or off
     compile: bool = False  # compile the U-Net: a first step of a minute or more, then faster on a GPU
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw, or adamw8bit (needs lora-booth[quant] and a GPU)
+    optimizer: Optimizer = "adamw"  # adamw, adamw8bit (lora-booth[quant], GPU), prodigy, schedulefree (lora-booth[optimizers])
     checkpoint_every: int = 50  # updates between two checkpoints, e.g. 50
     checkpoint_minutes: float = 2.0  # minutes between two checkpoints, if that is sooner, e.g. 2
     sample_every: int | None = None  # updates between sample pictures, e.g. 100; 0: none [three rounds]
@@ -85,17 +86,20 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_ranges(self)
+        most, usual = MOST_RATE.get(self.optimizer, (0.1, "1e-4 to 2e-3 is usual for LoRA"))
+        for name in ("learning_rate", "text_encoder_learning_rate"):
+            rate = getattr(self, name)
+            check(rate is None or 0 < rate <= most, f"{name} {rate}", f"above 0, at most {most:g}; {usual}")
         check(0 <= self.seed <= MOST - self.sample_seeds, f"seed {self.seed}", "0 to 2**63 - 1, also of the last sample")
         sides(self.sample_size, "sample_size")
 
 
 COUNTS = ("steps", "batch_size", "gradient_accumulation", "pictures_at_a_time", "checkpoint_every", "sample_seeds")
-RATES = ("learning_rate", "text_encoder_learning_rate")
+MOST_RATE = {"prodigy": (2.0, "Prodigy expects 1")}  # chosen
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a value that is given is allowed
     **dict.fromkeys(COUNTS, (lambda count: count >= 1, "at least 1")),
     "rank": (lambda rank: 1 <= rank <= 512, "a whole number from 1 to 512; 4 to 32 is usual"),
     "dropout": (lambda share: 0 <= share < 1, "at least 0 and below 1"),
-    **dict.fromkeys(RATES, (lambda rate: 0 < rate <= 0.1, "above 0, at most 0.1; 1e-4 to 2e-3 is usual for LoRA")),
     "warmup_steps": (lambda steps: steps >= 0, "at least 0"),
     "weight_decay": (lambda decay: 0 <= decay <= 1, "from 0 to 1"),
     "max_grad_norm": (lambda norm: norm > 0, "above 0 (infinity: no clipping)"),
@@ -157,8 +161,9 @@ def settled(config: TrainingConfig | None, base: Any, photos: int) -> SettledCon
     least = (one_pixel // multiple + 1) * multiple  # attention to a single pixel has no gradients
     allowed = f"multiples of {multiple} from {least}"
     check(resolution % multiple == 0 and resolution >= least, f"resolution {resolution}", allowed)
-    rate = CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER
+    rate = 1.0 if config.optimizer == "prodigy" else CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER
     chosen: dict[str, Any] = {**defaults(photos, config.steps), "learning_rate": rate, "resolution": resolution}
+    chosen["lr_schedule"] = "constant" if config.optimizer == "schedulefree" else "cosine"
     return SettledConfig(**chosen | {name: value for name, value in vars(config).items() if value is not None})
 
 

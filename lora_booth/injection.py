@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,6 +105,7 @@ class TrainableLora:
     alpha: float
     flat: FlatFactors  # all of them, and their gradients
     layers: Sequence[Any]  # PEFT's, that hold them
+    averaged: Callable[[], AbstractContextManager[None]] = nullcontext  # within it, the factors are those to use and save
 
     def apart(self) -> list[nn.Parameter]:
         """The U-Net's part of the flat values, and that of the text encoders: two parameters for an optimizer."""
@@ -122,13 +123,14 @@ class TrainableLora:
                 layer._disable_adapters = False
 
     def copied(self) -> dict[str, Tensor]:
-        """What was learnt so far, by the names of `parameters`: one copy from the device to the CPU."""
+        """The values now, by the names of `parameters`: one copy from the device to the CPU."""
         values = self.flat.values.detach().to("cpu", copy=True)
         return dict(zip(self.parameters, self.flat.parts_of(values), strict=True))
 
     def factors(self) -> dict[str, LoraFactors]:
         """A copy of what was learnt so far, on the CPU."""
-        return factors_of(self.copied(), self.alpha)
+        with self.averaged():
+            return factors_of(self.copied(), self.alpha)
 
     def check_gradients(self) -> None:
         """After the first backward pass. Raises TrainingError unless all gradients are finite and no up factor's is zero."""

@@ -170,7 +170,7 @@ def follow(
     every = 0 if folder is None else folder.job.config.sample_every
     try:
         if folder is not None and every and run.step == 0:
-            draw_samples(folder, tracking, 0, None)
+            draw_samples(folder, tracking, 0, None)  # nothing is learnt yet
         for step in run:
             last, copying = step.index == step.total, folder.copying_seconds if folder else 0.0
             stop = run.processes.maximum(stopping.asked(copying=copying))
@@ -181,7 +181,8 @@ def follow(
             if stop and not last:
                 return stop
             if folder is not None and every and step.index % every == 0:
-                draw_samples(folder, tracking, step.index, None if last else step)
+                with run.lora.averaged():
+                    draw_samples(folder, tracking, step.index, None if last else step)
         return 0
     except TrainingError as error:
         if folder is not None:

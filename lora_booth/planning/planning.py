@@ -25,7 +25,7 @@ from .budget import GB, RESERVE, WITHOUT_BF16, Machine, batch_of, cache_bytes, g
 from .counting import Counter, inputs
 from .shapes import without_weights
 
-ADAM_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each value of the adapter
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}  # for each value of the adapter
 COMMON_SIDES = (1536, 1024, 768, 640, 512, 384, 256, 192, 128, 64)  # pixels, to suggest if nothing fits; chosen
 WARM_UPS, TIMED = 2, 3  # updates of a measurement; the first ones compile and record; chosen
 
@@ -348,7 +348,7 @@ class Planner:
 
     def _of_adapter(self, config: TrainingConfig) -> dict[str, float]:
         lora = float(self.counter.weights.lora)
-        state = lora * ADAM_BYTES[config.optimizer] / 4
+        state = lora * STATE_BYTES[config.optimizer] / 4
         half = 0.0 if self.counter.base.dtype == torch.float32 else lora / 2  # a copy for the layers, and one of the gradients
         found = {"adapter": lora + half, "gradients": lora + half, "optimizer": state}
         return found if self.machine.type == "cuda" else found | {"state to roll back to": lora + state}  # else on the host

@@ -98,7 +98,8 @@ class Job:
 
     def adapter(self, state: dict[str, Any]) -> Adapter:
         """The adapter of a `TrainingRun.state()`."""
-        return Adapter(factors_of(state["lora"], self.lora.scale_alpha), self.card(int(state["step"])))
+        factors = factors_of(state.get("average") or state["lora"], self.lora.scale_alpha)
+        return Adapter(factors, self.card(int(state["step"])))
 
     def card(self, steps: int) -> Card:
         first = self.subjects[0]

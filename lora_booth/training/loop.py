@@ -55,7 +55,7 @@ def updates(state: LoopState, gradients: Callable[[], Tensor]) -> Iterator[Tenso
     factors, optimizer, scaler = state.factors, state.optimizer, state.scaler
     while state.step < state.config.steps:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state.config, state.step) * state.health.rate_share * group["share"]
+            group["lr"] = learning_rate(state.config, state.step) * state.health.rate_share * group.get("share", 1.0)
         loss = gradients()
         if state.processes.count > 1:
             loss = state.processes.sum_gradients(loss, factors.gradient)

@@ -1,8 +1,7 @@
-"""How the base is set while it trains: dropout, attention, lean layers, checkpointing; and its optimizer."""
+"""How the base is set while it trains: dropout, attention, lean layers, checkpointing; and its gradient scaler."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..base.base_model import BaseModel
 from ..base.changes import undone
-from ..config import LoraSpec, SettledConfig, TrainingConfig
-from ..errors import MissingExtraError, SettingsError, setting
+from ..config import LoraSpec, TrainingConfig
+from ..errors import SettingsError, setting
 from ..injection import TrainableLora, target_paths
 from ..kernels.attention import attention_kernel, check_attention
 from ..kernels.capture import can_capture
 from ..kernels.lean import channels_last, lean
+from .optimizers import check_optimizer
 
 
 def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> None:
@@ -114,35 +114,6 @@ def compiled(unet: Any) -> Iterator[None]:
         for block in blocks:
             block.compile()
         yield
-
-
-def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
-    """Raises MissingExtraError or SettingsError when this optimizer is not available on `device`."""
-    if config.optimizer != "adamw8bit":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError(setting("optimizer", "adamw8bit"), "quant")
-    if device.type != "cuda":
-        raise SettingsError(f"adamw8bit needs a CUDA GPU and the base is on {device}; use {setting('optimizer', 'adamw')}")
-
-
-def make_optimizer(lora: TrainableLora, config: SettledConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, fused where PyTorch has a fused kernel; or AdamW with 8 bits for each value of its state.
-
-    A group's "share" is what the learning rate is multiplied with there.
-    """
-    check_optimizer(config, device)
-    rate, decay, for_text = config.learning_rate, config.weight_decay, config.text_encoder_learning_rate
-    groups: list[dict[str, Any]] = [{"params": [lora.flat.values], "share": 1.0}]
-    if for_text is not None:
-        unet, text = lora.apart()
-        groups = [{"params": [unet], "share": 1.0}, {"params": [text], "share": for_text / rate}]
-    if config.optimizer == "adamw8bit":
-        import bitsandbytes  # type: ignore[import-not-found]
-
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=rate, weight_decay=decay)
-        return optimizer
-    return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=device.type != "mps")
 
 
 def make_scaler(base: BaseModel) -> torch.amp.GradScaler:

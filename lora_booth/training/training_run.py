@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,9 @@ from .distributed import ALONE, Processes
 from .health import Health, RollBack
 from .latents import Inputs, LatentCache
 from .loop import LoopState, accumulate, backward, updates
+from .optimizers import averaged, make_optimizer, restore
 from .progress import Step
-from .training_mode import make_optimizer, make_scaler, training_mode
+from .training_mode import make_scaler, training_mode
 
 LOOK_EVERY = 16  # updates on a GPU between two looks at the losses, since each waits for the GPU: chosen
 SMOOTHING = 0.95  # of the displayed loss, an exponential mean over about 1 / (1 - .95) = 20 updates: chosen
@@ -123,6 +124,7 @@ class TrainingRun(Iterator[Step]):
             self._stack.enter_context(self._modes)
             self._modes.enter_context(training_mode(base, self.lora, config, say=say))
             optimizer, scaler = make_optimizer(self.lora, config, base.device), make_scaler(base)
+            self.lora.averaged = averaged(optimizer, self.lora.flat.values)
             self.loop = LoopState(base, cache, config, self.lora, optimizer, scaler, lora.dropout, processes)
             self.backward: Callable[[Inputs], Tensor] = partial(backward, self.loop)
             if (base.device.type == "cuda" or config.capture == "on") and can_capture(base, lora, config):
@@ -224,12 +226,13 @@ class TrainingRun(Iterator[Step]):
 
     def _report(self, loss: Tensor) -> Step:
         elapsed, steps = time.monotonic() - self.started, self.loop.config.steps
+        group = self.loop.optimizer.param_groups[0]
         return Step(
             index=self.step,
             total=steps,
             loss_tensor=loss,
             smoothed_tensor=self.smoothed,
-            learning_rate=self.loop.optimizer.param_groups[0]["lr"],
+            learning_rate=group["lr"] * group.get("d", 1.0),  # d: of Prodigy
             seconds=elapsed,
             seconds_left=elapsed / max(1, self.step - self.first) * (steps - self.step),
             lora=self.lora,
@@ -239,7 +242,9 @@ class TrainingRun(Iterator[Step]):
 
     def state(self) -> dict[str, Any]:
         """All that the next updates depend on, as a copy; with the state to roll back to, if that is another one."""
-        return self._now() | {"good": None if self._good["step"] == self.step else self._good}
+        with self.lora.averaged():
+            average = None if self.lora.averaged is nullcontext else self.lora.copied()
+        return self._now() | {"average": average, "good": None if self._good["step"] == self.step else self._good}
 
     def _now(self) -> dict[str, Any]:
         """On the CPU: a GPU's memory is scarcer."""
@@ -266,12 +271,7 @@ class TrainingRun(Iterator[Step]):
                     raise ValueError(name)
                 with torch.no_grad():
                     parameter.copy_(factor)
-            moments = on_cpu(state["optimizer"]["state"])  # a copy, since the optimizer would update the state itself
-            groups = loop.optimizer.param_groups
-            shapes = [values.shape for group in groups for values in group["params"]]
-            if any(found["exp_avg"].shape != shapes[index] for index, found in moments.items() if "exp_avg" in found):
-                raise ValueError("optimizer")
-            loop.optimizer.load_state_dict({**loop.optimizer.state_dict(), "state": moments})
+            restore(loop.optimizer, on_cpu(state["optimizer"]))  # a copy
             loop.scaler.load_state_dict(state["scaler"])
             loop.step, self.smoothed = int(state["step"]), state["smoothed"].to(loop.base.device).reshape(())
             loop.health = Health.from_state(state["health"])
