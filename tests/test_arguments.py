@@ -28,6 +28,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "Composition": {"base": "<base>", "adapters": "<adapter>"},
     "Composition.generate": {"self": "<studio>", "prompt": PROMPT, "steps": 1},
     "Composition.find_regions": {"self": "<auto>", "prompt": PROMPT},
+    "Composition.inpaint": {"self": "<studio>", "photo": "<image>", "mask": "<image>", "prompt": PROMPT, "steps": 1},
     "Composition.preflight": {"self": "<studio>"},
     "Picture.save": {"self": "<picture>"},
     "Recipe.load": {},
@@ -89,6 +90,9 @@ WRONG: list[tuple[str, str, list[Any], str | None]] = [
     ("Composition.generate", "prompt", [5, None, [PROMPT]], None),
     ("Composition.generate", "seeds", [None, "x", ["x"], [0.5]], None),
     ("Composition.generate", "steps", ["x", None, [2]], None),
+    ("Composition.inpaint", "photo", [5, None, ["x"]], None),
+    ("Composition.inpaint", "mask", [5, None, ["x"]], None),
+    ("Composition.inpaint", "prompt", [5, None, [PROMPT]], None),
     ("Composition.preflight", "steps", ["x", None], None),
     ("Composition.preflight", "prompt", [5, None], None),
     ("Picture.save", "path", [5, None, ["a.png"]], None),
@@ -196,6 +200,7 @@ def things(photos: Path, rex: lb.Subject, tmp_path_factory: pytest.TempPathFacto
     adapter = pipelines.random_adapter(base).with_card(token="sks", class_noun="dog")
     picture = lb.Picture(Image.new("RGB", (16, 16)), PROMPT, 0)
     things = {"base": base, "adapter": adapter, "picture": picture, "pictures": [picture], "photos": photos, "rex": rex}
+    things |= {"image": Image.new("RGB", (64, 64), "white")}
     things |= {"regions": [lb.Region(adapter, box=(0, 0, 1, 1))], "requests": [lb.Request(PROMPT)], "tokenizer": base.tokenizer}
     return things | {
         "out": tmp_path_factory.mktemp("out") / "baked",

@@ -24,6 +24,9 @@ from ..base.sizes import Size, as_arguments, drawable, sides, size_note
 from ..config import GUIDANCE, STEPS, check, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
+from ..photos.finding import check_shape
+from ..photos.opening import read_picture
+from .inpainting import draw_into, drawn_size, part_around, pasted
 from .picture import AUTO_START, Making, Picture
 from .preflight import Preflight, misfits, overlaps_of, ways_to_place
 from .regional import EMPTY, AttentionMaps, Isolation, Regional, refuse_hidden_adapters, with_rest
@@ -159,6 +162,52 @@ class Composition:
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
         return [
             Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making)
+            for image, seed in zip(images, asked["seeds"], strict=True)
+        ]
+
+    def inpaint(
+        self,
+        photo: Path | str | Image.Image,
+        mask: Path | str | Image.Image,
+        prompt: str,
+        *,
+        seeds: Sequence[int] = (0,),
+        negative_prompt: str | None = None,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+    ) -> list[Picture]:
+        """The photo with something new where the mask is white, for each seed; the rest of it stays as it is, bit for bit.
+
+        photo, mask  files or PIL images of one shape; greys of the mask blend
+        prompt       what the masked place shows, with its surroundings: "a photo of ohwx dog on a beach"
+        The base sees the mask and half its size around it, at the size that it was trained for. It may be a text-to-image base
+        or, for seams that match better, a diffusers inpainting pipeline (`Composition(pipeline, adapter)`). Boxes of regions
+        are fractions of what it sees. Raises PhotoError, SettingsError.
+        """
+        asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, steps=steps, guidance=guidance)
+        kinds: Any = Path | Image.Image
+        around = read_picture(typed("photo", photo, kinds))
+        greys = read_picture(typed("mask", mask, kinds), mode="L")
+        check_shape(greys, "for the photo", *around.size, "the upright photo")
+        greys = greys.resize(around.size, Image.Resampling.BILINEAR)
+        part = part_around(greys)
+        size = drawn_size(self.base, part)
+        piece, anew = (image.crop(part).resize(size, Image.Resampling.LANCZOS) for image in (around, greys))
+        steps, guidance = asked["steps"], asked["guidance"]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative_prompt}
+        for text in self.remarks(prompt, negative_prompt):
+            warnings.warn(text, CompositionWarning, stacklevel=2)
+        with self.attached(prompt) as pipeline, quiet(pipeline):
+            images = [
+                draw_into(self.base, pipeline, prompt, seed, piece=piece, mask=anew, **options) for seed in asked["seeds"]
+            ]
+        everyone = self.everyone(prompt)
+        making = Making(tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone), photo=True)
+        used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
+        return [
+            Picture(
+                pasted(around, part, image, greys), prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making
+            )
             for image, seed in zip(images, asked["seeds"], strict=True)
         ]
 

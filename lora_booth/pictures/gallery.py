@@ -108,7 +108,7 @@ def record_of(picture: Picture) -> dict[str, Any]:
         "guidance": number(picture.guidance) if picture.steps else "",
         "size": f"{picture.image.width} x {picture.image.height}",
         "method": making.method if making.method != "sum" else "",
-        "note": f"made with {making.recipe_only}, which only a recipe records" if making.recipe_only else "",
+        "note": note_of(making),
     }
     return {
         "prompt": picture.prompt,
@@ -118,6 +118,12 @@ def record_of(picture: Picture) -> dict[str, Any]:
         "command": command_of(picture) or "",
         "python": python_of(picture) or "",
     }
+
+
+def note_of(making: Making) -> str:
+    if making.photo:
+        return "drawn into a photo, which is not recorded"
+    return f"made with {making.recipe_only}, which only a recipe records" if making.recipe_only else ""
 
 
 class Album:

@@ -33,6 +33,7 @@ class Making:
     start: float = 0.0
     background: str | None = None
     recipe_only: str | None = None  # what only a recipe can express, e.g. "a mask"
+    photo: bool = False  # drawn into a photo, which nothing records
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,12 @@ def python_of(picture: Picture) -> str | None:
 
 
 def known_making(picture: Picture) -> Making | None:
-    """None for what no pipeline drew, and for what only a recipe can express."""
+    """None for what no pipeline drew, and for what only a recipe can express, or nothing can."""
     if not (picture.steps and picture.base):
         return None
     making = picture.making or Making(files=tuple(file_stem(name) for name, _ in picture.adapters))
-    return making if making.recipe_only is None and len(making.files) == len(picture.adapters) else None
+    known = making.recipe_only is None and not making.photo and len(making.files) == len(picture.adapters)
+    return making if known else None
 
 
 def settings_of(picture: Picture) -> dict[str, Any]:
