@@ -204,7 +204,7 @@ def class_pictures() -> dict[str, Any]:
         coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
         picture = coarse.resize((JOB["resolution"],) * 2, Image.Resampling.BICUBIC)
         picture.save(folder / f"{i:04d}.png")
-        key = image_key(base, "a photo of a dog", resolution=JOB["resolution"], seed=i)
+        key = image_key(base, "a photo of a dog", size=(JOB["resolution"],) * 2, seed=i)
         write_entry("class_images", key, {"pixels": torch.from_numpy(np.array(picture))})
     return {}
 

@@ -24,12 +24,12 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lora_booth.photos.audit import audit_photos
+from lora_booth.photos.cropping import crop_box, focus_of
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.measures import alike_behind, likeness, nearly_the_same
 from lora_booth.photos.opening import open_photo
 from lora_booth.photos.segmenting import rembg_segmenter
 from lora_booth.photos.sheet import contact_sheet
-from lora_booth.photos.square import focus_of, square_box
 
 BOXES = {  # folder -> photo -> x0, y0, x1, y1 of the subject in percent of the photo, by eye
     "backpack_dog": {
@@ -121,7 +121,7 @@ def kept(image: Image.Image, inside: tuple[float, ...], focus: tuple[float, floa
         across = min(inside[2], left + side) - max(inside[0], left)
         return max(0.0, across) * max(0.0, min(inside[3], top + side) - max(inside[1], top))
 
-    left, top, side = square_box(*image.size, None, focus)
+    left, top, side, _ = crop_box(*image.size, (1, 1), None, focus)
     best = max(share(x, y) for x in range(image.width - side + 1) for y in range(image.height - side + 1))
     return share(left, top) / best
 

@@ -32,7 +32,7 @@ from lora_booth.config import settled
 from lora_booth.planning.budget import is_ample
 from lora_booth.planning.planning import plan
 from lora_booth.planning.shapes import built, configured
-from lora_booth.training.latents import LatentCache, LatentSet
+from lora_booth.training.latents import Bucket, LatentCache, LatentSet
 from lora_booth.training.training_run import training_steps
 
 STEPS = 3
@@ -106,7 +106,8 @@ def cache_of(base: BaseModel, config: lb.TrainingConfig) -> LatentCache:
     ids = torch.full((4, 6), 512.0, device=base.device) if base.family.time_ids else None
     text = {"a photo": base.encode_text(["a photo"])}
     pictures = LatentSet(mean, torch.ones_like(mean), ("a photo",) * 4, ids)
-    return LatentCache(pictures, pictures if config.prior_loss_weight > 0 else None, base.scaling_factor, text)
+    bucket = Bucket(pictures, pictures if config.prior_loss_weight > 0 else None)
+    return LatentCache((bucket,), base.scaling_factor, text)
 
 
 def run(case: Case) -> dict[str, Any]:

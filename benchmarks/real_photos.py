@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 import lora_booth as lb
+from lora_booth.photos.cropping import crop_and_resize
 from lora_booth.photos.opening import open_photo
 from lora_booth.photos.sheet import contact_sheet
-from lora_booth.photos.square import crop_and_resize
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from pipelines import make_pipeline, same_state, state  # noqa: E402
@@ -59,7 +59,7 @@ def main() -> None:
     for folder in sorted(f for f in arguments.photos.iterdir() if f.is_dir()):
         noun = folder.name.split("_")[-1].rstrip("0123456789")
         subject = lb.Subject.from_folder(folder, token="sks", class_noun=noun)
-        crops = [crop_and_resize(open_photo(p), 512, p.crop) for p in subject.photos]
+        crops = [crop_and_resize(open_photo(p), (512, 512), p.crop) for p in subject.photos]
         contact_sheet(crops, labels=[p.name for p in subject.photos]).save(arguments.out / f"{folder.name}_crops.png")
         print(f"{folder.name}: {len(subject.photos)} photos used, {len(subject.skipped)} skipped")
         for name, base in bases.items():

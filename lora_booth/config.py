@@ -20,6 +20,7 @@ ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; chosen
 Size = int | tuple[int, ...] | str  # side of a square, width and height, or either in words: 768, (832, 1216), "832x1216"
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree"]
+PhotoShape = Literal["square", "buckets"]
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -69,6 +70,7 @@ class TrainingConfig:
     min_snr_gamma: float | None = None  # gamma of min-SNR loss weighting, e.g. 5 [off]
     flip: bool = False  # also train on mirrored photos (not for text or faces)
     resolution: int | None = None  # side in pixels, e.g. 512 [the base's own]
+    shape: PhotoShape = "square"  # of the photos: square (cut), or buckets (near their own, each about as large as the square)
     seed: int = 0  # seed of every random draw, e.g. 7; the same seed gives the same adapter
     attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"  # attention kernel; auto: the fastest, by measurement
     gradient_checkpointing: bool = False  # recompute activations: less memory, about a third slower

@@ -123,7 +123,7 @@ def train(
             levels = levels_that_fit(base, lora, drawn, photos=pictures, say=screen.say)
         encode = partial(prepare, base, subjects, lora=lora, config=config, say=screen.say, on_progress=screen.progress)
         if folder is not None:
-            encode = partial(encode, on_square=folder.save_crop)
+            encode = partial(encode, on_crop=folder.save_crop)
         cache = processes.main_first(encode)
         if folder is not None:
             folder.begin(job.surroundings(cache, processes.count))

@@ -300,10 +300,10 @@ def test_text_conditions_carry_gradients_only_when_enabled() -> None:
 def test_time_ids() -> None:
     pipeline = make_pipeline("sdxl")
     base = BaseModel.from_pipeline(pipeline)
-    stock = pipeline._get_add_time_ids((300, 260), (12, 7), (64, 64), torch.float32, text_encoder_projection_dim=24)
-    ids = base.time_ids((300, 260), (12, 7), 64)
+    stock = pipeline._get_add_time_ids((300, 260), (12, 7), (64, 48), torch.float32, text_encoder_projection_dim=24)
+    ids = base.time_ids((300, 260), (12, 7), (64, 48))
     assert ids is not None and ids.shape == (6,) and torch.equal(ids[None], stock)
-    assert BaseModel.from_pipeline(make_pipeline("sd1")).time_ids((300, 260), (12, 7), 64) is None
+    assert BaseModel.from_pipeline(make_pipeline("sd1")).time_ids((300, 260), (12, 7), (64, 48)) is None
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

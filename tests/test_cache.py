@@ -67,7 +67,8 @@ def load(source: Path, dtype: torch.dtype = torch.float32) -> BaseModel:
 def same(a: LatentCache, b: LatentCache) -> bool:
     pairs = [
         (x, y)
-        for p, q in ((a.photos, b.photos), (a.class_images, b.class_images))
+        for one, other in zip(a.buckets, b.buckets, strict=True)
+        for p, q in ((one.photos, other.photos), (one.class_images, other.class_images))
         for x, y in zip(sets(p), sets(q), strict=True)
     ]
     pairs += [(a.text[k].states, b.text[k].states) for k in a.text]
@@ -223,7 +224,7 @@ def test_a_vae_that_is_written_over_is_another_one(rex: Subject, folders: dict[s
         other.quant_conv.weight.mul_(1.5)
     other.save_pretrained(folder / "vae")
     second = prepare(load(folder), [rex], lora=LORA, config=config)
-    assert not torch.equal(first.photos.mean, second.photos.mean)
+    assert not torch.equal(first.buckets[0].photos.mean, second.buckets[0].photos.mean)
 
 
 # --- entries --------------------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_a_folder_that_cannot_be_written_stops_nobody(own_cache: Path, folders: 
     assert not write_entry("latents", key_of(of="one"), TENSORS)
     assert read_entry("latents", key_of(of="one")) is None
     assert cache_size() == prune_cache(0) == clear_cache() == 0
-    drawn = class_images(load(folders["sd1"]), "a dog", 1, resolution=64)
+    drawn = class_images(load(folders["sd1"]), "a dog", 1, size=(64, 64))
     assert drawn[0].size == (64, 64)
 
 
@@ -367,9 +368,9 @@ def test_a_class_image_is_checked_before_it_is_trained_on(
     change: str, folders: dict[str, Path], own_cache: Path, tmp_path: Path
 ) -> None:
     base = load(folders["sd1"])
-    right = class_images(base, "a dog", 2, resolution=64)
-    key = image_key(base, "a dog", resolution=64, seed=0)
-    path, other = (place_of("class_images", image_key(base, "a dog", resolution=64, seed=seed)) for seed in (0, 1))
+    right = class_images(base, "a dog", 2, size=(64, 64))
+    key = image_key(base, "a dog", size=(64, 64), seed=0)
+    path, other = (place_of("class_images", image_key(base, "a dog", size=(64, 64), seed=seed)) for seed in (0, 1))
     pixels = torch.full((64, 64, 3), 7, dtype=torch.uint8)
     content = path.read_bytes()
     path.unlink()
@@ -386,7 +387,7 @@ def test_a_class_image_is_checked_before_it_is_trained_on(
     else:  # with a checksum that is right
         made = {"black": pixels * 0, "size": pixels[:32], "type": pixels.float()}
         write_entry("class_images", key, {"pixels": made[change]} if change in made else {})
-    again = class_images(base, "a dog", 2, resolution=64)
+    again = class_images(base, "a dog", 2, size=(64, 64))
     assert [np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in zip(again, right, strict=True)] == [0, 0]
     assert [image.size for image in again] == [(64, 64)] * 2
     assert other.read_bytes() != content  # what the link led to is as it was

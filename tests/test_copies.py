@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageCms
 from test_photos import swapped_profile
 
+from lora_booth.photos.cropping import crop_and_resize, crop_of, crop_photo
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.opening import STRIP, open_photo, row_strips, upright_copy, upright_size
-from lora_booth.photos.square import crop_and_resize, crop_of, training_square
 
 WIDTH, HEIGHT = 203, 2 * STRIP + 53  # neither a multiple of what they are made smaller by, nor of a strip
 
@@ -117,9 +117,9 @@ def test_the_square_of_a_large_photo(tmp_path: Path, resolution: int, crop: tupl
     large_scene().save(tmp_path / "a.png")
     photo = find_photos(tmp_path, minimum=1, crops=None if crop is None else {"a.png": crop}).photos[0]
     assert (photo.width, photo.height) == (3001, 2003)
-    square = training_square(photo, resolution)
-    whole = crop_and_resize(open_photo(photo), resolution, photo.crop, focus=photo.focus)
-    assert square.crop == crop_of(3001, 2003, resolution, photo.crop, photo.focus)
+    square = crop_photo(photo, [(resolution, resolution)])
+    whole = crop_and_resize(open_photo(photo), (resolution, resolution), photo.crop, focus=photo.focus)
+    assert square.crop == crop_of(3001, 2003, (resolution, resolution), photo.crop, photo.focus)
     difference = np.asarray(square.image, dtype=np.float64) - np.asarray(whole, dtype=np.float64)
     assert np.sqrt((difference**2).mean()) < 6
     assert np.abs(difference.mean(axis=(0, 1))).max() < 1

@@ -28,8 +28,8 @@ from lora_booth.evaluation.encoders import FOR_CLIP, FOR_DINO, Clip, Dino
 from lora_booth.evaluation.measures import TEMPLATE, ToyboxMeasure, cases_of, drawn_subject
 from lora_booth.evaluation.protocol import Candidate, candidates_of, evaluate, is_toybox
 from lora_booth.evaluation.results import CHANCE, Comparison, Metric, Row, score, scores_file
+from lora_booth.photos.cropping import crop_photo
 from lora_booth.photos.finding import find_photos
-from lora_booth.photos.square import training_square
 from lora_booth.pictures.composition import Composition
 from lora_booth.subject.wording import without_subject
 from lora_booth.toybox.judge import judge
@@ -248,7 +248,7 @@ def test_the_protocol_is_as_written(tiny: BaseModel, photos: Path, dino: Path, c
     made = evaluate(tiny, adapter, photos, prompts=prompts, seeds=[3, 4], class_seeds=[0, 1, 2], **options)
     assert told[-1] == (14, 14) and [done for done, _ in told] == list(range(1, 15))
 
-    squares = [training_square(photo, 512).image for photo in find_photos(photos).photos]
+    squares = [crop_photo(photo, [(512, 512)]).image for photo in find_photos(photos).photos]
     eye, reader = Dino(dino), Clip(clip)
     see: Callable[[Any], np.ndarray] = lambda images: eye.of_images(images).numpy()  # noqa: E731
     look: Callable[[Any], np.ndarray] = lambda images: reader.of_images(images).numpy()  # noqa: E731

@@ -159,22 +159,24 @@ def test_own_class_images_are_what_drawn_ones_are(kind: str, photos: Path, tmp_p
     base, folder = base_of(kind), tmp_path / "dogs"
     folder.mkdir()
     config = replace(CONFIG, prior_loss_weight=1.0, class_images=2, resolution=64)
-    for number, image in enumerate(class_images(base, "a photo of a dog", 2, resolution=64)):
+    for number, image in enumerate(class_images(base, "a photo of a dog", 2, size=(64, 64))):
         image.save(folder / f"{number}.png")
     words: dict[str, Any] = {"token": "sks", "class_noun": "dog", "crop": "center"}
     drawn = prepare(base, Subject.from_folder(photos, **words), config=config)
     mine = Subject.from_folder(photos, class_images=folder, **words)
     assert len(mine.class_images) == 2 and repr(mine).endswith("3 photos, 2 class images)")
     own = prepare(base, mine, config=replace(config, class_images=0))
-    assert own.class_images is not None and drawn.class_images is not None and not own.class_prompts
-    assert torch.equal(own.class_images.mean, drawn.class_images.mean)
-    assert own.class_images.prompts == drawn.class_images.prompts and own.text.keys() == drawn.text.keys()
-    assert kind == "sd1" or torch.equal(own.class_images.time_ids, drawn.class_images.time_ids)  # type: ignore[arg-type]
+    ours, theirs = own.buckets[0].class_images, drawn.buckets[0].class_images
+    assert ours is not None and theirs is not None and not own.buckets[0].class_prompts and not own.class_text
+    assert torch.equal(ours.mean, theirs.mean)
+    assert ours.prompts == theirs.prompts and own.text.keys() == drawn.text.keys()
+    assert kind == "sd1" or torch.equal(ours.time_ids, theirs.time_ids)  # type: ignore[arg-type]
     (folder / "0.txt").write_text("a {class_noun} on grass")
     captioned = Subject.from_folder(photos, class_images=folder, **words)
     assert [captioned.class_prompt_for(one) for one in captioned.class_images] == ["a dog on grass", "a photo of a dog"]
     said: list[str] = []
-    assert prepare(base, mine, config=replace(config, prior_loss_weight=0.0), say=said.append).class_images is None
+    unkept = prepare(base, mine, config=replace(config, prior_loss_weight=0.0), say=said.append)
+    assert unkept.buckets[0].class_images is None and unkept.rows_per_photo == 1
     assert "your class images are not used, with prior_loss_weight=0" in said
     cat = replace(mine, token="ohwx", class_noun="cat", class_images=())
     with pytest.raises(SettingsError, match="class_images=0 keeps the class by predictions, but a subject has class images"):

@@ -10,9 +10,9 @@ from PIL import Image
 
 from lora_booth.errors import PhotoError
 from lora_booth.photos.audit import audit_photos
+from lora_booth.photos.cropping import crop_photo
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.opening import open_photo
-from lora_booth.photos.square import training_square
 
 ALL = hostile_photos()
 QUICK = [photo for photo in ALL if not photo.large]
@@ -50,6 +50,6 @@ def test_outcome(hostile: HostilePhoto, tmp_path: Path) -> None:
     assert report.photo.name.isprintable()
     image = open_photo(report.photo)
     assert image.mode == "RGB" and image.info == {} and hostile.shows(image)
-    square = training_square(report.photo, 64)
+    square = crop_photo(report.photo, [(64, 64)])
     assert square.image.size == (64, 64) and square.image.info == {}
     assert isinstance(audit.sheet(), Image.Image)

@@ -75,7 +75,7 @@ def predict(pipeline: Any) -> Tensor:
     latents = torch.randn(1, 4, 8, 8, generator=generator)
     with torch.no_grad():
         text = base.encode_text(["a sks dog"])
-        ids = base.time_ids((64, 64), (0, 0), 64)
+        ids = base.time_ids((64, 64), (0, 0), (64, 64))
         extra = None if ids is None else {"text_embeds": text.pooled, "time_ids": ids[None]}
         return pipeline.unet(latents, torch.tensor([500]), text.states, added_cond_kwargs=extra).sample
 

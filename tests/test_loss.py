@@ -21,7 +21,7 @@ from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.injection import attached, trainable
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import mask_latents, prepare
-from lora_booth.training.latents import Batch, Inputs, LatentCache, LatentSet, draw
+from lora_booth.training.latents import Batch, Bucket, Inputs, LatentCache, LatentSet, draw
 from lora_booth.training.loop import LoopState, backward, dreambooth_loss, min_snr_weight
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -132,7 +132,7 @@ def test_the_class_is_kept_by_what_the_base_predicts(kind: str) -> None:
         before = [p.requires_grad for p in base.unet.parameters()]
         config = settled(TrainingConfig(prior_loss_weight=weight), base, photos)
         optimizer, scaler = torch.optim.AdamW([lora.flat.values]), torch.amp.GradScaler("cpu", enabled=False)
-        state = LoopState(base, LatentCache(None, None, 1.0, {}), config, lora, optimizer, scaler)  # type: ignore[arg-type]
+        state = LoopState(base, LatentCache((), 1.0, {}), config, lora, optimizer, scaler)  # type: ignore[arg-type]
         loss = backward(state, Inputs(batch, text, of_class))
         assert before == [p.requires_grad for p in base.unet.parameters()]
         gradients = {name: p.grad.clone() for name, p in lora.parameters.items() if p.grad is not None}
@@ -285,8 +285,8 @@ def test_batches_draw_the_same_with_and_without_masks() -> None:
     mask = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 1, 2, 2) / 6
     prompts = ("a", "b", "c")
     prior = LatentSet(mean, torch.zeros_like(mean), prompts, None)
-    plain = LatentCache(LatentSet(mean, torch.ones_like(mean), prompts, None), prior, 1.0, {})
-    masked = LatentCache(LatentSet(mean, torch.ones_like(mean), prompts, None, mask), prior, 1.0, {})
+    plain = LatentCache((Bucket(LatentSet(mean, torch.ones_like(mean), prompts, None), prior),), 1.0, {})
+    masked = LatentCache((Bucket(LatentSet(mean, torch.ones_like(mean), prompts, None, mask), prior),), 1.0, {})
     for step in range(6):
         a, b = (draw(cache, seed=3, step=step, batch_size=2) for cache in (plain, masked))
         assert torch.equal(a.latents, b.latents) and a.prompts == b.prompts
@@ -308,13 +308,13 @@ def test_masks_reach_the_training(tmp_path: Path) -> None:
     base = BaseModel.from_pipeline(make_pipeline("sd1"))
     config = TrainingConfig(steps=1, class_images=1, resolution=64, flip=True)
     rex = Subject.from_folder(tmp_path, token="sks", class_noun="dog", crop="center")
-    cache = prepare(base, [rex], lora=LoraSpec(rank=2), config=config)
-    assert cache.photos.masks is not None and cache.photos.masks.shape == (2, 3, 1, 8, 8)
-    assert (cache.photos.masks[:, [0, 2]] == 1).all()
-    row = cache.photos.masks[0, 1, 0, 0]
+    (bucket,) = prepare(base, [rex], lora=LoraSpec(rank=2), config=config).buckets
+    assert bucket.photos.masks is not None and bucket.photos.masks.shape == (2, 3, 1, 8, 8)
+    assert (bucket.photos.masks[:, [0, 2]] == 1).all()
+    row = bucket.photos.masks[0, 1, 0, 0]
     assert row[:4].min() == 1 and row[4:].max() == 0
-    assert torch.equal(cache.photos.masks[1, 1], cache.photos.masks[0, 1].flip(-1))
-    assert cache.class_images is not None and cache.class_images.masks is None
+    assert torch.equal(bucket.photos.masks[1, 1], bucket.photos.masks[0, 1].flip(-1))
+    assert bucket.class_images is not None and bucket.class_images.masks is None
     (tmp_path / "1.mask.png").unlink()
     plain = Subject.from_folder(tmp_path, token="sks", class_noun="dog", crop="center")
-    assert prepare(base, [plain], lora=LoraSpec(rank=2), config=config).photos.masks is None
+    assert prepare(base, [plain], lora=LoraSpec(rank=2), config=config).buckets[0].photos.masks is None

@@ -19,11 +19,11 @@ from PIL import Image, ImageChops, ImageCms, ImageFile, ImageFilter, features
 from lora_booth.errors import PhotoError, shown
 from lora_booth.photos import finding
 from lora_booth.photos.audit import audit_photos
+from lora_booth.photos.cropping import Crop, crop_and_resize, crop_box, crop_of, crop_photo, to_tensor
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.opening import open_photo, read_picture
 from lora_booth.photos.photo import Photo, PhotoSet
 from lora_booth.photos.sheet import contact_sheet
-from lora_booth.photos.square import Crop, crop_and_resize, crop_of, square_box, to_tensor, training_square
 
 REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
 
@@ -508,7 +508,7 @@ def test_nothing_private_survives(tmp_path: Path) -> None:
     clean = open_photo(one(tmp_path))
     assert clean.info == {}
     assert not clean.getexif()
-    square = crop_and_resize(clean, 64)
+    square = crop_and_resize(clean, (64, 64))
     for image in (clean, square, contact_sheet([clean])):
         for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
             image.save(tmp_path / "out", kind)
@@ -599,7 +599,7 @@ def test_crops_of_the_user(folder: Path) -> None:
     found = find_photos(folder, crops={"img1.png": (0.0, 0.0, 0.75, 1.0)})
     assert found.skipped == ()
     assert [photo.crop for photo in found.photos] == [(0, 0, 80 / 96, 1), (0, 0, 0.75, 1), None]
-    square = training_square(found.photos[0], 80)
+    square = crop_photo(found.photos[0], [(80, 80)])
     assert np.array_equal(np.asarray(square.image), np.asarray(picture(0))[:, :80])
     assert square.crop == Crop(top=0, left=0, original_size=(80, 80))
 
@@ -612,7 +612,7 @@ def test_a_crop_is_of_the_upright_photo_and_can_save_a_panorama(tmp_path: Path) 
     assert "longer than 4:1" in reason(tmp_path / "a.png")
     photo = find_photos(tmp_path, minimum=1, crops={"a.png": (0, 560, 80, 640)}).photos[0]
     assert (photo.width, photo.height) == (80, 640)
-    square = crop_and_resize(open_photo(photo), 80, photo.crop)
+    square = crop_and_resize(open_photo(photo), (80, 80), photo.crop)
     assert np.array_equal(np.asarray(square), np.rot90(np.asarray(wide), -1)[560:])
 
 
@@ -669,7 +669,7 @@ def test_the_smart_square_keeps_the_subject(tmp_path: Path, middle: int, tall: b
     image = image.transpose(Image.Transpose.TRANSPOSE) if tall else image
     image.save(tmp_path / "a.png")
     photo = one(tmp_path)
-    square = training_square(photo, 200)
+    square = crop_photo(photo, [(200, 200)])
     left, top = square.crop.left, square.crop.top
     assert (left == 0) if tall else (top == 0)
     start = top if tall else left
@@ -678,7 +678,8 @@ def test_the_smart_square_keeps_the_subject(tmp_path: Path, middle: int, tall: b
     assert np.array_equal(np.asarray(square.image), np.asarray(image.crop(box)))  # the crop says where it lies
     assert square.crop.original_size == image.size[::-1]
     plain = find_photos([tmp_path / "a.png"], minimum=1, crop="center").photos[0]
-    assert plain.focus is None and training_square(plain, 200).crop == Crop(*((100, 0) if tall else (0, 100)), image.size[::-1])
+    in_the_middle = Crop(*((100, 0) if tall else (0, 100)), image.size[::-1])
+    assert plain.focus is None and crop_photo(plain, [(200, 200)]).crop == in_the_middle
 
 
 def test_a_crop_of_the_user_wins(tmp_path: Path) -> None:
@@ -686,7 +687,7 @@ def test_a_crop_of_the_user_wins(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png")
     photo = find_photos(tmp_path, minimum=1, crops={"a.png": (200, 0, 400, 100)}).photos[0]
     assert photo.focus is None
-    assert np.array_equal(np.asarray(training_square(photo, 100).image), np.asarray(image.crop((250, 0, 350, 100))))
+    assert np.array_equal(np.asarray(crop_photo(photo, [(100, 100)]).image), np.asarray(image.crop((250, 0, 350, 100))))
 
 
 def test_a_square_photo_and_an_empty_one_are_cut_in_the_middle(tmp_path: Path) -> None:
@@ -713,7 +714,7 @@ def test_black_bars_are_cut_away(tmp_path: Path, level: int) -> None:
     tall.save(tmp_path / "b.jpg", quality=80)
     for photo in find_photos(tmp_path, minimum=2).photos:
         assert photo.note == "black bars cut away" and photo.crop is not None
-        square = np.asarray(training_square(photo, 200).image.convert("L"))
+        square = np.asarray(crop_photo(photo, [(200, 200)]).image.convert("L"))
         assert square[:2].mean() > 60 and square[-2:].mean() > 60 and square[:, :2].mean() > 60 and square[:, -2:].mean() > 60
         assert square.shape == (200, 200)
     assert all(photo.crop is None for photo in find_photos(tmp_path, minimum=2, crop="center").photos)
@@ -744,10 +745,10 @@ def test_a_mask_beside_a_photo(tmp_path: Path) -> None:
     disc_mask(400, 200, (320, 100)).save(tmp_path / "a.mask.png")  # elsewhere, so that it is seen who decides
     found = find_photos(tmp_path, minimum=1)
     assert [photo.path.name for photo in found.photos] == ["a.jpg"] and found.skipped == ()
-    square = training_square(found.photos[0], 100)
+    square = crop_photo(found.photos[0], [(100, 100)])
     assert square.crop.left > 60  # the mask's place, not that of what is salient
     assert square.mask is not None and square.mask.size == (100, 100) and square.mask.mode == "L"
-    left = square_box(400, 200, None, found.photos[0].focus)[0]
+    left = crop_box(400, 200, (100, 100), None, found.photos[0].focus)[0]
     exact = np.asarray(disc_mask(400, 200, (320, 100)))[:, left : left + 200].reshape(100, 2, 100, 2).mean(axis=(1, 3))
     assert np.abs(np.asarray(square.mask) - exact).max() <= 1
     listed = find_photos(sorted(tmp_path.iterdir()), minimum=1)  # as a list of files
@@ -763,9 +764,9 @@ def test_a_mask_in_code_comes_first(folder: Path, tmp_path: Path) -> None:
     masks: dict[str, Image.Image | str | Path] = {"img0.png": half, "img1.png": str(tmp_path / "half.png")}
     photos = find_photos(folder, crops=crops, masks=masks).photos
     for photo in photos[:2]:
-        mask = np.asarray(training_square(photo, 80).mask)
+        mask = np.asarray(crop_photo(photo, [(80, 80)]).mask)
         assert (mask[:, :48] == 255).all() and (mask[:, 48:] == 0).all()
-    assert photos[2].mask is None and training_square(photos[2], 80).mask is None
+    assert photos[2].mask is None and crop_photo(photos[2], [(80, 80)]).mask is None
     assert find_photos(folder, masks=masks, crops=crops).photos == photos
     other = find_photos(folder, masks={**masks, "img0.png": Image.new("L", (96, 80), 200)}, crops=crops).photos
     assert other[0] != photos[0]  # another mask is another photo
@@ -784,11 +785,11 @@ def test_masks_are_of_the_upright_photo(tmp_path: Path) -> None:
     disc_mask(96, 160, (48, 130), 20).save(tmp_path / "a.mask.png")
     photo = one(tmp_path)
     assert (photo.width, photo.height) == (96, 160)
-    mask = np.asarray(training_square(photo, 96).mask)
+    mask = np.asarray(crop_photo(photo, [(96, 96)]).mask)
     assert mask.max() == 255 and mask.mean() / 255 == pytest.approx(np.pi * 20**2 / 96**2, abs=0.01)  # the whole disc is kept
     turned = disc_mask(96, 160, (48, 130), 20).transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "a.mask.png", exif=exif)  # a mask may have an orientation of its own
-    assert np.array_equal(np.asarray(training_square(one(tmp_path), 96).mask), mask)
+    assert np.array_equal(np.asarray(crop_photo(one(tmp_path), [(96, 96)]).mask), mask)
 
 
 def test_kinds_of_masks(tmp_path: Path) -> None:
@@ -798,7 +799,7 @@ def test_kinds_of_masks(tmp_path: Path) -> None:
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     for mask in (grey, grey.convert("1"), grey.convert("RGB"), clear, clear.convert("RGBA"), deep):
         mask.save(tmp_path / "a.mask.png")
-        assert np.array_equal(np.asarray(training_square(one(tmp_path), 96).mask), np.asarray(grey)), mask.mode
+        assert np.array_equal(np.asarray(crop_photo(one(tmp_path), [(96, 96)]).mask), np.asarray(grey)), mask.mode
 
 
 def test_a_mask_that_changed_is_not_used(tmp_path: Path) -> None:
@@ -807,7 +808,7 @@ def test_a_mask_that_changed_is_not_used(tmp_path: Path) -> None:
     photo = one(tmp_path)
     disc_mask(96, 96, (48, 48), 20).save(tmp_path / "a.mask.png")
     with pytest.raises(PhotoError, match="mask a.png: it changed since it was checked"):
-        training_square(photo, 64)
+        crop_photo(photo, [(64, 64)])
 
 
 def test_a_mask_outside_the_crop_is_a_mistake(tmp_path: Path) -> None:
@@ -930,10 +931,10 @@ def test_advice_on_the_number_and_on_copies(folder: Path) -> None:
         audit_photos(found.photos, resolution=2)
 
 
-def test_the_sheet_shows_the_training_squares(tmp_path: Path) -> None:
+def test_the_sheet_shows_the_training_pictures(tmp_path: Path) -> None:
     scene(400, 200, (60, 100)).save(tmp_path / "a.png")
     audit = audit_photos(find_photos(tmp_path, minimum=1).photos, resolution=160)
-    trained = training_square(audit.photos[0].photo, 160).image
+    trained = crop_photo(audit.photos[0].photo, [(160, 160)]).image
     assert np.array_equal(np.asarray(audit.sheet())[8:168, 8:168], np.asarray(trained))
 
 
@@ -942,7 +943,7 @@ def test_facts_are_json_without_folders(tmp_path: Path) -> None:
     different_scenes(tmp_path / "secret place", 3)
     text = json.dumps(audit_photos(find_photos(tmp_path / "secret place").photos).as_dict())
     assert "secret place" not in text
-    assert json.loads(text)["photos"][1]["square"] == [0, 0, 300, 300]
+    assert json.loads(text)["photos"][1]["crop"] == [0, 0, 300, 300]
 
 
 @pytest.mark.slow
@@ -966,7 +967,7 @@ def test_shrinking_is_the_average_of_the_area(factor: int) -> None:
     y, x = np.mgrid[0 : 32 * factor, 0 : 32 * factor] / factor
     smooth = 127 + 60 * np.sin(x / 4) + 60 * np.cos(y / 5)
     large = np.repeat(np.rint(smooth).astype(np.uint8)[..., None], 3, axis=2)
-    square = crop_and_resize(Image.fromarray(large), 32)
+    square = crop_and_resize(Image.fromarray(large), (32, 32))
     means = large.reshape(32, factor, 32, factor, 3).mean(axis=(1, 3))
     assert np.abs(np.asarray(square) - means)[1:-1, 1:-1].max() < 1.6
 
@@ -975,21 +976,21 @@ def test_fine_patterns_fade() -> None:
     """A one-pixel chessboard is grey from afar; picking single pixels would give black, white or stripes."""
     board = (np.indices((520, 520)).sum(0) % 2 * 255).astype(np.uint8)
     for resolution in (64, 130, 200):
-        square = crop_and_resize(Image.fromarray(board).convert("RGB"), resolution)
+        square = crop_and_resize(Image.fromarray(board).convert("RGB"), (resolution, resolution))
         assert np.abs(np.asarray(square)[2:-2, 2:-2] - 127.5).max() < 6
 
 
 def test_right_size_is_untouched() -> None:
-    square = crop_and_resize(picture(0, 80, 80), 80)
+    square = crop_and_resize(picture(0, 80, 80), (80, 80))
     assert np.array_equal(np.asarray(square), np.asarray(picture(0, 80, 80)))
-    assert crop_of(80, 80, 80, None, None) == Crop(0, 0, (80, 80))
+    assert crop_of(80, 80, (80, 80), None, None) == Crop(0, 0, (80, 80))
 
 
 def test_no_bleeding_from_outside_the_square() -> None:
     framed = Image.new("RGB", (300, 100), (255, 0, 0))
     framed.paste((0, 0, 255), (100, 0, 200, 100))
     for resolution in (25, 64, 512):
-        square = crop_and_resize(framed, resolution)
+        square = crop_and_resize(framed, (resolution, resolution))
         assert square.size == (resolution, resolution)
         assert (np.asarray(square) == (0, 0, 255)).all()
 
@@ -999,7 +1000,7 @@ def test_no_bleeding_from_outside_the_square() -> None:
 def test_sdxl_coordinates(size: tuple[int, int], resolution: int) -> None:
     """As train_dreambooth_lora_sdxl.py with --center_crop: Resize(short side), then y1, x1 of the centre crop."""
     width, height = size
-    crop = crop_of(width, height, resolution, None, None)
+    crop = crop_of(width, height, (resolution, resolution), None, None)
     if width <= height:  # torchvision's Resize truncates the long side
         new_width, new_height = resolution, int(resolution * height / width)
     else:
@@ -1035,5 +1036,5 @@ def test_contact_sheet() -> None:
 def test_real_photos() -> None:
     found = find_photos(REAL_PHOTOS / "dog")
     assert len(found.photos) == 5 and found.skipped == ()
-    square = crop_and_resize(open_photo(found.photos[0]), 64)
+    square = crop_and_resize(open_photo(found.photos[0]), (64, 64))
     assert square.size == (64, 64)

@@ -79,7 +79,7 @@ def test_counts_without_weights_are_those_of_the_real_model(kind: str, lora: Lor
     real = base_of(kind)
     shapes = without_weights(real, torch.float32)
     assert all(p.is_meta for module in shapes.structure.values() for p in module.parameters())
-    counted = [count_step(base, lora, config, 2, 64) for base in (real, shapes)]
+    counted = [count_step(base, lora, config, 2, (64, 64)) for base in (real, shapes)]
     assert counted[0].saved == counted[1].saved > 0
     if config.lean:  # then a CPU lays small things out otherwise
         assert counted[1].peak == pytest.approx(counted[0].peak, rel=0.2)
@@ -103,7 +103,8 @@ def test_plain_attention_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> No
 def test_half_precision_differs_in_the_statistics_of_norms_alone() -> None:
     real = base_of("sd1", torch.bfloat16)
     on_cpu, without = (
-        count_step(base, LORA, replace(CONFIG, lean=False), 2, 64) for base in (real, without_weights(real, torch.bfloat16))
+        count_step(base, LORA, replace(CONFIG, lean=False), 2, (64, 64))
+        for base in (real, without_weights(real, torch.bfloat16))
     )
     assert without.saved == pytest.approx(on_cpu.saved, rel=0.01) and without.flops == on_cpu.flops
 
@@ -125,7 +126,7 @@ def test_weights_are_those_of_the_real_model(kind: str) -> None:
 
 def test_arithmetic_is_that_of_the_flop_counter() -> None:
     base = base_of("sd2")
-    latents, text, _ = inputs(base, 2, 64)
+    latents, text, _ = inputs(base, 2, (64, 64))
     times = torch.zeros(2, dtype=torch.long)
 
     def forward() -> torch.Tensor:
@@ -183,7 +184,7 @@ def test_the_weights_are_no_work() -> None:
 def test_more_pictures_are_on_a_line() -> None:
     counter = counter_of("sd1")
     five = counter.step(CONFIG, pictures=5, resolution=64)
-    real = count_step(counter.base, LORA, CONFIG, 5, 64, on_cpu=True)
+    real = count_step(counter.base, LORA, CONFIG, 5, (64, 64), on_cpu=True)
     assert five.saved == real.saved and five.flops == real.flops and five.peak == pytest.approx(real.peak, rel=0.02)
 
 
@@ -390,7 +391,8 @@ def test_the_measured_steps_keep_the_class_as_the_training_will(images: int, mon
         planning, "training_steps", lambda base, cache, **more: caches.append(cache) or steps(base, cache, **more)
     )
     plan(base_of("sd1"), lora=LORA, config=TrainingConfig(batch_size=1, class_images=images), measure=True)
-    assert (caches[0].class_images is None, len(caches[0].class_prompts)) == ((False, 0) if images else (True, 1))
+    (bucket,) = caches[0].buckets
+    assert (bucket.class_images is None, len(bucket.class_prompts)) == ((False, 0) if images else (True, 1))
 
 
 def test_this_machine() -> None:

@@ -67,7 +67,7 @@ def gradients(base: BaseModel, *, lean: bool) -> dict[str, torch.Tensor]:
         for name, parameter in lora.parameters.items():
             if name.endswith(".up"):
                 nn.init.normal_(parameter, std=0.1)
-        latents, text, _ = inputs(base, 2, 64)
+        latents, text, _ = inputs(base, 2, (64, 64))
         torch.manual_seed(1)
         latents, noise = torch.randn_like(latents), torch.randn_like(latents)
         text = replace(text, states=torch.randn_like(text.states))
@@ -138,7 +138,7 @@ def test_an_adapter_of_the_packed_base_is_one_of_the_plain_base(
 @bitsandbytes
 def test_pictures_with_an_adapter_are_those_of_the_rounded_base(packed: BaseModel, rounded: BaseModel) -> None:
     adapter = random_adapter(rounded, LORA)
-    latents, text, _ = inputs(packed, 1, 64)
+    latents, text, _ = inputs(packed, 1, (64, 64))
     torch.manual_seed(1)
     latents, states = torch.randn_like(latents), torch.randn_like(text.states)
     found = []
@@ -206,7 +206,7 @@ def test_runs_and_class_images_know_it(packed: BaseModel, folders: dict[str, Pat
     rex = Subject.from_folder(photos, token="sks", class_noun="dog")
     facts = [Job(base, [rex], LORA, settled(CONFIG, base, 3)).facts["base"] for base in (packed, plain)]
     assert facts[0] == facts[1] | {"dtype": "float32, nf4"} and facts[1]["dtype"] == "float32"
-    assert len({image_key(base, "a dog", resolution=64, seed=0) for base in (packed, plain)}) == 2
+    assert len({image_key(base, "a dog", size=(64, 64), seed=0) for base in (packed, plain)}) == 2
 
 
 @bitsandbytes

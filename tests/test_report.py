@@ -28,7 +28,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import MissingExtraError, SettingsError
 from lora_booth.notebook.outputs import newest_samples, samples_of
-from lora_booth.photos.square import training_square
+from lora_booth.photos.cropping import crop_photo
 from lora_booth.report.reading import advice, read_run
 from lora_booth.report.report import BOTTOM, MOST_POINTS, TOP, chart, smoothed, thinned, ticks, write_report
 from lora_booth.run import train
@@ -167,7 +167,7 @@ def test_each_step_has_the_file_to_use(run: Path, tmp_path: Path) -> None:
 def test_crops_are_what_training_saw(run: Path, rex: Subject) -> None:
     _, parsed = page_of(run)
     shown = [pixels(image["src"]) for image in parsed.all("img") if (image["alt"] or "").startswith("photo ")]
-    expected = [np.asarray(training_square(photo, 64).image).astype(int) for photo in rex.photos]
+    expected = [np.asarray(crop_photo(photo, [(64, 64)]).image).astype(int) for photo in rex.photos]
     assert len(shown) == 3 and all((a == b).all() for a, b in zip(shown, expected, strict=True))
 
 

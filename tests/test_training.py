@@ -30,7 +30,7 @@ from lora_booth.planning.planning import plan
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import class_images, prepare
-from lora_booth.training.latents import LatentCache, LatentSet, conditions, draw, rows
+from lora_booth.training.latents import Bucket, LatentCache, LatentSet, conditions, draw, rows
 from lora_booth.training.loop import dreambooth_loss, learning_rate
 from lora_booth.training.progress import Lines, Step
 from lora_booth.training.samples import SAMPLE_STEPS
@@ -344,7 +344,7 @@ def test_a_resolution_without_gradients_is_refused(kind: str, rex: Subject) -> N
 
 def test_a_seed_of_any_size_draws_class_images() -> None:
     for seed in (20_000_000_000_000, 2**63 - 1):
-        assert len(class_images(base_of("sd1"), "a dog", 2, resolution=64, seed=seed)) == 2
+        assert len(class_images(base_of("sd1"), "a dog", 2, size=(64, 64), seed=seed)) == 2
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_a_batch_is_photos_then_class_images() -> None:
         mean = torch.arange(first, first + count).float().view(1, count, 1, 1, 1).expand(1, count, 4, 2, 2)
         return LatentSet(mean, torch.zeros_like(mean), tuple(f"{first + i}" for i in range(count)), None)
 
-    cache = LatentCache(numbered(3, 0), numbered(4, 10), 0.5, {})
+    cache = LatentCache((Bucket(numbered(3, 0), numbered(4, 10)),), 0.5, {})
     seen = []
     for step in range(6):
         batch = draw(cache, seed=1, step=step, batch_size=2)
@@ -431,8 +431,9 @@ def test_by_predictions_a_batch_has_each_noisy_photo_again_by_its_class() -> Non
     mean = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(1, 3, 4, 2, 2)
     masks = torch.zeros(1, 3, 1, 2, 2)
     photos = LatentSet(mean, torch.ones_like(mean), ("0", "1", "2"), torch.arange(18).view(3, 6), masks)
-    cache = LatentCache(photos, None, 0.5, {}, ("a dog", "a cat", "an owl"))
-    alone = LatentCache(photos, None, 0.5, {})
+    class_prompts = ("a dog", "a cat", "an owl")
+    cache = LatentCache((Bucket(photos, None, class_prompts),), 0.5, {})
+    alone = LatentCache((Bucket(photos),), 0.5, {})
     for step in range(4):
         batch = draw(cache, seed=1, step=step, batch_size=2)
         assert (batch.photos, batch.totals, len(batch)) == (2, (2, 2), 4)
@@ -440,7 +441,7 @@ def test_by_predictions_a_batch_has_each_noisy_photo_again_by_its_class() -> Non
         for tensor in (batch.latents, batch.noise, batch.timesteps, batch.time_ids):
             assert torch.equal(tensor[:2], tensor[2:])
         assert batch.masks[:2].sum() == 0 and bool((batch.masks[2:] == 1).all())  # the whole picture is kept
-        assert batch.prompts[2:] == tuple(cache.class_prompts[int(i)] for i in batch.prompts[:2])
+        assert batch.prompts[2:] == tuple(class_prompts[int(i)] for i in batch.prompts[:2])
         same = draw(alone, seed=1, step=step, batch_size=2)
         assert torch.equal(same.latents, batch.latents[:2]) and torch.equal(same.noise, batch.noise[:2])
 
@@ -449,8 +450,8 @@ def test_by_predictions_a_batch_has_each_noisy_photo_again_by_its_class() -> Non
 def test_the_class_can_be_kept_without_a_class_image(rex: Subject, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_booth.training.encoding.class_images", None)  # not called
     base, config = base_of(kind), replace(BY_PREDICTIONS, batch_size=2, learning_rate=1e-2)
-    cache = prepare(base, [rex], lora=LORA, config=config)
-    assert cache.class_images is None and cache.class_prompts == ("a photo of a dog",) * 3
+    (bucket,) = prepare(base, [rex], lora=LORA, config=config).buckets
+    assert bucket.class_images is None and bucket.class_prompts == ("a photo of a dog",) * 3
     kept = run(base, rex, config)
     for name, other in {
         "in two parts": replace(config, pictures_at_a_time=1),
@@ -477,7 +478,7 @@ def test_what_the_base_predicts_does_not_hang_on_a_text_encoder_in_training(rex:
 
 def test_every_timestep_is_drawn() -> None:
     mean = torch.zeros(1, 1, 1, 1, 1)
-    cache = LatentCache(LatentSet(mean, mean, ("a dog",), None), None, 1.0, {})
+    cache = LatentCache((Bucket(LatentSet(mean, mean, ("a dog",), None)),), 1.0, {})
     drawn = torch.cat([draw(cache, seed=0, step=i, batch_size=100).timesteps for i in range(200)])
     assert (drawn.min(), drawn.max()) == (0, 999)
     assert abs(drawn.float().mean().item() - 499.5) < 10 and len(drawn.unique()) == 1000
@@ -485,13 +486,12 @@ def test_every_timestep_is_drawn() -> None:
 
 def test_flip_doubles_the_views(rex: Subject) -> None:
     base = base_of("sdxl")
-    plain = prepare(base, [rex], lora=LORA, config=ALONE)
-    flipped = prepare(base, [rex], lora=LORA, config=replace(ALONE, flip=True))
-    assert (plain.photos.mean.shape, flipped.photos.mean.shape) == ((1, 3, 4, 8, 8), (2, 3, 4, 8, 8))
-    assert torch.equal(flipped.photos.mean[0], plain.photos.mean[0])
-    assert not torch.allclose(flipped.photos.mean[1], plain.photos.mean[0])
-    assert plain.photos.time_ids is not None and plain.photos.time_ids.shape == (3, 6)
-    assert plain.photos.time_ids[0].tolist()[:2] == [300, 260]  # height, width of the photo
+    plain, flipped = (prepare(base, [rex], config=replace(ALONE, flip=flip)).buckets[0].photos for flip in (False, True))
+    assert (plain.mean.shape, flipped.mean.shape) == ((1, 3, 4, 8, 8), (2, 3, 4, 8, 8))
+    assert torch.equal(flipped.mean[0], plain.mean[0])
+    assert not torch.allclose(flipped.mean[1], plain.mean[0])
+    assert plain.time_ids is not None and plain.time_ids.shape == (3, 6)
+    assert plain.time_ids[0].tolist()[:2] == [300, 260]  # height, width of the photo
 
 
 @pytest.mark.slow
@@ -499,10 +499,11 @@ def test_several_subjects(rex: Subject, photos: Path) -> None:
     base = base_of("sd1")
     ink = Subject.from_folder(photos, token="ohwx", class_noun="cat")
     cache = prepare(base, [rex, ink], lora=LORA, config=WITH_PRIOR)
-    assert cache.photos.prompts == ("a photo of sks dog",) * 3 + ("a photo of ohwx cat",) * 3
-    assert cache.class_images is not None
-    assert cache.class_images.prompts == ("a photo of a dog",) * 2 + ("a photo of a cat",) * 2
-    assert set(cache.text) == {*cache.photos.prompts, *cache.class_images.prompts}
+    (bucket,) = cache.buckets
+    assert bucket.photos.prompts == ("a photo of sks dog",) * 3 + ("a photo of ohwx cat",) * 3
+    assert bucket.class_images is not None
+    assert bucket.class_images.prompts == ("a photo of a dog",) * 2 + ("a photo of a cat",) * 2
+    assert set(cache.text) == {*bucket.photos.prompts, *bucket.class_images.prompts}
     adapter = run(base, [rex, ink], WITH_PRIOR)
     assert adapter.card.photos == 6 and adapter.name == "sks dog and ohwx cat"
     with pytest.raises(SettingsError, match="no subject"):
@@ -664,7 +665,8 @@ def test_one_step_that_is_not_finite_is_left_out(rex: Subject) -> None:
 def test_a_broken_base_is_told_at_the_first_step(rex: Subject) -> None:
     base = base_of("sd1")
     cache = prepare(base, [rex], lora=LORA, config=ALONE)
-    broken = replace(cache, photos=replace(cache.photos, mean=cache.photos.mean * math.inf))
+    photos = cache.buckets[0].photos
+    broken = replace(cache, buckets=(Bucket(replace(photos, mean=photos.mean * math.inf)),))
     with pytest.raises(TrainingError, match="not finite"):
         list(training_steps(base, broken, lora=LORA, config=ALONE))
     with pytest.raises(TrainingError, match="not finite"):
@@ -799,7 +801,7 @@ def test_a_caption_that_is_cut_keeps_its_subject_and_is_told(
         lines: list[str] = []
         config = TrainingConfig(steps=1, prior_loss_weight=0.0)
         cache = prepare(base_of(kind), subject, config=config, say=lines.append)
-        assert list(cache.photos.prompts) == expected
+        assert list(cache.buckets[0].photos.prompts) == expected
         cut = [n for n, prompt in enumerate(expected, 1) if base_of(kind).cut_off(prompt)]
         said = [line for line in lines if "does not read the end" in line]
         assert [line.split(":")[0] for line in said] == [f"photo {n}" for n in cut] and len(cut) >= 2
@@ -824,7 +826,7 @@ def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def made(count: int, prompt: str = "a dog", **options: Any) -> list[Any]:
         drawn.clear()
-        images = class_images(base, prompt, count, resolution=64, **options)
+        images = class_images(base, prompt, count, size=(64, 64), **options)
         return [np.asarray(image).astype(int) for image in images]
 
     first = made(2, on_progress=lambda done, total: reported.append((done, total)))
@@ -881,10 +883,10 @@ def test_a_blacked_out_class_image_is_not_learnt(black: int, tmp_path: Path, mon
     base.pipeline.feature_extractor = CLIPImageProcessor()
     if black == 1000:
         with pytest.raises(TrainingError, match="stay black.*another class noun"):
-            class_images(base, "a dog", 2, resolution=64)
+            class_images(base, "a dog", 2, size=(64, 64))
         assert not list((tmp_path / "class_images").rglob("*.*"))
         return
-    images = class_images(base, "a dog", 3, resolution=64)
+    images = class_images(base, "a dog", 3, size=(64, 64))
     assert all(image.getbbox() is not None for image in images)
     assert len({image.tobytes() for image in images}) == 3
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import lora_booth as lb
 from lora_booth.cli.app import app
 from lora_booth.errors import MissingExtraError, PhotoError
+from lora_booth.photos.cropping import crop_photo
 from lora_booth.photos.finding import find_photos
 from lora_booth.photos.segmenting import make_masks
-from lora_booth.photos.square import training_square
 
 
 def mug(width: int = 420, height: int = 320, at: tuple[int, int] = (200, 160), seed: int = 0) -> tuple[Image.Image, np.ndarray]:
@@ -148,7 +148,7 @@ def test_make_masks(tmp_path: Path) -> None:
         assert same(written, shape) > 0.95
     found = find_photos(tmp_path)
     assert [one.mask is not None for one in found.photos] == [True, True, False, True, False]
-    square = training_square(found.photos[0], 256)
+    square = crop_photo(found.photos[0], [(256, 256)])
     assert square.mask is not None and np.asarray(square.mask).mean() / 255 == pytest.approx(shape.sum() / 320**2, abs=0.02)
     assert [one.reason for one in make_masks(tmp_path, segmenter=red_parts)].count("has a mask already") == 3
 

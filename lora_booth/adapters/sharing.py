@@ -18,8 +18,8 @@ from ..base.ai_mark import picture_bytes, save_picture
 from ..config import typed
 from ..errors import AdapterError, SettingsError, reason_of
 from ..files import open_regular, replacing
+from ..photos.cropping import crop_and_resize
 from ..photos.opening import read_picture
-from ..photos.square import crop_and_resize
 from .contents import AdapterContents, Dtype, Layout, file_stem
 from .model_card import PICTURE, model_card
 from .writing import save
@@ -43,7 +43,8 @@ def thumbnail_url(image: Image.Image | str | Path) -> str:
 
 
 def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
-    square = crop_and_resize(rgb, min(side, *rgb.size))
+    side = min(side, *rgb.size)
+    square = crop_and_resize(rgb, (side, side))
     content = picture_bytes(square, "JPEG", generated=False, quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
 

@@ -311,14 +311,14 @@ class BaseModel:
                 ends.append(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip())
         return max(ends, key=len)
 
-    def time_ids(self, original_size: tuple[int, int], crop: tuple[int, int], resolution: int) -> Tensor | None:
+    def time_ids(self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int]) -> Tensor | None:
         """SDXL's (6,) size conditions: original height and width, crop top and left, target height and width (pixels).
 
         float32 whatever the base's precision: bf16 would round a photo's size to multiples of 8 or 16.
         """
         if not self.family.time_ids:
             return None
-        return torch.tensor([*original_size, *crop, resolution, resolution], dtype=torch.float32, device=self.device)
+        return torch.tensor([*original_size, *crop, *target_size], dtype=torch.float32, device=self.device)
 
     @contextmanager
     def only_unet_on_device(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ Adapters = Annotated[list[str], typer.Argument(help="adapter files, each with an
 Base = Annotated[str, typer.Option(help="base model: 'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")]
 OwnBase = Annotated[str | None, typer.Option(help="another base model than the adapters were made for, as for `train`")]
 Photos = Annotated[Path, typer.Argument(help="folder of photos, e.g. photos/rex")]
-Crop = Annotated[Literal["smart", "center"], typer.Option(help="square: smart (keeps the subject, no black bars) or center")]
+Crop = Annotated[Literal["smart", "center"], typer.Option(help="crop: smart (keeps the subject, no black bars) or center")]
 Precision = Annotated[Dtype | None, typer.Option(help="precision of the base: fp16, bf16 or fp32 [by the device]")]
 Quantize = Annotated[Literal["nf4"] | None, typer.Option(help="nf4: U-Net in 4 bits (bitsandbytes), less memory, less exact")]
 Names = Annotated[Layout, typer.Option(help="names of the tensors: kohya (diffusers, ComfyUI, A1111) or peft")]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import LoraSpec, TrainingConfig
+from ..config import LoraSpec, PhotoShape, TrainingConfig
 from ..errors import AdapterError, SettingsError, counted
 from .app import INTERRUPTED, note, say, say_json
 from .arguments import check_adapter_file, check_folder, check_place, remember
@@ -34,6 +34,7 @@ def photos(
     folder: Photos,
     *,
     resolution: Annotated[int, typer.Option(min=8, max=4096, help="side in pixels that the base trains at, e.g. 64")] = 512,
+    shape: PhotoShape = "square",  # as for `train`: square or buckets
     sheet: Path | None = None,  # write a contact sheet of the crops here, e.g. crops.png
     crop: Crop = "smart",
     make_masks: bool = False,  # first write NAME.mask.png beside photos that have none (needs lora-booth[masks])
@@ -55,7 +56,7 @@ def photos(
     found = find_photos(folder, crop=crop, minimum=1, maximum=1000)
     if sheet is not None and any(sheet.exists() and sheet.samefile(photo.path) for photo in found.photos):
         raise SettingsError(f"{sheet}: one of the photos; pass another file")
-    audit = audit_photos(found.photos, found.skipped, resolution=resolution)
+    audit = audit_photos(found.photos, found.skipped, resolution=resolution, shape=shape)
     if json:
         say_json(audit.as_dict())
     else:

@@ -18,8 +18,8 @@ from ..base.generation import pictures_at_a_time
 from ..base.sizes import Size, drawable, written
 from ..config import typed
 from ..errors import CompositionWarning, EvaluationError, shown
+from ..photos.cropping import crop_photo
 from ..photos.finding import find_photos
-from ..photos.square import training_square
 from ..pictures.composition import Composition, checked
 from ..pictures.picture import Picture
 from ..pictures.prompts import PAPER, fill_prompts
@@ -29,7 +29,7 @@ from .encoders import CLIP, DINO
 from .measures import TEMPLATE, PhotoMeasure, ToyboxMeasure, cases_of, unseen_contexts
 from .results import Comparison, Row
 
-PHOTO_SIDE = 512  # pixels of the photos' squares; chosen: the encoders take less
+PHOTO_SIZE = (512, 512)  # pixels of the photos' squares; chosen: the encoders take less
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ def names_of(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def opened(photos: str | Path | Sequence[Image.Image]) -> list[Image.Image]:
-    """The squares that training would see."""
+    """The photos, as squares: the encoders see no more."""
     given = typed("photos", photos, Path | tuple[Image.Image, ...])
     if isinstance(given, tuple):
         images = list(given)
     else:
-        images = [training_square(photo, PHOTO_SIDE).image for photo in find_photos(given, minimum=1).photos]
+        images = [crop_photo(photo, [PHOTO_SIZE]).image for photo in find_photos(given, minimum=1).photos]
     if len(images) < 2:
         raise EvaluationError(f"{len(images)} photo; pass at least 2: photos compared with each other are the ceiling")
     return images

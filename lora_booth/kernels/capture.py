@@ -1,7 +1,7 @@
 """Record forward and backward pass once as a CUDA graph and replay it: one launch in place of thousands.
 
-Shapes are the same in every step, so its inputs are copied into fixed buffers and the recorded kernels run again. A step
-that cannot be recorded runs as usual, and the run reports why.
+A step's inputs are copied into the fixed buffers of the recording for their shapes, and the recorded kernels run again. A
+step that cannot be recorded runs as usual, and the run reports why.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class StepGraph:
     _recordings: dict[Any, Callable[[Any], Tensor]]  # by layout
     _begun: set[Any]  # layouts
     _pool: Any
+    _stream: Any  # of all recordings: in the pool, they share the memory of one stream only
 
     def __init__(self, work: Callable[[Any], Tensor], gradient: Tensor, *, say: Callable[[str], None]) -> None:
         self.work, self.gradient, self.say = work, gradient, say
@@ -98,7 +99,7 @@ class StepGraph:
         before = self.gradient.clone()
         torch.cuda.empty_cache()  # the graph's own pool cannot use memory cached by earlier steps
         try:
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
@@ -118,9 +119,14 @@ class StepGraph:
         finally:
             self.gradient.copy_(before)
 
+    @property
+    def layouts(self) -> int:
+        """How many it has met."""
+        return len(self._begun)
+
     def forget(self) -> None:
         """Discard the recordings, since the computation changed."""
-        self._recordings, self._begun, self._pool = {}, set(), None
+        self._recordings, self._begun, self._pool, self._stream = {}, set(), None, None
 
     def close(self) -> None:
         """Discard the recordings and release their memory."""

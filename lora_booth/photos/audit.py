@@ -8,15 +8,15 @@ from typing import Any
 
 from PIL import Image
 
-from ..config import typed
+from ..config import PhotoShape, typed, written
 from ..errors import PhotoError, listed
 from . import measures as m
+from .cropping import WidthHeight, crop_box, crop_photo, picture_sizes
 from .measures import Likeness, Measures, likeness, measure
 from .photo import Photo, Skipped
 from .sheet import contact_sheet
-from .square import square_box, training_square
 
-SHEET_SIDE = 160  # pixels of a square on the contact sheet
+SHEET_SIDE = 160  # pixels of the long side of a crop on the contact sheet
 FEW, MANY = 5, 30  # photos; chosen: fewer repeat themselves, more add little
 MOST = 0.6  # share of the photos with one background that is worth a line of advice; chosen
 MOST_COMPARED = 300  # photos, since each is compared with every other; chosen
@@ -29,8 +29,9 @@ class PhotoReport:
     photo: Photo
     notes: tuple[str, ...]
     measures: Measures
-    kept: float | None  # share of the mask that is inside the square; None without a mask
-    thumbnail: Image.Image = field(compare=False, repr=False)  # the training square, small
+    size: WidthHeight  # that it is cropped and resized to
+    kept: float | None  # share of the mask that is inside the crop; None without a mask
+    thumbnail: Image.Image = field(compare=False, repr=False)  # the training picture, small
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Audit:
     """Which photos are used, which are not and why, and what might be wrong with them. Nothing here stops training."""
 
     resolution: int  # pixels
+    shape: PhotoShape
     photos: tuple[PhotoReport, ...]
     skipped: tuple[Skipped, ...]
     near_duplicates: tuple[tuple[str, ...], ...]  # file names, in groups
@@ -47,9 +49,11 @@ class Audit:
     def __str__(self) -> str:
         """A line for each photo, skipped file and piece of advice, as `lora-booth photos` prints it."""
         lines = []
-        for photo, notes in ((report.photo, report.notes) for report in self.photos):
-            remarks = f"  ({'; '.join(notes)})" if notes else ""
-            lines.append(f"used     {photo.name}  {photo.width} x {photo.height}{remarks}")
+        for report in self.photos:
+            photo = report.photo
+            remarks = f"  ({'; '.join(report.notes)})" if report.notes else ""
+            size = "" if self.shape == "square" else f"  at {written(report.size)}"
+            lines.append(f"used     {photo.name}  {photo.width} x {photo.height}{size}{remarks}")
         lines += [f"skipped  {one.name}  {one.reason}" for one in self.skipped]
         lines += [f"advice   {line}" for line in self.advice]
         lines += [f"judged   at {self.resolution} px", f"{len(self.photos)} used, {len(self.skipped)} skipped"]
@@ -60,7 +64,7 @@ class Audit:
         return f"Audit({counts}, {len(self.advice)} lines of advice; print it)"
 
     def sheet(self, *, columns: int = 5) -> Image.Image:
-        """A contact sheet of the training squares."""
+        """A contact sheet of the training pictures."""
         labels = ["; ".join([report.photo.name, *report.notes]) for report in self.photos]
         return contact_sheet([r.thumbnail for r in self.photos], labels=labels, columns=columns, side=SHEET_SIDE)
 
@@ -68,6 +72,7 @@ class Audit:
         """Everything as numbers, lists and file names without folders, ready for JSON."""
         return {
             "resolution": self.resolution,
+            "shape": self.shape,
             "photos": [_facts_of(report) for report in self.photos],
             "skipped": [{"name": one.name, "reason": one.reason} for one in self.skipped],
             "near_duplicates": [list(group) for group in self.near_duplicates],
@@ -76,14 +81,20 @@ class Audit:
         }
 
 
-def audit_photos(photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, resolution: int = 512) -> Audit:
-    """Look at every training square of `resolution` pixels. Raises PhotoError if a photo can no longer be opened."""
+def audit_photos(
+    photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, resolution: int = 512, shape: PhotoShape = "square"
+) -> Audit:
+    """Look at every photo as training sees it. Raises PhotoError if one can no longer be opened.
+
+    resolution, shape  as in the TrainingConfig
+    """
     if not photos:
         raise PhotoError("no photos to audit; pass at least one, from find_photos")
     resolution = typed("resolution", resolution, int)
     if resolution < 8:
         raise PhotoError(f"resolution {resolution} is out of range; allowed: at least 8 pixels")
-    reports, likenesses = zip(*(_look(photo, resolution) for photo in photos), strict=True)
+    sizes = picture_sizes(resolution, typed("shape", shape, PhotoShape))
+    reports, likenesses = zip(*(_look(photo, sizes, resolution) for photo in photos), strict=True)
     names = [photo.name for photo in photos]
     if len(photos) > MOST_COMPARED:
         likenesses = ()
@@ -92,28 +103,32 @@ def audit_photos(photos: Sequence[Photo], skipped: Sequence[Skipped] = (), *, re
     largest = max(behind, key=len, default=())
     alike = tuple(names[i] for i in largest) if len(largest) >= max(3, MOST * len(photos)) else ()
     advice = tuple(_advice(reports, skipped, near, alike))
-    return Audit(resolution, reports, tuple(skipped), near, alike, advice)
+    return Audit(resolution, shape, reports, tuple(skipped), near, alike, advice)
 
 
 # --- one photo -----------------------------------------------------------------------------------------------------
 
 
-def _look(photo: Photo, resolution: int) -> tuple[PhotoReport, Likeness]:
-    square = training_square(photo, resolution)
-    _, _, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
-    judged = min(m.JUDGED_SIDE, side, resolution)
-    if judged == resolution:
-        image, mask = square.image, square.mask
-    else:  # an enlarged photo does not count as blurred; a large square is judged at the size the limits were found at
-        image = square.image.resize((judged, judged), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        mask = None if square.mask is None else square.mask.resize((judged, judged))
+def _look(photo: Photo, sizes: Sequence[WidthHeight], resolution: int) -> tuple[PhotoReport, Likeness]:
+    cropped = crop_photo(photo, sizes)
+    size = cropped.image.size
+    across, down = crop_box(photo.width, photo.height, size, photo.crop, photo.focus)[2:]
+    enlarged = max(size[0] / across, size[1] / down)
+    image, mask = cropped.image, cropped.mask
+    # an enlarged photo does not count as blurred; a large crop is judged at the size the limits were found at
+    scale = min(1.0, m.JUDGED_SIDE / resolution, 1 / enlarged)
+    if scale < 1:
+        judged = round(size[0] * scale), round(size[1] * scale)
+        image = image.resize(judged, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        mask = None if mask is None else mask.resize(judged)
     found = measure(image, mask)
     notes = [photo.note] if photo.note else []
-    if side < resolution:
-        notes.append(f"small: {side} px, enlarged to {resolution}")
-    notes += _notes(found, square.kept)
-    thumbnail = square.image.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return PhotoReport(photo, tuple(notes), found, square.kept, thumbnail), likeness(image, mask)
+    if enlarged > 1:
+        notes.append(f"small: {min(across, down)} px, enlarged to {min(size)}")
+    notes += _notes(found, cropped.kept)
+    small = round(size[0] * SHEET_SIDE / max(size)), round(size[1] * SHEET_SIDE / max(size))
+    thumbnail = cropped.image.resize(small, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return PhotoReport(photo, tuple(notes), found, size, cropped.kept, thumbnail), likeness(image, mask)
 
 
 BLURRED, DARK, BRIGHT, FLAT = "blurred", "too dark", "too bright", "hardly any contrast"
@@ -148,12 +163,13 @@ def _notes(found: Measures, kept: float | None) -> list[str]:
 
 def _facts_of(report: PhotoReport) -> dict[str, Any]:
     photo, found = report.photo, report.measures
-    left, top, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
+    left, top, width, height = crop_box(photo.width, photo.height, report.size, photo.crop, photo.focus)
     return {
         "name": photo.name,
         "width": photo.width,
         "height": photo.height,
-        "square": [left, top, left + side, top + side],  # pixels of the upright photo
+        "crop": [left, top, left + width, top + height],  # pixels of the upright photo
+        "size": list(report.size),
         "mask": photo.mask is not None,
         **{name: None if value is None else round(value, 3) for name, value in asdict(found).items()},
         "kept": None if report.kept is None else round(report.kept, 3),

@@ -18,12 +18,11 @@ from PIL import Image
 from ..config import as_type, typed
 from ..errors import PhotoError, listed, setting, shown
 from ..files import read_json
+from .cropping import BAR_COPY, MAX_ASPECT, Cropping, box, focus_of, without_black_bars
 from .opening import FORMATS, begins_like_a_photo, opened, read_mask, upright_copy, upright_size
 from .photo import Mask, Photo, PhotoSet, Region, Skipped, Unusable
-from .square import BAR_COPY, Cropping, box, focus_of, without_black_bars
 
 MIN_SIDE = 64  # pixels of the short side of a photo or its crop; chosen: an eighth of SD 1.x's resolution
-MAX_ASPECT = 4.0  # long side / short side; chosen
 MAX_TEXT_BYTES = 2**20  # of a caption or crops.json; chosen
 MAX_CAPTION = 2000  # characters; chosen; the text encoder reads about the first 300
 CROPS_FILE = "crops.json"

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from .square import Values, lab, saliency
+from .cropping import Values, lab, saliency
 
-JUDGED_SIDE = 512  # pixels; sharpness and light are judged on squares of this side, or of the photo's if that is smaller
+JUDGED_SIDE = 512  # pixels; sharpness and light are judged on crops as large as squares of this side, or on smaller ones
 
 # Variance of the Laplacian in the third sharpest of 8 x 8 tiles, so that soft backgrounds and small subjects do not count.
 # Measured by benchmarks/photo_audit.py: all real photos are above it, all blurred by a Gaussian of 2 px (of 512) below.
@@ -38,20 +38,20 @@ LIGHT_FORGIVEN = 15.0  # L*; how much lighter one of the two may be; chosen
 # Backgrounds are alike when they share colours (1: all of them) in the same places (L*a*b*). Measured by
 # benchmarks/photo_audit.py on real photos and on subjects in front of one wall.
 ALIKE_SPREAD, ALIKE_PLACES = 0.65, 24.0
-SMALL_SUBJECT = 0.05  # of the square; chosen
-CUT_SUBJECT = 0.8  # of the subject, inside the square; chosen
+SMALL_SUBJECT = 0.05  # of the picture; chosen
+CUT_SUBJECT = 0.8  # of the subject, inside the crop; chosen
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures of one training square."""
+    """Measures of one training picture."""
 
     sharpness: float  # variance of the Laplacian where it is sharpest; below 120 is blurred
     brightest: float  # 0..255, 99th percentile
     contrast: float  # 0..255, 99th less 1st percentile
-    white: float  # clipped share of the mask, else of the square; on white, of the likely subject
+    white: float  # clipped share of the mask, else of the picture; on white, of the likely subject
     black: float  # clipped share of the subject, or of what is likely to be it
-    subject: float | None  # share of the square; None: unknown
+    subject: float | None  # share of the picture; None: unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,22 +59,22 @@ class Likeness:
     """The features by which two photos are compared."""
 
     bits: npt.NDArray[np.bool_]  # lighter to the right, and below? (2 x 16 x 16,)
-    mirrored: npt.NDArray[np.bool_]  # the same for the mirrored square
+    mirrored: npt.NDArray[np.bool_]  # the same for the mirrored picture
     colours: Values  # (32, 32, 3) L*a*b*
     spread: Values  # (8, 8, 8) shares of L*a*b* colours at the border
     places: Values  # (12, 3) mean colours around the border
 
 
-def measure(square: Image.Image, mask: Image.Image | None) -> Measures:
-    light = np.asarray(square.convert("L"), dtype=np.float32)
-    clipped = (np.asarray(square).max(axis=-1) >= CLIPPED) & (light >= BRIGHT)
+def measure(image: Image.Image, mask: Image.Image | None) -> Measures:
+    light = np.asarray(image.convert("L"), dtype=np.float32)
+    clipped = (np.asarray(image).max(axis=-1) >= CLIPPED) & (light >= BRIGHT)
     if mask is not None:
         where = np.asarray(mask, dtype=np.float32) / 255
         subject: float | None = float(where.mean())
     else:
-        found = saliency(square)
+        found = saliency(image)
         subject = _lone_subject(found)
-        where = np.asarray(Image.fromarray(found).resize(square.size))
+        where = np.asarray(Image.fromarray(found).resize(image.size))
     where = where / max(float(where.sum()), 1e-6)
     of_subject = mask is not None or _frame(light >= WHITE_LEVEL).mean() >= WHITE_FRAME
     low, high = (float(value) for value in np.percentile(light, (1, 99)))
@@ -122,8 +122,8 @@ def _sharpness(light: Values, tiles: int = 8) -> float:
     return float(np.sort(parts.var(axis=(1, 3)), axis=None)[-3])
 
 
-def likeness(square: Image.Image, mask: Image.Image | None) -> Likeness:
-    small = square.resize((64, 64), Image.Resampling.LANCZOS, reducing_gap=2.0)
+def likeness(image: Image.Image, mask: Image.Image | None) -> Likeness:
+    small = image.resize((64, 64), Image.Resampling.LANCZOS, reducing_gap=2.0)
     colours = lab(small)
     at_border = np.ones((64, 64), dtype=bool)
     at_border[10:-10, 10:-10] = False

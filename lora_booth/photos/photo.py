@@ -32,7 +32,7 @@ class Photo:
     crop: Region | None  # the part in use: the user's choice, or all but black bars; None: all of it
     sha256: str  # of the file's bytes
     note: str | None = None  # what the user should know, e.g. "animated: first frame only"
-    focus: Point | None = None  # what the training square is centred on, as far as the edges allow; None: the middle
+    focus: Point | None = None  # what the crop is centred on, as far as the edges allow; None: the middle
     mask: Mask | None = None  # from photo.mask.png beside photo.jpg, or passed in code
 
     @property

@@ -14,10 +14,10 @@ from PIL import Image
 from ..config import typed
 from ..errors import MissingExtraError, PhotoError, reason_of, shown
 from ..files import replacing
+from .cropping import box
 from .finding import MASK_ENDING, WHITE, check_shape, find_photos
 from .opening import open_photo, read_mask
 from .photo import Photo
-from .square import box
 
 Segmenter = Callable[[Image.Image], Image.Image | None]  # RGB -> greys of its shape, white on the subject; None: unsure
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageChops, ImageFilter
 from ..base.base_model import BaseModel
 from ..base.sizes import nearest, side_multiple
 from ..errors import BaseModelError, PhotoError
+from ..photos.cropping import to_tensor
 from ..photos.finding import WHITE
-from ..photos.square import to_tensor
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 

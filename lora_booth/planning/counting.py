@@ -25,6 +25,7 @@ from ..base.quantization import quantized_bytes, storage_bytes, tensors_of
 from ..cache import cached, key_of
 from ..config import LoraSpec, TrainingConfig
 from ..injection import trainable
+from ..photos.cropping import WidthHeight
 from ..training.latents import Batch
 from ..training.loop import dreambooth_loss
 from ..training.training_mode import training_mode
@@ -142,7 +143,7 @@ class Counter:
             one, two = (asdict(self.step(config, pictures=few, resolution=resolution)) for few in (1, 2))
             return Count(**{name: one[name] + (two[name] - one[name]) * (pictures - 1) for name in one})
         how = [config.gradient_checkpointing, config.lean, config.min_snr_gamma, config.attention == "plain"]
-        work = partial(count_step, self.base, self.lora, config, pictures, resolution, on_cpu=self.on_cpu)
+        work = partial(count_step, self.base, self.lora, config, pictures, (resolution, resolution), on_cpu=self.on_cpu)
         return self._cached(["step", *how, pictures, resolution], work)
 
     def encode(self, resolution: int) -> Count:
@@ -179,7 +180,7 @@ def count(work: Callable[..., Any], *arguments: Any, on_cpu: bool = False) -> Co
 
 def draw(base: BaseModel, resolution: int) -> None:
     pictures = pictures_at_a_time(resolution)
-    latents, text, time_ids = inputs(base, 2 * pictures, resolution)
+    latents, text, time_ids = inputs(base, 2 * pictures, (resolution, resolution))
     extra = None if time_ids is None else {"text_embeds": text.pooled, "time_ids": time_ids}
     times = torch.zeros(len(latents), dtype=torch.long, device=base.device)
     base.unet(latents.to(base.dtype), times, text.states, added_cond_kwargs=extra)
@@ -187,10 +188,10 @@ def draw(base: BaseModel, resolution: int) -> None:
         vae.decode(latents[:pictures].to(vae.dtype))
 
 
-def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[Tensor, TextConditions, Tensor | None]:
+def inputs(base: BaseModel, rows: int, size: WidthHeight) -> tuple[Tensor, TextConditions, Tensor | None]:
     """Latents (N, C, H/f, W/f) float32, text conditions and time_ids (N, 6), all zeros, on the base's device."""
-    side, unet, device = resolution // base.pixels_per_latent, base.unet.config, base.device
-    latents = torch.zeros(rows, unet.in_channels, side, side, device=device)
+    factor, unet, device = base.pixels_per_latent, base.unet.config, base.device
+    latents = torch.zeros(rows, unet.in_channels, size[1] // factor, size[0] // factor, device=device)
     tokens = base.tokenizer.model_max_length
     states = torch.zeros(rows, tokens, unet.cross_attention_dim, dtype=base.dtype, device=device)
     if not base.family.time_ids:
@@ -201,13 +202,13 @@ def inputs(base: BaseModel, rows: int, resolution: int) -> tuple[Tensor, TextCon
 
 
 def count_step(
-    base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures: int, resolution: int, *, on_cpu: bool = False
+    base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures: int, size: WidthHeight, *, on_cpu: bool = False
 ) -> Count:
     """One forward and backward pass as in training, on any device; the gradients exist before."""
     kernel: Any = "plain" if config.attention == "plain" else "sdpa"  # all others save the same
     config = replace(config, attention=kernel, compile=False)
     with trainable(base, lora) as adapter, training_mode(base, adapter, config):
-        latents, text, time_ids = inputs(base, pictures, resolution)
+        latents, text, time_ids = inputs(base, pictures, size)
         times = torch.zeros(pictures, dtype=torch.long, device=base.device)
         batch = Batch(latents, torch.zeros_like(latents), times, ("",) * pictures, time_ids, photos=pictures)
         _ = base.alphas_cumprod  # made once per base, so not counted

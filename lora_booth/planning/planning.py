@@ -19,7 +19,7 @@ from ..base.quantization import is_quantized, storage_bytes, tensors_of
 from ..config import LoraSpec, SettledConfig, TrainingConfig, check, settled, typed
 from ..errors import SettingsError, counted, setting
 from ..kernels.attention import fastest_attention
-from ..training.latents import LatentCache, LatentSet
+from ..training.latents import Bucket, LatentCache, LatentSet
 from ..training.training_run import training_steps
 from .budget import GB, RESERVE, WITHOUT_BF16, Machine, batch_of, cache_bytes, gpu_named, this_machine
 from .counting import Counter, inputs
@@ -222,14 +222,15 @@ def levels_that_fit(
 def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> float:
     """Seconds for one optimizer update on this machine: the median of three, on zero latents."""
     with torch.no_grad():
-        mean, _, time_ids = inputs(base, config.batch_size, config.resolution)
+        mean, _, time_ids = inputs(base, config.batch_size, (config.resolution, config.resolution))
         text = {"a photo": base.encode_text(["a photo"])}
     pictures = LatentSet(mean[None], torch.ones_like(mean[None]), ("a photo",) * len(mean), time_ids)
-    cache = LatentCache(pictures, None, base.scaling_factor, {} if lora.text_encoder else text)
+    bucket, class_text = Bucket(pictures), {}
     if config.prior_loss_weight > 0 and config.class_images:
-        cache = replace(cache, class_images=pictures)
+        bucket = Bucket(pictures, class_images=pictures)
     elif config.prior_loss_weight > 0:
-        cache = replace(cache, class_prompts=pictures.prompts, class_text=text)
+        bucket, class_text = Bucket(pictures, class_prompts=pictures.prompts), text
+    cache = LatentCache((bucket,), base.scaling_factor, {} if lora.text_encoder else text, class_text)
     config = replace(config, steps=WARM_UPS + TIMED)
     ends = [time.perf_counter()]
     with nullcontext() if lora.text_encoder else base.only_unet_on_device():

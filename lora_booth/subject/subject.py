@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import check_types, typed
+from ..config import PhotoShape, check_types, typed
 from ..errors import SubjectError, shown
 from ..photos.audit import Audit, audit_photos
+from ..photos.cropping import Cropping
 from ..photos.finding import MaskSource, find_photos
 from ..photos.photo import Photo, PhotoSet, Region, Skipped
-from ..photos.square import Cropping
 from .tokens import SYNTAX, check_token_text
 from .wording import article, subject_pattern, with_article
 
@@ -84,7 +84,7 @@ class Subject:
         minimum, maximum  usable photos needed, and accepted
         templates         prompts with {token}, and perhaps {class_noun} or {a} ("a" or "an"), in turn over the photos
         class_template    the prompt of the class images, with {class_noun}
-        crop              "smart": the square that keeps the subject, without black bars; "center": the one in the middle
+        crop              "smart": around the subject, without black bars; "center": in the middle
         crops             file name -> (x0, y0, x1, y1), fractions 0..1 of the upright photo, or pixels if any value is
                           above 1; overrides a `crops.json` in the folder
         masks             file name -> a file or PIL image, white on the subject; overrides `photo.mask.png` files
@@ -103,12 +103,13 @@ class Subject:
         skipped = found.skipped + (own.skipped if own else ())
         return cls(found.photos, token, class_noun, templates, class_template, skipped, own.photos if own else ())
 
-    def audit(self, *, resolution: int = 512) -> Audit:
-        """What the photos will teach at `resolution` pixels, and what to change. This is advice: nothing in it stops training.
+    def audit(self, *, resolution: int = 512, shape: PhotoShape = "square") -> Audit:
+        """What the photos will teach, and what to change. This is advice: nothing in it stops training.
 
+        resolution, shape  as in the TrainingConfig
         Raises PhotoError if a photo is gone or changed since it was found.
         """
-        return audit_photos(self.photos, self.skipped, resolution=resolution)
+        return audit_photos(self.photos, self.skipped, resolution=resolution, shape=shape)
 
     @property
     def instance_prompt(self) -> str:

@@ -12,7 +12,8 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -24,15 +25,18 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
 from ..base.generation import generate_images, pictures_at_a_time
+from ..base.sizes import side_multiple
 from ..base.weight_files import LazyModule
 from ..cache import bytes_of, cached, checksum, key_of, prune_cache, read_entry, write_entry
-from ..config import LoraSpec, TrainingConfig, settled, typed
+from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed, written
 from ..errors import SettingsError, TrainingError, setting, shown
+from ..photos.cropping import Crop, Cropped, WidthHeight, crop_photo, picture_sizes, size_for, to_tensor
 from ..photos.photo import Photo
-from ..photos.square import Crop, Square, to_tensor, training_square
 from ..subject.subject import Subject
 from ..subject.wording import subject_pattern
-from .latents import LatentCache, LatentSet
+from .latents import Bucket, LatentCache, LatentSet
+
+Pictures = dict[WidthHeight, list[tuple[Cropped, str]]]  # of each size, with their prompts
 
 # in a config, without effect on what is computed
 NO_EFFECT = ("architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version")
@@ -52,7 +56,7 @@ def prepare(
     config: TrainingConfig | None = None,
     say: Callable[[str], None] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    on_square: Callable[[int, Image.Image], None] = lambda number, square: None,
+    on_crop: Callable[[int, Image.Image], None] = lambda number, image: None,
 ) -> LatentCache:
     """Encode the photos, class images and prompts of one subject or several, for `training_steps`.
 
@@ -60,58 +64,48 @@ def prepare(
     the cache on disk is not computed again, even if that call was interrupted.
     say          called with one line of news; without it, a caption that is too long is a warning
     on_progress  called with what is made ("class images", "encoding"), how many are done, and their total
-    on_square    called with each photo's number, from 0, and its training square
+    on_crop      called with each photo's number, from 0, and its training picture
     """
     base, subjects, warn = typed("base", base, BaseModel), subjects_of(subject), say or warnings.warn
     lora = typed("lora", lora, LoraSpec | None)
     config = settled(config, base, sum(len(one.photos) for one in subjects))
-    photos: list[Square] = []
-    prompts: list[str] = []
-    for one in subjects:
-        for photo in one.photos:
-            photos.append(training_square(photo, config.resolution))
-            on_square(len(photos) - 1, photos[-1].image)
-            prompts.append(prompt_read(base, one, photo, f"photo {len(photos)}", warn))
+    sizes = picture_sizes(config.resolution, config.shape, multiple=side_multiple(base))
+    photos: Pictures = {}
+    class_prompts: dict[WidthHeight, list[str]] = {}  # one for each of these photos
+    every = [(one, photo) for one in subjects for photo in one.photos]
+    for number, (one, photo) in enumerate(every):
+        cropped = crop_photo(photo, sizes)
+        on_crop(number, cropped.image)
+        prompt = prompt_read(base, one, photo, f"photo {number + 1}", warn)
+        photos.setdefault(cropped.image.size, []).append((cropped, prompt))
+        class_prompts.setdefault(cropped.image.size, []).append(one.class_prompt)
     if say is not None:
-        say(f"{len(photos)} photos at {config.resolution} px")
-    pictures: list[Square] = []
-    picture_prompts: list[str] = []
-    with_class = subjects if config.prior_loss_weight > 0 else []
-    for one in with_class:
-        pictures += [training_square(picture, config.resolution) for picture in one.class_images]
-        picture_prompts += [one.class_prompt_for(picture) for picture in one.class_images]
-    class_prompts = [one.class_prompt for one in with_class if not one.class_images for _ in one.photos]
-    if pictures and class_prompts and not config.class_images:
-        raise SettingsError(
-            f"{setting('class_images', 0)} keeps the class by predictions, but a subject has class images; pass some for each"
-        )
-    if not with_class and any(one.class_images for one in subjects):
+        each = ", ".join(f"{len(part)} at {written(size)}" for size, part in photos.items())
+        say(f"{len(every)} photos at {config.resolution} px" + (f": {each}" if config.shape == "buckets" else ""))
+    of_class: Pictures = {}
+    if config.prior_loss_weight > 0:
+        of_class = class_pictures(base, subjects, sizes, config, warn, partial(on_progress, "class images"))
+    elif any(one.class_images for one in subjects):
         warn(f"your class images are not used, with {setting('prior_loss_weight', 0)}")
-    for prompt in dict.fromkeys([*picture_prompts, *class_prompts]):
-        told_if_cut(base, prompt, "class prompt", warn)
-    uncropped = Crop(0, 0, (config.resolution, config.resolution))
-    for prompt in dict.fromkeys(class_prompts):
-        if config.class_images:
-            progress = partial(on_progress, "class images")
-            images = class_images(
-                base, prompt, config.class_images, resolution=config.resolution, seed=config.seed, on_progress=progress
-            )
-            pictures += [Square(image, uncropped) for image in images]
-            picture_prompts += [prompt] * config.class_images
-    total, done = (2 if config.flip else 1) * len(photos + pictures), itertools.count()
+    by_predictions = config.prior_loss_weight > 0 and not of_class
+    total = (2 if config.flip else 1) * sum(len(part) for part in (*photos.values(), *of_class.values()))
+    done = itertools.count()
 
     def on_picture() -> None:
         on_progress("encoding", next(done), total)
 
     on_picture()
-    encoded = encode(base, photos, prompts, flip=config.flip, on_picture=on_picture)
-    prior = encode(base, pictures, picture_prompts, flip=config.flip, on_picture=on_picture) if pictures else None
-    class_text = encode_prompts(base, [*picture_prompts, *class_prompts])
-    text = {} if lora is not None and lora.text_encoder else encode_prompts(base, prompts) | class_text
+    buckets = []
+    for size, part in photos.items():
+        encoded = encode(base, part, flip=config.flip, on_picture=on_picture)
+        prior = encode(base, of_class[size], flip=config.flip, on_picture=on_picture) if of_class else None
+        buckets.append(Bucket(encoded, prior, tuple(class_prompts[size]) if by_predictions else ()))
+    of_photos = [prompt for part in photos.values() for _, prompt in part]
+    drawn_by = [prompt for part in of_class.values() for _, prompt in part]
+    class_text = encode_prompts(base, list(itertools.chain(*class_prompts.values())) if by_predictions else drawn_by)
+    text = {} if lora is not None and lora.text_encoder else encode_prompts(base, of_photos) | class_text
     prune_cache()
-    if pictures:
-        return LatentCache(encoded, prior, base.scaling_factor, text)
-    return LatentCache(encoded, None, base.scaling_factor, text, tuple(class_prompts), class_text)
+    return LatentCache(tuple(buckets), base.scaling_factor, text, class_text if by_predictions else {})
 
 
 def prompt_read(base: BaseModel, subject: Subject, photo: Photo, name: str, warn: Callable[[str], None]) -> str:
@@ -139,7 +133,47 @@ def subjects_of(subject: Subject | Sequence[Subject]) -> list[Subject]:
     return subjects
 
 
-# --- class images for prior preservation: pictures of the plain class by the base itself, drawn once and cached ------
+# --- class images for prior preservation: your own, or drawn by the base itself, once, and cached --------------------
+
+
+def class_pictures(
+    base: BaseModel,
+    subjects: Sequence[Subject],
+    sizes: Sequence[WidthHeight],
+    config: SettledConfig,
+    warn: Callable[[str], None],
+    on_progress: Callable[[int, int], None],
+) -> Pictures:
+    """Class images for each size of the photos: a subject's own, or drawn, `config.class_images` for each class prompt in all,
+    shared among the sizes as the photos are. {} where the base's predictions keep the class."""
+    found: Pictures = {}
+    to_draw: list[tuple[WidthHeight, str]] = []  # for each photo, its size and class prompt
+    for one in subjects:
+        used = [size_for(photo, sizes) for photo in one.photos]
+        to_draw += [] if one.class_images else [(size, one.class_prompt) for size in used]
+        for cropped, prompt in own_class_images(one, list(dict.fromkeys(used))):
+            found.setdefault(cropped.image.size, []).append((cropped, prompt))
+    totals = Counter(prompt for _, prompt in to_draw)
+    for prompt in dict.fromkeys([*(prompt for part in found.values() for _, prompt in part), *totals]):
+        told_if_cut(base, prompt, "class prompt", warn)
+    if not config.class_images:
+        if found and to_draw:
+            predicted = f"{setting('class_images', 0)} keeps the class by predictions"
+            raise SettingsError(f"{predicted}, but a subject has class images; pass some for each")
+        return found
+    for (size, prompt), count in Counter(to_draw).items():
+        share = -(-config.class_images * count // totals[prompt])
+        images = class_images(base, prompt, share, size=size, seed=config.seed, on_progress=on_progress)
+        found.setdefault(size, []).extend((Cropped(image, Crop(0, 0, size[::-1])), prompt) for image in images)
+    return found
+
+
+def own_class_images(subject: Subject, sizes: Sequence[WidthHeight]) -> Iterator[tuple[Cropped, str]]:
+    """Cropped, with their prompts: each to that of `sizes` in which most of it is seen; and all to one that none fits best."""
+    for size in sizes:
+        fitting = [picture for picture in subject.class_images if size_for(picture, sizes) == size]
+        for picture in fitting or subject.class_images:
+            yield crop_photo(picture, [size]), subject.class_prompt_for(picture)
 
 
 def class_images(
@@ -147,35 +181,35 @@ def class_images(
     prompt: str,
     count: int,
     *,
-    resolution: int,
+    size: WidthHeight,
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Image.Image]:
-    """`count` pictures of `prompt` by `base`, from the cache or drawn now.
+    """`count` pictures of `prompt` by `base`, of `size` (width, height in pixels), from the cache or drawn now.
 
     They are cached under all that decides how they look (base, prompt, sampler, size, seed). Image i has its own seed, so a
     larger count only adds images. A disk that is full or read-only does no harm.
     """
     seeds = [(seed * 1_000_003 + i) % SEEDS for i in range(count)]
-    keys = {one: image_key(base, prompt, resolution=resolution, seed=one) for one in seeds}
-    images = {one: image for one in seeds if (image := read_image(keys[one], resolution)) is not None}
+    keys = {one: image_key(base, prompt, size=size, seed=one) for one in seeds}
+    images = {one: image for one in seeds if (image := read_image(keys[one], size)) is not None}
     missing = [one for one in seeds if one not in images]
-    at_a_time = pictures_at_a_time(resolution)
+    at_a_time = pictures_at_a_time(*size)
     if missing:
         on_progress(len(images), count)
     with base.all_on_device() if missing else nullcontext() as pipeline:
         for first in range(0, len(missing), at_a_time):
             part = missing[first : first + at_a_time]
-            for one, image in zip(part, drawn(pipeline, prompt, part, resolution), strict=True):
+            for one, image in zip(part, drawn(pipeline, prompt, part, size), strict=True):
                 images[one] = image.convert("RGB")
                 write_entry("class_images", keys[one], {"pixels": torch.from_numpy(np.array(images[one]))})
             on_progress(len(images), count)
     return [images[one] for one in seeds]
 
 
-def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], resolution: int) -> list[Image.Image]:
+def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], size: WidthHeight) -> list[Image.Image]:
     """A picture for each seed. One that a safety checker blacked out is drawn again: black would be learnt."""
-    options: dict[str, Any] = {"steps": CLASS_IMAGE_STEPS, "guidance": GUIDANCE, "size": resolution}
+    options: dict[str, Any] = {"steps": CLASS_IMAGE_STEPS, "guidance": GUIDANCE, "size": size}
     images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
     for n, seed in enumerate(seeds):
         for trial in range(1, TRIALS):
@@ -194,7 +228,7 @@ def is_black(image: Image.Image) -> bool:
     return image.convert("RGB").getbbox() is None
 
 
-def image_key(base: BaseModel, prompt: str, *, resolution: int, seed: int) -> str:
+def image_key(base: BaseModel, prompt: str, *, size: WidthHeight, seed: int) -> str:
     """Of all that decides how a class image looks."""
     return key_of(
         of="class image",
@@ -203,15 +237,15 @@ def image_key(base: BaseModel, prompt: str, *, resolution: int, seed: int) -> st
         prompt=prompt,
         scheduler=[type(base.scheduler).__name__, dict(base.scheduler.config)],
         sampler=[CLASS_IMAGE_STEPS, GUIDANCE],
-        resolution=resolution,
+        size=size,
         seed=seed,
     )
 
 
-def read_image(key: str, resolution: int) -> Image.Image | None:
+def read_image(key: str, size: WidthHeight) -> Image.Image | None:
     """A cached picture; None if it is missing or damaged, or black or of another size after all."""
     pixels = (read_entry("class_images", key) or {}).get("pixels")
-    if pixels is None or pixels.shape != (resolution, resolution, 3) or pixels.dtype != torch.uint8 or not pixels.any():
+    if pixels is None or pixels.shape != (*size[::-1], 3) or pixels.dtype != torch.uint8 or not pixels.any():
         return None
     return Image.fromarray(pixels.numpy())
 
@@ -221,25 +255,29 @@ def read_image(key: str, resolution: int) -> Image.Image | None:
 
 @torch.no_grad()
 def encode(
-    base: BaseModel, squares: Sequence[Square], prompts: Sequence[str], *, flip: bool, on_picture: Callable[[], None]
+    base: BaseModel, pictures: Sequence[tuple[Cropped, str]], *, flip: bool, on_picture: Callable[[], None]
 ) -> LatentSet:
-    """Pictures of one size -> LatentSet on the base's device, through the cache on disk. on_picture: called after each"""
+    """Pictures of one size, with their prompts -> LatentSet on the base's device, through the cache on disk.
+
+    on_picture  called after each view of a picture
+    """
     depends_on = dependencies(base, "vae")
     means, stds = [], []  # of each view
     for mirrored in (False, True) if flip else (False,):
         encoded = []
-        for square in squares:
-            image = square.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else square.image
+        for one, _ in pictures:
+            image = one.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else one.image
             encoded.append(latents_of(base, to_tensor(image), depends_on))
             on_picture()
         means.append(torch.cat([mean for mean, _ in encoded]))
         stds.append(torch.cat([std for _, std in encoded]))
-    ids = [base.time_ids(s.crop.original_size, (s.crop.top, s.crop.left), s.image.width) for s in squares]
-    masks = [square.mask for square in squares]
+    crops = [(one.crop, one.image.size[::-1]) for one, _ in pictures]
+    ids = [base.time_ids(crop.original_size, (crop.top, crop.left), height_and_width) for crop, height_and_width in crops]
+    masks = [one.mask for one, _ in pictures]
     return LatentSet(
         mean=torch.stack(means).to(base.device),
         std=torch.stack(stds).to(base.device),
-        prompts=tuple(prompts),
+        prompts=tuple(prompt for _, prompt in pictures),
         time_ids=torch.stack([row for row in ids if row is not None]) if base.family.time_ids else None,
         masks=mask_latents(masks, base.pixels_per_latent, views=len(means)).to(base.device) if any(masks) else None,
     )

@@ -79,8 +79,9 @@ class Job:
         """Where and how the run is computed; elsewhere, results are equal up to rounding."""
         device = self.base.device
         latents = hashlib.sha256()
-        for pictures in filter(None, (cache.photos, cache.class_images)):
-            latents.update(pictures.mean.cpu().numpy().tobytes())
+        for bucket in cache.buckets:
+            for pictures in filter(None, (bucket.photos, bucket.class_images)):
+                latents.update(pictures.mean.cpu().numpy().tobytes())
         return {
             "lora_booth": __version__,
             "python": platform.python_version(),

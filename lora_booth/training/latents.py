@@ -14,7 +14,7 @@ from ..base.families import TIMESTEPS
 
 @dataclass(frozen=True)
 class LatentSet:
-    """N pictures with their prompts. V = 2 with mirrored pictures, else 1."""
+    """N pictures of one size with their prompts. V = 2 with mirrored pictures, else 1."""
 
     mean: Tensor  # (V, N, C, H/f, W/f) float32, of the VAE's posterior, unscaled
     std: Tensor  # the same
@@ -27,20 +27,32 @@ class LatentSet:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """The photos of one size, and what keeps the class in pictures of that size."""
+
+    photos: LatentSet
+    class_images: LatentSet | None = None
+    class_prompts: tuple[str, ...] = ()  # one for each photo, where the base's predictions keep the class; else none
+
+
+@dataclass(frozen=True)
 class LatentCache:
     """Photos and class images as latents, and each distinct prompt as text conditions."""
 
-    photos: LatentSet
-    class_images: LatentSet | None
+    buckets: tuple[Bucket, ...]  # one for each size; a single one of squares
     scaling_factor: float
     text: dict[str, TextConditions]  # prompt -> one row; empty when the text encoders are trained too
-    class_prompts: tuple[str, ...] = ()  # one for each photo, where the base's predictions keep the class; else none
-    class_text: dict[str, TextConditions] = field(default_factory=dict)  # of these, by the base's own text encoders
+    class_text: dict[str, TextConditions] = field(default_factory=dict)  # of class prompts, by the base's own text encoders
+
+    @property
+    def photos(self) -> int:
+        return sum(len(bucket.photos) for bucket in self.buckets)
 
     @property
     def rows_per_photo(self) -> int:
         """Of a batch: each photo, and a class image or the photo again by its class prompt."""
-        return 1 if self.class_images is None and not self.class_prompts else 2
+        first = self.buckets[0]
+        return 1 if first.class_images is None and not first.class_prompts else 2
 
 
 @dataclass(frozen=True)
@@ -102,16 +114,18 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> Batch:
-    """The batch of forward pass `step`.
+    """The batch of forward pass `step`, of pictures of one size.
 
-    Every photo is drawn once before any is drawn twice. The VAE's posterior is sampled again each time. Where the base's
-    predictions keep the class, its rows are the noisy photos again, at the same timesteps.
+    Every photo of that size is drawn once before any is drawn twice. The VAE's posterior is sampled again each time. Where
+    the base's predictions keep the class, its rows are the noisy photos again, at the same timesteps.
     """
-    device = cache.photos.mean.device
+    number, earlier = turn(tuple(len(bucket.photos) for bucket in cache.buckets), seed, step)
+    bucket = cache.buckets[number]
+    device = bucket.photos.mean.device
     generator = step_generator(seed, step, device)
-    parts = [(cache.photos, rows(len(cache.photos), seed, step, batch_size))]
-    if cache.class_images is not None:
-        parts.append((cache.class_images, rows(len(cache.class_images), seed + 1, step, batch_size)))
+    parts = [(bucket.photos, rows(len(bucket.photos), seed, earlier, batch_size))]
+    if bucket.class_images is not None:
+        parts.append((bucket.class_images, rows(len(bucket.class_images), seed + 1, earlier, batch_size)))
     latents, prompts, ids, masks = [], [], [], []
     for items, index in parts:
         view = torch.randint(items.mean.shape[0], (len(index),), generator=generator, device=device)
@@ -122,15 +136,15 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> Batch:
         prompts += [items.prompts[i] for i in index]
         if items.time_ids is not None:
             ids.append(items.time_ids[where])
-        if cache.photos.masks is not None:
+        if bucket.photos.masks is not None:
             plain = torch.ones_like(mean[:, :1])
             masks.append(plain if items.masks is None else items.masks[view, where])
     stacked = torch.cat(latents)
     noise = torch.randn(stacked.shape, generator=generator, device=device)
     timesteps = torch.randint(TIMESTEPS, (len(stacked),), generator=generator, device=device)
-    if cache.class_prompts:
+    if bucket.class_prompts:
         stacked, noise, timesteps = (torch.cat([drawn, drawn]) for drawn in (stacked, noise, timesteps))
-        prompts += [cache.class_prompts[i] for i in parts[0][1]]
+        prompts += [bucket.class_prompts[i] for i in parts[0][1]]
         ids, masks = 2 * ids, [*masks, *map(torch.ones_like, masks)]
     return Batch(
         stacked,
@@ -149,8 +163,20 @@ def numbers_on(device: torch.device, values: Sequence[int]) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
+def turn(photos: tuple[int, ...], seed: int, step: int) -> tuple[int, int]:
+    """The number of the bucket that this step draws from, and how many earlier steps did. photos: in each bucket
+
+    In as many steps as there are photos, each bucket has a turn for each of its photos: all are drawn equally often.
+    """
+    buckets = [number for number, count in enumerate(photos) for _ in range(count)]
+    passes, place = divmod(step, len(buckets))
+    order = torch.randperm(len(buckets), generator=step_generator(seed + 2, -1 - passes, torch.device("cpu"))).tolist()
+    turns = [buckets[i] for i in order]
+    return turns[place], passes * photos[turns[place]] + turns[:place].count(turns[place])
+
+
 def rows(count: int, seed: int, step: int, batch_size: int) -> list[int]:
-    """Indices of this step: a new order for every pass through the pictures."""
+    """Indices of the batch that `step` batches of these pictures precede: a new order for every pass through them."""
     chosen = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(position, count)

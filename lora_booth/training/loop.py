@@ -91,7 +91,7 @@ def inputs_of(state: LoopState, index: int) -> Iterator[Inputs]:
     size = config.pictures_at_a_time or max(1, len(batch))
     for first in range(0, len(batch), size):
         part = batch[first : first + size]
-        of_class = part.prompts[part.photos :] if state.cache.class_prompts else ()
+        of_class = part.prompts[part.photos :] if state.cache.class_text else ()
         text = conditions(state.base, state.cache.text, part.prompts)
         yield Inputs(part, text, conditions(state.base, state.cache.class_text, of_class) if of_class else None)
 

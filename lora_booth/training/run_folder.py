@@ -224,9 +224,9 @@ class RunFolder:
         self.record.event(text, step=step)
         self.record.write()
 
-    def save_crop(self, number: int, square: Image.Image) -> None:
-        """Save a small copy of a training square for the report."""
-        small = square.copy()
+    def save_crop(self, number: int, image: Image.Image) -> None:
+        """Save a small copy of a training picture for the report."""
+        small = image.copy()
         small.info = {}
         small.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
         content = io.BytesIO()

@@ -66,7 +66,7 @@ def training_steps(
     """
     base, cache = typed("base", base, BaseModel), typed("cache", cache, LatentCache)
     lora, _, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
-    run = TrainingRun(base, cache, lora, settled(config, base, len(cache.photos)), first=first)
+    run = TrainingRun(base, cache, lora, settled(config, base, cache.photos), first=first)
     try:
         yield from run
     finally:
@@ -175,8 +175,15 @@ class TrainingRun(Iterator[Step]):
             self._climb(reason)  # out here: the exception's traceback holds tensors
 
     def _climb(self, reason: str) -> None:
-        """Go to the next level of the memory ladder. Raises TrainingError at its end."""
+        """Go to the next level of the memory ladder. Raises TrainingError at its end.
+
+        Before that, drop the recordings of other layouts, whose memory a new one cannot use.
+        """
         loop = self.loop
+        if isinstance(self.backward, StepGraph) and self.backward.layouts > 1:
+            self.backward.close()
+            self.say(f"out of memory at step {self.step + 1}: continuing without a recording")
+            return
         pictures = loop.config.batch_size * loop.cache.rows_per_photo
         level = next_level(loop.config, pictures=-(-pictures // loop.processes.count))
         if level is None:
@@ -307,8 +314,7 @@ def fastest_for(base: BaseModel, cache: LatentCache, config: SettledConfig, proc
     """The fastest attention for the batches of this run, the same in all its processes."""
     pictures = config.batch_size * cache.rows_per_photo
     pictures = min(config.pictures_at_a_time or pictures, -(-pictures // processes.count))
-    side = cache.photos.mean.shape[-1] * base.pixels_per_latent
-    measure = partial(fastest_attention, base, resolution=side, pictures=pictures)
+    measure = partial(fastest_attention, base, resolution=config.resolution, pictures=pictures)
     return measure() if processes.count == 1 else processes.from_main(measure)
 
 

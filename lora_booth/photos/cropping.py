@@ -1,7 +1,8 @@
-"""The training square: the pixels of a photo that training uses, resized, and as a tensor in -1..1; and where it lies."""
+"""Crops: the pixels of a photo that training uses, resized to one of a few sizes, and as a tensor in -1..1; where they lie."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..config import PhotoShape
 from .opening import open_photo, read_mask
 from .photo import Photo, Point, Region
 
@@ -17,8 +19,12 @@ if TYPE_CHECKING:
 
 Cropping = Literal["smart", "center"]
 Values = npt.NDArray[np.float32]
+WidthHeight = tuple[int, int]  # pixels
 
-AREA_FIRST = 2.0  # large squares are averaged over whole pixels down to this many times the resolution; chosen
+MAX_ASPECT = 4.0  # long side / short side of a photo; chosen, and the most of SDXL's own sizes
+SIDES_PER_RESOLUTION = 8  # sides of buckets differ by an eighth of the resolution; chosen
+LARGEST_MULTIPLE = 64  # or by 64 pixels, as SDXL's own sizes do (arXiv 2307.01952, appendix I); SD 1.x and 2.x halve 64 evenly
+AREA_FIRST = 2.0  # large crops are averaged over whole pixels down to this many times the size; chosen
 CENTRE_PREFERENCE = 0.05  # share of all saliency that a square at the edge must gain over the middle one; chosen
 # Black bars. The limits were chosen on letterboxed and dark photos.
 BAR_LEVEL = 16  # of 255; darker counts as black, so that the noise of a JPEG does
@@ -36,71 +42,103 @@ RGB_TO_XYZ = np.array(  # IEC 61966-2-1
 
 @dataclass(frozen=True)
 class Crop:
-    """Where a training square comes from, as SDXL's micro-conditioning expects it. All in pixels."""
+    """Where a training picture comes from, as SDXL's micro-conditioning expects it. All in pixels."""
 
-    top: int  # of the square, in the picture resized so that its short side is the training resolution
+    top: int  # of the crop, in the photo resized so that the crop has its final size
     left: int
-    original_size: tuple[int, int]  # height, width of the picture (or of the user's crop) before resizing
+    original_size: tuple[int, int]  # height, width of the photo (or of the user's crop) before resizing
 
 
 @dataclass(frozen=True)
-class Square:
+class Cropped:
     """One photo, cropped and resized."""
 
-    image: Image.Image  # RGB, resolution x resolution
+    image: Image.Image  # RGB
     crop: Crop
     mask: Image.Image | None = None  # greys, as large; white is the subject
-    kept: float | None = None  # share of the mask that is inside the square; None without a mask
+    kept: float | None = None  # share of the mask that is inside the crop; None without a mask
 
 
-def training_square(photo: Photo, resolution: int) -> Square:
-    """Open a photo, crop it to its square and resize it to `resolution` pixels; likewise its mask. Raises PhotoError."""
-    left, top, side = square_box(photo.width, photo.height, photo.crop, photo.focus)
-    smaller = max(1, int(side / (AREA_FIRST * resolution)))  # averaged while it is opened, to save memory
-    image = crop_and_resize(open_photo(photo, smaller=smaller), resolution, photo.crop, focus=photo.focus)
-    crop = crop_of(photo.width, photo.height, resolution, photo.crop, photo.focus)
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def picture_sizes(resolution: int, shape: PhotoShape, *, multiple: int = 8) -> list[WidthHeight]:
+    """The sizes that photos are cropped to: the square with this side or, for buckets, also other shapes up to 4:1, of its area
+    or a little less. So no bucket takes more memory or time than the square.
+
+    multiple  pixels that the base needs both sides to be a multiple of
+    """
+    if shape == "square":
+        return [(resolution, resolution)]
+    step = max(multiple, min(LARGEST_MULTIPLE, resolution // SIDES_PER_RESOLUTION) // multiple * multiple)
+    sizes = []
+    for short in range(resolution // step * step, 0, -step):
+        long = resolution**2 // short // step * step
+        if long <= MAX_ASPECT * short:
+            sizes += [(short, long), (long, short)]
+    return list(dict.fromkeys(sizes))
+
+
+def size_for(photo: Photo, sizes: Sequence[WidthHeight]) -> WidthHeight:
+    """That of `sizes` in which most of the photo (or of its crop) is seen."""
+    x0, y0, x1, y1 = box(photo.width, photo.height, photo.crop)
+    aspect = (x1 - x0) / (y1 - y0)
+    return max(sizes, key=lambda size: min(aspect * size[1] / size[0], size[0] / size[1] / aspect))
+
+
+# --- the crop -------------------------------------------------------------------------------------------------------
+
+
+def crop_photo(photo: Photo, sizes: Sequence[WidthHeight]) -> Cropped:
+    """Open a photo, crop it to the shape of one of `sizes`, that in which most of it is seen, and resize it to that size;
+    likewise its mask. Raises PhotoError."""
+    size = size_for(photo, sizes)
+    left, top, width, height = crop_box(photo.width, photo.height, size, photo.crop, photo.focus)
+    smaller = max(1, int(min(width / size[0], height / size[1]) / AREA_FIRST))  # averaged while it is opened, to save memory
+    image = crop_and_resize(open_photo(photo, smaller=smaller), size, photo.crop, focus=photo.focus)
+    crop = crop_of(photo.width, photo.height, size, photo.crop, photo.focus)
     if photo.mask is None:
-        return Square(image, crop)
+        return Cropped(image, crop)
     greys, _ = read_mask(photo.mask.source, photo.name, sha256=photo.mask.sha256)
     across, down = greys.width / photo.width, greys.height / photo.height
-    region = (left * across, top * down, (left + side) * across, (top + side) * down)
+    region = (left * across, top * down, (left + width) * across, (top + height) * down)
     # not Lanczos: it overshoots at a mask's hard edge
-    method = Image.Resampling.BOX if region[2] - region[0] >= resolution else Image.Resampling.BILINEAR
-    mask = greys.resize((resolution, resolution), method, box=region)
+    method = Image.Resampling.BOX if region[2] - region[0] >= size[0] else Image.Resampling.BILINEAR
+    mask = greys.resize(size, method, box=region)
     inside = np.asarray(greys.crop(region)).sum()
-    return Square(image, crop, mask, float(inside / max(1, np.asarray(greys).sum())))
+    return Cropped(image, crop, mask, float(inside / max(1, np.asarray(greys).sum())))
 
 
 def crop_and_resize(
-    image: Image.Image, resolution: int, crop: Region | None = None, *, focus: Point | None = None
+    image: Image.Image, size: WidthHeight, crop: Region | None = None, *, focus: Point | None = None
 ) -> Image.Image:
-    """The square in the middle of a picture (or of its `crop`), or the one centred on `focus`, resolution x resolution pixels.
+    """The part of a picture (or of its `crop`) in the shape of `size`, in the middle or centred on `focus`, resized to it.
 
-    Large squares are first averaged over whole pixels (area) and then resampled with Lanczos, so that fine patterns fade
+    Large parts are first averaged over whole pixels (area) and then resampled with Lanczos, so that fine patterns fade
     instead of turning into false ones; small ones are enlarged with Lanczos; one of the right size is unchanged.
     """
-    left, top, side = square_box(image.width, image.height, crop, focus)
-    # Crop first: resampling inside a larger picture would let pixels from outside the square bleed in at its edge.
-    square = image.crop((left, top, left + side, top + side))
-    if side == resolution:
-        return square
-    return square.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=AREA_FIRST)
+    left, top, width, height = crop_box(image.width, image.height, size, crop, focus)
+    # Crop first: resampling inside a larger picture would let pixels from outside the crop bleed in at its edge.
+    part = image.crop((left, top, left + width, top + height))
+    if (width, height) == size:
+        return part
+    return part.resize(size, Image.Resampling.LANCZOS, reducing_gap=AREA_FIRST)
 
 
-def crop_of(width: int, height: int, resolution: int, crop: Region | None, focus: Point | None) -> Crop:
-    """The micro-conditioning of SDXL for the square of a picture of this width and height (pixels).
+def crop_of(width: int, height: int, size: WidthHeight, crop: Region | None, focus: Point | None) -> Crop:
+    """The micro-conditioning of SDXL for a picture of this width and height (pixels), cropped to the shape of `size`.
 
-    As in diffusers' SDXL DreamBooth script with a centre crop: a 1000 x 800 (w x h) photo at 512 is 640 x 512 when
+    As in diffusers' SDXL DreamBooth script with a centre crop: a 1000 x 800 (w x h) photo at 512 x 512 is 640 x 512 when
     resized, so its square begins at (0, 64). A `crop` counts as the picture, since nothing outside it is used.
     """
     x0, y0, x1, y1 = box(width, height, crop)
-    left, top, side = square_box(width, height, crop, focus)
+    left, top, across, down = crop_box(width, height, size, crop, focus)
     if focus is not None:
-        corner = round((top - y0) * resolution / side), round((left - x0) * resolution / side)
+        corner = round((top - y0) * size[1] / down), round((left - x0) * size[0] / across)
     else:
-        resized_width = resolution * (x1 - x0) // side
-        resized_height = resolution * (y1 - y0) // side
-        corner = round((resized_height - resolution) / 2), round((resized_width - resolution) / 2)
+        resized_width = size[0] * (x1 - x0) // across
+        resized_height = size[1] * (y1 - y0) // down
+        corner = round((resized_height - size[1]) / 2), round((resized_width - size[0]) / 2)
     return Crop(top=corner[0], left=corner[1], original_size=(y1 - y0, x1 - x0))
 
 
@@ -112,14 +150,16 @@ def box(width: int, height: int, crop: Region | None) -> tuple[int, int, int, in
     return (x0, y0, max(round(crop[2] * width), x0 + 1), max(round(crop[3] * height), y0 + 1))
 
 
-def square_box(width: int, height: int, crop: Region | None, focus: Point | None) -> tuple[int, int, int]:
-    """left, top and side in pixels of the largest square of the picture (or of its crop), centred on `focus` if possible."""
+def crop_box(width: int, height: int, size: WidthHeight, crop: Region | None, focus: Point | None) -> tuple[int, int, int, int]:
+    """left, top, width and height in pixels of the largest part of the picture (or of its crop) in the shape of `size`,
+    centred on `focus` if possible."""
     x0, y0, x1, y1 = box(width, height, crop)
-    side = min(x1 - x0, y1 - y0)
+    across = min(x1 - x0, max(1, round((y1 - y0) * size[0] / size[1])))
+    down = min(y1 - y0, max(1, round((x1 - x0) * size[1] / size[0])))
     if focus is None:
-        return x0 + (x1 - x0 - side) // 2, y0 + (y1 - y0 - side) // 2, side
-    left, top = round(focus[0] * width - side / 2), round(focus[1] * height - side / 2)
-    return min(max(left, x0), x1 - side), min(max(top, y0), y1 - side), side
+        return x0 + (x1 - x0 - across) // 2, y0 + (y1 - y0 - down) // 2, across, down
+    left, top = round(focus[0] * width - across / 2), round(focus[1] * height - down / 2)
+    return min(max(left, x0), x1 - across), min(max(top, y0), y1 - down), across, down
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -130,7 +170,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1)[None].contiguous().float() / 127.5 - 1.0
 
 
-# --- where the square lies: around the subject, without black bars ----------------------------------------------------
+# --- where the crop lies: around the subject, without black bars ------------------------------------------------------
 
 
 def focus_of(image: Image.Image, crop: Region | None, mask: Image.Image | None) -> Point | None:
