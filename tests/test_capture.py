@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,16 +101,19 @@ def test_nothing_is_added_twice_and_what_cannot_be_recorded_runs_as_usual_and_sa
 @needs_cuda
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_recorded_and_not_recorded_are_the_same_training(kind: str, dtype: torch.dtype, photos: Path) -> None:
+@pytest.mark.parametrize(("shape", "sizes"), [("square", 1), ("buckets", 2)])
+def test_recorded_and_not_recorded_are_the_same_training(
+    kind: str, dtype: torch.dtype, shape: Any, sizes: int, photos: Path
+) -> None:
     found = {}
     for capture in ("off", "on"):  # on a GPU nearly so
         base = BaseModel.from_pipeline(make_pipeline(kind).to("cuda", dtype), name="tiny")
-        config = replace(CONFIG, capture=capture, gradient_accumulation=2)  # type: ignore[arg-type]
-        subject = Subject.from_folder(photos, token="sks", class_noun="dog")
+        config = replace(CONFIG, capture=capture, gradient_accumulation=2, shape=shape)  # type: ignore[arg-type]
+        subject = Subject.from_folder(photos, token="sks", class_noun="dog", crops={"1.jpg": (0, 0, 1, 0.5)})
         cache = prepare(base, [subject], lora=LoraSpec(rank=2), config=config)
         run = TrainingRun(base, cache, LoraSpec(rank=2), replace(config, resolution=64))
         losses = [step.loss for step in run]
-        assert bool(getattr(run.backward, "_recordings", {})) == (capture == "on")
+        assert len(getattr(run.backward, "_recordings", {})) == (sizes if capture == "on" else 0)
         found[capture] = losses, run.lora.factors()
         run.close()
         assert not getattr(run.backward, "_recordings", {})

@@ -68,15 +68,15 @@ def picture_sizes(resolution: int, shape: PhotoShape, *, multiple: int = 8) -> l
 
     multiple  pixels that the base needs both sides to be a multiple of
     """
+    sizes = [(resolution, resolution)]
     if shape == "square":
-        return [(resolution, resolution)]
+        return sizes
     step = max(multiple, min(LARGEST_MULTIPLE, resolution // SIDES_PER_RESOLUTION) // multiple * multiple)
-    sizes = []
     for short in range(resolution // step * step, 0, -step):
         long = resolution**2 // short // step * step
-        if long <= MAX_ASPECT * short:
+        if short < long <= MAX_ASPECT * short:
             sizes += [(short, long), (long, short)]
-    return list(dict.fromkeys(sizes))
+    return sizes
 
 
 def size_for(photo: Photo, sizes: Sequence[WidthHeight]) -> WidthHeight:
