@@ -26,9 +26,9 @@ from PIL import Image, ImageFilter
 from lora_booth.photos.audit import audit_photos
 from lora_booth.photos.cropping import crop_box, focus_of
 from lora_booth.photos.finding import find_photos
+from lora_booth.photos.masks import rembg_segmenter
 from lora_booth.photos.measures import alike_behind, likeness, nearly_the_same
 from lora_booth.photos.opening import open_photo
-from lora_booth.photos.segmenting import rembg_segmenter
 from lora_booth.photos.sheet import contact_sheet
 
 BOXES = {  # folder -> photo -> x0, y0, x1, y1 of the subject in percent of the photo, by eye

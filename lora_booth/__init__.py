@@ -36,6 +36,7 @@ _HOMES = {
     "grid_steps": "pictures.grids",
     "attached": "injection",
     "Photo": "photos.photo",
+    "caption_model": "photos.captioning",
     "make_masks": "photos.segmenting",
     "Step": "training.progress",
     "PROMPT_SETS": "pictures.prompts",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .errors import LoraBoothError
     from .evaluation.protocol import evaluate
     from .injection import attached
+    from .photos.captioning import caption_model
     from .photos.photo import Photo
     from .photos.segmenting import make_masks
     from .pictures.composition import Composition

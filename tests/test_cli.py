@@ -593,12 +593,12 @@ CARD = {"title", "author", "license", "consent", "tags"}  # facts of a card, whi
 PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]] = {
     # command: the Python behind it; options of another name; options that only a command has
     "demo": ((), {}, {"out"}),
-    "photos": ((Subject.from_folder, Subject.audit), {}, {"folder", "sheet", "make_masks", "json"}),
+    "photos": ((Subject.from_folder, Subject.audit), {}, {"folder", "sheet", "auto_masks", "make_masks", "json"}),
     "token": ((BaseModel.load, propose_tokens), {}, {"base", "check"}),
     "train": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train, Adapter.save),
         {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images"},
-        {"folder", "base", "run"},
+        {"folder", "base", "run", "auto_masks", "caption_model"},
     ),
     "cache": ((), {}, {"clear"}),
     "plan": ((LoraSpec, TrainingConfig, lora_booth.plan), {"vram": "vram_gb"}, {"base", "family", "json"}),

@@ -37,6 +37,7 @@ def photos(
     shape: PhotoShape = "square",  # as for `train`: square or buckets
     sheet: Path | None = None,  # write a contact sheet of the crops here, e.g. crops.png
     crop: Crop = "smart",
+    auto_masks: bool = False,  # mask photos that have no mask where rembg is sure, as --auto-masks of train does
     make_masks: bool = False,  # first write NAME.mask.png beside photos that have none (needs lora-booth[masks])
     json: Json = False,
 ) -> None:
@@ -53,7 +54,7 @@ def photos(
     tell = note if json else say
     if make_masks:
         write_masks(folder, say=lambda line: tell(f"mask     {line}"))
-    found = find_photos(folder, crop=crop, minimum=1, maximum=1000)
+    found = find_photos(folder, crop=crop, masks="auto" if auto_masks else None, minimum=1, maximum=1000)
     if sheet is not None and any(sheet.exists() and sheet.samefile(photo.path) for photo in found.photos):
         raise SettingsError(f"{sheet}: one of the photos; pass another file")
     audit = audit_photos(found.photos, found.skipped, resolution=resolution, shape=shape)
@@ -102,6 +103,8 @@ def train(
     lora: LoraSpec,
     config: TrainingConfig,
     init: Path | None = None,  # adapter file to begin with, e.g. rex.safetensors [a new adapter]
+    auto_masks: bool = False,  # mask photos that have no mask where rembg is sure of the subject (needs lora-booth[masks])
+    caption_model: str | None = None,  # captions photos without one, e.g. Salesforce/blip-image-captioning-base
     class_folder: Path | None = None,  # your own pictures of the plain class, instead of drawn ones, e.g. photos/dogs
     run: Path | None = None,  # folder for checkpoints and the report, e.g. runs/rex [OUT without its ending]
     track: list[str] | None = None,  # log to tensorboard (files in --run) or wandb (uploads samples too); repeatable
@@ -114,6 +117,7 @@ def train(
     restart: bool = False,  # discard an earlier run in the same folder
 ) -> None:
     """Train an adapter on a folder of photos. Run the same command again to continue an interrupted run."""
+    from ..photos.captioning import caption_model as photo_captioner
     from ..run import train as train_adapter
     from ..subject.subject import Subject
     from ..training.checkpoint import ADAPTER
@@ -128,6 +132,8 @@ def train(
         minimum=min_photos,
         maximum=max_photos,
         crop=crop,
+        masks="auto" if auto_masks else None,
+        captioner=None if caption_model is None else photo_captioner(caption_model),
         class_images=class_folder,
     )
     for skipped in subject.skipped:

@@ -8,19 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
-from PIL import Image
+from typing import Any, Literal, get_args
 
 from ..config import as_type, typed
 from ..errors import PhotoError, listed, setting, shown
 from ..files import read_json
+from .captioning import Captioner
 from .cropping import BAR_COPY, MAX_ASPECT, Cropping, box, focus_of, without_black_bars
-from .opening import FORMATS, begins_like_a_photo, opened, read_mask, upright_copy, upright_size
-from .photo import Mask, Photo, PhotoSet, Region, Skipped, Unusable
+from .masks import MaskSource, Segmenter, given_mask, own_mask, rembg_segmenter, sure_mask
+from .opening import FORMATS, begins_like_a_photo, opacity, opened, upright_copy, upright_size
+from .photo import Photo, PhotoSet, Region, Skipped, Unusable
 
 MIN_SIDE = 64  # pixels of the short side of a photo or its crop; chosen: an eighth of SD 1.x's resolution
 MAX_TEXT_BYTES = 2**20  # of a caption or crops.json; chosen
@@ -29,12 +28,8 @@ CROPS_FILE = "crops.json"
 CAPTION_ENDING = ".txt"
 CAPTIONS_ELSEWHERE = (".caption", ".captions", ".cap", ".tag", ".tags", ".json", ".jsonl", ".csv", ".tsv")  # of other trainers
 MASK_ENDING = ".mask.png"
-WHITE = 128  # of 255; chosen; a mask without a pixel this bright is refused
-SHAPE_TOLERANCE = 0.01  # of a side, at least a pixel, for masks of another size than their photo; chosen
 ENOUGH = 2 * BAR_COPY  # pixels, at least, of the long side of the copy that is searched for bars and salient places
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
-
-MaskSource = Path | str | Image.Image
 
 
 def find_photos(
@@ -42,7 +37,8 @@ def find_photos(
     *,
     crop: Cropping = "smart",
     crops: Mapping[str, Region] | None = None,
-    masks: Mapping[str, MaskSource] | None = None,
+    masks: Mapping[str, MaskSource] | Segmenter | Literal["auto"] | None = None,
+    captioner: Captioner | None = None,
     minimum: int = 3,
     maximum: int = 100,
 ) -> PhotoSet:
@@ -56,20 +52,24 @@ def find_photos(
         own = "for squares of your own, e.g. of faces, write crops.json or masks beside the photos"
         raise PhotoError(f"crop {shown(crop)!r} is unknown; allowed: {', '.join(get_args(Cropping))}; {own}")
     minimum, maximum = typed("minimum", minimum, int), typed("maximum", maximum, int)
-    crops, masks = typed("crops", crops or {}, Mapping), typed("masks", masks or {}, Mapping)
+    kinds: Any = Mapping | Literal["auto"] | Callable
+    crops, masks = typed("crops", crops or {}, Mapping), typed("masks", masks or {}, kinds)
+    captioner = typed("captioner", captioner, Callable | None)
     if minimum < 1 or maximum < minimum:
         raise PhotoError(f"minimum {minimum}, maximum {maximum}; needed: 1 <= minimum <= maximum")
     where, candidates, skipped, regions = _listing(source)
     regions.update(crops)
+    given: Mapping[str, MaskSource] = masks if isinstance(masks, Mapping) else {}
     _check_names(where, "crop", regions, candidates)
-    _check_names(where, "mask", masks, candidates)
+    _check_names(where, "mask", given, candidates)
     if len(candidates) > maximum:  # by their first bytes, so that 10,000 photos are not decoded first
         _check_not_too_many(where, sum(begins_like_a_photo(path) for path in candidates), maximum)
+    segmenter: Any = None if isinstance(masks, Mapping) else rembg_segmenter() if masks == "auto" else masks
     photos: list[Photo] = []
     first_with: dict[str, str] = {}  # digest of file or pixels, and crop -> the first photo that has it
     for path in candidates:
         try:
-            photos.append(_check(path, regions.get(path.name), masks.get(path.name), crop, first_with))
+            photos.append(_check(path, regions.get(path.name), given.get(path.name), crop, first_with, segmenter, captioner))
         except Unusable as error:
             captions = "; captions belong in photo.txt beside photo.jpg" if path.suffix.lower() in CAPTIONS_ELSEWHERE else ""
             skipped.append(Skipped(path, f"{error}{captions}"))
@@ -134,7 +134,13 @@ def _unfit_entry(path: Path, root: Path | None) -> str | None:
 
 
 def _check(
-    path: Path, region: Region | None, given_mask: MaskSource | None, cropping: Cropping, first_with: dict[str, str]
+    path: Path,
+    region: Region | None,
+    mask_source: MaskSource | None,
+    cropping: Cropping,
+    first_with: dict[str, str],
+    segmenter: Segmenter | None,
+    captioner: Captioner | None,
 ) -> Photo:
     """Decode all of the photo. Raises Unusable with the reason, PhotoError for an invalid crop, mask or caption."""
     with opened(path) as (image, kind, digest):
@@ -144,7 +150,8 @@ def _check(
             raise Unusable(f"the same file as {first_with[file_key]}")
         # an MPO is a JPEG with a preview or the picture of a second lens
         several = bool(getattr(image, "is_animated", False)) and kind not in ("JPEG", "MPO")
-        rgb = upright_copy(image, smaller=max(1, max(image.size) // ENOUGH))
+        smaller = max(1, max(image.size) // ENOUGH)
+        rgb, opaque = upright_copy(image, smaller=smaller), opacity(image, smaller=smaller)
         width, height = upright_size(image)
     crop = None if region is None else fractions(path, region, width, height)
     unfit = _unfit_size(width, height, crop)
@@ -163,7 +170,17 @@ def _check(
         if _unfit_size(width, height, inner) is None:
             crop = inner
             notes.append("black bars cut away")
-    mask, greys = find_mask(path, given_mask, width, height, crop) or (None, None)
+    source = mask_source or sidecar(path, MASK_ENDING)
+    if source is not None:
+        found: Any = given_mask(source, path, width, height, crop)
+    elif (found := own_mask(opaque, crop)) is not None:
+        notes.append("mask: its transparency")
+    elif segmenter is not None:
+        found = sure_mask(rgb, crop, segmenter, shown(path.name))
+        notes.append(f"no mask: {found}" if isinstance(found, str) else "mask: by the segmenter")
+    mask, greys = (None, None) if found is None or isinstance(found, str) else found
+    if caption is None and captioner is not None:
+        caption = one_line(captioner(rgb), f"by the captioner for {shown(path.name)}")
     focus = focus_of(rgb, crop, greys) if cropping == "smart" and region is None else None
     first_with[file_key] = first_with[pixel_key] = shown(path.name)
     return Photo(path, width, height, caption, crop, digest, "; ".join(notes) or None, focus, mask)
@@ -238,6 +255,13 @@ def caption_of(path: Path) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read as UTF-8 text ({type(error).__name__})"
         raise PhotoError(f"caption {name}: {what}; save it as UTF-8, or check its permissions") from None
+    return one_line(text, name)
+
+
+def one_line(text: Any, name: str) -> str | None:
+    """A caption without line ends and control characters; None if nothing is left. Raises PhotoError."""
+    if not isinstance(text, str):
+        raise PhotoError(f"caption {name}: a {type(text).__name__}; needed: a string")
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if len(text) > MAX_CAPTION:
         raise PhotoError(f"caption {name}: {len(text)} characters; at most {MAX_CAPTION}, of which about 300 are read")
@@ -272,37 +296,3 @@ def fractions(path: Path, region: Any, width: int, height: int) -> Region:
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         raise PhotoError(f"{cause} is outside the photo or empty; {remedy}")
     return x0, y0, x1, y1
-
-
-# --- masks ----------------------------------------------------------------------------------------------------------
-
-
-def find_mask(
-    path: Path, given: MaskSource | None, width: int, height: int, crop: Region | None
-) -> tuple[Mask, Image.Image] | None:
-    """The mask of the photo `path`, checked, and its greys (L): the `given` one, else the file beside the photo.
-
-    width, height  of the upright photo, in pixels
-    Raises PhotoError for a mask without white, or of another shape than the photo.
-    """
-    source = given or sidecar(path, MASK_ENDING)
-    if source is None:
-        return None
-    source = Path(source) if isinstance(source, str) else source
-    if not isinstance(source, (Path, Image.Image)):
-        raise PhotoError(f"mask of {shown(path.name)}: a {type(source).__name__}; pass a file or a PIL image")
-    name = shown(source.name) if isinstance(source, Path) else f"of {shown(path.name)}"
-    greys, digest = read_mask(source, name)
-    check_shape(greys, name, width, height, "the upright photo")
-    part = greys.crop(box(greys.width, greys.height, crop))
-    if not (np.asarray(part) >= WHITE).any():
-        where = "no white" if crop is None else "no white inside the photo's crop"
-        raise PhotoError(f"mask {name}: {where}; make the subject white (255) and the rest black")
-    return Mask(source, digest), greys
-
-
-def check_shape(greys: Image.Image, name: str, width: int, height: int, of: str) -> None:
-    """Raises PhotoError if a mask does not have the shape of a picture of this size (pixels)."""
-    fits = greys.width * height / width
-    if abs(greys.height - fits) > max(1, SHAPE_TOLERANCE * fits):
-        raise PhotoError(f"mask {name}: {greys.width}x{greys.height} px for {width}x{height}; it must have the shape of {of}")

@@ -200,6 +200,24 @@ def upright_copy(image: Image.Image, mode: Mode = "RGB", *, smaller: int = 1) ->
         part = convert(rows.reduce(smaller)) if first else convert(rows).reduce(smaller)
         copy.paste(part, (0, top))
         top += part.height
+    return _upright(copy, image)
+
+
+def opacity(image: Image.Image, *, smaller: int = 1) -> Image.Image | None:
+    """Of a decoded picture: greys (L) as large as its upright copy, white where it is opaque; None: it has no transparency."""
+    if image.mode not in COLOURS or not image.has_transparency_data:
+        return None
+    copy, top = Image.new("L", (-(-image.width // smaller), -(-image.height // smaller))), 0
+    for rows in row_strips(image, smaller * max(1, STRIP // smaller)):
+        rows = rows.convert("LA") if rows.mode == "La" else rows
+        part = rows.convert("RGBA").getchannel("A").reduce(smaller)
+        copy.paste(part, (0, top))
+        top += part.height
+    return _upright(copy, image)
+
+
+def _upright(copy: Image.Image, image: Image.Image) -> Image.Image:
+    """`copy`, turned as the decoded picture says."""
     if (orientation := _orientation(image)) > 1:
         copy.getexif()[ORIENTATION] = orientation
         ImageOps.exif_transpose(copy, in_place=True)

@@ -8,23 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from ..config import typed
-from ..errors import MissingExtraError, PhotoError, reason_of, shown
+from ..errors import PhotoError, shown
 from ..files import replacing
-from .cropping import box
-from .finding import MASK_ENDING, WHITE, check_shape, find_photos
-from .opening import open_photo, read_mask
+from .finding import MASK_ENDING, find_photos
+from .masks import Segmenter, rembg_segmenter, segmented
+from .opening import open_photo
 from .photo import Photo
 
-Segmenter = Callable[[Image.Image], Image.Image | None]  # RGB -> greys of its shape, white on the subject; None: unsure
-
-# rembg's own default (bria-rmbg) is 1 GB and not free for commercial use; U2-Net is 176 MB under Apache 2.0.
-REMBG_MODEL = "u2net"
 MASK_SIDE = 1024  # pixels, at most, of a written mask's long side; chosen
-LEAST_SHARE, MOST_SHARE = 0.005, 0.95  # of the photo; a mask of less or more is useless; chosen
 
 
 @dataclass(frozen=True)
@@ -66,23 +60,6 @@ def make_masks(
     return made
 
 
-def rembg_segmenter() -> Segmenter:
-    """U2-Net through rembg (Qin et al., "U2-Net", Pattern Recognition 2020). Raises MissingExtraError, PhotoError."""
-    try:
-        import onnxruntime  # noqa: F401  # without it, importing rembg ends the program
-        import rembg
-    except ImportError:
-        raise MissingExtraError("making masks", "masks") from None
-    try:
-        session = rembg.new_session(REMBG_MODEL)
-    except Exception as error:  # of requests, pooch or onnxruntime
-        raise PhotoError(
-            f"rembg's model {REMBG_MODEL} cannot be downloaded or loaded ({reason_of(error)[:120]}); "
-            "connect to the internet for the first use, or pass a segmenter of your own"
-        ) from None
-    return lambda image: rembg.remove(image, session=session, only_mask=True)
-
-
 def _make_mask(photo: Photo, segmenter: Segmenter, *, alone: bool) -> MadeMask:
     path = photo.path.with_name(photo.path.stem + MASK_ENDING)
     if photo.mask is not None or os.path.lexists(path):
@@ -90,20 +67,11 @@ def _make_mask(photo: Photo, segmenter: Segmenter, *, alone: bool) -> MadeMask:
     if not alone:
         return MadeMask(photo, None, f"another photo would have the same mask, {shown(path.name)}; rename one")
     image = open_photo(photo)
-    shape = image.crop(box(image.width, image.height, photo.crop))
-    found = segmenter(shape)
-    if found is None:
-        return MadeMask(photo, None, "the segmenter found no clear subject")
-    name = f"of {photo.name}"
-    greys, _ = read_mask(found, name)
-    check_shape(greys, name, *shape.size, "the segmenter's input")
-    share = float((np.asarray(greys) >= WHITE).mean())
-    if not LEAST_SHARE <= share <= MOST_SHARE:
-        return MadeMask(photo, None, f"the segmenter took {share:.1%} of the photo for the subject")
+    greys = segmented(image, photo.crop, segmenter, photo.name)
+    if isinstance(greys, str):
+        return MadeMask(photo, None, greys)
     scale = min(1.0, MASK_SIDE / max(image.size))
-    mask = Image.new("L", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    inside = box(mask.width, mask.height, photo.crop)
-    mask.paste(greys.resize((inside[2] - inside[0], inside[3] - inside[1]), Image.Resampling.BILINEAR), inside[:2])
+    mask = greys.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
     try:
         with replacing(path) as temporary:
             mask.save(temporary, "PNG")

@@ -24,7 +24,7 @@ from ..base.sizes import Size, as_arguments, drawable, sides, size_note
 from ..config import GUIDANCE, STEPS, check, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
-from ..photos.finding import check_shape
+from ..photos.masks import check_shape
 from ..photos.opening import read_picture
 from .inpainting import draw_into, drawn_size, part_around, pasted
 from .picture import AUTO_START, Making, Picture

@@ -15,7 +15,7 @@ from ..base.base_model import BaseModel
 from ..base.sizes import nearest, side_multiple
 from ..errors import BaseModelError, PhotoError
 from ..photos.cropping import to_tensor
-from ..photos.finding import WHITE
+from ..photos.masks import WHITE
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 

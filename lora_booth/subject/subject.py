@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..config import PhotoShape, check_types, typed
 from ..errors import SubjectError, shown
 from ..photos.audit import Audit, audit_photos
+from ..photos.captioning import Captioner
 from ..photos.cropping import Cropping
-from ..photos.finding import MaskSource, find_photos
+from ..photos.finding import find_photos
+from ..photos.masks import MaskSource, Segmenter
 from ..photos.photo import Photo, PhotoSet, Region, Skipped
 from .tokens import SYNTAX, check_token_text
 from .wording import article, subject_pattern, with_article
@@ -76,7 +79,8 @@ class Subject:
         class_template: str = CLASS_TEMPLATE,
         crop: Cropping = "smart",
         crops: Mapping[str, Region] | None = None,
-        masks: Mapping[str, MaskSource] | None = None,
+        masks: Mapping[str, MaskSource] | Segmenter | Literal["auto"] | None = None,
+        captioner: Captioner | None = None,
         class_images: Path | str | Sequence[Path | str] | None = None,
     ) -> Subject:
         """The subject of a folder of photos, or of a list of files.
@@ -87,7 +91,11 @@ class Subject:
         crop              "smart": around the subject, without black bars; "center": in the middle
         crops             file name -> (x0, y0, x1, y1), fractions 0..1 of the upright photo, or pixels if any value is
                           above 1; overrides a `crops.json` in the folder
-        masks             file name -> a file or PIL image, white on the subject; overrides `photo.mask.png` files
+        masks             file name -> a file or PIL image, white on the subject; overrides `photo.mask.png` files. "auto", or
+                          a segmenter as for `make_masks`: photos without a mask get one where the segmenter is sure; "auto" is
+                          rembg's U2-Net (lora-booth[masks])
+        captioner         gets each photo without a caption (photo.txt) as an upright RGB picture and returns one, e.g.
+                          caption_model()
         class_images      your own pictures of the plain class, a folder or files, cropped as photos; None: the base draws
                           as many as `TrainingConfig.class_images` says. A caption (photo.txt) replaces the class prompt
         raises            SubjectError, PhotoError
@@ -96,7 +104,9 @@ class Subject:
         check_token_text(token)
         _check_class_noun(class_noun)
         templates = typed("templates", templates, tuple[str, ...])
-        found: PhotoSet = find_photos(folder, crop=crop, crops=crops, masks=masks, minimum=minimum, maximum=maximum)
+        found: PhotoSet = find_photos(
+            folder, crop=crop, crops=crops, masks=masks, captioner=captioner, minimum=minimum, maximum=maximum
+        )
         own: PhotoSet | None = None
         if class_images is not None:
             own = find_photos(class_images, crop=crop, minimum=1, maximum=MOST_CLASS_IMAGES)
