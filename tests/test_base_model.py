@@ -229,6 +229,51 @@ def test_another_vae(folders: dict[str, Path], tmp_path: Path) -> None:
     assert "cannot be loaded" in refused(folders["sd1"], vae=folders["sd1"] / "unet", **options)
 
 
+def test_prediction_type_of_a_folder(folders: dict[str, Path]) -> None:
+    base = BaseModel.load(folders["sdxl"], device="cpu", prediction_type="v_prediction")
+    assert base.prediction_type == "v_prediction" and BaseModel.load(folders["sdxl"], device="cpu").prediction_type == "epsilon"
+    with pytest.raises(BaseModelError, match="prediction type 'vpred' is unknown; allowed: epsilon, v_prediction"):
+        BaseModel.load(folders["sdxl"], device="cpu", prediction_type="vpred")
+
+
+@pytest.mark.parametrize(
+    ("names", "variant"),
+    [
+        (
+            ["unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"],
+            "fp16",
+        ),
+        (["unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/model-00001-of-00002.fp16.safetensors"], "fp16"),
+        (["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors"], None),
+        (["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bf16.safetensors"], None),
+        ([], None),
+    ],
+)
+def test_a_repository_with_one_variant_needs_no_variant(
+    names: list[str], variant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's list of files and its download are replaced: both need a network."""
+    half = tmp_path / "half"
+    make_pipeline("sd1").save_pretrained(half, variant="fp16")
+    asked = []
+
+    def download(source: str, **how: Any) -> str:
+        asked.append(how.get("variant"))
+        if how.get("variant") is None:
+            shutil.copytree(half, tmp_path / "bare", ignore=shutil.ignore_patterns("*.fp16.*"))
+        return str(half if how.get("variant") else tmp_path / "bare")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: names)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    monkeypatch.setattr("lora_booth.base.diffusers_folder.from_hub", lambda source, name, revision: half / name)
+    if variant is None:
+        with pytest.raises(BaseModelError, match="some-one/half"):
+            BaseModel.load("some-one/half", device="cpu")
+    else:
+        base = BaseModel.load("some-one/half", device="cpu", dtype=torch.float32)
+        assert asked == [None, variant] and same_state(state(base.pipeline), state(make_pipeline("sd1")))
+
+
 @pytest.mark.slow
 def test_prediction_type_of_a_single_file(tiny_configs: None, folders: dict[str, Path], tmp_path: Path) -> None:
     pipeline = make_pipeline("sd2")

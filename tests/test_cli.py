@@ -598,7 +598,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "train": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train, Adapter.save),
         {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images"},
-        {"folder", "base", "run", "auto_masks", "caption_model"},
+        {"folder", "base", "run", "auto_masks", "caption_model", "settings"},
     ),
     "cache": ((), {}, {"clear"}),
     "plan": ((LoraSpec, TrainingConfig, lora_booth.plan), {"vram": "vram_gb"}, {"base", "family", "json"}),
@@ -618,7 +618,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "grid": (
         (lora_booth.grid_steps, Composition.generate, BaseModel.load),
         {},
-        {"base", "prompt", "prompts", "prompt_set", "context", "before_after", "out"},
+        {"adapters", "base", "prompt", "prompts", "prompt_set", "context", "before_after", "out"},
     ),
     "show": ((), {}, {"adapter", "modules", "json"}),
     "convert": ((convert,), {}, {"adapter"}),
@@ -671,6 +671,78 @@ def test_options_left_out_give_the_dataclasses_themselves(photos, monkeypatch, c
     assert seen["config"] == TrainingConfig(
         lr_schedule="constant", max_grad_norm=math.inf, lean=False, sample_prompt=("a zwx dog",)
     )
+
+
+def test_adapters_are_named_in_the_prompt_as_people_paste_it(call, rex, tiny, tmp_path, monkeypatch):
+    """From the arguments, from beside them, and from the current folder."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    generate = lambda self, prompt, **_: seen.append((self.adapters, prompt)) or sys.exit(0)  # noqa: E731
+    monkeypatch.setattr("lora_booth.pictures.composition.Composition.generate", generate)
+    (tmp_path / "other").mkdir()
+    dog = Adapter.load(rex)
+    file = dog.save(tmp_path / "other" / "rex v1.safetensors")
+    replace(dog, card=replace(dog.card, token=None)).save(tmp_path / "other" / "ink.safetensors")
+    replace(dog, card=replace(dog.card, weight=0.3)).save(tmp_path / "loose.safetensors")
+    cases = [
+        ([f"{file}:0.5"], "a dog <lora:ink:0.6>", [0.5, 0.6], "a dog"),
+        ([file], "a dog <lora:rex v1:0.7>, at sea", [0.7], "a dog, at sea"),
+        ([], "<lora:loose:-1> a dog", [-1.0], "a dog"),
+        ([], "a dog <lora:loose>", [0.3], "a dog"),
+    ]
+    for files, prompt, weights, expected in cases:
+        code, _, err = call("generate", *files, "--prompt", prompt, "--base", tiny)
+        assert code == 0, err
+        adapters, drawn = seen.pop()
+        assert [weight.value for _, weight in adapters] == weights and drawn == expected
+    for files, prompt, words in (
+        ([file], "a dog <lora:none:1>", "<lora:none> names no adapter file ("),
+        ([file], "a dog <lora:ink:x>", "'x' is not a weight"),
+        ([], "a dog", "no adapter; pass its file, or name it in the prompt"),
+    ):
+        code, _, err = call("generate", *files, "--prompt", prompt, "--base", tiny)
+        assert code == 2 and words in err
+    (tmp_path / "two.txt").write_text("a dog <lora:loose>\na cat")
+    code, _, err = call("grid", "--prompts", "two.txt", "--base", tiny)
+    assert code == 2 and "different <lora:...> tags; draw them one by one" in err
+
+
+def test_settings_from_a_file(photos, monkeypatch, call, tmp_path):
+    seen = {}
+    monkeypatch.setattr(
+        "lora_booth.run.train", lambda base, subject, **given: seen.update(given, subject=subject) or sys.exit(0)
+    )
+    file, out = tmp_path / "rex.toml", tmp_path / "a.safetensors"
+    facts = {"folder": str(photos), "token": "zwx", "class-noun": "dog", "out": str(out), "steps": 7, "learning_rate": 1e-3}
+    facts |= {
+        "lean": False,
+        "target_modules": ["to_q", "to_v"],
+        "sample_prompt": "a zwx dog",
+        "sample_size": "48x72",
+        "rank": 2,
+    }
+    file.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in facts.items()), encoding="utf-8")
+    other = tmp_path / "rex.json"
+    other.write_text(json.dumps(facts | {"alpha": None}))
+    expected = TrainingConfig(steps=7, learning_rate=1e-3, lean=False, sample_prompt=("a zwx dog",), sample_size="48x72")
+    for one in (file, other):
+        assert call("train", "--settings", one)[0] == 0
+        assert seen["config"] == expected and seen["lora"] == LoraSpec(rank=2, target_modules=("to_q", "to_v"))
+        assert (seen["subject"].token, seen["subject"].class_noun) == ("zwx", "dog")
+    assert call("train", "--settings", file, "--steps", 9, "--lean", "--token", "sks")[0] == 0  # the command line comes first
+    assert seen["config"] == replace(expected, steps=9, lean=True) and seen["subject"].token == "sks"
+    for content, words in (
+        ("stepps = 7", "'stepps' is not a setting of train; did you mean steps?"),
+        ("steps = [7, 8]", "steps is [7, 8]; write one value"),
+        ("[lora]\nrank = 3", "'lora' is not a setting of train"),
+        ("steps 7", "not TOML, or JSON in a file that ends with .json"),
+        ("steps = 'x'", "Invalid value for '--steps'"),
+    ):
+        file.write_text(content)
+        code, _, err = call("train", photos, "--token", "zwx", "--class-noun", "dog", "--out", out, "--settings", file)
+        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+    code, _, err = call("train", "--settings", tmp_path / "none.toml")
+    assert code == 2 and "none.toml: cannot be read (No such file" in err
 
 
 # --- the words of messages -----------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.tools.merge import concatenated
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import quiet
-from lora_booth.base.sizes import sides, size_note, usual_sizes
-from lora_booth.config import LoraSpec
+from lora_booth.base.sizes import size_note, usual_sizes
+from lora_booth.config import LoraSpec, sides
 from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, LoraBoothError, SettingsError
-from lora_booth.pictures import regional
+from lora_booth.pictures import composition, regional
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.picture import Picture
 from lora_booth.pictures.regions import Region
@@ -287,14 +287,15 @@ def test_a_prompt_without_the_token_is_told(base, rex, ink):
     [
         ("<lora:x:.8>", "pass the adapter's file"),
         ("<lyco:my style:1>", "pass the adapter's file"),
-        ("(sks:1.4)", "prompts have no weights"),
-        ("(a dog :0.5)", "prompts have no weights"),
-        ("((dog))", "prompts have no weights"),
+        ("(sks:1.4)", "weights need pip install"),
+        ("(a dog :0.5)", "weights need pip install"),
+        ("((dog))", "weights need pip install"),
         ("[dog|do]", "do not change between steps"),
         ("[dog:do:0.5]", "do not change between steps"),
     ],
 )
-def test_the_syntax_of_other_programs_is_told(base, rex, words, remedy):
+def test_the_syntax_of_other_programs_is_told(base, rex, words, remedy, monkeypatch):
+    monkeypatch.setattr(composition, "has_compel", lambda: False)
     [told] = [text for text in Composition(base, rex).remarks(f"sks dog {words}") if "plain words" in text]
     assert told.startswith(repr(words)) and remedy in told
     assert Composition(base, rex).remarks("sks dog (a do) 3:2") == []
@@ -369,8 +370,9 @@ def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
         ("a photo of sks dog", None),
     ],
 )
-def test_a_prompt_that_is_cut_is_told(base, rex, prompt, told, caplog):
+def test_a_prompt_that_is_cut_is_told(base, rex, prompt, told, caplog, monkeypatch):
     """The tiny base reads 14 letters or words that it knows."""
+    monkeypatch.setattr(composition, "has_compel", lambda: False)
     studio = Composition(base, [named(rex, "sks", "dog")])
     found = [text for text in studio.preflight(prompt).warnings if "does not read the end" in text]
     assert len(found) == (told is not None) and (told is None or told in found[0])

@@ -187,7 +187,7 @@ def test_command_and_python_draw_the_picture_again(studio_files, monkeypatch, ca
     monkeypatch.chdir(folder)
     dog, owl = (Adapter.load(folder / f"my {name}.safetensors") for name in ("rex", "owl"))
     studio = Composition(base, **compositions(dog, owl)[name])
-    asked = {"seeds": [5], "steps": 6, "guidance": 2.5, "size": (40, 72), "negative_prompt": "no owl"}
+    asked = {"seeds": [5], "steps": 6, "guidance": 2.5, "size": (40, 72), "sampler": "Euler a", "negative_prompt": "no owl"}
     [original] = studio.generate("a photo of rex do", **asked)
     names: dict = {}
     exec(python_of(original), names)

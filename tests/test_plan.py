@@ -459,11 +459,12 @@ def test_on_the_command_line(folders: dict[str, Path], capsys: pytest.CaptureFix
         return int(left.value.code or 0), *capsys.readouterr()
 
     code, out, _ = said("--vram", "15")
-    assert code == 0 and "on T4: 15.0 GB" in out and "chosen" in out and out.count(" GB  ") >= 4
+    assert code == 0 and "on T4: 15 GB" in out and "chosen" in out and out.count(" GB  ") >= 4
     code, out, _ = said("--gpu", "t4", "--vram", "7", "--json")
     assert code == 0 and json.loads(out)["machine"]["budget"] == 7e9
     code, out, error = said("--vram", "0.5")  # CUDA's own context takes more
     assert code == 2 and "does not fit" in out and error.startswith("error: tiny-sd1 at 64 px needs at least")
+    assert "needs at least" not in out and "the budget on " in error and " is 0.0 GB" not in error
     assert "s/step" not in out and "time:" not in out
     code, out, _ = said("--measure", "--resolution", "64")
     assert code == 0 and re.search(r"time: [\d.e-]+ s a step \(median of 3 here\), about \d+ min for 500 steps", out)

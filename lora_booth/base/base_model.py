@@ -90,7 +90,7 @@ class BaseModel:
         dtype            None: bf16 or fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32; toybox on a CPU: fp32
         device           None: the first available of CUDA, Apple's MPS and the CPU
         config           for a single file: a diffusers folder of its family, instead of the built-in configuration
-        prediction_type  for a single file that states none or a wrong one: "epsilon" or "v_prediction"
+        prediction_type  for a base that states none or a wrong one: "epsilon" or "v_prediction"
         variant          as in diffusers, e.g. "fp16"; None: the plain weights or, if there are none, the only variant
         vae              another VAE: its folder, Hub id or .safetensors file, also for a single file without one
         quantize         "nf4": the U-Net's linear layers in 4 bits by bitsandbytes; less memory, less exact, slower
@@ -114,6 +114,8 @@ class BaseModel:
             else:
                 tokens = declared_rare_tokens(path) if isinstance(path, Path) else ()
                 pipeline, weights = load_folder(path, precision, place, revision=revision, variant=variant, vae=other_vae)
+                if prediction_type is not None:
+                    pipeline.scheduler.register_to_config(prediction_type=typed("prediction_type", prediction_type, str))
             base = cls(pipeline, recognise(pipeline), name, weights, quantize, tokens)
             check_trainable(pipeline, base.family)
         except LoraBoothError:

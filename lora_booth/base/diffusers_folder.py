@@ -76,6 +76,10 @@ def load_folder(
 
     given: dict[str, Any] = {} if variant is None else {"variant": variant}
     folder = source if isinstance(source, Path) else Path(DiffusionPipeline.download(source, revision=revision, **given))
+    if isinstance(source, str) and variant is None and not any(WEIGHTS.fullmatch(p.name) for p in (folder / "unet").glob("*")):
+        variant = only_variant(source, revision)  # the download above has left it out
+        given |= {} if variant is None else {"variant": variant}
+        folder = Path(DiffusionPipeline.download(source, revision=revision, **given))
     check_files(folder, index)
     if vae is not None:
         given["vae"] = load_vae(vae, folder, dtype)
@@ -85,6 +89,19 @@ def load_folder(
         if module is not None and (places := places_in_folder(folder / component, variant)):
             parts[component] = LazyModule(module, matched(module, places, folder / component), dtype, device)
     return assemble(folder, parts, dtype, device, **given), parts
+
+
+def only_variant(source: str, revision: str | None) -> str | None:
+    """The variant of a repository that has no other weights of its U-Net, e.g. "fp16"; None: there is none, or several."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = [Path(name) for name in HfApi().list_repo_files(source, revision=revision)]
+    except Exception:  # which one depends on the release of huggingface_hub; without it, loading says what is missing
+        return None
+    matches = [WEIGHTS.fullmatch(p.name) or SHARDS.fullmatch(p.name) for p in names if p.parent == Path("unet")]
+    variants = {match[1] or match[match.re.groups] for match in matches if match}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def check_files(folder: Path, index: Mapping[str, Any]) -> None:

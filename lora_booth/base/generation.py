@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import GUIDANCE, STEPS
+from ..config import GUIDANCE, STEPS, Size, sides
 from .changes import claimed, undone
 from .families import check_drawable, recognise
 from .library_logging import quiet_about_long_prompts
-from .sizes import Size, as_arguments, sides
+from .prompt_weights import embedded
+from .samplers import sampling
+from .sizes import as_arguments
 from .weight_files import return_to_system
 
 PIXELS_AT_A_TIME = 4 * 512 * 512  # through the VAE or the sampler; chosen to fit a GPU of 15 GB in fp32
@@ -39,7 +41,9 @@ def generate_images(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     size: Size | None = None,
+    sampler: str | None = None,
     batch_size: int = 1,
+    weights: bool = False,
     on_image: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
@@ -48,10 +52,13 @@ def generate_images(
     steps       denoising steps
     guidance    classifier-free guidance scale
     size        in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
+    sampler     its name in `samplers`; None: the base's own
     batch_size  pictures at a time; more than one is faster and may differ by rounding
+    weights     read weights in the prompts, and long prompts to their end, by compel
     Raises BaseModelError for a pipeline that does not draw from text alone.
     """
-    check_drawable(pipeline, recognise(pipeline))
+    family = recognise(pipeline)
+    check_drawable(pipeline, family)
     images: list[Image.Image] = []
 
     def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -61,12 +68,15 @@ def generate_images(
             return_to_system()  # the U-Net's freed memory, before the VAE needs some
         return tensors
 
-    with claimed(pipeline.unet), quiet(pipeline):
+    with claimed(pipeline.unet), sampling(pipeline, sampler, steps), quiet(pipeline):
         for first in range(0, len(seeds), batch_size):
             part = list(seeds[first : first + batch_size])
+            texts: dict[str, Any] = {"prompt": [prompt] * len(part)}
+            texts["negative_prompt"] = None if negative_prompt is None else [negative_prompt] * len(part)
+            if weights:
+                texts = embedded(pipeline, family, prompt, negative_prompt, len(part))
             result = pipeline(
-                [prompt] * len(part),
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(part),
+                **texts,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 **as_arguments(sides(size)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,31 @@ def by_file(texts: Sequence[str]) -> Named:
     files = [file_and_weight(text) for text in texts]
     loaded = [(path.stem, Adapter.load(path), weight) for path, weight in files]
     return [(name, (adapter, adapter.card.weight if weight is None else weight)) for name, adapter, weight in loaded]
+
+
+TAG = re.compile(r"\s*<lora:([^<>:]+)(?::([^<>]*))?>", re.IGNORECASE)
+
+
+def with_tags(texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Adapter arguments with those that the prompts name as <lora:ink:0.6>, and the prompts without such tags.
+
+    A tag names the file of an argument, or one beside it or in the current folder. Its weight replaces the argument's.
+    """
+    tags = [{name.strip(): weight for name, weight in TAG.findall(prompt)} for prompt in prompts]
+    if any(found != tags[0] for found in tags):
+        raise SettingsError("the prompts have different <lora:...> tags; draw them one by one, or pass the adapters' files")
+    chosen = list(texts)
+    for name, weight in tags[0].items():
+        files = [file_and_weight(text)[0] for text in chosen]
+        beside = [folder / f"{name}.safetensors" for folder in dict.fromkeys([*(file.parent for file in files), Path()])]
+        file = next((one for one in [*(one for one in files if one.stem == name), *beside] if one.exists()), None)
+        if file is None:
+            places = ", ".join(str(one) for one in beside)
+            raise SettingsError(f"<lora:{name}> names no adapter file ({places}); pass its file")
+        place = files.index(file) if file in files else len(files)
+        if weight or file not in files:
+            chosen[place : place + 1] = [f"{file}:{weight}" if weight else str(file)]
+    return chosen, [TAG.sub("", prompt).strip() for prompt in prompts]
 
 
 def weighted(texts: Sequence[str]) -> list[tuple[Adapter, float]]:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -18,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import typer
 
 from ..adapters.contents import Dtype, Layout
-from ..config import GUIDANCE, STEPS
-from ..errors import SettingsError, shown
+from ..config import GUIDANCE, STEPS, sides
+from ..errors import SettingsError, reason_of, shown
 from .app import app, note
-from .arguments import base_of, region_words
+from .arguments import base_of, by_file, region_words, with_tags
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +30,17 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..base.base_model import BaseModel
     from ..pictures.composition import Composition
-    from .arguments import Named
+    from .arguments import Named as Chosen
 
 # help that several commands or groups share
 Adapters = Annotated[list[str], typer.Argument(help="adapter files, each with an optional weight, e.g. ink.safetensors:0.6")]
+Named = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="adapter files, each with an optional weight, e.g. ink.safetensors:0.6 [those that the prompt names]",
+        show_default=False,
+    ),
+]
 Base = Annotated[str, typer.Option(help="base model: 'toybox', a Hub id, a diffusers folder or a .safetensors checkpoint")]
 OwnBase = Annotated[str | None, typer.Option(help="another base model than the adapters were made for, as for `train`")]
 Photos = Annotated[Path, typer.Argument(help="folder of photos, e.g. photos/rex")]
@@ -46,6 +54,7 @@ Method = Annotated[str | None, typer.Option(help="how adapters combine: sum or r
 Json = Annotated[bool, typer.Option(help="print everything as JSON")]
 
 
+MOST_BYTES = 2**20  # of a file of settings; chosen
 WITHOUT_PYTORCH = ("photos", "cache")  # commands that start at once
 
 
@@ -117,6 +126,63 @@ def comments(thing: Any) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.MULTILINE))
 
 
+# --- settings in a file ------------------------------------------------------------------------------------------------
+
+
+def read_settings(context: typer.Context, file: Path | None) -> Path | None:
+    """Let a file give the options that the command line does not. Raises SettingsError."""
+    if file is None:
+        return None
+    known = {str(one.name): one for one in context.command.params if one.name != "settings"}
+    given: dict[str, Any] = {}
+    for key, value in settings_in(file).items():
+        name = key.replace("-", "_")
+        if value is None:  # of JSON
+            continue
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise SettingsError(f"{file}: {key!r} is not a setting of {context.command.name}; {meant}")
+        repeatable, values = getattr(known[name], "multiple", False), value if isinstance(value, list) else [value]
+        if any(isinstance(one, dict | list) for one in values) or (len(values) != 1 and not repeatable):
+            raise SettingsError(f"{file}: {key} is {shown(value)}; write one value")
+        words = [one if isinstance(one, bool) else str(one) for one in values]
+        given[name] = words if repeatable else words[0]
+    context.default_map = given
+    return file
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    from ..files import read_json
+
+    try:
+        if file.suffix.lower() == ".json":
+            found = read_json(file, most=MOST_BYTES)
+        elif sys.version_info < (3, 11):
+            raise SettingsError(f"{file}: TOML needs Python 3.11; write the settings as JSON, in a file that ends with .json")
+        else:
+            import tomllib
+
+            found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read ({error.strerror}); pass a TOML or JSON file of settings") from error
+    except ValueError as error:  # also of TOML, JSON and UTF-8
+        raise SettingsError(f"{file}: not TOML, or JSON in a file that ends with .json ({reason_of(error)})") from error
+    if not isinstance(found, dict):
+        raise SettingsError(f"{file}: not a table of settings; write names and values")
+    return found
+
+
+Settings = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML or JSON file of these settings, e.g. rex.toml; options on the command line come first",
+        is_eager=True,
+        callback=read_settings,
+    ),
+]
+
+
 # --- groups ------------------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +191,7 @@ class Reading:
     """How to read a base's files, as in `BaseModel.load`."""
 
     config: Path | None = None  # for a single file: a diffusers folder of its family, e.g. models/sd21 [built in]
-    prediction_type: str | None = None  # for a single file: epsilon or v_prediction [what it states]
+    prediction_type: str | None = None  # epsilon or v_prediction [what the base states]
     variant: str | None = None  # which weights of a folder or Hub id, e.g. fp16
     vae: str | None = None  # another VAE: its folder, Hub id or .safetensors file, e.g. stabilityai/sd-vae-ft-mse
     revision: str | None = None  # branch, tag or commit of a Hub id, e.g. main
@@ -182,10 +248,15 @@ class Prompting:
             return PROMPT_SETS[self.prompt_set]
         return [self.prompt] if self.prompt is not None else read_prompts(self.prompts or "")
 
-    def texts(self, adapters: Sequence[Adapter]) -> list[str]:
+    def read(self, adapters: Sequence[str] | None) -> tuple[Chosen, list[str]]:
+        """The adapters of arguments and of <lora:...> tags, and the prompts without these."""
         from ..pictures.prompts import prompts_for
 
-        return prompts_for(adapters, self.templates(), contexts=self.context)
+        texts, templates = with_tags(adapters or (), self.templates())
+        if not texts:
+            raise SettingsError("no adapter; pass its file, or name it in the prompt, e.g. <lora:rex:0.8>")
+        chosen = by_file(texts)
+        return chosen, prompts_for([adapter for _, (adapter, _) in chosen], templates, contexts=self.context)
 
 
 @dataclass(frozen=True)
@@ -195,6 +266,14 @@ class Sampling:
     steps: Steps = STEPS
     guidance: float = GUIDANCE  # how closely to follow the prompt; 4 to 8 is usual
     size: Size = None
+    sampler: str | None = None  # e.g. "euler a", "dpm++ 2m karras", ddim, unipc or lcm [the base's own]
+
+    def __post_init__(self) -> None:
+        from ..base.samplers import sampler_name
+
+        sides(self.size)
+        if self.sampler is not None:
+            sampler_name(self.sampler)
 
 
 @dataclass(frozen=True)
@@ -216,7 +295,7 @@ class Placement:
         if self.region and self.auto_regions:
             raise SettingsError("--region and --auto-regions exclude each other; pass one of them")
 
-    def composition(self, adapters: Named, base: str | None, loading: Loading) -> Composition:
+    def composition(self, adapters: Chosen, base: str | None, loading: Loading) -> Composition:
         """adapters: as of `by_file`. Everything else is checked before the base is loaded."""
         from ..pictures.composition import Composition
         from ..pictures.regions import Region

@@ -14,8 +14,8 @@ import typer
 from ..config import STEPS
 from ..errors import AdapterBaseMismatch, SettingsError
 from .app import say
-from .arguments import by_file, check_folder, check_place, parse_seeds, parse_weights, weighted
-from .options import Adapters, Drawing, Loading, Method, OwnBase, Placement, Prompting, Size, Steps, command
+from .arguments import by_file, check_folder, check_place, parse_seeds, parse_weights, with_tags
+from .options import Adapters, Drawing, Loading, Method, Named, OwnBase, Placement, Prompting, Size, Steps, command
 
 PATIENCE = 2.0  # seconds without a bar; chosen
 Out = Annotated[Path, typer.Option(help="folder for the pictures and their gallery, e.g. beach")]
@@ -23,7 +23,7 @@ Out = Annotated[Path, typer.Option(help="folder for the pictures and their galle
 
 @command
 def generate(
-    adapters: Adapters,
+    adapters: Named = None,
     *,
     prompting: Prompting,
     base: OwnBase = None,
@@ -49,8 +49,7 @@ def generate(
     for option, file in (("--preview", preview), ("--recipe", recipe)):
         if file is not None:
             check_place(file, option)
-    chosen = by_file(adapters)
-    texts = prompting.texts([adapter for _, (adapter, _) in chosen])
+    chosen, texts = prompting.read(adapters)
     prompt, several = texts[0], len(texts) > 1
     if several and (preview is not None or recipe is not None):
         raise SettingsError(f"--preview and --recipe are for one prompt, and there are {len(texts)}; pass one with --prompt")
@@ -92,7 +91,8 @@ def preflight(
     trial: bool = False,  # run a few denoising steps to measure time and memory
 ) -> None:
     """Report conflicts between adapters, how they overlap and what a picture costs, before you draw it."""
-    studio = placement.composition(by_file(adapters), base, loading)
+    texts, [prompt] = with_tags(adapters, [prompt])
+    studio = placement.composition(by_file(texts), base, loading)
     report = studio.preflight(prompt, steps=steps, size=size, trial=trial)
     say(report)
     if report.refused:
@@ -126,7 +126,7 @@ def replay(
 
 @command
 def grid(
-    adapters: Adapters,
+    adapters: Named = None,
     *,
     prompting: Prompting,
     drawing: Drawing,
@@ -149,8 +149,8 @@ def grid(
     out = out or first_free(Path("grid.png"))
     check_output(out)
     check_place(out)
-    chosen = weighted(adapters)
-    texts = prompting.texts([adapter for adapter, _ in chosen])
+    named, texts = prompting.read(adapters)
+    chosen = [item for _, item in named]
     made = None
     loaded = loading.base(base, [adapter for adapter, _ in chosen])
     shared: dict[str, Any] = {"weights": factors, "seeds": wanted, "method": method, **asdict(drawing)}

@@ -13,7 +13,7 @@ from ..config import LoraSpec, PhotoShape, TrainingConfig
 from ..errors import AdapterError, SettingsError, counted
 from .app import INTERRUPTED, note, say, say_json
 from .arguments import check_adapter_file, check_folder, check_place, remember
-from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, command, torch_dtype
+from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, Settings, command, torch_dtype
 
 
 @command
@@ -115,6 +115,7 @@ def train(
     time_limit: float | None = None,  # minutes, e.g. 25, after which the adapter so far is saved
     mirror: Path | None = None,  # folder for copies of the checkpoints, e.g. /mnt/drive/rex
     restart: bool = False,  # discard an earlier run in the same folder
+    settings: Settings = None,
 ) -> None:
     """Train an adapter on a folder of photos. Run the same command again to continue an interrupted run."""
     from ..photos.captioning import caption_model as photo_captioner

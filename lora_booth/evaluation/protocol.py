@@ -15,8 +15,8 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..base.base_model import TOYBOX_FOLDER, BaseModel
 from ..base.generation import pictures_at_a_time
-from ..base.sizes import Size, drawable, written
-from ..config import typed
+from ..base.sizes import drawable
+from ..config import Size, typed, written
 from ..errors import CompositionWarning, EvaluationError, shown
 from ..photos.cropping import crop_photo
 from ..photos.finding import find_photos
@@ -54,6 +54,7 @@ def evaluate(
     steps: int = 25,
     guidance: float = 5.0,
     size: Size | None = None,
+    sampler: str | None = None,
     batch_size: int | None = None,
     dino: str | Path = DINO,
     clip: str | Path = CLIP,
@@ -69,6 +70,7 @@ def evaluate(
     steps        denoising steps
     guidance     classifier-free guidance scale
     size         in pixels: 768, (width, height) or "832x1216"; None: the base's resolution
+    sampler      as for `Composition.generate`
     batch_size   pictures at a time; None: as many as fit on a usual GPU
     dino, clip   Hub ids or folders; not used on the toybox, which has a judge
     on_progress  called with the number of pictures drawn and the total
@@ -84,7 +86,8 @@ def evaluate(
     seeds, class_seeds = checked(seeds=seeds)["seeds"], checked(seeds=class_seeds)["seeds"]
     pair = drawable(base, size)
     drawn_at = pair or (base.resolution, base.resolution)
-    sampler = checked(steps=steps, guidance=guidance, size=pair, batch_size=1 if batch_size is None else batch_size)
+    asked_batch = 1 if batch_size is None else batch_size
+    how = checked(steps=steps, guidance=guidance, size=pair, sampler=sampler, batch_size=asked_batch)
     images, toybox = opened(photos), is_toybox(base)
     card = candidates[0].adapter.card
     if contexts is None:
@@ -92,7 +95,7 @@ def evaluate(
     cases = cases_of(card, prompts, contexts)
     measure = ToyboxMeasure(images) if toybox else PhotoMeasure(images, dino, clip, base.device)
     if batch_size is None:
-        sampler["batch_size"] = pictures_at_a_time(*drawn_at)
+        how["batch_size"] = pictures_at_a_time(*drawn_at)
     plain = fill_prompts([CLASS_TEMPLATE], class_noun=card.class_noun)[0]
     total = (len(cases) * len(seeds) + len(class_seeds)) * (1 + len(candidates))
     done = 0
@@ -100,7 +103,7 @@ def evaluate(
     def draw(studio: Composition, prompt: str, seeds: Sequence[int]) -> list[Picture]:
         nonlocal done
         count = None if on_progress is None else lambda drawn: on_progress(done + drawn, total)
-        made = studio.generate(prompt, seeds=seeds, on_image=count, **sampler)
+        made = studio.generate(prompt, seeds=seeds, on_image=count, **how)
         done += len(made)
         return made
 
@@ -131,7 +134,11 @@ def evaluate(
         seeds=len(seeds),
         class_prompt=plain,
         class_pictures=len(class_seeds),
-        settings={"base": base.name, "steps": steps, "guidance": guidance, "size": written(drawn_at)},
+        settings={
+            "base": base.name,
+            "size": written(drawn_at),
+            **{name: how[name] for name in ("steps", "guidance", "sampler")},
+        },
     )
 
 

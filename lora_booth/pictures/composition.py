@@ -20,8 +20,10 @@ from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel
 from ..base.families import TIMESTEPS
 from ..base.generation import generate_images, quiet
-from ..base.sizes import Size, as_arguments, drawable, sides, size_note
-from ..config import GUIDANCE, STEPS, check, typed
+from ..base.prompt_weights import has_compel, is_weighted
+from ..base.samplers import sampler_name, sampling
+from ..base.sizes import as_arguments, drawable, size_note
+from ..config import GUIDANCE, STEPS, Size, check, sides, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
 from ..photos.masks import check_shape
@@ -47,6 +49,7 @@ PICTURES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "negative_prompt": (str | None, lambda _: True, ""),
     "steps": (int, lambda steps: 1 <= steps <= TIMESTEPS, f"1 to {TIMESTEPS}; 20 to 50 is usual"),
     "guidance": (float, lambda scale: 0 <= scale <= 1000, "0 to 1000; 4 to 8 is usual"),
+    "sampler": (str | None, lambda _: True, ""),
     "size": (tuple[int, ...] | None, lambda _: True, ""),
     "batch_size": (int, lambda count: count >= 1, "at least 1"),
 }
@@ -128,6 +131,7 @@ class Composition:
         steps: int = STEPS,
         guidance: float = GUIDANCE,
         size: Size | None = None,
+        sampler: str | None = None,
         batch_size: int = 1,
         on_image: Callable[[int], None] | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -137,18 +141,21 @@ class Composition:
         steps       denoising steps
         guidance    classifier-free guidance scale
         size        in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
+        sampler     e.g. "euler a", "dpm++ 2m karras", "lcm" (names in docs/pictures.md); None: the base's own
         batch_size  pictures at a time; more than one is faster and may differ by rounding
         on_image    called with the number of pictures drawn so far
         on_step     called after each denoising step with the number of pictures that it advanced
         """
-        sampler = {"steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
-        asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, **sampler)
+        how = {"steps": steps, "guidance": guidance, "size": size, "sampler": sampler, "batch_size": batch_size}
+        asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, **how)
         asked["size"] = drawable(self.base, size)
         everyone = self.everyone(prompt)
         for text in self.remarks(prompt, negative_prompt, size=asked["size"]):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
-            images = generate_images(pipeline, **asked, on_image=on_image, on_step=on_step)
+            images = generate_images(
+                pipeline, **asked, weights=self._weighs(prompt, negative_prompt), on_image=on_image, on_step=on_step
+            )
             checked_for_black = getattr(pipeline, "safety_checker", None) is None
         if checked_for_black and not all(image.getbbox() for image in images):  # how NaN ends
             raise SettingsError(
@@ -161,7 +168,7 @@ class Composition:
         making = Making(files, recipe_only=" and ".join(extras) or None, **self.settings(prompt))
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
         return [
-            Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making)
+            Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making, asked["sampler"])
             for image, seed in zip(images, asked["seeds"], strict=True)
         ]
 
@@ -195,7 +202,7 @@ class Composition:
         piece, anew = (image.crop(part).resize(size, Image.Resampling.LANCZOS) for image in (around, greys))
         steps, guidance = asked["steps"], asked["guidance"]
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative_prompt}
-        for text in self.remarks(prompt, negative_prompt):
+        for text in self.remarks(prompt, negative_prompt, weights=False):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline, quiet(pipeline):
             images = [
@@ -249,6 +256,7 @@ class Composition:
         steps: int = STEPS,
         guidance: float = GUIDANCE,
         size: Size | None = None,
+        sampler: str | None = None,
     ) -> list[Region]:
         """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to inspect and to edit.
 
@@ -258,13 +266,16 @@ class Composition:
             raise SettingsError('find_regions needs regions="auto"; this composition has regions of its own')
 
         def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            pipeline._interrupt = step + 1 >= self.start * steps
+            schedule = pipeline.scheduler.timesteps.tolist()  # some samplers call twice at one timestep
+            done = len(dict.fromkeys(schedule[: step + 2])) - 1
+            pipeline._interrupt = done >= self.start * len(dict.fromkeys(schedule))
             return tensors
 
         [seed] = checked(seeds=seed)["seeds"]
-        checked(prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance)
+        how = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        sampler = checked(prompt=prompt, negative_prompt=negative_prompt, **how)["sampler"]
         asked = as_arguments(drawable(self.base, size))
-        with self._attached(prompt) as (pipeline, regional), quiet(pipeline):
+        with self._attached(prompt) as (pipeline, regional), sampling(pipeline, sampler, steps), quiet(pipeline):
             if regional is None or regional.maps is None:
                 raise SettingsError(f"the prompt {prompt!r} names no subject; name those whose regions you want")
             generator = torch.Generator().manual_seed(seed)
@@ -311,17 +322,34 @@ class Composition:
 
     # --- before the first step
 
-    def remarks(self, prompt: str, negative_prompt: str | None = None, *, size: tuple[int, int] | None = None) -> list[str]:
-        """What is probably not meant, one line each; `generate` gives them as warnings."""
-        everyone = self.everyone(prompt)
+    def remarks(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        weights: bool = True,
+    ) -> list[str]:
+        """What is probably not meant, one line each; `generate` gives them as warnings.
+
+        weights  whether an optional package may read those of words, and long prompts to their end
+        """
+        everyone, extra = self.everyone(prompt), weights and self.settings(prompt)["method"] != "regions"
+        weights = weights and self._weighs(prompt, negative_prompt)
         prompts = [prompt] * (len(everyone) - len(self.places)) + [place.prompt or prompt for place in self.places]
         return [
             *clashes(everyone, self.method, self.isolate),
             *unnamed(everyone, prompts),
-            *(text for one in dict.fromkeys([*prompts, negative_prompt or ""]) for text in other_syntax(one)),
-            *unread(self.base, everyone, prompt, negative_prompt),
+            *(text for one in dict.fromkeys([*prompts, negative_prompt or ""]) for text in other_syntax(one, weights=weights)),
+            *([] if weights else unread(self.base, everyone, prompt, negative_prompt, extra=extra)),
             *size_note(self.base, size),
         ]
+
+    def _weighs(self, prompt: str, negative_prompt: str | None) -> bool:
+        """Whether compel encodes the prompts: where they have weights or are long, in a picture without regions."""
+        if not has_compel() or self.settings(prompt)["method"] == "regions":
+            return False
+        return any(is_weighted(text) or self.base.cut_off(text) for text in (prompt, negative_prompt or ""))
 
     def preflight(self, prompt: str = "", *, steps: int = STEPS, size: Size | None = None, trial: bool = False) -> Preflight:
         """The cost and the conflicts of this composition. trial: run a few steps to measure time and memory."""
@@ -414,6 +442,8 @@ def checked(**settings: Any) -> dict[str, Any]:
         kind, allows, allowed = PICTURES[name]
         settings[name] = typed(name, value, kind)
         check(allows(settings[name]), f"{name} {settings[name]}", allowed)
+    if settings.get("sampler") is not None:
+        settings["sampler"] = sampler_name(settings["sampler"])
     return settings
 
 

@@ -106,6 +106,7 @@ def record_of(picture: Picture) -> dict[str, Any]:
         "base": picture.base,
         "steps": str(picture.steps) if picture.steps else "",
         "guidance": number(picture.guidance) if picture.steps else "",
+        "sampler": picture.sampler,
         "size": f"{picture.image.width} x {picture.image.height}",
         "method": making.method if making.method != "sum" else "",
         "note": note_of(making),

@@ -111,7 +111,7 @@ def grid_steps(
 
     weights   factors on the weight of each adapter; 0 is the base alone
     method    see `Composition`
-    settings  see `Composition.generate`: negative_prompt, steps, guidance, size, on_step
+    settings  see `Composition.generate`: negative_prompt, steps, guidance, size, sampler, on_step
     """
     prompts, everyone = typed("prompt", prompt, tuple[str, ...]), everyone_of(adapters)
     if not everyone:

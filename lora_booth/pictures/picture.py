@@ -12,8 +12,7 @@ from PIL import Image
 
 from ..adapters.contents import file_stem
 from ..base.ai_mark import save_picture
-from ..base.sizes import written
-from ..config import typed
+from ..config import typed, written
 from .regions import FEATHER, Region
 
 AUTO_START = 0.3  # share of the steps, before automatic regions start, whose attention is read; chosen on the toybox
@@ -49,6 +48,7 @@ class Picture:
     steps: int = 0  # denoising steps
     guidance: float = 0.0
     making: Making | None = None  # None: unknown
+    sampler: str | None = None  # None: the base's own
 
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows."""
@@ -142,6 +142,7 @@ def settings_of(picture: Picture) -> dict[str, Any]:
         "steps": picture.steps,
         "guidance": float(picture.guidance),
         "size": size,
+        "sampler": picture.sampler,
         "negative_prompt": picture.negative_prompt,
     }
     return {name: value for name, value in given.items() if value is not None}

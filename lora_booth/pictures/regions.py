@@ -106,7 +106,8 @@ def preview(regions: Sequence[Region], picture: Image.Image | None = None, *, si
     regions, picture = typed("regions", regions, tuple[Region, ...]), typed("picture", picture, Image.Image | None)
     check(typed("side", side, int) >= 1, f"side {side}", "at least 1")
     canvas = (picture or Image.new("RGB", (side, side), "#808080")).convert("RGB")
-    canvas = canvas.resize(tuple(max(1, round(side * length / max(canvas.size))) for length in canvas.size))
+    width, height = (max(1, round(side * length / max(canvas.size))) for length in canvas.size)
+    canvas = canvas.resize((width, height))
     font = ImageFont.load_default(max(10, side // 24))
     for i, region in enumerate(regions):
         mask = region.mask_image().resize(canvas.size)

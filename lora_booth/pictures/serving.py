@@ -15,8 +15,9 @@ from ..adapters.adapter import Adapter, weighted
 from ..base.base_model import BaseModel
 from ..base.changes import claimed, undone
 from ..base.generation import quiet
-from ..base.sizes import Size, as_arguments, drawable, size_note
-from ..config import GUIDANCE, STEPS, check, check_types, typed
+from ..base.samplers import sampling
+from ..base.sizes import as_arguments, drawable, size_note
+from ..config import GUIDANCE, STEPS, Size, check, check_types, typed
 from ..errors import CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attachable
 from .composition import checked
@@ -99,14 +100,21 @@ class Serving:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], *, steps: int = STEPS, guidance: float = GUIDANCE, size: Size | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+        size: Size | None = None,
+        sampler: str | None = None,
     ) -> list[Picture]:
         """Draw all requests in one batch, each with its adapters: the same pictures as one by one.
 
-        size  in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
+        size     in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
+        sampler  as for `Composition.generate`
         """
         requests = typed("requests", requests, tuple[Request, ...])
-        steps, guidance = checked(steps=steps, guidance=guidance).values()
+        steps, guidance, sampler = checked(steps=steps, guidance=guidance, sampler=sampler).values()
         pair = drawable(self.base, size)
         if not requests:
             raise SettingsError("no requests; pass one for each picture")
@@ -124,7 +132,7 @@ class Serving:
                 return call.run()
 
             hook = UNetHook(self.pipeline, [self.loaded[n] for n in names])
-            with hook.hooked(answer):
+            with sampling(self.pipeline, sampler, steps), hook.hooked(answer):
                 images = self.pipeline(
                     **{name: torch.cat([text[name] for text in texts]) for name in texts[0]},
                     num_inference_steps=steps,
@@ -132,8 +140,9 @@ class Serving:
                     **as_arguments(pair),
                     generator=[torch.Generator().manual_seed(request.seed) for request in requests],
                 ).images
+        how: dict[str, Any] = {"base": self.base.name, "steps": steps, "guidance": guidance, "sampler": sampler}
         return [
-            Picture(image, r.prompt, r.seed, tuple(r.adapters.items()), self.base.name, r.negative_prompt, steps, guidance)
+            Picture(image, r.prompt, r.seed, tuple(r.adapters.items()), negative_prompt=r.negative_prompt, **how)
             for image, r in zip(images, requests, strict=True)
         ]
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
+from ..base.prompt_weights import WEIGHTED
 from ..errors import SettingsError, setting, shown
 from ..subject.wording import subject_pattern, with_article, without_subject
 from .weights import Weight
 
 SYNTAX = (  # of AUTOMATIC1111 and others
     (re.compile(r"<(?:lora|lyco|hypernet)\w*:[^<>]*>", re.IGNORECASE), "pass the adapter's file with its weight instead"),
-    (re.compile(r"\(+[^()]*:\s*[-+]?[\d.]+\s*\)+|\({2,}[^()]+\){2,}"), "prompts have no weights here: leave the brackets out"),
+    (WEIGHTED, "weights need pip install 'lora-booth[prompts]' and a picture without regions; else leave the brackets out"),
     (re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]"), "prompts do not change between steps here: leave the brackets out"),
 )
 
@@ -85,17 +86,21 @@ def unnamed(adapters: Sequence[tuple[Adapter, Weight]], prompts: Sequence[str]) 
     return found
 
 
-def other_syntax(prompt: str) -> list[str]:
-    """Warnings about what other programs read as instructions."""
+def other_syntax(prompt: str, *, weights: bool = False) -> list[str]:
+    """Warnings about what other programs read as instructions. weights: those of words are read here too"""
     return [
         f"{found.group()!r} is read as plain words; {remedy}"
         for pattern, remedy in SYNTAX
+        if pattern is not WEIGHTED or not weights
         for found in pattern.finditer(prompt)
     ]
 
 
-def unread(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]], *prompts: str | None) -> list[str]:
-    """Warnings about prompts whose end the text encoders do not read, and the subjects that are lost with it."""
+def unread(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]], *prompts: str | None, extra: bool = False) -> list[str]:
+    """Warnings about prompts whose end the text encoders do not read, and the subjects that are lost with it.
+
+    extra: with an optional package, it would be read
+    """
     found = []
     for prompt in prompts:
         if not prompt or not (rest := base.cut_off(prompt)):
@@ -104,5 +109,6 @@ def unread(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]], *prompts
         lost = [one.card.words for one, place in places if place is not None and base.cut_off(prompt[: place.end()])]
         names = " and ".join(map(repr, lost))
         remedy = f"move {names} forward, or shorten it" if lost else "shorten it to have all of it drawn"
+        remedy += ", or pip install 'lora-booth[prompts]'" if extra else ""
         found.append(f"the base does not read the end of a prompt this long ({shown(rest)!r}); {remedy}")
     return found

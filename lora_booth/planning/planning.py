@@ -114,7 +114,7 @@ class Plan:
         lines = [
             f"{self.base} ({self.family}, {self.dtype}) at {config.resolution} px, {batch}, {rank}",
             *(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip() for row in table),
-            f"on {machine.name}: {machine.budget / GB:.1f} GB",
+            f"on {machine.name}: {machine.budget / GB:.3g} GB",
             f"training, GB: {parts}",
             f"phases, GB: {phases}; reserve ({RESERVE:.0%} of all but the weights): {one.reserve / GB:.2f}",
         ]
@@ -122,7 +122,7 @@ class Plan:
             steps = config.steps or 0
             minutes = max(1, round(steps * self.seconds / 60))
             lines.append(f"time: {self.seconds:.3g} s a step (median of {TIMED} here), about {minutes} min for {steps} steps")
-        return "\n".join(lines if self.chosen else [*lines, self.remedy])
+        return "\n".join(lines)
 
     def _verdict(self, way: Forecast) -> str:
         if way is self.chosen:
@@ -367,7 +367,7 @@ class Planner:
         if self.counter.base.dtype == torch.float32:
             offers.append("a base in half precision needs half as much for its weights")
         cause = f"{self.counter.base.name} at {resolution} px needs at least {least.peak / GB:.1f} GB"
-        value = f"{self.machine.name} has {budget / GB:.1f} GB"
+        value = f"the budget on {self.machine.name} is {budget / GB:.3g} GB"
         return f"{cause} and {value}; {'; '.join(offers) or 'no smaller resolution fits'}"
 
 
