@@ -272,7 +272,9 @@ def test_defaults_depend_on_photos_and_base() -> None:
     assert None not in (few.steps, few.learning_rate, few.warmup_steps, few.class_images, few.resolution)
     assert few.steps is not None and many.steps is not None and few.steps < many.steps
     assert few.resolution == 64
-    given = TrainingConfig(steps=7, learning_rate=2e-4, warmup_steps=0, class_images=5, resolution=32, sample_every=3)
+    given = TrainingConfig(
+        lr_schedule="cosine", steps=7, learning_rate=2e-4, warmup_steps=0, class_images=5, resolution=32, sample_every=3
+    )
     assert asdict(settled(given, base, 3)) == asdict(given)
     with pytest.raises(SettingsError, match="multiples of 8"):
         settled(TrainingConfig(resolution=60), base, 3)

@@ -35,8 +35,11 @@ def nearest(side: float, multiple: int) -> int:
 
 def drawable(base: BaseModel, size: Size | None) -> tuple[int, int] | None:
     """`sides`, checked for this base. Raises SettingsError, which names sizes that it can draw."""
-    pair, multiple = sides(size), side_multiple(base)
-    if pair is None or all(side % multiple == 0 for side in pair):
+    pair = sides(size)
+    if pair is None:
+        return None
+    multiple = side_multiple(base)
+    if all(side % multiple == 0 for side in pair):
         return pair
     smaller = tuple(max(1, side // multiple) * multiple for side in pair)
     larger = tuple(-(-side // multiple) * multiple for side in pair)

@@ -111,7 +111,7 @@ class Subject:
         if class_images is not None:
             own = find_photos(class_images, crop=crop, minimum=1, maximum=MOST_CLASS_IMAGES)
         skipped = found.skipped + (own.skipped if own else ())
-        return cls(found.photos, token, class_noun, templates, class_template, skipped, own.photos if own else ())
+        return cls(found.photos, token, class_noun, tuple(templates), class_template, skipped, own.photos if own else ())
 
     def audit(self, *, resolution: int = 512, shape: PhotoShape = "square") -> Audit:
         """What the photos will teach, and what to change. This is advice: nothing in it stops training.
