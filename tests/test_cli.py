@@ -613,6 +613,11 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
         {},
         {"base", "prompt", "prompts", "prompt_set", "context", "region", "auto_regions", "out", "preview", "recipe"},
     ),
+    "inpaint": (
+        (Composition, Composition.inpaint, BaseModel.load),
+        {},
+        {"photo", "mask", "adapters", "prompt", "base", "region", "auto_regions", "out"},
+    ),
     "preflight": ((Composition, Composition.preflight, BaseModel.load), {}, {"base", "region", "auto_regions"}),
     "replay": ((BaseModel.load,), {}, {"base", "recipe", "seeds", "out"}),
     "grid": (

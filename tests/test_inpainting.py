@@ -136,3 +136,24 @@ def test_photos_and_masks_that_do_not_fit(photo: Image.Image, mask: Image.Image,
             studio.inpaint(wrong, mask, PROMPT)  # type: ignore[arg-type]
         with pytest.raises(SettingsError, match="mask "):
             studio.inpaint(photo, wrong, PROMPT)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_command_does_the_same(
+    call: Any, folders: dict[str, Path], photo: Image.Image, mask: Image.Image, tmp_path: Path
+) -> None:
+    base = base_of("sd1")
+    rex = random_adapter(base).save(tmp_path / "rex.safetensors", dtype="fp32")
+    beach, here = tmp_path / "beach.png", tmp_path / "here.png"
+    photo.save(beach)
+    mask.save(here)
+    words = (rex, "--base", folders["sd1"], "--dtype", "fp32", "--prompt", PROMPT, "--steps", 4, "--guidance", 3, "--out")
+    code, out, _ = call("inpaint", beach, here, *words, tmp_path / "out")
+    assert code == 0, out
+    [file] = (tmp_path / "out").glob("*.png")
+    [expected] = Composition(base, rex).inpaint(photo, mask, PROMPT, **QUICK)
+    made = np.asarray(Image.open(file), dtype=int)
+    assert np.abs(made - np.asarray(expected.image, dtype=int)).max() <= 2
+    assert "drawn into a photo" in next((tmp_path / "out").glob("*.html")).read_text(encoding="utf-8")
+    code, _, said = call("inpaint", beach, tmp_path / "none.png", *words, tmp_path / "out")
+    assert code == 2 and said.splitlines()[-1].startswith("error: ") and "no such file" in said

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import STEPS
+from ..config import GUIDANCE, STEPS
 from ..errors import AdapterBaseMismatch, SettingsError
 from .app import say
 from .arguments import by_file, check_folder, check_place, parse_seeds, parse_weights, with_tags
@@ -75,6 +75,36 @@ def generate(
     if recipe is not None:
         say(Recipe.of(studio, prompt, seeds=wanted, **settings).save(recipe))
     for file in (*files, album.gallery()):
+        say(file)
+
+
+@command
+def inpaint(
+    photo: Path,  # photo to draw into, e.g. beach.jpg
+    mask: Path,  # picture of its shape, white where to draw, e.g. here.png
+    adapters: Adapters,
+    *,
+    prompt: str,  # what is there, with its surroundings, e.g. "a photo of ohwx dog on a beach"
+    negative_prompt: str | None = None,  # what to avoid, e.g. "blurry, text"
+    base: OwnBase = None,
+    loading: Loading,
+    placement: Placement,
+    steps: Steps = STEPS,
+    guidance: float = GUIDANCE,  # how closely to follow the prompt; 4 to 8 is usual
+    seeds: str = "0",  # seeds, a picture for each, e.g. 0-3 or 1,5,8
+    out: Out = Path("pictures"),
+) -> None:
+    """Draw a subject into a photo, where a mask is white; every other pixel stays as it is."""
+    from ..pictures.gallery import Album
+
+    wanted = parse_seeds(seeds)
+    check_folder(out)
+    texts, [prompt] = with_tags(adapters, [prompt])
+    studio = placement.composition(by_file(texts), base, loading)
+    how: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance}
+    pictures = studio.inpaint(photo, mask, prompt, seeds=wanted, **how)
+    album = Album(out)
+    for file in (*album.save(pictures), album.gallery()):
         say(file)
 
 
