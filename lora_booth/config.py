@@ -197,7 +197,7 @@ def sides(size: Size | None, name: str = "size") -> tuple[int, int] | None:
         return None
     pair = tuple(given) if isinstance(given, tuple) else (given,)
     check(len(pair) in (1, 2), f"{name} {pair}", "one side of a square, or width and height")
-    check(all(1 <= side <= MOST_SIDE for side in pair), f"{name} {written(pair)}", f"sides of up to {MOST_SIDE} pixels")
+    check(all(1 <= side <= MOST_SIDE for side in pair), f"{name} {written(pair)}", f"sides from 1 to {MOST_SIDE} pixels")
     return pair[0], pair[-1]
 
 

@@ -84,7 +84,7 @@ def train(
         check_place(place, copies, subjects)
     lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
     config = settled(config, base, sum(len(one.photos) for one in subjects))
-    drawable(base, config.sample_size)
+    drawable(base, config.sample_size, "sample_size")
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
     job = Job(base, subjects, lora, config, begun)

@@ -13,7 +13,7 @@ from pipelines import base_of, random_adapter
 
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import LoraSpec, TrainingConfig
-from lora_booth.errors import AdapterBaseMismatch, SettingsError, TrainingError
+from lora_booth.errors import AdapterBaseMismatch, SettingsError, SubjectError, TrainingError
 from lora_booth.injection import first_factors, spec_of, trainable
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
@@ -172,6 +172,8 @@ def test_own_class_images_are_what_drawn_ones_are(kind: str, photos: Path, tmp_p
     assert ours.prompts == theirs.prompts and own.text.keys() == drawn.text.keys()
     assert kind == "sd1" or torch.equal(ours.time_ids, theirs.time_ids)  # type: ignore[arg-type]
     (folder / "0.txt").write_text("a {class_noun} on grass")
+    with pytest.raises(SubjectError, match="3 photos of the subject among the class images; pass other pictures"):
+        Subject.from_folder(photos, class_images=photos, **words)
     captioned = Subject.from_folder(photos, class_images=folder, **words)
     assert [captioned.class_prompt_for(one) for one in captioned.class_images] == ["a dog on grass", "a photo of a dog"]
     said: list[str] = []
@@ -185,15 +187,18 @@ def test_own_class_images_are_what_drawn_ones_are(kind: str, photos: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_run_knows_its_class_images(photos: Path, tmp_path: Path) -> None:
-    config = replace(CONFIG, prior_loss_weight=1.0, steps=2)
+    config, others = replace(CONFIG, prior_loss_weight=1.0, steps=2), tmp_path / "others"
+    others.mkdir()
+    for number, image in enumerate(class_images(base_of("sd1"), "a photo of a dog", 2, size=(64, 64))):
+        image.save(others / f"{number}.png")
 
     def go(*names: str, **options: Any) -> Adapter:
-        files = [photos / name for name in names]
+        files = [others / name for name in names]
         subject = Subject.from_folder(photos, token="sks", class_noun="dog", class_images=files)
         return run("sd1", subject, config, lora=LORA, out=tmp_path / "run", **options)
 
-    go("0.jpg", "1.jpg", time_limit=1e-6)
+    go("0.png", "1.png", time_limit=1e-6)
     with pytest.raises(TrainingError, match=r"\(step 1\): the folder of class images; use another folder"):
-        go("0.jpg")
-    assert go("0.jpg", "1.jpg").card.steps == 2
-    assert str(photos) not in (tmp_path / "run" / "run.json").read_text()
+        go("0.png")
+    assert go("0.png", "1.png").card.steps == 2
+    assert str(others) not in (tmp_path / "run" / "run.json").read_text()

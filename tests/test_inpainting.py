@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from PIL import Image
 from pipelines import base_of, make_pipeline, random_adapter, same_state, state
 
@@ -19,6 +19,8 @@ from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.gallery import record_of
 from lora_booth.pictures.inpainting import draw_into, drawn_size, part_around
 from lora_booth.pictures.picture import command_of, python_of
+from lora_booth.pictures.regions import Region
+from lora_booth.pictures.serving import Request, Serving
 
 PROMPT = "a sks dog"
 QUICK: dict[str, Any] = {"steps": 4, "guidance": 3.0}
@@ -70,7 +72,7 @@ def test_it_draws_as_stock_diffusers(kind: str, photo: Image.Image, mask: Image.
     more = {"add_watermarker": False} if kind == "sdxl" else {"requires_safety_checker": False}
     pipeline = stock(**base.pipeline.components, **more)
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": "a cat"}
-    ours = draw_into(base, base.pipeline, PROMPT, 5, piece=piece, mask=anew, **options)
+    ours = draw_into(base, base.pipeline, 5, prompt=PROMPT, piece=piece, mask=anew, **options)
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(1, 4, 8, 8, generator=generator)
     call = {"image": piece, "mask_image": anew, "latents": noise, "generator": generator, "strength": 1.0}
@@ -119,10 +121,53 @@ def test_a_u_net_with_nine_channels(photo: Image.Image, mask: Image.Image) -> No
     centre = (140, 80, 150, 90)
     expected = drawn.resize((100, 100), Image.Resampling.LANCZOS).crop((45, 45, 55, 55))
     assert picture.image.crop(centre).tobytes() == expected.tobytes()
-    alone = make_pipeline("sd1")
-    alone.unet = pipeline.unet
-    with pytest.raises(BaseModelError, match="the U-Net takes 9 channels and the VAE gives 4; pass it in the inpainting"):
-        Composition(alone, adapter).inpaint(photo, mask, PROMPT, **QUICK)
+    places = [Region(adapter, box=(0, 0, 1, 1))]  # all of it
+    [in_place] = Composition(pipeline, regions=places).inpaint(photo, mask, PROMPT, seeds=[3], **QUICK)
+    assert in_place.image.tobytes() != plain.image.tobytes() and in_place.making.method == "regions"
+
+
+def test_pipelines_that_cannot_draw_are_refused(photo: Image.Image, mask: Image.Image) -> None:
+    inpainting, alone = nine_channels(base_of("sd1")), make_pipeline("sd1")
+    alone.unet = inpainting.unet
+    for pipeline, problem in (
+        (alone, "its U-Net takes 9 channels and gives 4, the VAE has 4; use the text-to-image model, or `inpaint` with"),
+        (inpainting, "StableDiffusionInpaintPipeline does not draw from text alone"),
+    ):
+        with pytest.raises(BaseModelError, match=problem):
+            Composition(pipeline).generate(PROMPT, size=64)
+        with pytest.raises(BaseModelError, match=problem):
+            Composition(pipeline).preflight(PROMPT, trial=True)
+        with pytest.raises(BaseModelError, match=problem):
+            Serving(pipeline).generate([Request(PROMPT)])
+    image_to_image = StableDiffusionImg2ImgPipeline.from_pipe(make_pipeline("sd1"))
+    for pipeline, problem in ((alone, "its U-Net takes 9 channels"), (image_to_image, "does not draw from text alone")):
+        with pytest.raises(BaseModelError, match=problem):
+            Composition(pipeline).inpaint(photo, mask, PROMPT)
+
+
+def test_a_black_drawing_is_an_error(photo: Image.Image, mask: Image.Image) -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    with torch.no_grad():
+        base.vae.decoder.conv_out.bias.fill_(-1e9)
+    with pytest.raises(SettingsError, match="came out black"):
+        Composition(base).inpaint(photo, mask, PROMPT, **QUICK)
+
+
+def test_samplers_and_weights_of_words(photo: Image.Image, mask: Image.Image) -> None:
+    studio = Composition(base_of("sd1"))
+
+    def placed(prompt: str, **options: Any) -> np.ndarray:
+        [picture] = studio.inpaint(photo, mask, prompt, **QUICK, **options)
+        assert picture.sampler == (options.get("sampler") and "euler a")
+        return np.asarray(picture.image, dtype=int)
+
+    plain = placed("a do")
+    assert not np.array_equal(placed("a do", sampler="Euler a"), plain)
+    with pytest.raises(SettingsError, match="sampler 'fast' is unknown"):
+        placed("a do", sampler="fast")
+    pytest.importorskip("compel")
+    assert np.abs(placed("a (do:1.0)") - plain).max() <= 2  # of 255
+    assert not np.array_equal(placed("a (do:1.5)"), plain)
 
 
 def test_photos_and_masks_that_do_not_fit(photo: Image.Image, mask: Image.Image, tmp_path: Path) -> None:

@@ -111,7 +111,6 @@ def test_where_they_are_read_as_text_a_note_says_so(monkeypatch: pytest.MonkeyPa
     assert any(note.startswith(told) for note in places.remarks("(sks dog:1.2)"))
     assert not any("plain words" in note for note in Composition(base, adapter).remarks("(sks dog:1.2)"))
     assert any("plain words" in note for note in Composition(base, adapter).remarks("(sks dog:1.2) [a|b]"))
-    assert any("plain words" in note for note in Composition(base, adapter).remarks("(sks dog:1.2)", weights=False))
     monkeypatch.setattr(composition, "has_compel", lambda: False)
     with pytest.warns(CompositionWarning, match="plain words; weights need pip install .lora-booth.prompts."):
         Composition(base, adapter).generate("(sks dog:1.2)", steps=1)

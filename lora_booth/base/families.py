@@ -148,6 +148,10 @@ def check_drawable(pipeline: Any, family: Family) -> None:
     from_text = "image" not in inspect.signature(pipeline.__call__).parameters
     remedy = f"use diffusers.{family.pipeline}.from_pipe(pipeline), or call it in `attached`"
     demand(from_text, f"{what} does not draw from text alone; {remedy}")
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    taken, given, held = unet.in_channels, unet.out_channels, vae.latent_channels
+    remedy = "use the text-to-image model, or `inpaint` with the inpainting pipeline that it was made for"
+    demand(taken == given == held, f"its U-Net takes {taken} channels and gives {given}, the VAE has {held}; {remedy}")
 
 
 def check_trainable(pipeline: Any, family: Family) -> None:
@@ -171,9 +175,6 @@ def check_unet_and_vae(pipeline: Any) -> None:
     unet, vae = pipeline.unet.config, pipeline.vae.config
     kind = getattr(pipeline.vae, "_orig_mod", pipeline.vae)  # inside a compiled one
     demand(isinstance(kind, AutoencoderKL), f"its VAE is a {type(kind).__name__}; training needs an AutoencoderKL")
-    taken, given, held = unet.in_channels, unet.out_channels, vae.latent_channels
-    remedy = "use the text-to-image model, not one for inpainting or editing"
-    demand(taken == given == held, f"its U-Net takes {taken} channels and gives {given}, the VAE has {held}; {remedy}")
     more = [k for k in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type") if unet.get(k) is not None]
     remedy = "use the plain model, or call unload_ip_adapter() on the pipeline"
     demand(not more, f"its U-Net has further inputs ({', '.join(more)}), as LCM models and IP-Adapters have; {remedy}")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..config import GUIDANCE, STEPS, Size, sides
 from .changes import claimed, undone
-from .families import check_drawable, recognise
+from .families import recognise
 from .library_logging import quiet_about_long_prompts
 from .prompt_weights import embedded
 from .samplers import sampling
@@ -55,10 +55,7 @@ def generate_images(
     sampler     its name in `samplers`; None: the base's own
     batch_size  pictures at a time; more than one is faster and may differ by rounding
     weights     read weights in the prompts, and long prompts to their end, by compel
-    Raises BaseModelError for a pipeline that does not draw from text alone.
     """
-    family = recognise(pipeline)
-    check_drawable(pipeline, family)
     images: list[Image.Image] = []
 
     def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -71,12 +68,8 @@ def generate_images(
     with claimed(pipeline.unet), sampling(pipeline, sampler, steps), quiet(pipeline):
         for first in range(0, len(seeds), batch_size):
             part = list(seeds[first : first + batch_size])
-            texts: dict[str, Any] = {"prompt": [prompt] * len(part)}
-            texts["negative_prompt"] = None if negative_prompt is None else [negative_prompt] * len(part)
-            if weights:
-                texts = embedded(pipeline, family, prompt, negative_prompt, len(part))
             result = pipeline(
-                **texts,
+                **texts_of(pipeline, prompt, negative_prompt, len(part), weights=weights),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 **as_arguments(sides(size)),
@@ -87,6 +80,13 @@ def generate_images(
             if on_image is not None:
                 on_image(len(images))
     return images
+
+
+def texts_of(pipeline: Any, prompt: str, negative_prompt: str | None, count: int, *, weights: bool) -> dict[str, Any]:
+    """The prompts as arguments of a pipeline that draws `count` pictures."""
+    if weights:
+        return embedded(pipeline, recognise(pipeline), prompt, negative_prompt, count)
+    return {"prompt": [prompt] * count, "negative_prompt": None if negative_prompt is None else [negative_prompt] * count}
 
 
 @contextmanager

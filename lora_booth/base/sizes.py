@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from ..config import Size, sides, written
+from ..config import Size, named, sides, written
 from ..errors import SettingsError
 from .base_model import BaseModel
+from .families import check_drawable
 
 AREAS = (0.5, 2.0)  # of the base's own; chosen: below them details are lost, above them subjects repeat
 ELONGATED = 2.4  # longer side to shorter, at most; the most of SDXL's usual sizes
@@ -33,18 +34,18 @@ def nearest(side: float, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
 
 
-def drawable(base: BaseModel, size: Size | None) -> tuple[int, int] | None:
-    """`sides`, checked for this base. Raises SettingsError, which names sizes that it can draw."""
-    pair = sides(size)
-    if pair is None:
-        return None
+def drawable(base: BaseModel, size: Size | None, name: str = "size") -> tuple[int, int] | None:
+    """`sides`, for pictures that this base draws from text. Raises BaseModelError if it draws none, and SettingsError, which
+    names sizes that it can draw."""
+    pair = sides(size, name)
+    check_drawable(base.shell, base.family)
     multiple = side_multiple(base)
-    if all(side % multiple == 0 for side in pair):
+    if pair is None or all(side % multiple == 0 for side in pair):
         return pair
     smaller = tuple(max(1, side // multiple) * multiple for side in pair)
     larger = tuple(-(-side // multiple) * multiple for side in pair)
     raise SettingsError(
-        f"size {written(pair)}: this base draws sides that are multiples of {multiple}; "
+        f"{named(name)} {written(pair)}: this base draws sides that are multiples of {multiple}; "
         f"pass {' or '.join(dict.fromkeys(map(written, (smaller, larger))))} ({usual(base)})"
     )
 

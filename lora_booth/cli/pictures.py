@@ -91,6 +91,7 @@ def inpaint(
     placement: Placement,
     steps: Steps = STEPS,
     guidance: float = GUIDANCE,  # how closely to follow the prompt; 4 to 8 is usual
+    sampler: str | None = None,  # e.g. "euler a", "dpm++ 2m karras", ddim, unipc or lcm [the base's own]
     seeds: str = "0",  # seeds, a picture for each, e.g. 0-3 or 1,5,8
     out: Out = Path("pictures"),
 ) -> None:
@@ -101,7 +102,7 @@ def inpaint(
     check_folder(out)
     texts, [prompt] = with_tags(adapters, [prompt])
     studio = placement.composition(by_file(texts), base, loading)
-    how: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance}
+    how: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "sampler": sampler}
     pictures = studio.inpaint(photo, mask, prompt, seeds=wanted, **how)
     album = Album(out)
     for file in (*album.save(pictures), album.gallery()):

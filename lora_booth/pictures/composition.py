@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,8 @@ from ..adapters.contents import file_stem
 from ..adapters.tools.merge import merge
 from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel
-from ..base.families import TIMESTEPS
-from ..base.generation import generate_images, quiet
+from ..base.families import TIMESTEPS, check_drawable
+from ..base.generation import generate_images, quiet, texts_of
 from ..base.prompt_weights import has_compel, is_weighted
 from ..base.samplers import sampler_name, sampling
 from ..base.sizes import as_arguments, drawable, size_note
@@ -28,7 +28,7 @@ from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
 from ..photos.masks import check_shape
 from ..photos.opening import read_picture
-from .inpainting import draw_into, drawn_size, part_around, pasted
+from .inpainting import draw_into, drawn_size, inpaints, part_around, pasted
 from .picture import AUTO_START, Making, Picture
 from .preflight import Preflight, misfits, overlaps_of, ways_to_place
 from .regional import EMPTY, AttentionMaps, Isolation, Regional, refuse_hidden_adapters, with_rest
@@ -149,28 +149,14 @@ class Composition:
         how = {"steps": steps, "guidance": guidance, "size": size, "sampler": sampler, "batch_size": batch_size}
         asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, **how)
         asked["size"] = drawable(self.base, size)
-        everyone = self.everyone(prompt)
         for text in self.remarks(prompt, negative_prompt, size=asked["size"]):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self.attached(prompt) as pipeline:
             images = generate_images(
                 pipeline, **asked, weights=self._weighs(prompt, negative_prompt), on_image=on_image, on_step=on_step
             )
-            checked_for_black = getattr(pipeline, "safety_checker", None) is None
-        if checked_for_black and not all(image.getbbox() for image in images):  # how NaN ends
-            raise SettingsError(
-                f"a picture came out black: numbers beyond {str(self.base.dtype).removeprefix('torch.')}; lower the guidance "
-                f"or the weights, or load the base with {setting('dtype', 'float32')}"
-            )
-        extras = ["a mask"] * any(place.box is None for place in self.places)
-        extras += ["weights by block or step"] * any(weight.blocks or weight.timed for _, weight in everyone)
-        files = tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone)
-        making = Making(files, recipe_only=" and ".join(extras) or None, **self.settings(prompt))
-        used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
-        return [
-            Picture(image, prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making, asked["sampler"])
-            for image, seed in zip(images, asked["seeds"], strict=True)
-        ]
+        refuse_black(images, self.base)
+        return self._pictures(images, asked)
 
     def inpaint(
         self,
@@ -182,6 +168,7 @@ class Composition:
         negative_prompt: str | None = None,
         steps: int = STEPS,
         guidance: float = GUIDANCE,
+        sampler: str | None = None,
     ) -> list[Picture]:
         """The photo with something new where the mask is white, for each seed; the rest of it stays as it is, bit for bit.
 
@@ -189,9 +176,12 @@ class Composition:
         prompt       what the masked place shows, with its surroundings: "a photo of ohwx dog on a beach"
         The base sees the mask and half its size around it, at the size that it was trained for. It may be a text-to-image base
         or, for seams that match better, a diffusers inpainting pipeline (`Composition(pipeline, adapter)`). Boxes of regions
-        are fractions of what it sees. Raises PhotoError, SettingsError.
+        are fractions of what it sees. Raises PhotoError, SettingsError, BaseModelError.
         """
-        asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, steps=steps, guidance=guidance)
+        how = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, **how)
+        if not inpaints(self.base.shell):
+            check_drawable(self.base.shell, self.base.family)
         kinds: Any = Path | Image.Image
         around = read_picture(typed("photo", photo, kinds))
         greys = read_picture(typed("mask", mask, kinds), mode="L")
@@ -200,21 +190,27 @@ class Composition:
         part = part_around(greys)
         size = drawn_size(self.base, part)
         piece, anew = (image.crop(part).resize(size, Image.Resampling.LANCZOS) for image in (around, greys))
-        steps, guidance = asked["steps"], asked["guidance"]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative_prompt}
-        for text in self.remarks(prompt, negative_prompt, weights=False):
+        for text in self.remarks(prompt, negative_prompt, size=size):
             warnings.warn(text, CompositionWarning, stacklevel=2)
-        with self.attached(prompt) as pipeline, quiet(pipeline):
-            images = [
-                draw_into(self.base, pipeline, prompt, seed, piece=piece, mask=anew, **options) for seed in asked["seeds"]
-            ]
-        everyone = self.everyone(prompt)
-        making = Making(tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone), photo=True)
+        steps, guidance = asked["steps"], asked["guidance"]
+        with self.attached(prompt) as pipeline, sampling(pipeline, asked["sampler"], steps), quiet(pipeline):
+            options = texts_of(pipeline, prompt, negative_prompt, 1, weights=self._weighs(prompt, negative_prompt))
+            options |= {"num_inference_steps": steps, "guidance_scale": guidance}
+            images = [draw_into(self.base, pipeline, seed, piece=piece, mask=anew, **options) for seed in asked["seeds"]]
+        refuse_black(images, self.base)
+        return self._pictures([pasted(around, part, image, greys) for image in images], asked, photo=True)
+
+    def _pictures(self, images: Sequence[Image.Image], asked: Mapping[str, Any], *, photo: bool = False) -> list[Picture]:
+        """The pictures drawn as `asked`, with how they were made."""
+        prompt, everyone = asked["prompt"], self.everyone(asked["prompt"])
+        extras = ["a mask"] * any(place.box is None for place in self.places)
+        extras += ["weights by block or step"] * any(weight.blocks or weight.timed for _, weight in everyone)
+        files = tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone)
+        making = Making(files, recipe_only=" and ".join(extras) or None, photo=photo, **self.settings(prompt))
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
+        how = {name: asked[name] for name in ("negative_prompt", "steps", "guidance", "sampler")}
         return [
-            Picture(
-                pasted(around, part, image, greys), prompt, seed, used, self.base.name, negative_prompt, steps, guidance, making
-            )
+            Picture(image, prompt, seed, used, self.base.name, making=making, **how)
             for image, seed in zip(images, asked["seeds"], strict=True)
         ]
 
@@ -322,20 +318,10 @@ class Composition:
 
     # --- before the first step
 
-    def remarks(
-        self,
-        prompt: str,
-        negative_prompt: str | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-        weights: bool = True,
-    ) -> list[str]:
-        """What is probably not meant, one line each; `generate` gives them as warnings.
-
-        weights  whether an optional package may read those of words, and long prompts to their end
-        """
-        everyone, extra = self.everyone(prompt), weights and self.settings(prompt)["method"] != "regions"
-        weights = weights and self._weighs(prompt, negative_prompt)
+    def remarks(self, prompt: str, negative_prompt: str | None = None, *, size: tuple[int, int] | None = None) -> list[str]:
+        """What is probably not meant, one line each; `generate` gives them as warnings."""
+        everyone, extra = self.everyone(prompt), self.settings(prompt)["method"] != "regions"
+        weights = self._weighs(prompt, negative_prompt)
         prompts = [prompt] * (len(everyone) - len(self.places)) + [place.prompt or prompt for place in self.places]
         return [
             *clashes(everyone, self.method, self.isolate),
@@ -445,6 +431,15 @@ def checked(**settings: Any) -> dict[str, Any]:
     if settings.get("sampler") is not None:
         settings["sampler"] = sampler_name(settings["sampler"])
     return settings
+
+
+def refuse_black(images: Sequence[Image.Image], base: BaseModel) -> None:
+    """NaN ends as black. Raises SettingsError, unless a safety checker makes pictures black too."""
+    if getattr(base.shell, "safety_checker", None) is None and not all(image.getbbox() for image in images):
+        raise SettingsError(
+            f"a picture came out black: numbers beyond {str(base.dtype).removeprefix('torch.')}; lower the guidance "
+            f"or the weights, or load the base with {setting('dtype', 'float32')}"
+        )
 
 
 def everyone_of(adapters: Weighted | Iterable[Weighted]) -> tuple[tuple[Adapter, Weight], ...]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from ..base.base_model import BaseModel
 from ..base.sizes import nearest, side_multiple
-from ..errors import BaseModelError, PhotoError
+from ..errors import PhotoError
 from ..photos.cropping import to_tensor
 from ..photos.masks import WHITE
 
@@ -50,23 +50,24 @@ def drawn_size(base: BaseModel, part: Box) -> tuple[int, int]:
     return nearest((right - left) * scale, multiple), nearest((bottom - top) * scale, multiple)
 
 
+def inpaints(pipeline: Any) -> bool:
+    return "mask_image" in inspect.signature(pipeline.__call__).parameters
+
+
 @torch.no_grad()
 def draw_into(
-    base: BaseModel, pipeline: Any, prompt: str, seed: int, *, piece: Image.Image, mask: Image.Image, **options: Any
+    base: BaseModel, pipeline: Any, seed: int, *, piece: Image.Image, mask: Image.Image, **options: Any
 ) -> Image.Image:
     """`piece` with new content where `mask` is white, by an inpainting pipeline or any that draws from text.
 
+    options  of the pipeline: its prompts and steps
     The latter is led as diffusers' inpainting pipelines lead a plain U-Net: after every step, the latents outside the mask are
     the photo's, with the noise of the next step.
     """
     generator = torch.Generator().manual_seed(seed)
     options |= {"width": piece.width, "height": piece.height, "generator": generator}
-    if "mask_image" in inspect.signature(pipeline.__call__).parameters:
-        return pipeline(prompt, image=piece, mask_image=mask, strength=1.0, **options).images[0]
-    taken, held = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-    if taken != held:
-        remedy = "pass it in the inpainting pipeline that it was made for"
-        raise BaseModelError(f"the U-Net takes {taken} channels and the VAE gives {held}; {remedy}")
+    if inpaints(pipeline):
+        return pipeline(image=piece, mask_image=mask, strength=1.0, **options).images[0]
     mean, std = base.encode_images(to_tensor(piece))  # (1, C, h, w)
     noise = torch.randn(mean.shape, generator=generator).to(mean)
     photo = (mean + std * torch.randn(mean.shape, generator=generator).to(mean)) * base.scaling_factor
@@ -78,7 +79,7 @@ def draw_into(
         around = photo if step + 1 == len(times) else pipeline.scheduler.add_noise(photo, noise, times[step + 1 : step + 2])
         return {"latents": torch.where(anew, latents, around.to(latents))}
 
-    return pipeline(prompt, latents=noise.to(base.dtype), callback_on_step_end=keep, **options).images[0]
+    return pipeline(latents=noise.to(base.dtype), callback_on_step_end=keep, **options).images[0]
 
 
 def pasted(photo: Image.Image, part: Box, drawn: Image.Image, mask: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import PhotoShape, check_types, typed
-from ..errors import SubjectError, shown
+from ..errors import SubjectError, counted, shown
 from ..photos.audit import Audit, audit_photos
 from ..photos.captioning import Captioner
 from ..photos.cropping import Cropping
@@ -55,6 +55,11 @@ class Subject:
             raise SubjectError(f"templates {self.templates!r}; needed: a tuple of at least one template")
         for template in self.templates:
             _check_template(template, needs="token")
+        both = {photo.sha256 for photo in self.photos} & {image.sha256 for image in self.class_images}
+        if both:
+            raise SubjectError(
+                f"{counted(len(both), 'photo')} of the subject among the class images; pass other pictures of the class"
+            )
         _check_template(self.class_template, needs="class_noun")
         if "{token}" in self.class_template:
             raise SubjectError(f"class template {shown(self.class_template)!r} names the token; leave it out")
