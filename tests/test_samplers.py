@@ -109,7 +109,7 @@ def test_what_a_sampler_cannot_do_is_told(sd1: BaseModel) -> None:
         SettingsError, match="sampler 'lcm karras': lcm has no karras spacing; leave it out, or use euler, heun"
     ):
         studio.generate(PROMPT, sampler="lcm karras")
-    with pytest.raises(SettingsError, match="sampler 'lcm' cannot take 51 steps .*; pass fewer"):
+    with pytest.raises(SettingsError, match="sampler 'lcm' cannot take 51 steps; pass fewer"):
         studio.generate(PROMPT, steps=51, sampler="lcm")
     with pytest.raises(SettingsError, match="has a noise schedule of its own; leave out the sampler"):
         scheduler_of(diffusers.EDMEulerScheduler(), "euler", 4)

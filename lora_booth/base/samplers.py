@@ -73,8 +73,8 @@ def scheduler_of(scheduler: Any, sampler: str, steps: int) -> Any:
     made = kind.from_config(known, **{name: value for name, value in (PLAIN | wanted).items() if name in taken(kind)})
     try:
         made.set_timesteps(steps)
-    except ValueError as error:  # LCM knows 50 steps
-        raise SettingsError(f"sampler {sampler!r} cannot take {steps} steps ({error}); pass fewer") from error
+    except ValueError as error:  # LCM knows 50 steps, and says so at length
+        raise SettingsError(f"sampler {sampler!r} cannot take {steps} steps; pass fewer") from error
     return made
 
 
