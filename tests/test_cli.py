@@ -707,6 +707,11 @@ def test_adapters_are_named_in_the_prompt_as_people_paste_it(call, rex, tiny, tm
     ):
         code, _, err = call("generate", *files, "--prompt", prompt, "--base", tiny)
         assert code == 2 and words in err
+    for method, command in (("inpaint", ["inpaint", "photo.png", "mask.png"]), ("preflight", ["preflight"])):
+        done = lambda self, *given, **_: seen.append((self.adapters, "a dog" in given)) or sys.exit(0)  # noqa: E731
+        monkeypatch.setattr(f"lora_booth.pictures.composition.Composition.{method}", done)
+        code, _, err = call(*command, "--prompt", "a dog <lora:loose>", "--base", tiny)
+        assert code == 0 and [weight.value for _, weight in seen[-1][0]] == [0.3] and seen.pop()[1], err
     (tmp_path / "two.txt").write_text("a dog <lora:loose>\na cat")
     code, _, err = call("grid", "--prompts", "two.txt", "--base", tiny)
     assert code == 2 and "different <lora:...> tags; draw them one by one" in err

@@ -80,7 +80,7 @@ def by_file(texts: Sequence[str]) -> Named:
 TAG = re.compile(r"\s*<lora:([^<>:]+)(?::([^<>]*))?>", re.IGNORECASE)
 
 
-def with_tags(texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+def with_tags(texts: Sequence[str] | None, prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Adapter arguments with those that the prompts name as <lora:ink:0.6>, and the prompts without such tags.
 
     A tag names the file of an argument, or one beside it or in the current folder. Its weight replaces the argument's.
@@ -88,7 +88,7 @@ def with_tags(texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], 
     tags = [{name.strip(): weight for name, weight in TAG.findall(prompt)} for prompt in prompts]
     if any(found != tags[0] for found in tags):
         raise SettingsError("the prompts have different <lora:...> tags; draw them one by one, or pass the adapters' files")
-    chosen = list(texts)
+    chosen = list(texts or ())
     for name, weight in tags[0].items():
         files = [file_and_weight(text)[0] for text in chosen]
         beside = [folder / f"{name}.safetensors" for folder in dict.fromkeys([*(file.parent for file in files), Path()])]
@@ -99,6 +99,8 @@ def with_tags(texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], 
         place = files.index(file) if file in files else len(files)
         if weight or file not in files:
             chosen[place : place + 1] = [f"{file}:{weight}" if weight else str(file)]
+    if not chosen:
+        raise SettingsError("no adapter; pass its file, or name it in the prompt, e.g. <lora:rex:0.8>")
     return chosen, [TAG.sub("", prompt).strip() for prompt in prompts]
 
 

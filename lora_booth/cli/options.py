@@ -252,9 +252,7 @@ class Prompting:
         """The adapters of arguments and of <lora:...> tags, and the prompts without these."""
         from ..pictures.prompts import prompts_for
 
-        texts, templates = with_tags(adapters or (), self.templates())
-        if not texts:
-            raise SettingsError("no adapter; pass its file, or name it in the prompt, e.g. <lora:rex:0.8>")
+        texts, templates = with_tags(adapters, self.templates())
         chosen = by_file(texts)
         return chosen, prompts_for([adapter for _, (adapter, _) in chosen], templates, contexts=self.context)
 

@@ -15,7 +15,7 @@ from ..config import GUIDANCE, STEPS
 from ..errors import AdapterBaseMismatch, SettingsError
 from .app import say
 from .arguments import by_file, check_folder, check_place, parse_seeds, parse_weights, with_tags
-from .options import Adapters, Drawing, Loading, Method, Named, OwnBase, Placement, Prompting, Size, Steps, command
+from .options import Drawing, Loading, Method, Named, OwnBase, Placement, Prompting, Size, Steps, command
 
 PATIENCE = 2.0  # seconds without a bar; chosen
 Out = Annotated[Path, typer.Option(help="folder for the pictures and their gallery, e.g. beach")]
@@ -82,7 +82,7 @@ def generate(
 def inpaint(
     photo: Path,  # photo to draw into, e.g. beach.jpg
     mask: Path,  # picture of its shape, white where to draw, e.g. here.png
-    adapters: Adapters,
+    adapters: Named = None,
     *,
     prompt: str,  # what is there, with its surroundings, e.g. "a photo of ohwx dog on a beach"
     negative_prompt: str | None = None,  # what to avoid, e.g. "blurry, text"
@@ -111,7 +111,7 @@ def inpaint(
 
 @command
 def preflight(
-    adapters: Adapters,
+    adapters: Named = None,
     *,
     prompt: str,  # what to draw, e.g. "a photo of ohwx dog and zwx mug"
     base: OwnBase = None,
