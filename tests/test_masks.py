@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def cut_out(x: int, **options: Any) -> Image.Image:
     return picture
 
 
+def png_of(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
 def only(folder: Path, **options: Any) -> Photo:
     [photo] = find_photos(folder, minimum=1, **options).photos
     return photo
@@ -61,6 +68,13 @@ def test_a_cut_out_photo_has_its_mask(mode: str, tmp_path: Path) -> None:
     assert (np.asarray(open_photo(photo))[expected == 0] == 255).all()
     [report] = lb.Subject.from_folder(tmp_path, **WORDS).audit(resolution=64).photos
     assert "mask: its transparency" in report.notes and report.kept == pytest.approx(1.0, abs=0.03)
+    noise(240, 160).save(tmp_path / "whole.jpg")
+    (tmp_path / "whole.mask.png").write_bytes(png_of(disc(240, 160, 120, 80, 50)))
+    audited = lb.Subject.from_folder([tmp_path / "whole.jpg"], **WORDS).audit(resolution=64).photos[0].thumbnail
+    corner, centre = np.asarray(audited)[:20, :20], np.asarray(audited)[70:90, 70:90]
+    assert corner.min() >= 0.7 * 255 - 1 and centre.min() < 0.7 * 255  # what the mask leaves out is pale
+    (tmp_path / "whole.jpg").unlink()
+    (tmp_path / "whole.mask.png").unlink()
     disc(240, 160, 60, 80, 30).save(tmp_path / "rex.mask.png")
     assert only(tmp_path).focus[0] < 0.5 and only(tmp_path).note is None  # type: ignore[index]  # a file comes first
 

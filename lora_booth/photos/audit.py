@@ -17,6 +17,7 @@ from .photo import Photo, Skipped
 from .sheet import contact_sheet
 
 SHEET_SIDE = 160  # pixels of the long side of a crop on the contact sheet
+PALE = 0.7  # share of white, on the sheet, over what a mask leaves out; chosen
 FEW, MANY = 5, 30  # photos; chosen: fewer repeat themselves, more add little
 MOST = 0.6  # share of the photos with one background that is worth a line of advice; chosen
 MOST_COMPARED = 300  # photos, since each is compared with every other; chosen
@@ -31,7 +32,7 @@ class PhotoReport:
     measures: Measures
     size: WidthHeight  # that it is cropped and resized to
     kept: float | None  # share of the mask that is inside the crop; None without a mask
-    thumbnail: Image.Image = field(compare=False, repr=False)  # the training picture, small
+    thumbnail: Image.Image = field(compare=False, repr=False)  # the training picture, small; pale outside its mask
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ def _look(photo: Photo, sizes: Sequence[WidthHeight], resolution: int) -> tuple[
     notes += _notes(found, cropped.kept)
     small = round(size[0] * SHEET_SIDE / max(size)), round(size[1] * SHEET_SIDE / max(size))
     thumbnail = cropped.image.resize(small, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    if cropped.mask is not None:
+        pale = Image.blend(thumbnail, Image.new("RGB", small, "white"), PALE)
+        thumbnail = Image.composite(thumbnail, pale, cropped.mask.resize(small))
     return PhotoReport(photo, tuple(notes), found, size, cropped.kept, thumbnail), likeness(image, mask)
 
 
