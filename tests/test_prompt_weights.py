@@ -105,9 +105,7 @@ def test_where_they_are_read_as_text_a_note_says_so(monkeypatch: pytest.MonkeyPa
     adapter = pipelines.random_adapter(base)
     places = Composition(base, regions=[Region(adapter, box=(0, 0, 0.5, 1))])
     monkeypatch.setattr(composition, "has_compel", lambda: True)
-    told = (
-        "'(sks dog:1.2)' is read as plain words; weights need pip install 'lora-booth[prompts]' and a picture without regions"
-    )
+    told = "'(sks dog:1.2)' is read as plain words; weights need pip install 'lora-booth[prompts]' and a composition without"
     assert any(note.startswith(told) for note in places.remarks("(sks dog:1.2)"))
     assert not any("plain words" in note for note in Composition(base, adapter).remarks("(sks dog:1.2)"))
     assert any("plain words" in note for note in Composition(base, adapter).remarks("(sks dog:1.2) [a|b]"))

@@ -128,6 +128,11 @@ def test_a_prompt_that_is_cut_is_told(base):
         live.generate([Request("a dog far away on the moon")], steps=1, size=48)
 
 
+def test_weights_of_words_are_not_read_and_a_note_says_so(base):
+    with Serving(base) as live, pytest.warns(CompositionWarning, match=r"'\(a do:1.2\)' is read as plain words; weights need"):
+        live.generate([Request("a do", negative_prompt="(a do:1.2)")], steps=1, size=48)
+
+
 def test_mistakes_are_named(base):
     adapters = three(base)
     other = BaseModel.from_pipeline(pipelines.make_pipeline("sd2"))

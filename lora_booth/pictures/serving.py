@@ -22,7 +22,7 @@ from ..errors import CompositionWarning, SettingsError
 from ..injection import AttachedAdapter, attachable
 from .composition import checked
 from .picture import Picture
-from .subjects import unread
+from .subjects import other_syntax, unread
 from .unet_hook import Gate, UNetCall, UNetHook
 
 # what `encode_prompt` returns; the last two of SDXL alone
@@ -148,7 +148,8 @@ class Serving:
 
     def _encoded(self, request: Request) -> dict[str, Tensor]:
         """The pipeline's arguments in place of the request's prompts."""
-        for warning in unread(self.base, [], request.prompt, request.negative_prompt):
+        prompts = request.prompt, request.negative_prompt
+        for warning in [*(text for one in prompts for text in other_syntax(one or "")), *unread(self.base, [], *prompts)]:
             warnings.warn(warning, CompositionWarning, stacklevel=3)
         self.use(request.adapters)  # a text encoder may have an adapter too
         encoded = self.pipeline.encode_prompt(

@@ -16,7 +16,7 @@ from .weights import Weight
 
 SYNTAX = (  # of AUTOMATIC1111 and others
     (re.compile(r"<(?:lora|lyco|hypernet)\w*:[^<>]*>", re.IGNORECASE), "pass the adapter's file with its weight instead"),
-    (WEIGHTED, "weights need pip install 'lora-booth[prompts]' and a picture without regions; else leave the brackets out"),
+    (WEIGHTED, "weights need pip install 'lora-booth[prompts]' and a composition without regions; else leave the brackets out"),
     (re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]"), "prompts do not change between steps here: leave the brackets out"),
 )
 
