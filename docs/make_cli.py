@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from lora_booth.cli.app import app
 
 TARGET = Path(__file__).parent / "cli.md"
@@ -34,6 +36,8 @@ def section(name: str, callback: Callable[..., Any]) -> str:
     hints = typing.get_type_hints(callback, include_extras=True)
     usage, arguments, options = [f"lora-booth {name}"], [], []
     for parameter in inspect.signature(callback).parameters.values():
+        if hints[parameter.name] is typer.Context:
+            continue
         kind, info = described(hints[parameter.name])
         text = (info.help or "").replace("|", "\\|") if info is not None else ""
         required = parameter.default is inspect.Parameter.empty

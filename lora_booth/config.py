@@ -210,7 +210,7 @@ def written(pair: tuple[int, ...]) -> str:
 
 MOST = 2**63  # whole numbers are below it, as PyTorch's are
 NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path", NoneType: "None"}
-NEEDED[Mapping[str, float]] = "a mapping of names to numbers"
+NEEDED |= {Mapping[str, float]: "a mapping of names to numbers", Mapping: "a mapping", Callable: "a function"}
 
 
 def check_types(settings: Any) -> None:

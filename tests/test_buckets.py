@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pipelines import base_of
 from torch import Tensor
 
@@ -203,7 +203,7 @@ def test_photos_and_class_images_are_encoded_by_size(kind: str, shapes: Subject)
     assert wide.photos.time_ids is None or wide.photos.time_ids[0, :2].tolist() == [150, 260]
 
 
-def test_class_images_of_your_own_get_the_sizes_of_the_photos(shapes: Subject) -> None:
+def test_class_images_of_your_own_get_the_sizes_of_the_photos(shapes: Subject, tmp_path: Path) -> None:
     base, config = base_of("sd1"), replace(CONFIG, class_images=0)
 
     def counts(*pictures: Photo) -> list[int]:
@@ -214,7 +214,9 @@ def test_class_images_of_your_own_get_the_sizes_of_the_photos(shapes: Subject) -
         assert heights == [(9, 7), (6, 10)]
         return [len(one) for one in found if one is not None]
 
-    tall, wide, also_tall = shapes.photos
+    for photo in shapes.photos:
+        ImageOps.mirror(Image.open(photo.path)).save(tmp_path / photo.path.name)
+    tall, wide, also_tall = find_photos(tmp_path, crops={"1.jpg": (0, 0, 1, 0.5)}).photos
     assert counts(tall, wide, also_tall) == [2, 1]
     assert counts(tall, also_tall) == [2, 2]  # none is wide, so that all are cut for the wide photo
 

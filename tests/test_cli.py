@@ -741,6 +741,11 @@ def test_settings_from_a_file(photos, monkeypatch, call, tmp_path):
         assert (seen["subject"].token, seen["subject"].class_noun) == ("zwx", "dog")
     assert call("train", "--settings", file, "--steps", 9, "--lean", "--token", "sks")[0] == 0  # the command line comes first
     assert seen["config"] == replace(expected, steps=9, lean=True) and seen["subject"].token == "sks"
+    assert call("train", "--settings", file, "--init", "first.safetensors")[0] == 0
+    assert seen["lora"] == LoraSpec(rank=2, target_modules=("to_q", "to_v")) and seen["init"] == Path("first.safetensors")
+    words = ("train", photos, "--token", "zwx", "--class-noun", "dog", "--out", out)
+    assert call(*words, "--init", "first.safetensors")[0] == 0 and seen["lora"] is None  # as that adapter has it
+    assert call(*words, "--init", "first.safetensors", "--rank", 8)[0] == 0 and seen["lora"] == LoraSpec()
     for content, words in (
         ("stepps = 7", "'stepps' is not a setting of train; did you mean steps?"),
         ("steps = [7, 8]", "steps is [7, 8]; write one value"),

@@ -22,7 +22,7 @@ from lora_booth.pictures.grids import Grid, before_after, grid, grid_steps
 from lora_booth.pictures.picture import Picture
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt does not name:lora_booth.errors.CompositionWarning")
-QUICK = {"steps": 2, "guidance": 2.0, "size": 32}
+QUICK = {"steps": 2, "guidance": 2.0, "size": 48}
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def call(*words: object) -> int:
     return int(left.value.code or 0)
 
 
-WORDS = ("--steps", 1, "--size", 32)
+WORDS = ("--steps", 1, "--size", 48)
 
 
 def test_preflight_of_an_adapter_that_cannot_be_attached_is_an_error(files, tmp_path, capsys):

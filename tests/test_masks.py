@@ -140,6 +140,10 @@ def test_a_segmenter_that_is_sure_gives_the_mask(tmp_path: Path) -> None:
         assert photo.note == note and (photo.mask is None) == note.startswith("no mask")
     with pytest.raises(lb.LoraBoothError, match="it must have the shape of the segmenter's input"):
         lb.Subject.from_folder([tmp_path / "a.png"], masks=finds(Image.new("L", (10, 90), 255)), **WORDS)
+    with pytest.raises(lb.LoraBoothError, match="mask of a.png: the segmenter returned ndarray; needed: a PIL image or None"):
+        lb.Subject.from_folder([tmp_path / "a.png"], masks=finds(soft), **WORDS)
+    with pytest.raises(lb.LoraBoothError, match="masks 'all'; needed: a mapping or 'auto' or a function"):
+        lb.Subject.from_folder([tmp_path / "a.png"], masks="all", **WORDS)
 
 
 # --- captions ------------------------------------------------------------------------------------------------------------
@@ -160,7 +164,7 @@ def test_a_captioner_says_what_nobody_wrote(tmp_path: Path) -> None:
     assert [subject.prompt_for(photo) for photo in subject.photos] == [
         *("a sks dog on grass", "my sks dog asleep", "a photo of sks dog"),
     ]
-    for wrong, said in ((5, "a int; needed: a string"), ("x" * 3000, "3000 characters")):
+    for wrong, said in ((5, "int; needed: a string"), ("x" * 3000, "3000 characters")):
         with pytest.raises(lb.LoraBoothError, match=f"caption by the captioner for 0.jpg: {said}"):
             lb.Subject.from_folder(tmp_path, captioner=lambda _: wrong, **WORDS)  # type: ignore[arg-type, return-value]  # noqa: B023
 

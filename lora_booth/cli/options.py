@@ -73,7 +73,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             parameters += options_of(groups[name])
             continue
         kind = kinds[name]
-        if get_origin(kind) is not Annotated:
+        if kind is not typer.Context and get_origin(kind) is not Annotated:
             about = typer.Option if one.kind is one.KEYWORD_ONLY else typer.Argument
             kind = Annotated[kind, about(help=comments(function).get(name, ""))]
         parameters.append(one.replace(kind=one.KEYWORD_ONLY, annotation=kind))
@@ -110,6 +110,12 @@ def options_of(group: Any) -> Iterator[inspect.Parameter]:
                 default = None
             kind = Annotated[kind, typer.Option(help=help)]
         yield inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def is_given(context: typer.Context, group: Any) -> bool:
+    """Whether the command line or a file of settings gives an option of this group."""
+    sources = [context.get_parameter_source(one.name) for one in fields(group)]
+    return any(source is not None and source.name != "DEFAULT" for source in sources)
 
 
 @cache

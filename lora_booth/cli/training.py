@@ -13,7 +13,7 @@ from ..config import LoraSpec, PhotoShape, TrainingConfig
 from ..errors import AdapterError, SettingsError, counted
 from .app import INTERRUPTED, note, say, say_json
 from .arguments import check_adapter_file, check_folder, check_place, remember
-from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, Settings, command, torch_dtype
+from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, Settings, command, is_given, torch_dtype
 
 
 @command
@@ -116,6 +116,7 @@ def train(
     mirror: Path | None = None,  # folder for copies of the checkpoints, e.g. /mnt/drive/rex
     restart: bool = False,  # discard an earlier run in the same folder
     settings: Settings = None,
+    context: typer.Context,
 ) -> None:
     """Train an adapter on a folder of photos. Run the same command again to continue an interrupted run."""
     from ..photos.captioning import caption_model as photo_captioner
@@ -152,7 +153,7 @@ def train(
             adapter = train_adapter(
                 loaded,
                 subject,
-                lora=None if init is not None and lora == LoraSpec() else lora,  # then as that adapter has it
+                lora=lora if init is None or is_given(context, LoraSpec) else None,  # None: as that adapter has it
                 config=config,
                 init=init,
                 out=run,

@@ -261,7 +261,7 @@ def caption_of(path: Path) -> str | None:
 def one_line(text: Any, name: str) -> str | None:
     """A caption without line ends and control characters; None if nothing is left. Raises PhotoError."""
     if not isinstance(text, str):
-        raise PhotoError(f"caption {name}: a {type(text).__name__}; needed: a string")
+        raise PhotoError(f"caption {name}: {type(text).__name__}; needed: a string")
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if len(text) > MAX_CAPTION:
         raise PhotoError(f"caption {name}: {len(text)} characters; at most {MAX_CAPTION}, of which about 300 are read")

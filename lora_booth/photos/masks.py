@@ -32,7 +32,7 @@ def given_mask(source: MaskSource, photo: Path, width: int, height: int, crop: R
     """
     source = Path(source) if isinstance(source, str) else source
     if not isinstance(source, (Path, Image.Image)):
-        raise PhotoError(f"mask of {shown(photo.name)}: a {type(source).__name__}; pass a file or a PIL image")
+        raise PhotoError(f"mask of {shown(photo.name)}: {type(source).__name__}; pass a file or a PIL image")
     name = shown(source.name) if isinstance(source, Path) else f"of {shown(photo.name)}"
     greys, digest = read_mask(source, name)
     check_shape(greys, name, width, height, "the upright photo")
@@ -67,13 +67,15 @@ def own_mask(opacity: Image.Image | None, crop: Region | None) -> tuple[Mask, Im
 def segmented(image: Image.Image, crop: Region | None, segmenter: Segmenter, name: str) -> Image.Image | str:
     """Greys (L) of the upright picture, black outside its crop, by a segmenter; or why it gives none.
 
-    Raises PhotoError for greys of another shape than the part that it saw.
+    Raises PhotoError for anything but greys in the shape of the part that it saw.
     """
     inside = box(image.width, image.height, crop)
     part = image.crop(inside)
     found = segmenter(part)
     if found is None:
         return "the segmenter found no clear subject"
+    if not isinstance(found, Image.Image):
+        raise PhotoError(f"mask of {name}: the segmenter returned {type(found).__name__}; needed: a PIL image or None")
     greys, _ = read_mask(found, f"of {name}")
     check_shape(greys, f"of {name}", *part.size, "the segmenter's input")
     if reason := useless(greys):
