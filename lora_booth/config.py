@@ -209,8 +209,10 @@ def written(pair: tuple[int, ...]) -> str:
 # --- types -----------------------------------------------------------------------------------------------------------
 
 MOST = 2**63  # whole numbers are below it, as PyTorch's are
-NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path", NoneType: "None"}
-NEEDED |= {Mapping[str, float]: "a mapping of names to numbers", Mapping: "a mapping", Callable: "a function"}
+NEEDED: dict[Any, str] = {
+    **{int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path", NoneType: "None"},
+    **{Mapping: "a mapping", Mapping[str, float]: "a mapping of names to numbers", Callable: "a function"},
+}
 
 
 def check_types(settings: Any) -> None:
