@@ -43,6 +43,7 @@ def pixels(pictures: list) -> np.ndarray:
         ("euler_ancestral", "euler a"),
         ("DPM++ 2M Karras", "dpm++ 2m karras"),
         ("dpmpp_2m_sde exponential", "dpm++ 2m sde exponential"),
+        ("dpm_2_ancestral", "dpm2 a"),
         ("uni_pc", "unipc"),
         ("euler sgm_uniform", "euler trailing"),
         ("LCM", "lcm"),

@@ -39,7 +39,10 @@ SPACINGS: dict[str, dict[str, Any]] = {  # may follow the name: how the noise fa
     "trailing": {"timestep_spacing": "trailing"},
 }
 PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}  # without such a word
-SPELLINGS = {"_": " ", "dpmpp": "dpm++", "ancestral": "a", "uni pc": "unipc", "pndm": "plms", "sgm uniform": "trailing"}
+SPELLINGS = {
+    **{"_": " ", "dpmpp": "dpm++", "dpm 2": "dpm2", "ancestral": "a"},
+    **{"uni pc": "unipc", "pndm": "plms", "sgm uniform": "trailing"},
+}
 
 
 def sampler_name(text: str) -> str:
