@@ -210,8 +210,15 @@ def written(pair: tuple[int, ...]) -> str:
 
 MOST = 2**63  # whole numbers are below it, as PyTorch's are
 NEEDED: dict[Any, str] = {
-    **{int: "a whole number", float: "a number", bool: "True or False", str: "a string", Path: "a path", NoneType: "None"},
-    **{Mapping: "a mapping", Mapping[str, float]: "a mapping of names to numbers", Callable: "a function"},
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    Path: "a path",
+    NoneType: "None",
+    Mapping: "a mapping",
+    Mapping[str, float]: "a mapping of names to numbers",
+    Callable: "a function",
 }
 
 

@@ -40,8 +40,13 @@ SPACINGS: dict[str, dict[str, Any]] = {  # may follow the name: how the noise fa
 }
 PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}  # without such a word
 SPELLINGS = {
-    **{"_": " ", "dpmpp": "dpm++", "dpm 2": "dpm2", "ancestral": "a"},
-    **{"uni pc": "unipc", "pndm": "plms", "sgm uniform": "trailing"},
+    "_": " ",
+    "dpmpp": "dpm++",
+    "dpm 2": "dpm2",
+    "ancestral": "a",
+    "uni pc": "unipc",
+    "pndm": "plms",
+    "sgm uniform": "trailing",
 }
 
 
