@@ -17,6 +17,7 @@ from pipelines import base_of
 from torch import Tensor
 
 from lora_booth.adapters.adapter import Adapter
+from lora_booth.base.base_model import BaseModel
 from lora_booth.base.families import SDXL_SIZES
 from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import SettingsError
@@ -201,6 +202,16 @@ def test_photos_and_class_images_are_encoded_by_size(kind: str, shapes: Subject)
             assert bucket.class_images.time_ids is not None
             assert bucket.class_images.time_ids.tolist() == [[height, width, 0, 0, height, width]] * images
     assert wide.photos.time_ids is None or wide.photos.time_ids[0, :2].tolist() == [150, 260]
+
+
+def test_class_images_of_all_sizes_are_drawn_with_the_base_read_once(
+    shapes: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path))
+    base, whole, read, made = base_of("sd1"), BaseModel.all_on_device, [], []
+    monkeypatch.setattr(BaseModel, "all_on_device", lambda self: read.append(1) or whole(self))
+    prepare(base, shapes, lora=LORA, config=CONFIG, on_progress=lambda what, *done: made.append((what, *done)))
+    assert [done for what, *done in made if what == "class images"] == [[0, 3], [2, 3], [3, 3]] and len(read) == 1
 
 
 def test_class_images_of_your_own_get_the_sizes_of_the_photos(shapes: Subject, tmp_path: Path) -> None:

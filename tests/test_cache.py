@@ -291,8 +291,8 @@ def test_a_folder_that_cannot_be_written_stops_nobody(own_cache: Path, folders: 
     assert not write_entry("latents", key_of(of="one"), TENSORS)
     assert read_entry("latents", key_of(of="one")) is None
     assert cache_size() == prune_cache(0) == clear_cache() == 0
-    drawn = class_images(load(folders["sd1"]), "a dog", 1, size=(64, 64))
-    assert drawn[0].size == (64, 64)
+    [[drawn]] = class_images(load(folders["sd1"]), [("a dog", (64, 64), 1)])
+    assert drawn.size == (64, 64)
 
 
 def write_many(folder: str, number: int) -> int:
@@ -368,7 +368,7 @@ def test_a_class_image_is_checked_before_it_is_trained_on(
     change: str, folders: dict[str, Path], own_cache: Path, tmp_path: Path
 ) -> None:
     base = load(folders["sd1"])
-    right = class_images(base, "a dog", 2, size=(64, 64))
+    [right] = class_images(base, [("a dog", (64, 64), 2)])
     key = image_key(base, "a dog", size=(64, 64), seed=0)
     path, other = (place_of("class_images", image_key(base, "a dog", size=(64, 64), seed=seed)) for seed in (0, 1))
     pixels = torch.full((64, 64, 3), 7, dtype=torch.uint8)
@@ -387,7 +387,7 @@ def test_a_class_image_is_checked_before_it_is_trained_on(
     else:  # with a checksum that is right
         made = {"black": pixels * 0, "size": pixels[:32], "type": pixels.float()}
         write_entry("class_images", key, {"pixels": made[change]} if change in made else {})
-    again = class_images(base, "a dog", 2, size=(64, 64))
+    [again] = class_images(base, [("a dog", (64, 64), 2)])
     assert [np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in zip(again, right, strict=True)] == [0, 0]
     assert [image.size for image in again] == [(64, 64)] * 2
     assert other.read_bytes() != content  # what the link led to is as it was

@@ -159,7 +159,7 @@ def test_own_class_images_are_what_drawn_ones_are(kind: str, photos: Path, tmp_p
     base, folder = base_of(kind), tmp_path / "dogs"
     folder.mkdir()
     config = replace(CONFIG, prior_loss_weight=1.0, class_images=2, resolution=64)
-    for number, image in enumerate(class_images(base, "a photo of a dog", 2, size=(64, 64))):
+    for number, image in enumerate(class_images(base, [("a photo of a dog", (64, 64), 2)])[0]):
         image.save(folder / f"{number}.png")
     words: dict[str, Any] = {"token": "sks", "class_noun": "dog", "crop": "center"}
     drawn = prepare(base, Subject.from_folder(photos, **words), config=config)
@@ -189,7 +189,7 @@ def test_own_class_images_are_what_drawn_ones_are(kind: str, photos: Path, tmp_p
 def test_a_run_knows_its_class_images(photos: Path, tmp_path: Path) -> None:
     config, others = replace(CONFIG, prior_loss_weight=1.0, steps=2), tmp_path / "others"
     others.mkdir()
-    for number, image in enumerate(class_images(base_of("sd1"), "a photo of a dog", 2, size=(64, 64))):
+    for number, image in enumerate(class_images(base_of("sd1"), [("a photo of a dog", (64, 64), 2)])[0]):
         image.save(others / f"{number}.png")
 
     def go(*names: str, **options: Any) -> Adapter:

@@ -353,7 +353,8 @@ def test_a_resolution_without_gradients_is_refused(kind: str, rex: Subject) -> N
 
 def test_a_seed_of_any_size_draws_class_images() -> None:
     for seed in (20_000_000_000_000, 2**63 - 1):
-        assert len(class_images(base_of("sd1"), "a dog", 2, size=(64, 64), seed=seed)) == 2
+        [images] = class_images(base_of("sd1"), [("a dog", (64, 64), 2)], seed=seed)
+        assert len(images) == 2
 
 
 @pytest.mark.parametrize(
@@ -835,7 +836,7 @@ def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def made(count: int, prompt: str = "a dog", **options: Any) -> list[Any]:
         drawn.clear()
-        images = class_images(base, prompt, count, size=(64, 64), **options)
+        [images] = class_images(base, [(prompt, (64, 64), count)], **options)
         return [np.asarray(image).astype(int) for image in images]
 
     first = made(2, on_progress=lambda done, total: reported.append((done, total)))
@@ -892,10 +893,10 @@ def test_a_blacked_out_class_image_is_not_learnt(black: int, tmp_path: Path, mon
     base.pipeline.feature_extractor = CLIPImageProcessor()
     if black == 1000:
         with pytest.raises(TrainingError, match="stay black.*another class noun"):
-            class_images(base, "a dog", 2, size=(64, 64))
+            class_images(base, [("a dog", (64, 64), 2)])
         assert not list((tmp_path / "class_images").rglob("*.*"))
         return
-    images = class_images(base, "a dog", 3, size=(64, 64))
+    [images] = class_images(base, [("a dog", (64, 64), 3)])
     assert all(image.getbbox() is not None for image in images)
     assert len({image.tobytes() for image in images}) == 3
 

@@ -161,9 +161,11 @@ def class_pictures(
             predicted = f"{setting('class_images', 0)} keeps the class by predictions"
             raise SettingsError(f"{predicted}, but a subject has class images; pass some for each")
         return found
-    for (size, prompt), count in Counter(to_draw).items():
-        share = -(-config.class_images * count // totals[prompt])
-        images = class_images(base, prompt, share, size=size, seed=config.seed, on_progress=on_progress)
+    asked = [
+        (prompt, size, -(-config.class_images * count // totals[prompt])) for (size, prompt), count in Counter(to_draw).items()
+    ]
+    drawn = class_images(base, asked, seed=config.seed, on_progress=on_progress)
+    for (prompt, size, _), images in zip(asked, drawn, strict=True):
         found.setdefault(size, []).extend((Cropped(image, Crop(0, 0, size[::-1])), prompt) for image in images)
     return found
 
@@ -178,36 +180,43 @@ def own_class_images(subject: Subject, sizes: Sequence[WidthHeight]) -> Iterator
 
 def class_images(
     base: BaseModel,
-    prompt: str,
-    count: int,
+    wanted: Sequence[tuple[str, WidthHeight, int]],
     *,
-    size: WidthHeight,
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Image.Image]:
-    """`count` pictures of `prompt` by `base`, of `size` (width, height in pixels), from the cache or drawn now.
+) -> list[list[Image.Image]]:
+    """For each prompt, size (width, height in pixels) and count: so many pictures by `base`, from the cache or drawn now.
 
     They are cached under all that decides how they look (base, prompt, sampler, size, seed). Image i has its own seed, so a
     larger count only adds images. A disk that is full or read-only does no harm.
     """
-    seeds = [(seed * 1_000_003 + i) % SEEDS for i in range(count)]
-    keys = {one: image_key(base, prompt, size=size, seed=one) for one in seeds}
-    images = {one: image for one in seeds if (image := read_image(keys[one], size)) is not None}
-    missing = [one for one in seeds if one not in images]
-    at_a_time = pictures_at_a_time(*size)
+
+    def seeds(count: int) -> list[int]:
+        return [(seed * 1_000_003 + i) % SEEDS for i in range(count)]
+
+    keys = {
+        (prompt, size, one): image_key(base, prompt, size=size, seed=one)
+        for prompt, size, count in wanted
+        for one in seeds(count)
+    }
+    images = {place: image for place, key in keys.items() if (image := read_image(key, place[1])) is not None}
+    missing = [place for place in keys if place not in images]
     if missing:
-        on_progress(len(images), count)
+        on_progress(len(images), len(keys))
     with base.all_on_device() if missing else nullcontext() as pipeline:
-        for first in range(0, len(missing), at_a_time):
-            part = missing[first : first + at_a_time]
-            for one, image in zip(part, drawn(pipeline, prompt, part, size), strict=True):
-                images[one] = image.convert("RGB")
-                write_entry("class_images", keys[one], {"pixels": torch.from_numpy(np.array(images[one]))})
-            on_progress(len(images), count)
-    return [images[one] for one in seeds]
+        for (prompt, size), places in itertools.groupby(missing, key=lambda place: place[:2]):
+            several, at_a_time = [one for *_, one in places], pictures_at_a_time(*size)
+            for first in range(0, len(several), at_a_time):
+                part = several[first : first + at_a_time]
+                for one, image in zip(part, pictures_of(pipeline, prompt, part, size), strict=True):
+                    images[prompt, size, one] = image = image.convert("RGB")
+                    entry = {"pixels": torch.from_numpy(np.array(image))}
+                    write_entry("class_images", keys[prompt, size, one], entry)
+                on_progress(len(images), len(keys))
+    return [[images[prompt, size, one] for one in seeds(count)] for prompt, size, count in wanted]
 
 
-def drawn(pipeline: Any, prompt: str, seeds: Sequence[int], size: WidthHeight) -> list[Image.Image]:
+def pictures_of(pipeline: Any, prompt: str, seeds: Sequence[int], size: WidthHeight) -> list[Image.Image]:
     """A picture for each seed. One that a safety checker blacked out is drawn again: black would be learnt."""
     options: dict[str, Any] = {"steps": CLASS_IMAGE_STEPS, "guidance": GUIDANCE, "size": size}
     images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
