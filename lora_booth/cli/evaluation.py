@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .app import note, say, say_json
 from .arguments import check_folder, file_and_weight, parse_seeds
-from .options import Loading, OwnBase, Prompting, Sampling, command
+from .options import Loading, OwnBase, Prompting, SizedSampling, command
 
 if TYPE_CHECKING:
     from ..evaluation.protocol import Candidate
@@ -24,7 +24,7 @@ def evaluate(
     base: OwnBase = None,
     loading: Loading,
     prompting: Prompting,
-    sampling: Sampling,
+    sampling: SizedSampling,
     seeds: str = "0-3",  # seeds of the pictures of each prompt, e.g. 0-3 or 1,5,8
     class_seeds: str = "0-15",  # seeds of the pictures of the plain class, e.g. 0-15
     batch_size: int | None = None,  # pictures at a time, e.g. 4 [4 at 512 pixels]

@@ -269,19 +269,26 @@ class Sampling:
 
     steps: Steps = STEPS
     guidance: float = GUIDANCE  # how closely to follow the prompt; 4 to 8 is usual
-    size: Size = None
     sampler: str | None = None  # e.g. "euler a", "dpm++ 2m karras", ddim, unipc or lcm [the base's own]
 
     def __post_init__(self) -> None:
         from ..base.samplers import sampler_name
 
-        sides(self.size)
         if self.sampler is not None:
             sampler_name(self.sampler)
 
 
 @dataclass(frozen=True)
-class Drawing(Sampling):
+class SizedSampling(Sampling):
+    size: Size = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sides(self.size)
+
+
+@dataclass(frozen=True)
+class Drawing(SizedSampling):
     negative_prompt: str | None = None  # what to avoid, e.g. "blurry, text"
     batch_size: int = 1  # pictures at a time, e.g. 4: faster, but takes more memory
 

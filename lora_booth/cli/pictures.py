@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import GUIDANCE, STEPS
+from ..config import STEPS
 from ..errors import AdapterBaseMismatch, SettingsError
 from .app import say
 from .arguments import by_file, check_folder, check_place, parse_seeds, parse_weights, with_tags
-from .options import Drawing, Loading, Method, Named, OwnBase, Placement, Prompting, Size, Steps, command
+from .options import Drawing, Loading, Method, Named, OwnBase, Placement, Prompting, Sampling, Size, Steps, command
 
 PATIENCE = 2.0  # seconds without a bar; chosen
 Out = Annotated[Path, typer.Option(help="folder for the pictures and their gallery, e.g. beach")]
@@ -89,9 +89,7 @@ def inpaint(
     base: OwnBase = None,
     loading: Loading,
     placement: Placement,
-    steps: Steps = STEPS,
-    guidance: float = GUIDANCE,  # how closely to follow the prompt; 4 to 8 is usual
-    sampler: str | None = None,  # e.g. "euler a", "dpm++ 2m karras", ddim, unipc or lcm [the base's own]
+    sampling: Sampling,
     seeds: str = "0",  # seeds, a picture for each, e.g. 0-3 or 1,5,8
     out: Out = Path("pictures"),
 ) -> None:
@@ -102,8 +100,7 @@ def inpaint(
     check_folder(out)
     texts, [prompt] = with_tags(adapters, [prompt])
     studio = placement.composition(by_file(texts), base, loading)
-    how: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "sampler": sampler}
-    pictures = studio.inpaint(photo, mask, prompt, seeds=wanted, **how)
+    pictures = studio.inpaint(photo, mask, prompt, seeds=wanted, negative_prompt=negative_prompt, **asdict(sampling))
     album = Album(out)
     for file in (*album.save(pictures), album.gallery()):
         say(file)
