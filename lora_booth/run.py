@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from .adapters.adapter import Adapter
 from .base.base_model import BaseModel
-from .base.sizes import drawable
+from .base.sizes import drawable, size_note
 from .config import LoraSpec, TrainingConfig, check, settled, typed
 from .errors import SettingsError, TrainingError, setting, shown
 from .planning.budget import is_ample
@@ -84,7 +84,7 @@ def train(
         check_place(place, copies, subjects)
     lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
     config = settled(config, base, sum(len(one.photos) for one in subjects))
-    drawable(base, config.sample_size, "sample_size")
+    sample_size = drawable(base, config.sample_size, "sample_size")
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
     job = Job(base, subjects, lora, config, begun)
@@ -115,6 +115,8 @@ def train(
             report = check_token(one.token, base.tokenizer, known_rare=base.rare_tokens)
             for note in (*report.problems, *report.warnings):
                 screen.say(f"note: {note}")
+        for note in size_note(base, sample_size):
+            screen.say(f"note: {note}")
         levels = {}
         pictures, drawn = job.photos + sum(len(one.class_images) for one in subjects), config
         if all(one.class_images for one in subjects):

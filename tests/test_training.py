@@ -332,11 +332,13 @@ def test_samples_are_drawn_by_default_where_they_are_cheap(steps: int, every: in
         TrainingConfig(sample_every=-1)
 
 
-def test_a_sample_size_that_the_base_cannot_draw_is_refused_before_training(rex: Subject) -> None:
+def test_a_sample_size_is_checked_before_training(rex: Subject, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         SettingsError, match="^sample_size 60x64: this base draws sides that are multiples of 8; pass 56x64 or 64 "
     ):
         train(base_of("sd1"), rex, config=TrainingConfig(steps=1, sample_size=(60, 64)))
+    train(base_of("sd1"), rex, config=replace(ALONE, steps=1, sample_size=32))
+    assert "note: tiny was not made for size 32: details get lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
