@@ -44,7 +44,8 @@ CASES = {
     "sd2": GpuCase(Case("sd2", 768, BF16)),
     "sdxl": GpuCase(Case("sdxl", 1024, BF16), target="<= 40 ms, <= 10.5 GB"),
     "sdxl checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True), target="<= 7 GB"),
-    "sdxl nf4 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True, quantized=True), target="<= 3.6 GB"),
+    "sdxl nf4 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True, quantize="nf4"), target="<= 3.6 GB"),
+    "sdxl int8 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True, quantize="int8")),
     "sd1 fp16 with class images": GpuCase(Case("sd1", 512, torch.float16), {"prior_loss_weight": 1.0}, "in 15 GB"),
     "sdxl fp16 with class images": GpuCase(
         Case("sdxl", 1024, torch.float16), {"prior_loss_weight": 1.0, "pictures_at_a_time": 1}, "in 15 GB"

@@ -85,7 +85,7 @@ def run_lora_booth() -> dict[str, Any]:
     import lora_booth as lb
 
     clock = Clock(JOB["steps"])
-    base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]))
+    base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]), quantize=JOB["config"].pop("quantize", None))
     subject = lb.Subject.from_folder(JOB["photos"], token="sks", class_noun="dog", minimum=1)
     config = lb.TrainingConfig(**JOB["config"])
     adapter = lb.train(base, subject, lora=lb.LoraSpec(rank=JOB["rank"]), config=config, on_step=clock.tick)
@@ -196,7 +196,7 @@ def class_pictures() -> dict[str, Any]:
     from lora_booth.cache import write_entry
     from lora_booth.training.encoding import image_key
 
-    base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]))
+    base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]), quantize=JOB["config"].pop("quantize", None))
     folder = Path(JOB["class_images"])
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)

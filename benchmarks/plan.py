@@ -27,8 +27,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import generate_images, pictures_at_a_time
 from lora_booth.base.quantization import put_packed, quantize
 from lora_booth.base.single_file import CONFIGS
-from lora_booth.base.weight_files import put
-from lora_booth.config import settled
+from lora_booth.config import Quantization, settled
 from lora_booth.planning.budget import is_ample
 from lora_booth.planning.planning import plan
 from lora_booth.planning.shapes import built, configured
@@ -47,7 +46,7 @@ class Case:
     unet: tuple[tuple[str, Any], ...] = ()  # what differs from the family's own configuration
     batch_size: int = 1
     gradient_checkpointing: bool = False
-    quantized: bool = False
+    quantize: Quantization | None = None
 
 
 NARROW = (("block_out_channels", (96, 192, 384, 384)),)
@@ -64,6 +63,7 @@ CASES = {
     "narrow SDXL, fp32, 512 px": Case("sdxl", 512, unet=NARROW_XL),
     "SD 1.5, bf16, 256 px": Case("sd1", 256, torch.bfloat16),
     "SD 1.5, bf16, 256 px, checkpointed": Case("sd1", 256, torch.bfloat16, gradient_checkpointing=True),
+    "SD 1.5, bf16, 256 px, int8": Case("sd1", 256, torch.bfloat16, quantize="int8"),
 }
 
 
@@ -73,10 +73,12 @@ def base_of(case: Case, device: str = "cpu") -> BaseModel:
     parts["unet"] |= dict(case.unet)
     parts["vae"] |= VAE
     base = built(case.family, parts, case.dtype)
-    if case.quantized:
-        quantize(base.shell.unet, None, case.dtype)
-    for module in (*base.structure.values(), base.shell.vae):
-        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+    modules = (*base.structure.values(), base.shell.vae)
+    tensors = [[*module.named_parameters(), *module.named_buffers()] for module in modules]
+    if case.quantize is not None:
+        quantize(base.shell.unet, None, case.dtype, case.quantize)
+    for module, found in zip(modules, tensors, strict=True):
+        for name, value in found:
             made = torch.empty(value.shape, dtype=case.dtype, device=device)
             if not value.is_floating_point():
                 made = torch.arange(value.numel(), device=device).view(value.shape)
@@ -84,7 +86,7 @@ def base_of(case: Case, device: str = "cpu") -> BaseModel:
                 made.normal_(std=0.02)
             else:
                 made.fill_(float(name.endswith("weight")))
-            (put_packed if case.quantized else put)(module, name, made)
+            put_packed(module, name, made)
     return base
 
 

@@ -1,4 +1,5 @@
-"""Does a precision change what is learnt? The toybox learns a subject in each, with the same draws; another seed is the noise.
+"""Does a precision or a quantized base change what is learnt? The toybox learns a subject in each, with the same draws;
+another seed is the noise.
 
 python benchmarks/precision.py [--steps 500] [--device cuda]
 """
@@ -6,6 +7,7 @@ python benchmarks/precision.py [--steps 500] [--device cuda]
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 import time
 from dataclasses import replace
@@ -16,10 +18,19 @@ import torch
 
 import lora_booth as lb
 from lora_booth.cli.demo import score, write_photos
+from lora_booth.config import Quantization
 from lora_booth.toybox.world import HELD_OUT
 
 NAME = "olga"
 WINDOWS = 5
+CASES: tuple[tuple[str, torch.dtype, Quantization | None, int], ...] = (
+    ("fp32", torch.float32, None, 0),
+    ("bf16", torch.bfloat16, None, 0),
+    ("bf16, int8", torch.bfloat16, "int8", 0),
+    ("bf16, nf4", torch.bfloat16, "nf4", 0),
+    ("fp16", torch.float16, None, 0),
+    ("fp32, seed 1", torch.float32, None, 1),
+)
 
 
 def main() -> None:
@@ -31,13 +42,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         photos = write_photos(NAME, Path(folder), count=5)
         subject = lb.Subject.from_folder(photos, token="sks", class_noun=HELD_OUT[NAME].class_noun)
-        for name, dtype, seed in (
-            ("fp32", torch.float32, 0),
-            ("bf16", torch.bfloat16, 0),
-            ("fp16", torch.float16, 0),
-            ("fp32, seed 1", torch.float32, 1),
-        ):
-            base = lb.BaseModel.load("toybox", dtype=dtype, device=given.device)
+        for name, dtype, quantize, seed in CASES:
+            if quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+                continue
+            base = lb.BaseModel.load("toybox", dtype=dtype, device=given.device, quantize=quantize)
             config = replace(lb.TrainingConfig(), steps=given.steps, seed=seed, class_images=20)
             losses: list[torch.Tensor] = []
             began = time.perf_counter()

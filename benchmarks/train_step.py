@@ -6,8 +6,9 @@ python benchmarks/train_step.py --script train_dreambooth_lora_sdxl.py --work DI
 python benchmarks/train_step.py --work DIR --runs lora_booth:bf16 lora_booth:bf16,gradient_checkpointing=true --again
 
 A run is `lora_booth:PRECISION` or `script:PRECISION` and, after commas, `prior`, then any field of TrainingConfig as NAME=VALUE
-(lora_booth) or any option of the script as it is (script: `--gradient_checkpointing`). All runs of a round follow one another,
-each in a process of its own with the same photos, rank, batch, precision and steps; so a slow minute of the machine hits all.
+or `quantize=KIND` (lora_booth), or any option of the script as it is (script: `--gradient_checkpointing`). All runs of a round
+follow one another, each in a process of its own with the same photos, rank, batch, precision and steps; so a slow minute of the
+machine hits all.
 The base is a diffusers folder, or "toybox", "sd1", "sd2", "sdxl": their real shapes with random weights, made once in --work.
 The toybox gets 4 latent channels: the script takes its 6 for a variance and stops.
 """

@@ -21,6 +21,7 @@ STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; ch
 Size = int | tuple[int, ...] | str  # side of a square, width and height, or either in words: 768, (832, 1216), "832x1216"
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree"]
 PhotoShape = Literal["square", "buckets"]
+Quantization = Literal["int8", "nf4"]  # of the base; the least rounding first
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 

@@ -18,7 +18,7 @@ from .adapters.contents import LoraFactors
 from .base.base_model import BaseModel
 from .base.changes import claimed, hooked, undone, unhook
 from .base.families import FAMILIES
-from .base.quantization import is_quantized, weight_dtype, weight_shape
+from .base.quantization import quantization_of, weight_dtype, weight_shape
 from .config import ATTENTION_TARGETS, TEXT_TARGETS, LoraSpec
 from .errors import AdapterBaseMismatch, OtherBaseWarning, SettingsError, TrainingError, setting
 from .kernels.lora import FlatFactors
@@ -209,7 +209,7 @@ class Injection:
 
         homes = [list(layers_at(self.model, path))[-1] for path in paths]
         alone = nn.ModuleDict({f"m{i}": plain for i, (_, _, plain) in enumerate(homes)})  # PEFT sees these layers only
-        alone.is_loaded_in_4bit = is_quantized(alone)  # type: ignore[assignment]  # PEFT has special layers for these
+        alone.is_loaded_in_4bit = quantization_of(alone) == "nf4"  # type: ignore[assignment]  # PEFT has special layers for these
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int and computes with float

@@ -1,4 +1,4 @@
-"""A base in 4 bits: trained, left as it was, counted; what it teaches fits the plain base."""
+"""A base in 8 or 4 bits: trained, left as it was, counted; what it teaches fits the plain base."""
 
 from __future__ import annotations
 
@@ -18,8 +18,17 @@ from lora_booth.adapters.tools.bake import baked
 from lora_booth.adapters.tools.extract import extract
 from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import generate_images
-from lora_booth.base.quantization import is_packed, packed_bytes, quantized_bytes, storage_bytes, tensors_of, unpacked
-from lora_booth.config import LoraSpec, TrainingConfig, settled
+from lora_booth.base.quantization import (
+    packed_and_state,
+    packed_bytes,
+    packing_of,
+    quantized_bytes,
+    state_of,
+    storage_bytes,
+    tensors_of,
+    unpacked,
+)
+from lora_booth.config import LoraSpec, Quantization, TrainingConfig, settled
 from lora_booth.errors import BaseModelError, MissingExtraError, SettingsError
 from lora_booth.injection import attached, trainable
 from lora_booth.planning import budget
@@ -38,11 +47,12 @@ LORA = LoraSpec(rank=2, target_modules=("to_q", "to_v", "to_out.0", "ff.net.2"))
 CONFIG = TrainingConfig(steps=3, class_images=2, warmup_steps=0, learning_rate=1e-2, resolution=64, prior_loss_weight=0.0)
 
 bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+KINDS = ["int8", pytest.param("nf4", marks=bitsandbytes)]
 
 
-@pytest.fixture
-def packed(folders: dict[str, Path]) -> BaseModel:
-    return BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu", quantize="nf4")
+@pytest.fixture(params=KINDS)
+def packed(folders: dict[str, Path], request: pytest.FixtureRequest) -> BaseModel:
+    return BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu", quantize=request.param)
 
 
 @pytest.fixture
@@ -50,8 +60,8 @@ def rounded(packed: BaseModel) -> BaseModel:
     """A plain base with the weights that the packed one stands for."""
     base = BaseModel.from_pipeline(make_pipeline("sd1"), name="rounded")
     for name, layer in packed.unet.named_modules():
-        if is_packed(layer):
-            base.unet.get_submodule(name).weight.data = unpacked(layer.weight, layer.weight.quant_state).clone()
+        if packing_of(layer):
+            base.unet.get_submodule(name).weight.data = unpacked(layer.weight, state_of(layer)).clone()
     return base
 
 
@@ -76,34 +86,33 @@ def gradients(base: BaseModel, *, lean: bool) -> dict[str, torch.Tensor]:
         return {name: parameter.grad.clone() for name, parameter in lora.parameters.items()}
 
 
-@bitsandbytes
 def test_linear_layers_are_packed_and_nothing_else(packed: BaseModel, folders: dict[str, Path]) -> None:
     plain = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu")
-    assert packed.quantized == "nf4" and plain.quantized is None
+    kind = packed.quantized
+    assert kind is not None and plain.quantized is None
+    largest = {"int8": 0.5 / 127, "nf4": 0.2}[kind] * 1.001  # of the errors, as a share of a layer's largest value
     assert packed.fingerprint == plain.fingerprint  # before and
     kinds = {name: type(layer) for name, layer in plain.unet.named_modules()}
     kept = {name: value for name, value in plain.unet.state_dict().items()}
     for name, layer in packed.unet.named_modules():
-        assert is_packed(layer) == (kinds[name] is nn.Linear)
-        if is_packed(layer):
+        assert packing_of(layer) == (kind if kinds[name] is nn.Linear else None)
+        if packing_of(layer):
             original = kept[f"{name}.weight"]
-            error = (unpacked(layer.weight, layer.weight.quant_state) - original).abs().max() / original.abs().max()
-            assert 0 < error < 0.2 and layer.weight.dtype == torch.uint8
-    same = [key for key in kept if not is_packed(packed.unet.get_submodule(key.rpartition(".")[0])) or key.endswith("bias")]
+            error = (unpacked(layer.weight, state_of(layer)) - original).abs().max() / original.abs().max()
+            assert 0 < error < largest and layer.weight.itemsize == 1
+    same = [key for key in kept if not packing_of(packed.unet.get_submodule(key.rpartition(".")[0])) or key.endswith("bias")]
     assert len(same) > 30 and all(torch.equal(kept[key], packed.unet.state_dict()[key]) for key in same)
     assert packed.fingerprint == plain.fingerprint  # after the weights were read
     assert packed.dtype == torch.float32 and packed.device.type == "cpu"
 
 
-@bitsandbytes
 def test_weights_are_read_when_they_are_needed(packed: BaseModel) -> None:
     assert packed.unread("unet") is not None and all(p.is_meta for p in packed.structure["unet"].parameters())
-    layers = [layer for layer in packed.structure["unet"].modules() if is_packed(layer)]
+    layers = [layer for layer in packed.structure["unet"].modules() if packing_of(layer)]
     assert len(layers) > 20 and all(layer.weight.is_meta for layer in layers)
-    assert not any(layer.weight.is_meta for layer in packed.unet.modules() if is_packed(layer))
+    assert not any(layer.weight.is_meta for layer in packed.unet.modules() if packing_of(layer))
 
 
-@bitsandbytes
 @pytest.mark.parametrize("lean", [True, False])
 def test_gradients_are_those_of_the_rounded_base(packed: BaseModel, rounded: BaseModel, lean: bool) -> None:
     before = packed_state(packed)
@@ -114,7 +123,6 @@ def test_gradients_are_those_of_the_rounded_base(packed: BaseModel, rounded: Bas
     assert same_state(before, packed_state(packed)) and not any(hasattr(m, "lora_A") for m in packed.unet.modules())
 
 
-@bitsandbytes
 def test_an_adapter_of_the_packed_base_is_one_of_the_plain_base(
     packed: BaseModel, folders: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +143,6 @@ def test_an_adapter_of_the_packed_base_is_one_of_the_plain_base(
     assert len(pictures["packed"]) == len(pictures["plain"]) == 1
 
 
-@bitsandbytes
 def test_pictures_with_an_adapter_are_those_of_the_rounded_base(packed: BaseModel, rounded: BaseModel) -> None:
     adapter = random_adapter(rounded, LORA)
     latents, text, _ = inputs(packed, 1, (64, 64))
@@ -153,74 +160,133 @@ def test_pictures_with_an_adapter_are_those_of_the_rounded_base(packed: BaseMode
     assert found and gradients(packed, lean=False)  # after pictures it can still be trained
 
 
-@bitsandbytes
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_the_memory_of_its_weights_is_known_before(folders: dict[str, Path], kind: str) -> None:
-    base = BaseModel.load(folders[kind], dtype=torch.bfloat16, device="cpu", quantize="nf4")
-    plain = BaseModel.load(folders[kind], dtype=torch.bfloat16, device="cpu")
-    assert storage_bytes(tensors_of(base.unet)) == pytest.approx(quantized_bytes(plain.unet), rel=0.001)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_its_weights_is_known_before(folders: dict[str, Path], family: str, kind: Quantization) -> None:
+    base = BaseModel.load(folders[family], dtype=torch.bfloat16, device="cpu", quantize=kind)
+    plain = BaseModel.load(folders[family], dtype=torch.bfloat16, device="cpu")
+    assert storage_bytes(tensors_of(base.unet)) == pytest.approx(quantized_bytes(plain.unet, kind), rel=0.001)
     large = nn.Linear(1280, 5120, device="meta", dtype=torch.float16)
-    assert packed_bytes(large) == pytest.approx(large.weight.nbytes * 0.258, rel=0.01)  # 4.13 bits a value
+    bits = {"int8": 8.01, "nf4": 4.13}[kind]  # for a value
+    assert packed_bytes(large, kind) == pytest.approx(large.weight.numel() * bits / 8, rel=0.001)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_rounds_to_the_nearest_level(dtype: torch.dtype) -> None:
+    weight = (torch.randn(6, 320) * torch.tensor([[1.0], [0.02], [1e-3], [30.0], [1e-5], [0.0]])).to(dtype)
+    values, scale = packed_and_state(weight, "int8")
+    assert values.dtype == torch.int8 and scale.shape == (6, 1) and scale.dtype == dtype
+    found = unpacked(values, scale)
+    assert found.dtype == dtype and not found[5].any() and values[:4].abs().amax(1).ge(126).all()
+    step, size, limits = scale.float(), weight.float().abs(), torch.finfo(dtype)
+    of_dtype = size * limits.eps + limits.tiny * limits.eps * (1 + size / step).nan_to_num()  # of scale and product
+    assert ((found.float() - weight.float()).abs() <= 0.501 * step + of_dtype).all()
+    weight[0, 0] = torch.nan  # a broken base stays visibly broken
+    assert not unpacked(*packed_and_state(weight, "int8"))[0].isfinite().any()
+
+
+@bitsandbytes
+def test_int8_has_the_levels_of_bitsandbytes() -> None:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    weight = torch.randn(64, 320).half()
+    theirs, largest, _ = int8_vectorwise_quant(weight)
+    values, scale = packed_and_state(weight.float(), "int8")
+    assert torch.allclose(scale[:, 0] * 127, largest, rtol=1e-5)
+    assert (values.int() - theirs.int()).abs().max() <= 1 and (values == theirs).float().mean() > 0.99
+
+
+def test_an_int8_base_is_saved_as_a_plain_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    base = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu", quantize="int8")
+    base.unet.save_pretrained(tmp_path)
+    found = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert not any(map(packing_of, found.modules()))
+    latents, text, _ = inputs(base, 1, (64, 64))
+    with torch.no_grad():
+        results = [one(torch.ones_like(latents), torch.tensor([5]), text.states).sample for one in (base.unet, found)]
+    assert torch.equal(*results)
+
+
+def test_an_int8_layer_keeps_nothing_for_the_gradient(folders: dict[str, Path]) -> None:
+    base = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu", quantize="int8")
+    layer = next(layer for layer in base.unet.modules() if packing_of(layer))
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        result = layer(x)
+    assert not kept
+    weight = layer.weight * layer.scale
+    assert torch.equal(result, nn.functional.linear(x, weight, layer.bias))
+    gradient = torch.randn_like(result)
+    assert torch.allclose(torch.autograd.grad(result, x, gradient)[0], gradient @ weight, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as PyTorch's own layer
+        result = layer(x)
+    assert result.dtype == torch.bfloat16 and torch.autograd.grad(result.sum(), x)[0].dtype == torch.float32
 
 
 @pytest.mark.slow
-def test_it_is_planned_and_offered_but_never_taken(folders: dict[str, Path]) -> None:
+def test_it_is_planned_and_offered_but_never_taken() -> None:
     config = replace(CONFIG, prior_loss_weight=1.0)  # with class images to draw, for which the whole base is there
     options: dict[str, Any] = {"lora": LORA, "config": config, "gpu": "T4"}
-    plain, asked = plan(folders["sd1"], **options), plan(folders["sd1"], **options, quantize="nf4")
-    chosen, offered, packed = plain.chosen, plain.offered, asked.chosen
-    assert chosen is not None and offered is not None and packed is not None and asked.offered is None
+    plain = plan("toybox", **options)
+    chosen, offered, packed = plain.chosen, plain.offered, {}
+    for kind in ("int8", "nf4"):
+        asked = plan("toybox", **options, quantize=kind)
+        assert asked.offered is None and asked.chosen is not None and f", {kind})" in str(asked)
+        packed[kind] = asked.chosen
+    assert chosen is not None and offered is not None
     assert "quantize" not in {name for one in plain.forecasts for name in one.settings}
-    assert offered.settings == {"quantize": "nf4"} and offered.phases == packed.phases and packed.settings == {}
-    widest = max(m.weight.numel() for m in make_pipeline("sd1").unet.modules() if type(m) is nn.Linear)
-    assert packed.training["working memory"] - chosen.training["working memory"] == 2 * widest  # one layer as it was, fp16
-    assert "if you ask for it" in str(plain) and ", nf4)" in str(asked)
+    assert offered.settings == {"quantize": "int8"} and offered.phases == packed["int8"].phases
+    assert packed["int8"].settings == packed["nf4"].settings == {} and "if you ask for it" in str(plain)
+    widest = 2 * 1024 * 128  # the largest linear layer, unpacked to fp16
+    assert all(one.training["working memory"] - chosen.training["working memory"] == widest for one in packed.values())
     least = min(one.peak for one in plain.forecasts)
-    assert packed.peak == offered.peak < least
-    tight = plan(folders["sd1"], **options, vram_gb=(offered.peak + least) / 2e9)
+    assert packed["nf4"].peak < packed["int8"].peak < least
+    tight = plan("toybox", **options, vram_gb=(packed["int8"].peak + least) / 2e9)
     assert tight.chosen is None
-    with pytest.raises(DoesNotFit, match='quantize="nf4" .*would need'):
+    with pytest.raises(DoesNotFit, match='quantize="nf4" .*would need'):  # the smallest, as none fits with its reserve
         _ = tight.config
     with pytest.raises(SettingsError, match="quantize 'int3'"):
-        plan(folders["sd1"], quantize="int3")
+        plan("toybox", quantize="int3")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("family", "size"), [("sd1", 1.32e9), ("sdxl", 1.82e9)])
-def test_published_models_in_4_bits(family: str, size: float) -> None:
-    assert quantized_bytes(without_weights(family, torch.float16).unet) == pytest.approx(size, rel=0.01)
+@pytest.mark.parametrize(("family", "kind", "size"), [
+    ("sd1", "int8", 1.45e9), ("sd1", "nf4", 1.32e9), ("sdxl", "int8", 2.9e9), ("sdxl", "nf4", 1.82e9),
+])  # fmt: skip
+def test_published_models(family: str, kind: Quantization, size: float) -> None:
+    assert quantized_bytes(without_weights(family, torch.float16).unet, kind) == pytest.approx(size, rel=0.01)
 
 
-@bitsandbytes
 def test_a_packed_base_is_planned_as_it_is(packed: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan(packed, lora=LORA, config=CONFIG)
-    assert found.dtype == "float32, nf4"
+    assert found.dtype == f"float32, {packed.quantized}"
     weights = found.forecasts[0].training["weights"]
     assert weights == pytest.approx(storage_bytes(tensors_of(packed.unet)), rel=0.001)
     monkeypatch.setattr(budget, "free_bytes", lambda device: 0)
     assert budget.available_bytes(packed, torch.device("cpu")) >= weights
 
 
-@bitsandbytes
 def test_runs_and_class_images_know_it(packed: BaseModel, folders: dict[str, Path], photos: Path) -> None:
     plain = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu")
     rex = Subject.from_folder(photos, token="sks", class_noun="dog")
     facts = [Job(base, [rex], LORA, settled(CONFIG, base, 3)).facts["base"] for base in (packed, plain)]
-    assert facts[0] == facts[1] | {"dtype": "float32, nf4"} and facts[1]["dtype"] == "float32"
+    assert facts[0] == facts[1] | {"dtype": f"float32, {packed.quantized}"} and facts[1]["dtype"] == "float32"
     assert len({image_key(base, "a dog", size=(64, 64), seed=0) for base in (packed, plain)}) == 2
 
 
-@bitsandbytes
 def test_sums_of_its_weights_are_refused(packed: BaseModel, folders: dict[str, Path]) -> None:
     plain = BaseModel.load(folders["sd1"], dtype=torch.float32, device="cpu")
     adapter = random_adapter(plain)
-    with pytest.raises(BaseModelError, match="quantized, and baking needs its weights"):
+    remedy = f'load it without quantize="{packed.quantized}"'
+    with pytest.raises(BaseModelError, match=f"quantized, and baking needs its weights; {remedy}"):
         baked(packed, [(adapter, 1.0)], dtype=torch.float16)
     for pair in itertools.permutations((packed, plain)):
         with pytest.raises(BaseModelError, match="quantized, and extraction needs"):
             extract(*pair, rank=2)
 
 
-@bitsandbytes
 def test_a_pipeline_that_the_user_has_quantized(packed: BaseModel, folders: dict[str, Path]) -> None:
     """Adapters fit it; it has a fingerprint that is nobody else's, so nothing is said of other weights."""
     own = BaseModel.from_pipeline(packed.pipeline)
@@ -230,7 +296,6 @@ def test_a_pipeline_that_the_user_has_quantized(packed: BaseModel, folders: dict
         pass
 
 
-@bitsandbytes
 def test_rank_is_checked_against_the_layer_and_not_its_bytes(packed: BaseModel) -> None:
     with pytest.raises(SettingsError, match="at most 16"), trainable(packed, replace(LORA, rank=300)):
         pass
@@ -239,18 +304,20 @@ def test_rank_is_checked_against_the_layer_and_not_its_bytes(packed: BaseModel) 
 
 
 def test_what_cannot_be_had_is_refused_by_name(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="quantize 'int3'; needed: 'nf4' or None"):
+    with pytest.raises(SettingsError, match="quantize 'int3'; needed: 'int8' or 'nf4' or None"):
         BaseModel.load(folders["sd1"], quantize="int3")  # type: ignore[arg-type]
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'lora-booth\[quant\]'"):
         BaseModel.load(folders["sd1"], quantize="nf4")
 
 
-@bitsandbytes
-def test_a_device_that_cannot_is_refused_by_name(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def cannot(weight: torch.Tensor) -> Any:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_that_cannot_is_refused_by_name(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: Quantization
+) -> None:
+    def cannot(weight: torch.Tensor, kind: Quantization) -> Any:
         raise NotImplementedError("no kernel for this device")
 
     monkeypatch.setattr(quantization, "packed_and_state", cannot)
-    with pytest.raises(SettingsError, match=r'quantize="nf4" does not work on cpu .*no kernel for this device.*without it'):
-        BaseModel.load(folders["sd1"], device="cpu", quantize="nf4")
+    with pytest.raises(SettingsError, match=rf'quantize="{kind}" does not work on cpu .*no kernel for this device.*without it'):
+        BaseModel.load(folders["sd1"], device="cpu", quantize=kind)

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import typed
+from ..config import Quantization, typed
 from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of
 from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import Family, check_trainable, is_hub_id, is_offloaded, noise_schedule, recognise
 from .library_logging import quiet_about_long_prompts, quiet_about_torchvision
-from .quantization import check_quantization, is_quantized
+from .quantization import check_quantization, quantization_of
 from .quantization import quantize as quantize_unet
 from .single_file import load_single_file
 from .weight_files import LazyModule
@@ -67,7 +67,7 @@ class BaseModel:
     family: Family
     name: str  # for cards and messages: a Hub id, or the name of a folder or file without its path
     weights: Mapping[str, LazyModule] = field(default_factory=dict)  # of the modules that are read when needed
-    quantized: str | None = None  # how the U-Net's linear layers were packed: "nf4"; None: not by this library
+    quantized: Quantization | None = None  # how the U-Net's linear layers were packed; None: not by this library
     rare_tokens: tuple[str, ...] = ()  # words without meaning to it, as its folder declares
 
     @classmethod
@@ -83,7 +83,7 @@ class BaseModel:
         revision: str | None = None,
         variant: str | None = None,
         vae: str | Path | None = None,
-        quantize: Literal["nf4"] | None = None,
+        quantize: Quantization | None = None,
     ) -> BaseModel:
         """Load `"toybox"`, a Hub id, a diffusers folder or a single `.safetensors` checkpoint.
 
@@ -93,7 +93,8 @@ class BaseModel:
         prediction_type  for a base that states none or a wrong one: "epsilon" or "v_prediction"
         variant          as in diffusers, e.g. "fp16"; None: the plain weights or, if there are none, the only variant
         vae              another VAE: its folder, Hub id or .safetensors file, also for a single file without one
-        quantize         "nf4": the U-Net's linear layers in 4 bits by bitsandbytes; less memory, less exact, slower
+        quantize         the U-Net's linear layers in less memory, a little slower: "int8" (8 bits, nearly exact) or "nf4"
+                         (4 bits by bitsandbytes, less exact)
         Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError and
         MissingExtraError if it cannot be quantized.
         """
@@ -125,7 +126,7 @@ class BaseModel:
             raise BaseModelError(f"{source}: cannot be loaded ({reason}); check that it is complete") from error
         if quantize is not None:
             _ = base.fingerprint  # cached now, from the weights in the file, to equal the plain base's
-            quantize_unet(pipeline.unet, weights.get("unet"), precision)
+            quantize_unet(pipeline.unet, weights.get("unet"), precision, quantize)
         return base
 
     @classmethod
@@ -271,7 +272,7 @@ class BaseModel:
             digest.update(f"{name} {tuple(weights[path].shape)}".encode())
             start = beginning(unet, path, weights[path]) if unread is None else unread.places[path].start_of(256)
             digest.update(torch.signbit(start).cpu().numpy().tobytes())
-        return digest.hexdigest()[: 64 if is_quantized(self.shell.unet) else 16]
+        return digest.hexdigest()[: 64 if quantization_of(self.shell.unet) else 16]
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

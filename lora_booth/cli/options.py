@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import typer
 
 from ..adapters.contents import Dtype, Layout
-from ..config import GUIDANCE, STEPS, sides
+from ..config import GUIDANCE, STEPS, Quantization, sides
 from ..errors import SettingsError, reason_of, shown
 from .app import app, note
 from .arguments import base_of, by_file, region_words, with_tags
@@ -46,7 +46,10 @@ OwnBase = Annotated[str | None, typer.Option(help="another base model than the a
 Photos = Annotated[Path, typer.Argument(help="folder of photos, e.g. photos/rex")]
 Crop = Annotated[Literal["smart", "center"], typer.Option(help="crop: smart (keeps the subject, no black bars) or center")]
 Precision = Annotated[Dtype | None, typer.Option(help="precision of the base: fp16, bf16 or fp32 [by the device]")]
-Quantize = Annotated[Literal["nf4"] | None, typer.Option(help="nf4: U-Net in 4 bits (bitsandbytes), less memory, less exact")]
+Quantize = Annotated[
+    Quantization | None,
+    typer.Option(help="U-Net in less memory: int8 (8 bits), or nf4 (4 bits, less exact, needs bitsandbytes)"),
+]
 Names = Annotated[Layout, typer.Option(help="names of the tensors: kohya (diffusers, ComfyUI, A1111) or peft")]
 Steps = Annotated[int, typer.Option(help="denoising steps; 20 to 50 is usual")]
 Size = Annotated[str | None, typer.Option(help="side in pixels, or width x height, e.g. 768 or 832x1216 [the base's own]")]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.changes import undone
-from ..base.quantization import is_packed
+from ..base.quantization import packing_of
 from .attention import kernel_of
 from .autograd import FrozenConv2d, Geglu, NormBeside, SumAndNorm
 from .lora import FlatFactors, LoraLinears, LoraPiece
@@ -140,7 +140,7 @@ def is_lora(layer: Any) -> bool:
     adapters = list(layer.lora_A)
     inner = [part for name in adapters for part in (layer.base_layer, layer.lora_A[name], layer.lora_B[name])]
     return (
-        (type(layer.base_layer) is nn.Linear or is_packed(layer.base_layer))
+        (type(layer.base_layer) is nn.Linear or packing_of(layer.base_layer) is not None)
         and frozen(layer.base_layer)
         and not any(has_hooks(part) or "forward" in vars(part) for part in inner)
         and not layer.lora_variant

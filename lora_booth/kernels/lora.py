@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..base.quantization import is_packed, unpacked
+from ..base.quantization import state_of, unpacked
 from . import dispatch
 
 APART = 64  # values; each factor begins at a multiple of this; chosen: kernels read 16 bytes at a time
@@ -103,7 +103,7 @@ class FlatFactors:
         if trigger not in self._views or other not in self._views:
             return None
         (down, down_gradient), (up, up_gradient) = self._views[trigger], self._views[other]
-        packing = base.weight.quant_state if is_packed(base) else None
+        packing = state_of(base)
         if packing is not None and packing.dtype != down.dtype:
             return None
         scale = layer.scaling[name]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -23,7 +23,7 @@ from ..base.changes import undone
 from ..base.generation import pictures_at_a_time
 from ..base.quantization import quantized_bytes, storage_bytes, tensors_of
 from ..cache import cached, key_of
-from ..config import LoraSpec, TrainingConfig
+from ..config import LoraSpec, Quantization, TrainingConfig
 from ..injection import trainable
 from ..photos.cropping import WidthHeight
 from ..training.latents import Batch
@@ -124,7 +124,7 @@ class Weights:
     text_encoders: int
     lora: int  # float32
     widest: int  # the largest linear layer of the U-Net
-    packed: int  # the U-Net with its linear layers in 4 bits
+    packed: Mapping[Quantization, int] = field(hash=False)  # the U-Net with its linear layers packed
 
 
 class Counter:
@@ -163,7 +163,8 @@ class Counter:
         unet, vae = (storage_bytes(tensors_of(module)) for module in (base.unet, base.vae))
         text = sum(storage_bytes(tensors_of(module)) for module in base.text_encoders.values())
         linear = [module.weight.nbytes for module in base.unet.modules() if type(module) is nn.Linear]
-        return Weights(unet, vae, text, factors, max(linear), quantized_bytes(base.unet))
+        packed = {kind: quantized_bytes(base.unet, kind) for kind in get_args(Quantization)}
+        return Weights(unet, vae, text, factors, max(linear), packed)
 
     def _cached(self, about: list[Any], work: Callable[[], Count]) -> Count:
         key = key_of(of="count", base=self._about, about=about)

@@ -9,14 +9,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
 from ..base.base_model import BaseModel, default_device, default_dtype, usable
 from ..base.library_logging import quiet_about_torchvision
-from ..base.quantization import is_quantized, storage_bytes, tensors_of
-from ..config import LoraSpec, SettledConfig, TrainingConfig, check, settled, typed
+from ..base.quantization import quantization_of, storage_bytes, tensors_of
+from ..config import LoraSpec, Quantization, SettledConfig, TrainingConfig, check, settled, typed
 from ..errors import SettingsError, counted, setting
 from ..kernels.attention import fastest_attention
 from ..training.latents import Bucket, LatentCache, LatentSet
@@ -159,7 +159,7 @@ def plan(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     photos: int = 5,
-    quantize: str | None = None,
+    quantize: Quantization | None = None,
     measure: bool = False,
 ) -> Plan:
     """Predict the memory of a training, counted on the base's structure without its weights.
@@ -186,7 +186,7 @@ def plan(
     if measure and (elsewhere or loaded is None):
         wrong = f"{elsewhere[0]}=" if elsewhere else f"{str(base)!r}"
         raise SettingsError(f"measure=True with {wrong}: only a loaded base can be timed, unchanged; pass BaseModel.load(...)")
-    quantize = typed("quantize", quantize, Literal["nf4"] | None)
+    quantize = typed("quantize", quantize, Quantization | None)
     if vram_gb is not None and not vram_gb > 0:
         raise SettingsError(f"{setting('vram_gb', option='--vram')} {vram_gb} is out of range; allowed: above 0")
     here = usable(device) if device is not None else default_device() if loaded is None else loaded.device
@@ -248,7 +248,7 @@ class Planner:
     photos: int
     resident: frozenset[str] = frozenset()  # modules in memory that training cannot release
     others: int = 0  # bytes of modules that only drawing uses, e.g. a safety checker
-    quantize: str | None = None
+    quantize: Quantization | None = None
 
     @classmethod
     def of(
@@ -260,7 +260,7 @@ class Planner:
         *,
         dtype: torch.dtype,
         photos: int,
-        quantize: str | None = None,
+        quantize: Quantization | None = None,
     ) -> Planner:
         counter = Counter(without_weights(base, dtype), lora, on_cpu=machine.type == "cpu")
         settled_config = settled(config, counter.base, photos)
@@ -268,7 +268,7 @@ class Planner:
             return cls(counter, machine, settled_config, photos, quantize=quantize)
         others = [module for name, module in base.modules.items() if name != "vae" and name not in base.structure]
         size = storage_bytes(tensor for one in others for tensor in tensors_of(one))
-        packed = "nf4" if is_quantized(base.structure["unet"]) else quantize
+        packed = quantization_of(base.structure["unet"]) or quantize
         return cls(counter, machine, settled_config, photos, frozenset(filter(base.stays, base.modules)), size, packed)
 
     def plan(self) -> Plan:
@@ -276,7 +276,8 @@ class Planner:
         forecasts = [self.forecast(self.config, way) for way in ways(self.config)]
         offered = None
         if self.quantize is None and self.machine.type == "cuda":  # slow elsewhere
-            packed = [self.forecast(self.config, {"quantize": "nf4"} | way) for way in ways(self.config)]
+            kinds = get_args(Quantization)
+            packed = [self.forecast(self.config, {"quantize": kind} | way) for kind in kinds for way in ways(self.config)]
             offered = next((one for one in packed if one.fits), min(packed, key=lambda one: one.peak))
         found = Plan(
             base=base.name,
@@ -305,7 +306,7 @@ class Planner:
             counted = replace(config, attention=kernel)
         counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]  # the largest first
         unpacked = self.counter.weights.widest if quantize else 0  # one layer at a time
-        weights = self._weights(drawn=drawn > 0, quantize=bool(quantize))
+        weights = self._weights(drawn=drawn > 0, quantize=quantize)
         training = {
             "weights": float(weights["training"]),
             "context": machine.context,
@@ -332,10 +333,10 @@ class Planner:
             fits=peak + reserve <= machine.budget,
         )
 
-    def _weights(self, *, drawn: bool, quantize: bool) -> dict[str, int]:
+    def _weights(self, *, drawn: bool, quantize: Quantization | None) -> dict[str, int]:
         """Bytes of the modules in memory, for each phase. drawn: class images were drawn before the others"""
         sizes, stays = self.counter.weights, self.resident
-        unet = sizes.packed if quantize else sizes.unet
+        unet = sizes.packed[quantize] if quantize else sizes.unet
         everything = unet + sizes.vae + sizes.text_encoders
         beside = self.others if stays - {"unet", "vae", "text_encoder", "text_encoder_2"} else 0
         if self.counter.lora.text_encoder:
@@ -358,7 +359,7 @@ class Planner:
         config, resolution, budget = self.config, self.config.resolution, self.machine.budget
         offers = []
         if offered is not None and offered.peak <= budget:
-            offers.append(f"{setting('quantize', 'nf4')} would need {offered.peak / GB:.1f} GB")
+            offers.append(f"{setting('quantize', offered.settings['quantize'])} would need {offered.peak / GB:.1f} GB")
         for side in (one for one in COMMON_SIDES if one < resolution and one % self.counter.base.pixels_per_latent == 0):
             found = self.forecast(replace(config, resolution=side), least.settings)
             if found.peak <= budget:
