@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -25,7 +26,7 @@ Quantization = Literal["int8", "nf4"]  # of the base; the least rounding first
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-# The comments beside the fields of LoraSpec and TrainingConfig are also the help of the command line.
+# The comments beside the fields of LoraSpec and TrainingConfig are also the help of the command line and of the studio.
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,20 @@ class TrainingConfig:
             check(rate is None or 0 < rate <= most, f"{name} {rate}", f"above 0, at most {most:g}; {usual}")
         check(0 <= self.seed <= MOST - self.sample_seeds, f"seed {self.seed}", "0 to 2**63 - 1, also of the last sample")
         sides(self.sample_size, "sample_size")
+
+
+@cache
+def comments(thing: Any) -> dict[str, str]:
+    """The comments beside the parameters of a function, or beside the fields of a dataclass and those that it extends.
+
+    None where Python has no source, as in a program frozen into one file: then help has no explanations.
+    """
+    parts = [one for one in inspect.getmro(thing) if is_dataclass(one)] if inspect.isclass(thing) else [thing]
+    try:
+        source = "".join(map(inspect.getsource, reversed(parts)))
+    except OSError:
+        return {}
+    return dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.MULTILINE))
 
 
 COUNTS = ("steps", "batch_size", "gradient_accumulation", "pictures_at_a_time", "checkpoint_every", "sample_seeds")

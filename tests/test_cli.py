@@ -633,6 +633,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "extract": ((Adapter.save, extract, BaseModel.load), {}, {"tuned", "out", "modules"}),
     "bake": ((bake, BaseModel.load), {}, {"base"}),
     "diff": ((), {}, {"a", "b", "modules", "json"}),
+    "studio": ((), {}, {"folder", "port", "host", "browser"}),
 }
 
 

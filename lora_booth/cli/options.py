@@ -7,19 +7,18 @@ Python function behind the command.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from ..adapters.contents import Dtype, Layout
-from ..config import GUIDANCE, STEPS, Quantization, sides
+from ..config import GUIDANCE, STEPS, Quantization, comments, sides
 from ..errors import SettingsError, reason_of, shown
 from .app import app, note
 from .arguments import base_of, by_file, region_words, with_tags
@@ -58,7 +57,7 @@ Json = Annotated[bool, typer.Option(help="print everything as JSON")]
 
 
 MOST_BYTES = 2**20  # of a file of settings; chosen
-WITHOUT_PYTORCH = ("photos", "cache")  # commands that start at once
+WITHOUT_PYTORCH = ("photos", "cache", "studio")  # commands that start at once
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -119,20 +118,6 @@ def is_given(context: typer.Context, group: Any) -> bool:
     """Whether the command line or a file of settings gives an option of this group."""
     sources = [context.get_parameter_source(one.name) for one in fields(group)]
     return any(source is not None and source.name != "DEFAULT" for source in sources)
-
-
-@cache
-def comments(thing: Any) -> dict[str, str]:
-    """The comments beside the parameters of a function, or beside the fields of a dataclass and those that it extends.
-
-    None where Python has no source, as in a program frozen into one file: then help has no explanations.
-    """
-    parts = [one for one in inspect.getmro(thing) if is_dataclass(one)] if inspect.isclass(thing) else [thing]
-    try:
-        source = "".join(map(inspect.getsource, reversed(parts)))
-    except OSError:
-        return {}
-    return dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.MULTILINE))
 
 
 # --- settings in a file ------------------------------------------------------------------------------------------------

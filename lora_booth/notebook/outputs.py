@@ -32,18 +32,10 @@ CHART = (  # how a curve looks outside the report's page
 def compare(*bases: str, photos: int = 5, steps: int | None = None) -> None:
     """Print what training each base would take on this machine. bases: as for `plan`; steps: None for the default"""
     from ..config import TrainingConfig
-    from ..planning.budget import GB
     from ..planning.planning import plan
 
     for base in bases:
-        found = plan(base, config=TrainingConfig(steps=steps), photos=photos)
-        way = found.chosen
-        if way is None:
-            print(f"{base}: does not fit: {found.remedy}")
-            continue
-        settings = f", with {way.words}" if way.settings else ""
-        have, planned = found.machine.budget / GB, found.asked.steps
-        print(f"{base}: {way.peak / GB:.1f} GB of {have:.1f}, {planned} steps at {found.asked.resolution} px{settings}")
+        print(f"{base}: {plan(base, config=TrainingConfig(steps=steps), photos=photos).summary}")
 
 
 def judge(token: str, base: BaseModel) -> None:

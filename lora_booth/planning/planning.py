@@ -95,6 +95,16 @@ class Plan:
         """The settings to train with. Raises DoesNotFit."""
         return replace(self.asked, **self.fitting.settings)
 
+    @property
+    def summary(self) -> str:
+        """One line."""
+        way = self.chosen
+        if way is None:
+            return f"does not fit: {self.remedy}"
+        settings = f", with {way.words}" if way.settings else ""
+        needs = f"{way.peak / GB:.1f} GB of {self.machine.budget / GB:.1f}"
+        return f"{needs}, {self.asked.steps} steps at {self.asked.resolution} px{settings}"
+
     def __str__(self) -> str:
         """A table of the ways, and the parts of the memory."""
         config, machine, one = self.asked, self.machine, self.chosen or self.least

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..injection import TrainableLora
 
 EVERY = 5.0  # seconds between two lines on something that takes long: chosen
+PATIENCE = 30.0  # seconds between two lines on updates, at most: chosen
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class Display:
 
 
 class Lines(Display):
-    """About 20 lines for the updates of a run, and one every few seconds before them; for logs and pipes."""
+    """About 20 lines for the updates of a run, or one every half minute if that is more, and one every few seconds before
+    them; for logs and pipes."""
 
     def __init__(self) -> None:
         self.starts: dict[str, tuple[int, float]] = {}  # what was done then, and when
-        self.said = 0.0
+        self.said = time.monotonic()
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -80,7 +82,9 @@ class Lines(Display):
             self.say(f"{what} {done}/{total}  {clock((now - began) / (done - first) * (total - done))} left")
 
     def update(self, step: Step) -> None:
-        if step.index % max(1, step.total // 20) == 0 or step.index == step.total:
+        now = time.monotonic()
+        if step.index % max(1, step.total // 20) == 0 or step.index == step.total or now - self.said > PATIENCE:
+            self.said = now
             self.say(f"step {step.index}/{step.total}  {described(step)}  {clock(step.seconds_left)} left")
 
 

@@ -1,0 +1,138 @@
+"""What the page's parts share: how a handler is called, and that a mistake is one line in the page and never a traceback."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..errors import LoraBoothError
+from .drawing import Models
+from .folder import StudioFolder
+from .runs import Trainings
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What the page is a view of."""
+
+    folder: StudioFolder
+    trainings: Trainings
+    models: Models
+
+
+@dataclass(frozen=True)
+class View:
+    """A tab, and how what it lists is read again from the folder."""
+
+    tab: gr.Tab
+    refresh: Callable[[], Any]
+    outputs: Sequence[gr.components.Component]
+
+
+# Gradio's components, made for this page. They are no classes of our own: those get a file beside their source.
+
+
+def choice(names: Sequence[str], label: str, **more: Any) -> Any:
+    """A list of names in the studio's folder, which checks what comes: in another browser there may be more of them.
+
+    Nothing is chosen until the tab is read, so that choosing is a change, which shows what is chosen.
+    """
+    return gr.Dropdown(list(names), label=label, allow_custom_value=True, **{"value": None, **more})
+
+
+def painting(label: str, colors: Sequence[str], height: int, **more: Any) -> Any:
+    """Where one paints over a picture. It hands on bytes: `photos/opening.py` alone decodes what a browser sends."""
+    brush = gr.Brush(default_size=40, colors=list(colors), color_mode="fixed")
+    plain = {"sources": [], "transforms": [], "layers": False, "buttons": [], "format": "png"}
+    made = gr.ImageEditor(label=label, brush=brush, height=height, **plain, **more)
+    made.convert_and_format_image = bytes_of
+    return made
+
+
+def bytes_of(file: Any, flatten_on_white: bool = False) -> bytes | None:
+    return Path(file.path).read_bytes() if hasattr(file, "path") else file
+
+
+def painted_in(value: dict[str, Any] | None) -> bytes | None:
+    """The first layer over the picture."""
+    layers = [layer for layer in (value or {}).get("layers") or () if layer]
+    return layers[0] if layers else None
+
+
+def listen(
+    triggers: Any,
+    handler: Callable[..., Any],
+    inputs: Sequence[Any] | None = None,
+    outputs: Sequence[Any] | None = None,
+    *,
+    model: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Call `handler` on these events.
+
+    model  it uses a base: one such call at a time, and the others wait in the queue
+    quiet  no spinner over the outputs
+    """
+    return gr.on(
+        triggers,
+        plain(handler),
+        inputs,
+        outputs,
+        api_visibility="private",
+        concurrency_limit=1 if model else None,
+        concurrency_id="model" if model else None,
+        show_progress="hidden" if quiet else "minimal",
+        trigger_mode="once",
+    )
+
+
+def after(event: Any, handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Once an event of `listen` is over; it uses a base."""
+    event.then(
+        plain(handler),
+        inputs,
+        outputs,
+        api_visibility="private",
+        concurrency_limit=1,
+        concurrency_id="model",
+        show_progress="hidden",
+    )
+
+
+def plain(handler: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(handler)
+    def call(*given: Any, **more: Any) -> Any:
+        try:
+            return handler(*given, **more)
+        except LoraBoothError as error:
+            raise gr.Error(escape(str(error)), duration=None, title="Please change something", print_exception=False) from None
+        except OSError as error:
+            words = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            raise gr.Error(escape(words), duration=None, title="A file", print_exception=False) from None
+        except gr.Error:
+            raise
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            text = "This should not happen; the terminal of the studio shows what did. Your files are safe."
+            raise gr.Error(text, duration=None, title="A defect of the studio", print_exception=False) from None
+
+    return call
+
+
+def one_of(names: Sequence[str], wanted: str | None = None, **more: Any) -> Any:
+    """An update of a drop-down list."""
+    value = wanted if wanted in names else names[0] if names else None
+    return gr.Dropdown(choices=list(names), value=value, **more)
+
+
+def lines(*texts: str, kind: str = "note") -> str:
+    """HTML of a paragraph for each text."""
+    return "".join(f'<p class="{kind}">{escape(text)}</p>' for text in texts)

@@ -1,0 +1,228 @@
+"""The studio's folder: subjects, runs, adapters and pictures as plain files. The page shows them, and holds nothing itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import PhotoError, SettingsError, shown
+from ..files import make_folder, read_json, remove, write_file
+from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, MAX_CAPTION, find_photos, read_crops
+from ..photos.opening import MAX_BYTES
+from ..photos.photo import Photo, PhotoSet, Region
+from ..subject.subject import Subject
+
+ROOMS = ("photos", "runs", "adapters", "pictures", "shared", "bases")
+SETTINGS = "studio.json"  # what holds for all subjects: the base
+UPLOADS = ".page"  # what browsers sent, and pictures on their way to them
+NAME = re.compile(r"[^\W_][\w-]{0,39}")  # of subjects and runs
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+AROUND = 1.15  # side of a crop by that of what was painted; chosen
+
+
+class StudioFolder:
+    """photos/NAME/ with NAME.json beside it (token and class noun); runs/NAME/ with NAME.json (its command) and NAME.log;
+    adapters/NAME.safetensors; pictures/; shared/NAME/; bases/ for folders and checkpoints of your own."""
+
+    def __init__(self, root: Path) -> None:
+        make_folder(root.absolute())
+        self.root = root.resolve()
+        for room in ROOMS:
+            make_folder(self.root / room)
+
+    def place(self, room: str, *names: str) -> Path:
+        """A path in one of ROOMS. Raises SettingsError for a name that leads elsewhere, also through a link."""
+        path = self.root / room
+        for name in names:
+            plain = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name) and name.strip(". ")
+            if not plain or len(os.fsencode(name)) > 200 or path.is_symlink():
+                raise SettingsError(f"{shown(name)!r:.80} is not a name in this studio; choose one that the page lists")
+            path /= name
+        if path.is_symlink():
+            raise SettingsError(f"{shown(path.name)}: a link, which the studio does not follow; copy the file instead")
+        return path
+
+    def names(self, room: str, ending: str = "") -> list[str]:
+        """What is in a room: folders, or files with this ending, which is left out."""
+        found = [path for path in (self.root / room).iterdir() if not path.name.startswith(".") and not path.is_symlink()]
+        fits = [path for path in found if (path.is_file() and path.name.endswith(ending) if ending else path.is_dir())]
+        return sorted(path.name.removesuffix(ending) for path in fits)
+
+    def settings(self, *place: str) -> dict[str, Any]:
+        """A small JSON file; empty if there is none that can be read."""
+        try:
+            found = read_json(self.place(*place) if len(place) > 1 else self.root / place[0], most=2**20)
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_settings(self, path: Path, facts: dict[str, Any]) -> None:
+        write_file(path, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+
+    # --- subjects and their photos
+
+    def facts(self, subject: str) -> dict[str, str]:
+        """token and class_noun"""
+        found = self.settings("photos", f"{subject}.json")
+        return {name: str(found.get(name, "")) for name in ("token", "class_noun")}
+
+    def describe(self, subject: str, token: str, class_noun: str) -> None:
+        """Raises SubjectError for words that cannot work."""
+        Subject((Photo(Path("any"), 1, 1, None, None, ""),), token, class_noun)
+        facts = {"token": token, "class_noun": class_noun}
+        self.write_settings(self.place("photos", f"{check_name(subject)}.json"), facts)
+
+    def photos(self, subject: str) -> PhotoSet:
+        """Raises PhotoError if none can be used."""
+        return find_photos(self.place("photos", subject), minimum=1, maximum=1000)
+
+    def subject(self, name: str) -> Subject:
+        facts = self.facts(name)
+        folder = self.place("photos", name)
+        return Subject.from_folder(folder, token=facts["token"], class_noun=facts["class_noun"], minimum=1)
+
+    def photo(self, subject: str, name: str) -> Photo:
+        found = next((photo for photo in self.photos(subject).photos if photo.path.name == name), None)
+        if found is None:
+            raise PhotoError(f"{shown(name)}: no such photo; choose one that the page lists")
+        return found
+
+    def add_photos(self, subject: str, files: Sequence[Path]) -> list[str]:
+        """Copy what training can use. Returns a line for each file that it cannot."""
+        folder, refused = self.place("photos", check_name(subject)), []
+        make_folder(folder)
+        for file in files:
+            name = shown(file.name)
+            try:
+                if file.stat().st_size > MAX_BYTES:
+                    raise PhotoError(f"{name}: larger than {MAX_BYTES // 2**20} MB")
+                find_photos([file], minimum=1)
+            except PhotoError as error:  # which says more than why
+                why = str(error).partition("skipped: ")[2].partition("; add photos")[0]
+                refused.append(why or f"{name}: {error}")
+                continue
+            taken = {path.stem for path in folder.iterdir()}  # captions and masks go by it
+            stem = next(one for one in numbered(clean(file.stem)) if one not in taken)
+            kind = file.suffix.lower() if file.suffix[1:].isalnum() else ""  # pictures are told by their content
+            write_file(folder / f"{stem}{kind}", file.read_bytes())
+        return refused
+
+    def remove_photo(self, photo: Photo) -> None:
+        self.set_crop(photo, None)
+        for path in (photo.path, *(photo.path.with_name(photo.path.stem + e) for e in (CAPTION_ENDING, MASK_ENDING))):
+            remove(path)
+
+    def set_caption(self, photo: Photo, text: str) -> None:
+        if len(text) > MAX_CAPTION:
+            raise PhotoError(f"a caption of {len(text)} characters; at most {MAX_CAPTION}, of which about 300 are read")
+        path = photo.path.with_name(photo.path.stem + CAPTION_ENDING)
+        write_file(path, f"{' '.join(text.split())}\n".encode()) if text.strip() else remove(path)
+
+    def set_crop(self, photo: Photo, region: Region | None) -> None:
+        path = self.place("photos", photo.path.parent.name, CROPS_FILE)
+        before = read_crops(path) if path.exists() else {}
+        crops = {name: one for name, one in before.items() if name != photo.path.name}
+        if region is not None:
+            crops[photo.path.name] = region
+        if crops != before:
+            write_file(path, json.dumps(crops, indent=1).encode())
+            try:
+                self.photos(photo.path.parent.name)
+            except PhotoError:  # too small
+                write_file(path, json.dumps(before).encode())
+                raise
+
+    def set_mask(self, photo: Photo, painted: Image.Image | None) -> None:
+        """painted: greys in the shape of the upright photo, white on the subject; None: no mask"""
+        from ..base.ai_mark import save_picture
+
+        path = photo.path.with_name(photo.path.stem + MASK_ENDING)
+        remove(path)
+        if painted is not None:
+            save_picture(painted, path, generated=False)
+
+    # --- bases
+
+    def bases(self) -> dict[str, str]:
+        """What the page calls a base -> what `BaseModel.load` takes. Only what is on this machine."""
+        from huggingface_hub import constants
+
+        found = {"toybox": "toybox"}
+        for path in sorted((self.root / "bases").iterdir()):
+            if (path / "model_index.json").is_file() or path.suffix == ".safetensors":
+                found[path.name] = str(path)
+        for index in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*/model_index.json")):
+            repo = index.parts[-4].removeprefix("models--").replace("--", "/")
+            try:
+                kind = read_json(index, most=2**20).get("_class_name")
+            except (OSError, ValueError, AttributeError):
+                continue
+            if kind in PIPELINES:
+                found[repo] = repo
+        return found
+
+    @property
+    def base(self) -> str:
+        """The chosen one, as the page calls it."""
+        chosen = self.settings(SETTINGS).get("base")
+        return chosen if chosen in self.bases() else "toybox"
+
+    def choose_base(self, name: str) -> None:
+        if name not in self.bases():
+            raise SettingsError(f"{shown(name)}: no such base on this machine; choose one that the page lists")
+        self.write_settings(self.root / SETTINGS, {"base": name})
+
+    # --- adapters
+
+    def add_adapter(self, file: Path) -> str:
+        """Copy an adapter's file once everything in it is checked. Returns its name."""
+        from ..adapters.adapter import Adapter
+        from ..pictures.gallery import first_free
+
+        if file.suffix != ".safetensors":
+            raise SettingsError(
+                f"{shown(file.name)}: adapters are .safetensors files; pickles (.bin, .pt, .ckpt) are never read"
+            )
+        Adapter.load(file)
+        place = first_free(self.place("adapters", f"{clean(file.stem)}.safetensors"))
+        write_file(place, file.read_bytes())
+        return place.stem
+
+    def adapter_file(self, name: str) -> Path:
+        return self.place("adapters", f"{name}.safetensors")
+
+
+def check_name(name: str) -> str:
+    if not NAME.fullmatch(name or ""):
+        raise SettingsError(f"name {shown(name)!r:.60}; needed: letters, digits, - and _, at most 40, e.g. 'rex'")
+    return name
+
+
+def clean(stem: str) -> str:
+    """The name of a browser's file, without what a path or a shell could obey."""
+    return re.sub(r"[^\w-]+", "_", stem).strip("-_")[:80] or "file"
+
+
+def numbered(stem: str) -> Iterator[str]:
+    """rex, rex-2, rex-3, ..."""
+    yield stem
+    yield from (f"{stem}-{number}" for number in count(2))
+
+
+def square_around(mask: Image.Image) -> Region:
+    """The crop whose square holds what is white in a mask, as fractions of the picture."""
+    found = mask.getbbox()
+    if found is None:
+        raise PhotoError("nothing is painted; paint over the subject first")
+    left, top, right, bottom = found
+    side = min(AROUND * max(right - left, bottom - top), *mask.size)
+    x = min(max(0.0, (left + right - side) / 2), mask.width - side)
+    y = min(max(0.0, (top + bottom - side) / 2), mask.height - side)
+    return x / mask.width, y / mask.height, (x + side) / mask.width, (y + side) / mask.height

@@ -1,0 +1,64 @@
+"""The page: the base at its top, and a tab for each step of the way."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from .adapters_tab import adapters_tab
+from .events import Studio, after, lines, listen
+from .photos_tab import photos_tab
+from .play_tab import play_tab
+from .train_tab import train_tab
+
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # what the machine has: nothing is fetched
+CSS = """
+.gradio-container { width: 100%; max-width: 1180px !important; margin: auto }
+.note, .good, .advice, .error, .command { margin: .3em 0; padding: .45em .7em; border-radius: 6px; overflow-wrap: anywhere }
+.note, .advice, .command { background: var(--background-fill-secondary) }
+.good { border-left: 4px solid #2b8a3e } .advice { border-left: 4px solid #e67700 } .error { border-left: 4px solid #c92a2a }
+.command { font-family: ui-monospace, monospace; font-size: .85em }
+.command:empty { display: none }
+progress { width: 100%; height: .9em; accent-color: #3b5bdb }
+#card table { width: 100%; font-size: .9em } #card th { text-align: left; padding-right: 1em; vertical-align: top }
+#card td { overflow-wrap: anywhere } #card img { float: right; width: 128px; border-radius: 6px }
+#status svg { max-width: 100%; height: auto }
+"""
+
+
+def theme() -> gr.themes.Base:
+    made = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=("ui-monospace", "monospace"))
+    grey: dict[str, str] = {}  # texts that the default makes too pale to read
+    for name in ("block_info_text_color", "block_label_text_color", "block_title_text_color"):
+        grey |= {name: "*neutral_600", f"{name}_dark": "*neutral_300"}
+    grey |= {"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"}
+    return made.set(**grey)
+
+
+def page(studio: Studio) -> gr.Blocks:
+    folder = studio.folder
+    with gr.Blocks(title="lora_booth studio", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
+        gr.Markdown("# Studio")
+        base = gr.Dropdown(
+            list(folder.bases()), value=folder.base, label="Base model", info="What is on this machine; add yours to bases/",
+            elem_id="base",
+        )  # fmt: skip
+        about = gr.HTML(elem_id="about")
+        with gr.Tabs(elem_id="tabs"):
+            views = [photos_tab(studio), train_tab(studio), play_tab(studio), adapters_tab(studio)]
+
+        def choose(name: str) -> str:
+            folder.choose_base(name)
+            found = studio.models.base()
+            text = f"{found.family.label}, {found.resolution} x {found.resolution} pixels, on the {found.device.type.upper()}"
+            toy = ["A tiny model for trials, which draws simple scenes. For real photos choose another base."]
+            return lines(text, *toy * (name == "toybox"))
+
+        def opened() -> gr.Dropdown:
+            return gr.Dropdown(choices=list(folder.bases()), value=folder.base)
+
+        listen([base.input], choose, [base], [about], model=True)
+        after(listen([blocks.load], opened, None, [base], quiet=True), choose, [base], [about])
+        for view in views:
+            listen([blocks.load, view.tab.select], view.refresh, None, view.outputs, quiet=True)
+    blocks.queue(default_concurrency_limit=None, api_open=False)
+    return blocks

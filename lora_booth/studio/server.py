@@ -1,0 +1,120 @@
+"""Serving the page: a local server with the gate before it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingExtraError, SettingsError
+from ..files import open_regular, write_file
+from ..photos.opening import MAX_BYTES
+from .access import Gate
+from .drawing import Models
+from .folder import UPLOADS, StudioFolder
+from .runs import Trainings
+
+TOKEN = ".token"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def app_of(root: Path) -> tuple[Any, str]:
+    """The page of a studio's folder as an ASGI app, and its token. Raises MissingExtraError."""
+    if find_spec("gradio") is None:
+        raise MissingExtraError("the studio", "studio")
+    folder = StudioFolder(root)
+    uploads = folder.root / UPLOADS
+    if uploads.is_symlink():
+        raise SettingsError(f"{uploads.name} in the studio's folder is a link; remove it")
+    shutil.rmtree(uploads, ignore_errors=True)
+    uploads.mkdir(mode=0o700, exist_ok=True)
+    # before Gradio is imported: where it keeps files, and that nothing leaves the machine
+    os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_EXAMPLES_CACHE": str(uploads / "examples")}
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False"}
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from .events import Studio
+    from .page import CSS, page, theme
+
+    blocks = page(Studio(folder, Trainings(folder), Models(folder)))
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        blocks,
+        path="",
+        allowed_paths=[str(folder.root)],
+        blocked_paths=[str(folder.root / TOKEN)],
+        show_error=False,
+        max_file_size=MAX_BYTES,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css=CSS,
+    )
+    blocks.has_launched = True  # else a mounted page takes any file of this machine for an upload
+    token = token_of(folder)
+    return Gate(app, token=token, uploads=uploads), token
+
+
+def token_of(folder: StudioFolder) -> str:
+    """The same at every start, so that an open page goes on when its server comes back. Only its owner can read it."""
+    path = folder.root / TOKEN
+    try:
+        with open_regular(path) as file:
+            kept = file.read(200).decode("ascii")
+        if len(kept) >= 32 and kept.isprintable() and not path.is_symlink():
+            return kept
+    except (OSError, ValueError):
+        pass
+    made = secrets.token_urlsafe(32)
+    write_file(path, made.encode())
+    path.chmod(0o600)
+    return made
+
+
+def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
+    """Until Ctrl-C. Trainings go on without it. Raises SettingsError if the port is taken."""
+    import socket
+
+    app, token = app_of(root)
+    import uvicorn
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
+    try:
+        listening.bind((host, port))
+        listening.listen(128)  # a browser may come before the server is ready
+    except OSError as error:
+        raise SettingsError(f"port {port} on {host} cannot be used ({error.strerror}); pass another as --port") from None
+    named = f"[{host}]" if ":" in host else host
+    address = f"http://{named}:{listening.getsockname()[1]}/?token={token}"
+    say(f"the studio of {root}: {address}")
+    if host not in LOCAL:
+        say("note: other machines can reach it; whoever has this address can use it, and what is sent is not encrypted")
+    say("Ctrl-C ends it; a training goes on")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, access_log=False))
+    threading.Thread(target=warm, daemon=True).start()
+    if browser:
+        import webbrowser
+
+        threading.Timer(0.5, webbrowser.open, [address]).start()
+    server.run(sockets=[listening])
+
+
+def warm() -> None:
+    """Import in the background what the first click needs."""
+    from ..base.base_model import BaseModel
+    from ..pictures import composition
+    from ..report import report
+
+    _ = BaseModel, composition, report

@@ -1,0 +1,435 @@
+"""The studio: what its folder gives away, who may call it, and the whole way at its page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pickle
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from studio_client import Client, Server
+
+import lora_booth as lb
+from lora_booth.errors import AdapterError, LoraBoothError, PhotoError, SettingsError, SubjectError, TrainingError
+from lora_booth.studio.access import Gate
+from lora_booth.studio.folder import StudioFolder, square_around
+from lora_booth.studio.runs import COUNT, Trainings, last_line, settings_of
+
+OUTSIDE = "not to be seen"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StudioFolder:
+    (tmp_path / "secret.png").write_text(OUTSIDE)
+    return StudioFolder(tmp_path / "studio")
+
+
+# --- the folder --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../secret.png", "a/b", "a\\b", "/etc/passwd", "a\0b", "a\nb", "x" * 300, None]
+)
+def test_a_name_that_leads_elsewhere_is_none(folder, name):
+    for ask in (
+        lambda: folder.place("photos", name),
+        lambda: folder.place("photos", "rex", name),
+        lambda: folder.describe(name, "ohwx", "dog"),
+        lambda: folder.add_photos(name, []),
+        lambda: Trainings(folder).start(name, "rex", "toybox", {}),
+    ):
+        with pytest.raises(SettingsError):
+            ask()
+
+
+def test_a_link_is_not_followed(folder, photos):
+    (folder.root / "photos" / "out").symlink_to(photos)
+    (folder.root / "pictures" / "out.png").symlink_to(folder.root.parent / "secret.png")
+    with pytest.raises(SettingsError, match="link"):
+        folder.photos("out")
+    with pytest.raises(SettingsError, match="link"):
+        folder.place("pictures", "out.png")
+    with pytest.raises(SettingsError, match="not a name"):
+        folder.place("photos", "out", "0.jpg")
+    assert folder.names("photos") == [] and folder.names("pictures", ".png") == []
+
+
+def test_photos_are_checked_before_they_are_copied(folder, photos, tmp_path):
+    page, cut = tmp_path / "page.jpg", tmp_path / "cut.jpg"
+    page.write_text("<html>")
+    cut.write_bytes((photos / "0.jpg").read_bytes()[:3000])
+    told = folder.add_photos("rex", [photos / "0.jpg", page, cut, photos / "0.jpg"])
+    assert [line.partition(":")[0] for line in told] == ["page.jpg", "cut.jpg"] and "not a photo" in told[0]
+    assert sorted(path.name for path in (folder.root / "photos" / "rex").iterdir()) == ["0-2.jpg", "0.jpg"]
+    assert [one.reason for one in folder.photos("rex").skipped] == ["the same file as 0-2.jpg"]
+
+
+def test_crop_mask_and_caption_are_those_of_the_photo(folder, photos):
+    folder.add_photos("rex", sorted(photos.iterdir()))
+    one = folder.photo("rex", "1.jpg")
+    painted = Image.new("L", (one.width // 2, one.height // 2))
+    painted.paste(255, (20, 30, 90, 80))
+    region = square_around(painted)
+    x0, y0, x1, y1 = (edge * side for edge, side in zip(region, (one.width, one.height) * 2, strict=True))
+    assert x1 - x0 == pytest.approx(y1 - y0) == pytest.approx(1.15 * 140)  # a square, a little larger than the paint
+    assert x0 < 40 < 180 < x1 and y0 < 60 < 160 < y1
+    folder.set_crop(one, region)
+    folder.set_mask(one, painted)
+    folder.set_caption(one, " on a  sofa\n")
+    changed = folder.photo("rex", "1.jpg")
+    assert changed.crop == pytest.approx(region) and changed.mask is not None and changed.caption == "on a sofa"
+    with pytest.raises(PhotoError, match="short side needs 64"):
+        folder.set_crop(one, (0, 0, 0.1, 0.1))
+    assert folder.photo("rex", "1.jpg").crop == pytest.approx(region)  # the one before
+    folder.remove_photo(changed)
+    assert sorted(path.name for path in (folder.root / "photos" / "rex").iterdir()) == ["0.jpg", "2.jpg", "crops.json"]
+    assert len(folder.photos("rex").photos) == 2
+    with pytest.raises(PhotoError, match="nothing is painted"):
+        square_around(Image.new("L", (64, 64)))
+
+
+def test_an_adapter_is_checked_before_it_is_copied(folder, tmp_path):
+    for name, content in (("a.bin", pickle.dumps(1)), ("b.safetensors", b"\0" * 40), ("c.safetensors", b"\xff" * 16)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises((AdapterError, SettingsError)):
+            folder.add_adapter(tmp_path / name)
+    assert folder.names("adapters", ".safetensors") == []
+
+
+def test_bases_are_those_of_this_machine(folder, folders, hub, tmp_path):
+    hub("somebody/tiny", folders["sd1"])
+    (folder.root / "bases" / "mine").symlink_to(folders["sd2"])
+    (folder.root / "bases" / "notes").mkdir()
+    assert list(folder.bases()) == ["toybox", "mine", "somebody/tiny"]
+    folder.choose_base("mine")
+    assert folder.base == "mine" and StudioFolder(folder.root).base == "mine"
+    with pytest.raises(SettingsError, match="no such base"):
+        folder.choose_base("stabilityai/sdxl")
+
+
+def test_the_choices_of_a_training():
+    assert settings_of("standard", 5, {}) == {}
+    assert settings_of("quick", 5, {}) == {"steps": 125, "class_images": 0}
+    assert settings_of("careful", 5, {"rank": 16}) == {"steps": 750, "sample_every": 93, "rank": 16}
+    assert settings_of("quick", 5, {"steps": 40, "class_images": 2}) == {"steps": 40, "class_images": 2}
+    with pytest.raises(SettingsError, match="'fast' is none of quick"):
+        settings_of("fast", 5, {})
+
+
+def test_the_last_line_of_a_log(tmp_path):
+    log = tmp_path / "log"
+    assert last_line(log) == ""
+    log.write_bytes(b"a\n" * 9000 + b"step 20/400  loss 0.1  0:05 left\n\n")
+    assert last_line(log) == "step 20/400  loss 0.1  0:05 left" and COUNT.search(last_line(log)).groups() == ("20", "400")
+    log.write_bytes(b"\x1b[31m\xff" + b"x" * 9000)
+    assert len(last_line(log)) == 500 and last_line(log).isprintable()
+
+
+# --- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def through(gate: Gate, path: str, *, method: str = "GET", cookie: str = "", query: str = "", body: bytes = b"") -> int:
+    """The status of a request; 200 comes from the app behind the gate."""
+    statuses = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        statuses.append(message.get("status"))
+
+    headers = [(b"cookie", f"a=b; lora_booth_studio_7860={cookie}".encode())] if cookie else []
+    scope = {"type": "http", "path": path, "method": method, "query_string": query.encode(), "headers": headers}
+    asyncio.run(gate(scope | {"server": ("127.0.0.1", 7860)}, receive, send))
+    return statuses[0]
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    (tmp_path / "uploads").mkdir()
+    return Gate(app, token="right", uploads=tmp_path / "uploads")
+
+
+def test_every_call_needs_the_token(gate):
+    for path in ("/", "/config", "/gradio_api/file=a", "/gradio_api/upload", "/assets/x.js", "/nothing", "/manifest.json"):
+        for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"):
+            assert through(gate, path, method=method) == through(gate, path, method=method, cookie="wrong") == 401
+    assert through(gate, "/", query="token=wrong") == through(gate, "/config", query="token=right") == 401
+    assert through(gate, "/", query="token=right") == 303
+    assert through(gate, "/", cookie="right") == through(gate, "/config", cookie="right") == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/gradio_api/proxy=https://x.hf.space/a", "/gradio_api/file=https://example.com/a", "/gradio_api/file=HTTP://a/b"),
+        *(
+            "/monitoring/summary",
+            "/login",
+            "/logout",
+            "/docs",
+            "/openapi.json",
+            "/gradio_api/openapi.json",
+            "/gradio_api/token",
+        ),
+        *(
+            "/gradio_api/run/predict",
+            "/gradio_api/api/x",
+            "/gradio_api/call/x",
+            "/gradio_api/call/v2/x",
+            "/gradio_api/deep_link",
+        ),
+        *("/gradio_api/vibe-edit", "/gradio_api/run-history/buckets", "/gradio_api/custom_component/a/client/b/c", "/pwa_icon"),
+        *("/gradio_api/stream/x", "/gradio_api/process_recording", "/gradio_api/dev/reload", "/gradio_api/file/a"),
+    ],
+)
+def test_routes_that_the_page_does_not_use_are_closed(gate, path):
+    assert through(gate, path, cookie="right") == through(gate, path, method="POST", cookie="right") == 404
+
+
+def test_a_call_names_no_file_but_an_upload(gate, tmp_path):
+    inside = gate.uploads / "a.png"
+    inside.write_bytes(b"")
+    (gate.uploads / "link").symlink_to("/etc/passwd")
+    outside = ["/etc/passwd", f"{gate.uploads}/../a", "a.png", "https://example.com/a.png", str(gate.uploads / "link"), 5]
+    for path, status in [(str(inside), 200), (None, 200), *((one, 403) for one in outside)]:
+        body = json.dumps({"data": [[{"image": {"path": path, "meta": {}}}]]}).encode()
+        assert through(gate, "/gradio_api/queue/join", method="POST", cookie="right", body=body) == status
+    for body in (b"{", b"[" * 100_000, b" " * (33 * 2**20)):
+        assert through(gate, "/gradio_api/queue/join", method="POST", cookie="right", body=body) == 403
+
+
+# --- the server --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    pytest.importorskip("gradio")
+    root = tmp_path_factory.mktemp("place") / "studio"
+    (root.parent / "secret.png").write_text(OUTSIDE)
+    with Server(root) as running:
+        yield running
+
+
+def root_of(server: Server) -> Path:
+    return Path(server.log.read_text().split("the studio of ")[1].split(": http")[0])
+
+
+def refused(client: Client, name: str, event: str = "click") -> str:
+    with pytest.raises(RuntimeError) as told:
+        client.do(name, event)
+    assert "Traceback" not in str(told.value) and "defect" not in str(told.value)
+    return str(told.value)
+
+
+@pytest.mark.slow
+def test_nothing_outside_the_folder_is_served(server):
+    root = root_of(server)
+    (root / "photos" / "out.png").symlink_to(root.parent / "secret.png")
+    for path in (
+        root.parent / "secret.png",
+        root / ".." / "secret.png",
+        root / "photos" / "out.png",
+        "/etc/passwd",
+        root / ".token",
+    ):
+        status, body = server.ask(f"/gradio_api/file={path}")
+        assert status == 403 and OUTSIDE not in body.decode() and server.token not in body.decode()
+    (root / "photos" / "out.png").unlink()
+    assert server.ask("/config", token="")[0] == 401 and oct((root / ".token").stat().st_mode)[-3:] == "600"
+
+
+@pytest.mark.slow
+def test_the_page_asks_nothing_of_other_machines(server):
+    status, page = server.ask("/")
+    style = server.ask("/theme.css")[1].decode()
+    loaded = re.findall(r"""(?:src|href)=["']([^"']+)|url\(([^)]+)\)""", page.decode() + style)
+    assert status == 200 and not [one for pair in loaded for one in pair if re.match(r"[\"']?(https?:)?//", one)]
+    assert '"analytics_enabled":false' in page.decode().replace(" ", "").lower()
+
+
+@pytest.mark.slow
+def test_hostile_words_end_in_one_line(server, tmp_path):
+    client, root = Client(server), root_of(server)
+    before = sorted(root.rglob("*"))
+    for name in ("../../x", "/etc", "a/b", "<script>", "con\0"):
+        client.write(Subject=name, What_it_is="dog", Token="ohwx")
+        assert "needed: letters" in refused(client, "Token", "blur")
+        client.write(Adapter=name)
+        assert re.search("not a name|cannot be opened", refused(client, "Adapter", "change"))
+    page = tmp_path / "page.safetensors"
+    page.write_bytes(b"<html>" * 9)
+    client.write(**{"Drop .safetensors files here; each is checked first": client.upload(page)})
+    assert "page.safetensors" in refused(client, "Drop .safetensors files here; each is checked first", "upload")
+    client.write(Subject="rex", **{"Drop 3 to 30 photos here": client.upload(page)})
+    client.do("Drop 3 to 30 photos here", "upload")
+    assert "not a photo" in client.notes[0]
+    assert [path for path in sorted(root.rglob("*")) if ".page" not in path.parts and path not in before] == [
+        root / "photos" / "rex"
+    ]
+    client.write(**{"Drop 3 to 30 photos here": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]})
+    assert refused(client, "Drop 3 to 30 photos here", "upload").startswith("403")
+
+
+@pytest.mark.slow
+def test_the_whole_way(server, photos, tmp_path):
+    """From photos to a picture of two subjects, with a stop, a killed server and a second browser in between."""
+    client, root = Client(server), root_of(server)
+    drop = "Drop 3 to 30 photos here"
+    client.write(Subject="rex", What_it_is="dog", **{drop: client.upload(*sorted(photos.iterdir()))})
+    client.do(drop, "upload")
+    assert "3 photos at 64 pixels" in client.value("#audit") and len(client.value("#squares")) == 3
+    client.do("Token", "blur")
+    token = client.value("Token")
+    assert f"{token} is free" in client.value("#verdict")
+    assert json.loads((root / "photos" / "rex.json").read_text()) == {"token": token, "class_noun": "dog"}
+
+    client.do("Train", "select")
+    client.write(How="quick", steps="4000", sample_every="2")
+    client.do("Does it fit?")
+    assert "4000 steps at 64 px" in client.value("#forecast")
+    client.write(rank="many")
+    assert "needed: a whole number" in refused(client, "Start training")
+    client.write(rank="")
+    client.do("Start training")
+    assert client.value("Run") == "rex"
+    wait(client, lambda status: "step 2: " in status or client.value("#samples"))
+    assert "rex is training" in refused(client, "Go on")
+    other = Client(server)  # a second browser
+    other.do("Train", "select")
+    other.do("Run", "change")
+    assert 'data-alive="1"' in other.value("#status")
+
+    server.kill()
+    with Server(root, server.port) as again:  # the training has gone on
+        assert again.token == server.token
+        client.do("#timer", "tick")  # the page that was open all the time
+        assert 'data-alive="1"' in client.value("#status")
+        client.do("Stop")
+        stopped = wait(client, lambda status: 'data-alive="0"' in status)
+        step = int(re.search(r"stopped at step (\d+) of 4000", stopped)[1])
+        assert step > 0 and list((root / "runs" / "rex" / "checkpoints").iterdir())
+        note = root / "runs" / "rex.json"
+        words = json.loads(note.read_text())  # make it short, as the command line would
+        words["words"] = [f"--steps={step + 3}" if word == "--steps=4000" else word for word in words["words"]]
+        note.write_text(json.dumps(words))
+        client.do("Go on")
+        assert "finished" in wait(client, lambda status: 'data-finished="1"' in status)
+        assert (root / "adapters" / "rex.safetensors").is_file() and client.value("#samples")["path"]
+
+        brew = lb.Adapter.load(root / "adapters" / "rex.safetensors").scaled(0.9)  # a recipe tells adapters by their tensors
+        brew.with_card(token="zwx", class_noun="mug").save(tmp_path / "brew.safetensors")
+        shelf = "Drop .safetensors files here; each is checked first"
+        client.write(**{shelf: client.upload(tmp_path / "brew.safetensors")})
+        client.do(shelf, "upload")
+        client.do("Adapter", "change")
+        assert client.value("Adapter") == "brew" and "zwx" in client.value("#card") and "ComfyUI" in client.value("#card")
+
+        client.do("Play", "select")
+        client.write(**{"First adapter": "rex", "Second adapter": "brew", "Denoising steps": 2, "Pictures": 1})
+        client.do("First adapter", "input")
+        assert client.value("Prompt") == f"a photo of {token} dog and zwx mug"
+        for place in ("found", "side by side", "painted"):
+            client.write(**{"Where two subjects go": place, "First seed": len(client.value("#pictures") or [])})
+            if place == "painted":
+                assert "nothing is painted" in refused(client, "Draw")
+                label = "Paint the first subject's place in orange, the second's in blue"
+                [layer] = client.upload(painted(tmp_path / "layer.png"))
+                client.write(**{label: {"background": None, "layers": [layer], "composite": None}})
+            client.do("Draw")
+        files = sorted(path.name for path in (root / "pictures").glob("*.png"))
+        assert len(files) == len(client.value("#pictures")) == 3
+        kept = (root / "pictures" / client.value("#picture")).read_bytes()
+        client.do("#picture", "change")
+        assert f"a photo of {token} dog and zwx mug" in client.value("#how")
+        client.do("Redraw")
+        assert sorted(path.name for path in (root / "pictures").glob("*.png")) == files  # the same to the byte
+        assert (root / "pictures" / client.value("#picture")).read_bytes() == kept
+
+        client.do("Before and after")
+        client.write(**{"Second adapter": "none"})
+        client.do("At every saved step")
+        assert len(list((root / "pictures").glob("grid-*.png"))) == 2
+        client.do("#page")
+        assert (root / "pictures" / "gallery.html").stat().st_size > 5000
+
+        for button, made in (("Convert", "brew-peft"), ("Resize", "brew-rank4")):
+            client.write(Adapter="brew")
+            client.do(button)
+            assert client.value("Adapter") == made and (root / "adapters" / f"{made}.safetensors").is_file()
+        client.do("Make a folder for the Hub")
+        assert (root / "shared" / "brew-rank4" / "README.md").is_file()
+        assert "say yes" in refused(client, "Delete")
+        client.write(**{"Yes, delete this adapter": True})
+        client.do("Delete")
+        assert not (root / "adapters" / "brew-rank4.safetensors").exists()
+        client.do("Remove the run")
+        assert not (root / "runs" / "rex").exists() and (root / "adapters" / "rex.safetensors").is_file()
+        assert "Traceback" not in again.log.read_text()
+
+
+def wait(client: Client, done: Any, seconds: float = 300) -> str:
+    """Look at the run until its status is so."""
+    end = time.monotonic() + seconds
+    while True:
+        client.do("#timer", "tick")
+        status = str(client.value("#status"))
+        if done(status):
+            return status
+        assert time.monotonic() < end and "error" not in status, status
+        time.sleep(0.5)
+
+
+def painted(file: Path) -> Path:
+    """Orange to the left and blue to the right, on nothing."""
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    pixels[10:50, 4:26] = (0xE4, 0x57, 0x2E, 255)
+    pixels[10:50, 36:60] = (0x2E, 0x86, 0xAB, 255)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+# --- a training's process ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_says_why_in_one_line(folder, photos):
+    folder.add_photos("rex", sorted(photos.iterdir()))
+    with pytest.raises(SubjectError, match="more than a noun"):
+        folder.describe("rex", "ohwx", "a dog")
+    folder.describe("rex", "ohwx", "dog")
+    trainings = Trainings(folder)
+    trainings.start("rex", "rex", str(folder.root / "bases" / "gone"), {"steps": 1})
+    with pytest.raises(TrainingError, match="rex is training"):
+        trainings.start("rex-2", "rex", "toybox", {})
+    end = time.monotonic() + 300
+    while trainings.process("rex") is not None:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    state = trainings.state("rex")
+    assert not state.alive and state.line.startswith("error: ") and "no such folder or file" in state.line
+    with pytest.raises(SettingsError, match="there is a run 'rex'"):
+        trainings.start("rex", "rex", "toybox", {})
+    note = folder.root / "runs" / "rex.json"
+    words = json.loads(note.read_text())
+    note.write_text(json.dumps(words | {"process": os.getpid()}))  # a later process with the same number
+    assert trainings.process("rex") is None
+    for spoilt in ("", "[]", "{}", '{"words": "train"}', '{"words": ["rm", "-rf"]}', '{"process": "x", "created": []}'):
+        note.write_text(spoilt)
+        assert trainings.process("rex") is None
+        with pytest.raises(LoraBoothError, match="no such run"):
+            trainings.again("rex")
+    trainings.remove("rex")
+    assert trainings.names() == []

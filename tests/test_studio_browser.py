@@ -1,0 +1,127 @@
+"""The studio in a real browser: the whole way by clicks, a reload in the middle, a phone, a dark screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMEDRIVER, CHROMIUM, Browser, chromium
+from studio_client import Server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no chromium and chromedriver here"),
+]
+LONG = 120  # seconds: the first click loads PyTorch
+TAB = "[...document.querySelectorAll('[role=tab]')].find(one => one.textContent.trim() === '{}')"
+LABEL = "[...document.querySelectorAll('[data-testid=block-info]')].find(l => l.offsetParent && l.textContent.trim() === '{}')"
+FIELD = f"{LABEL}.closest('.block')"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    pytest.importorskip("gradio")
+    with Server(tmp_path_factory.mktemp("browser") / "studio") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(server) -> Iterator[Browser]:
+    with chromium() as browser:
+        browser.size(1280, 1000)
+        visit(browser, server.address)
+        yield browser
+
+
+def visit(page: Browser, address: str) -> None:
+    page.do("POST", "/url", {"url": address})
+    page.wait("document.querySelector('#about')?.textContent.includes('pixels')", LONG)
+
+
+def tab(page: Browser, name: str) -> None:
+    page.run(f"{TAB.format(name)}.click()")
+    page.wait(f"{TAB.format(name)}.getAttribute('aria-selected') === 'true'")
+
+
+def fill(page: Browser, label: str, text: str) -> None:
+    """Type into the field with this label, and leave it."""
+    found = f"const one = {FIELD.format(label)}.querySelector('input, textarea')"
+    name = page.run(f"{found}; one.id ||= 'f' + Math.random(); one.focus(); one.select(); return one.id")
+    place = page.element(f"[id='{name}']")
+    page.do("POST", f"/element/{place}/value", {"text": text})  # in place of what is selected
+    if page.run("return document.activeElement.getAttribute('role') === 'combobox'"):
+        page.press("Enter")
+    page.run("document.activeElement.blur()")
+
+
+def press(page: Browser, label: str) -> None:
+    found = f"[...document.querySelectorAll('button')].find(b => b.offsetParent && b.textContent.trim().startsWith('{label}'))"
+    page.wait(found)
+    page.run(f"{found}.click()")
+
+
+def fits(page: Browser) -> bool:
+    """Nothing is wider than the window."""
+    return page.run("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def severe(page: Browser) -> list[str]:
+    """Errors on the console, but for the manifest, which browsers ask for without a cookie."""
+    return [line for line in page.messages() if line.startswith("SEVERE") and "manifest" not in line]
+
+
+def test_the_whole_way(page, server, photos: Path):
+    severe(page)
+    fill(page, "Subject", "rex")
+    fill(page, "What it is", "dog")
+    page.wait("document.querySelector('#verdict').textContent.includes('is free')", LONG)
+    files = "\n".join(map(str, sorted(photos.iterdir())))
+    page.do("POST", f"/element/{page.element('#drop input[type=file]')}/value", {"text": files})
+    page.wait("document.querySelector('#audit').textContent.includes('3 photos at 64 pixels')", LONG)
+    assert page.run("return document.querySelectorAll('#squares img').length") == 3
+
+    tab(page, "Train")
+    page.wait(f"{FIELD.format('Subject')}.querySelector('input').value === 'rex'")
+    page.click("#choice input[value=quick]")
+    press(page, "Everything else")
+    fill(page, "steps", "30")
+    page.click("#start")
+    page.wait("document.querySelector('#status [data-alive]')", LONG)
+    visit(page, server.origin)  # a reload in the middle of it, without the token: the browser has it
+    tab(page, "Train")
+    page.wait("document.querySelector('#status [data-finished=\"1\"]')", LONG)
+
+    tab(page, "Play")
+    page.wait(f"{FIELD.format('Run')}.querySelector('input').value === 'rex'")
+    fill(page, "First adapter", "rex")
+    page.wait("document.querySelector('#prompt textarea').value.endsWith('dog')", LONG)
+    press(page, "Draw")
+    page.wait("document.querySelectorAll('#pictures img').length", LONG)
+    page.wait("[...document.querySelectorAll('#pictures img')].every(i => i.complete && i.naturalWidth === 64)")
+    tab(page, "Adapters")
+    page.wait("document.querySelector('#card').textContent.includes('ComfyUI')", LONG)
+    assert severe(page) == []
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_fits_a_phone_and_a_dark_screen(page, server, width, theme):
+    page.size(width, 844, phone=width < 500)
+    page.theme(theme)
+    visit(page, server.origin)
+    for name in ("Train", "Play", "Adapters", "Photos"):
+        tab(page, name)
+        assert fits(page), name
+    shade = page.run("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+    assert (sum(shade) < 200) == (theme == "dark")
+
+
+def test_a_mistake_is_one_line_in_the_page(page, server):
+    page.size(1280, 1000)
+    visit(page, server.origin)
+    tab(page, "Play")
+    press(page, "Before and after")
+    page.wait("document.body.textContent.includes('no prompt; write what to draw')", LONG)
+    assert not page.run("return document.body.textContent.includes('Traceback')")
