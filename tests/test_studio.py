@@ -19,9 +19,12 @@ from studio_client import Client, Server
 
 import lora_booth as lb
 from lora_booth.errors import AdapterError, LoraBoothError, PhotoError, SettingsError, SubjectError, TrainingError
-from lora_booth.studio.access import Gate
+from lora_booth.studio.drawing import BY_STEP
 from lora_booth.studio.folder import StudioFolder, square_around
 from lora_booth.studio.runs import COUNT, Trainings, last_line, settings_of
+
+pytest.importorskip("starlette")
+from lora_booth.studio.access import Gate  # noqa: E402
 
 OUTSIDE = "not to be seen"
 
@@ -120,8 +123,6 @@ def test_the_choices_of_a_training():
     assert settings_of("quick", 5, {}) == {"steps": 125, "class_images": 0}
     assert settings_of("careful", 5, {"rank": 16}) == {"steps": 750, "sample_every": 93, "rank": 16}
     assert settings_of("quick", 5, {"steps": 40, "class_images": 2}) == {"steps": 40, "class_images": 2}
-    with pytest.raises(SettingsError, match="'fast' is none of quick"):
-        settings_of("fast", 5, {})
 
 
 def test_the_last_line_of_a_log(tmp_path):
@@ -271,8 +272,8 @@ def test_hostile_words_end_in_one_line(server, tmp_path):
         assert re.search("not a name|cannot be opened", refused(client, "Adapter", "change"))
     page = tmp_path / "page.safetensors"
     page.write_bytes(b"<html>" * 9)
-    client.write(**{"Drop .safetensors files here; each is checked first": client.upload(page)})
-    assert "page.safetensors" in refused(client, "Drop .safetensors files here; each is checked first", "upload")
+    client.write(**{"Drop .safetensors files here": client.upload(page)})
+    assert "page.safetensors" in refused(client, "Drop .safetensors files here", "upload")
     client.write(Subject="rex", **{"Drop 3 to 30 photos here": client.upload(page)})
     client.do("Drop 3 to 30 photos here", "upload")
     assert "not a photo" in client.notes[0]
@@ -297,12 +298,12 @@ def test_the_whole_way(server, photos, tmp_path):
     assert json.loads((root / "photos" / "rex.json").read_text()) == {"token": token, "class_noun": "dog"}
 
     client.do("Train", "select")
-    client.write(How="quick", steps="4000", sample_every="2")
+    client.write(How="quick", steps=4000, sample_every=2)
     client.do("Does it fit?")
     assert "4000 steps at 64 px" in client.value("#forecast")
-    client.write(rank="many")
+    client.write(rank=0)
     assert "needed: a whole number" in refused(client, "Start training")
-    client.write(rank="")
+    client.write(rank=None)
     client.do("Start training")
     assert client.value("Run") == "rex"
     wait(client, lambda status: "step 2: " in status or client.value("#samples"))
@@ -331,7 +332,7 @@ def test_the_whole_way(server, photos, tmp_path):
 
         brew = lb.Adapter.load(root / "adapters" / "rex.safetensors").scaled(0.9)  # a recipe tells adapters by their tensors
         brew.with_card(token="zwx", class_noun="mug").save(tmp_path / "brew.safetensors")
-        shelf = "Drop .safetensors files here; each is checked first"
+        shelf = "Drop .safetensors files here"
         client.write(**{shelf: client.upload(tmp_path / "brew.safetensors")})
         client.do(shelf, "upload")
         client.do("Adapter", "change")
@@ -358,10 +359,10 @@ def test_the_whole_way(server, photos, tmp_path):
         assert sorted(path.name for path in (root / "pictures").glob("*.png")) == files  # the same to the byte
         assert (root / "pictures" / client.value("#picture")).read_bytes() == kept
 
-        client.do("Before and after")
-        client.write(**{"Second adapter": "none"})
-        client.do("At every saved step")
-        assert len(list((root / "pictures").glob("grid-*.png"))) == 2
+        client.do("Draw the comparison")
+        client.write(**{"Second adapter": "none", "What to compare": BY_STEP})
+        client.do("Draw the comparison")
+        assert len(list((root / "pictures").glob("grid*.png"))) == 2
         client.do("#page")
         assert (root / "pictures" / "gallery.html").stat().st_size > 5000
 

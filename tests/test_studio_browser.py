@@ -18,6 +18,9 @@ TAB = "[...document.querySelectorAll('[role=tab]')].find(one => one.textContent.
 LABEL = "[...document.querySelectorAll('[data-testid=block-info]')].find(l => l.offsetParent && l.textContent.trim() === '{}')"
 FIELD = f"{LABEL}.closest('.block')"
 
+AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
+OF_GRADIO = ("label-content-name-mismatch", "aria-prohibited-attr")  # of its place to drop files, and its empty gallery
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
@@ -122,6 +125,52 @@ def test_a_mistake_is_one_line_in_the_page(page, server):
     page.size(1280, 1000)
     visit(page, server.origin)
     tab(page, "Play")
-    press(page, "Before and after")
+    press(page, "Draw")
     page.wait("document.body.textContent.includes('no prompt; write what to draw')", LONG)
     assert not page.run("return document.body.textContent.includes('Traceback')")
+
+
+def test_the_keyboard_alone_reaches_everything(page, server):
+    """From the top by Tab: to the tabs, by an arrow to Play, then a prompt, and Draw."""
+    page.size(1280, 1000)
+    visit(page, server.origin)
+    walk(page, "one.getAttribute('role') === 'tab'")
+    for _ in range(2):
+        page.press("ArrowRight")
+    if page.run(f"return {TAB.format('Play')}.getAttribute('aria-selected') !== 'true'"):
+        walk(page, f"one === {TAB.format('Play')}")
+        page.press("Enter")
+    page.wait(f"{TAB.format('Play')}.getAttribute('aria-selected') === 'true'")
+    walk(page, "one.closest('#prompt')")
+    page.press("a")
+    walk(page, "one.id === 'draw'")
+    assert page.run(
+        "return getComputedStyle(document.activeElement).outlineStyle !== 'none' || "
+        "getComputedStyle(document.activeElement).boxShadow !== 'none'"
+    )
+    page.press("Enter")
+    page.wait("document.querySelector('#pictures img')", LONG)
+
+
+def walk(page: Browser, wanted: str, most: int = 60) -> None:
+    """Press Tab until the element in focus is this one."""
+    for _ in range(most):
+        page.press("Tab")
+        if page.run(f"const one = document.activeElement; return Boolean({wanted})"):
+            return
+    raise AssertionError(f"Tab never comes to {wanted}")
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="no axe-core here: npm install --no-save axe-core")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(page, server, theme):
+    page.size(1280, 1000)
+    page.theme(theme)
+    visit(page, server.origin)
+    page.run(AXE.read_text(encoding="utf-8"))
+    for name in ("Photos", "Train", "Play", "Adapters"):
+        tab(page, name)
+        page.run("document.querySelectorAll('button.label-wrap:not(.open)').forEach(b => b.offsetParent && b.click())")
+        ask = "axe.run().then(found => arguments[0](found.violations.map(one => [one.impact, one.id, one.nodes[0].html])))"
+        found = page.do("POST", "/execute/async", {"script": ask, "args": []})
+        assert not [one for one in found if one[0] in ("serious", "critical") and one[1] not in OF_GRADIO], name

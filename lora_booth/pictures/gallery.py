@@ -157,16 +157,20 @@ class Album:
         write_file(self.page, html_of(rows, title=title).encode("utf-8", "replace"))
         return self.page
 
-    def _rows(self) -> Iterator[tuple[dict[str, Any], Image.Image]]:
-        """Each picture that is still there, with its newest record; a line of another making is left out."""
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The newest line on each file, the newest last. Anyone may have edited them."""
         newest: dict[str, dict[str, Any]] = {}
         for line in json_lines(self.record):
-            name = str(line.get("file"))
+            name = Path(str(line.get("file"))).name
             newest.pop(name, None)
             newest[name] = line
-        for line in newest.values():
+        return newest
+
+    def _rows(self) -> Iterator[tuple[dict[str, Any], Image.Image]]:
+        """Each picture that is still there, with its newest record; a line of another making is left out."""
+        for name, line in self.records().items():
             try:
-                image = read_picture(self.folder / Path(str(line["file"])).name, inside=self.folder)
+                image = read_picture(self.folder / name, inside=self.folder)
                 facts = [(str(name), str(value)) for name, value in line["facts"]]
                 names = [str(name) for name in line["adapters"]]
                 texts = {key: str(line[key]) for key in ("prompt", "seed", "command", "python")}

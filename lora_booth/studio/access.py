@@ -9,18 +9,17 @@ from __future__ import annotations
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 COOKIE = "lora_booth_studio"
 MOST_BODY = 32 * 2**20  # bytes of a call; photos and adapters come through the upload route; chosen
+YEAR = 365 * 24 * 3600  # seconds
 API = "/gradio_api"
 READ = re.compile(
     rf"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/(assets|static|svelte)/[^\0]*"
@@ -44,50 +43,39 @@ class Gate:
     def __init__(self, app: Any, *, token: str, uploads: Path) -> None:
         self.app, self.token, self.uploads = app, token, uploads.resolve()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def protected(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-            return
         if scope["type"] != "http":  # the page uses no web sockets
             return
-        given = parse_qs(scope["query_string"].decode("ascii", "replace")).get("token", [""])[0]
-        if scope["path"] == "/" and self.fits(given):
-            cookie = f"{self.cookie_name(scope)}={self.token}; Path=/; HttpOnly; SameSite=Strict; Max-Age=31536000"
-            await answer(send, 303, "", {"location": "./", "set-cookie": cookie})
-            return
-        if not self.fits(self.cookie_of(scope)):
-            await answer(send, 401, PLEASE)
-            return
-        path, method = scope["path"], scope["method"]
-        known = READ if method in ("GET", "HEAD") else WRITE if method == "POST" else None
-        if known is None or not known.fullmatch(path):
-            await answer(send, 404, "The studio has no such page.")
-            return
-        if method == "POST" and not path.startswith((f"{API}/upload", f"{API}/component_server")):
-            body = await whole(receive)
-            if body is None or not self.allowed(body):
-                await answer(send, 403, "A call may name only files that were uploaded to the studio.")
-                return
+        request = Request(scope, receive)
+        answer = self.refusal(request)
+        if answer is None and request.method == "POST" and not scope["path"].startswith((f"{API}/upload", f"{API}/component")):
+            body = await whole(request)
+            if not self.allowed(body):
+                answer = PlainTextResponse("A call may name only files that were uploaded to the studio.", 403)
             receive = repeated(body, receive)
-        await self.app(scope, receive, with_headers(send))
+        await (answer or self.app)(scope, receive, protected)
+
+    def refusal(self, request: Request) -> Response | None:
+        """What to answer to a call that goes no further."""
+        path, name = request.scope["path"], f"{COOKIE}_{request.url.port}"  # browsers send a cookie to every port of a host
+        if path == "/" and self.fits(request.query_params.get("token", "")):
+            answer = RedirectResponse("./", 303)
+            answer.set_cookie(name, self.token, max_age=YEAR, httponly=True, samesite="strict")
+            return answer
+        if not self.fits(request.cookies.get(name, "")):
+            return PlainTextResponse(PLEASE, 401)
+        known = {"GET": READ, "HEAD": READ, "POST": WRITE}.get(request.method)
+        return None if known and known.fullmatch(path) else PlainTextResponse("The studio has no such page.", 404)
 
     def fits(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self.token.encode())
-
-    def cookie_name(self, scope: Scope) -> str:
-        """Browsers send a cookie to every port of a host."""
-        return f"{COOKIE}_{(scope.get('server') or ('', 0))[1]}"
-
-    def cookie_of(self, scope: Scope) -> str:
-        for name, value in scope["headers"]:
-            if name == b"cookie":
-                try:
-                    found = SimpleCookie(value.decode("latin-1")).get(self.cookie_name(scope))
-                except CookieError:
-                    continue
-                if found is not None:
-                    return found.value
-        return ""
 
     def allowed(self, body: bytes) -> bool:
         """Whether every file that a call names is an upload: Gradio reads what stands under "path"."""
@@ -109,40 +97,24 @@ def values_of(value: Any, key: str) -> Iterator[Any]:
             yield from values_of(one, key)
 
 
-async def whole(receive: Receive) -> bytes | None:
-    """The body of a request; None if it is too long, or the client has gone."""
+async def whole(request: Request) -> bytes:
+    """The body of a request; of one that is too long, or whose client has gone, a part that no call consists of."""
     body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if message["type"] != "http.request" or len(body) > MOST_BODY:
-            return None
-        if not message.get("more_body"):
-            return body
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_BODY:
+                return b"{"
+    except ClientDisconnect:
+        return b"{"
+    return body
 
 
-def repeated(body: bytes, receive: Receive) -> Receive:
+def repeated(body: bytes, receive: Any) -> Any:
     """The body once more, then what comes after it."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> MutableMapping[str, Any]:
+    async def again() -> Any:
         return waiting.pop() if waiting else await receive()
 
     return again
-
-
-def with_headers(send: Send) -> Send:
-    async def more(message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-            message = {**message, "headers": [*message["headers"], *ours]}
-        await send(message)
-
-    return more
-
-
-async def answer(send: Send, status: int, text: str, headers: dict[str, str] | None = None) -> None:
-    given = {"content-type": "text/plain; charset=utf-8", "cache-control": "no-store"} | HEADERS | (headers or {})
-    lines = [(name.encode(), value.encode()) for name, value in given.items()]
-    await send({"type": "http.response.start", "status": status, "headers": lines})
-    await send({"type": "http.response.body", "body": text.encode()})

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ..errors import CompositionWarning, OtherBaseWarning, PhotoError, SettingsError
-from ..files import json_lines
+from ..files import remove
 from ..photos.opening import opened
 from ..photos.photo import Unusable
 from .folder import StudioFolder
 
 if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
     from ..base.base_model import BaseModel
     from ..pictures.composition import Composition
     from ..pictures.grids import Grid
@@ -26,10 +27,13 @@ PLACES = {  # on the page -> where two subjects go
     "painted": "where you paint: the first in orange, the second in blue",
     "everywhere": "the plain sum: for one subject and a style",
 }
+BY_WEIGHT = "the adapters at 0 (before), 40, 80 and 100 % (after) of their weights"
+BY_STEP = "every step that a run has saved"
 COLORS = ("#e4572e", "#2e86ab")  # of the first and the second subject, as in `preview`
 NEAR = 90  # largest distance of a painted pixel to its colour, of 441; chosen
 MOST_SHOWN = 48  # pictures on the page; chosen
-KEYS = ("steps", "guidance", "size", "negative_prompt")
+Chosen = Sequence[tuple[str, float]]  # names of adapters on the shelf, with weights
+Painted = dict[str, Any]  # what `gr.ImageEditor` holds, its layers as PNG
 
 
 class Models:
@@ -60,15 +64,16 @@ class Models:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    # --- pictures
-
-    def compose(self, chosen: Sequence[tuple[str, float]], place: str, painted: bytes | None = None) -> Composition:
-        """chosen: names of adapters with weights. painted: a PNG of what was painted, for the place of that name"""
+    def adapter(self, name: str) -> Adapter:
         from ..adapters.adapter import Adapter
+
+        return Adapter.load(self.folder.adapter_file(name))
+
+    def compose(self, chosen: Chosen, place: str, painted: Painted | None = None) -> Composition:
         from ..pictures.composition import Composition
         from ..pictures.regions import Region
 
-        loaded = [(Adapter.load(self.folder.adapter_file(name)), weight) for name, weight in chosen]
+        loaded = [(self.adapter(name), weight) for name, weight in chosen]
         if place not in PLACES:
             raise SettingsError(f"place {place!r}; needed: one of {', '.join(PLACES)}")
         if place == "everywhere" or len(loaded) < 2:
@@ -83,48 +88,39 @@ class Models:
             regions = [Region(first, mask=masks[0], weight=one), Region(second, mask=masks[1], weight=other)]
         return Composition(self.base(), rest, regions=regions)
 
-    def draw(self, studio: Composition, prompt: str, seeds: Sequence[int], **sampler: Any) -> tuple[list[str], list[str]]:
-        """Draw into the album, with a recipe beside each picture. Returns the pictures' names, and remarks."""
+    def draw(
+        self, studio: Composition, prompt: str, seeds: Sequence[int], *, on_step: Any = None, **sampler: Any
+    ) -> tuple[str, list[str]]:
+        """Draw into the album, with a recipe beside each picture. Returns the first picture's name, and remarks."""
         from ..pictures.gallery import Album
         from ..pictures.recipe import Recipe
 
-        on_step: Callable[[int], None] | None = sampler.pop("on_step", None)
-        album, names = Album(self.folder.place("pictures")), []
+        album, files = Album(self.folder.place("pictures")), []
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("ignore")
             for category in (CompositionWarning, OtherBaseWarning):
                 warnings.simplefilter("always", category)
             for seed in seeds:
-                made = studio.generate(prompt, seeds=[seed], on_step=on_step, **sampler)
-                [file] = album.save(made)
-                settings = {name: value for name, value in sampler.items() if name in KEYS and value is not None}
-                Recipe.of(studio, prompt, seeds=[seed], **settings).save(file.with_suffix(".json"))
-                names.append(file.name)
-        return names, list(dict.fromkeys(str(one.message) for one in noted))
+                files += album.save(studio.generate(prompt, seeds=[seed], on_step=on_step, **sampler))
+                Recipe.of(studio, prompt, seeds=[seed], **sampler).save(files[-1].with_suffix(".json"))
+        return files[0].name, list(dict.fromkeys(str(one.message) for one in noted))
 
-    def redraw(self, name: str, seeds: Sequence[int] | None, **more: Any) -> tuple[list[str], list[str]]:
-        """A picture again by its recipe, with other seeds if you like. Its adapters are found by their hash."""
-        from ..adapters.adapter import Adapter
+    def redraw(self, name: str) -> tuple[str, list[str]]:
+        """A picture again by its recipe, whose adapters are found by their hash."""
         from ..pictures.recipe import Recipe
 
         recipe = Recipe.load(self.folder.place("pictures", Path(name).stem + ".json"))
-        adapters = [Adapter.load(self.folder.adapter_file(one)) for one in self.folder.names("adapters", ".safetensors")]
-        asked = recipe.pictures | ({} if seeds is None else {"seeds": list(seeds)})
-        return self.draw(recipe.studio(self.base(), adapters), asked.pop("prompt"), asked.pop("seeds"), **asked, **more)
+        adapters = [self.adapter(one) for one in self.folder.names("adapters", ".safetensors")]
+        return self.draw(recipe.studio(self.base(), adapters), **recipe.pictures)
 
     # --- to compare
 
-    def before_after(self, chosen: Sequence[tuple[str, float]], prompt: str, seeds: Sequence[int], **sampler: Any) -> Grid:
-        from ..pictures.grids import before_after
-
-        return before_after(self.base(), self.compose(chosen, "everywhere").adapters, prompt, seeds=seeds, **sampler)
-
-    def weights(self, chosen: Sequence[tuple[str, float]], prompt: str, seeds: Sequence[int], **sampler: Any) -> Grid:
+    def by_weight(self, chosen: Chosen, prompt: str, **settings: Any) -> Grid:
         from ..pictures.grids import grid
 
-        return grid(self.base(), self.compose(chosen, "everywhere").adapters, prompt, seeds=seeds, **sampler)
+        return grid(self.base(), [(self.adapter(name), weight) for name, weight in chosen], prompt, **settings)
 
-    def steps(self, run: str, prompt: str, seeds: Sequence[int], **sampler: Any) -> Grid:
+    def by_step(self, run: str, prompt: str, seeds: Sequence[int], **sampler: Any) -> Grid:
         """A column for each adapter that a run has saved: which step was best?"""
         from ..adapters.adapter import Adapter
         from ..pictures.composition import Composition
@@ -139,30 +135,29 @@ class Models:
             studio = Composition(self.base(), [(Adapter.load(file), 1.0)])
             columns.append(tuple(studio.generate(prompt, seeds=seeds, **sampler)))
         rows, title = labels_of([prompt], seeds)
-        made = Grid(tuple(f"step {step}" for step in found), rows, tuple(columns), title)
-        return made.transposed()
+        return Grid(tuple(f"step {step}" for step in found), rows, tuple(columns), title).transposed()
 
-    def keep_grid(self, grid: Grid, name: str) -> Path:
+    def keep(self, grid: Grid) -> Path:
         from ..pictures.gallery import first_free
 
-        return grid.save(first_free(self.folder.place("pictures", f"{name}.png")))
+        return grid.save(first_free(self.folder.place("pictures", "grid.png")))
 
 
-def mask_of(painted: bytes | None, color: str | None = None) -> Image.Image:
-    """White where a picture with transparency has this colour; None: where it has any."""
+def mask_of(painted: Painted | None, color: str | None = None) -> Image.Image:
+    """White where the first layer that was painted has this colour; None: where it has any."""
     import numpy as np
 
-    if painted is None:
+    layer = next(filter(None, (painted or {}).get("layers") or ()), None)
+    if layer is None:
         raise SettingsError("nothing is painted; paint over the subject, or choose another way")
     try:
-        with opened(painted) as (image, _, _):
+        with opened(layer) as (image, _, _):
             values = np.asarray(image.convert("RGBA"), dtype=np.float32)
     except Unusable as error:
         raise PhotoError(f"what was painted: {error}") from None
     found = values[..., 3] > 127
     if color is not None:
-        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.float32)
-        found &= np.linalg.norm(values[..., :3] - wanted, axis=-1) < NEAR
+        found &= np.linalg.norm(values[..., :3] - ImageColor.getrgb(color), axis=-1) < NEAR
     if not found.any():
         raise SettingsError("nothing is painted in a colour that is needed; paint each subject's place in its own")
     return Image.fromarray(found.astype(np.uint8) * 255)
@@ -170,26 +165,13 @@ def mask_of(painted: bytes | None, color: str | None = None) -> Image.Image:
 
 def album(folder: StudioFolder) -> dict[str, dict[str, Any]]:
     """The newest pictures that are still there: name -> how each was made."""
-    from ..pictures.gallery import RECORD
+    from ..pictures.gallery import Album
 
-    found: dict[str, dict[str, Any]] = {}
-    for line in json_lines(folder.place("pictures") / RECORD):
-        name = str(line.get("file"))
-        found.pop(name, None)
-        found[name] = line
-    shown = {}
-    for name in reversed(found):
-        try:
-            path = folder.place("pictures", name)
-        except SettingsError:
-            continue
-        if path.is_file():
-            shown[name] = found[name]
-        if len(shown) == MOST_SHOWN:
-            break
-    return shown
+    there = {f"{name}.png" for name in folder.names("pictures", ".png")}
+    found = [(name, line) for name, line in Album(folder.place("pictures")).records().items() if name in there]
+    return dict(found[: -MOST_SHOWN - 1 : -1])
 
 
 def remove_picture(folder: StudioFolder, name: str) -> None:
-    for path in (folder.place("pictures", name), folder.place("pictures", Path(name).stem + ".json")):
-        path.unlink(missing_ok=True)
+    for one in (name, Path(name).stem + ".json"):
+        remove(folder.place("pictures", one))

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..errors import LoraBoothError
-from .drawing import Models
+from .drawing import Models, Painted
 from .folder import StudioFolder
 from .runs import Trainings
 
@@ -57,14 +58,12 @@ def painting(label: str, colors: Sequence[str], height: int, **more: Any) -> Any
     return made
 
 
-def bytes_of(file: Any, flatten_on_white: bool = False) -> bytes | None:
+def bytes_of(file: Any, flatten_on_white: bool = False) -> Any:
     return Path(file.path).read_bytes() if hasattr(file, "path") else file
 
 
-def painted_in(value: dict[str, Any] | None) -> bytes | None:
-    """The first layer over the picture."""
-    layers = [layer for layer in (value or {}).get("layers") or () if layer]
-    return layers[0] if layers else None
+def on_easel(image: Image.Image) -> Painted:
+    return {"background": image, "layers": [], "composite": None}
 
 
 def listen(
@@ -75,13 +74,13 @@ def listen(
     *,
     model: bool = False,
     quiet: bool = False,
-) -> Any:
+) -> None:
     """Call `handler` on these events.
 
     model  it uses a base: one such call at a time, and the others wait in the queue
     quiet  no spinner over the outputs
     """
-    return gr.on(
+    gr.on(
         triggers,
         plain(handler),
         inputs,
@@ -91,19 +90,6 @@ def listen(
         concurrency_id="model" if model else None,
         show_progress="hidden" if quiet else "minimal",
         trigger_mode="once",
-    )
-
-
-def after(event: Any, handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Once an event of `listen` is over; it uses a base."""
-    event.then(
-        plain(handler),
-        inputs,
-        outputs,
-        api_visibility="private",
-        concurrency_limit=1,
-        concurrency_id="model",
-        show_progress="hidden",
     )
 
 
@@ -117,8 +103,6 @@ def plain(handler: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:
             words = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
             raise gr.Error(escape(words), duration=None, title="A file", print_exception=False) from None
-        except gr.Error:
-            raise
         except Exception:
             traceback.print_exc(file=sys.stderr)
             text = "This should not happen; the terminal of the studio shows what did. Your files are safe."
@@ -127,10 +111,10 @@ def plain(handler: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def one_of(names: Sequence[str], wanted: str | None = None, **more: Any) -> Any:
+def one_of(names: Sequence[str], wanted: str | None = None) -> Any:
     """An update of a drop-down list."""
     value = wanted if wanted in names else names[0] if names else None
-    return gr.Dropdown(choices=list(names), value=value, **more)
+    return gr.Dropdown(choices=list(names), value=value)
 
 
 def lines(*texts: str, kind: str = "note") -> str:

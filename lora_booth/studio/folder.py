@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +95,8 @@ class StudioFolder:
 
     def add_photos(self, subject: str, files: Sequence[Path]) -> list[str]:
         """Copy what training can use. Returns a line for each file that it cannot."""
+        from ..pictures.gallery import names
+
         folder, refused = self.place("photos", check_name(subject)), []
         make_folder(folder)
         for file in files:
@@ -109,9 +110,9 @@ class StudioFolder:
                 refused.append(why or f"{name}: {error}")
                 continue
             taken = {path.stem for path in folder.iterdir()}  # captions and masks go by it
-            stem = next(one for one in numbered(clean(file.stem)) if one not in taken)
             kind = file.suffix.lower() if file.suffix[1:].isalnum() else ""  # pictures are told by their content
-            write_file(folder / f"{stem}{kind}", file.read_bytes())
+            place = folder / f"{clean(file.stem)}{kind}"
+            write_file(next(one for one in names(place) if one.stem not in taken), file.read_bytes())
         return refused
 
     def remove_photo(self, photo: Photo) -> None:
@@ -186,10 +187,6 @@ class StudioFolder:
         from ..adapters.adapter import Adapter
         from ..pictures.gallery import first_free
 
-        if file.suffix != ".safetensors":
-            raise SettingsError(
-                f"{shown(file.name)}: adapters are .safetensors files; pickles (.bin, .pt, .ckpt) are never read"
-            )
         Adapter.load(file)
         place = first_free(self.place("adapters", f"{clean(file.stem)}.safetensors"))
         write_file(place, file.read_bytes())
@@ -208,12 +205,6 @@ def check_name(name: str) -> str:
 def clean(stem: str) -> str:
     """The name of a browser's file, without what a path or a shell could obey."""
     return re.sub(r"[^\w-]+", "_", stem).strip("-_")[:80] or "file"
-
-
-def numbered(stem: str) -> Iterator[str]:
-    """rex, rex-2, rex-3, ..."""
-    yield stem
-    yield from (f"{stem}-{number}" for number in count(2))
 
 
 def square_around(mask: Image.Image) -> Region:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gradio as gr
 
 from .adapters_tab import adapters_tab
-from .events import Studio, after, lines, listen
+from .drawing import Models
+from .events import Studio, lines, listen
+from .folder import StudioFolder
 from .photos_tab import photos_tab
 from .play_tab import play_tab
+from .runs import Trainings
 from .train_tab import train_tab
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # what the machine has: nothing is fetched
@@ -18,6 +21,7 @@ CSS = """
 .good { border-left: 4px solid #2b8a3e } .advice { border-left: 4px solid #e67700 } .error { border-left: 4px solid #c92a2a }
 .command { font-family: ui-monospace, monospace; font-size: .85em }
 .command:empty { display: none }
+button[role=tab].selected { color: inherit }
 progress { width: 100%; height: .9em; accent-color: #3b5bdb }
 #card table { width: 100%; font-size: .9em } #card th { text-align: left; padding-right: 1em; vertical-align: top }
 #card td { overflow-wrap: anywhere } #card img { float: right; width: 128px; border-radius: 6px }
@@ -27,19 +31,21 @@ progress { width: 100%; height: .9em; accent-color: #3b5bdb }
 
 def theme() -> gr.themes.Base:
     made = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=("ui-monospace", "monospace"))
-    grey: dict[str, str] = {}  # texts that the default makes too pale to read
-    for name in ("block_info_text_color", "block_label_text_color", "block_title_text_color"):
-        grey |= {name: "*neutral_600", f"{name}_dark": "*neutral_300"}
-    grey |= {"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"}
-    return made.set(**grey)
+    colors: dict[str, str] = {}  # where the default is too pale to read
+    for name in ("block_info_text_color", "block_label_text_color", "block_title_text_color", "body_text_color_subdued"):
+        colors |= {name: "*neutral_600", f"{name}_dark": "*neutral_300"}
+    colors |= {"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"}
+    for name, color in (("primary", "*primary_600"), ("cancel", "#b91c1c")):
+        colors |= {f"button_{name}_background_fill{mode}": color for mode in ("", "_dark")}
+    return made.set(**colors)
 
 
-def page(studio: Studio) -> gr.Blocks:
-    folder = studio.folder
+def page(folder: StudioFolder) -> gr.Blocks:
+    studio = Studio(folder, Trainings(folder), Models(folder))
     with gr.Blocks(title="lora_booth studio", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.Markdown("# Studio")
         base = gr.Dropdown(
-            list(folder.bases()), value=folder.base, label="Base model", info="What is on this machine; add yours to bases/",
+            list(folder.bases()), value=None, label="Base model", info="What is on this machine; add yours to bases/",
             elem_id="base",
         )  # fmt: skip
         about = gr.HTML(elem_id="about")
@@ -56,8 +62,8 @@ def page(studio: Studio) -> gr.Blocks:
         def opened() -> gr.Dropdown:
             return gr.Dropdown(choices=list(folder.bases()), value=folder.base)
 
-        listen([base.input], choose, [base], [about], model=True)
-        after(listen([blocks.load], opened, None, [base], quiet=True), choose, [base], [about])
+        listen([base.change], choose, [base], [about], model=True)
+        listen([blocks.load], opened, None, [base], quiet=True)
         for view in views:
             listen([blocks.load, view.tab.select], view.refresh, None, view.outputs, quiet=True)
     blocks.queue(default_concurrency_limit=None, api_open=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ from PIL import Image
 from ..errors import PhotoError, counted
 from ..photos.audit import audit_photos
 from ..photos.opening import open_photo
-from .drawing import mask_of
-from .events import Studio, View, after, choice, lines, listen, one_of, painted_in, painting
+from ..photos.photo import Photo
+from .drawing import Painted, mask_of
+from .events import Studio, View, choice, lines, listen, on_easel, one_of, painting
 from .folder import check_name, square_around
 
 SIDE = 640  # pixels of a photo to paint on, at most; chosen
+MOST_PROPOSED = 8  # tokens; chosen
 
 
 def photos_tab(studio: Studio) -> View:
     folder = studio.folder
     with gr.Tab("Photos", id="photos") as tab:
         with gr.Row():
-            subject = choice(folder.names("photos"), "Subject", info="Choose one, or type a new name")
+            subject = choice([], "Subject", info="Choose one, or type a new name")
             noun = gr.Textbox(
                 label="What it is", info="In a word or two, as the base knows it", placeholder="e.g. dog", max_lines=1
             )
@@ -32,8 +35,8 @@ def photos_tab(studio: Studio) -> View:
         files = gr.File(label="Drop 3 to 30 photos here", file_count="multiple", type="filepath", height=140, elem_id="drop")
         audit = gr.HTML(elem_id="audit")
         squares = gr.Gallery(
-            label="As training will see them", columns=5, format="png", interactive=False, allow_preview=False,
-            buttons=[], elem_id="squares",
+            label="As training will see them", columns=5, height="auto", format="png", interactive=False,
+            allow_preview=False, buttons=[], elem_id="squares",
         )  # fmt: skip
         photo = choice([], "Photo to change", info="Or choose it above")
         with gr.Accordion("Crop, mask and caption of this photo", open=False):
@@ -47,8 +50,6 @@ def photos_tab(studio: Studio) -> View:
                 keep_caption = gr.Button("Keep the caption")
                 remove = gr.Button("Remove the photo", variant="stop")
 
-    shown = [audit, squares, photo]
-
     def look(name: str | None, at: str | None = None) -> list[Any]:
         """The audit of a subject's photos."""
         if not name or name not in folder.names("photos"):
@@ -61,14 +62,15 @@ def photos_tab(studio: Studio) -> View:
         pictures = [(one.thumbnail, "; ".join([one.photo.name, *one.notes])) for one in report.photos]
         skipped = [f"{one.name}: {one.reason}" for one in report.skipped]
         count = f"{counted(len(report.photos), 'photo')} at {report.resolution} pixels"
-        names = [one.photo.path.name for one in report.photos]
-        text = lines(count, kind="good" if not report.advice else "note") + lines(*report.advice, *skipped, kind="advice")
-        return [text, pictures, one_of(names, at)]
+        text = lines(count, kind="note" if report.advice else "good") + lines(*report.advice, *skipped, kind="advice")
+        return [text, pictures, one_of([one.photo.path.name for one in report.photos], at)]
 
-    def choose(name: str | None) -> list[Any]:
-        facts = folder.facts(name) if name in folder.names("photos") else {}
-        known = facts.get("token") and facts.get("class_noun")
-        return [*([facts["class_noun"], facts["token"]] if known else [gr.skip(), gr.skip() if facts else ""]), *look(name)]
+    def choose(name: str | None, class_noun: str, word: str) -> list[Any]:
+        known = folder.facts(name) if name else {}
+        if known.get("token"):
+            return [known["class_noun"], *judge(name, known["class_noun"], known["token"]), *look(name)]
+        word = word if name in folder.names("photos") else ""  # photos may come before the words
+        return [gr.skip(), *judge(name, class_noun, word), *look(name)]  # skip: the noun is typed meanwhile
 
     def judge(name: str | None, class_noun: str | None, word: str | None) -> tuple[str, str]:
         """Keep what the subject is called, and say whether the token is free. Without one, propose it."""
@@ -77,7 +79,8 @@ def photos_tab(studio: Studio) -> View:
         base = studio.models.base()
         rare = base.rare_tokens
         taken = {folder.facts(one)["token"] for one in folder.names("photos") if one != name}
-        free = [one for one in propose_tokens(base.tokenizer, 8 + len(taken), known_rare=rare) if one not in taken]
+        proposed = propose_tokens(base.tokenizer, MOST_PROPOSED + len(taken), known_rare=rare)
+        free = [one for one in proposed if one not in taken][:MOST_PROPOSED]
         word = (word or "").strip() or (name and folder.facts(check_name(name))["token"]) or next(iter(free), "")
         report = check_token(word, base.tokenizer, known_rare=rare)
         called = (class_noun or "").strip()
@@ -87,15 +90,14 @@ def photos_tab(studio: Studio) -> View:
         notes = [*report.problems, *report.warnings, *["another subject has it"] * (word in taken)]
         if not notes:
             return word, lines(f"{word} is free. Prompts will say: a photo of {word} {called}", kind="good")
-        return word, lines(*(f"{word}: {note}" for note in notes), f"others: {', '.join(free[:8])}")
+        return word, lines(*(f"{word}: {note}" for note in notes), f"others: {', '.join(free)}")
 
     def add(name: str | None, sent: list[str] | None) -> list[Any]:
-        refused = folder.add_photos(name or "", [Path(one) for one in sent or ()])
-        for line in refused:
+        for line in folder.add_photos(name or "", [Path(one) for one in sent or ()]):
             gr.Warning(escape(line), title="Not a photo for training", duration=None)
         return [None, gr.Dropdown(choices=folder.names("photos"), value=name), *look(name)]
 
-    def at(event: gr.SelectData, name: str) -> Any:
+    def pick(event: gr.SelectData, name: str) -> Any:
         return folder.photos(name).photos[event.index].path.name
 
     def open_one(name: str, which: str | None) -> tuple[Any, str]:
@@ -104,41 +106,35 @@ def photos_tab(studio: Studio) -> View:
         one = folder.photo(name, which)
         image = open_photo(one, smaller=max(1, max(one.width, one.height) // SIDE))
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        return {"background": image, "layers": [], "composite": None}, one.caption or ""
+        return on_easel(image), one.caption or ""
 
-    def crop(name: str, which: str, value: Any) -> list[Any]:
-        folder.set_crop(folder.photo(name, which), square_around(mask_of(painted_in(value))))
-        return look(name, which)
-
-    def mask(name: str, which: str, value: Any) -> list[Any]:
-        folder.set_mask(folder.photo(name, which), mask_of(painted_in(value)))
-        return look(name, which)
-
-    def without(name: str, which: str) -> list[Any]:
-        one = folder.photo(name, which)
+    def without(one: Photo) -> None:
         folder.set_crop(one, None)
         folder.set_mask(one, None)
-        return look(name, which)
 
-    def write(name: str, which: str, text: str) -> None:
-        folder.set_caption(folder.photo(name, which), text or "")
-        gr.Info("The caption is kept.")
+    def changed_by(change: Callable[[Photo, Painted, str], None]) -> Callable[..., list[Any]]:
+        def handler(name: str, which: str, painted: Painted, text: str) -> list[Any]:
+            change(folder.photo(name, which), painted, text or "")
+            return look(name, which)
 
-    def discard(name: str, which: str) -> list[Any]:
-        folder.remove_photo(folder.photo(name, which))
-        return look(name)
+        return handler
 
-    chosen = listen([subject.change], choose, [subject], [noun, token, *shown], model=True)
-    after(chosen, judge, [subject, noun, token], [token, verdict])
-    listen([noun.blur, noun.submit, token.blur, token.submit], judge, [subject, noun, token], [token, verdict], model=True)
+    shown = [audit, squares, photo]
+    facts = [subject, noun, token]
+    listen([subject.change], choose, facts, [noun, token, verdict, *shown], model=True)
+    listen([noun.blur, noun.submit, token.blur, token.submit], judge, facts, [token, verdict], model=True)
     listen([files.upload], add, [subject, files], [files, subject, *shown], model=True)
-    listen([squares.select], at, [subject], [photo])
+    listen([squares.select], pick, [subject], [photo])
     listen([photo.change], open_one, [subject, photo], [canvas, caption])
-    listen([use_crop.click], crop, [subject, photo, canvas], shown, model=True)
-    listen([use_mask.click], mask, [subject, photo, canvas], shown, model=True)
-    listen([undo.click], without, [subject, photo], shown, model=True)
-    listen([keep_caption.click], write, [subject, photo, caption])
-    listen([remove.click], discard, [subject, photo], shown, model=True)
+    changes: dict[Any, Callable[[Photo, Painted, str], None]] = {
+        use_crop: lambda one, painted, _: folder.set_crop(one, square_around(mask_of(painted))),
+        use_mask: lambda one, painted, _: folder.set_mask(one, mask_of(painted)),
+        undo: lambda one, _, __: without(one),
+        keep_caption: lambda one, _, text: folder.set_caption(one, text),
+        remove: lambda one, _, __: folder.remove_photo(one),
+    }
+    for button, change in changes.items():
+        listen([button.click], changed_by(change), [subject, photo, canvas, caption], shown, model=True)
 
     def refresh() -> Any:
         return gr.Dropdown(choices=folder.names("photos"))

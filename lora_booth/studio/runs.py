@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import defaults
 from ..errors import SettingsError, TrainingError, shown
-from ..files import open_regular
+from ..files import open_regular, remove, remove_folder
 from .folder import StudioFolder, check_name
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ SAVING = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)  # what lets a trai
 class State:
     """What there is to say of a run. done: share of what its last line counts; run: None before its folder has a record"""
 
-    name: str
     alive: bool
     finished: bool
+    failed: bool
     line: str
     done: float
     run: Run | None
@@ -45,10 +46,6 @@ class State:
 
 def settings_of(choice: str, photos: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of TrainingConfig and LoraSpec for one of CHOICES; those that are given count more."""
-    from ..config import defaults
-
-    if choice not in CHOICES:
-        raise SettingsError(f"{shown(choice)!r} is none of {', '.join(CHOICES)}")
     steps = given.get("steps") or defaults(photos, None)["steps"]
     chosen: dict[str, Any] = {}
     if choice == "quick":
@@ -93,8 +90,6 @@ class Trainings:
 
     def remove(self, name: str) -> None:
         """Forget a run with all its files but the adapter's. Raises TrainingError while it trains."""
-        from ..files import remove, remove_folder
-
         if self.process(name) is not None:
             raise TrainingError(f"{name} is training; stop it first")
         folder = self.folder.place("runs", name)
@@ -149,16 +144,13 @@ class Trainings:
             run = read_run(self.folder.place("runs", name))
         except SettingsError:
             pass
-        finished = run is not None and run.finished
+        finished, failed = not alive and run is not None and run.finished, not alive and line.startswith("error: ")
         counted = COUNT.search(line)
-        done = int(counted[1]) / max(1, int(counted[2])) if counted else 0.0
-        if not alive and not line.startswith("error: "):
+        step, total = (int(counted[1]), int(counted[2])) if counted else (0, 0)
+        if not alive and not failed:
             step, total = (run.step, run.total) if run else (0, 0)
-            done = step / max(1, total)
-            line = (
-                f"finished: {step} steps" if finished else f"stopped at step {step} of {total or '?'}; go on whenever you like"
-            )
-        return State(name, alive, finished and not alive, line, min(1.0, done), run)
+            line = f"finished: {step} steps" if finished else f"stopped at step {step} of {total or '?'}; go on when you like"
+        return State(alive, finished, failed, line, min(1.0, step / max(1, total)), run)
 
 
 def last_line(log: Path) -> str:

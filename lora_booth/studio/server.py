@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,10 +15,7 @@ from typing import Any
 from ..errors import MissingExtraError, SettingsError
 from ..files import open_regular, write_file
 from ..photos.opening import MAX_BYTES
-from .access import Gate
-from .drawing import Models
 from .folder import UPLOADS, StudioFolder
-from .runs import Trainings
 
 TOKEN = ".token"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -40,10 +38,10 @@ def app_of(root: Path) -> tuple[Any, str]:
     import gradio as gr
     from fastapi import FastAPI
 
-    from .events import Studio
+    from .access import Gate
     from .page import CSS, page, theme
 
-    blocks = page(Studio(folder, Trainings(folder), Models(folder)))
+    blocks = page(folder)
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         blocks,
@@ -61,13 +59,12 @@ def app_of(root: Path) -> tuple[Any, str]:
         css=CSS,
     )
     blocks.has_launched = True  # else a mounted page takes any file of this machine for an upload
-    token = token_of(folder)
+    token = token_of(folder.root / TOKEN)
     return Gate(app, token=token, uploads=uploads), token
 
 
-def token_of(folder: StudioFolder) -> str:
+def token_of(path: Path) -> str:
     """The same at every start, so that an open page goes on when its server comes back. Only its owner can read it."""
-    path = folder.root / TOKEN
     try:
         with open_regular(path) as file:
             kept = file.read(200).decode("ascii")
@@ -83,17 +80,11 @@ def token_of(folder: StudioFolder) -> str:
 
 def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
     """Until Ctrl-C. Trainings go on without it. Raises SettingsError if the port is taken."""
-    import socket
-
     app, token = app_of(root)
     import uvicorn
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
     try:
-        listening.bind((host, port))
-        listening.listen(128)  # a browser may come before the server is ready
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise SettingsError(f"port {port} on {host} cannot be used ({error.strerror}); pass another as --port") from None
     named = f"[{host}]" if ":" in host else host
@@ -102,19 +93,9 @@ def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str
     if host not in LOCAL:
         say("note: other machines can reach it; whoever has this address can use it, and what is sent is not encrypted")
     say("Ctrl-C ends it; a training goes on")
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, access_log=False))
-    threading.Thread(target=warm, daemon=True).start()
     if browser:
         import webbrowser
 
         threading.Timer(0.5, webbrowser.open, [address]).start()
-    server.run(sockets=[listening])
-
-
-def warm() -> None:
-    """Import in the background what the first click needs."""
-    from ..base.base_model import BaseModel
-    from ..pictures import composition
-    from ..report import report
-
-    _ = BaseModel, composition, report
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, access_log=False)
+    uvicorn.Server(config).run(sockets=[listening])
