@@ -96,7 +96,6 @@ def test_the_whole_way(page, server, photos: Path):
     page.wait("document.querySelector('#status [data-finished=\"1\"]')", LONG)
 
     tab(page, "Play")
-    page.wait(f"{FIELD.format('Run')}.querySelector('input').value === 'rex'")
     fill(page, "First adapter", "rex")
     page.wait("document.querySelector('#prompt textarea').value.endsWith('dog')", LONG)
     press(page, "Draw")
