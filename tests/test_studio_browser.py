@@ -50,7 +50,8 @@ def tab(page: Browser, name: str) -> None:
 def fill(page: Browser, label: str, text: str) -> None:
     """Type into the field with this label, and leave it."""
     found = f"const one = {FIELD.format(label)}.querySelector('input, textarea')"
-    name = page.run(f"{found}; one.id ||= 'f' + Math.random(); one.focus(); one.select(); return one.id")
+    name = page.run(f"{found}; one.id ||= 'f' + Math.random(); one.focus(); return one.id")
+    page.press("Control", "a")
     place = page.element(f"[id='{name}']")
     page.do("POST", f"/element/{place}/value", {"text": text})  # in place of what is selected
     if page.run("return document.activeElement.getAttribute('role') === 'combobox'"):
@@ -89,7 +90,7 @@ def test_the_whole_way(page, server, photos: Path):
     page.click("#choice input[value=quick]")
     press(page, "Everything else")
     fill(page, "steps", "30")
-    page.click("#start")
+    press(page, "Start training")  # not where it is: the fields above are still unfolding
     page.wait("document.querySelector('#status [data-alive]')", LONG)
     visit(page, server.origin)  # a reload in the middle of it, without the token: the browser has it
     tab(page, "Train")
