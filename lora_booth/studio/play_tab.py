@@ -47,8 +47,8 @@ def play_tab(studio: Studio) -> View:
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
         notes = gr.HTML(elem_id="notes")
         pictures = gr.Gallery(
-            label="Pictures, the newest first", columns=4, fit_columns=False, format="png", interactive=False,
-            buttons=["download", "fullscreen"], elem_id="pictures",
+            label="Pictures, the newest first", columns=4, height="auto", fit_columns=False, format="png",
+            interactive=False, buttons=["download", "fullscreen"], elem_id="pictures",
         )  # fmt: skip
         picture = choice([], "Picture", info="Choose one above to see how it was made", elem_id="picture")
         how = gr.HTML(elem_id="how")
