@@ -53,7 +53,7 @@ def train_tab(studio: Studio) -> View:
     def settings(who: str | None, how: str, values: tuple[Any, ...]) -> tuple[dict[str, Any], TrainingConfig, LoraSpec]:
         if not who:
             raise SettingsError("no subject; add photos and a name on the first tab")
-        given = {key: value for key, value in zip(ADVANCED, values, strict=True) if value is not None and value is not False}
+        given = {key: parsed(key, value) for key, value in zip(ADVANCED, values, strict=True) if value not in (None, "", False)}
         wanted = settings_of(how, len(folder.photos(who).photos), given)
         lora = {key: value for key, value in wanted.items() if key in vars(LoraSpec())}
         return wanted, TrainingConfig(**{k: v for k, v in wanted.items() if k not in lora}), LoraSpec(**lora)
@@ -124,7 +124,14 @@ def field_of(name: str) -> Any:
     label = name.replace("_", " ")
     if name in ("flip", "text_encoder"):
         return gr.Checkbox(label=label, info=about)
-    return gr.Number(None, label=label, info=about, precision=0 if name in COUNTS else None, min_width=220)
+    return gr.Textbox(label=label, info=about, max_lines=1, min_width=220)  # an empty `gr.Number` sends 0
+
+
+def parsed(name: str, value: Any) -> Any:
+    try:
+        return value if value is True else int(value) if name in COUNTS else float(value)
+    except ValueError:
+        raise SettingsError(f"{name.replace('_', ' ')} {value!r}; needed: a {'whole ' * (name in COUNTS)}number") from None
 
 
 def page_of(state: State) -> str:
