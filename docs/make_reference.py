@@ -22,7 +22,7 @@ side is a `LoraBoothError` whose message says cause, value and remedy.
 GROUPS = {
     "Photos and subjects": ("Subject", "Photo", "make_masks", "check_token", "propose_tokens"),
     "Bases": ("BaseModel",),
-    "Training": ("train", "training_steps", "prepare", "Step", "LoraSpec", "TrainingConfig"),
+    "Training": ("train", "train_many", "training_steps", "prepare", "Step", "LoraSpec", "TrainingConfig"),
     "Adapter files": ("Adapter", "Card", "LoraFactors", "merge", "resize", "difference", "bake", "extract", "attached"),
     "Pictures": ("Composition", "Weight", "Region", "preview", "Picture", "Recipe", "Serving", "Request"),
     "Prompts, grids, galleries": (

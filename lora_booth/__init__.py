@@ -49,6 +49,7 @@ _HOMES = {
     "plan": "planning.planning",
     "prepare": "training.encoding",
     "train": "run",
+    "train_many": "run",
     "training_steps": "training.training_run",
 }
 __all__ = ["__version__", *_HOMES]
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
     from .pictures.weights import Weight
     from .planning.planning import plan
     from .report.report import write_report
-    from .run import train
+    from .run import train, train_many
     from .subject.subject import Subject
     from .subject.tokens import check_token, propose_tokens
     from .training.encoding import prepare

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,21 +15,23 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .adapters.adapter import Adapter
+from .adapters.contents import LoraFactors
 from .base.base_model import BaseModel
 from .base.sizes import drawable, size_note
 from .config import LoraSpec, TrainingConfig, check, settled, typed
-from .errors import SettingsError, TrainingError, setting, shown
-from .planning.budget import is_ample
+from .errors import LoraBoothError, SettingsError, TrainingError, setting, shown
+from .planning.budget import is_ample, subjects_at_once
 from .planning.planning import levels_that_fit
 from .subject.subject import Subject
 from .subject.tokens import check_token
 from .training.checkpoint import REPORT
-from .training.distributed import joined
+from .training.distributed import ALONE, Processes, joined, started
 from .training.encoding import prepare, subjects_of
 from .training.job import Job
-from .training.progress import Step, display
+from .training.progress import Display, Labelled, Step, display
 from .training.run_folder import RunFolder
 from .training.samples import draw_samples
+from .training.together import MOST, Together, obstacle
 from .training.tracking import Track, Tracking, trackers_of
 from .training.training_mode import check_feasible
 from .training.training_run import TrainingRun, beginning_with
@@ -36,6 +39,8 @@ from .training.training_run import TrainingRun, beginning_with
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 TIME_UP = 1000  # above every signal's number
 MARGIN = 2.0  # a time limit must leave room for so many of the longest update, with its checkpoint: chosen
+NAME = re.compile(r"\w([\w .-]{0,98}[\w-])?")  # of a subject's folder
+Course = Generator[None, None, tuple[Adapter, int]]
 
 
 def train(
@@ -84,23 +89,195 @@ def train(
         check_place(place, copies, subjects)
     lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
     config = settled(config, base, sum(len(one.photos) for one in subjects))
-    sample_size = drawable(base, config.sample_size, "sample_size")
+    drawable(base, config.sample_size, "sample_size")
     check_feasible(base, lora, config)
     trackers = trackers_of(track, place) if track else []
     job = Job(base, subjects, lora, config, begun)
 
+    stopping = Stopping(began=began, time_limit=time_limit)
+    with joined(base.device) as processes, display(progress and processes.main) as screen:
+        run = course(
+            job,
+            first,
+            place=place,
+            mirror=copies,
+            restart=restart,
+            trackers=trackers,
+            on_step=on_step,
+            stopping=stopping,
+            screen=screen,
+            processes=processes,
+        )
+        with closing(run):
+            try:
+                next(run)  # prepared
+                with nullcontext() if place is None else stopping:
+                    while True:
+                        next(run)  # an update
+            except StopIteration as end:
+                adapter, stop = end.value
+    if stop not in (0, TIME_UP):
+        leave(stop)
+    return adapter  # type: ignore[no-any-return]
+
+
+def train_many(
+    base: BaseModel | str | Path,
+    subjects: Mapping[str, Subject | Sequence[Subject]],
+    *,
+    lora: LoraSpec | None = None,
+    config: TrainingConfig | None = None,
+    init: Adapter | str | Path | None = None,
+    out: str | Path | None = None,
+    together: int | None = None,
+    time_limit: float | None = None,
+    restart: bool = False,
+    progress: bool = True,
+) -> tuple[dict[str, Adapter], dict[str, LoraBoothError]]:
+    """Teach `base` many subjects, each its own adapter: several share every forward pass. Returns the adapters by name, and
+    the errors of the subjects that have none.
+
+    Each subject learns what it learns in `train` with these settings, up to rounding, and what goes wrong with one harms no
+    other. All that can be checked before the first one starts is.
+
+    subjects    by name
+    out         a folder for the runs: each is `out/NAME`, as in `train`. The same call on interrupted runs continues them
+    together    subjects that share a pass; None: on a CPU up to 8, as many as memory is ample for, and one on a GPU, where what
+                sharing gains was not measured yet. Where memory runs out, fewer do
+    time_limit  minutes for this call: before they are over, all that are in training are saved, and returned as learnt so far
+    Other arguments are as in `train`.
+    Raises SettingsError, and what is wrong with all subjects alike.
+    """
+    began = time.monotonic()
+    base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
+    if out is None and restart:
+        raise SettingsError(f"restart needs a run folder; pass {setting('out')}=")
+    place: Path | None = typed("out", out, Path | None)
+    time_limit = typed("time_limit", time_limit, float | None)
+    check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
+    together = typed("together", together, int | None)
+    check(together is None or together >= 1, f"together {together}", "at least 1")
+    lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
+    jobs = {}
+    for name, several in named_subjects(subjects).items():
+        if place is not None:
+            check_place(place / name, None, several)
+        settings = settled(config, base, sum(len(one.photos) for one in several))
+        jobs[name] = Job(base, several, lora, settings, begun)
+    usual = next(iter(jobs.values())).config
+    drawable(base, usual.sample_size, "sample_size")
+    check_feasible(base, lora, usual)
+    if started():
+        raise SettingsError("train_many does not share its work among processes; start one process")
+    most = in_a_pass(list(jobs.values()), together)
+
+    adapters: dict[str, Adapter] = {}
+    errors: dict[str, LoraBoothError] = {}
+    stop, waiting, runs = 0, list(jobs), dict[str, Course]()
+    stopping = Stopping(began=began, time_limit=time_limit)
     with ExitStack() as stack:
-        processes = stack.enter_context(joined(base.device))
-        screen = stack.enter_context(display(progress and processes.main))
+        screen = stack.enter_context(display(progress))
+        shared = None
+        if most > 1:
+            shared = Together(base, lora, usual, first=first, most=most, say=screen.say)
+            stack.callback(shared.leave)
+        if place is not None:
+            stack.enter_context(stopping)
+
+        def begun_run(name: str) -> Course:
+            options: dict[str, Any] = {"place": None if place is None else place / name, "restart": restart}
+            return course(jobs[name], first, **options, stopping=stopping, screen=Labelled(screen, name), together=shared)
+
+        def advance(name: str) -> None:
+            """One update of this run, or its preparation."""
+            nonlocal stop
+            try:
+                next(runs[name])
+                return
+            except StopIteration as end:
+                adapters[name], stopped = end.value
+                stop = stop or stopped
+            except LoraBoothError as error:
+                errors[name] = error
+                screen.say(f"{name}: {error}")
+            del runs[name]
+
+        try:
+            while runs or (waiting and not stop):
+                while waiting and len(runs) < most and not stop:
+                    if shared is not None:
+                        shared.leave()  # class images are drawn by the base alone
+                    name = waiting.pop(0)
+                    runs[name] = begun_run(name)
+                    advance(name)
+                    stop = stop or stopping.signal
+                for name in list(runs):
+                    advance(name)
+        except BaseException as error:
+            for run in runs.values():
+                with suppress(BaseException):
+                    run.throw(error)
+            raise
+    stop = stopping.signal or stop
+    if stop not in (0, TIME_UP):
+        leave(stop)
+    return adapters, errors
+
+
+def in_a_pass(jobs: Sequence[Job], asked: int | None) -> int:
+    """How many of these runs share a pass. Raises SettingsError where so many as `asked` cannot."""
+    base, lora, config = jobs[0].base, jobs[0].lora, jobs[0].config
+    reason = obstacle(base, lora, config)
+    if reason is not None and asked not in (None, 1):
+        raise SettingsError(f"{setting('together', asked)} is not possible: {reason}; pass {setting('together', 1)}")
+    most = min(asked or MOST, len(jobs)) if reason is None else 1
+    if asked is None and most > 1:
+        photos = most * max(job.photos for job in jobs)
+        return subjects_at_once(base, lora, config, photos=photos, most=most)
+    return most
+
+
+def named_subjects(subjects: Mapping[str, Subject | Sequence[Subject]]) -> dict[str, list[Subject]]:
+    """Raises SettingsError unless there are subjects, each by a name that can be a folder's and differs in more than case."""
+    if not isinstance(subjects, Mapping) or not subjects:
+        raise SettingsError('subjects: pass them by name, e.g. {"rex": rex, "brew": brew}')
+    found: dict[str, list[Subject]] = {}
+    for name, subject in subjects.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise SettingsError(f"name {shown(repr(name))[:80]}; needed: up to 100 letters, digits, spaces, and . _ - within")
+        if name.casefold() in {other.casefold() for other in found}:
+            raise SettingsError(f"name {name!r} differs from another one in case only; choose another name")
+        found[name] = subjects_of(subject)
+    return found
+
+
+def course(
+    job: Job,
+    first: Mapping[str, LoraFactors] | None,
+    *,
+    place: Path | None,
+    mirror: Path | None = None,
+    restart: bool = False,
+    trackers: Sequence[Any] = (),
+    on_step: Callable[[Step], None] | None = None,
+    stopping: Stopping,
+    screen: Display,
+    processes: Processes = ALONE,
+    together: Together | None = None,
+) -> Course:
+    """One run from photos to file. Yields once when it is prepared and after every update but the last; returns its adapter
+    and why it stopped: 0 for the end, TIME_UP or a signal's number."""
+    base, subjects, lora, config = job.base, job.subjects, job.lora, job.config
+    with ExitStack() as stack:
         folder, say = None, screen.say
         if place is not None and processes.main:
-            folder = RunFolder(place, job, mirror=copies, say=screen.say)
+            folder = RunFolder(place, job, mirror=mirror, say=screen.say)
             stack.callback(leave_report, folder)  # runs after everything entered below, so that the report has the last entry
             stack.enter_context(folder)
             say = folder.event
         screen.say(f"training on {base.name}: {config.steps} steps at {config.resolution} px, rank {lora.rank}")
-        if begun is not None:
-            screen.say(f"beginning with {begun.name} ({len(begun.modules)} modules)")
+        if job.init is not None:
+            screen.say(f"beginning with {job.init.name} ({len(job.init.modules)} modules)")
 
         # what the folder holds of this run: nothing, a state to continue from, or the finished adapter
         state, done = processes.from_main(lambda: folder.open(restart=restart) if folder else (None, None))
@@ -108,20 +285,20 @@ def train(
             processes.check_same(job.identity, "photos, settings or base")
         if done is not None:
             screen.say(f"finished already, {config.steps} steps")
-            return done
+            return done, 0
 
         # photos -> latents, with settings that fit into memory; a resumed run keeps those that it started with
         for one in subjects:
             report = check_token(one.token, base.tokenizer, known_rare=base.rare_tokens)
             for note in (*report.problems, *report.warnings):
                 screen.say(f"note: {note}")
-        for note in size_note(base, sample_size):
+        for note in size_note(base, drawable(base, config.sample_size, "sample_size")):
             screen.say(f"note: {note}")
         levels = {}
         pictures, drawn = job.photos + sum(len(one.class_images) for one in subjects), config
         if all(one.class_images for one in subjects):
             drawn = replace(config, class_images=0)
-        if state is None and not is_ample(base, lora, drawn, photos=pictures):
+        if together is None and state is None and not is_ample(base, lora, drawn, photos=pictures):
             levels = levels_that_fit(base, lora, drawn, photos=pictures, say=screen.say)
         encode = partial(prepare, base, subjects, lora=lora, config=config, say=screen.say, on_progress=screen.progress)
         if folder is not None:
@@ -129,11 +306,12 @@ def train(
         cache = processes.main_first(encode)
         if folder is not None:
             folder.begin(job.surroundings(cache, processes.count))
-        if not lora.text_encoder:
+        if together is None and not lora.text_encoder:
             stack.enter_context(base.only_unet_on_device())
 
         # latents -> adapter
-        run = TrainingRun(base, cache, lora, config, first=first, resume=state, levels=levels, say=say, processes=processes)
+        how: dict[str, Any] = {"levels": levels, "say": say, "processes": processes, "together": together}
+        run = TrainingRun(base, cache, lora, config, first=first, resume=state, **how)
         stack.callback(run.close)
         del state  # the run has taken it over, and its bytes are free
         tracking = None
@@ -145,20 +323,16 @@ def train(
             observers.append(tracking.update)
         if on_step is not None:
             observers.append(on_step)
-        stopping = Stopping(began=began, time_limit=time_limit)
-        if out is not None:
-            stack.enter_context(stopping)
-        stop = follow(run, folder, stopping, tracking, observers)
+        stopping.begin()
+        yield
+        stop = yield from follow(run, folder, stopping, tracking, observers)
         adapter = job.adapter(run.state())
         if folder is not None:
             folder.end(adapter, words_of(stop) if stop else "")
         elif stop:
             screen.say(f"{words_of(stop)} at step {adapter.card.steps}; without out= the run cannot be continued")
         processes.wait_for_all()
-        stop = stopping.signal or stop  # a signal may have come since
-        if stop not in (0, TIME_UP):
-            leave(stop)
-        return adapter
+        return adapter, stopping.signal or stop  # a signal may have come since
 
 
 def follow(
@@ -167,12 +341,13 @@ def follow(
     stopping: Stopping,
     tracking: Tracking | None,
     observers: Sequence[Callable[[Step], None]],
-) -> int:
-    """Every update, with its checkpoints and samples. Returns why it stopped: 0 for the end, TIME_UP or a signal's number."""
+) -> Generator[None, None, int]:
+    """Every update, with its checkpoints and samples. Returns why it stopped."""
     every = 0 if folder is None else folder.job.config.sample_every
     try:
         if folder is not None and every and run.step == 0:
-            draw_samples(folder, tracking, 0, None)  # nothing is learnt yet
+            with run.drawing():
+                draw_samples(folder, tracking, 0, None)  # nothing is learnt yet
         for step in run:
             last, copying = step.index == step.total, folder.copying_seconds if folder else 0.0
             stop = run.processes.maximum(stopping.asked(copying=copying))
@@ -183,8 +358,10 @@ def follow(
             if stop and not last:
                 return stop
             if folder is not None and every and step.index % every == 0:
-                with run.lora.averaged():
+                with run.drawing():
                     draw_samples(folder, tracking, step.index, None if last else step)
+            if not last:
+                yield
         return 0
     except TrainingError as error:
         if folder is not None:
@@ -225,6 +402,10 @@ class Stopping:
         self.signal = 0
         self.longest, self._last = 0.0, time.monotonic()
         self._before: dict[int, Any] = {}
+
+    def begin(self) -> None:
+        """The time until now was no update."""
+        self._last = time.monotonic()
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other

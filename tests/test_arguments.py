@@ -60,6 +60,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "plan": {"base": "<base>"},
     "prepare": {"base": "<base>", "subject": "<rex>"},
     "train": {"base": "<base>", "subject": "<rex>", "progress": False},
+    "train_many": {"base": "<base>", "subjects": {"x": None}, "progress": False},
     "training_steps": {"base": "<base>", "cache": None},
 }
 MADE_BY_OTHERS = {"__version__", "LoraBoothError", "PROMPT_SETS", "Grid", "Photo", "Step", "LoraFactors"}
@@ -193,6 +194,13 @@ WRONG: list[tuple[str, str, list[Any], str | None]] = [
     ("train", "out", [5, ["x"]], None),
     ("train", "time_limit", ["x", [5]], None),
     ("train", "track", [5, "x", ["x"]], "track"),
+    ("train_many", "base", [5, None, ["x"]], None),
+    ("train_many", "subjects", [5, None, "x", {}, {"x": 5}, {5: "<rex>"}], "subject|name 5"),
+    ("train_many", "lora", [5, "x"], None),
+    ("train_many", "init", [5, ["x"], "x"], "init|x: "),
+    ("train_many", "out", [5, ["x"]], None),
+    ("train_many", "together", ["x", [5], 0], None),
+    ("train_many", "time_limit", ["x", [5]], None),
     ("training_steps", "base", [5, None, "x"], None),
     ("training_steps", "cache", [5, None, "x"], None),
 ]

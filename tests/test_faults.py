@@ -37,7 +37,8 @@ from lora_booth.config import TrainingConfig
 from lora_booth.errors import LoraBoothError, TrainingError
 from lora_booth.run import train
 from lora_booth.training.checkpoint import newest, read_back
-from lora_booth.training.training_run import LEVELS, is_out_of_memory, next_level
+from lora_booth.training.memory import is_out_of_memory
+from lora_booth.training.training_run import LEVELS, next_level
 
 QUICK = replace(CONFIG, steps=6, checkpoint_every=2)
 

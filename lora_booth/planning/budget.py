@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -98,6 +98,24 @@ def container_free() -> list[int]:
 def is_ample(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int) -> bool:
     """Whether the free memory is more than this training can need, so that nothing need be counted."""
     return upper_bound(base, lora, config, photos=photos) <= available_bytes(base, base.device)
+
+
+def subjects_at_once(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int, most: int) -> int:
+    """How many runs, up to `most`, may share a pass in memory that is certainly enough. photos: of all of them
+
+    On a GPU 1: what sharing gains there was not measured yet.
+    """
+    if base.device.type != "cpu":
+        return 1
+    shared = (count for count in range(most, 1, -1) if is_ample(base, lora, of_several(config, count), photos=photos))
+    return next(shared, 1)
+
+
+def of_several(config: SettledConfig, count: int) -> SettledConfig:
+    """The settings of one run whose batches and class images are those of `count` runs."""
+    parts = config.pictures_at_a_time and count * config.pictures_at_a_time
+    class_images = count * config.class_images
+    return replace(config, batch_size=count * config.batch_size, class_images=class_images, pictures_at_a_time=parts)
 
 
 def upper_bound(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photos: int) -> float:

@@ -94,13 +94,32 @@ class Inputs:
     class_text: TextConditions | None = None  # of the class's rows, as the base reads them; None: it has images, or no rows
 
 
+def joined(inputs: Sequence[Inputs]) -> Inputs:
+    """The rows of all, in order, to predict in one forward pass; of a single one, itself. All have the same layout."""
+    if len(inputs) == 1:
+        return inputs[0]
+    batches = [one.batch for one in inputs]
+    names = ("latents", "noise", "timesteps")
+    latents, noise, timesteps = (torch.cat([getattr(batch, name) for batch in batches]) for name in names)
+    prompts = tuple(prompt for batch in batches for prompt in batch.prompts)
+    ids = [batch.time_ids for batch in batches if batch.time_ids is not None]
+    photos = sum(batch.photos for batch in batches)
+    batch = Batch(latents, noise, timesteps, prompts, torch.cat(ids) if ids else None, photos)
+    of_class = [one.class_text for one in inputs if one.class_text is not None]
+    return Inputs(batch, rows_of([one.text for one in inputs]), rows_of(of_class) if of_class else None)
+
+
+def rows_of(texts: Sequence[TextConditions]) -> TextConditions:
+    """The rows of all, in order."""
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    return TextConditions(torch.cat([text.states for text in texts]), torch.cat(pooled) if pooled else None)
+
+
 def conditions(base: BaseModel, text: Mapping[str, TextConditions], prompts: Sequence[str]) -> TextConditions:
     """Text conditions of a batch: cached rows of `text`, or encoded now if it is empty."""
     if not text:
         return base.encode_text(prompts)
-    rows = [text[prompt] for prompt in prompts]
-    pooled = [row.pooled for row in rows if row.pooled is not None]
-    return TextConditions(torch.cat([row.states for row in rows]), torch.cat(pooled) if pooled else None)
+    return rows_of([text[prompt] for prompt in prompts])
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,13 +19,13 @@ from ..injection import TrainableLora
 from ..kernels.lora import FlatFactors
 from .distributed import ALONE, Processes
 from .health import Health
-from .latents import Batch, Inputs, LatentCache, conditions, draw, step_seed
+from .latents import Batch, Inputs, LatentCache, conditions, draw, joined, step_seed
 
 # of the error where a mask is black: chosen; at 0 the adapter is free to draw anything behind the subject
 BACKGROUND_WEIGHT = 0.1
 
 
-@dataclass
+@dataclass(eq=False)
 class LoopState:
     """All that the next update depends on. Changing it between two updates changes how the loop continues."""
 
@@ -74,12 +74,17 @@ def accumulate(state: LoopState, work: Callable[[Inputs], Tensor]) -> Tensor:
     """The gradients of one update, summed over its batches; returns its loss (). work: `backward`, or a recording of it"""
     state.factors.gradient.zero_()
     loss = torch.zeros((), device=state.base.device)
+    for inputs in drawn(state):
+        loss += work(inputs)  # forward and backward
+    return loss
+
+
+def drawn(state: LoopState) -> Iterator[Inputs]:
+    """All that the next update reads, part by part."""
     batches = state.config.gradient_accumulation
     for index in range(state.step * batches, (state.step + 1) * batches):
         with dropout_seeded(state, index):
-            for inputs in inputs_of(state, index):  # drawn
-                loss += work(inputs)  # forward and backward
-    return loss
+            yield from inputs_of(state, index)
 
 
 def inputs_of(state: LoopState, index: int) -> Iterator[Inputs]:
@@ -98,22 +103,37 @@ def inputs_of(state: LoopState, index: int) -> Iterator[Inputs]:
 
 def backward(state: LoopState, inputs: Inputs) -> Tensor:
     """Forward and backward pass of a batch or a part of it: adds to the gradient of the factors, returns its loss ()."""
-    config, class_targets = state.config, None
-    state.factors.refresh()
-    if inputs.class_text is not None:  # what the base predicts there, as in Drift Correction (arXiv 2410.14159)
-        with torch.no_grad(), state.lora.muted():
-            class_targets = predict(state.base, inputs.batch[inputs.batch.photos :], inputs.class_text)
-    loss = dreambooth_loss(
-        state.base,
-        inputs.batch,
-        inputs.text,
-        prior_loss_weight=config.prior_loss_weight,
-        min_snr_gamma=config.min_snr_gamma,
-        class_targets=class_targets,
-    )
-    loss = loss / config.gradient_accumulation
-    state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    [loss] = backward_together(state.lora, [state], [inputs])
+    return loss
+
+
+def backward_together(lora: TrainableLora, states: Sequence[LoopState], inputs: Sequence[Inputs]) -> list[Tensor]:
+    """One pass for several runs on one base, whose inputs have the same layout; returns the loss () of each.
+
+    lora  in the base's layers, which computes with the adapter of each run on the rows of that run, in this order
+    """
+    base, every = states[0].base, joined(inputs)
+    lora.flat.refresh()
+    class_targets: list[Tensor | None] = [None] * len(states)
+    if every.class_text is not None:  # what the base predicts there, as in Drift Correction (arXiv 2410.14159)
+        of_class = joined([replace(one, batch=one.batch[one.batch.photos :]) for one in inputs]).batch
+        with torch.no_grad(), lora.muted():
+            class_targets = list(predict(base, of_class, every.class_text).chunk(len(states)))
+    predicted = predict(base, every.batch, every.text).chunk(len(states))
+    losses = []
+    for state, one, prediction, targets in zip(states, inputs, predicted, class_targets, strict=True):
+        loss = prediction_loss(
+            base,
+            one.batch,
+            prediction,
+            prior_loss_weight=state.config.prior_loss_weight,
+            min_snr_gamma=state.config.min_snr_gamma,
+            class_targets=targets,
+        )
+        losses.append(loss / state.config.gradient_accumulation)
+    scaled = [state.scaler.scale(loss) for state, loss in zip(states, losses, strict=True)]
+    torch.autograd.backward(scaled)
+    return [loss.detach() for loss in losses]
 
 
 @contextmanager
@@ -163,16 +183,40 @@ def dreambooth_loss(
     background_weight: float = BACKGROUND_WEIGHT,
     class_targets: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the prediction on the photos, plus the weighted one on the class, in one forward pass.
+    """`prediction_loss` of what the U-Net predicts for this batch, in one forward pass.
+
+    text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
+    """
+    return prediction_loss(
+        base,
+        batch,
+        predict(base, batch, text),
+        prior_loss_weight=prior_loss_weight,
+        min_snr_gamma=min_snr_gamma,
+        background_weight=background_weight,
+        class_targets=class_targets,
+    )
+
+
+def prediction_loss(
+    base: BaseModel,
+    batch: Batch,
+    predicted: Tensor,
+    *,
+    prior_loss_weight: float,
+    min_snr_gamma: float | None = None,
+    background_weight: float = BACKGROUND_WEIGHT,
+    class_targets: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error of the prediction on the photos, plus the weighted one on the class.
 
     batch.latents  (N, C, H/f, W/f)  times the scaling_factor; H, W in pixels, f pixels a latent; photos before the class
-    text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
+    predicted      the same shape, float32
     batch.masks    (N, 1, H/f, W/f)  1 where the error counts fully, 0 where it counts `background_weight`; None: 1 everywhere
     batch.totals   photos and rows of the class of the full batch: the losses of its parts sum to that of the batch
     class_targets  (rows of the class, C, H/f, W/f)  what to predict there; None: noise or velocity, as for photos
     returns        () float32
     """
-    predicted = predict(base, batch, text)
     signal, spread = signal_and_spread(base, batch)
     target = signal * batch.noise - spread * batch.latents if base.prediction_type == "v_prediction" else batch.noise
     if class_targets is not None:

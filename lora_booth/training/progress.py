@@ -60,6 +60,22 @@ class Display:
         """An optimizer update is done."""
 
 
+class Labelled(Display):
+    """One of several runs on one display: its lines begin with its name, its updates are one line or bar."""
+
+    def __init__(self, whole: Display, name: str) -> None:
+        self.whole, self.name = whole, name
+
+    def say(self, text: str) -> None:
+        self.whole.say(f"{self.name}: {text}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self.whole.progress(f"{self.name}: {what}", done, total)
+
+    def update(self, step: Step) -> None:
+        self.progress("training", step.index, step.total)
+
+
 class Lines(Display):
     """About 20 lines for the updates of a run, or one every half minute if that is more, and one every few seconds before
     them; for logs and pipes."""

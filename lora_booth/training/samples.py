@@ -21,11 +21,11 @@ from ..errors import AdapterError
 from ..files import Owned, json_lines
 from ..subject.subject import Subject
 from .checkpoint import SAMPLES
+from .memory import is_out_of_memory
 from .progress import Step
 from .run_folder import RunFolder, why
 from .tracking import Row, Tracking
 from .training_mode import modes_restored
-from .training_run import is_out_of_memory
 
 SAMPLE_STEPS = 15  # denoising steps of a sample: chosen, enough to compare rounds
 SAMPLE_LIST = "samples.jsonl"  # a line for each picture: step, prompt, seed, file

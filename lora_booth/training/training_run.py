@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,10 @@ from .distributed import ALONE, Processes
 from .health import Health, RollBack
 from .latents import Inputs, LatentCache
 from .loop import LoopState, accumulate, backward, updates
+from .memory import is_out_of_memory
 from .optimizers import averaged, make_optimizer, restore
 from .progress import Step
+from .together import Together
 from .training_mode import make_scaler, training_mode
 
 LOOK_EVERY = 16  # updates on a GPU between two looks at the losses, since each waits for the GPU: chosen
@@ -41,12 +43,6 @@ LEVELS: tuple[tuple[str, Any], ...] = (
 )
 # these change the result
 LEFT_TO_TRY = "a smaller resolution or rank, or a base in half precision or in 4 bits"
-SIGNS = (  # in the message of a RuntimeError, in lower case
-    "can't allocate memory",  # PyTorch on a CPU
-    "not enough memory",  # the same, on Windows
-    "out of memory",  # CUDA, MPS
-    "alloc_failed",  # cuBLAS, cuDNN
-)
 
 
 def training_steps(
@@ -93,6 +89,7 @@ class TrainingRun(Iterator[Step]):
     levels     settings of the memory ladder to start with; those of `resume` take precedence
     say        called with one line for each event: a rollback, a halved rate, a level of the memory ladder
     processes  that share each batch
+    together   shares each pass with other runs; None: this run has the base to itself
     """
 
     def __init__(
@@ -107,27 +104,36 @@ class TrainingRun(Iterator[Step]):
         levels: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
         processes: Processes = ALONE,
+        together: Together | None = None,
     ) -> None:
         self.say = say
         self.processes = processes
+        self.together = together
         saved = resume or {}
         found = saved.get("levels", levels or {})
         self.levels = {name: found[name] for name, _ in LEVELS if name in found}
         config = replace(config, **self.levels)
         if config.attention == "auto":  # a resumed run keeps the kernel that it started with
-            kernel: Any = saved.get("attention") or fastest_for(base, cache, config, processes)
+            kernel: Any = saved.get("attention") if together is None else together.config.attention
+            kernel = kernel or fastest_for(base, cache, config, processes)
             config = replace(config, attention=kernel)
             say(f"attention: {config.attention}")
         self._stack, self._modes = ExitStack(), ExitStack()
         try:
-            self.lora: TrainableLora = self._stack.enter_context(trainable(base, lora, seed=config.seed, first=first))
-            self._stack.enter_context(self._modes)
-            self._modes.enter_context(training_mode(base, self.lora, config, say=say))
+            self.lora: TrainableLora
+            if together is not None:
+                self.lora = together.fresh()
+            else:
+                self.lora = self._stack.enter_context(trainable(base, lora, seed=config.seed, first=first))
+                self._stack.enter_context(self._modes)
+                self._modes.enter_context(training_mode(base, self.lora, config, say=say))
             optimizer, scaler = make_optimizer(self.lora, config, base.device), make_scaler(base)
             self.lora.averaged = averaged(optimizer, self.lora.flat.values)
             self.loop = LoopState(base, cache, config, self.lora, optimizer, scaler, lora.dropout, processes)
+            if together is not None:
+                self._stack.enter_context(together.joined(self.loop))
             self.backward: Callable[[Inputs], Tensor] = partial(backward, self.loop)
-            if (base.device.type == "cuda" or config.capture == "on") and can_capture(base, lora, config):
+            if together is None and (base.device.type == "cuda" or config.capture == "on") and can_capture(base, lora, config):
                 graph = StepGraph(self.backward, self.lora.flat.gradient, say=say)
                 self._stack.callback(graph.close)
                 self.backward = graph
@@ -154,6 +160,12 @@ class TrainingRun(Iterator[Step]):
     def close(self) -> None:
         self._stack.close()
 
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within the context the base draws with what is learnt so far."""
+        with self.lora.averaged(), nullcontext() if self.together is None else self.together.drawing(self.loop):
+            yield
+
     def __next__(self) -> Step:
         while True:
             began = time.monotonic()
@@ -165,6 +177,8 @@ class TrainingRun(Iterator[Step]):
 
     def _gradients(self) -> Tensor:
         """`accumulate`, from the start again at the next level of the memory ladder where memory runs out."""
+        if self.together is not None:
+            return self.together.gradients(self.loop)
         while True:
             try:
                 return accumulate(self.loop, self.backward)
@@ -293,12 +307,6 @@ class TrainingRun(Iterator[Step]):
         health = self.loop.health
         self._restore(self._good)
         self.loop.health = Health.from_state(self._good["health"], after=health)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
 def next_level(config: TrainingConfig, *, pictures: int) -> tuple[str, Any] | None:
