@@ -772,7 +772,7 @@ def test_a_mask_in_code_comes_first(folder: Path, tmp_path: Path) -> None:
     assert other[0] != photos[0]  # another mask is another photo
     with pytest.raises(PhotoError, match="a mask for 'gone.png', but there is no such photo"):
         find_photos(folder, masks={"gone.png": half})
-    with pytest.raises(PhotoError, match="a list; pass a file or a PIL image"):
+    with pytest.raises(PhotoError, match="a value of type list; pass a file or a PIL image"):
         find_photos(folder, masks={"img0.png": [1]})  # type: ignore[dict-item]
     with pytest.raises(PhotoError, match="no such file"):
         find_photos(folder, masks={"img0.png": "a\0b.png"})

@@ -32,7 +32,7 @@ def given_mask(source: MaskSource, photo: Path, width: int, height: int, crop: R
     """
     source = Path(source) if isinstance(source, str) else source
     if not isinstance(source, (Path, Image.Image)):
-        raise PhotoError(f"mask of {shown(photo.name)}: {type(source).__name__}; pass a file or a PIL image")
+        raise PhotoError(f"mask of {shown(photo.name)}: a value of type {type(source).__name__}; pass a file or a PIL image")
     name = shown(source.name) if isinstance(source, Path) else f"of {shown(photo.name)}"
     greys, digest = read_mask(source, name)
     check_shape(greys, name, width, height, "the upright photo")
