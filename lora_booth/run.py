@@ -229,7 +229,7 @@ def in_a_pass(jobs: Sequence[Job], asked: int | None) -> int:
     base, lora, config = jobs[0].base, jobs[0].lora, jobs[0].config
     reason = obstacle(base, lora, config)
     if reason is not None and asked not in (None, 1):
-        raise SettingsError(f"{setting('together', asked)} is not possible: {reason}; pass {setting('together', 1)}")
+        raise SettingsError(f"together={asked} is not possible: {reason}; pass together=1")
     most = min(asked or MOST, len(jobs)) if reason is None else 1
     if asked is None and most > 1:
         photos = most * max(job.photos for job in jobs)
