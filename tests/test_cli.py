@@ -802,6 +802,7 @@ PYTHON_ONLY = (  # mistakes that no command can make
     "writes files into the run folder",
     "only a loaded base can be timed",
     "measure=True with ",
+    "together=",
     "find_regions needs",
     "regions cannot be one adapter",
     "save_pretrained",
