@@ -31,7 +31,7 @@ from tools.toybox.scenes import caption, look_of, named_looks
 # second subjects of a class, with looks that have no name
 TWINS = {
     "coal": Identity("dog", "black", "yellow", "blue", "half", "hat"),
-    "mint": Identity("mug", "green", "white", "red", "spots", "scarf"),
+    "mint": Identity("mug", "green", "white", "red", "spots", "flag"),
     "rust": Identity("robot", "orange", "black", "white", "belly", "hat"),
 }
 SUBJECTS = HELD_OUT | TWINS

@@ -153,8 +153,6 @@ def random_base(family: str, folder: Path) -> None:
         if not (unfinished / name).is_dir():
             continue
         config = json.loads((unfinished / name / "config.json").read_text())
-        config |= {key: 4 for key in ("latent_channels",) if key in config}
-        config |= {key: 4 for key in ("in_channels", "out_channels") if name == "unet"}
         model = cls(CLIPTextConfig(**config)) if name.startswith("text") else cls.from_config(config)
         model.save_pretrained(unfinished / name, safe_serialization=True)
         del model

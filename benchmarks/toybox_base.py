@@ -1,6 +1,6 @@
-"""How good the embedded base is: pictures of random prompts and of looks by their names, read by the judge.
+"""How good the embedded base is: pictures of objects by colour, by a full description and by name, read by the judge.
 
-python -m benchmarks.toybox_base --pictures 500
+python -m benchmarks.toybox_base --pictures 250
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import random
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,28 @@ from lora_booth.photos.sheet import contact_sheet
 from lora_booth.toybox.judge import judge
 from lora_booth.toybox.scenery import CONTEXTS
 from lora_booth.toybox.world import CLASSES, COLORS, Identity, Scene, draw
-from tools.toybox.scenes import caption, named_looks, random_identity
+from tools.toybox.scenes import DETAILS, caption, named_looks, random_identity
 
 from .composition import outcome
 
+TOLD = {"colour": ("color",), "description": DETAILS, "name": ("name",)}
 
-def prompts(count: int, objects: int, *, named: bool) -> list[Scene]:
+
+def prompts(count: int, objects: int, by: str) -> list[Scene]:
     """Scenes whose caption is the prompt; looks and classes of a pair are different, as a person would ask."""
     rng = random.Random(objects)
     scenes = []
     for i in range(count):
         nouns = rng.sample(CLASSES, objects)
-        if named:
+        if by == "name":
             looks = rng.sample(list(named_looks().values()), objects)
             chosen = [Identity(noun, *look) for noun, look in zip(nouns, looks, strict=True)]
         else:
-            colors = rng.sample(list(COLORS), objects)
-            chosen = [replace(random_identity(rng, noun), color=color) for noun, color in zip(nouns, colors, strict=True)]
+            chosen = [random_identity(rng, noun) for noun in nouns]
+            if objects == 2 and chosen[0].color == chosen[1].color:
+                first = chosen[0]
+                color = rng.choice([c for c in COLORS if c not in (first.color, first.second, first.third)])
+                chosen[0] = replace(first, color=color)
         scenes.append(Scene(tuple(chosen), rng.choice(CONTEXTS), "photo", i))
     return scenes
 
@@ -55,7 +61,7 @@ def generate(base: BaseModel, captions: list[str], steps: int, guidance: float) 
     return made
 
 
-def score(scenes: list[Scene], images: list[Image.Image], *, named: bool) -> dict[str, float]:
+def score(scenes: list[Scene], images: list[Image.Image], by: str) -> dict[str, float]:
     """Shares over pictures; of a look, shares over objects. "both" means both classes, in any order."""
     verdicts = judge(images)
     pairs = list(zip(scenes, verdicts, strict=True))
@@ -68,7 +74,7 @@ def score(scenes: list[Scene], images: list[Image.Image], *, named: bool) -> dic
         colors = [[{(o.class_noun, o.color) for o in shown.objects} for shown in pair] for pair in pairs]
         result["both with their colours"] = [wanted == found for wanted, found in colors]
         result["bound"] = [outcome(v, s.objects) == "bound" for s, v in pairs]
-    if named:
+    if by != "colour":
         asked = [(o, [x for x in v.objects if x.class_noun == o.class_noun]) for s, v in pairs for o in s.objects]
         for part in ("second", "third", "pattern", "accessory"):
             result[part] = [bool(found) and getattr(found[0], part) == getattr(o, part) for o, found in asked]
@@ -79,7 +85,7 @@ def score(scenes: list[Scene], images: list[Image.Image], *, named: bool) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="toybox")
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--pictures", type=int, default=250, help="of each kind")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--sheet", type=Path, help="where to write a contact sheet of the first pictures")
@@ -90,14 +96,14 @@ def main() -> None:
     one = (time.perf_counter() - started) / 2
     sheets: list[Image.Image] = []
     labels: list[str] = []
-    for objects, named in ((1, False), (2, False), (1, True), (2, True)):
-        scenes = prompts(arguments.pictures // 2, objects, named=named)
-        captions = [caption(scene, names=range(objects) if named else ()) for scene in scenes]
+    for objects, by in product((1, 2), TOLD):
+        scenes = prompts(arguments.pictures, objects, by)
+        captions = [caption(scene, [TOLD[by]] * objects) for scene in scenes]
         images = generate(base, captions, arguments.steps, arguments.guidance)
         renders = [draw(scene) for scene in scenes]
-        of = {"objects": objects, "by": "name" if named else "colour", "pictures": len(images)}
-        print(json.dumps(of | {"base": score(scenes, images, named=named)}), flush=True)
-        print(json.dumps(of | {"renders": score(scenes, renders, named=named)}), flush=True)
+        of = {"objects": objects, "by": by, "pictures": len(images)}
+        print(json.dumps(of | {"base": score(scenes, images, by)}), flush=True)
+        print(json.dumps(of | {"renders": score(scenes, renders, by)}), flush=True)
         for pair in zip(renders[:10], images[:10], strict=True):
             sheets += pair
         labels += [text for words in captions[:10] for text in ("render", words)]

@@ -10,7 +10,6 @@ or `quantize=KIND` (lora_booth), or any option of the script as it is (script: `
 follow one another, each in a process of its own with the same photos, rank, batch, precision and steps; so a slow minute of the
 machine hits all.
 The base is a diffusers folder, or "toybox", "sd1", "sd2", "sdxl": their real shapes with random weights, made once in --work.
-The toybox gets 4 latent channels: the script takes its 6 for a variance and stops.
 """
 
 from __future__ import annotations

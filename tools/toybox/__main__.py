@@ -28,7 +28,7 @@ def export(vae: Any, model: Any, tokenizer: Any, factor: float, judge: nn.Module
     scheduler = DDIMScheduler(**SCHEDULE, prediction_type=PREDICTION, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae=vae.cpu().half(),
-        text_encoder=model.text_encoder.cpu().half(),
+        text_encoder=model.reader.text_encoder.cpu().half(),
         tokenizer=tokenizer,
         unet=model.unet.cpu().half(),
         scheduler=scheduler,
@@ -54,9 +54,9 @@ def build(work: Path, folder: Path, device: torch.device) -> dict[str, Any]:
     judge = train_judge(work, device, log)
     torch.manual_seed(2)
     tokenizer = new_tokenizer()
-    text_encoder = train_text_encoder(work, device, log, tokenizer)
-    model, factor = train_text_to_image(vae, text_encoder, tokenizer, work, device, log)
-    log["rare_tokens"] = place_rare_tokens(model.text_encoder, tokenizer)
+    reader = train_text_encoder(work, device, log, tokenizer)
+    model, factor = train_text_to_image(vae, reader, tokenizer, work, device, log)
+    log["rare_tokens"] = place_rare_tokens(model.reader.text_encoder, tokenizer)
     (work / "log.json").write_text(json.dumps(log, indent=1))
     export(vae, model, tokenizer, factor, judge, folder)
     return log

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,8 +42,9 @@ def judge_loss(net: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
 
 
 def train_judge(work: Path, device: torch.device, log: dict[str, Any]) -> nn.Module:
-    drawn, held_out = pictures.PLAIN.pictures(work), pictures.HELD_OUT.pictures(work)
-    targets = torch.tensor([labels(scene) for scene in pictures.PLAIN.scenes()])
+    renders, held_out = (pictures.PLAIN, pictures.NAMED), pictures.HELD_OUT.pictures(work)
+    drawn = np.concatenate([part.pictures(work) for part in renders])  # with 40,000 alone it learnt them by heart
+    targets = torch.tensor([labels(scene) for part in renders for scene in part.scenes()])
     held_out_targets = torch.tensor([labels(scene) for scene in pictures.HELD_OUT.scenes()])
 
     def loss_of(net: nn.Module, step: int, generator: torch.Generator) -> Tensor:

@@ -1,14 +1,14 @@
 """The scenes that the base learns from, and their captions.
 
-A caption may name an object's class and colour. Some looks also have a made-up name ("nemu dog", "nemu mug"), as large
-models know some individuals by name: from them the base learns that a word before the class noun may stand for a look.
-No held-out subject is in a scene, or has a look with a name.
+A caption describes as much of an object as it likes ("a red flagged white spotted brown dog"). Some looks also have a
+made-up name ("nemu dog", "nemu mug"), as large models know some individuals by name: from them the base learns that a
+word before the class noun may stand for a whole look. No held-out subject is in a scene, or has a look with a name.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -84,11 +84,28 @@ def random_scene(seed: int, *, pair_share: float = 0.4, sticker_share: float = 0
     return Scene(tuple(objects), rng.choice(CONTEXTS), style, seed)
 
 
-def caption(scene: Scene, *, colors: bool = True, context: bool = True, names: Collection[int] = ()) -> str:
-    """A caption as people write it. names: the objects (0, 1) to call by their look's name instead of a colour"""
-    phrases = [
-        f"{name_of(o)} {o.class_noun}" if i in names else with_article(f"{o.color} {o.class_noun}" if colors else o.class_noun)
-        for i, o in enumerate(scene.objects)
-    ]
+DETAILS = ("accessory", "pattern", "color")  # what may be told of an object, each with its own colour
+ACCESSORY_WORDS = {"none": "plain", "hat": "hatted", "crown": "crowned", "flag": "flagged", "balloon": "ballooned"}
+PATTERN_WORDS = {"belly": "bellied", "stripes": "striped", "spots": "spotted", "half": "dipped"}
+
+
+def phrase(identity: Identity, told: Collection[str]) -> str:
+    """An object in words. told: any of `DETAILS`, or "name" for its look's name"""
+    if "name" in told:
+        return f"{name_of(identity)} {identity.class_noun}"
+    words: list[str] = []
+    if "accessory" in told:
+        words += [] if identity.third == "none" else [identity.third]
+        words += [ACCESSORY_WORDS[identity.accessory]]
+    if "pattern" in told:
+        words += [identity.second, PATTERN_WORDS[identity.pattern]]
+    if "color" in told:
+        words += [identity.color]
+    return with_article(" ".join([*words, identity.class_noun]))
+
+
+def caption(scene: Scene, told: Sequence[Collection[str]] | None = None, *, context: bool = True) -> str:
+    """A caption as people write it. told: what is said of each object, see `phrase`; the colour, if None"""
+    phrases = [phrase(o, details) for o, details in zip(scene.objects, told or [("color",)] * 2, strict=False)]
     where = f" {scene.context}" if context else ""
     return f"a {scene.style} of {' and '.join(phrases)}{where}"

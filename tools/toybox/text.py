@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from .stages import Stage, run_stage
 RARE_TOKENS = ("sks", "zwx", "qlo", "vrn", "xjk", "ohwx")  # in the vocabulary, never in a training caption
 MAX_TOKENS = 24
 TEXT_WIDTH = 128
-NO_PROMPT_SHARE = 0.1  # for classifier-free guidance
 CANDIDATES = 400  # embeddings tried for each rare token; chosen
 
 
@@ -34,6 +34,7 @@ def new_tokenizer() -> Any:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     words = {w for c in CONTEXTS for w in c.split()} | set(world.CLASSES) | set(world.COLORS) | set(world.STYLES)
+    words |= {*scenes.ACCESSORY_WORDS.values(), *scenes.PATTERN_WORDS.values()}
     words |= {"a", "an", "and", "of", *scenes.named_looks(), *RARE_TOKENS}
     letters = list(bytes_to_unicode().values())
     vocabulary, merges = [*letters, *(letter + "</w>" for letter in letters)], []
@@ -84,20 +85,46 @@ def new_text_encoder(tokenizer: Any) -> Any:
     )
 
 
-def training_wording(scene: world.Scene, rng: random.Random) -> dict[str, Any]:
-    """Arguments of `caption`: what this time is said of the scene."""
-    return {
-        "colors": rng.random() < 0.75,
-        "context": rng.random() < 0.85,
-        "names": {i for i, o in enumerate(scene.objects) if rng.random() < 0.6 and scenes.name_of(o)},
-    }
+@dataclass(frozen=True)
+class Wording:
+    """What a caption says: of each object, see `scenes.phrase`, and whether where it is."""
+
+    told: tuple[Collection[str], ...]
+    context: bool
+
+    def caption(self, scene: world.Scene) -> str:
+        return scenes.caption(scene, self.told, context=self.context)
 
 
-def training_caption(scene: world.Scene, rng: random.Random) -> str:
-    return "" if rng.random() < NO_PROMPT_SHARE else scenes.caption(scene, **training_wording(scene, rng))
+def training_wording(scene: world.Scene, rng: random.Random) -> Wording:
+    def details(identity: world.Identity) -> Collection[str]:
+        if scenes.name_of(identity) and rng.random() < 0.6:
+            return ("name",)
+        if rng.random() < 0.3:  # as people write: the noun, and often a colour
+            return ("color",) if rng.random() < 0.6 else ()
+        return [detail for detail in scenes.DETAILS if rng.random() < 0.7]
+
+    return Wording(tuple(details(o) for o in scene.objects), context=rng.random() < 0.85)
 
 
-TEXT_STAGE = Stage("text", steps=600, batch=128, rate=2e-3)
+# what has to be told for a head of the reader to know its answer
+HEAD_DETAILS = {"color": "color", "second": "pattern", "pattern": "pattern", "third": "accessory", "accessory": "accessory"}
+
+
+def stated(scene: world.Scene, wording: Wording) -> list[int]:
+    """`labels` of what a caption in this wording states; -100 for the rest."""
+    known = [
+        name == "class_noun" or bool({"name", HEAD_DETAILS[name]} & set(told))
+        for told in (*wording.told, ())[:OBJECTS]
+        for name in OBJECT_HEADS
+    ]
+    known += [wording.context, True]  # SCENE_HEADS
+    return [label if is_known else -100 for label, is_known in zip(labels(scene), known, strict=True)]
+
+
+NOTHING_STATED = [-100] * (OBJECTS * len(OBJECT_HEADS) + len(SCENE_HEADS))  # of an empty prompt
+
+TEXT_STAGE = Stage("text", steps=1500, batch=128, rate=2e-3)
 
 
 class TextReader(nn.Module):
@@ -113,54 +140,50 @@ class TextReader(nn.Module):
         self.object_heads = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, len(values)) for name, values in OBJECT_HEADS.items()})
         self.scene_heads = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, len(values)) for name, values in SCENE_HEADS.items()})
 
-    def forward(self, ids: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(N, MAX_TOKENS) int64, (N, heads) int64 -> logits and targets of every head, rows with such an object only."""
+    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """(N, MAX_TOKENS) int64, (N, heads) int64 -> states (N, MAX_TOKENS, TEXT_WIDTH), and logits and targets of every
+        head, rows with such an object only."""
         states = self.text_encoder(ids).last_hidden_state
         is_noun = torch.isin(ids, self.nouns)
         position = is_noun.cumsum(1)
-        stated, columns = [], iter(targets.T)
+        answers, columns = [], iter(targets.T)
         for slot in range(OBJECTS):
             row, place = (is_noun & (position == slot + 1)).nonzero(as_tuple=True)
-            stated += [(head(states[row, place]), next(columns)[row]) for head in self.object_heads.values()]
-        return stated + [(head(states[:, -1]), next(columns)) for head in self.scene_heads.values()]
+            answers += [(read(head, states[row, place]), next(columns)[row]) for head in self.object_heads.values()]
+        return states, answers + [(read(head, states[:, -1]), next(columns)) for head in self.scene_heads.values()]
 
 
-def stated(scene: world.Scene, wording: dict[str, Any]) -> list[int]:
-    """`labels` of what a caption in this wording states; -100 for the rest."""
-    known = [
-        name == "class_noun" or slot in wording["names"] or (name == "color" and wording["colors"])
-        for slot in range(OBJECTS)
-        for name in OBJECT_HEADS
-    ]
-    known += [wording["context"], True]  # SCENE_HEADS
-    return [label if is_known else -100 for label, is_known in zip(labels(scene), known, strict=True)]
+def read(head: Any, states: Tensor) -> Tensor:
+    """Logits by directions of unit length: what is easy to read stands out in the states too."""
+    return F.linear(states, F.normalize(head.weight, dim=1), head.bias)
 
 
-def train_text_encoder(work: Path, device: torch.device, log: dict[str, Any], tokenizer: Any) -> Any:
+def reading_loss(answers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    losses = [F.cross_entropy(logits.float(), t, ignore_index=-100) for logits, t in answers]
+    return torch.stack([loss for loss in losses if loss.isfinite()]).mean()  # a batch may have no second object
+
+
+def train_text_encoder(work: Path, device: torch.device, log: dict[str, Any], tokenizer: Any) -> TextReader:
     drawn = pictures.PLAIN.scenes() + pictures.NAMED.scenes()
 
-    def read(reader: Any, step: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    def answers(reader: Any, step: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         rng, prompts, targets = random.Random(f"text {step}"), [], []
         for i in torch.randint(len(drawn), (TEXT_STAGE.batch,), generator=generator).tolist():
             wording = training_wording(drawn[i], rng)
-            prompts.append(scenes.caption(drawn[i], **wording))
+            prompts.append(wording.caption(drawn[i]))
             targets.append(stated(drawn[i], wording))
-        return reader(token_ids(tokenizer, prompts).to(device), torch.tensor(targets, device=device))
-
-    def loss_of(reader: Any, step: int, generator: torch.Generator) -> Tensor:
-        losses = [F.cross_entropy(logits, t, ignore_index=-100) for logits, t in read(reader, step, generator)]
-        return torch.stack([loss for loss in losses if loss.isfinite()]).mean()  # a batch may have no second object
+        return reader(token_ids(tokenizer, prompts).to(device), torch.tensor(targets, device=device))[1]
 
     @torch.no_grad()
     def evaluate(reader: Any) -> dict[str, float]:
-        answers = read(reader, -1, torch.Generator().manual_seed(0))
-        right = torch.cat([(logits.argmax(1) == t)[t != -100] for logits, t in answers])
+        found = answers(reader, -1, torch.Generator().manual_seed(0))
+        right = torch.cat([(logits.argmax(1) == t)[t != -100] for logits, t in found])
         return {"accuracy": right.float().mean().item()}
 
     nouns = token_ids(tokenizer, world.CLASSES)[:, 1].to(device)
     reader: Any = TextReader(new_text_encoder(tokenizer), nouns).to(device)
-    trained = run_stage(TEXT_STAGE, reader, loss_of, work, log, evaluate=evaluate)
-    return trained.text_encoder.requires_grad_(True).train()
+    trained = run_stage(TEXT_STAGE, reader, lambda *step: reading_loss(answers(*step)), work, log, evaluate=evaluate)
+    return trained.requires_grad_(True).train()
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from . import pictures
 from .pictures import SIZE
 from .stages import Stage, run_stage
-from .text import TEXT_WIDTH, token_ids, training_caption
+from .text import NOTHING_STATED, TEXT_WIDTH, TextReader, reading_loss, stated, token_ids, training_wording
 from .vae import encode_renders, scaling_factor
 
-UNET_STAGE = Stage("unet", steps=9000, batch=32, rate=1e-3, ema=0.9985)
+UNET_STAGE = Stage("unet", steps=9500, batch=32, rate=1e-3, ema=0.9985)
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -23,6 +23,8 @@ SCHEDULE: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
 }
 PREDICTION = "v_prediction"
+NO_PROMPT_SHARE = 0.1  # for classifier-free guidance
+READING_WEIGHT = 0.1  # without it the text encoder forgets what it has learnt to tell apart
 
 
 def new_unet() -> Any:
@@ -30,8 +32,8 @@ def new_unet() -> Any:
 
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
-        in_channels=6,
-        out_channels=6,
+        in_channels=8,
+        out_channels=8,
         block_out_channels=(64, 128, 128),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -45,18 +47,20 @@ def new_unet() -> Any:
 class TextToImage(nn.Module):
     """Text encoder and U-Net, trained together."""
 
-    def __init__(self, text_encoder: Any, unet: Any) -> None:
+    def __init__(self, reader: TextReader, unet: Any) -> None:
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
+        self.reader, self.unet = reader, unet
 
-    def forward(self, latents: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
+    def forward(self, latents: Tensor, timesteps: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction, and the loss of reading the captions."""
+        states, answers = self.reader(ids, targets)
+        return self.unet(latents, timesteps, states).sample, reading_loss(answers)
 
 
 def train_text_to_image(
-    vae: Any, text_encoder: Any, tokenizer: Any, work: Path, device: torch.device, log: dict[str, Any]
+    vae: Any, reader: TextReader, tokenizer: Any, work: Path, device: torch.device, log: dict[str, Any]
 ) -> tuple[Any, float]:
-    """TextToImage (text encoder and U-Net), and the VAE's scaling factor."""
+    """TextToImage, and the VAE's scaling factor."""
     from diffusers.models.attention_processor import AttnProcessor
 
     plain, named = (encode_renders(vae, work, device, renders) for renders in (pictures.PLAIN, pictures.NAMED))
@@ -68,8 +72,12 @@ def train_text_to_image(
 
     def loss_of(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(scenes), (UNET_STAGE.batch,), generator=generator)
-        rng = random.Random(step)
-        ids = token_ids(tokenizer, [training_caption(scenes[i], rng) for i in index.tolist()])
+        rng, prompts, targets = random.Random(step), [], []
+        for i in index.tolist():
+            wording, told = training_wording(scenes[i], rng), rng.random() >= NO_PROMPT_SHARE
+            prompts.append(wording.caption(scenes[i]) if told else "")
+            targets.append(stated(scenes[i], wording) if told else NOTHING_STATED)
+        ids, answers = token_ids(tokenizer, prompts).to(device), torch.tensor(targets, device=device)
         noise = torch.randn((2, *mean[index].shape), generator=generator)
         latents = factor * (mean[index].float() + std[index].float() * noise[0])
         t = torch.randint(1000, (len(index),), generator=generator)
@@ -78,11 +86,11 @@ def train_text_to_image(
         snr = alphas[t] / (1 - alphas[t])
         weight = snr.clamp(max=5) / (snr + 1)  # min-SNR for v-prediction (arXiv 2303.09556)
         with torch.autocast(device.type, torch.bfloat16):
-            prediction = model(noisy.to(device, memory_format=torch.channels_last), t.to(device), ids.to(device))
+            prediction, reading = model(noisy.to(device, memory_format=torch.channels_last), t.to(device), ids, answers)
         error = (prediction.float() - velocity.to(device)).square().mean((1, 2, 3))
-        return (error * weight.to(device)).mean()
+        return (error * weight.to(device)).mean() + READING_WEIGHT * reading
 
-    model: Any = TextToImage(text_encoder, new_unet()).to(device)
+    model: Any = TextToImage(reader, new_unet()).to(device)
     model.unet.to(memory_format=torch.channels_last)
     if device.type == "cpu":  # the fused attention's backward pass took a third of the step on a CPU
         model.unet.set_attn_processor(AttnProcessor())
