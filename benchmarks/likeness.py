@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import torch
 from PIL import Image
 
 import lora_booth as lb
+from lora_booth.cli.demo import CONTEXTS as PHOTO_CONTEXTS
 from lora_booth.cli.demo import NEW_CONTEXTS, drawn_photos, write_photos
 from lora_booth.evaluation.measures import TEMPLATE, ToyboxMeasure, cases_of
 from lora_booth.photos.sheet import contact_sheet
@@ -35,6 +38,7 @@ from lora_booth.toybox.judge import Verdict, judge
 from lora_booth.toybox.scenery import CONTEXTS
 from lora_booth.toybox.world import CLASSES, HELD_OUT, Identity, Scene, draw
 
+from . import recipe_trials as trials
 from .composition import likeness
 
 TOKEN = "ohwx"
@@ -65,8 +69,14 @@ class Recipe:
     subject: dict[str, Any] = field(default_factory=dict)
     start: float = 0.0  # of the adapter in the drawing
     script: dict[str, Any] | None = None
+    training: Callable[[], AbstractContextManager[None]] = nullcontext  # an idea on trial
+    drawing: Callable[[], AbstractContextManager[None]] = nullcontext
+    of: str = ""  # the recipe whose adapters it draws
+    token_steps: int = 0  # of learning the token's embedding first
+    captions: bool = False  # prompts of the photos tell where the subject is
 
 
+WITH_FEED_FORWARD = (*lb.LoraSpec().target_modules, "ff.net.0.proj", "ff.net.2")
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
     "class kept by predictions": Recipe({"class_images": 0}),
@@ -84,6 +94,24 @@ RECIPES: dict[str, Recipe] = {
     "text encoder": Recipe(lora={"text_encoder": True}),
     "min-SNR 5": Recipe({"min_snr_gamma": 5.0}),
     "start .15": Recipe(start=0.15),
+    "predictions, weight .3": Recipe({"class_images": 0, "prior_loss_weight": 0.3}),
+    "predictions, weight 3": Recipe({"class_images": 0, "prior_loss_weight": 3.0}),
+    "captions": Recipe(captions=True),
+    "captions, predictions": Recipe({"class_images": 0}, captions=True),
+    "dropout .1": Recipe(lora={"dropout": 0.1}),
+    "attn2 only": Recipe(lora={"target_modules": tuple(f"attn2.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0"))}),
+    "attention and feed-forward": Recipe(lora={"target_modules": WITH_FEED_FORWARD}),
+    "DCO": Recipe(training=trials.dco),
+    "DCO, beta 100": Recipe(training=partial(trials.dco, 100.0)),
+    "timesteps below 800, start .2": Recipe(start=0.2, training=partial(trials.timesteps, 0, 800)),
+    "moving average, constant rate": Recipe({"lr_schedule": "constant"}, training=trials.moving_average),
+    "LoRA+, ratio 4, half the rate": Recipe({"learning_rate": 1.6e-3}, training=trials.faster_up),
+    "LoRA+, ratio 4, a fifth of the rate": Recipe({"learning_rate": 6e-4}, training=trials.faster_up),
+    "token first": Recipe(token_steps=60),
+    "token first, 200 steps": Recipe(token_steps=200),
+    "unconditional without adapter": Recipe(drawing=trials.weaker_unconditional, of="default"),
+    "unconditional with half of it": Recipe(drawing=partial(trials.weaker_unconditional, 0.5), of="default"),
+    "class prompt in 3 of 20 steps": Recipe(drawing=partial(trials.class_prompt_first, TOKEN, 3), of="default"),
     # at its best of three settings: diffusers' README trains 500 steps at 1e-4; the toybox's narrow layers want more
     "diffusers": Recipe(script={"learning_rate": 1e-3, "max_train_steps": 400, "rank": 8}),
     "diffusers, 2e-3": Recipe(script={"learning_rate": 2e-3, "max_train_steps": 400, "rank": 8}),
@@ -117,6 +145,7 @@ class Bench:
 
     def adapter(self, recipe_name: str, name: str) -> tuple[lb.Adapter, dict[str, float]]:
         """The trained adapter, the seconds of its whole run and the size of its file."""
+        recipe_name = RECIPES[recipe_name].of or recipe_name
         folder = self.work / "adapters" / recipe_name.replace(" ", "_")
         file, facts = folder / f"{name}.safetensors", folder / f"{name}.json"
         if not facts.exists():
@@ -138,9 +167,19 @@ class Bench:
     def train(self, recipe: Recipe, name: str, photos: Path, file: Path) -> None:
         """In this process, on a base that is loaded, with an empty cache, so that nothing is left from another recipe."""
         with environment(LORA_BOOTH_CACHE=str(self.work / "cache" / f"{time.time_ns()}")):
+            if recipe.captions:
+                photos = captioned(photos, HELD_OUT[name].class_noun)
             subject = lb.Subject.from_folder(photos, token=TOKEN, class_noun=HELD_OUT[name].class_noun, **recipe.subject)
             lora, config = lb.LoraSpec(**recipe.lora), lb.TrainingConfig(**recipe.config)
-            lb.train(self.base, subject, lora=lora, config=config, progress=False).save(file)
+            if recipe.token_steps:
+                torch.save(trials.learn_token(self.base, subject, steps=recipe.token_steps), file.with_suffix(".token.pt"))
+            with recipe.training(), self.token(file):
+                lb.train(self.base, subject, lora=lora, config=config, progress=False).save(file)
+
+    def token(self, file: Path) -> AbstractContextManager[None]:
+        """The embedding that was learnt for this file, in the base."""
+        learnt = file.with_suffix(".token.pt")
+        return trials.token_embedding(self.base, TOKEN, torch.load(learnt)) if learnt.exists() else nullcontext()
 
     def run_script(self, options: dict[str, Any], name: str, photos: Path, file: Path) -> None:
         """diffusers' script as it is, in a process of its own, with prior preservation as in its README."""
@@ -204,7 +243,8 @@ class Bench:
     def of_adapter(self, recipe: str, name: str, weight: float) -> dict[str, float]:
         adapter, facts = self.adapter(recipe, name)
         studio = lb.Composition(self.base, [(adapter, weight)], start=RECIPES[recipe].start)
-        return self.measure(name, lambda prompt, seeds: images_of(studio, prompt, seeds)) | facts
+        with RECIPES[recipe].drawing(), self.token(self.work / "adapters" / recipe.replace(" ", "_") / f"{name}.safetensors"):
+            return self.measure(name, lambda prompt, seeds: images_of(studio, prompt, seeds)) | facts
 
     def of_base(self, name: str) -> dict[str, float]:
         """The floor: the same prompts without the token."""
@@ -229,6 +269,15 @@ class Bench:
         with tuned(self.base, HELD_OUT[name]):
             studio = lb.Composition(self.base)
             return self.measure(name, lambda prompt, seeds: images_of(studio, prompt, seeds))
+
+
+def captioned(photos: Path, noun: str) -> Path:
+    """A copy of the photos, with captions that tell where the subject is: `drawn_photos` takes the contexts by turns."""
+    folder = photos.with_name(f"{photos.name}_captioned")
+    shutil.copytree(photos, folder, dirs_exist_ok=True)
+    for number, photo in enumerate(sorted(folder.glob("*.png"))):
+        photo.with_suffix(".txt").write_text(f"a photo of {TOKEN} {noun} {PHOTO_CONTEXTS[number % len(PHOTO_CONTEXTS)]}")
+    return folder
 
 
 def images_of(studio: lb.Composition, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:

@@ -1,0 +1,230 @@
+"""Ideas for recipes, each as a change of the training or of the drawing while a context is open, for benchmarks/likeness.py.
+
+What gains enters the library as an option; what does not stays here, with its row in RESULTS.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lora_booth as lb
+from lora_booth.pictures import composition
+from lora_booth.training import loop, training_run
+from lora_booth.training.latents import Batch
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def dco(beta: float = 1000.0) -> Iterator[None]:
+    """Direct Consistency Optimization (arXiv 2402.12004, eq. 7): -log sigmoid(-beta (loss - loss of the base))."""
+    backward_together, predict, prediction_loss = loop.backward_together, loop.predict, loop.prediction_loss
+    now: dict[str, Any] = {}
+
+    def remembering(lora: Any, *rest: Any) -> Any:
+        now["lora"] = lora
+        return backward_together(lora, *rest)
+
+    def predicting(base: Any, batch: Batch, text: Any) -> Tensor:
+        with torch.no_grad(), now["lora"].muted():
+            now["base"] = predict(base, batch, text)
+        return predict(base, batch, text)
+
+    def preference(base: Any, batch: Batch, predicted: Tensor, **settings: Any) -> Tensor:
+        settings["prior_loss_weight"] = 0.0
+        difference = prediction_loss(base, batch, predicted, **settings) - prediction_loss(base, batch, now["base"], **settings)
+        return -F.logsigmoid(-beta * difference)
+
+    with (
+        patch.object(loop, "backward_together", remembering),
+        patch.object(loop, "predict", predicting),
+        patch.object(loop, "prediction_loss", preference),
+    ):
+        yield
+
+
+@contextmanager
+def timesteps(least: int = 0, below: int = 1000) -> Iterator[None]:
+    """Timesteps in [least, below): T-LoRA (arXiv 2507.05964) finds that the noisiest ones memorise."""
+    draw = loop.draw
+
+    def drawing(*arguments: Any, **settings: Any) -> Batch:
+        batch = draw(*arguments, **settings)
+        return replace(batch, timesteps=least + batch.timesteps * (below - least) // 1000)
+
+    with patch.object(loop, "draw", drawing):
+        yield
+
+
+@contextmanager
+def after_each_update(change: Callable[[loop.LoopState, Tensor], None]) -> Iterator[None]:
+    """change(state, values before the update), after each update."""
+    updates = training_run.updates
+
+    def changed(state: loop.LoopState, gradients: Callable[[], Tensor]) -> Iterator[Tensor]:
+        before = state.factors.values.detach().clone()
+        for loss in updates(state, gradients):
+            with torch.no_grad():
+                change(state, before)
+                before.copy_(state.factors.values)
+            yield loss
+
+    with patch.object(training_run, "updates", changed):
+        yield
+
+
+@contextmanager
+def moving_average(decay: float = 0.99) -> Iterator[None]:
+    """The file gets an exponential moving average of the factors."""
+    mean: dict[int, Tensor] = {}
+
+    def follow(state: loop.LoopState, before: Tensor) -> None:
+        values = state.factors.values
+        average = mean.setdefault(id(state), values.detach().clone())
+        average.lerp_(values, 1 - min(decay, (state.step + 1) / (state.step + 10)))
+        if state.step == state.config.steps:
+            values.copy_(average)
+
+    with after_each_update(follow):
+        yield
+
+
+@contextmanager
+def faster_up(ratio: float = 4.0) -> Iterator[None]:
+    """LoRA+ (arXiv 2402.12354): the up factors learn `ratio` times as fast."""
+
+    def hasten(state: loop.LoopState, before: Tensor) -> None:
+        now, then = (state.factors.parts_of(values) for values in (state.factors.values.data, before))
+        for name, value, old in zip(state.lora.parameters, now, then, strict=True):
+            if name.endswith(".up"):
+                value.copy_(old + ratio * (value - old))
+
+    with after_each_update(hasten):
+        yield
+
+
+# --- the token's embedding ---------------------------------------------------------------------------------------------
+
+
+def learn_token(base: lb.BaseModel, subject: lb.Subject, *, steps: int = 60, rate: float = 0.02, batch: int = 4) -> Tensor:
+    """The embedding (d,) that makes the frozen base predict the photos best, as the first phase of AttnDreamBooth
+    (arXiv 2406.05000). Of the toybox's single text encoder."""
+    cache = lb.prepare(base, subject, config=lb.TrainingConfig(prior_loss_weight=0.0))
+    table = base.pipeline.text_encoder.get_input_embeddings().weight
+    row = base.tokenizer(subject.token).input_ids[1]
+    first, values = table[row].detach().clone(), table[row].detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([values], lr=rate * first.std().item() * 5, weight_decay=0.0)
+    unet_state = [parameter.requires_grad for parameter in base.unet.parameters()]
+    base.unet.requires_grad_(False)
+    for step in range(steps):
+        drawn = loop.draw(cache, seed=1, step=step, batch_size=batch)
+        ids = base.tokenizer(list(drawn.prompts), padding="max_length", return_tensors="pt").input_ids
+        inputs = torch.where((ids == row)[..., None], values, table[ids].detach())
+        states = encode_embeddings(base.pipeline.text_encoder, ids, inputs)
+        predicted = loop.predict(base, drawn, lb.base.base_model.TextConditions(states, None))
+        loss = loop.prediction_loss(base, drawn, predicted, prior_loss_weight=0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for parameter, flag in zip(base.unet.parameters(), unet_state, strict=True):
+        parameter.requires_grad_(flag)
+    return values.detach()
+
+
+def encode_embeddings(encoder: Any, ids: Tensor, inputs: Tensor) -> Tensor:
+    """The last states (N, tokens, d) of a CLIPTextModel, given the embeddings of its tokens."""
+    table = encoder.get_input_embeddings()
+    with patch.object(table, "forward", lambda _: inputs):
+        return encoder(ids).last_hidden_state
+
+
+@contextmanager
+def token_embedding(base: lb.BaseModel, token: str, values: Tensor) -> Iterator[None]:
+    """The base reads the token by this embedding."""
+    table = base.pipeline.text_encoder.get_input_embeddings().weight
+    row = base.tokenizer(token).input_ids[1]
+    before = table[row].detach().clone()
+    with torch.no_grad():
+        table[row] = values
+        try:
+            yield
+        finally:
+            table[row] = before
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unet_calls(change: Callable[[Any, Sequence[Any], int, Any, Any], Any]) -> Iterator[None]:
+    """change(unet's forward, attached adapters, number of the call in its picture, noisy latents, the other arguments)"""
+    attached_layers = composition.attached_layers
+
+    @contextmanager
+    def attached(base: Any, adapters: Any) -> Iterator[Any]:
+        with attached_layers(base, adapters) as on, ExitStack() as stack:
+            pipeline = getattr(base, "pipeline", base)
+            forward, calls = pipeline.unet.forward, {"last": -1.0, "number": 0}
+
+            def called(latents: Tensor, timestep: Any, *rest: Any, **named: Any) -> Any:
+                now = float(timestep)
+                calls["number"] = 0 if now > calls["last"] else calls["number"] + 1
+                calls["last"] = now
+                return change(forward, on, calls["number"], latents, (timestep, *rest, named))
+
+            stack.enter_context(patch.object(pipeline.unet, "forward", called))
+            yield on
+
+    with patch.object(composition, "attached_layers", attached):
+        yield
+
+
+@contextmanager
+def weaker_unconditional(share: float = 0.0) -> Iterator[None]:
+    """Personalization guidance (arXiv 2508.00319): the unconditional half with `share` of the adapter's weight."""
+
+    def halves(forward: Any, on: Sequence[Any], number: int, latents: Tensor, others: Any) -> Any:
+        *positional, named = others
+        states = named["encoder_hidden_states"]
+        named = {key: value for key, value in named.items() if key not in ("encoder_hidden_states", "return_dict")}
+        parts, weights = [], [adapter.weight for adapter in on]
+        for half, (x, text) in enumerate(zip(latents.chunk(2), states.chunk(2), strict=True)):
+            for adapter, weight in zip(on, weights, strict=True):
+                adapter.use(weight if half else weight * share)
+            parts.append(forward(x, *positional, encoder_hidden_states=text, return_dict=False, **named)[0])
+        for adapter, weight in zip(on, weights, strict=True):
+            adapter.use(weight)
+        return (torch.cat(parts),)
+
+    with unet_calls(halves):
+        yield
+
+
+@contextmanager
+def class_prompt_first(token: str, calls: int = 4) -> Iterator[None]:
+    """Superclass sampling (arXiv 2502.05895): the class prompt, with the adapter, in the first `calls` of 20 steps."""
+    generate = lb.Composition.generate
+    now: dict[str, Any] = {}
+
+    def generating(self: Any, prompt: str, **settings: Any) -> Any:
+        now["plain"] = self.base.encode_text([prompt.replace(f"{token} ", "", 1)]).states
+        return generate(self, prompt, **settings)
+
+    def first(forward: Any, on: Sequence[Any], number: int, latents: Tensor, others: Any) -> Any:
+        *positional, named = others
+        states = named["encoder_hidden_states"]
+        if number < calls:
+            half = len(states) // 2
+            states = torch.cat([states[:half], now["plain"].expand(half, -1, -1)])
+        return forward(latents, *positional, **{**named, "encoder_hidden_states": states})
+
+    with patch.object(lb.Composition, "generate", generating), unet_calls(first):
+        yield
