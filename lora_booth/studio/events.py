@@ -67,7 +67,7 @@ def on_easel(image: Image.Image) -> Painted:
 
 
 def listen(
-    triggers: Any,
+    triggers: Sequence[Any],
     handler: Callable[..., Any],
     inputs: Sequence[Any] | None = None,
     outputs: Sequence[Any] | None = None,
@@ -89,7 +89,8 @@ def listen(
         concurrency_limit=1 if model else None,
         concurrency_id="model" if model else None,
         show_progress="hidden" if quiet else "minimal",
-        trigger_mode="once",
+        # a field that changes again meanwhile is read once more; a button that is pressed again is not
+        trigger_mode="once" if {one.event_name for one in triggers} <= {"click", "submit", "tick"} else "always_last",
     )
 
 
