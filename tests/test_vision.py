@@ -84,6 +84,8 @@ def test_without_rembg(tmp_path: Path, rembg: SimpleNamespace, monkeypatch: pyte
     with pytest.raises(MissingExtraError, match=r"^making masks needs an optional package; pip install 'lora-booth\[masks\]'$"):
         make_masks(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    Image.fromarray(mug()[1]).save(tmp_path / "a.mask.png")
+    assert find_photos(tmp_path, masks="auto", minimum=1).photos[0].mask  # nothing is left to do for it
 
 
 def test_a_model_that_cannot_be_downloaded(tmp_path: Path, rembg: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,13 @@ def sure_mask(image: Image.Image, crop: Region | None, segmenter: Segmenter, nam
 
 
 def rembg_segmenter() -> Segmenter:
-    """U2-Net through rembg (Qin et al., "U2-Net", Pattern Recognition 2020). Raises MissingExtraError, PhotoError."""
+    """U2-Net through rembg (Qin et al., "U2-Net", Pattern Recognition 2020), loaded for the first picture, if there is one."""
+    loaded = cache(_load_rembg)
+    return lambda image: loaded()(image)
+
+
+def _load_rembg() -> Segmenter:
+    """Raises MissingExtraError, PhotoError."""
     try:
         import onnxruntime  # noqa: F401  # without it, importing rembg ends the program
         import rembg
