@@ -24,6 +24,7 @@ SCHEDULE: dict[str, Any] = {
 }
 PREDICTION = "v_prediction"
 NO_PROMPT_SHARE = 0.1  # for classifier-free guidance
+HIDDEN_WEIGHT = 0.5  # of the error in nothing but noise; min-SNR alone has .005 there
 READING_WEIGHT = 0.1  # without it the text encoder forgets what it has learnt to tell apart
 
 
@@ -84,7 +85,8 @@ def train_text_to_image(
         a, s = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
         noisy, velocity = a * latents + s * noise[1], a * noise[1] - s * latents
         snr = alphas[t] / (1 - alphas[t])
-        weight = snr.clamp(max=5) / (snr + 1)  # min-SNR for v-prediction (arXiv 2303.09556)
+        # min-SNR for v-prediction (arXiv 2303.09556), and more where noise hides all: there the prompt decides on the look
+        weight = (snr + HIDDEN_WEIGHT).clamp(max=5) / (snr + 1)
         with torch.autocast(device.type, torch.bfloat16):
             prediction, reading = model(noisy.to(device, memory_format=torch.channels_last), t.to(device), ids, answers)
         error = (prediction.float() - velocity.to(device)).square().mean((1, 2, 3))
