@@ -104,6 +104,7 @@ RECIPES: dict[str, Recipe] = {
     "DCO": Recipe(training=trials.dco),
     "DCO, beta 100": Recipe(training=partial(trials.dco, 100.0)),
     "timesteps below 800, start .2": Recipe(start=0.2, training=partial(trials.timesteps, 0, 800)),
+    "timesteps from 300": Recipe(training=partial(trials.timesteps, 300, 1000)),
     "moving average, constant rate": Recipe({"lr_schedule": "constant"}, training=trials.moving_average),
     "LoRA+, ratio 4, half the rate": Recipe({"learning_rate": 1.6e-3}, training=trials.faster_up),
     "LoRA+, ratio 4, a fifth of the rate": Recipe({"learning_rate": 6e-4}, training=trials.faster_up),
