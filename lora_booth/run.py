@@ -26,7 +26,7 @@ from .subject.subject import Subject
 from .subject.tokens import check_token
 from .training.checkpoint import REPORT
 from .training.distributed import ALONE, Processes, joined, started
-from .training.encoding import prepare, subjects_of
+from .training.encoding import encoded_text, prepare, subjects_of
 from .training.job import Job
 from .training.progress import Display, Labelled, Step, display
 from .training.run_folder import RunFolder
@@ -288,10 +288,6 @@ def course(
             return done, 0
 
         # photos -> latents, with settings that fit into memory; a resumed run keeps those that it started with
-        for one in subjects:
-            report = check_token(one.token, base.tokenizer, known_rare=base.rare_tokens)
-            for note in (*report.problems, *report.warnings):
-                screen.say(f"note: {note}")
         for note in size_note(base, drawable(base, config.sample_size, "sample_size")):
             screen.say(f"note: {note}")
         levels = {}
@@ -300,6 +296,12 @@ def course(
             drawn = replace(config, class_images=0)
         if together is None and state is None and not is_ample(base, lora, drawn, photos=pictures):
             levels = levels_that_fit(base, lora, drawn, photos=pictures, say=screen.say)
+        for one in subjects:  # before class images are drawn
+            read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
+            words = {"prompt": one.instance_prompt, "class_noun": one.class_noun}
+            report = check_token(one.token, base.tokenizer, **read, **words)
+            for note in (*report.problems, *report.warnings):
+                screen.say(f"note: {one.token}: {note}")
         encode = partial(prepare, base, subjects, lora=lora, config=config, say=screen.say, on_progress=screen.progress)
         if folder is not None:
             encode = partial(encode, on_crop=folder.save_crop)

@@ -450,6 +450,7 @@ MISTAKES = [
         "train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny} --prior-loss-weight 0 --rank 300",
         "rank 300",
     ),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --template dog", "lacks {token}"),
     ("train {photos} --token sks --class-noun dog", "--out"),
     ("train --token sks", "folder"),
     ("generate {rex} --prompt x --base {tiny} --seeds 3-", "seeds '3-'"),
@@ -597,7 +598,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "token": ((BaseModel.load, propose_tokens), {}, {"base", "check"}),
     "train": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train, Adapter.save),
-        {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images"},
+        {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images", "template": "templates"},
         {"folder", "base", "run", "auto_masks", "caption_model", "settings"},
     ),
     "cache": ((), {}, {"clear"}),
