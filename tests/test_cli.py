@@ -44,7 +44,7 @@ from lora_booth.subject.tokens import propose_tokens
 from lora_booth.training.lock import locked_file
 
 ROOT = Path(__file__).parent.parent
-CALLBACKS: dict[str, Callable[..., None]] = {one.callback.__name__: one.callback for one in cli.app.registered_commands}
+CALLBACKS: dict[str, Callable[..., None]] = {one.name: one.callback for one in cli.app.registered_commands}
 COMMANDS = list(CALLBACKS)
 TRAIN = inspect.signature(CALLBACKS["train"]).parameters
 
@@ -601,6 +601,11 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
         {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images", "template": "templates"},
         {"folder", "base", "run", "auto_masks", "caption_model", "settings"},
     ),
+    "train-many": (
+        (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train_many),
+        {"min_photos": "minimum", "max_photos": "maximum"},
+        {"jobs", "base", "settings"},
+    ),
     "cache": ((), {}, {"clear"}),
     "plan": ((LoraSpec, TrainingConfig, lora_booth.plan), {"vram": "vram_gb"}, {"base", "family", "json"}),
     "evaluate": (
@@ -803,7 +808,6 @@ PYTHON_ONLY = (  # mistakes that no command can make
     "writes files into the run folder",
     "only a loaded base can be timed",
     "measure=True with ",
-    "together=",
     "find_regions needs",
     "regions cannot be one adapter",
     "save_pretrained",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from ..config import LoraSpec, PhotoShape, TrainingConfig
 from ..errors import AdapterError, SettingsError, counted
-from .app import INTERRUPTED, note, say, say_json
+from .app import interruptible, note, say, say_json
 from .arguments import check_adapter_file, check_folder, check_place, remember
 from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, Settings, command, is_given, torch_dtype
 
@@ -155,7 +154,7 @@ def train(
         note("the toybox is a tiny model for trials: 64 x 64 pixels, drawn scenes; for real photos pass --base, e.g. a Hub id")
     remember(loaded, base)
     with locked_file(out) if is_main() else nullcontext():
-        try:
+        with interruptible():
             adapter = train_adapter(
                 loaded,
                 subject,
@@ -168,10 +167,6 @@ def train(
                 restart=restart,
                 track=track or (),
             )
-        except KeyboardInterrupt as stop:
-            if stop.args:  # the run has said what to do next
-                sys.exit(INTERRUPTED)
-            raise
         if not is_main():
             return
         try:
