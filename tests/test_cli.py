@@ -39,6 +39,7 @@ from lora_booth.cli.options import Loading, Placement, Reading, comments, option
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError, in_command, setting
 from lora_booth.pictures.composition import Composition
+from lora_booth.serve.limits import Limits
 from lora_booth.subject.subject import Subject
 from lora_booth.subject.tokens import propose_tokens
 from lora_booth.training.lock import locked_file
@@ -640,6 +641,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "bake": ((bake, BaseModel.load), {}, {"base"}),
     "diff": ((), {}, {"a", "b", "modules", "json"}),
     "studio": ((), {}, {"folder", "port", "host", "browser"}),
+    "serve": ((Limits, BaseModel.load), {}, {"adapters", "base", "host", "port", "token"}),
 }
 
 
