@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,7 +26,7 @@ from .subject.subject import Subject
 from .subject.tokens import check_token
 from .training.checkpoint import REPORT
 from .training.distributed import ALONE, Processes, joined, started
-from .training.encoding import prepare, subjects_of
+from .training.encoding import encoded_text, prepare, subjects_of
 from .training.job import Job
 from .training.progress import Display, Labelled, Step, display
 from .training.run_folder import RunFolder
@@ -132,6 +132,7 @@ def train_many(
     together: int | None = None,
     time_limit: float | None = None,
     restart: bool = False,
+    on_change: Callable[[str, str | LoraBoothError], None] | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Adapter], dict[str, LoraBoothError]]:
     """Teach `base` many subjects, each its own adapter: several share every forward pass. Returns the adapters by name, and
@@ -145,6 +146,7 @@ def train_many(
     together    subjects that share a pass; None: on a CPU up to 8, as many as memory is ample for, and one on a GPU, where what
                 sharing gains was not measured yet. Where memory runs out, fewer do
     time_limit  minutes for this call: before they are over, all that are in training are saved, and returned as learnt so far
+    on_change   called with a subject's name and "training", "finished", "stopped", or the error that ended it
     Other arguments are as in `train`.
     Raises SettingsError, and what is wrong with all subjects alike.
     """
@@ -184,6 +186,10 @@ def train_many(
         if place is not None:
             stack.enter_context(stopping)
 
+        def tell(name: str, state: str | LoraBoothError) -> None:
+            if on_change is not None:
+                on_change(name, state)
+
         def begun_run(name: str) -> Course:
             options: dict[str, Any] = {"place": None if place is None else place / name, "restart": restart}
             return course(jobs[name], first, **options, stopping=stopping, screen=Labelled(screen, name), together=shared)
@@ -197,9 +203,11 @@ def train_many(
             except StopIteration as end:
                 adapters[name], stopped = end.value
                 stop = stop or stopped
+                tell(name, "stopped" if stopped else "finished")
             except LoraBoothError as error:
                 errors[name] = error
                 screen.say(f"{name}: {error}")
+                tell(name, error)
             del runs[name]
 
         try:
@@ -209,6 +217,7 @@ def train_many(
                         shared.leave()  # class images are drawn by the base alone
                     name = waiting.pop(0)
                     runs[name] = begun_run(name)
+                    tell(name, "training")
                     advance(name)
                     stop = stop or stopping.signal
                 for name in list(runs):
@@ -229,7 +238,7 @@ def in_a_pass(jobs: Sequence[Job], asked: int | None) -> int:
     base, lora, config = jobs[0].base, jobs[0].lora, jobs[0].config
     reason = obstacle(base, lora, config)
     if reason is not None and asked not in (None, 1):
-        raise SettingsError(f"together={asked} is not possible: {reason}; pass together=1")
+        raise SettingsError(f"{setting('together', asked)} is not possible: {reason}; pass {setting('together', 1)}")
     most = min(asked or MOST, len(jobs)) if reason is None else 1
     if asked is None and most > 1:
         photos = most * max(job.photos for job in jobs)
@@ -243,12 +252,17 @@ def named_subjects(subjects: Mapping[str, Subject | Sequence[Subject]]) -> dict[
         raise SettingsError('subjects: pass them by name, e.g. {"rex": rex, "brew": brew}')
     found: dict[str, list[Subject]] = {}
     for name, subject in subjects.items():
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise SettingsError(f"name {shown(repr(name))[:80]}; needed: up to 100 letters, digits, spaces, and . _ - within")
-        if name.casefold() in {other.casefold() for other in found}:
-            raise SettingsError(f"name {name!r} differs from another one in case only; choose another name")
+        check_name(name, found)
         found[name] = subjects_of(subject)
     return found
+
+
+def check_name(name: str, others: Iterable[str]) -> None:
+    """Raises SettingsError unless it can be a folder's, beside those of these others."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise SettingsError(f"name {shown(repr(name))[:80]}; needed: up to 100 letters, digits, spaces, and . _ - within")
+    if name.casefold() in {other.casefold() for other in others}:
+        raise SettingsError(f"name {name!r} is taken, or differs from another one in case only; choose another name")
 
 
 def course(
@@ -288,10 +302,6 @@ def course(
             return done, 0
 
         # photos -> latents, with settings that fit into memory; a resumed run keeps those that it started with
-        for one in subjects:
-            report = check_token(one.token, base.tokenizer, known_rare=base.rare_tokens)
-            for note in (*report.problems, *report.warnings):
-                screen.say(f"note: {note}")
         for note in size_note(base, drawable(base, config.sample_size, "sample_size")):
             screen.say(f"note: {note}")
         levels = {}
@@ -300,6 +310,12 @@ def course(
             drawn = replace(config, class_images=0)
         if together is None and state is None and not is_ample(base, lora, drawn, photos=pictures):
             levels = levels_that_fit(base, lora, drawn, photos=pictures, say=screen.say)
+        for one in subjects:  # before class images are drawn
+            read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
+            words = {"prompt": one.instance_prompt, "class_noun": one.class_noun}
+            report = check_token(one.token, base.tokenizer, **read, **words)
+            for note in (*report.problems, *report.warnings):
+                screen.say(f"note: {one.token}: {note}")
         encode = partial(prepare, base, subjects, lora=lora, config=config, say=screen.say, on_progress=screen.progress)
         if folder is not None:
             encode = partial(encode, on_crop=folder.save_crop)

@@ -39,12 +39,13 @@ from lora_booth.cli.options import Loading, Placement, Reading, comments, option
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import SettingsError, in_command, setting
 from lora_booth.pictures.composition import Composition
+from lora_booth.serve.limits import Limits
 from lora_booth.subject.subject import Subject
 from lora_booth.subject.tokens import propose_tokens
 from lora_booth.training.lock import locked_file
 
 ROOT = Path(__file__).parent.parent
-CALLBACKS: dict[str, Callable[..., None]] = {one.callback.__name__: one.callback for one in cli.app.registered_commands}
+CALLBACKS: dict[str, Callable[..., None]] = {one.name: one.callback for one in cli.app.registered_commands}
 COMMANDS = list(CALLBACKS)
 TRAIN = inspect.signature(CALLBACKS["train"]).parameters
 
@@ -450,6 +451,7 @@ MISTAKES = [
         "train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --base {tiny} --prior-loss-weight 0 --rank 300",
         "rank 300",
     ),
+    ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --template dog", "lacks {token}"),
     ("train {photos} --token sks --class-noun dog", "--out"),
     ("train --token sks", "folder"),
     ("generate {rex} --prompt x --base {tiny} --seeds 3-", "seeds '3-'"),
@@ -597,8 +599,13 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "token": ((BaseModel.load, propose_tokens), {}, {"base", "check"}),
     "train": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train, Adapter.save),
-        {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images"},
+        {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images", "template": "templates"},
         {"folder", "base", "run", "auto_masks", "caption_model", "settings"},
+    ),
+    "train-many": (
+        (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train_many),
+        {"min_photos": "minimum", "max_photos": "maximum"},
+        {"jobs", "base", "settings"},
     ),
     "cache": ((), {}, {"clear"}),
     "plan": ((LoraSpec, TrainingConfig, lora_booth.plan), {"vram": "vram_gb"}, {"base", "family", "json"}),
@@ -634,6 +641,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "bake": ((bake, BaseModel.load), {}, {"base"}),
     "diff": ((), {}, {"a", "b", "modules", "json"}),
     "studio": ((), {}, {"folder", "port", "host", "browser"}),
+    "serve": ((Limits, BaseModel.load), {}, {"adapters", "base", "host", "port", "token"}),
 }
 
 
@@ -802,7 +810,6 @@ PYTHON_ONLY = (  # mistakes that no command can make
     "writes files into the run folder",
     "only a loaded base can be timed",
     "measure=True with ",
-    "together=",
     "find_regions needs",
     "regions cannot be one adapter",
     "save_pretrained",

@@ -137,7 +137,8 @@ def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 
 ROOMS = (  # in the order of the way; each imports only from those before it
     *("errors", "files", "cache", "config", "photos", "subject", "toybox", "base", "adapters", "kernels", "injection"),
-    *("adapters.tools", "training", "planning", "pictures", "evaluation", "report", "run", "notebook", "studio", "cli"),
+    *("adapters.tools", "training", "planning", "pictures", "evaluation", "report", "run", "notebook"),
+    *("studio", "serve", "cli"),
 )
 
 

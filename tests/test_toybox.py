@@ -20,6 +20,7 @@ from PIL import Image
 
 from lora_booth.base.base_model import TOYBOX_FOLDER, BaseModel
 from lora_booth.base.diffusers_folder import declared_rare_tokens
+from lora_booth.subject.tokens import check_token, propose_tokens
 from lora_booth.toybox import world
 from lora_booth.toybox.judge import OBJECT_HEADS, SCENE_HEADS, JudgeNet, judge, read
 from lora_booth.toybox.scenery import CONTEXTS
@@ -381,6 +382,20 @@ JUDGE_FLOOR = {  # accuracy on held-out renders, 0.04 below the figures in bench
     **dict.fromkeys(OBJECT_HEADS, 0.95),
     **dict.fromkeys(SCENE_HEADS, 0.96),
 }
+
+
+def test_no_rare_token_is_inert():
+    base = BaseModel.load("toybox", device="cpu")
+    read = {"known_rare": RARE_TOKENS, "encode": base.encode_text}
+    assert all(check_token(token, base.tokenizer, **read).ok for token in RARE_TOKENS)
+    table = base.pipeline.text_encoder.get_input_embeddings().weight.data
+    article, sks = base.tokenizer.convert_tokens_to_ids(["a</w>", "sks</w>"])
+    table[sks] = table[article] + 0.3 * (table[sks] - table[article])  # as if hardly trained
+    assert set(propose_tokens(base.tokenizer, **read)) == set(RARE_TOKENS) - {"sks"}
+    [problem] = check_token("sks", base.tokenizer, **read).problems
+    assert "says next to nothing to the text encoder" in problem and "pass another token, e.g. " in problem
+    assert check_token("sks", base.tokenizer, prompt="a photo of a sks owl", class_noun="owl", **read).ok
+    assert check_token("sks", base.tokenizer, known_rare=RARE_TOKENS).ok  # by the vocabulary alone
 
 
 def test_the_judge_reads_held_out_renders(model):

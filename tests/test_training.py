@@ -342,6 +342,28 @@ def test_a_sample_size_is_checked_before_training(rex: Subject, capsys: pytest.C
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_token_that_no_text_encoder_tells_from_an_article_is_reported(
+    kind: str, rex: Subject, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_of(kind)
+
+    def said(subject: Subject) -> str:
+        train(base, subject, config=replace(ALONE, steps=1))
+        return capsys.readouterr().err
+
+    for encoder, words in zip(base.text_encoders.values(), base.tokenizers, strict=True):
+        assert "next to nothing" not in said(rex)  # as long as one of them can tell
+        sks, a = words.convert_tokens_to_ids(["sks</w>", "a</w>"])
+        table = encoder.get_input_embeddings().weight.data
+        table[sks] = table[a]
+    remedy = 'templates="a photo of a {token} {class_noun}"'
+    told = said(rex)
+    assert "note: sks: it says next to nothing to the text encoder: it takes the prompt 0.00 times as far" in told
+    assert remedy in told  # this vocabulary has no rare token to propose
+    assert "next to nothing" not in said(replace(rex, templates=("a photo of a {token} {class_noun}",)))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_resolution_without_gradients_is_refused(kind: str, rex: Subject) -> None:
     base = base_of(kind)
     least = base.pixels_per_latent * (2 ** (len(base.unet.config.block_out_channels) - 1) + 1)

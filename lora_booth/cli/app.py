@@ -79,8 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     finally:
         in_command.reset(outside)
     if code == INTERRUPTED:
-        note("interrupted; run the same command again to continue" if "train" in words[:1] else "interrupted")
+        training = words[:1] in (["train"], ["train-many"])
+        note("interrupted; run the same command again to continue" if training else "interrupted")
     sys.exit(code or 0)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A training that has said what its interrupt means ends the program without another line."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            sys.exit(INTERRUPTED)
+        raise
 
 
 PARSER = re.compile(r"Value error, |Input |, unable to parse string as an? \w+")  # typer's parser speaks to programmers

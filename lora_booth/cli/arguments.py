@@ -39,11 +39,11 @@ def check_place(file: Path, option: str = "--out") -> None:
     check_written(file, file, option)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, option: str = "--out") -> None:
     """The same for a folder that gets files."""
     if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"{folder}: is a file; pass --out a folder")
-    check_written(folder, folder / "file", "--out")
+        raise SettingsError(f"{folder}: is a file; pass {option} a folder")
+    check_written(folder, folder / "file", option)
 
 
 def check_written(named: Path, file: Path, option: str) -> None:

@@ -92,7 +92,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return app.command()(run)
+    return app.command(function.__name__.replace("_", "-"))(run)
 
 
 def options_of(group: Any) -> Iterator[inspect.Parameter]:

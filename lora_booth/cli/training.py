@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..config import LoraSpec, PhotoShape, TrainingConfig
 from ..errors import AdapterError, SettingsError, counted
-from .app import INTERRUPTED, note, say, say_json
+from .app import interruptible, note, say, say_json
 from .arguments import check_adapter_file, check_folder, check_place, remember
 from .options import Base, Crop, Json, Loading, Names, Photos, Precision, Quantize, Settings, command, is_given, torch_dtype
 
@@ -77,12 +77,15 @@ def token(
 ) -> None:
     """Propose rare tokens for a base, or check one (exit code 1: it cannot be used)."""
     from ..subject.tokens import check_token, propose_tokens
+    from ..training.encoding import encoded_text
 
     loaded = loading.base(base)
+    read: dict[str, Any] = {"known_rare": loaded.rare_tokens, "encode": partial(encoded_text, loaded)}
     if check is None:
-        say("\n".join(propose_tokens(loaded.tokenizer, count, known_rare=loaded.rare_tokens)))
+        proposed = propose_tokens(loaded.tokenizer, count, **read)
+        say("\n".join(proposed) or "no rare token says anything to its text encoder; --check your own")
         return
-    report = check_token(check, loaded.tokenizer, known_rare=loaded.rare_tokens)
+    report = check_token(check, loaded.tokenizer, **read)
     say(f"{check}: {counted(len(report.pieces), 'piece')}: {' '.join(report.pieces)}")
     for line in (*report.problems, *report.warnings):
         say(line)
@@ -105,6 +108,7 @@ def train(
     init: Path | None = None,  # adapter file to begin with, e.g. rex.safetensors [a new adapter]
     auto_masks: bool = False,  # mask photos that have no mask where rembg is sure of the subject (needs lora-booth[masks])
     caption_model: str | None = None,  # captions photos without one, e.g. Salesforce/blip-image-captioning-base
+    template: list[str] | None = None,  # prompts of the photos, in turn, e.g. 'a photo of a {token} {class_noun}'; repeatable
     class_folder: Path | None = None,  # your own pictures of the plain class, instead of drawn ones, e.g. photos/dogs
     run: Path | None = None,  # folder for checkpoints and the report, e.g. runs/rex [OUT without its ending]
     track: list[str] | None = None,  # log to tensorboard (files in --run) or wandb (uploads samples too); repeatable
@@ -121,7 +125,7 @@ def train(
     """Train an adapter on a folder of photos. Run the same command again to continue an interrupted run."""
     from ..photos.captioning import caption_model as photo_captioner
     from ..run import train as train_adapter
-    from ..subject.subject import Subject
+    from ..subject.subject import INSTANCE_TEMPLATE, Subject
     from ..training.checkpoint import ADAPTER
     from ..training.distributed import is_main, own_gpu
     from ..training.lock import locked_file
@@ -133,6 +137,7 @@ def train(
         class_noun=class_noun,
         minimum=min_photos,
         maximum=max_photos,
+        templates=template or (INSTANCE_TEMPLATE,),
         crop=crop,
         masks="auto" if auto_masks else None,
         captioner=None if caption_model is None else photo_captioner(caption_model),
@@ -149,7 +154,7 @@ def train(
         note("the toybox is a tiny model for trials: 64 x 64 pixels, drawn scenes; for real photos pass --base, e.g. a Hub id")
     remember(loaded, base)
     with locked_file(out) if is_main() else nullcontext():
-        try:
+        with interruptible():
             adapter = train_adapter(
                 loaded,
                 subject,
@@ -162,10 +167,6 @@ def train(
                 restart=restart,
                 track=track or (),
             )
-        except KeyboardInterrupt as stop:
-            if stop.args:  # the run has said what to do next
-                sys.exit(INTERRUPTED)
-            raise
         if not is_main():
             return
         try:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..base.changes import undone
 from ..base.quantization import packing_of
-from ..errors import TrainingError
+from ..errors import TrainingError, setting
 from .attention import kernel_of
 from .autograd import FrozenConv2d, Geglu, NormBeside, SumAndNorm
 from .lora import FlatFactors, LoraLinears, LoraPiece
@@ -115,7 +115,7 @@ def lean_lora(factors: FlatFactors, layer: Any, x: Tensor, *args: Any, **kwargs:
     piece = None if args or kwargs or not usable(x) else factors.piece_of(layer, x)
     if piece is None:
         if factors.several and not layer.disable_adapters:
-            raise TrainingError("this base cannot compute several adapters at once; pass together=1")
+            raise TrainingError(f"this base cannot compute several adapters at once; pass {setting('together', 1)}")
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     return projected(x, [piece])[0]
 

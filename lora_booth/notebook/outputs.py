@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,13 +42,14 @@ def compare(*bases: str, photos: int = 5, steps: int | None = None) -> None:
 def judge(token: str, base: BaseModel) -> None:
     """Print whether the token is free to take a new meaning in this base, and other tokens that are."""
     from ..subject.tokens import check_token, propose_tokens
+    from ..training.encoding import encoded_text
 
-    rare = base.rare_tokens
-    report = check_token(token, base.tokenizer, known_rare=rare)
+    read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
+    report = check_token(token, base.tokenizer, **read)
     print(token, "is not free:" if report.problems else "can be used, but others are better:" if report.warnings else "is free")
     for line in (*report.problems, *report.warnings):
         print(" ", line)
-    print("others:", *(one for one in propose_tokens(base.tokenizer, known_rare=rare) if one != token))
+    print("others:", *(one for one in propose_tokens(base.tokenizer, **read) if one != token))
 
 
 def watch(run: str | Path, *, every: float = 5.0) -> Callable[[Step], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,16 @@ def photos_tab(studio: Studio) -> View:
     def judge(name: str | None, class_noun: str | None, word: str | None) -> tuple[str, str]:
         """Keep what the subject is called, and say whether the token is free. Without one, propose it."""
         from ..subject.tokens import check_token, propose_tokens
+        from ..training.encoding import encoded_text
 
         base = studio.models.base()
-        rare = base.rare_tokens
+        read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
         taken = {folder.facts(one)["token"] for one in folder.names("photos") if one != name}
-        proposed = propose_tokens(base.tokenizer, MOST_PROPOSED + len(taken), known_rare=rare)
+        proposed = propose_tokens(base.tokenizer, MOST_PROPOSED + len(taken), **read)
         free = [one for one in proposed if one not in taken][:MOST_PROPOSED]
         word = (word or "").strip() or (name and folder.facts(check_name(name))["token"]) or next(iter(free), "")
-        report = check_token(word, base.tokenizer, known_rare=rare)
         called = (class_noun or "").strip()
+        report = check_token(word, base.tokenizer, **read, class_noun=called or "dog")
         if not called or not name:
             return word, lines("Say what it is, e.g. dog or coffee mug." if name else "Give the subject a name, e.g. rex.")
         folder.describe(name, word, called)

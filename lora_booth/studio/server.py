@@ -81,14 +81,8 @@ def token_of(path: Path) -> str:
 def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
     """Until Ctrl-C. Trainings go on without it. Raises SettingsError if the port is taken."""
     app, token = app_of(root)
-    import uvicorn
-
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise SettingsError(f"port {port} on {host} cannot be used ({error.strerror}); pass another as --port") from None
-    named = f"[{host}]" if ":" in host else host
-    address = f"http://{named}:{listening.getsockname()[1]}/?token={token}"
+    place, origin = listening(host, port)
+    address = f"{origin}/?token={token}"
     say(f"the studio of {root}: {address}")
     if host not in LOCAL:
         say("note: other machines can reach it; whoever has this address can use it, and what is sent is not encrypted")
@@ -97,5 +91,21 @@ def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str
         import webbrowser
 
         threading.Timer(0.5, webbrowser.open, [address]).start()
+    run(app, place)
+
+
+def listening(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket, and its address. Raises SettingsError if the port is taken."""
+    try:
+        place = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SettingsError(f"port {port} on {host} cannot be used ({error.strerror}); pass another as --port") from None
+    return place, f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
+
+
+def run(app: Any, place: socket.socket) -> None:
+    """Until Ctrl-C."""
+    import uvicorn
+
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, access_log=False)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[place])

@@ -16,7 +16,7 @@ from ..photos.cropping import Cropping
 from ..photos.finding import find_photos
 from ..photos.masks import MaskSource, Segmenter
 from ..photos.photo import Photo, PhotoSet, Region, Skipped
-from .tokens import SYNTAX, check_token_text
+from .tokens import ARTICLE_TEMPLATE, SYNTAX, check_token_text
 from .wording import article, subject_pattern, with_article
 
 INSTANCE_TEMPLATE = "a photo of {token} {class_noun}"
@@ -134,7 +134,8 @@ class Subject:
     @property
     def card_prompt(self) -> str:
         """The prompt that an adapter's card suggests: only token and class noun, never your templates or captions."""
-        return self.instance_prompt if self.templates[0] == INSTANCE_TEMPLATE else f"{self.token} {self.class_noun}"
+        known = self.templates[0] in (INSTANCE_TEMPLATE, ARTICLE_TEMPLATE)
+        return self.instance_prompt if known else f"{self.token} {self.class_noun}"
 
     @property
     def class_prompt(self) -> str:

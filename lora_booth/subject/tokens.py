@@ -1,22 +1,26 @@
-"""Checks in the base's vocabulary whether a token is free to take a new meaning.
+"""Checks whether a token is free to take a new meaning: in the base's vocabulary, and by what its text encoder makes of it.
 
 DreamBooth binds a subject to a word that means nothing to the base. A token that already has a meaning, as a word or a
-name, pulls the pictures towards that meaning.
+name, pulls the pictures towards that meaning. One that the text encoder does not tell from an article leaves the prompts
+of subject and class alike: nothing can be bound to it, and prior preservation takes the subject out again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import check, typed
-from ..errors import SubjectError, shown
+from ..errors import SubjectError, listed, setting, shown
+from .wording import subject_pattern, without_subject
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -32,6 +36,11 @@ MAX_PIECES = 3  # chosen
 COMMON_SHARE = 0.8  # of a CLIP vocabulary, which is ordered by frequency: short pieces before that are words; chosen
 RARE_SHARE = 0.9  # proposals come from behind that; chosen
 VOWELS = "aeiouy"
+COLOUR = "red"  # a word that every base can tell from an article
+LEAST_CONTRAST = 0.3  # of a colour's; below it a token says nothing, which benchmarks/RESULTS.md measures on the toybox
+ARTICLE_TEMPLATE = "a photo of a {token} {class_noun}"  # the noun is a word further than in the class prompt
+
+Encode = Callable[[Sequence[str]], Any]  # prompts -> with their `states` (N, tokens, d), as `BaseModel.encode_text` returns
 
 
 @dataclass(frozen=True)
@@ -49,22 +58,116 @@ class TokenReport:
         return not self.problems
 
 
-def check_token(token: str, tokenizer: CLIPTokenizer, *, known_rare: Collection[str] = ()) -> TokenReport:
-    """Judge a token by the vocabulary of the base.
+def check_token(
+    token: str,
+    tokenizer: CLIPTokenizer,
+    *,
+    known_rare: Collection[str] = (),
+    encode: Encode | None = None,
+    prompt: str | None = None,
+    class_noun: str = "dog",
+) -> TokenReport:
+    """Judge a token by the vocabulary of the base, and by its text encoder.
 
     A CLIP vocabulary is ordered by how often its pieces were seen. Any piece of five letters or more is a word (or a
     hashtag), and so is a shorter one, unless it stands near the end.
-    `known_rare` are tokens that the base was never trained on: they always pass. A base with such a list has a closed
-    vocabulary, and was trained on every other complete word in it.
+
+    known_rare  tokens that the base was never trained on: the vocabulary has nothing against them. A base with such a list has
+                a closed vocabulary, and was trained on every other complete word in it
+    encode      `base.encode_text`, to measure how far the prompt is from that of the plain class; None: the vocabulary alone
+    prompt      to read with the token; None: "a photo of TOKEN dog"
+    class_noun  in that prompt
     Raises SubjectError if the token is not one word (empty, with spaces or control characters).
     """
     check_token_text(token)
     check(hasattr(tokenizer, "get_vocab"), f"tokenizer {type(tokenizer).__name__}", "that of a base, base.tokenizer")
-    word = token.lower()  # CLIP reads lower case only
+    encode = typed("encode", encode, Callable | None)
+    class_noun = typed("class_noun", class_noun, str)
+    prompt = typed("prompt", prompt, str | None) or f"a photo of {token} {class_noun}"
     pieces = tuple(tokenizer.tokenize(token))
-    if word in known_rare:
-        return TokenReport(token, pieces, ())
+    known = token.lower() in known_rare  # CLIP reads lower case only
+    problems, warnings = _by_vocabulary(token, pieces, tokenizer, known_rare) if not known else ([], [])
+    if encode is not None and not problems:
+        [contrast] = contrasts([token], prompt, token, class_noun, encode)
+        if contrast < LEAST_CONTRAST:
+            others: list[str] = []
+            with suppress(SubjectError):  # there may be no rare token
+                others = propose_tokens(tokenizer, known_rare=known_rare, encode=encode)
+            template = setting("templates", ARTICLE_TEMPLATE, option=f"--template '{ARTICLE_TEMPLATE}'")
+            problems.append(
+                f"it says next to nothing to the text encoder: it takes the prompt {contrast:.2f} times as far from the plain "
+                f"class as {COLOUR!r} does; pass {f'another token, e.g. {listed(others, 3)}' if others else template}"
+            )
+    return TokenReport(token, pieces, tuple(problems), tuple(warnings))
+
+
+def contrasts(words: Sequence[str], prompt: str, token: str, class_noun: str, encode: Encode) -> list[float]:
+    """For each word as the token of this prompt: how far the text encoders keep it from the prompt of the plain class.
+
+    The distance is that of all states; the one that a colour makes counts 1. Infinite where a colour makes none, because the
+    text encoder reads no prompt to that place.
+    """
+    named = [re.sub(subject_pattern(token, None), word, prompt, flags=re.IGNORECASE) for word in (COLOUR, *words)]
+    prompts = [without_subject(prompt, token, class_noun), *named]
+    states = encode(prompts).states.detach().float().flatten(1)  # (N, tokens * d)
+    colour, *each = (states[1:] - states[0]).norm(dim=1).tolist()
+    return [one / colour if colour else math.inf for one in each]
+
+
+def propose_tokens(
+    tokenizer: CLIPTokenizer,
+    count: int = 8,
+    *,
+    known_rare: Collection[str] = (),
+    seed: int = 0,
+    encode: Encode | None = None,
+) -> list[str]:
+    """Up to `count` tokens of three or four letters, each one rare piece; the same for the same seed.
+
+    With `known_rare`, those of them that are one piece. Otherwise they come from the last tenth of the vocabulary, without
+    pronounceable ones, names and well-known abbreviations. With `encode`, as for `check_token`, those that the text encoder
+    tells from an article, which may be none.
+    Raises SubjectError if the vocabulary has none.
+    """
+    check(hasattr(tokenizer, "get_vocab"), f"tokenizer {type(tokenizer).__name__}", "that of a base, base.tokenizer")
+    check(typed("count", count, int) >= 1, f"count {count}", "at least 1")
+    encode = typed("encode", encode, Callable | None)
     vocabulary = tokenizer.get_vocab()
+    pool = sorted({word for word in known_rare if word + END in vocabulary})
+    if not known_rare:
+        first = RARE_SHARE * len(vocabulary)
+        rare = sorted((number, piece.removesuffix(END)) for piece, number in vocabulary.items() if piece.endswith(END))
+        pool = [word for number, word in rare if number >= first and _is_proposable(word)]
+    if not pool:
+        raise SubjectError("the base's vocabulary has no rare token to propose; choose your own, e.g. 'ohwx'")
+    found = random.Random(seed).sample(pool, min(count, len(pool)))
+    if encode is None:
+        return found
+    each = contrasts(found, f"a photo of {found[0]} dog", found[0], "dog", encode)
+    return [word for word, contrast in zip(found, each, strict=True) if contrast >= LEAST_CONTRAST]
+
+
+def check_token_text(token: str) -> None:
+    """Raises SubjectError if a token is not one printable word without punctuation, of at most 64 characters."""
+    plain = typed("token", token, str).strip(PUNCTUATION)
+    fits = 0 < len(plain) <= 64 and plain.isprintable() and not any(c.isspace() or c in SYNTAX for c in plain)
+    if plain != token or not fits:
+        wanted = "one word without braces or other punctuation, at most 64 characters"
+        raise SubjectError(f"token '{shown(token[:70])}'; needed: {wanted}, e.g. {plain if fits else 'ohwx'!r}")
+
+
+@cache
+def _words(*lists: str) -> frozenset[str]:
+    """The words of these lists of words.json."""
+    data = json.loads(WORDS.read_text(encoding="utf-8"))
+    return frozenset(word for name in lists for word in data[name])
+
+
+def _by_vocabulary(
+    token: str, pieces: Sequence[str], tokenizer: CLIPTokenizer, known_rare: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Problems and warnings."""
+    word, vocabulary = token.lower(), tokenizer.get_vocab()
     parts = [piece.removesuffix(END) for piece in pieces]
     known = [part for part in parts if _is_known_word(part, vocabulary) and (len(parts) == 1 or len(part) >= 3)]
     problems: list[str] = []
@@ -88,43 +191,7 @@ def check_token(token: str, tokenizer: CLIPTokenizer, *, known_rare: Collection[
         warnings.append("it looks like a person's name, and the base links names to pictures of people; choose a rare token")
     if word != token:
         warnings.append(f"the base reads lower case only: {token} and {word} are the same to it")
-    return TokenReport(token, pieces, tuple(problems), tuple(warnings))
-
-
-def propose_tokens(tokenizer: CLIPTokenizer, count: int = 8, *, known_rare: Collection[str] = (), seed: int = 0) -> list[str]:
-    """Up to `count` tokens of three or four letters, each one rare piece; the same for the same seed.
-
-    With `known_rare`, those of them that are one piece. Otherwise they come from the last tenth of the vocabulary, without
-    pronounceable ones, names and well-known abbreviations.
-    Raises SubjectError if the vocabulary has none.
-    """
-    check(hasattr(tokenizer, "get_vocab"), f"tokenizer {type(tokenizer).__name__}", "that of a base, base.tokenizer")
-    check(typed("count", count, int) >= 1, f"count {count}", "at least 1")
-    vocabulary = tokenizer.get_vocab()
-    pool = sorted({word for word in known_rare if word + END in vocabulary})
-    if not known_rare:
-        first = RARE_SHARE * len(vocabulary)
-        rare = sorted((number, piece.removesuffix(END)) for piece, number in vocabulary.items() if piece.endswith(END))
-        pool = [word for number, word in rare if number >= first and _is_proposable(word)]
-    if not pool:
-        raise SubjectError("the base's vocabulary has no rare token to propose; choose your own, e.g. 'ohwx'")
-    return random.Random(seed).sample(pool, min(count, len(pool)))
-
-
-def check_token_text(token: str) -> None:
-    """Raises SubjectError if a token is not one printable word without punctuation, of at most 64 characters."""
-    plain = typed("token", token, str).strip(PUNCTUATION)
-    fits = 0 < len(plain) <= 64 and plain.isprintable() and not any(c.isspace() or c in SYNTAX for c in plain)
-    if plain != token or not fits:
-        wanted = "one word without braces or other punctuation, at most 64 characters"
-        raise SubjectError(f"token '{shown(token[:70])}'; needed: {wanted}, e.g. {plain if fits else 'ohwx'!r}")
-
-
-@cache
-def _words(*lists: str) -> frozenset[str]:
-    """The words of these lists of words.json."""
-    data = json.loads(WORDS.read_text(encoding="utf-8"))
-    return frozenset(word for name in lists for word in data[name])
+    return problems, warnings
 
 
 def _is_known_word(word: str, vocabulary: Mapping[str, int]) -> bool:

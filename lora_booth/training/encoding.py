@@ -34,7 +34,7 @@ from ..photos.cropping import Crop, Cropped, WidthHeight, crop_photo, picture_si
 from ..photos.photo import Photo
 from ..subject.subject import Subject
 from ..subject.wording import subject_pattern
-from .latents import Bucket, LatentCache, LatentSet
+from .latents import Bucket, LatentCache, LatentSet, conditions
 
 Pictures = dict[WidthHeight, list[tuple[Cropped, str]]]  # of each size, with their prompts
 
@@ -316,6 +316,11 @@ def encode_prompts(base: BaseModel, prompts: Sequence[str]) -> dict[str, TextCon
     """Text conditions of each distinct prompt, through the cache on disk."""
     depends_on = text_dependencies(base)
     return {prompt: conditions_of(base, prompt, depends_on) for prompt in dict.fromkeys(prompts)}
+
+
+def encoded_text(base: BaseModel, prompts: Sequence[str]) -> TextConditions:
+    """Those of these prompts, in order."""
+    return conditions(base, encode_prompts(base, prompts), prompts)
 
 
 def conditions_of(base: BaseModel, prompt: str, depends_on: Mapping[str, Any] | None) -> TextConditions:

@@ -15,7 +15,7 @@ from ..adapters.contents import LoraFactors
 from ..base.base_model import BaseModel
 from ..base.quantization import packing_of
 from ..config import LoraSpec, SettledConfig, TrainingConfig
-from ..errors import TrainingError, reason_of
+from ..errors import TrainingError, reason_of, setting
 from ..injection import TrainableLora, base_layer, target_paths, trainable
 from ..kernels.attention import fastest_attention
 from ..kernels.capture import layout_of
@@ -157,7 +157,7 @@ class Together:
                 raise
             reason = reason_of(error)
         if len(parts) == 1:  # out here: the exception's traceback holds tensors
-            raise TrainingError(f"out of memory ({reason}); pass together=1, which can do with less")
+            raise TrainingError(f"out of memory ({reason}); pass {setting('together', 1)}, which can do with less")
         self.most = -(-len(parts) // 2)
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

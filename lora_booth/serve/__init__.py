@@ -1,0 +1,1 @@
+"""Pictures over HTTP, for many callers at once: `lora-booth serve`."""
