@@ -312,8 +312,8 @@ def course(
             levels = levels_that_fit(base, lora, drawn, photos=pictures, say=screen.say)
         for one in subjects:  # before class images are drawn
             read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
-            words = {"prompt": one.instance_prompt, "class_noun": one.class_noun}
-            report = check_token(one.token, base.tokenizer, **read, **words)
+            read |= {"prompt": one.instance_prompt, "class_noun": one.class_noun}
+            report = check_token(one.token, base.tokenizer, **read)
             for note in (*report.problems, *report.warnings):
                 screen.say(f"note: {one.token}: {note}")
         encode = partial(prepare, base, subjects, lora=lora, config=config, say=screen.say, on_progress=screen.progress)
