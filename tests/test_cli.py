@@ -501,7 +501,7 @@ MISTAKES = [
     ("bake {rex} --base {tiny} --out {two}", "already exists"),
     ("bake {rex} --base {tiny} --out {tmp}/a.safetensors --dtype int8", "is not one of 'fp16', 'bf16', 'fp32'"),
     ("bake {rex} --base toybox --out {tmp}/a", "in toybox; use --base tiny"),
-    ("bake {rex} --base toybox --out {tmp}/a.safetensors", "no single file holds a U-Net that takes 6 channels"),
+    ("bake {rex} --base toybox --out {tmp}/a.safetensors", "no single file holds latents of 8 channels"),
     ("extract {tiny} --base {tiny} --out {tmp}/a.safetensors --rank 2", "nothing to extract"),
     ("extract {tiny} --base toybox --out {tmp}/a.safetensors --rank 2", "neither was made from the other"),
     ("extract {tiny} --base {tiny} --out {tmp}/a.safetensors", "neither a rank nor an energy"),
@@ -889,7 +889,7 @@ def test_training_on_the_toybox_by_default_says_what_that_is(call, photos, tmp_p
 # --- words that are wrong ------------------------------------------------------------------------------------------------
 
 USAGE = [
-    (["trian", "photos"], "No such command 'trian'. Did you mean 'train'? See: lora-booth --help"),
+    (["trian", "photos"], "No such command 'trian'. Did you mean 'train', 'train-many'? See: lora-booth --help"),
     (["generat"], "No such command 'generat'. Did you mean 'generate'? See: lora-booth --help"),
     (["train", "rex", "--stpes", "4"], "No such option: --stpes. Did you mean --steps? See: lora-booth train --help"),
     (["grid", "--promt", "x"], "No such option: --promt. Did you mean --prompt? See: lora-booth grid --help"),

@@ -27,6 +27,7 @@ from ..metadata import SGM_IMPLEMENTATION, base_entries
 from ..reading import PICKLE_SUFFIXES
 from ..writing import DTYPES
 
+LATENT_CHANNELS = 4  # of every VAE in them
 CHANNELS = (4, 8, 9)  # that U-Nets in single files take: of models for text to image, editing (InstructPix2Pix) and inpainting
 PRIVATE = ("_name_or_path", "name_or_path")  # where a configuration was loaded from, which is often somebody's folder
 
@@ -71,6 +72,7 @@ def check_single_file(base: BaseModel) -> None:
             f"a U-Net that takes {channels} channels": channels not in CHANNELS,
             f"prediction type {schedule.get('prediction_type')!r}": schedule.get("prediction_type") not in family.modelspec,
             f"the noise schedule of its {type(parts['scheduler']).__name__}": not is_usual(schedule, family),
+            f"latents of {vae.get('latent_channels')} channels": vae.get("latent_channels") != LATENT_CHANNELS,
             "a VAE with latents_mean": vae.get("latents_mean") is not None,
         }
     for reason, found in reasons.items():
