@@ -38,6 +38,7 @@ SUBJECTS = HELD_OUT | TWINS
 CROSS_CLASS = (("olga", "brew"), ("rex", "zoom"), ("bolt", "misty"), ("coal", "olga"), ("mint", "rust"))
 SAME_CLASS = (("rex", "coal"), ("brew", "mint"), ("bolt", "rust"))
 TOKENS = ("sks", "zwx")
+SHARES = (0.65, 0.8, 0.9, 1.0)  # of the steps, that the adapters redraw
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 OUTCOMES = ("bound", "swapped", "blended", "duplicated", "vanished", "weak")
 
@@ -64,6 +65,8 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
         "auto noise": {"adapters": adapters, "regions": "auto", "isolate": "noise"},
         "noise from .15": {"regions": boxes, "isolate": "noise", "start": 0.15},
         "none": {},
+        "redraw delta .8": {"adapters": adapters, "redraw": 0.8, "isolate": "delta"},
+        **{f"redraw {share:g}": {"adapters": adapters, "redraw": share} for share in SHARES},
     }
     return Composition(base, **settings[method])
 
@@ -75,6 +78,8 @@ METHODS = {  # and their names in the plot
     "noise from .15": "regions, noise from .15",
     "auto delta": "automatic, delta",
     "auto noise": "automatic, noise (default)",
+    "redraw delta .8": "redraw .8, delta",
+    **{f"redraw {share:g}": f"redraw {share:g}" for share in SHARES},
 }
 MEASURES = {"bound": "tab:blue", "told apart": "tab:cyan", "blended": "tab:gray"}  # in the plot, and their colours
 

@@ -171,6 +171,7 @@ def compositions(dog: Adapter, owl: Adapter) -> dict[str, dict]:
     return {
         "sum": {"adapters": [(dog, 0.7), (owl, -0.25)], "method": "sum"},
         "auto": {"adapters": [(dog, 0.5), owl], "regions": "auto"},
+        "redraw": {"adapters": [dog, owl], "redraw": 0.6, "isolate": "delta"},
         "places": {
             "adapters": [(dog, 0.5)],
             "regions": [Region(owl, box=(0, 0, 0.5, 1), prompt="a do, big")],
@@ -181,7 +182,7 @@ def compositions(dog: Adapter, owl: Adapter) -> dict[str, dict]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")  # the sum blends them, as it says
-@pytest.mark.parametrize("name", ["sum", "auto", "places"])
+@pytest.mark.parametrize("name", ["sum", "auto", "redraw", "places"])
 def test_command_and_python_draw_the_picture_again(studio_files, monkeypatch, capsys, name):
     folder, base = studio_files
     monkeypatch.chdir(folder)

@@ -47,6 +47,7 @@ def settings(adapters: list[Adapter]) -> dict[str, dict]:
     mask = Image.new("L", (32, 32), 255)
     return {
         "auto": {"adapters": [rex, (bob, 0.7)], "regions": "auto", "isolate": "delta"},
+        "redraw": {"adapters": [rex, (bob, 0.7)], "redraw": 0.7},
         "default": {"adapters": [rex, bob]},
         "boxes": {"adapters": [(rex, Weight(0.5, blocks={"mid": 0.0}, end=0.5))], "regions": [Region(bob, box=(0, 0, 0.5, 1))]},
         "masks": {"regions": [Region(rex, mask=mask, weight=0.4, prompt="sks"), Region(bob, box=(0.5, 0, 1, 1))], "start": 0.3},
@@ -59,7 +60,7 @@ def same(a: list[Picture], b: list[Picture]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
-@pytest.mark.parametrize("name", ["auto", "default", "boxes", "masks"])
+@pytest.mark.parametrize("name", ["auto", "redraw", "default", "boxes", "masks"])
 def test_a_recipe_replays_to_the_same_pictures(base, files, tmp_path, name):
     adapters = [Adapter.load(path) for path in files]
     studio = Composition(base, **settings(adapters)[name])

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +32,10 @@ from ..photos.opening import read_picture
 from .inpainting import draw_into, drawn_size, inpaints, part_around, pasted
 from .picture import AUTO_START, Making, Picture
 from .preflight import Preflight, misfits, overlaps_of, ways_to_place
+from .redraw import Redrawing, TwoStages
 from .regional import EMPTY, AttentionMaps, Isolation, Regional, refuse_hidden_adapters, with_rest
 from .regions import Masks, Region, masks_of
-from .subjects import clashes, find_phrase, other_syntax, subjects_of, token_positions, unnamed, unread, without
+from .subjects import clashes, find_phrase, noun_positions, other_syntax, subjects_of, token_positions, unnamed, unread, without
 from .unet_hook import UNetHook
 from .weights import Weight
 
@@ -68,6 +70,9 @@ class Composition:
     start       share of the denoising steps before which all adapters are active everywhere
     background  prompt of what no region covers; None: the picture's prompt without its subjects
     together    run several passes as one batch; False takes less memory
+    redraw      share of the denoising steps, e.g. 0.8, in which the adapters redraw, each in its region, a picture that the
+                base alone draws first with the plain class of every subject. Automatic regions are where it drew them, and
+                what no region covers stays. None: the adapters draw from the start
     Every call restores the pipeline. Raises SettingsError for settings that contradict each other.
     """
 
@@ -82,6 +87,7 @@ class Composition:
         start: float | None = None,
         background: str | None = None,
         together: bool = True,
+        redraw: float | None = None,
     ) -> None:
         self.base = BaseModel.of(base)
         self.adapters = everyone_of(adapters)
@@ -99,13 +105,18 @@ class Composition:
         self.places: Sequence[Region] = [] if isinstance(regions, str) else regions
         self.placed = everyone_of([(place.adapter, place.weight) for place in self.places])
         self.background, self.together = typed("background", background, str | None), typed("together", together, bool)
-        default = AUTO_START if regions == "auto" else 0.0
+        self.redraw = typed("redraw", redraw, float | None)
+        check(self.redraw is None or 0 < self.redraw <= 1, f"redraw {redraw}", "more than 0 to 1; 0.6 to 0.9 is usual")
+        default = AUTO_START if regions == "auto" and redraw is None else 0.0
         self.start = default if start is None else typed("start", start, float)
         check(0 <= self.start < 1, f"start {self.start:g}", "0 to 1, a share of the denoising steps")
-        if self.method != "regions" and (start or background is not None):
-            raise SettingsError("start and background are settings of regions; pass regions, or leave them out")
+        if self.method != "regions" and (start or background is not None or redraw is not None):
+            raise SettingsError("start, background and redraw are settings of regions; pass regions, or leave them out")
+        if redraw is not None and (start or background is not None):
+            raise SettingsError("redraw begins with the base's picture and keeps its background; leave out start and background")
         if regions == "auto":
-            check(self.start > 0, "start 0", "more than 0 with automatic regions, which read attention until then")
+            early = self.start > 0 or redraw is not None
+            check(early, "start 0", "more than 0 with automatic regions, which read attention until then")
             if not self.adapters:
                 raise SettingsError("automatic regions without adapters; pass one for each subject")
 
@@ -118,6 +129,7 @@ class Composition:
         if self.method == "sum" or (self.by_default and not self._named(prompt)):  # no subjects to separate
             return {"method": "sum", "regions": (), "isolate": self.isolate, "start": 0.0, "background": None}
         settings = {"isolate": self.isolate, "start": self.start, "background": self.background}
+        settings |= {} if self.redraw is None else {"redraw": self.redraw}
         return {"method": "regions", "regions": self.regions, **settings}
 
     # --- pictures
@@ -151,6 +163,8 @@ class Composition:
         asked["size"] = drawable(self.base, size)
         for text in self.remarks(prompt, negative_prompt, size=asked["size"]):
             warnings.warn(text, CompositionWarning, stacklevel=2)
+        if on_step is not None and "redraw" in self.settings(prompt):  # whose pictures take each step twice
+            on_step = every_second(on_step)
         with self.attached(prompt) as pipeline:
             images = generate_images(
                 pipeline, **asked, weights=self._weighs(prompt, negative_prompt), on_image=on_image, on_step=on_step
@@ -241,7 +255,7 @@ class Composition:
             needed = regional is not None or any(weight.timed for weight in weights)
             pipeline = pipeline or self.base.pipeline
             with UNetHook(pipeline, on, weights).hooked(regional) if needed else nullcontext():
-                yield pipeline, regional
+                yield TwoStages(pipeline, regional) if isinstance(regional, Redrawing) else pipeline, regional
 
     def find_regions(
         self,
@@ -256,7 +270,8 @@ class Composition:
     ) -> list[Region]:
         """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to inspect and to edit.
 
-        Show them with `preview(regions)`; pass them on, edited or not, as `regions=`. Runs only the first steps.
+        Show them with `preview(regions)`; pass them on, edited or not, as `regions=`. Runs only the first steps, or with
+        `redraw` the picture of the base alone.
         """
         if self.regions != "auto":
             raise SettingsError('find_regions needs regions="auto"; this composition has regions of its own')
@@ -277,8 +292,11 @@ class Composition:
             generator = torch.Generator().manual_seed(seed)
             options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
             options |= {"negative_prompt": negative_prompt, **asked}
-            pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
-            masks = regional.maps.masks().full[:, 0]
+            if isinstance(pipeline, TwoStages):
+                pipeline.draw_plain(prompt, **options)
+            else:
+                pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
+            masks = (regional.masks or regional.maps.masks()).full[:, 0]
         found: list[Region] = []
         for (adapter, weight), mask in zip(self._named(prompt), masks, strict=True):
             drawn = Image.fromarray((mask * 255).round().byte().cpu().numpy())
@@ -361,8 +379,13 @@ class Composition:
             return 'method "sum": one subject, and styles'
         return "draw it: each subject has its place" if self.method == "regions" else ways_to_place()
 
-    def _passes(self, prompt: str) -> int:
-        if self.method != "regions" or self.isolate == "delta":
+    def _passes(self, prompt: str) -> float:
+        if self.method != "regions":
+            return 1
+        if self.redraw is not None:
+            count = len(self._named(prompt)) if self.regions == "auto" else len(self.places)
+            return 1 + self.redraw * (1 if self.isolate == "delta" else count)
+        if self.isolate == "delta":
             return 1
         if self.regions == "auto":  # whose masks leave no background
             return max(1, len(self._named(prompt)))
@@ -406,11 +429,17 @@ class Composition:
             scale_text(on[i], weights[i])
             texts.append(None if text is None else self.base.encode_text([text]))
             scale_text(on[i], None)
-        if self.isolate == "noise":
+        if self.isolate == "noise" or self.redraw is not None:
             plain = without(prompt, subjects) if self.background is None else self.background
             background = self.base.encode_text([plain])
-        maps = AttentionMaps(words) if masks is None else None
-        return Regional(self.isolate, members, masks, words, texts, background, self.start, self.together, maps)
+        maps = AttentionMaps(words) if auto else None
+        if auto and self.redraw is not None:  # the base reads no token
+            maps = AttentionMaps([noun_positions(prompt, one, subjects, self.base.tokenizer) for one in subjects])
+        how = (self.isolate, members, masks, words, texts, background, self.start, self.together, maps)
+        if self.redraw is None:
+            return Regional(*how)
+        nouns = [subject.card.class_noun or "object" for subject in subjects]
+        return Redrawing(*how, base=self.base, nouns=nouns, share=self.redraw)
 
 
 def checked(**settings: Any) -> dict[str, Any]:
@@ -431,6 +460,11 @@ def checked(**settings: Any) -> dict[str, Any]:
     if settings.get("sampler") is not None:
         settings["sampler"] = sampler_name(settings["sampler"])
     return settings
+
+
+def every_second(call: Callable[[int], None]) -> Callable[[int], None]:
+    turns = cycle((False, True))
+    return lambda count: call(count) if next(turns) else None
 
 
 def refuse_black(images: Sequence[Image.Image], base: BaseModel) -> None:

@@ -66,7 +66,7 @@ def draw_into(
     """
     generator = torch.Generator().manual_seed(seed)
     options |= {"width": piece.width, "height": piece.height, "generator": generator}
-    if inpaints(pipeline):
+    if inpaints(base.shell):
         return pipeline(image=piece, mask_image=mask, strength=1.0, **options).images[0]
     mean, std = base.encode_images(to_tensor(piece))  # (1, C, h, w)
     noise = torch.randn(mean.shape, generator=generator).to(mean)

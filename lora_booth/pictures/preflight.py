@@ -29,13 +29,13 @@ class Overlap:
 class Preflight:
     """The report of `Composition.preflight`; `str()` gives it as lines.
 
-    passes      U-Net passes per denoising step; 1 for a plain picture
+    passes      U-Net passes per denoising step, on average; 1 for a plain picture
     seconds     for one picture, from a trial of a few steps; None: not tried
     peak_bytes  peak memory on the GPU in the trial; None: not tried, or no GPU
     """
 
     method: str
-    passes: int
+    passes: float
     adapter_bytes: int
     overlaps: tuple[Overlap, ...]
     warnings: tuple[str, ...]
@@ -45,7 +45,7 @@ class Preflight:
     peak_bytes: int | None = None
 
     def __str__(self) -> str:
-        cost = f"{self.passes} pass{'es' if self.passes > 1 else ''} a step"
+        cost = f"{self.passes:g} pass{'es' if self.passes > 1 else ''} a step"
         if self.seconds is not None:
             cost += f", about {self.seconds:.1f} s a picture"
         if self.peak_bytes is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class Regional:
     start: float = 0.0
     together: bool = True
     maps: AttentionMaps | None = None
+    draws_rest: ClassVar[bool] = True  # predicts what no region covers
 
     def __call__(self, hook: UNetHook, call: UNetCall) -> Any:
         if call.progress < self.start:
@@ -76,7 +77,7 @@ class Regional:
         everywhere = set(range(len(hook.attached))) - set(self.members)
         branches = [(everywhere | {i}, text) for i, text in zip(self.members, self.texts, strict=True)]
         shares = with_rest(masks.at(*call.size))  # (N + 1, P, h, w)
-        if shares[-1].max() > EMPTY:
+        if self.draws_rest and shares[-1].max() > EMPTY:
             branches.append((everywhere, self.background))
         else:
             shares = shares[:-1]
@@ -229,14 +230,19 @@ class AttentionMaps:
         maps = F.interpolate(maps, call.size, mode="bilinear")
         self.total = maps if self.total is None else self.total + maps
 
-    def masks(self) -> Masks:
-        """Give each pixel to the subject whose words it attends to most, with soft edges. Raises SettingsError."""
+    def found(self) -> Tensor:
+        """The maps, (N, P, H, W). Raises SettingsError."""
         if self.total is None:  # fused projections, or another kind of attention
             boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
             raise SettingsError(f"no attention could be read to find regions; pass {boxes}")
-        side = max(self.total.shape[-2:])
-        winner = blurred(self.total, SOFTNESS * side).argmax(0)  # (P, H, W)
-        won = torch.stack([(winner == n).float() for n in range(len(self.total))])
+        return self.total
+
+    def masks(self) -> Masks:
+        """Give each pixel to the subject whose words it attends to most, with soft edges. Raises SettingsError."""
+        maps = self.found()
+        side = max(maps.shape[-2:])
+        winner = blurred(maps, SOFTNESS * side).argmax(0)  # (P, H, W)
+        won = torch.stack([(winner == n).float() for n in range(len(maps))])
         return Masks(blurred(won, SOFTNESS * side / 2).clamp(0, 1))
 
 

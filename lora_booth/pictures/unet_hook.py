@@ -33,6 +33,7 @@ class UNetCall:
     arguments: Mapping[str, Any]
     step: int  # denoising steps done before it
     progress: float  # share of the denoising steps done before it, 0 to 1
+    time: float  # timestep of the training schedule; may lie between two
     rows: int  # of the pipeline's batch: one for each picture, two with classifier-free guidance
     guided: bool  # the first half of the rows is the negative prompt
     size: tuple[int, int]  # height and width of the latents
@@ -156,7 +157,7 @@ class UNetHook:
                     adapter.scale(path, weight.of(path) if weight.active(progress) else 0.0)
         guided = bool(getattr(self.pipeline, "do_classifier_free_guidance", False)) and len(sample) % 2 == 0
         height, width = sample.shape[-2:]
-        return UNetCall(forward, arguments, step, progress, len(sample), guided, (height, width))
+        return UNetCall(forward, arguments, step, progress, time, len(sample), guided, (height, width))
 
     # --- gates
 
