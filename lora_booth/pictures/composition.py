@@ -113,7 +113,7 @@ class Composition:
         if self.method != "regions" and (start or background is not None or redraw is not None):
             raise SettingsError("start, background and redraw are settings of regions; pass regions, or leave them out")
         if redraw is not None and (start or background is not None):
-            raise SettingsError("redraw begins with the base's picture and keeps its background; leave out start and background")
+            raise SettingsError("redraw begins with the base's picture, background included; leave out start and background")
         if regions == "auto":
             early = self.start > 0 or redraw is not None
             check(early, "start 0", "more than 0 with automatic regions, which read attention until then")
