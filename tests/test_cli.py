@@ -844,7 +844,7 @@ def test_settings_have_the_words_of_the_reader(call):
 
 def test_the_base_is_the_adapters_own(call, rex, tiny, ink, tmp_path, hub, monkeypatch):
     """Without --base: where `train` found it, a Hub id in the cache, or the toybox. Nothing is downloaded for a file."""
-    assert base_of([Adapter.load(rex)]) == str(tiny)
+    assert Path(base_of([Adapter.load(rex)])).name == tiny.name  # of the last process of the tests that trained on it
     moved = Adapter.load(rex).with_card(base_hash="0" * 64)
     of_hub = moved.with_card(base_model="owner/tiny")
     with pytest.raises(
@@ -857,7 +857,7 @@ def test_the_base_is_the_adapters_own(call, rex, tiny, ink, tmp_path, hub, monke
     with pytest.raises(SettingsError, match=r"which base\? rex.safetensors was made for tiny; pass --base FOLDER"):
         base_of([moved])
     merged = Adapter.load(rex).with_card(base_hash=None)  # as `merge` writes it for one base in two versions
-    assert base_of([merged, Adapter.load(rex)]) == str(tiny)
+    assert Path(base_of([merged, Adapter.load(rex)])).name == tiny.name
     with pytest.raises(SettingsError, match="made for tiny and rex.safetensors was made for owner/tiny"):
         base_of([Adapter.load(rex), of_hub.with_card(base_hash="1" * 64)])
     with pytest.raises(SettingsError, match="a base it does not name"):

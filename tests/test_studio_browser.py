@@ -49,6 +49,7 @@ def tab(page: Browser, name: str) -> None:
 
 def fill(page: Browser, label: str, text: str) -> None:
     """Type into the field with this label, and leave it."""
+    page.wait(LABEL.format(label), LONG)
     found = f"const one = {FIELD.format(label)}.querySelector('input, textarea')"
     name = page.run(f"{found}; one.id ||= 'f' + Math.random(); one.focus(); return one.id")
     page.press("Control", "a")
