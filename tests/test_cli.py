@@ -866,10 +866,10 @@ def test_the_base_is_the_adapters_own(call, rex, tiny, ink, tmp_path, hub, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toybox").mkdir()  # not the embedded base
     remember(BaseModel.load(tiny), "toybox")
-    assert base_of([Adapter.load(rex)]) == str(tiny)
+    assert Path(base_of([Adapter.load(rex)])).name == tiny.name
     monkeypatch.setenv("HOME", str(tiny.parent))
     remember(BaseModel.load(tiny), f"~/{tiny.name}")
-    assert base_of([Adapter.load(rex)]) == str(tiny)
+    assert Path(base_of([Adapter.load(rex)])).name == tiny.name
     code, out, _ = call("preflight", rex, "--prompt", "a sks dog")
     assert code == 0 and out
 

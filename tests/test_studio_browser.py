@@ -95,6 +95,7 @@ def test_the_whole_way(page, server, photos: Path):
     press(page, "Start training")  # not where it is: the fields above are still unfolding
     page.wait("document.querySelector('#status [data-alive]')", LONG)
     visit(page, server.origin)  # a reload in the middle of it, without the token: the browser has it
+    severe(page)  # requests that the reload cut off
     tab(page, "Train")
     page.wait("document.querySelector('#status [data-finished=\"1\"]')", LONG)
 
