@@ -61,6 +61,7 @@ class Browser:
     def open(self, page: Path, anchor: str = "") -> None:
         self.do("POST", "/url", {"url": "about:blank"})  # else another anchor would not load the page again
         self.do("POST", "/url", {"url": page.as_uri() + anchor})
+        self.wait("location.href !== 'about:blank' && document.readyState === 'complete'", 60)  # the driver may answer before
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.do("POST", "/execute/sync", {"script": script, "args": list(arguments)})

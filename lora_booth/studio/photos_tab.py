@@ -67,11 +67,18 @@ def photos_tab(studio: Studio) -> View:
         return [text, pictures, one_of([one.photo.path.name for one in report.photos], at)]
 
     def choose(name: str | None, class_noun: str, word: str) -> list[Any]:
+        """What is known of a subject. A new one's fields are being typed in meanwhile, so only another's token leaves them."""
         known = folder.facts(name) if name else {}
         if known.get("token"):
-            return [known["class_noun"], *judge(name, known["class_noun"], known["token"]), *look(name)]
-        word = word if name in folder.names("photos") else ""  # photos may come before the words
-        return [gr.skip(), *judge(name, class_noun, word), *look(name)]  # skip: the noun is typed meanwhile
+            class_noun, word = known["class_noun"], known["token"]
+            return [class_noun, word, judge(name, class_noun, word)[1], *look(name)]
+        of_another = word in (folder.facts(one)["token"] for one in folder.names("photos"))
+        proposed, verdict = judge(name, class_noun, "" if of_another else word)
+        return [gr.skip(), gr.Textbox(placeholder=proposed, **({"value": ""} if of_another else {})), verdict, *look(name)]
+
+    def typed(*facts: str | None) -> list[Any]:
+        word, verdict = judge(*facts)
+        return [gr.Textbox(placeholder=word), verdict]
 
     def judge(name: str | None, class_noun: str | None, word: str | None) -> tuple[str, str]:
         """Keep what the subject is called, and say whether the token is free. Without one, propose it."""
@@ -124,7 +131,7 @@ def photos_tab(studio: Studio) -> View:
     shown = [audit, squares, photo]
     facts = [subject, noun, token]
     listen([subject.change], choose, facts, [noun, token, verdict, *shown], model=True)
-    listen([noun.blur, noun.submit, token.blur, token.submit], judge, facts, [token, verdict], model=True)
+    listen([noun.blur, noun.submit, token.blur, token.submit], typed, facts, [token, verdict], model=True)
     listen([files.upload], add, [subject, files], [files, subject, *shown], model=True)
     listen([squares.select], pick, [subject], [photo])
     listen([photo.change], open_one, [subject, photo], [canvas, caption])
