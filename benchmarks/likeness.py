@@ -84,6 +84,22 @@ RECIPES: dict[str, Recipe] = {
     "half the rate": Recipe({"learning_rate": 1.6e-3}),
     "a third of the rate": Recipe({"learning_rate": 1e-3}),
     "twice the steps": Recipe({"steps": 1000}),
+    "a third of the rate, predictions": Recipe({"learning_rate": 1e-3, "class_images": 0}),
+    "half the rate, predictions": Recipe({"learning_rate": 1.6e-3, "class_images": 0}),
+    "a third of the rate, predictions, twice the steps": Recipe({"learning_rate": 1e-3, "class_images": 0, "steps": 1000}),
+    "200 steps": Recipe({"steps": 200}),
+    "200 steps, predictions": Recipe({"steps": 200, "class_images": 0}),
+    "200 steps, half the rate, predictions": Recipe({"steps": 200, "learning_rate": 1.6e-3, "class_images": 0}),
+    "200 steps, half the rate, predictions, batch 4": Recipe(
+        {"steps": 200, "learning_rate": 1.6e-3, "class_images": 0, "batch_size": 4}
+    ),
+    "half the rate, predictions, timesteps from 300": Recipe(
+        {"learning_rate": 1.6e-3, "class_images": 0}, training=partial(trials.timesteps, 300, 1000)
+    ),
+    "half the rate, predictions, room": Recipe({"learning_rate": 1.6e-3, "class_images": 0}, training=trials.room),
+    "half the rate, predictions, all room": Recipe(
+        {"learning_rate": 1.6e-3, "class_images": 0}, training=partial(trials.room, 1.0)
+    ),
     "constant rate": Recipe({"lr_schedule": "constant"}),
     "Prodigy": Recipe({"optimizer": "prodigy"}),
     "schedule-free": Recipe({"optimizer": "schedulefree"}),
