@@ -119,8 +119,9 @@ def faster_up(ratio: float = 4.0) -> Iterator[None]:
 
 @contextmanager
 def room(share: float = 0.5, others: int = 4, pictures: int = 4) -> Iterator[None]:
-    """Beside the subject all stays: pictures that the base drew of its class and another take the place of the class rows in
-    `share` of the steps; by the instance prompt, the adapter must predict outside the subject what the base does by the class's.
+    """Beside the subject all stays as the base draws it. In `share` of the steps, pictures that the base drew of the subject's
+    class beside another take the place of the class rows: outside the subject, the adapter must predict by the instance prompt
+    what the base predicts by the class prompt.
     """
     inputs_of = loop.inputs_of
     made: dict[int, list[tuple[Tensor, Tensor, Any, Any]]] = {}
