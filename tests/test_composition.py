@@ -295,7 +295,7 @@ def test_a_prompt_without_the_token_is_told(base, rex, ink):
     ],
 )
 def test_the_syntax_of_other_programs_is_told(base, rex, words, remedy, monkeypatch):
-    monkeypatch.setattr(composition, "has_compel", lambda: False)
+    monkeypatch.setattr(composition, "compel_version", lambda: None)
     [told] = [text for text in Composition(base, rex).remarks(f"sks dog {words}") if "plain words" in text]
     assert told.startswith(repr(words)) and remedy in told
     assert Composition(base, rex).remarks("sks dog (a do) 3:2") == []
@@ -372,7 +372,7 @@ def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
 )
 def test_a_prompt_that_is_cut_is_told(base, rex, prompt, told, caplog, monkeypatch):
     """The tiny base reads 14 letters or words that it knows."""
-    monkeypatch.setattr(composition, "has_compel", lambda: False)
+    monkeypatch.setattr(composition, "compel_version", lambda: None)
     studio = Composition(base, [named(rex, "sks", "dog")])
     found = [text for text in studio.preflight(prompt).warnings if "does not read the end" in text]
     assert len(found) == (told is not None) and (told is None or told in found[0])

@@ -104,12 +104,12 @@ def test_where_they_are_read_as_text_a_note_says_so(monkeypatch: pytest.MonkeyPa
     base = BaseModel.from_pipeline(pipelines.make_pipeline("sd1"), name="tiny")
     adapter = pipelines.random_adapter(base)
     places = Composition(base, regions=[Region(adapter, box=(0, 0, 0.5, 1))])
-    monkeypatch.setattr(composition, "has_compel", lambda: True)
+    monkeypatch.setattr(composition, "compel_version", lambda: "2.5.1")
     told = "'(sks dog:1.2)' is read as plain words; weights need pip install 'lora-booth[prompts]' and a composition without"
     assert any(note.startswith(told) for note in places.remarks("(sks dog:1.2)"))
     assert not any("plain words" in note for note in Composition(base, adapter).remarks("(sks dog:1.2)"))
     assert any("plain words" in note for note in Composition(base, adapter).remarks("(sks dog:1.2) [a|b]"))
-    monkeypatch.setattr(composition, "has_compel", lambda: False)
+    monkeypatch.setattr(composition, "compel_version", lambda: None)
     with pytest.warns(CompositionWarning, match="plain words; weights need pip install .lora-booth.prompts."):
         Composition(base, adapter).generate("(sks dog:1.2)", steps=1)
     long = [note for note in Composition(base, adapter).remarks(f"sks dog, {LONG}") if "does not read the end" in note]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import warnings
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ from test_photos import declared_png
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterBaseMismatch, LoraBoothError, SettingsError
+from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, LoraBoothError, SettingsError
+from lora_booth.pictures import composition
 from lora_booth.pictures.composition import Composition
+from lora_booth.pictures.gallery import Gallery
 from lora_booth.pictures.picture import Picture
 from lora_booth.pictures.recipe import Recipe, file_hash
 from lora_booth.pictures.regions import Region
@@ -72,6 +76,38 @@ def test_a_recipe_replays_to_the_same_pictures(base, files, tmp_path, name):
         of_nobody = Recipe.of(studio, "a tree", **asked)
         assert same(studio.generate("a tree", **asked), of_nobody.generate(base, adapters))
     assert [p.seed for p in Recipe.load(file).generate(base, adapters, seeds=[7])] == [7]
+
+
+def test_it_records_what_read_the_prompt(base, files, tmp_path, monkeypatch):
+    pytest.importorskip("compel")
+    adapters = [Adapter.load(files[0])]
+    studio, asked = Composition(base, adapters), {"steps": 1, "seeds": [1]}
+
+    def recipe(prompt: str, **more) -> Recipe:
+        return Recipe.load(Recipe.of(studio, prompt, **asked, **more).save(tmp_path / "recipe.json"))
+
+    def told(written: Recipe) -> str:
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always", CompositionWarning)
+            written.studio(base, adapters)
+        return "; ".join(str(one.message) for one in noted)
+
+    with_compel = [recipe("sks dog, (do:1.5)"), recipe("sks dog", negative_prompt="(do:1.5)")]
+    assert told(with_compel[0]) == told(with_compel[1]) == told(recipe("sks dog")) == ""
+    [picture] = with_compel[0].generate(base, adapters)
+    assert picture.making.compel == version("compel")
+    assert f"compel {version('compel')}" in Gallery([picture]).html()
+    older = replace(with_compel[0], versions={"compel": "1.0"})
+    assert f"read by compel 1.0, here by compel {version('compel')}, so" in told(older)
+    assert told(replace(older, versions={"compel": "\x1b[2J"})).isprintable()
+    monkeypatch.setattr(composition, "compel_version", lambda: None)
+    remedy = f"pip install compel=={version('compel')}"
+    for written in with_compel:
+        assert told(written).endswith(f"here by the text encoders alone, so the pictures may differ; {remedy}")
+    alone = recipe("sks dog, (do:1.5)")
+    assert told(alone) == told(recipe("sks dog")) == ""
+    monkeypatch.undo()
+    assert told(alone).endswith("so the pictures may differ; pip uninstall compel")
 
 
 def test_adapters_are_known_by_the_hash_that_their_files_show(base, files):

@@ -6,6 +6,7 @@ The brackets are AUTOMATIC1111's; compel turns weighted pieces of text into what
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,8 +24,9 @@ def is_weighted(prompt: str) -> bool:
     return WEIGHTED.search(prompt) is not None
 
 
-def has_compel() -> bool:
-    return find_spec("compel") is not None
+def compel_version() -> str | None:
+    """Of the installed compel, if there is one."""
+    return version("compel") if find_spec("compel") else None
 
 
 def fragments(prompt: str) -> list[tuple[str, float]]:

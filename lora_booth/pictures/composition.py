@@ -21,7 +21,7 @@ from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel
 from ..base.families import TIMESTEPS, check_drawable
 from ..base.generation import generate_images, quiet, texts_of
-from ..base.prompt_weights import has_compel, is_weighted
+from ..base.prompt_weights import compel_version, is_weighted
 from ..base.samplers import sampler_name, sampling
 from ..base.sizes import as_arguments, drawable, size_note
 from ..config import GUIDANCE, STEPS, Size, check, sides, typed
@@ -166,9 +166,8 @@ class Composition:
         if on_step is not None and "redraw" in self.settings(prompt):  # whose pictures take each step twice
             on_step = every_second(on_step)
         with self.attached(prompt) as pipeline:
-            images = generate_images(
-                pipeline, **asked, weights=self._weighs(prompt, negative_prompt), on_image=on_image, on_step=on_step
-            )
+            weights = self.compel(prompt, negative_prompt) is not None
+            images = generate_images(pipeline, **asked, weights=weights, on_image=on_image, on_step=on_step)
         refuse_black(images, self.base)
         return self._pictures(images, asked)
 
@@ -208,7 +207,8 @@ class Composition:
             warnings.warn(text, CompositionWarning, stacklevel=2)
         steps, guidance = asked["steps"], asked["guidance"]
         with self.attached(prompt) as pipeline, sampling(pipeline, asked["sampler"], steps), quiet(pipeline):
-            options = texts_of(pipeline, prompt, negative_prompt, 1, weights=self._weighs(prompt, negative_prompt))
+            weights = self.compel(prompt, negative_prompt) is not None
+            options = texts_of(pipeline, prompt, negative_prompt, 1, weights=weights)
             options |= {"num_inference_steps": steps, "guidance_scale": guidance}
             images = [draw_into(self.base, pipeline, seed, piece=piece, mask=anew, **options) for seed in asked["seeds"]]
         refuse_black(images, self.base)
@@ -220,7 +220,8 @@ class Composition:
         extras = ["a mask"] * any(place.box is None for place in self.places)
         extras += ["weights by block or step"] * any(weight.blocks or weight.timed for _, weight in everyone)
         files = tuple(adapter.stem or file_stem(adapter.name) for adapter, _ in everyone)
-        making = Making(files, recipe_only=" and ".join(extras) or None, photo=photo, **self.settings(prompt))
+        compel = self.compel(prompt, asked["negative_prompt"])
+        making = Making(files, recipe_only=" and ".join(extras) or None, photo=photo, compel=compel, **self.settings(prompt))
         used = tuple((adapter.name, weight.value) for adapter, weight in everyone)
         how = {name: asked[name] for name in ("negative_prompt", "steps", "guidance", "sampler")}
         return [
@@ -339,7 +340,7 @@ class Composition:
     def remarks(self, prompt: str, negative_prompt: str | None = None, *, size: tuple[int, int] | None = None) -> list[str]:
         """What is probably not meant, one line each; `generate` gives them as warnings."""
         everyone, extra = self.everyone(prompt), self.settings(prompt)["method"] != "regions"
-        weights = self._weighs(prompt, negative_prompt)
+        weights = self.compel(prompt, negative_prompt) is not None
         prompts = [prompt] * (len(everyone) - len(self.places)) + [place.prompt or prompt for place in self.places]
         return [
             *clashes(everyone, self.method, self.isolate),
@@ -349,11 +350,12 @@ class Composition:
             *size_note(self.base, size),
         ]
 
-    def _weighs(self, prompt: str, negative_prompt: str | None) -> bool:
-        """Whether compel encodes the prompts: where they have weights or are long, in a picture without regions."""
-        if not has_compel() or self.settings(prompt)["method"] == "regions":
-            return False
-        return any(is_weighted(text) or self.base.cut_off(text) for text in (prompt, negative_prompt or ""))
+    def compel(self, prompt: str, negative_prompt: str | None) -> str | None:
+        """The version of compel, if it encodes the prompts: those with weights and long ones, in a picture without regions."""
+        if self.settings(prompt)["method"] == "regions":
+            return None
+        wanted = any(is_weighted(text) or self.base.cut_off(text) for text in (prompt, negative_prompt or ""))
+        return compel_version() if wanted else None
 
     def preflight(self, prompt: str = "", *, steps: int = STEPS, size: Size | None = None, trial: bool = False) -> Preflight:
         """The cost and the conflicts of this composition. trial: run a few steps to measure time and memory."""

@@ -109,6 +109,7 @@ def record_of(picture: Picture) -> dict[str, Any]:
         "sampler": picture.sampler,
         "size": f"{picture.image.width} x {picture.image.height}",
         "method": making.method if making.method != "sum" else "",
+        "prompt read by": making.compel and f"compel {making.compel}",
         "note": note_of(making),
     }
     return {

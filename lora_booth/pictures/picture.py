@@ -34,6 +34,7 @@ class Making:
     redraw: float | None = None
     recipe_only: str | None = None  # what only a recipe can express, e.g. "a mask"
     photo: bool = False  # drawn into a photo, which nothing records
+    compel: str | None = None  # its version, if it encoded the prompts
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..adapters.writing import packed
 from ..base.ai_mark import picture_bytes
 from ..base.base_model import BaseModel
 from ..config import typed
-from ..errors import AdapterBaseMismatch, SettingsError, reason_of, shown
+from ..errors import AdapterBaseMismatch, CompositionWarning, SettingsError, reason_of, shown
 from ..files import read_json, write_file
 from ..photos.opening import read_picture
 from .composition import PICTURES, Composition, checked
@@ -60,13 +61,15 @@ class Recipe:
         settings = studio.settings(prompt)
         if settings["regions"] != "auto":
             settings["regions"] = [region_entry(region) for region in settings["regions"]]
+        compel = studio.compel(prompt, pictures.get("negative_prompt"))
         return cls(
             base=studio.base.name,
             base_hash=studio.base.fingerprint,
             adapters=tuple(adapter_entry(adapter, weight) for adapter, weight in studio.adapters),
             composition=settings,
             pictures={"prompt": prompt, **pictures, "seeds": list(pictures.get("seeds", (0,)))},
-            versions={"lora_booth": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+            versions={"lora_booth": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+            | ({} if compel is None else {"compel": compel}),
         )
 
     def save(self, path: str | Path) -> Path:
@@ -100,6 +103,7 @@ class Recipe:
     def studio(self, base: BaseModel | Any, adapters: Sequence[Adapter]) -> Composition:
         """The composition again, with adapters loaded from their files in any order.
 
+        Warns if compel read the prompts and does not here, or the other way round, or another version of it.
         Raises AdapterBaseMismatch for another base, SettingsError for an adapter that is missing.
         """
         base = BaseModel.of(base)
@@ -117,9 +121,17 @@ class Recipe:
             if settings["regions"] != "auto":
                 settings["regions"] = [region_from(entry, find(entry)) for entry in settings["regions"]]
             everywhere = [(find(entry), Weight(**entry["weight"])) for entry in self.adapters]
-            return Composition(base, everywhere, **settings)
+            studio = Composition(base, everywhere, **settings)
+            before = dict(self.versions).get("compel")
+            here = studio.compel(self.pictures["prompt"], self.pictures.get("negative_prompt"))
         except (KeyError, TypeError, ValueError) as error:
             raise SettingsError(f"the recipe cannot be read ({reason_of(error)})") from error
+        if before != here:
+            remedy = f"pip install compel=={before}" if before else "pip uninstall compel"
+            drawn, now = (f"compel {one}" if one else "the text encoders alone" for one in (before, here))
+            text = f"the recipe's prompt was read by {drawn}, here by {now}, so the pictures may differ; {remedy}"
+            warnings.warn(shown(text), CompositionWarning, stacklevel=2)
+        return studio
 
     def generate(self, base: BaseModel | Any, adapters: Sequence[Adapter], **changes: Any) -> list[Picture]:
         """The same pictures; with `changes`, others, e.g. seeds=range(8)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,24 +89,18 @@ class Models:
             regions = [Region(first, mask=masks[0], weight=one), Region(second, mask=masks[1], weight=other)]
         return Composition(self.base(), rest, regions=regions)
 
-    def draw(
-        self, studio: Composition, prompt: str, seeds: Sequence[int], *, on_step: Any = None, **sampler: Any
-    ) -> tuple[str, list[str]]:
-        """Draw into the album, with a recipe beside each picture. Returns the first picture's name, and remarks."""
+    def draw(self, studio: Composition, prompt: str, seeds: Sequence[int], *, on_step: Any = None, **sampler: Any) -> str:
+        """Draw into the album, with a recipe beside each picture. Returns the first picture's name."""
         from ..pictures.gallery import Album
         from ..pictures.recipe import Recipe
 
         album, files = Album(self.folder.place("pictures")), []
-        with warnings.catch_warnings(record=True) as noted:
-            warnings.simplefilter("ignore")
-            for category in (CompositionWarning, OtherBaseWarning):
-                warnings.simplefilter("always", category)
-            for seed in seeds:
-                files += album.save(studio.generate(prompt, seeds=[seed], on_step=on_step, **sampler))
-                Recipe.of(studio, prompt, seeds=[seed], **sampler).save(files[-1].with_suffix(".json"))
-        return files[0].name, list(dict.fromkeys(str(one.message) for one in noted))
+        for seed in seeds:
+            files += album.save(studio.generate(prompt, seeds=[seed], on_step=on_step, **sampler))
+            Recipe.of(studio, prompt, seeds=[seed], **sampler).save(files[-1].with_suffix(".json"))
+        return files[0].name
 
-    def redraw(self, name: str) -> tuple[str, list[str]]:
+    def redraw(self, name: str) -> str:
         """A picture again by its recipe, whose adapters are found by their hash."""
         from ..pictures.recipe import Recipe
 
@@ -141,6 +136,18 @@ class Models:
         from ..pictures.gallery import first_free
 
         return grid.save(first_free(self.folder.place("pictures", "grid.png")))
+
+
+@contextmanager
+def remarks() -> Iterator[list[str]]:
+    """Filled, on leaving, with what the library says of the pictures that are drawn meanwhile."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("ignore")
+        for category in (CompositionWarning, OtherBaseWarning):
+            warnings.simplefilter("always", category)
+        yield told
+    told += dict.fromkeys(str(one.message) for one in noted)
 
 
 def mask_of(painted: Painted | None, color: str | None = None) -> Image.Image:

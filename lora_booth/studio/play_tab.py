@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..config import GUIDANCE, STEPS
 from ..errors import SettingsError
-from .drawing import BY_STEP, BY_WEIGHT, COLORS, PLACES, Painted, album, remove_picture
+from .drawing import BY_STEP, BY_WEIGHT, COLORS, PLACES, Painted, album, remarks, remove_picture
 from .events import Studio, View, choice, lines, listen, on_easel, one_of, painting
 
 SLOTS = ("First adapter", "Second adapter", "Third adapter, e.g. a style")
@@ -97,9 +97,10 @@ def play_tab(studio: Studio) -> View:
     def make(text: str, where: str, painted: Painted, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         chosen, seeds, more = asked(text, values)
         progress(0, desc="loading the base")
-        composed = models.compose(chosen, where, painted)
-        name, remarks = models.draw(composed, text, seeds, on_step=on_step(progress, len(seeds) * more["steps"]), **more)
-        return [lines(*remarks), *shelf(name)]
+        with remarks() as told:
+            composed = models.compose(chosen, where, painted)
+            name = models.draw(composed, text, seeds, on_step=on_step(progress, len(seeds) * more["steps"]), **more)
+        return [lines(*told), *shelf(name)]
 
     def draw_grid(kind: str, which: str | None, text: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008
         chosen, seeds, more = asked(text, values)
@@ -119,8 +120,9 @@ def play_tab(studio: Studio) -> View:
 
     def again(name: str, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         progress(0, desc="redrawing")
-        made, remarks = models.redraw(name or "")
-        return [lines(f"drawn again: {made}", *remarks), *shelf(made)]
+        with remarks() as told:
+            made = models.redraw(name or "")
+        return [lines(f"drawn again: {made}", *told), *shelf(made)]
 
     def discard(name: str) -> list[Any]:
         remove_picture(folder, name)
