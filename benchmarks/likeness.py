@@ -77,6 +77,7 @@ class Recipe:
 
 
 WITH_FEED_FORWARD = (*lb.LoraSpec().target_modules, "ff.net.0.proj", "ff.net.2")
+GENTLE: dict[str, Any] = {"learning_rate": 1.6e-3, "class_images": 0}  # half the rate, the class kept by predictions
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
     "class kept by predictions": Recipe({"class_images": 0}),
@@ -85,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
     "a third of the rate": Recipe({"learning_rate": 1e-3}),
     "twice the steps": Recipe({"steps": 1000}),
     "a third of the rate, predictions": Recipe({"learning_rate": 1e-3, "class_images": 0}),
-    "half the rate, predictions": Recipe({"learning_rate": 1.6e-3, "class_images": 0}),
+    "half the rate, predictions": Recipe(GENTLE),
     "a third of the rate, predictions, twice the steps": Recipe({"learning_rate": 1e-3, "class_images": 0, "steps": 1000}),
     "200 steps": Recipe({"steps": 200}),
     "200 steps, predictions": Recipe({"steps": 200, "class_images": 0}),
@@ -93,13 +94,14 @@ RECIPES: dict[str, Recipe] = {
     "200 steps, half the rate, predictions, batch 4": Recipe(
         {"steps": 200, "learning_rate": 1.6e-3, "class_images": 0, "batch_size": 4}
     ),
-    "half the rate, predictions, timesteps from 300": Recipe(
-        {"learning_rate": 1.6e-3, "class_images": 0}, training=partial(trials.timesteps, 300, 1000)
-    ),
-    "half the rate, predictions, room": Recipe({"learning_rate": 1.6e-3, "class_images": 0}, training=trials.room),
-    "half the rate, predictions, all room": Recipe(
-        {"learning_rate": 1.6e-3, "class_images": 0}, training=partial(trials.room, 1.0)
-    ),
+    "half the rate, predictions, timesteps from 300": Recipe(GENTLE, training=partial(trials.timesteps, 300, 1000)),
+    "room": Recipe(GENTLE, training=trials.room),
+    "room, a tenth inside": Recipe(GENTLE, training=partial(trials.room, inside=0.1)),
+    "room, a tenth inside, no class rows": Recipe(GENTLE, training=partial(trials.room, 1.0, 0.1)),
+    "room, a quarter of the steps": Recipe(GENTLE, training=partial(trials.room, 0.25)),
+    "half the rate, predictions, feed-forward": Recipe(GENTLE, lora={"target_modules": WITH_FEED_FORWARD}),
+    "half the rate, predictions, rank 16": Recipe(GENTLE, lora={"rank": 16}),
+    "half the rate, predictions, batch 4": Recipe(GENTLE | {"batch_size": 4}),
     "constant rate": Recipe({"lr_schedule": "constant"}),
     "Prodigy": Recipe({"optimizer": "prodigy"}),
     "schedule-free": Recipe({"optimizer": "schedulefree"}),

@@ -118,12 +118,12 @@ def faster_up(ratio: float = 4.0) -> Iterator[None]:
 
 
 @contextmanager
-def room(share: float = 0.5, others: int = 4, pictures: int = 4) -> Iterator[None]:
+def room(share: float = 0.5, inside: float = 0.0, others: int = 4, pictures: int = 4) -> Iterator[None]:
     """Beside the subject all stays as the base draws it. In `share` of the steps, pictures that the base drew of the subject's
     class beside another take the place of the class rows: outside the subject, the adapter must predict by the instance prompt
-    what the base predicts by the class prompt.
+    what the base predicts by the class prompt. inside: weight of the error there
     """
-    inputs_of = loop.inputs_of
+    inputs_of, span = loop.inputs_of, 1 - loop.BACKGROUND_WEIGHT  # a mask of 1 is weight 1, one of 0 the background's weight
     made: dict[int, list[tuple[Tensor, Tensor, Any, Any]]] = {}
 
     def with_pairs(state: loop.LoopState, index: int) -> Iterator[Any]:
@@ -137,7 +137,9 @@ def room(share: float = 0.5, others: int = 4, pictures: int = 4) -> Iterator[Non
             pairs = made[id(state)]
             chosen = [pairs[(index * 7 + n) % len(pairs)] for n in range(len(batch) - photos)]
             latents = torch.cat([batch.latents[:photos], *(latent for latent, *_ in chosen)])
-            masks = torch.cat([torch.ones_like(batch.latents[:photos, :1]), *(1 - mask for _, mask, *_ in chosen)])
+            masks = torch.cat(
+                [torch.ones_like(batch.latents[:photos, :1]), *(1 - mask * (1 - inside) / span for _, mask, *_ in chosen)]
+            )
             prompts = torch.cat([inputs.text.states[:photos], *(text.states for _, _, text, _ in chosen)])
             plain = torch.cat([text.states for *_, text in chosen])
             yield loop.Inputs(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapters.adapter import Adapter, weighted
 from .adapters.contents import LoraFactors
-from .base.base_model import BaseModel
+from .base.base_model import TOYBOX, BaseModel
 from .base.changes import claimed, hooked, undone, unhook
 from .base.families import FAMILIES
 from .base.quantization import quantization_of, weight_dtype, weight_shape
@@ -402,12 +402,15 @@ def placements(base: BaseModel, adapters: Sequence[tuple[Adapter, float]]) -> li
         plan.append((adapter, weight, placed(adapter, base)))
     for adapter, weight, _ in plan:
         if weight:
-            warn_of_other_base(adapter, base)
+            check_weights(adapter, base)
     return plan
 
 
-def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
-    """Family and shapes fit: warn if the adapter was trained for another prediction or on other weights."""
+def check_weights(adapter: Adapter, base: BaseModel) -> None:
+    """Family and shapes fit: warn if the adapter was trained for another prediction or on other weights.
+
+    Raises AdapterBaseMismatch for one of an earlier version's toybox, of which it could draw nothing here.
+    """
     trained, given, known = adapter.card.prediction_type, base.prediction_type, adapter.card.base_hash or ""
     if given in base.family.modelspec and trained not in (None, given):
         difference = f", which predicts {trained}; {base.name} predicts {given}, so its pictures will look wrong"
@@ -415,6 +418,8 @@ def warn_of_other_base(adapter: Adapter, base: BaseModel) -> None:
         return  # other tools' hashes are of files, not of weights; the user's own adapters may be fused
     elif base.fingerprint == known or len(base.fingerprint) != FINGERPRINT_LENGTH:  # longer: quantized by the user
         return
+    elif adapter.card.base_model == base.name == TOYBOX:
+        raise AdapterBaseMismatch(f"{made_for(adapter)} of an earlier version of lora_booth; train it again on this one")
     else:
         difference = f"; {base.name} has other weights of the same shapes, so it may look different"
     warnings.warn(made_for(adapter) + difference, OtherBaseWarning, stacklevel=2)

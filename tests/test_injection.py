@@ -579,6 +579,17 @@ def test_other_weights_of_the_same_shapes_are_told() -> None:
             pass
 
 
+def test_the_toybox_of_an_earlier_version_is_refused() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"), name="toybox")
+    adapter = random_adapter(base)
+    card = replace(adapter.card, base_model="toybox", base_hash="0" * len(base.fingerprint))
+    with (
+        pytest.raises(AdapterBaseMismatch, match="toybox .* of an earlier version of lora_booth; train it again"),
+        attached(base, [(replace(adapter, card=card), 1.0)]),
+    ):
+        pass
+
+
 def test_another_prediction_type_is_told() -> None:
     adapter = random_adapter(BaseModel.from_pipeline(make_pipeline("sd2")))
     base = BaseModel.from_pipeline(make_pipeline("sd2-v"), name="velocity")
