@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -13,8 +14,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,34 +49,11 @@ NAMES = ("rex", "bob", "ink", "old pen")
 PATIENCE = 600  # seconds, for a busy machine
 
 
-class Server:
-    """The app in a thread, on a tiny base."""
+class Caller:
+    """Asks a server."""
 
-    def __init__(self, folder: Path, **limits: Any) -> None:
-        self.base = pipelines.base_of("sd1")
-        self.api = Api(self.base, folder, token=TOKEN, limits=Limits(**limits))
-        place, self.address = listening("127.0.0.1", 0)
-        self.server = uvicorn.Server(uvicorn.Config(self.api.app, log_level="warning"))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [place]})
-        self.thread.start()
-        self.until(lambda: self.server.started)
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(PATIENCE)
-
-    def until(self, true: Any) -> None:
-        end = time.monotonic() + PATIENCE
-        while not true():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
-    def until_drawing(self) -> None:
-        """The drawing thread has taken a batch, and waits for the base, which the test has claimed."""
-        self.until(lambda: len(CLAIMS[self.base.shell.unet]) > 1)
+    def __init__(self, address: str) -> None:
+        self.address = address
 
     def client(self) -> Any:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=TOKEN, max_retries=0, timeout=PATIENCE)
@@ -99,6 +78,38 @@ class Server:
     def figure(self, name: str) -> float:
         text = self.ask("/metrics")[1].decode()
         return float(re.search(rf"^lora_booth_{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
+
+
+class Server(Caller):
+    """The app in a thread, on a tiny base."""
+
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        self.base = pipelines.base_of("sd1")
+        self.api = Api(self.base, folder, token=TOKEN, limits=Limits(**limits))
+        place, address = listening("127.0.0.1", 0)
+        super().__init__(address)
+        self.server = uvicorn.Server(uvicorn.Config(self.api.app, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [place]})
+        self.thread.start()
+        until(lambda: self.server.started)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(PATIENCE)
+
+    def until_drawing(self) -> None:
+        """The drawing thread has taken a batch, and waits for the base, which the test has claimed."""
+        until(lambda: len(CLAIMS[self.base.shell.unet]) > 1)
+
+
+def until(true: Callable[[], Any]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def pixels(b64: str) -> np.ndarray:
@@ -160,7 +171,7 @@ def test_callers_with_different_adapters_share_batches_and_get_their_own_picture
             jobs = [callers.submit(server.draw, wanted[0][0], seed=3)]
             server.until_drawing()
             jobs += [callers.submit(server.draw, model, seed=3) for model, _ in wanted[1:]]
-            server.until(lambda: len(server.api.queue.waiting) == len(wanted) - 1)
+            until(lambda: len(server.api.queue.waiting) == len(wanted) - 1)
         found = [job.result()[0] for job in jobs]
     for one, other in zip(found, expected, strict=True):
         assert np.abs(one - other).max() <= 2  # of 255
@@ -189,7 +200,7 @@ def test_an_adapter_that_cannot_be_read_harms_no_other_in_its_batch(server: Serv
             first = callers.submit(server.draw, "tiny")
             server.until_drawing()
             both = [callers.submit(server.draw, name) for name in ("rex", "broken")]
-            server.until(lambda: len(server.api.queue.waiting) == 2)
+            until(lambda: len(server.api.queue.waiting) == 2)
         assert len(first.result()) == len(both[0].result()) == 1
         with pytest.raises(openai.BadRequestError, match="broken.safetensors: not a safetensors file"):
             both[1].result()
@@ -252,7 +263,7 @@ def test_a_flood_is_answered_with_429_and_what_was_taken_is_drawn(folder: Path) 
             jobs = [callers.submit(server.ask, "/v1/images/generations", body)]
             server.until_drawing()
             jobs += [callers.submit(server.ask, "/v1/images/generations", body) for _ in range(3)]
-            server.until(lambda: len(server.api.queue.waiting) == 3)
+            until(lambda: len(server.api.queue.waiting) == 3)
             for _ in range(5):
                 status, error, headers = server.ask("/v1/images/generations", body)
                 assert (status, error["code"]) == (429, "rate_limit_exceeded") and int(headers["Retry-After"]) >= 1
@@ -267,6 +278,32 @@ def test_who_waits_too_long_is_told_so(folder: Path) -> None:
             status, error, headers = server.ask("/v1/images/generations", {"model": "rex", "prompt": PROMPT, "n": 2})
             assert (status, error["type"]) == (504, "server_error") and "within 0.2 seconds" in error["message"]
             assert headers["x-should-retry"] == "false"
+
+
+def left(server: Server, body: Any) -> http.client.HTTPConnection:
+    """A request whose caller may go before the answer."""
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"))
+    connection.request("POST", "/v1/images/generations", json.dumps(body), {"Authorization": f"Bearer {TOKEN}"})
+    return connection
+
+
+def test_nothing_is_drawn_for_a_caller_who_has_gone(folder: Path) -> None:
+    body = {"model": "rex", "prompt": PROMPT, "steps": 1000, "seed": 1}
+    with Server(folder, max_steps=1000) as server:
+        steps: list[int] = []
+        server.base.unet.register_forward_hook(lambda *_: steps.append(1))
+        drawing = left(server, body | {"n": 2})
+        until(lambda: steps)
+        staying, going = (left(server, body | {"steps": 2, "n": n}) for n in (1, 3))
+        until(lambda: len(server.api.queue.waiting) == 4)
+        going.close()
+        until(lambda: len(server.api.queue.waiting) == 1)
+        drawing.close()
+        answer = staying.getresponse()
+        assert answer.status == 200 and len(json.loads(answer.read())["data"]) == 1 and len(steps) < 1000
+        staying.close()
+        until(lambda: server.figure('answers_total{status="499"}') == 2)
+        assert server.figure("batch_pictures_sum") == 1
 
 
 def test_a_token_is_needed(server: Server) -> None:
@@ -342,34 +379,40 @@ def test_limits_are_checked() -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_page_of_the_documentation_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = BaseModel.load("toybox", device="cpu")
-    pipelines.random_adapter(base, seed=1, size=0.05).save(tmp_path / "adapters" / "rex.safetensors")
-    pipelines.random_adapter(base, seed=2, size=0.05).save(tmp_path / "ink.safetensors")
+@contextmanager
+def running(place: Path, *words: object) -> Iterator[tuple[subprocess.Popen[bytes], Caller]]:
+    """`lora-booth serve` in a process of its own, with the adapters in `place/adapters`."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "lora_booth.cli", "serve", "--adapters", "adapters", "--port", "0", "--base", "toybox"]
-    log = tmp_path / "log"
+    command = [sys.executable, "-m", "lora_booth.cli", "serve", "--adapters", "adapters", "--port", "0", *map(str, words)]
+    log = place / "log"
     with open(log, "wb") as output:
         environment = os.environ | {"PYTHONPATH": paths, "LORA_BOOTH_TOKEN": TOKEN}
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(command, cwd=place, stdout=output, stderr=output, env=environment)
     try:
         end = time.monotonic() + PATIENCE
         while "token: " not in log.read_text():
             assert process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.1)
-        address = re.search(r"http://\S+", log.read_text())[0]
+        yield process, Caller(re.search(r"http://[^/]+", log.read_text())[0])
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+@pytest.mark.slow
+def test_the_page_of_the_documentation_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BaseModel.load("toybox", device="cpu")
+    pipelines.random_adapter(base, seed=1, size=0.05).save(tmp_path / "adapters" / "rex.safetensors")
+    pipelines.random_adapter(base, seed=2, size=0.05).save(tmp_path / "ink.safetensors")
+    with running(tmp_path, "--base", "toybox") as (_, caller):
         blocks = [one for one in blocks_of(ROOT / "docs" / "serving.md") if one.language == "python"]
-        code = "\n".join(one.code for one in blocks).replace("http://127.0.0.1:8000/v1", address)
+        code = "\n".join(one.code for one in blocks).replace("http://127.0.0.1:8000", caller.address)
         code = code.replace('"the token"', repr(TOKEN)) + "\nclient.close()"
         monkeypatch.chdir(tmp_path)
         exec(code, {})
         with Image.open(tmp_path / "rex.png") as picture:
             assert picture.size == (64, 64) and "trainedAlgorithmicMedia" in picture.info["XML:com.adobe.xmp"]
         assert (tmp_path / "adapters" / "ink.safetensors").is_file()
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
 
 
 def test_mistakes_of_the_command(call: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,11 +107,12 @@ class Serving:
         guidance: float = GUIDANCE,
         size: Size | None = None,
         sampler: str | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> list[Picture]:
         """Draw all requests in one batch, each with its adapters: the same pictures as one by one.
 
-        size     in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
-        sampler  as for `Composition.generate`
+        size              in pixels: 768, (width, height) or "832x1216"; None: the resolution that the base was trained for
+        sampler, on_step  as for `Composition.generate`
         """
         requests = typed("requests", requests, tuple[Request, ...])
         steps, guidance, sampler = checked(steps=steps, guidance=guidance, sampler=sampler).values()
@@ -120,6 +121,12 @@ class Serving:
             raise SettingsError("no requests; pass one for each picture")
         for text in size_note(self.base, pair):
             warnings.warn(text, CompositionWarning, stacklevel=2)
+
+        def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(len(requests))
+            return tensors
+
         names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
         before = {name: on.weight for name, on in self.loaded.items()}
         with claimed(self.base.shell.unet), undone(lambda: self.use(before)), quiet(self.pipeline):
@@ -139,6 +146,7 @@ class Serving:
                     guidance_scale=guidance,
                     **as_arguments(pair),
                     generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+                    callback_on_step_end=step_done,
                 ).images
         how: dict[str, Any] = {"base": self.base.name, "steps": steps, "guidance": guidance, "sampler": sampler}
         return [

@@ -20,7 +20,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from ..adapters.adapter import MOST_WEIGHT
@@ -88,6 +88,8 @@ class Api:
         in_command.set(False)  # messages are for callers, who give arguments and no options
         try:
             answer = self.refusal(request) or await further(request)
+        except ClientDisconnect:
+            answer = failure(499, "the caller has gone")  # nginx's number; only the metrics see it
         except Exception:
             logging.getLogger("uvicorn.error").exception("%s", request.url.path)
             answer = failure(500, "an error of the server, which its log describes")
@@ -138,13 +140,21 @@ class Api:
         if not self.queue.add(wanted):
             wait = {"Retry-After": str(math.ceil(self.queue.seconds))}
             raise HTTPException(429, f"{len(self.queue.waiting)} pictures are waiting already; try again later", wait)
+        drawn = asyncio.gather(*(asyncio.wrap_future(one.future) for one in wanted))
+        gone = asyncio.ensure_future(request.receive())  # after the content, a caller can only go
+        gone.add_done_callback(lambda _: drawn.cancel())
         try:
-            drawn = asyncio.gather(*(asyncio.wrap_future(one.future) for one in wanted))
             with self.seconds.time():
                 pictures = await asyncio.wait_for(drawn, self.limits.timeout)
+        except asyncio.CancelledError:
+            if not gone.done():  # the server ends
+                raise
+            raise ClientDisconnect from None
         except asyncio.TimeoutError:
             late = f"no picture within {self.limits.timeout:g} seconds; try again when fewer are waiting"
             raise HTTPException(504, late, {"x-should-retry": "false"}) from None  # a header that OpenAI's clients obey
+        finally:
+            gone.cancel()
         return JSONResponse({"created": int(time.time()), "data": await asyncio.to_thread(entries, pictures)})
 
     def wanted(self, body: Any) -> list[Wanted]:

@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,7 +43,8 @@ class Wanted:
 
 
 class Queue:
-    """Every future that is added gets a picture or an error, unless it is cancelled before.
+    """Every future that is added gets a picture or an error, unless it is cancelled before. Nothing is drawn for those that
+    are cancelled: a batch ends once all of its futures are.
 
     on_batch  called with the number of pictures of each batch
     """
@@ -60,12 +61,17 @@ class Queue:
     def add(self, pictures: Sequence[Wanted]) -> bool:
         """False, and none is added, if the queue is full."""
         with self._changed:
-            self.waiting = [one for one in self.waiting if not one.future.cancelled()]
             if len(self.waiting) + len(pictures) > self.limits.queue:
                 return False
             self.waiting += pictures
             self._changed.notify_all()
-            return True
+        for one in pictures:
+            one.future.add_done_callback(self._leave)
+        return True
+
+    def _leave(self, future: Future[Picture]) -> None:
+        with self._changed:
+            self.waiting = [one for one in self.waiting if one.future is not future]
 
     def close(self) -> None:
         """After the batch that is being drawn. What waits is cancelled."""
@@ -95,28 +101,33 @@ class Queue:
             self._changed.wait_for(full, timeout=GATHERING * self.seconds)
             batch = [one for one in self.waiting if one.how == how][:most]
             self.waiting = [one for one in self.waiting if one not in batch]
-        return [one for one in batch if one.future.set_running_or_notify_cancel()]
+        return batch
 
     def _draw(self, live: Serving, batch: Sequence[Wanted]) -> None:
+        batch = [one for one in batch if not one.future.cancelled()]
+        if not batch:
+            return
         began = time.monotonic()
-        failed: Exception | None = None
-        pictures: list[Picture] = []
         try:
-            pictures = self._pictures(live, batch) if batch else []
+            pictures = self._pictures(live, batch)
         except Exception as error:
-            failed = error.with_traceback(None)  # which holds tensors
-        if failed is None:
-            for one, picture in zip(batch, pictures, strict=True):
+            if len(batch) > 1:  # an adapter that cannot be read, or too little memory: the others can be drawn
+                for one in batch:
+                    self._draw(live, [one])
+            elif batch[0].future.set_running_or_notify_cancel():
+                batch[0].future.set_exception(error.with_traceback(None))  # which holds tensors
+            return
+        for one, picture in zip(batch, pictures, strict=True):
+            if one.future.set_running_or_notify_cancel():
                 one.future.set_result(picture)
-            self.seconds = time.monotonic() - began
-            self.on_batch(len(batch))
-        elif len(batch) == 1:
-            batch[0].future.set_exception(failed)
-        else:  # an adapter that cannot be read, or too little memory: the others can be drawn
-            for one in batch:
-                self._draw(live, [one])
+        self.seconds = time.monotonic() - began
+        self.on_batch(len(batch))
 
     def _pictures(self, live: Serving, batch: Sequence[Wanted]) -> list[Picture]:
+        def step_done(_: int) -> None:
+            if all(one.future.cancelled() for one in batch):
+                raise CancelledError
+
         names = dict.fromkeys(name for one in batch for name in one.adapters)
         self._load(live, names)
         usual = {name: live.loaded[name].adapter.card.weight for name in names}
@@ -126,7 +137,7 @@ class Queue:
             requests.append(Request(one.prompt, weights, one.seed, one.negative_prompt))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CompositionWarning)  # on the words of callers, who would not see it
-            return live.generate(requests, **batch[0].how._asdict())
+            return live.generate(requests, **batch[0].how._asdict(), on_step=step_done)
 
     def _load(self, live: Serving, names: Iterable[str]) -> None:
         """Also again, if a file has changed. Where there are too many, others go."""
