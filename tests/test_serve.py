@@ -8,6 +8,9 @@ import io
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -413,6 +416,49 @@ def test_the_page_of_the_documentation_runs_as_written(tmp_path: Path, monkeypat
         with Image.open(tmp_path / "rex.png") as picture:
             assert picture.size == (64, 64) and "trainedAlgorithmicMedia" in picture.info["XML:com.adobe.xmp"]
         assert (tmp_path / "adapters" / "ink.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+def test_a_kill_loses_only_what_was_in_flight(folder: Path, tmp_path: Path) -> None:
+    pipelines.make_pipeline("sd1").save_pretrained(tmp_path / "tiny")
+    adapters = tmp_path / "adapters"
+    shutil.copytree(folder, adapters)
+    new = file_of(folder, "rex").read_bytes()
+    words = ("--base", tmp_path / "tiny", "--max-steps", 1000)
+
+    def drawn(caller: Caller) -> list[np.ndarray]:
+        return caller.draw("ink", n=2, seed=1)
+
+    def models(caller: Caller) -> list[str]:
+        return [one["id"] for one in json.loads(caller.ask("/v1/models")[1])["data"]]
+
+    def send(caller: Caller) -> None:
+        with caller.client() as client:
+            client.files.create(file=("new.safetensors", new), purpose="user_data")
+
+    with running(tmp_path, *words) as (process, caller), ThreadPoolExecutor() as callers:
+        before, listed = drawn(caller), models(caller)
+        jobs = [callers.submit(caller.draw, "rex", steps=1000)]
+        until(lambda: caller.figure("loaded_adapters") == 2)  # it is being drawn
+        # a file that is there in full is checked, and listed, once the batch is done that is being drawn
+        jobs += [callers.submit(caller.draw, "bob", steps=1000), callers.submit(send, caller)]
+        with socket.create_connection(caller.address.removeprefix("http://").split(":")) as half:
+            head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 100000\r\n"
+            half.sendall(f'{head}Content-Type: multipart/form-data; boundary="x"\r\n\r\n--x\r\n'.encode())
+            until(lambda: list(adapters.glob(".*.tmp")))
+            process.kill()
+            process.wait(PATIENCE)
+        for job in jobs:
+            with pytest.raises(openai.APIConnectionError):
+                job.result()
+    assert list(adapters.glob(".*.tmp"))
+    with running(tmp_path, *words) as (_, caller):
+        assert models(caller) == listed == ["tiny", "bob", "broken", "ink", "old pen", "rex"]
+        assert np.array_equal(drawn(caller), before)
+        send(caller)
+        assert set(models(caller)) == {*listed, "new"}
+    assert (adapters / "new.safetensors").read_bytes() == new and not list(adapters.glob(".*.tmp"))
 
 
 def test_mistakes_of_the_command(call: Any, tmp_path: Path) -> None:
