@@ -364,6 +364,7 @@ class AttachedAdapter:
     weight: float
     layers: dict[str, AttachedLayer]
     models: Sequence[nn.Module]  # that hold them
+    even: bool = False  # all layers are known to have the weight
 
     def attach(self) -> None:
         for layer in self.layers.values():
@@ -377,13 +378,18 @@ class AttachedAdapter:
 
     def scale(self, path: str, weight: float) -> None:
         """Set the weight of one layer."""
+        self.even = False
         self.layers[path].scale = self.adapter.modules[path].scale * weight
 
     def use(self, weight: float) -> None:
         """Set the weight of all layers; with 0 they cost nothing."""
+        if self.even and self.weight == weight:
+            return
+        self.even = False  # an interrupt may come before all layers have it
         self.weight = weight
         for path in self.layers:
             self.scale(path, weight)
+        self.even = True
 
 
 def forget_compiled(models: Sequence[nn.Module]) -> None:

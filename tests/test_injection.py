@@ -264,6 +264,19 @@ def test_serving_can_be_left_again_after_an_interrupt() -> None:
         assert traces(base.pipeline) == before, at
 
 
+def test_serving_uses_what_it_is_told_after_an_interrupt() -> None:
+    with by_serving(BaseModel.from_pipeline(make_pipeline("sd1"))) as live:
+        scales = lambda: [layer.scale for layer in live.loaded["a"].layers.values()]  # noqa: E731
+        live.use({"a": 0.5})
+        half = scales()
+        for at in range(1, len(interrupted(lambda: live.use({"a": 1.0}), at=0)) + 1):
+            for told, expected in ({"a": 0.5}, half), ({"a": 1.0}, [2 * scale for scale in half]):
+                live.use({"a": 0.5})
+                interrupted(lambda: live.use({"a": 1.0}), at)
+                live.use(told)
+                assert scales() == expected, at
+
+
 # --- threads -------------------------------------------------------------------------------------------------------
 
 
