@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -443,6 +444,39 @@ def test_reading_half_precision_from_a_full_file_takes_little_more_than_the_resu
     more, result = map(int, done.stdout.split())
     assert result == 128 * 2**20
     assert result <= more < result + 64 * 2**20  # a mapped file would bring all its 256 MiB
+
+
+GAPS = """
+import torch
+from pathlib import Path
+from lora_booth.base.weight_files import return_always
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+torch.ones(2**22)  # 16 MiB; having freed it, glibc puts whatever is smaller into its heap
+if {always}:
+    return_always()
+large, small = [], []
+for _ in range(40):
+    large.append(torch.ones(2**20))  # 4 MiB
+    small.append(torch.ones(2**14))  # 64 KiB, so that the next large one is not its neighbour
+before = resident()
+large.clear()
+print(before - resident())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
+def test_large_tensors_leave_no_gaps_where_memory_is_scarce() -> None:
+    returned = []
+    for always in (False, True):
+        code = GAPS.format(always=always)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert done.returncode == 0, done.stderr
+        returned.append(int(done.stdout))
+    assert returned[0] < 40 * 2**20 and returned[1] > 150 * 2**20  # of 160 MiB
 
 
 RESIDENT = """

@@ -296,8 +296,9 @@ def test_the_reserve_is_given_up_before_the_training() -> None:
 
 @pytest.mark.slow
 def test_training_takes_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, said = base_of("sd1"), []
+    base, said, always = base_of("sd1"), [], []
     config = settled(CONFIG, base, 3)
+    monkeypatch.setattr(planning, "return_always", lambda: always.append(True))
     assert is_ample(base, LORA, config, photos=3)
     with monkeypatch.context() as patch:  # it fits: no other way is counted
         patch.setattr(Planner, "plan", None)
@@ -308,7 +309,7 @@ def test_training_takes_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPat
     assert not is_ample(base, LORA, config, photos=3)
     levels = levels_that_fit(base, LORA, config, photos=3, say=said.append)
     assert levels and set(levels) <= {"pictures_at_a_time", "gradient_checkpointing"}
-    assert len(said) == 1 and "plan: " in said[0]
+    assert len(said) == 1 and "plan: " in said[0] and always
     monkeypatch.setattr(budget, "free_bytes", lambda device: -(10**9))
     with pytest.raises(DoesNotFit):
         levels_that_fit(base, LORA, config, photos=3)

@@ -24,6 +24,8 @@ from .. import files
 from ..errors import AdapterDtypeError, AdapterError, AdapterFormatError, AdapterTooLarge, BaseModelError, UnsafeFormat
 
 PIECE = 2**24  # bytes read at a time; chosen
+LARGE = 2**20  # bytes of a tensor whose memory is worth returning; chosen
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,20 @@ def put(module: nn.Module, key: str, value: Tensor) -> None:
 
 def return_to_system() -> None:
     """Return freed host memory to the system; glibc would hold on to what lies below memory in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    glibc("malloc_trim", 0)
+
+
+def return_always() -> None:
+    """From now on, return each large tensor's host memory as soon as it is freed.
+
+    glibc holds on to tensors below 32 MB, and the gaps between them come to as much as they do: at SD 1.5's shapes and 256
+    pixels, .3 GB when class images are drawn. Without them, drawing takes a seventh longer on a CPU, and a step a twentieth.
+    """
+    glibc("mallopt", M_MMAP_THRESHOLD, LARGE)
+
+
+def glibc(function: str, *arguments: int) -> None:
+    """Call it where it exists."""
+    found = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    if found is not None:
+        found(*arguments)
