@@ -100,8 +100,8 @@ class EvaluationError(LoraBoothError):
 class MissingExtraError(LoraBoothError):
     """An optional package is needed; the message gives the pip command."""
 
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an optional package; pip install 'lora-booth[{extra}]'")
+    def __init__(self, what: str, extra: str | None = None) -> None:  # None: `what` is the message, of a pickle
+        super().__init__(what if extra is None else f"{what} needs an optional package; pip install 'lora-booth[{extra}]'")
 
 
 class AdapterError(LoraBoothError):

@@ -6,13 +6,13 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from .adapters.adapter import Adapter
 from .adapters.contents import LoraFactors
@@ -24,10 +24,11 @@ from .planning.budget import is_ample, subjects_at_once
 from .planning.planning import levels_that_fit
 from .subject.subject import Subject
 from .subject.tokens import check_token
-from .training.checkpoint import REPORT
+from .training.checkpoint import REPORT, saved_adapters
 from .training.distributed import ALONE, Processes, joined, started
 from .training.encoding import encoded_text, prepare, subjects_of
 from .training.job import Job
+from .training.lock import locked
 from .training.progress import Display, Labelled, Step, display
 from .training.run_folder import RunFolder
 from .training.samples import draw_samples
@@ -40,6 +41,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 TIME_UP = 1000  # above every signal's number
 MARGIN = 2.0  # a time limit must leave room for so many of the longest update, with its checkpoint: chosen
 NAME = re.compile(r"\w([\w .-]{0,98}[\w-])?")  # of a subject's folder
+GIVING_UP = 60.0  # seconds in which a process that is being ended may still hold a run's folder: chosen
 Course = Generator[None, None, tuple[Adapter, int]]
 
 
@@ -122,7 +124,7 @@ def train(
 
 
 def train_many(
-    base: BaseModel | str | Path,
+    base: BaseModel | str | Path | Callable[[], BaseModel],
     subjects: Mapping[str, Subject | Sequence[Subject]],
     *,
     lora: LoraSpec | None = None,
@@ -130,28 +132,33 @@ def train_many(
     init: Adapter | str | Path | None = None,
     out: str | Path | None = None,
     together: int | None = None,
+    engine: Literal["ray"] | None = None,
     time_limit: float | None = None,
     restart: bool = False,
     on_change: Callable[[str, str | LoraBoothError], None] | None = None,
     progress: bool = True,
-) -> tuple[dict[str, Adapter], dict[str, LoraBoothError]]:
+) -> tuple[Mapping[str, Adapter], dict[str, LoraBoothError]]:
     """Teach `base` many subjects, each its own adapter: several share every forward pass. Returns the adapters by name, and
-    the errors of the subjects that have none.
+    the errors of the subjects that have none. With `out`, an adapter is read from its file when you ask for it, so that memory
+    does not hold all of them.
 
     Each subject learns what it learns in `train` with these settings, up to rounding, and what goes wrong with one harms no
     other. All that can be checked before the first one starts is.
 
+    base        may be a function that loads it
     subjects    by name
     out         a folder for the runs: each is `out/NAME`, as in `train`. The same call on interrupted runs continues them
     together    subjects that share a pass; None: on a CPU up to 8, as many as memory is ample for, and one on a GPU, where what
                 sharing gains was not measured yet. Where memory runs out, fewer do
+    engine      "ray": the workers of a Ray cluster train, each one subject at a time on a GPU or, without any, on a core. It is
+                the cluster that `ray.init` has joined, or joins by itself. Needs `out`, on storage that all nodes share, and a
+                base that is not loaded yet: each worker loads it. A subject whose worker or node dies is tried again
     time_limit  minutes for this call: before they are over, all that are in training are saved, and returned as learnt so far
     on_change   called with a subject's name and "training", "finished", "stopped", or the error that ended it
     Other arguments are as in `train`.
     Raises SettingsError, and what is wrong with all subjects alike.
     """
     began = time.monotonic()
-    base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
     if out is None and restart:
         raise SettingsError(f"restart needs a run folder; pass {setting('out')}=")
     place: Path | None = typed("out", out, Path | None)
@@ -159,36 +166,68 @@ def train_many(
     check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
     together = typed("together", together, int | None)
     check(together is None or together >= 1, f"together {together}", "at least 1")
-    lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
-    jobs = {}
-    for name, several in named_subjects(subjects).items():
-        if place is not None:
-            check_place(place / name, None, several)
-        settings = settled(config, base, sum(len(one.photos) for one in several))
-        jobs[name] = Job(base, several, lora, settings, begun)
-    usual = next(iter(jobs.values())).config
-    drawable(base, usual.sample_size, "sample_size")
-    check_feasible(base, lora, usual)
+    base = typed("base", base, BaseModel | str | Path | Callable)
+    engine = typed("engine", engine, Literal["ray"] | None)
+    listed = named_subjects(subjects)
+    for name, several in listed.items() if place is not None else ():
+        check_place(place / name, None, several)  # type: ignore[operator]
     if started():
         raise SettingsError("train_many does not share its work among processes; start one process")
-    most = in_a_pass(list(jobs.values()), together)
+    what: dict[str, Any] = {"lora": lora, "config": config, "init": init}
+    if engine is not None:
+        asked = setting("engine", engine, option="--ray")
+        if place is None:
+            raise SettingsError(f"{asked} needs a folder for the runs; pass {setting('out')}=")
+        if together not in (None, 1):
+            raise SettingsError(f"{setting('together', together)} is not possible with {asked}; pass {setting('together', 1)}")
+        if isinstance(base, BaseModel):
+            raise SettingsError(f"base is loaded, and with {asked} each worker loads it; pass its name, path or a function")
 
-    adapters: dict[str, Adapter] = {}
+    adapters = Adapters(place)
     errors: dict[str, LoraBoothError] = {}
-    stop, waiting, runs = 0, list(jobs), dict[str, Course]()
+    stop, waiting, runs = 0, list(listed), dict[str, Course]()
     stopping = Stopping(began=began, time_limit=time_limit)
     with ExitStack() as stack:
         screen = stack.enter_context(display(progress))
+
+        def tell(name: str, state: str | LoraBoothError) -> None:
+            if isinstance(state, LoraBoothError):
+                errors[name] = state
+                screen.say(f"{name}: {state}")
+            if on_change is not None:
+                on_change(name, state)
+
+        if engine is not None:
+            from .training.ray_workers import train_on_workers
+
+            def tell_of_worker(name: str, state: str | LoraBoothError) -> None:
+                if state in ("finished", "stopped") and not adapters.find(name):
+                    state = TrainingError(
+                        f"{shown(place)}: its worker saved no adapter here; pass a folder that all nodes share"
+                    )
+                tell(name, state)
+
+            ends = None if time_limit is None else time.time() + 60 * time_limit
+            train_on_workers(
+                listed,
+                load=partial(loaded, base),
+                check=partial(checked_jobs, subjects=listed, **what),
+                train=partial(train_one, out=Path(place or "").absolute(), ends=ends, **what),
+                restart=restart,
+                tell=tell_of_worker,
+                screen=screen,
+            )
+            return adapters, errors
+
+        base = loaded(base)
+        jobs, first = checked_jobs(base, listed, **what)
+        most, job = in_a_pass(list(jobs.values()), together), jobs[waiting[0]]
         shared = None
         if most > 1:
-            shared = Together(base, lora, usual, first=first, most=most, say=screen.say)
+            shared = Together(base, job.lora, job.config, first=first, most=most, say=screen.say)
             stack.callback(shared.leave)
         if place is not None:
             stack.enter_context(stopping)
-
-        def tell(name: str, state: str | LoraBoothError) -> None:
-            if on_change is not None:
-                on_change(name, state)
 
         def begun_run(name: str) -> Course:
             options: dict[str, Any] = {"place": None if place is None else place / name, "restart": restart}
@@ -201,12 +240,11 @@ def train_many(
                 next(runs[name])
                 return
             except StopIteration as end:
-                adapters[name], stopped = end.value
+                adapter, stopped = end.value
+                adapters.add(name, adapter)
                 stop = stop or stopped
                 tell(name, "stopped" if stopped else "finished")
             except LoraBoothError as error:
-                errors[name] = error
-                screen.say(f"{name}: {error}")
                 tell(name, error)
             del runs[name]
 
@@ -231,6 +269,88 @@ def train_many(
     if stop not in (0, TIME_UP):
         leave(stop)
     return adapters, errors
+
+
+def loaded(base: BaseModel | str | Path | Callable[[], BaseModel]) -> BaseModel:
+    found = base() if callable(base) else base
+    return BaseModel.load(found) if isinstance(found, str | Path) else typed("base", found, BaseModel)
+
+
+def checked_jobs(
+    base: BaseModel,
+    subjects: Mapping[str, Sequence[Subject]],
+    *,
+    lora: LoraSpec | None,
+    config: TrainingConfig | None,
+    init: Adapter | str | Path | None,
+) -> tuple[dict[str, Job], dict[str, LoraFactors] | None]:
+    """What each run computes, and the factors that it begins with. Raises what is wrong with all of them alike."""
+    lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
+    jobs = {}
+    for name, several in subjects.items():
+        settings = settled(config, base, sum(len(one.photos) for one in several))
+        jobs[name] = Job(base, several, lora, settings, begun)
+    usual = next(iter(jobs.values())).config
+    drawable(base, usual.sample_size, "sample_size")
+    check_feasible(base, lora, usual)
+    return jobs, first
+
+
+def train_one(
+    base: BaseModel,
+    name: str,
+    subject: Sequence[Subject],
+    *,
+    out: Path,
+    ends: float | None,
+    restart: bool,
+    **what: Any,
+) -> str | LoraBoothError:
+    """What a worker of a cluster does: train one subject, until it is done or it is `ends` (a time.time())."""
+    states: list[str | LoraBoothError] = []
+    how: dict[str, Any] = {"out": out, "restart": restart, "together": 1, "progress": False}
+    if ends is not None:
+        how["time_limit"] = max(ends - time.time(), 1e-3) / 60
+    with suppress(TrainingError), locked(out / name, wait=GIVING_UP):
+        pass
+    train_many(base, {name: subject}, **how, **what, on_change=lambda _, state: states.append(state))
+    return states[-1]
+
+
+class Adapters(Mapping[str, Adapter]):
+    """Adapters by name. Those in the runs of `out` are read when asked for; the others are held."""
+
+    def __init__(self, out: Path | None) -> None:
+        self._out = out
+        self._held: dict[str, Adapter | None] = {}
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        self._held[name] = None if adapter.card.steps in self._saved(name) else adapter
+
+    def find(self, name: str) -> bool:
+        """Add the one that another process has saved; False if there is none."""
+        found = bool(self._saved(name))
+        if found:
+            self._held[name] = None
+        return found
+
+    def _saved(self, name: str) -> dict[int, Path]:
+        return {} if self._out is None else saved_adapters(self._out / name)
+
+    def __getitem__(self, name: str) -> Adapter:
+        held = self._held[name]
+        if held is not None:
+            return held
+        files = self._saved(name)
+        if not files:
+            raise TrainingError(f"{name}: its adapter is gone from {shown(self._out)}; make the same call again")
+        return replace(Adapter.load(files[max(files)]), stem=name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 def in_a_pass(jobs: Sequence[Job], asked: int | None) -> int:

@@ -60,7 +60,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "plan": {"base": "<base>"},
     "prepare": {"base": "<base>", "subject": "<rex>"},
     "train": {"base": "<base>", "subject": "<rex>", "progress": False},
-    "train_many": {"base": "<base>", "subjects": {"x": None}, "progress": False},
+    "train_many": {"base": "<base>", "subjects": "<subjects>", "progress": False},
     "training_steps": {"base": "<base>", "cache": None},
 }
 MADE_BY_OTHERS = {"__version__", "LoraBoothError", "PROMPT_SETS", "Grid", "Photo", "Step", "LoraFactors"}
@@ -204,6 +204,7 @@ WRONG: list[tuple[str, str, list[Any], str | None]] = [
     ("train_many", "init", [5, ["x"], "x"], "init|x: "),
     ("train_many", "out", [5, ["x"]], None),
     ("train_many", "together", ["x", [5], 0], None),
+    ("train_many", "engine", ["dask", 5], None),
     ("train_many", "time_limit", ["x", [5]], None),
     ("training_steps", "base", [5, None, "x"], None),
     ("training_steps", "cache", [5, None, "x"], None),
@@ -217,7 +218,7 @@ def things(photos: Path, rex: lb.Subject, tmp_path_factory: pytest.TempPathFacto
     adapter = pipelines.random_adapter(base).with_card(token="sks", class_noun="dog")
     picture = lb.Picture(Image.new("RGB", (16, 16)), PROMPT, 0)
     things = {"base": base, "adapter": adapter, "picture": picture, "pictures": [picture], "photos": photos, "rex": rex}
-    things |= {"image": Image.new("RGB", (64, 64), "white")}
+    things |= {"image": Image.new("RGB", (64, 64), "white"), "subjects": {"x": rex}}
     things |= {"regions": [lb.Region(adapter, box=(0, 0, 1, 1))], "requests": [lb.Request(PROMPT)], "tokenizer": base.tokenizer}
     return things | {
         "out": tmp_path_factory.mktemp("out") / "baked",

@@ -605,7 +605,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "train-many": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train_many),
         {"min_photos": "minimum", "max_photos": "maximum"},
-        {"jobs", "base", "settings"},
+        {"jobs", "base", "ray", "settings"},
     ),
     "cache": ((), {}, {"clear"}),
     "plan": ((LoraSpec, TrainingConfig, lora_booth.plan), {"vram": "vram_gb"}, {"base", "family", "json"}),

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def train_many(
     loading: Loading,
     lora: LoraSpec,
     config: TrainingConfig,
+    ray: str | None = None,  # address of a Ray cluster whose nodes train, e.g. auto, or local for one here [this process]
     together: int | None = None,  # subjects that share a forward pass, e.g. 8 [on a CPU up to 8, on a GPU one]
     init: Path | None = None,  # adapter file to begin each with, e.g. first.safetensors [a new adapter]
     crop: Crop = "smart",
@@ -114,6 +116,7 @@ def train_many(
     """Train an adapter for each of many subjects. Run the same command again to continue."""
     from ..run import train_many as train_subjects
     from ..subject.subject import Subject
+    from ..training.ray_workers import connected
 
     check_folder(out)
     listed = jobs_in(jobs)
@@ -128,11 +131,15 @@ def train_many(
             table.states[name] = error
     table.write()
     if subjects:
-        loaded = loading.base(base)
-        remember(loaded, base)
         given = lora if init is None or is_given(context, LoraSpec) else None  # None: as that adapter has it
         how: dict[str, Any] = {"lora": given, "config": config, "init": init, "together": together}
         how |= {"out": out, "time_limit": time_limit, "restart": restart, "on_change": table.change}
+        loaded: Any = partial(loading.base, base)
+        if ray is None:
+            remember(loaded := loaded(), base)
+        else:
+            connected(ray)
+            how["engine"] = "ray"
         try:
             with interruptible():
                 train_subjects(loaded, subjects, **how)

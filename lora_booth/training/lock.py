@@ -18,9 +18,10 @@ LOCK = ".lora_booth.lock"
 
 
 @contextmanager
-def locked(folder: Path, name: str = LOCK, *, of: Path | None = None) -> Iterator[bool]:
+def locked(folder: Path, name: str = LOCK, *, of: Path | None = None, wait: float = 0) -> Iterator[bool]:
     """Hold the lock of `folder`, created if missing, or of a file in it. False: the storage has no locks. Raises TrainingError.
 
+    wait  seconds in which another process may still give it up
     The lock ends with its process, however that ends; a text beside it names the process for the error of a second run.
     """
     what, place = shown(of or folder), setting("out", option="--run" if of is None else "--out")
@@ -34,7 +35,7 @@ def locked(folder: Path, name: str = LOCK, *, of: Path | None = None) -> Iterato
         reason = getattr(error, "strerror", None) or str(error)
         raise TrainingError(f"{what}: cannot be written ({reason}); pass another place as {place}") from error
     # no lock file without flock: after a crash of the machine it would remain, and block the run
-    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    lock = FileLock(file, timeout=wait, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
