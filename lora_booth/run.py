@@ -508,7 +508,7 @@ def follow(
 def check_place(place: Path, copies: Path | None, subjects: Sequence[Subject]) -> None:
     """Raises SettingsError for a run folder that holds the photos, or is the mirror too."""
     if place.resolve() in {photo.path.resolve().parent for one in subjects for photo in (*one.photos, *one.class_images)}:
-        raise SettingsError(f"{shown(place)}: holds the photos; pass another folder as {setting('out', option='--run')}")
+        raise SettingsError(f"{shown(place)}: holds the photos; use another folder for the run")
     if copies is not None and copies.resolve() == place.resolve():
         raise SettingsError(f"{shown(copies)}: is the run folder itself; pass a folder on other storage as {setting('mirror')}")
 

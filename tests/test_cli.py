@@ -324,7 +324,7 @@ def test_a_run_beside_its_photos_gets_another_name(call, photos, tiny, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert (tmp_path / "rex-run" / "run.json").is_file() and (tmp_path / "rex.safetensors").is_file()
     code, _, err = call(*train_words(folder, tiny, tmp_path / "rex.safetensors", "--run", str(folder)))
-    assert code == 2 and "holds the photos; pass another folder as --run" in err
+    assert code == 2 and "holds the photos; use another folder for the run" in err
 
 
 def test_one_file_is_not_written_by_two_trainings(call, photos, tiny, tmp_path):
@@ -604,7 +604,7 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     ),
     "train-many": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train_many),
-        {"min_photos": "minimum", "max_photos": "maximum"},
+        {"min_photos": "minimum", "max_photos": "maximum", "template": "templates"},
         {"jobs", "base", "ray", "settings"},
     ),
     "cache": ((), {}, {"clear"}),

@@ -127,6 +127,14 @@ def test_a_mistake_is_told_with_its_line_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_is_not_in_the_folder_of_its_photos(call: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
+    """And what to do instead is said without an option that this command does not have."""
+    shutil.copytree(photos, tmp_path / "photos" / "rex")
+    jobs = write(tmp_path / "jobs.jsonl", job(tmp_path / "photos" / "rex"))
+    code, _, err = call("train-many", jobs, "--out", tmp_path / "photos")
+    assert code == 2 and err.splitlines()[-1].endswith("rex: holds the photos; use another folder for the run")
+
+
 def test_files_that_are_in_the_way(call: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
     jobs = write(tmp_path / "jobs.jsonl", job(photos))
     (tmp_path / "jobs.csv").write_text("dog,owner\n")

@@ -315,7 +315,7 @@ def test_a_strange_name_is_a_name_and_is_shown_escaped(
 
 def test_a_folder_that_cannot_be_had_is_one_plain_error(photos: Path, tmp_path: Path) -> None:
     with failing_disk(tmp_path / "run", 1, times=10**6, error=errno.EROFS):
-        with pytest.raises(TrainingError, match=r"run: cannot be written \(Read-only file system\); pass another place as out"):
+        with pytest.raises(TrainingError, match=r"run: cannot be written \(Read-only file system\); use another folder"):
             tiny_run(photos, tmp_path / "run", config=QUICK)
     with pytest.raises(SettingsError, match="out .*null byte"):
         tiny_run(photos, tmp_path / "a\0b", config=QUICK)
@@ -406,7 +406,7 @@ def test_a_folder_with_files_of_the_same_names_is_not_taken_over(
         (run / name).symlink_to(outside)
     else:
         (run / name).write_bytes(b"theirs")
-    with pytest.raises(TrainingError, match=f"run: {name} is .*; move it away, or pass another folder as out"):
+    with pytest.raises(TrainingError, match=f"run: {name} is .*; move it away, or use another folder"):
         tiny_run(photos, run, config=QUICK, restart=restart)
     assert [path.name for path in outside.iterdir()] == ["theirs"]
     assert name == "checkpoints" or (run / name).read_bytes() == b"theirs"
@@ -475,7 +475,7 @@ def test_copies_of_another_run_stay(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_put_among_its_photos_nor_mirrored_into_itself(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="rex: holds the photos; pass another folder as out"):
+    with pytest.raises(SettingsError, match="rex: holds the photos; use another folder for the run"):
         tiny_run(photos, photos.parent / "." / photos.name, config=QUICK)
     (tmp_path / "link").symlink_to(tmp_path)
     for mirror in (tmp_path, tmp_path / "link", f"{tmp_path}/x/.."):

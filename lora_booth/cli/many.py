@@ -105,6 +105,7 @@ def train_many(
     ray: str | None = None,  # address of a Ray cluster whose nodes train, e.g. auto, or local for one here [this process]
     together: int | None = None,  # subjects that share a forward pass, e.g. 8 [on a CPU up to 8, on a GPU one]
     init: Path | None = None,  # adapter file to begin each with, e.g. first.safetensors [a new adapter]
+    template: list[str] | None = None,  # prompts of the photos, in turn, e.g. 'a photo of a {token} {class_noun}'; repeatable
     crop: Crop = "smart",
     min_photos: int = 3,  # fewest photos to accept, e.g. 1
     max_photos: int = 100,  # most photos to accept, e.g. 200
@@ -115,7 +116,7 @@ def train_many(
 ) -> None:
     """Train an adapter for each of many subjects. Run the same command again to continue."""
     from ..run import train_many as train_subjects
-    from ..subject.subject import Subject
+    from ..subject.subject import INSTANCE_TEMPLATE, Subject
     from ..training.ray_workers import connected
 
     check_folder(out)
@@ -123,9 +124,11 @@ def train_many(
     subjects: dict[str, Subject] = {}
     make_folder(out.absolute())
     table = Table(out, listed)
+    reading: dict[str, Any] = {"crop": crop, "minimum": min_photos, "maximum": max_photos}
+    reading["templates"] = template or (INSTANCE_TEMPLATE,)
     for name, (place, folder, words) in listed.items():
         try:
-            subjects[name] = Subject.from_folder(folder, **words, crop=crop, minimum=min_photos, maximum=max_photos)
+            subjects[name] = Subject.from_folder(folder, **words, **reading)
         except PhotoError as error:  # the others need not wait
             note(f"{place}: {error}")
             table.states[name] = error

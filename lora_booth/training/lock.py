@@ -24,7 +24,7 @@ def locked(folder: Path, name: str = LOCK, *, of: Path | None = None, wait: floa
     wait  seconds in which another process may still give it up
     The lock ends with its process, however that ends; a text beside it names the process for the error of a second run.
     """
-    what, place = shown(of or folder), setting("out", option="--run" if of is None else "--out")
+    what, remedy = shown(of or folder), "use another folder" if of is None else f"pass another file as {setting('out')}"
     file, holder = folder / name, folder / f"{name}.txt"
     try:
         make_folder(folder)
@@ -33,7 +33,7 @@ def locked(folder: Path, name: str = LOCK, *, of: Path | None = None, wait: floa
         file.touch()
     except (OSError, ValueError) as error:  # the second: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-        raise TrainingError(f"{what}: cannot be written ({reason}); pass another place as {place}") from error
+        raise TrainingError(f"{what}: cannot be written ({reason}); {remedy}") from error
     # no lock file without flock: after a crash of the machine it would remain, and block the run
     lock = FileLock(file, timeout=wait, fallback_to_soft=False)
     try:
@@ -42,9 +42,7 @@ def locked(folder: Path, name: str = LOCK, *, of: Path | None = None, wait: floa
         by = "another process"
         with suppress(OSError):
             by = shown(holder.read_text("utf-8", "replace").strip()[:200]) or by
-        raise TrainingError(
-            f"{what}: another run is using it ({by}); wait until it ends, or pass another place as {place}"
-        ) from None
+        raise TrainingError(f"{what}: another run is using it ({by}); wait until it ends, or {remedy}") from None
     except (OSError, NotImplementedError):
         pass
     try:

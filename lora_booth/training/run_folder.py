@@ -138,8 +138,7 @@ class RunFolder:
                 raise FileExistsError(errno.EEXIST, f"{CHECKPOINTS} is a link")
         except OSError as error:
             raise TrainingError(
-                f"{shown(self.path)}: {why(error)}, or was changed since; move it away, or pass another folder as "
-                f"{setting('out', option='--run')}"
+                f"{shown(self.path)}: {why(error)}, or was changed since; move it away, or use another folder"
             ) from error
 
     def clear(self) -> None:
@@ -153,8 +152,7 @@ class RunFolder:
             self.owned.clear()
         except OSError as error:
             raise TrainingError(
-                f"{shown(self.path)}: the earlier run cannot be removed ({why(error)}); pass another "
-                f"folder as {setting('out', option='--run')}"
+                f"{shown(self.path)}: the earlier run cannot be removed ({why(error)}); use another folder"
             ) from error
 
     def find(self) -> Checkpoint | None:
