@@ -38,7 +38,8 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environment.setenv("RAY_worker_niceness", "0")
-        ray = pytest.importorskip("ray", reason="needs lora-booth[ray]")
+        # brought by the extra `dev`, and not by `test`: 240 MB, and a minute or two of processes that start and are killed
+        ray = pytest.importorskip("ray", reason="needs lora-booth[ray], which the extra `dev` brings")
         from ray.cluster_utils import Cluster
 
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
@@ -122,12 +123,12 @@ def test_a_worker_and_a_node_die_and_the_adapters_are_those_of_undisturbed_runs(
     adapters, errors = train_many(str(tiny), subjects, **how, on_change=lambda *news: seen.append(news))
     for thread in threads:
         thread.join()
-    assert set(hit.values()) == {out / "a", out / "b"} and all(map(continued, hit.values()))
+    assert set(hit) == {first.unique_id, second.unique_id} and all(map(continued, hit.values()))
     assert list(errors) == ["broken"] and isinstance(errors["broken"], PhotoError) and "0.jpg" in str(errors["broken"])
     for name in ("a", "b", "taken"):
         assert (out / name / ADAPTER).read_bytes() == (tmp_path / "alone" / ADAPTER).read_bytes()
         assert adapters[name].card == expected.card
-    assert [state for name, state in seen if name == "a"] == ["training", "training", "finished"]
+    assert [state for _, state in seen].count("training") == len(subjects) + 2
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def alone(base: BaseModel, subject: Subject, config: TrainingConfig = CONFIG, **
 def difference(a: Adapter, b: Adapter) -> float:
     """Of the changes of all layers, relative to those of a."""
     assert a.modules.keys() == b.modules.keys()
-    changes = [torch.cat([factors.delta().flatten() for factors in one.modules.values()]) for one in (a, b)]
+    changes = [torch.cat([one.modules[key].delta().flatten() for key in a.modules]) for one in (a, b)]
     return float((changes[0] - changes[1]).norm() / changes[0].norm())
 
 
