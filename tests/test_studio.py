@@ -18,12 +18,15 @@ from PIL import Image
 from studio_client import Client, Server
 
 import lora_booth as lb
+from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterError, LoraBoothError, PhotoError, SettingsError, SubjectError, TrainingError
 from lora_booth.studio.drawing import BY_STEP
 from lora_booth.studio.folder import StudioFolder, square_around
 from lora_booth.studio.runs import COUNT, Trainings, last_line, settings_of
 
 pytest.importorskip("starlette")
+from starlette.requests import ClientDisconnect  # noqa: E402
+
 from lora_booth.studio.access import Gate  # noqa: E402
 
 OUTSIDE = "not to be seen"
@@ -212,6 +215,14 @@ def test_a_call_names_no_file_but_an_upload(gate, tmp_path):
         assert through(gate, "/gradio_api/queue/join", method="POST", cookie="right", body=body) == 403
 
 
+def test_a_page_that_is_closed_during_an_upload_is_no_error(tmp_path):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise ClientDisconnect
+
+    with pytest.raises(IndexError):  # no answer, and nothing else
+        through(Gate(app, token="right", uploads=tmp_path), "/gradio_api/upload", method="POST", cookie="right")
+
+
 # --- the server --------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +264,15 @@ def test_nothing_outside_the_folder_is_served(server):
         assert status == 403 and OUTSIDE not in body.decode() and server.token not in body.decode()
     (root / "photos" / "out.png").unlink()
     assert server.ask("/config", token="")[0] == 401 and oct((root / ".token").stat().st_mode)[-3:] == "600"
+
+
+def test_the_settings_of_a_training_say_why_their_defaults_are_so():
+    pytest.importorskip("gradio")
+    from lora_booth.studio.train_tab import ADVANCED, reasons
+
+    assert set(ADVANCED) - set(reasons()) == {"sample_every", "seed"}  # of no table
+    assert reasons()["rank"] == f"Default: {LoraSpec().rank} (enough for one subject; an SD 1.5 adapter file is 3.2 MB)"
+    assert not set("`[]|") & set("".join(reasons().values()))
 
 
 @pytest.mark.slow

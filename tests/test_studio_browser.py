@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from browser import CHROMEDRIVER, CHROMIUM, Browser, chromium
+from PIL import Image
 from studio_client import Server
+from test_studio import root_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,6 +72,25 @@ def press(page: Browser, label: str) -> None:
     page.run(f"{found}.click()")
 
 
+def paint(page: Browser, css: str) -> None:
+    """Draw a stroke across the middle with the mouse."""
+    page.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", css)
+    box = page.run(
+        "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]", css
+    )
+    x, y = int(box[0] + box[2] / 2), int(box[1] + box[3] / 2)
+    moves = [{"type": "pointerMove", "x": x + dx, "y": y, "duration": 100} for dx in (-20, -10, 0, 10, 20)]
+    stroke = [moves[0], {"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}]
+    page.do("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": stroke}]})
+
+
+def until(done: Callable[[], Any]) -> None:
+    end = time.monotonic() + LONG
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def fits(page: Browser) -> bool:
     """Nothing is wider than the window."""
     return page.run("return document.documentElement.scrollWidth <= window.innerWidth")
@@ -87,10 +112,28 @@ def test_the_whole_way(page, server, photos: Path):
     page.wait("document.querySelector('#audit').textContent.includes('3 photos at 64 pixels')", LONG)
     assert page.run("return document.querySelectorAll('#squares img').length") == 3
 
+    press(page, "Crop, mask and caption of this photo")
+    page.wait("document.querySelector('#canvas canvas')?.offsetParent", LONG)
+    kept = root_of(server) / "photos" / "rex"
+    press(page, "Use as the mask")
+    page.wait("document.body.textContent.includes('nothing is painted')", LONG)
+    paint(page, "#canvas canvas")
+    press(page, "Use as the mask")
+    page.wait("!document.querySelector('#canvas .generating')", LONG)
+    until(lambda: list(kept.glob("*.mask.png")))
+    with Image.open(next(kept.glob("*.mask.png"))) as mask:
+        white = np.asarray(mask.convert("L")) > 127
+    assert 0.01 < white.mean() < 0.5 and white[white.shape[0] // 2, white.shape[1] // 2]
+    press(page, "Crop to what is painted")
+    until(lambda: (kept / "crops.json").is_file())
+    [(left, top, right, bottom)] = json.loads((kept / "crops.json").read_text()).values()
+    assert 0 <= left < 0.5 < right <= 1 and 0 <= top < 0.5 < bottom <= 1
+
     tab(page, "Train")
     page.wait(f"{FIELD.format('Subject')}.querySelector('input').value === 'rex'")
     page.click("#choice input[value=quick]")
     press(page, "Everything else")
+    page.wait("document.body.textContent.includes('Default: 8 (enough for one subject')")
     fill(page, "steps", "30")
     press(page, "Start training")  # not where it is: the fields above are still unfolding
     page.wait("document.querySelector('#status [data-alive]')", LONG)

@@ -10,6 +10,7 @@ import hmac
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class Gate:
             if not self.allowed(body):
                 answer = PlainTextResponse("A call may name only files that were uploaded to the studio.", 403)
             receive = repeated(body, receive)
-        await (answer or self.app)(scope, receive, protected)
+        with suppress(ClientDisconnect):  # a page that was closed during an upload
+            await (answer or self.app)(scope, receive, protected)
 
     def refusal(self, request: Request) -> Response | None:
         """What to answer to a call that goes no further."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,6 +19,7 @@ SAMPLE = 160  # pixels of a sample on the page; chosen
 COLUMNS = 8  # rounds of samples in view; chosen
 # of TrainingConfig and LoraSpec; the rest is for the command line
 COUNTS = ("steps", "rank", "resolution", "batch_size", "class_images", "sample_every", "seed")
+REASONS = ("defaults.md", "../../docs/defaults.md")  # beside this file in a wheel; in the repository
 ADVANCED = (*COUNTS, "learning_rate", "prior_loss_weight", "flip", "text_encoder")
 
 
@@ -31,7 +34,8 @@ def train_tab(studio: Studio) -> View:
         with gr.Accordion("Everything else", open=False):
             gr.Markdown("Leave a field empty for its default.")
             with gr.Row():
-                fields = [field_of(one) for one in ADVANCED]
+                about, why = {**comments(TrainingConfig), **comments(LoraSpec)}, reasons()
+                fields = [field_of(one, about.get(one, ""), why.get(one, "")) for one in ADVANCED]
         forecast = gr.HTML(elem_id="forecast")
         with gr.Row():
             check = gr.Button("Does it fit?")
@@ -119,12 +123,20 @@ def train_tab(studio: Studio) -> View:
     return View(tab, refresh, [subject, run])
 
 
-def field_of(name: str) -> Any:
-    about = {**comments(TrainingConfig), **comments(LoraSpec)}.get(name)
-    label = name.replace("_", " ")
+def reasons() -> dict[str, str]:
+    """Setting -> its default and the reason for it, from the table of docs/defaults.md."""
+    places = (Path(__file__).parent / one for one in REASONS)
+    text = next((place.read_text(encoding="utf-8") for place in places if place.is_file()), "")
+    plain = re.sub(r"`|\[([^]]+)\]\([^)]+\)", r"\1", text)
+    rows = re.findall(r"^\| (\w+) \| ([^|]+) \| ([^|]+) \|$", plain, re.MULTILINE)
+    return {name: f"Default: {value} ({why})" for name, value, why in rows}
+
+
+def field_of(name: str, *notes: str) -> Any:
+    label, info = name.replace("_", " "), ". ".join(filter(None, notes))
     if name in ("flip", "text_encoder"):
-        return gr.Checkbox(label=label, info=about)
-    return gr.Textbox(label=label, info=about, max_lines=1, min_width=220)  # an empty `gr.Number` sends 0
+        return gr.Checkbox(label=label, info=info)
+    return gr.Textbox(label=label, info=info, max_lines=1, min_width=220)  # an empty `gr.Number` sends 0
 
 
 def parsed(name: str, value: Any) -> Any:
