@@ -31,7 +31,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import LoraFactors
 from lora_booth.base import changes
 from lora_booth.base.base_model import BaseModel
-from lora_booth.base.changes import CLAIMS
+from lora_booth.base.changes import CLAIMS, claimed
 from lora_booth.base.generation import generate_images, quiet
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, BaseModelError, OtherBaseWarning, SettingsError, TrainingError
@@ -40,7 +40,7 @@ from lora_booth.kernels.attention import attention_kernel
 from lora_booth.kernels.lean import channels_last, lean
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.regions import Region
-from lora_booth.pictures.serving import Serving
+from lora_booth.pictures.serving import Request, Serving
 from lora_booth.pictures.weights import Weight
 from lora_booth.training.training_mode import checkpointed, modes_restored
 
@@ -313,13 +313,76 @@ def test_threads_take_turns_on_one_base() -> None:
     assert entered.wait(30)
     waiting = [in_thread(lambda one=one: drawn(one)) for one in (None, *adapters, None)]
     pictures = in_thread(lambda: generate_images(base.pipeline, "a dog", [0], steps=1))
+    tokens = in_thread(lambda: base.cut_off("a dog"))  # a tokenizer is not for several threads at once
     time.sleep(0.1)
-    assert not any(one.done() for one in (*waiting, pictures))
+    assert not any(one.done() for one in (*waiting, pictures, tokens))
     leave.set()
     holder.result(60)
     for one, expected in zip(waiting, (*alone, alone[0]), strict=True):
         assert torch.equal(one.result(60), expected)
     assert pictures.result(60)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
+def test_compositions_and_serving_draw_the_same_in_threads_as_alone() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    before = traces(base.pipeline)
+    adapters = [random_adapter(base, TEXT_TOO, seed=seed) for seed in range(3)]
+    studio = Composition(base, [(adapters[0], 1.0), (adapters[1], 0.5)])
+    with Serving(base) as live:
+        for name, adapter in zip("abc", adapters, strict=True):
+            live.load(name, adapter)
+        jobs: list[Callable[[], Any]] = [
+            lambda: studio.generate("a dog " * 20, steps=2),
+            lambda: Composition(base, adapters[2]).generate("a dog", seeds=[1], steps=2),
+            lambda: live.generate([Request("a dog", {"a": 1.0}), Request("a dog", {"b": 0.5, "c": 1.0})], steps=2),
+            lambda: live.generate([Request("a dog", {"c": -1.0}, seed=3)], steps=3),
+        ]
+        pictures = lambda job: [np.asarray(one.image) for one in job()]  # noqa: E731
+        alone = [pictures(job) for job in jobs]
+        for _ in range(3):
+            threads = [in_thread(partial(pictures, job)) for job in jobs]
+            assert all(np.array_equal(one.result(60), drawn) for one, drawn in zip(threads, alone, strict=True))
+    assert traces(base.pipeline) == before
+
+
+def test_what_threads_do_to_serving_while_others_wait() -> None:
+    base = BaseModel.from_pipeline(make_pipeline("sd1"))
+    before, adapter = traces(base.pipeline), small_adapter(base)
+    with Serving(base) as live:
+
+        def waiting(*jobs: Callable[[], Any]) -> list[Future[Any]]:
+            """Wait for the base, in this order."""
+            found = []
+            for job in jobs:
+                found.append(in_thread(job))
+                while len(CLAIMS[base.unet]) <= len(found):
+                    time.sleep(0.001)
+            return found
+
+        with claimed(base.unet):
+            first, second = waiting(*[lambda: live.load("a", adapter)] * 2)
+        first.result(60)
+        with pytest.raises(SettingsError, match="'a' is already loaded"):
+            second.result(60)
+        with claimed(base.unet):
+            [drawn] = waiting(lambda: live.generate([Request("a dog")], steps=1))
+            live.use({"a": 0.5})
+        assert drawn.result(60) and live.loaded["a"].weight == 0.5
+        with claimed(base.unet):
+            jobs = (lambda: live.generate([Request("a dog", {"a": 1.0})], steps=1), lambda: live.use({"a": 1.0}))
+            late = waiting(*jobs, lambda: live.unload("a"))
+            live.unload("a")
+        for one in late:
+            with pytest.raises(SettingsError, match="'a' is not loaded"):
+                one.result(60)
+        with claimed(base.unet):
+            [late_load] = waiting(lambda: live.load("a", adapter))
+            live.__exit__(None, None, None)
+        with pytest.raises(SettingsError, match="this Serving was left"):
+            late_load.result(60)
+    assert traces(base.pipeline) == before
 
 
 def test_a_thread_that_waits_for_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,10 +308,11 @@ class BaseModel:
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that a text encoder does not read, in the tokenizer's spelling; "" if all of it is read."""
         ends = [""]
-        for tokenizer in filter(None, self.tokenizers):
-            ids = tokenizer(prompt, verbose=False).input_ids
-            if len(ids) > tokenizer.model_max_length:
-                ends.append(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip())
+        with claimed(self.shell.unet):  # a tokenizer mixes up the settings of threads that call it at the same time
+            for tokenizer in filter(None, self.tokenizers):
+                ids = tokenizer(prompt, verbose=False).input_ids
+                if len(ids) > tokenizer.model_max_length:
+                    ends.append(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip())
         return max(ends, key=len)
 
     def time_ids(self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int]) -> Tensor | None:

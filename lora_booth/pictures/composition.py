@@ -73,7 +73,8 @@ class Composition:
     redraw      share of the denoising steps, e.g. 0.8, in which the adapters redraw, each in its region, a picture that the
                 base alone draws first with the plain class of every subject. Automatic regions are where it drew them, and
                 what no region covers stays. None: the adapters draw from the start
-    Every call restores the pipeline. Raises SettingsError for settings that contradict each other.
+    Every call restores the pipeline; threads that share a base take turns. Raises SettingsError for settings that contradict
+    each other.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,49 +51,60 @@ class Serving:
     live.use({"rex": 0.8})          # for calls of your own of `live.pipeline`
     live.generate([Request("a photo of ohwx dog", {"rex": 1.0}), Request("a mug", seed=1)])
     live.unload("rex")
+
+    Threads may share it: each call waits for its turn. Calls of your own of `live.pipeline` belong to one thread.
     """
 
     def __init__(self, base: BaseModel | Any) -> None:
         self.base = BaseModel.of(base)
         self.loaded: dict[str, AttachedAdapter] = {}
+        self._left = False
 
     @property
     def pipeline(self) -> Any:
         return self.base.pipeline
 
     def __enter__(self) -> Serving:
+        self._left = False
         return self
 
     def __exit__(self, *_: object) -> None:
-        with claimed(self.base.shell.unet), undone(*(on.detach for on in self.loaded.values())):
-            pass
-        self.loaded.clear()
+        with claimed(self.base.shell.unet):
+            with undone(*(on.detach for on in self.loaded.values())):
+                self._left = True
+            self.loaded.clear()
 
     def load(self, name: str, adapter: Adapter) -> None:
         """Attach an adapter to the base, with weight 0 until you use it. Raises AdapterBaseMismatch."""
-        if typed("name", name, str) in self.loaded:
-            raise SettingsError(f"{name!r} is already loaded; unload it first, or choose another name")
-        [on] = attachable(self.base, weighted([(adapter, 1.0)]))
-        on.use(0.0)
+        typed("name", name, str)
         with claimed(self.base.shell.unet):
+            if self._left:
+                raise SettingsError("this Serving was left, and its base restored; load within its `with` block")
+            if name in self.loaded:
+                raise SettingsError(f"{name!r} is already loaded; unload it first, or choose another name")
+            [on] = attachable(self.base, weighted([(adapter, 1.0)]))
+            on.use(0.0)
             self.loaded[name] = on
             on.attach()
 
     def unload(self, name: str) -> None:
-        self._known(name)
         with claimed(self.base.shell.unet):
+            self._known(name)
             self.loaded[name].detach()
             del self.loaded[name]
 
     def use(self, weights: Mapping[str, float]) -> None:
         """Activate exactly these adapters, with these weights."""
         weights = typed("weights", weights, Mapping[str, float])
-        for name, weight in weights.items():
-            self._known(name)
-            check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
         with claimed(self.base.shell.unet):
+            for name, weight in weights.items():
+                self._known(name)
+                check(math.isfinite(weight), f"weight {weight} of {name!r}", "any finite number; 0 to 1 is usual")
             for name, on in self.loaded.items():
                 on.use(weights.get(name, 0.0))
+
+    def _weights(self) -> dict[str, float]:
+        return {name: on.weight for name, on in self.loaded.items()}
 
     def _known(self, name: str) -> None:
         if name not in self.loaded:
@@ -127,9 +139,8 @@ class Serving:
                 on_step(len(requests))
             return tensors
 
-        names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
-        before = {name: on.weight for name, on in self.loaded.items()}
-        with claimed(self.base.shell.unet), undone(lambda: self.use(before)), quiet(self.pipeline):
+        with claimed(self.base.shell.unet), undone(partial(self.use, self._weights())), quiet(self.pipeline):
+            names = [n for n in self.loaded if any(request.adapters.get(n) for request in requests)]
             texts = [self._encoded(request) for request in requests]
             self.use(dict.fromkeys(names, 1.0))
             rows = {n: torch.tensor([float(r.adapters.get(n, 0.0)) for r in requests]) for n in names}
