@@ -80,7 +80,7 @@ WITH_FEED_FORWARD = (*lb.LoraSpec().target_modules, "ff.net.0.proj", "ff.net.2")
 GENTLE: dict[str, Any] = {"learning_rate": 1.6e-3, "class_images": 0}  # half the rate, the class kept by predictions
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
-    "class kept by predictions": Recipe({"class_images": 0}),
+    "class images 0": Recipe({"class_images": 0}),
     "no prior": Recipe({"prior_loss_weight": 0.0}),
     "half the rate": Recipe({"learning_rate": 1.6e-3}),
     "a third of the rate": Recipe({"learning_rate": 1e-3}),
@@ -95,10 +95,6 @@ RECIPES: dict[str, Recipe] = {
         {"steps": 200, "learning_rate": 1.6e-3, "class_images": 0, "batch_size": 4}
     ),
     "half the rate, predictions, timesteps from 300": Recipe(GENTLE, training=partial(trials.timesteps, 300, 1000)),
-    "room": Recipe(GENTLE, training=trials.room),
-    "room, a tenth inside": Recipe(GENTLE, training=partial(trials.room, inside=0.1)),
-    "room, a tenth inside, no class rows": Recipe(GENTLE, training=partial(trials.room, 1.0, 0.1)),
-    "room, a quarter of the steps": Recipe(GENTLE, training=partial(trials.room, 0.25)),
     "half the rate, predictions, feed-forward": Recipe(GENTLE, lora={"target_modules": WITH_FEED_FORWARD}),
     "half the rate, predictions, rank 16": Recipe(GENTLE, lora={"rank": 16}),
     "half the rate, predictions, batch 4": Recipe(GENTLE | {"batch_size": 4}),

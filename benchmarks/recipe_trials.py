@@ -16,13 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lora_booth as lb
-from lora_booth.base.base_model import TextConditions
 from lora_booth.pictures import composition
-from lora_booth.pictures.redraw import subject_masks
-from lora_booth.pictures.regional import AttentionMaps
-from lora_booth.pictures.unet_hook import UNetHook
-from lora_booth.subject.wording import with_article
-from lora_booth.toybox.world import CLASSES
 from lora_booth.training import loop, training_run
 from lora_booth.training.latents import Batch
 
@@ -115,69 +109,6 @@ def faster_up(ratio: float = 4.0) -> Iterator[None]:
 
     with after_each_update(hasten):
         yield
-
-
-@contextmanager
-def room(share: float = 0.5, inside: float = 0.0, others: int = 4, pictures: int = 4) -> Iterator[None]:
-    """Beside the subject all stays as the base draws it. In `share` of the steps, pictures that the base drew of the subject's
-    class beside another take the place of the class rows: outside the subject, the adapter must predict by the instance prompt
-    what the base predicts by the class prompt. inside: weight of the error there
-    """
-    inputs_of, span = loop.inputs_of, 1 - loop.BACKGROUND_WEIGHT  # a mask of 1 is weight 1, one of 0 the background's weight
-    made: dict[int, list[tuple[Tensor, Tensor, Any, Any]]] = {}
-
-    def with_pairs(state: loop.LoopState, index: int) -> Iterator[Any]:
-        for inputs in inputs_of(state, index):
-            batch, photos = inputs.batch, inputs.batch.photos
-            if (index * share) % 1 >= share or inputs.class_text is None:
-                yield inputs
-                continue
-            if id(state) not in made:
-                made[id(state)] = drawn_pairs(lb.BaseModel.load("toybox"), state.cache.buckets[0], others, pictures)
-            pairs = made[id(state)]
-            chosen = [pairs[(index * 7 + n) % len(pairs)] for n in range(len(batch) - photos)]
-            latents = torch.cat([batch.latents[:photos], *(latent for latent, *_ in chosen)])
-            masks = torch.cat(
-                [torch.ones_like(batch.latents[:photos, :1]), *(1 - mask * (1 - inside) / span for _, mask, *_ in chosen)]
-            )
-            prompts = torch.cat([inputs.text.states[:photos], *(text.states for _, _, text, _ in chosen)])
-            plain = torch.cat([text.states for *_, text in chosen])
-            yield loop.Inputs(
-                replace(batch, latents=latents, masks=masks), TextConditions(prompts, None), TextConditions(plain, None)
-            )
-
-    with patch.object(loop, "inputs_of", with_pairs):
-        yield
-
-
-@torch.no_grad()
-def drawn_pairs(base: lb.BaseModel, bucket: Any, others: int, pictures: int) -> list[tuple[Tensor, Tensor, Any, Any]]:
-    """Latents (1, C, h, w), mask of the subject (1, 1, h, w), and text by the instance and by the class prompt."""
-    instance, plain = bucket.photos.prompts[0], bucket.class_prompts[0]
-    noun = plain.split()[-1]
-    found = []
-    for number, other in enumerate([one for one in CLASSES if one != noun][::2][:others]):
-        beside = f" and {with_article(other)}"
-        words = [base.tokenizer(plain + text).input_ids for text in ("", beside)]
-        maps = AttentionMaps([[len(one) - 2] for one in words])
-
-        def collecting(hook: Any, call: Any, maps: AttentionMaps = maps) -> Any:
-            with maps.collecting(hook):
-                return call.run()
-
-        with UNetHook(base.pipeline, [], []).hooked(collecting):  # type: ignore[arg-type]
-            drawn = base.pipeline(
-                plain + beside,
-                num_images_per_prompt=pictures,
-                num_inference_steps=20,
-                guidance_scale=4.0,
-                generator=torch.Generator().manual_seed(900 + number),
-                output_type="latent",
-            ).images
-        masks = subject_masks(maps.found(), [noun, other])[0][:, None]
-        text, of_class = base.encode_text([instance + beside]), base.encode_text([plain + beside])
-        found += [(latent[None], mask[None], text, of_class) for latent, mask in zip(drawn, masks, strict=True)]
-    return found
 
 
 # --- the token's embedding ---------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class TrainingConfig:
     weight_decay: float = 1e-2  # weight decay of AdamW, e.g. 0.01
     max_grad_norm: float = 1.0  # norm at which gradients are clipped, e.g. 1; inf: never
     prior_loss_weight: float = 1.0  # weight of keeping the plain class as it is, e.g. 0.5; 0: none
-    class_images: int | None = None  # pictures of the plain class to keep it by, e.g. 100; 0: by predictions [from the photos]
+    class_images: int = 16  # pictures of the class beside something, drawn to keep both as they are, e.g. 32; 0: none
     min_snr_gamma: float | None = None  # gamma of min-SNR loss weighting, e.g. 5 [off]
     flip: bool = False  # also train on mirrored photos (not for text or faces)
     resolution: int | None = None  # side in pixels, e.g. 512 [the base's own]
@@ -122,7 +122,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a
     "weight_decay": (lambda decay: 0 <= decay <= 1, "from 0 to 1"),
     "max_grad_norm": (lambda norm: norm > 0, "above 0 (infinity: no clipping)"),
     "prior_loss_weight": (lambda weight: 0 <= weight < math.inf, "at least 0 (0: no prior preservation)"),
-    "class_images": (lambda count: count >= 0, "at least 0 (0: the class is kept by the base's predictions)"),
+    "class_images": (lambda count: count >= 0, "at least 0 (0: the class is kept by its prompt alone)"),
     "min_snr_gamma": (lambda gamma: gamma > 0, "above 0"),
     "resolution": (lambda pixels: pixels >= 8, "a multiple of 8"),
     "checkpoint_minutes": (lambda minutes: minutes > 0, "above 0 (infinity: by steps alone)"),
@@ -136,10 +136,9 @@ def check_ranges(settings: LoraSpec | TrainingConfig) -> None:
         check(value is None or allows(value), f"{name} {value}", allowed)
 
 
-# 400 to 1,500 steps and 50 to 100 class images, as in diffusers' DreamBooth examples for 3 to 30 photos
+# 400 to 1,500 steps, as in diffusers' DreamBooth examples for 3 to 30 photos
 STEPS_PER_PHOTO = 100
 FEWEST_STEPS, MOST_STEPS = 400, 1500
-CLASS_IMAGES_PER_PHOTO, MOST_CLASS_IMAGES = 10, 100
 WARMUP_SHARE, MOST_WARMUP = 20, 50  # one update in 20, at most 50: chosen
 SAMPLE_ROUNDS, STEPS_FOR_SAMPLES = 3, 100  # of a run with at least so many steps: chosen
 CUSTOMARY_RATE, CUSTOMARY_WIDTH = 1e-4, 1280  # of LoRA on SD 1.x, 2.x and SDXL, whose widest layers have 1280 channels
@@ -153,7 +152,6 @@ class SettledConfig(TrainingConfig):
     steps: int = 0
     learning_rate: float = 0.0
     warmup_steps: int = 0
-    class_images: int = 0
     resolution: int = 0
     sample_every: int = 0
 
@@ -164,7 +162,6 @@ def defaults(photos: int, steps: int | None) -> dict[str, int]:
     return {
         "steps": steps,
         "warmup_steps": min(steps // WARMUP_SHARE, MOST_WARMUP),
-        "class_images": min(MOST_CLASS_IMAGES, CLASS_IMAGES_PER_PHOTO * photos),
         "sample_every": steps // SAMPLE_ROUNDS if steps >= STEPS_FOR_SAMPLES else 0,
     }
 

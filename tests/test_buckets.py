@@ -211,7 +211,7 @@ def test_class_images_of_all_sizes_are_drawn_with_the_base_read_once(
     base, whole, read, made = base_of("sd1"), BaseModel.all_on_device, [], []
     monkeypatch.setattr(BaseModel, "all_on_device", lambda self: read.append(1) or whole(self))
     prepare(base, shapes, lora=LORA, config=CONFIG, on_progress=lambda what, *done: made.append((what, *done)))
-    assert [done for what, *done in made if what == "class images"] == [[0, 3], [2, 3], [3, 3]] and len(read) == 1
+    assert [done for what, *done in made if what == "class images"] == [[0, 3], [1, 3], [2, 3], [3, 3]] and len(read) == 1
 
 
 def test_class_images_of_your_own_get_the_sizes_of_the_photos(shapes: Subject, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pipelines import make_pipeline, tokenizer
@@ -35,13 +34,12 @@ from lora_booth.errors import BaseModelError, SettingsError
 from lora_booth.injection import trainable
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
-from lora_booth.training import encoding
+from lora_booth.training import class_images as of_class
+from lora_booth.training.class_images import class_images, image_key
 from lora_booth.training.encoding import (
-    class_images,
     dependencies,
     digest_on_disk,
     encode_prompts,
-    image_key,
     prepare,
     text_dependencies,
 )
@@ -56,7 +54,7 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=to
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "cache"
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(folder))
-    monkeypatch.setattr(encoding, "CLASS_IMAGE_STEPS", 2)
+    monkeypatch.setattr(of_class, "CLASS_IMAGE_STEPS", 2)
     yield folder
 
 
@@ -291,8 +289,8 @@ def test_a_folder_that_cannot_be_written_stops_nobody(own_cache: Path, folders: 
     assert not write_entry("latents", key_of(of="one"), TENSORS)
     assert read_entry("latents", key_of(of="one")) is None
     assert cache_size() == prune_cache(0) == clear_cache() == 0
-    [[drawn]] = class_images(load(folders["sd1"]), [("a dog", (64, 64), 1)])
-    assert drawn.size == (64, 64)
+    [[drawn]] = class_images(load(folders["sd1"]), [("dog", (64, 64), 1)])
+    assert drawn.image.size == (64, 64)
 
 
 def write_many(folder: str, number: int) -> int:
@@ -363,15 +361,18 @@ def test_class_images_count_and_are_cleared(rex: Subject, folders: dict[str, Pat
     assert [path.name for path in own_cache.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("change", ["bit", "other", "black", "size", "type", "nothing", "picture", "pipe", "link"])
+@pytest.mark.parametrize(
+    "change", ["bit", "other", "black", "size", "type", "no mask", "another mask", "nothing", "picture", "pipe", "link"]
+)
 def test_a_class_image_is_checked_before_it_is_trained_on(
     change: str, folders: dict[str, Path], own_cache: Path, tmp_path: Path
 ) -> None:
     base = load(folders["sd1"])
-    [right] = class_images(base, [("a dog", (64, 64), 2)])
-    key = image_key(base, "a dog", size=(64, 64), seed=0)
-    path, other = (place_of("class_images", image_key(base, "a dog", size=(64, 64), seed=seed)) for seed in (0, 1))
-    pixels = torch.full((64, 64, 3), 7, dtype=torch.uint8)
+    [right] = class_images(base, [("dog", (64, 64), 2)])
+    key = image_key(base, "dog", "cat", (64, 64), 0)
+    path = place_of("class_images", key)
+    other = place_of("class_images", image_key(base, "dog", "mug", (64, 64), 1))
+    mask, pixels = torch.zeros(64, 64, dtype=torch.uint8), torch.full((64, 64, 3), 7, dtype=torch.uint8)
     content = path.read_bytes()
     path.unlink()
     if change == "bit":
@@ -379,17 +380,24 @@ def test_a_class_image_is_checked_before_it_is_trained_on(
     elif change == "other":
         shutil.copy(other, path)
     elif change == "picture":
-        right[1].save(path, "PNG")
+        right[1].image.save(path, "PNG")
     elif change == "pipe":
         os.mkfifo(path)
     elif change == "link":
         path.symlink_to(other)
     else:  # with a checksum that is right
-        made = {"black": pixels * 0, "size": pixels[:32], "type": pixels.float()}
-        write_entry("class_images", key, {"pixels": made[change]} if change in made else {})
-    [again] = class_images(base, [("a dog", (64, 64), 2)])
-    assert [np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in zip(again, right, strict=True)] == [0, 0]
-    assert [image.size for image in again] == [(64, 64)] * 2
+        made = {
+            "black": {"pixels": pixels * 0, "mask": mask},
+            "size": {"pixels": pixels[:32], "mask": mask},
+            "type": {"pixels": pixels.float(), "mask": mask},
+            "no mask": {"pixels": pixels},
+            "another mask": {"pixels": pixels, "mask": mask[:32]},
+        }
+        write_entry("class_images", key, made.get(change, {}))
+    [again] = class_images(base, [("dog", (64, 64), 2)])
+    for a, b in zip(again, right, strict=True):
+        assert a.thing == b.thing and a.image.size == a.mask.size == (64, 64)
+        assert (a.image.tobytes(), a.mask.tobytes()) == (b.image.tobytes(), b.mask.tobytes())
     assert other.read_bytes() != content  # what the link led to is as it was
 
 

@@ -22,7 +22,8 @@ from lora_booth.base.generation import quiet
 from lora_booth.base.sizes import size_note, usual_sizes
 from lora_booth.config import LoraSpec, sides
 from lora_booth.errors import AdapterBaseMismatch, CompositionWarning, LoraBoothError, SettingsError
-from lora_booth.pictures import composition, regional
+from lora_booth.kernels import attention_maps
+from lora_booth.pictures import composition
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.picture import Picture
 from lora_booth.pictures.regions import Region
@@ -396,11 +397,11 @@ def test_a_preflight_says_that_the_base_is_another(base, rex):
 def test_regions_are_found_at_any_size(base, rex, monkeypatch):
     """The coarsest layers are read however large they are; where none can be read, that is said."""
     studio = Composition(base, [named(rex, "sks", "dog")], regions="auto")
-    monkeypatch.setattr(regional, "MOST_PIXELS", 1)
-    monkeypatch.setattr(regional, "COARSE", 4)
+    monkeypatch.setattr(attention_maps, "MOST_PIXELS", 1)
+    monkeypatch.setattr(attention_maps, "COARSE", 4)
     [found] = studio.find_regions(PROMPT, seed=1, steps=4, negative_prompt="a cat", size="48x64")
     assert found.mask.size == (6, 8)
-    monkeypatch.setattr(regional, "COARSE", 64)
+    monkeypatch.setattr(attention_maps, "COARSE", 64)
     with pytest.raises(SettingsError, match="no attention could be read.*pass regions="):
         studio.find_regions(PROMPT, steps=4)
 

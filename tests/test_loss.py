@@ -20,7 +20,7 @@ from lora_booth.base.base_model import BaseModel, TextConditions
 from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.injection import attached, trainable
 from lora_booth.subject.subject import Subject
-from lora_booth.training.encoding import mask_latents, prepare
+from lora_booth.training.encoding import error_weights, mask_latents, prepare
 from lora_booth.training.latents import Batch, Bucket, Inputs, LatentCache, LatentSet, draw
 from lora_booth.training.loop import LoopState, backward, dreambooth_loss, min_snr_weight
 
@@ -224,7 +224,7 @@ def loss_with(given: dict[str, Any], mask: Tensor | None, **settings: Any) -> Lo
     base = BaseModel.from_pipeline(make_pipeline("sd1"))
     start = random_adapter(base).modules
     drawn = given["latents"], given["noise"], given["timesteps"]
-    batch = Batch(*drawn, ("a dog",) * len(given["latents"]), None, 2, masks=mask)
+    batch = Batch(*drawn, ("a dog",) * len(given["latents"]), None, 2, weights=mask)
     with trainable(base, LoraSpec(rank=4)) as lora:
         parameters = lora.parameters
         with torch.no_grad():
@@ -242,7 +242,7 @@ def test_a_mask_weighs_the_error() -> None:
     given, mask = inputs("sd1", 3, [20, 500, 999]), masks(3)
     mask[2] = 1  # a class image
     for floor in (0.0, 0.1, 0.5):
-        loss, _ = loss_with(given, mask, background_weight=floor)
+        loss, _ = loss_with(given, error_weights(mask, floor))
         pipeline = make_pipeline("sd1")
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         noisy = scheduler.add_noise(given["latents"], given["noise"], given["timesteps"])
@@ -258,16 +258,16 @@ def test_a_mask_weighs_the_error() -> None:
 
 def test_masks_of_ones_are_the_plain_loss_bit_for_bit() -> None:
     given = inputs("sd1", 3, [20, 500, 999])
-    plain, ones = loss_with(given, None), loss_with(given, torch.ones(3, 1, 8, 8))
+    plain, ones = loss_with(given, None), loss_with(given, error_weights(torch.ones(3, 1, 8, 8), 0.1))
     assert torch.equal(plain[0], ones[0])
     assert all(torch.equal(plain[1][name], ones[1][name]) for name in plain[1])
-    assert not torch.equal(plain[0], loss_with(given, masks(3))[0])
+    assert not torch.equal(plain[0], loss_with(given, error_weights(masks(3), 0.1))[0])
 
 
 def test_parts_of_a_masked_batch_add_up() -> None:
     given, mask = inputs("sd1", 3, [20, 500, 999]), masks(3)
-    batch = Batch(given["latents"], given["noise"], given["timesteps"], ("a dog",) * 3, None, 2, masks=mask)
-    assert torch.equal(torch.cat([batch[slice(0, 1)].masks, batch[slice(1, 3)].masks]), mask)  # type: ignore[list-item]
+    batch = Batch(given["latents"], given["noise"], given["timesteps"], ("a dog",) * 3, None, 2, weights=mask)
+    assert torch.equal(torch.cat([batch[slice(0, 1)].weights, batch[slice(1, 3)].weights]), mask)  # type: ignore[list-item]
 
 
 def test_masks_at_latent_size() -> None:
@@ -291,9 +291,9 @@ def test_batches_draw_the_same_with_and_without_masks() -> None:
         a, b = (draw(cache, seed=3, step=step, batch_size=2) for cache in (plain, masked))
         assert torch.equal(a.latents, b.latents) and a.prompts == b.prompts
         assert torch.equal(a.noise, b.noise) and torch.equal(a.timesteps, b.timesteps)
-        assert a.masks is None and b.masks is not None and b.masks.shape == (4, 1, 2, 2)
-        assert (b.masks[2:] == 1).all()  # of class images
-        for row, prompt in zip(b.masks[:2], b.prompts[:2], strict=True):
+        assert a.weights is None and b.weights is not None and b.weights.shape == (4, 1, 2, 2)
+        assert (b.weights[2:] == 1).all()  # of class images
+        for row, prompt in zip(b.weights[:2], b.prompts[:2], strict=True):
             photo = prompts.index(prompt)
             assert float(row[0, 0, 0]) in (float(mask[0, photo, 0, 0, 0]), float(mask[1, photo, 0, 0, 0]))
 
@@ -309,12 +309,13 @@ def test_masks_reach_the_training(tmp_path: Path) -> None:
     config = TrainingConfig(steps=1, class_images=1, resolution=64, flip=True)
     rex = Subject.from_folder(tmp_path, token="sks", class_noun="dog", crop="center")
     (bucket,) = prepare(base, [rex], lora=LoraSpec(rank=2), config=config).buckets
-    assert bucket.photos.masks is not None and bucket.photos.masks.shape == (2, 3, 1, 8, 8)
-    assert (bucket.photos.masks[:, [0, 2]] == 1).all()
-    row = bucket.photos.masks[0, 1, 0, 0]
-    assert row[:4].min() == 1 and row[4:].max() == 0
-    assert torch.equal(bucket.photos.masks[1, 1], bucket.photos.masks[0, 1].flip(-1))
-    assert bucket.class_images is not None and bucket.class_images.masks is None
+    weights = bucket.photos.weights
+    assert weights is not None and weights.shape == (2, 3, 1, 8, 8) and (weights[:, [0, 2]] == 1).all()
+    row = weights[0, 1, 0, 0]
+    assert row[:4].tolist() == pytest.approx([1 / 0.55] * 4) and row[4:].tolist() == pytest.approx([0.1 / 0.55] * 4)
+    assert torch.allclose(weights[1, 1], weights[0, 1].flip(-1))
+    assert bucket.class_images is not None and bucket.class_images.weights is not None
+    assert torch.allclose(bucket.class_images.weights[1], bucket.class_images.weights[0].flip(-1))  # as the mirrored pictures
     (tmp_path / "1.mask.png").unlink()
     plain = Subject.from_folder(tmp_path, token="sks", class_noun="dog", crop="center")
-    assert prepare(base, [plain], lora=LoraSpec(rank=2), config=config).buckets[0].photos.masks is None
+    assert prepare(base, [plain], lora=LoraSpec(rank=2), config=config).buckets[0].photos.weights is None

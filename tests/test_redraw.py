@@ -16,8 +16,8 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.base.generation import quiet
 from lora_booth.base.samplers import sampling
 from lora_booth.errors import SettingsError
+from lora_booth.kernels.attention_maps import GROWTH, cells, connected, subject_masks
 from lora_booth.pictures.composition import Composition
-from lora_booth.pictures.redraw import GROWTH, cells, connected, subject_masks
 from lora_booth.pictures.regions import Region
 from lora_booth.pictures.subjects import noun_positions, without
 

@@ -29,7 +29,8 @@ from lora_booth.pictures.composition import Composition
 from lora_booth.planning.planning import plan
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
-from lora_booth.training.encoding import class_images, prepare
+from lora_booth.training.class_images import class_images
+from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import Bucket, LatentCache, LatentSet, conditions, draw, rows
 from lora_booth.training.loop import dreambooth_loss, learning_rate
 from lora_booth.training.progress import Lines, Step
@@ -377,7 +378,7 @@ def test_a_resolution_without_gradients_is_refused(kind: str, rex: Subject) -> N
 
 def test_a_seed_of_any_size_draws_class_images() -> None:
     for seed in (20_000_000_000_000, 2**63 - 1):
-        [images] = class_images(base_of("sd1"), [("a dog", (64, 64), 2)], seed=seed)
+        [images] = class_images(base_of("sd1"), [("dog", (64, 64), 2)], seed=seed)
         assert len(images) == 2
 
 
@@ -463,29 +464,67 @@ def test_a_batch_is_photos_then_class_images() -> None:
 
 def test_by_predictions_a_batch_has_each_noisy_photo_again_by_its_class() -> None:
     mean = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(1, 3, 4, 2, 2)
-    masks = torch.zeros(1, 3, 1, 2, 2)
-    photos = LatentSet(mean, torch.ones_like(mean), ("0", "1", "2"), torch.arange(18).view(3, 6), masks)
-    class_prompts = ("a dog", "a cat", "an owl")
-    cache = LatentCache((Bucket(photos, None, class_prompts),), 0.5, {})
-    alone = LatentCache((Bucket(photos),), 0.5, {})
+    weights, class_prompts = torch.zeros(1, 3, 1, 2, 2), ("a dog", "a cat", "an owl")
+    photos = LatentSet(mean, torch.ones_like(mean), ("0", "1", "2"), torch.arange(18).view(3, 6), weights, class_prompts)
+    cache = LatentCache((Bucket(photos),), 0.5, {})
+    alone = LatentCache((Bucket(replace(photos, class_prompts=())),), 0.5, {})
     for step in range(4):
         batch = draw(cache, seed=1, step=step, batch_size=2)
         assert (batch.photos, batch.totals, len(batch)) == (2, (2, 2), 4)
-        assert batch.time_ids is not None and batch.masks is not None
+        assert batch.time_ids is not None and batch.weights is not None
         for tensor in (batch.latents, batch.noise, batch.timesteps, batch.time_ids):
             assert torch.equal(tensor[:2], tensor[2:])
-        assert batch.masks[:2].sum() == 0 and bool((batch.masks[2:] == 1).all())  # the whole picture is kept
-        assert batch.prompts[2:] == tuple(class_prompts[int(i)] for i in batch.prompts[:2])
+        assert batch.weights[:2].sum() == 0 and bool((batch.weights[2:] == 1).all())  # the whole picture is kept
+        assert batch.prompts[2:] == batch.class_prompts == tuple(class_prompts[int(i)] for i in batch.prompts[:2])
+        assert batch[1:3].class_prompts == batch.class_prompts[:1] and batch[:2].class_prompts == ()
         same = draw(alone, seed=1, step=step, batch_size=2)
         assert torch.equal(same.latents, batch.latents[:2]) and torch.equal(same.noise, batch.noise[:2])
 
 
+def test_class_images_and_photos_by_their_class_take_turns() -> None:
+    mean = torch.arange(4.0).view(1, 4, 1, 1, 1).expand(1, 4, 4, 2, 2)
+    none, outside = torch.zeros_like(mean), torch.full((1, 4, 1, 2, 2), 2.0)
+    photos = LatentSet(mean[:, :3], none[:, :3], ("p0", "p1", "p2"), None, None, ("c0", "c1", "c2"))
+    beside = LatentSet(mean + 10, none, ("i0", "i1", "i2", "i3"), None, outside, ("b0", "b1", "b2", "b3"))
+    cache = LatentCache((Bucket(photos, beside),), 1.0, {})
+    drawn: list[str] = []
+    for step in range(16):
+        batch = draw(cache, seed=1, step=step, batch_size=1)
+        photo, other = batch.prompts
+        assert batch.weights is not None and batch.weights[:1].eq(1).all() and len(batch.class_prompts) == 1
+        if step % 2 == 0:
+            assert other == batch.class_prompts[0] == photo.replace("p", "c") and torch.equal(batch.noise[0], batch.noise[1])
+            assert batch.weights[1:].eq(1).all()
+        else:
+            assert batch.class_prompts[0] == other.replace("i", "b") and not torch.equal(batch.noise[0], batch.noise[1])
+            assert batch.weights[1:].eq(2).all() and f"i{int(batch.latents[1, 0, 0, 0]) - 10}" == other
+            drawn.append(other)
+    assert sorted(drawn[:4]) == sorted(drawn[4:]) == ["i0", "i1", "i2", "i3"]  # each once before any comes twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sd2-v", "sdxl"])
+def test_beside_the_subject_only_what_is_outside_it_is_kept(rex: Subject, kind: str) -> None:
+    base = base_of(kind)
+    cache = prepare(base, [replace(rex, class_noun="coffee mug")], lora=LORA, config=replace(WITH_PRIOR, class_images=5))
+    [bucket] = cache.buckets
+    kept = bucket.class_images
+    assert kept is not None and kept.weights is not None and kept.weights.shape == (1, 5, 1, 8, 8)
+    things = ["a cat", "a car", "a fish", "a dog", "a cat"]  # no mug beside a mug
+    assert kept.prompts == tuple(f"a photo of sks coffee mug and {thing}" for thing in things)
+    assert kept.class_prompts == tuple(f"a photo of a coffee mug and {thing}" for thing in things)
+    assert {*kept.prompts, *kept.class_prompts, *bucket.photos.prompts, *bucket.photos.class_prompts} == set(cache.text)
+    assert {*kept.class_prompts, *bucket.photos.class_prompts} == set(cache.class_text)
+    for weights in kept.weights[0]:  # a place of the subject, where nothing counts, and the rest
+        assert weights.min() == 0 < weights.max() and weights.mean() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_the_class_can_be_kept_without_a_class_image(rex: Subject, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_booth.training.encoding.class_images", None)  # not called
+    monkeypatch.setattr("lora_booth.training.class_images.class_images", None)  # not called
     base, config = base_of(kind), replace(BY_PREDICTIONS, batch_size=2, learning_rate=1e-2)
     (bucket,) = prepare(base, [rex], lora=LORA, config=config).buckets
-    assert bucket.class_images is None and bucket.class_prompts == ("a photo of a dog",) * 3
+    assert bucket.class_images is None and bucket.photos.class_prompts == ("a photo of a dog",) * 3
     kept = run(base, rex, config)
     for name, other in {
         "in two parts": replace(config, pictures_at_a_time=1),
@@ -536,8 +575,10 @@ def test_several_subjects(rex: Subject, photos: Path) -> None:
     (bucket,) = cache.buckets
     assert bucket.photos.prompts == ("a photo of sks dog",) * 3 + ("a photo of ohwx cat",) * 3
     assert bucket.class_images is not None
-    assert bucket.class_images.prompts == ("a photo of a dog",) * 2 + ("a photo of a cat",) * 2
-    assert set(cache.text) == {*bucket.photos.prompts, *bucket.class_images.prompts}
+    assert bucket.class_images.class_prompts == tuple(
+        f"a photo of {pair}" for pair in ("a dog and a cat", "a dog and a mug", "a cat and a mug", "a cat and a car")
+    )
+    assert bucket.photos.class_prompts == ("a photo of a dog",) * 3 + ("a photo of a cat",) * 3
     adapter = run(base, [rex, ink], WITH_PRIOR)
     assert adapter.card.photos == 6 and adapter.name == "sks dog and ohwx cat"
     with pytest.raises(SettingsError, match="no subject"):
@@ -858,13 +899,13 @@ def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     base.vae.decoder.register_forward_hook(lambda _, inputs, __: drawn.append(len(inputs[0])))
     reported: list[tuple[int, int]] = []
 
-    def made(count: int, prompt: str = "a dog", **options: Any) -> list[Any]:
+    def made(count: int, noun: str = "dog", **options: Any) -> list[Any]:
         drawn.clear()
-        [images] = class_images(base, [(prompt, (64, 64), count)], **options)
-        return [np.asarray(image).astype(int) for image in images]
+        [images] = class_images(base, [(noun, (64, 64), count)], **options)
+        return [np.asarray(one.image).astype(int) for one in images]
 
     first = made(2, on_progress=lambda done, total: reported.append((done, total)))
-    assert sum(drawn) == 2 and reported == [(0, 2), (2, 2)]
+    assert sum(drawn) == 2 and reported == [(0, 2), (1, 2), (2, 2)]  # beside one thing, and another
     assert (first[0] != first[1]).any() and first[0].shape == (64, 64, 3)
     assert all((a == b).all() for a, b in zip(made(2), first, strict=True)) and not drawn
     longer = made(3)
@@ -875,7 +916,7 @@ def test_class_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = made(3)
     assert sum(drawn) == 1 and all(np.abs(a - b).max() <= 1 for a, b in zip(again, longer, strict=True))
     assert not list(tmp_path.rglob("*.tmp"))
-    for other in ({"prompt": "a cat"}, {"seed": 1}):
+    for other in ({"noun": "cat"}, {"seed": 1}):
         assert (made(2, **other)[0] != first[0]).any() and sum(drawn) == 2
 
 
@@ -917,12 +958,12 @@ def test_a_blacked_out_class_image_is_not_learnt(black: int, tmp_path: Path, mon
     base.pipeline.feature_extractor = CLIPImageProcessor()
     if black == 1000:
         with pytest.raises(TrainingError, match="stay black.*another class noun"):
-            class_images(base, [("a dog", (64, 64), 2)])
+            class_images(base, [("dog", (64, 64), 2)])
         assert not list((tmp_path / "class_images").rglob("*.*"))
         return
-    [images] = class_images(base, [("a dog", (64, 64), 3)])
-    assert all(image.getbbox() is not None for image in images)
-    assert len({image.tobytes() for image in images}) == 3
+    [images] = class_images(base, [("dog", (64, 64), 3)])
+    assert all(one.image.getbbox() is not None for one in images)
+    assert len({one.image.tobytes() for one in images}) == 3
 
 
 @pytest.mark.slow

@@ -27,13 +27,14 @@ from ..base.sizes import as_arguments, drawable, size_note
 from ..config import GUIDANCE, STEPS, Size, check, sides, typed
 from ..errors import CompositionWarning, SettingsError, setting
 from ..injection import AttachedAdapter, attached_layers
+from ..kernels.attention_maps import AttentionMaps
 from ..photos.masks import check_shape
 from ..photos.opening import read_picture
 from .inpainting import draw_into, drawn_size, inpaints, part_around, pasted
 from .picture import AUTO_START, Making, Picture
 from .preflight import Preflight, misfits, overlaps_of, ways_to_place
 from .redraw import Redrawing, TwoStages
-from .regional import EMPTY, AttentionMaps, Isolation, Regional, refuse_hidden_adapters, with_rest
+from .regional import EMPTY, Isolation, Regional, masks_by_attention, refuse_hidden_adapters, with_rest
 from .regions import Masks, Region, masks_of
 from .subjects import clashes, find_phrase, noun_positions, other_syntax, subjects_of, token_positions, unnamed, unread, without
 from .unet_hook import UNetHook
@@ -298,7 +299,7 @@ class Composition:
                 pipeline.draw_plain(prompt, **options)
             else:
                 pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
-            masks = (regional.masks or regional.maps.masks()).full[:, 0]
+            masks = (regional.masks or masks_by_attention(regional.maps.found())).full[:, 0]
         found: list[Region] = []
         for (adapter, weight), mask in zip(self._named(prompt), masks, strict=True):
             drawn = Image.fromarray((mask * 255).round().byte().cpu().numpy())
@@ -435,9 +436,11 @@ class Composition:
         if self.isolate == "noise" or self.redraw is not None:
             plain = without(prompt, subjects) if self.background is None else self.background
             background = self.base.encode_text([plain])
-        maps = AttentionMaps(words) if auto else None
+        read = words
         if auto and self.redraw is not None:  # the base reads no token
-            maps = AttentionMaps([noun_positions(prompt, one, subjects, self.base.tokenizer) for one in subjects])
+            read = [noun_positions(prompt, one, subjects, self.base.tokenizer) for one in subjects]
+        boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
+        maps = AttentionMaps(read, remedy=f"pass {boxes}") if auto else None
         how = (self.isolate, members, masks, words, texts, background, self.start, self.together, maps)
         if self.redraw is None:
             return Regional(*how)

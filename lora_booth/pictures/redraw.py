@@ -12,17 +12,14 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..base.base_model import BaseModel
-from .regional import SOFTNESS, Regional, with_rest
-from .regions import Masks, blurred
+from ..kernels.attention_maps import SOFTNESS, blurred, subject_masks
+from .regional import Regional, with_rest
+from .regions import Masks
 from .unet_hook import Gate, UNetCall, UNetHook
-
-FLOOR = 0.4  # of the highest attention to a noun, from which on a pixel may belong to its object; chosen
-GROWTH = 0.12  # of the longer side, by which a mask is wider than its object: room for a hat; chosen
 
 
 @dataclass
@@ -46,7 +43,7 @@ class Redrawing(Regional):
         if self.drawn is None:
             off = Gate(rows=torch.zeros(call.rows, device=hook.unet.device))
             hook.gates = [off if index in self.members else None for index in range(len(hook.attached))]
-            with nullcontext() if self.maps is None else self.maps.collecting(hook):
+            with nullcontext() if self.maps is None else self.maps.collecting(hook.unet, call.size, call.pictures):
                 return call.prompted(self.background).run()
         towards = leading_to(self.drawn, call, self.base)
         if call.progress + self.share < 1:
@@ -112,60 +109,3 @@ def leading_to(drawn: Tensor, call: UNetCall, base: BaseModel) -> Tensor:
     noise = (latents - a * drawn) / s
     predictions = {"v_prediction": a * noise - s * drawn, "sample": drawn}
     return predictions.get(base.prediction_type, noise).to(call.arguments["sample"])
-
-
-# --- where each subject is -----------------------------------------------------------------------------------------
-
-
-def subject_masks(maps: Tensor, nouns: Sequence[str]) -> Tensor:
-    """Disjoint masks, 0 or 1, from the attention to each subject's class noun. (N, P, H, W) -> the same
-
-    Each noun's map is scaled to 0..1, so that none outweighs another, and a pixel goes to the highest above FLOOR. A mask is
-    what is connected to the map's peak, and grows by GROWTH. Subjects with one noun divide the area of both their maps, from
-    left to right in the order of `nouns`.
-    """
-    side = max(maps.shape[-2:])
-    maps = blurred(maps, SOFTNESS / 2 * side)
-    groups = [[n for n, other in enumerate(nouns) if other == noun] for noun in dict.fromkeys(nouns)]
-    shared = torch.stack([maps[group].mean(0) for group in groups])
-    low, high = shared.amin((2, 3), keepdim=True), shared.amax((2, 3), keepdim=True)
-    shared = (shared - low) / (high - low).clamp(min=1e-8)
-    winner = shared.argmax(0)  # (P, H, W)
-    masks = torch.zeros_like(maps)
-    for g, group in enumerate(groups):
-        for picture, scaled in enumerate(shared[g]):
-            won = (scaled > FLOOR) & (winner[picture] == g)
-            for n, cell in zip(group, cells(scaled * won, len(group)), strict=True):
-                free = cell & (masks[:, picture].sum(0) == 0)
-                peak = (scaled + won.float()).masked_fill(~free, -1).argmax()  # where nothing is won, the best that is left
-                masks[n, picture] = connected(won & free, int(peak))
-    for _ in range(round(GROWTH * side)):
-        wider = F.max_pool2d(masks, 3, 1, 1) * (masks.sum(0) == 0)
-        masks = masks + wider * (wider.cumsum(0) == 1)  # what two of them reach goes to the first
-    return masks
-
-
-def connected(allowed: Tensor, peak: int) -> Tensor:
-    """The part of `allowed`, (H, W), that is connected to the pixel with this index, 0 or 1. (H, W)"""
-    allowed = allowed.float()
-    found = torch.zeros_like(allowed)
-    found.view(-1)[peak] = allowed.view(-1)[peak] = 1
-    while not torch.equal(found, wider := F.max_pool2d(found[None], 3, 1, 1)[0] * allowed):
-        found = wider
-    return found
-
-
-def cells(mass: Tensor, count: int) -> Tensor:
-    """The plane divided around `count` centres of `mass`, (H, W), by k-means; left to right. (count, H, W) bool"""
-    height, width = mass.shape
-    points = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()  # (H * W, 2): y, x
-    weights = mass.flatten()[:, None] + 1e-6
-    columns = weights.reshape(height, width).sum(0).cumsum(0)
-    middle = (weights * points).sum(0)[0] / weights.sum()
-    begun = [float(torch.searchsorted(columns, columns[-1] * (i + 0.5) / count)) + i / count for i in range(count)]
-    centres = torch.stack([middle.expand(count), torch.tensor(begun)], 1)
-    for _ in range(20):  # settles sooner; chosen
-        nearest = F.one_hot(torch.cdist(points, centres).argmin(1), count).float()  # (H * W, count)
-        centres = (nearest * weights).T @ points / (nearest.T @ weights).clamp(min=1e-9)
-        centres = centres[centres[:, 1].argsort()]
-    return torch.cdist(points, centres).argmin(1).reshape(height, width) == torch.arange(count)[:, None, None]

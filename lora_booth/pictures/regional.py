@@ -8,29 +8,26 @@ noise   one row for each region and one for the background: each predicts the fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..base.base_model import BaseModel, TextConditions
-from ..base.changes import hooked, undone
-from ..errors import AdapterBaseMismatch, SettingsError, setting
+from ..base.changes import undone
+from ..errors import AdapterBaseMismatch
 from ..kernels.attention import split_heads
-from .regions import Masks, blurred
+from ..kernels.attention_maps import SOFTNESS, AttentionMaps, blurred
+from .regions import Masks
 from .unet_hook import Gate, UNetCall, UNetHook
 
 Isolation = Literal["delta", "noise"]
 EMPTY = 1 / 255  # a background mask nowhere above this needs no row
-MOST_PIXELS = 1024  # of a layer whose attention is read; chosen: finer layers show little of objects and cost much
-COARSE = 16  # latents per pixel of a layer that is always read: as in SDXL's coarsest
-SOFTNESS = 0.06  # of the masks' edges, as a share of the longer side; chosen
 
 
 @dataclass
@@ -63,11 +60,11 @@ class Regional:
                 return call.run()
             if call.step == 0:
                 self.maps.total = self.masks = None
-            with self.maps.collecting(hook):
+            with self.maps.collecting(hook.unet, call.size, call.pictures):
                 return call.run()
         if self.masks is None:
             assert self.maps is not None
-            self.masks = self.maps.masks()
+            self.masks = masks_by_attention(self.maps.found())
         return self._noise(hook, call, self.masks) if self.isolate == "noise" else self._delta(hook, call, self.masks)
 
     # --- noise
@@ -191,59 +188,12 @@ class RegionalAttention:
         return shares.repeat(1, rows // shares.shape[1], 1)
 
 
-# --- automatic regions ---------------------------------------------------------------------------------------------
-
-
-class AttentionMaps:
-    """Mean attention to each subject's words, over heads, layers and steps.
-
-    words  token positions of each subject in the picture's prompt
-    """
-
-    def __init__(self, words: Sequence[Sequence[int]]) -> None:
-        self.words = words
-        self.total: Tensor | None = None  # (N, P, H, W), of the latents
-        self.query: Tensor | None = None  # of the layer whose keys come next
-
-    @contextmanager
-    def collecting(self, hook: UNetHook) -> Iterator[None]:
-        hooks: list[tuple[nn.Module, Callable[..., None]]] = []
-        for name, module in hook.unet.named_modules():
-            if name.endswith(".attn2"):
-                hooks += [(module.to_q, partial(self._keep, hook)), (module.to_k, partial(self._add, hook, module))]
-        with hooked(hooks):
-            yield
-
-    def _keep(self, hook: UNetHook, to_q: nn.Module, args: Any, query: Tensor) -> None:
-        height, width = hook.current.size
-        self.query = query if query.shape[1] <= max(MOST_PIXELS, height * width // COARSE) else None
-
-    def _add(self, hook: UNetHook, attention: Any, to_k: nn.Module, args: Any, key: Tensor) -> None:
-        call = hook.current
-        if self.query is None:
-            return
-        q, k = (split_heads(t[call.first :].float(), attention.heads) for t in (self.query, key))
-        weights = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean(1)  # (P, pixels, tokens)
-        found = torch.stack([weights[..., list(positions)].mean(-1) for positions in self.words])  # (N, P, pixels)
-        maps = found.reshape(*found.shape[:2], *hook.size)
-        maps = maps / maps.mean((2, 3), keepdim=True).clamp(min=1e-8)
-        maps = F.interpolate(maps, call.size, mode="bilinear")
-        self.total = maps if self.total is None else self.total + maps
-
-    def found(self) -> Tensor:
-        """The maps, (N, P, H, W). Raises SettingsError."""
-        if self.total is None:  # fused projections, or another kind of attention
-            boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
-            raise SettingsError(f"no attention could be read to find regions; pass {boxes}")
-        return self.total
-
-    def masks(self) -> Masks:
-        """Give each pixel to the subject whose words it attends to most, with soft edges. Raises SettingsError."""
-        maps = self.found()
-        side = max(maps.shape[-2:])
-        winner = blurred(maps, SOFTNESS * side).argmax(0)  # (P, H, W)
-        won = torch.stack([(winner == n).float() for n in range(len(maps))])
-        return Masks(blurred(won, SOFTNESS * side / 2).clamp(0, 1))
+def masks_by_attention(maps: Tensor) -> Masks:
+    """Give each pixel to the subject whose words it attends to most, with soft edges. maps: (N, P, H, W)"""
+    side = max(maps.shape[-2:])
+    winner = blurred(maps, SOFTNESS * side).argmax(0)  # (P, H, W)
+    won = torch.stack([(winner == n).float() for n in range(len(maps))])
+    return Masks(blurred(won, SOFTNESS * side / 2).clamp(0, 1))
 
 
 def refuse_hidden_adapters(base: BaseModel) -> None:

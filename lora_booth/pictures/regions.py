@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..config import check, check_types, typed
 from ..errors import SettingsError
+from ..kernels.attention_maps import blurred
 from .weights import Weight
 
 FEATHER = 0.04  # softness of a region's edge, as a share of the mask's side; chosen
@@ -63,16 +64,6 @@ class Region:
         values = torch.from_numpy(np.array(drawn, dtype=np.float32))[None, None]
         soft = blurred(values, self.feather * SIDE / 2)  # which repeats the border: it does not fade there
         return Image.fromarray(soft[0, 0].round().clamp(0, 255).byte().numpy())
-
-
-def blurred(maps: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur, truncated at two sigmas, with repeated edges. (N, P, H, W); sigma in pixels"""
-    reach = max(1, round(2 * sigma))
-    grid = torch.arange(-reach, reach + 1, device=maps.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (grid / max(sigma, 1e-3)) ** 2)
-    kernel /= kernel.sum()
-    flat = F.pad(maps.flatten(0, 1)[:, None], [reach] * 4, mode="replicate")
-    return F.conv2d(F.conv2d(flat, kernel[None, None, None]), kernel[None, None, :, None]).reshape(maps.shape)
 
 
 @dataclass

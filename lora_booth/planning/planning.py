@@ -111,11 +111,7 @@ class Plan:
         config, machine, one = self.asked, self.machine, self.chosen or self.least
         batch = counted(config.batch_size, "photo")
         if config.prior_loss_weight > 0:
-            batch += (
-                f" + {counted(config.batch_size, 'class image')}"
-                if config.class_images
-                else " by their own and the class prompt"
-            )
+            batch += " and as many of the class"
         rank = f"rank {self.lora.rank}" + (" with text encoders" if self.lora.text_encoder else "")
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.training.items() if size >= 0.005 * GB)
         phases = ", ".join(f"{name} {size / GB:.2f}" for name, size in one.phases.items())
@@ -240,13 +236,10 @@ def measured_seconds(base: BaseModel, lora: LoraSpec, config: SettledConfig) -> 
     with torch.no_grad():
         mean, _, time_ids = inputs(base, config.batch_size, (config.resolution, config.resolution))
         text = {"a photo": base.encode_text(["a photo"])}
-    pictures = LatentSet(mean[None], torch.ones_like(mean[None]), ("a photo",) * len(mean), time_ids)
-    bucket, class_text = Bucket(pictures), {}
-    if config.prior_loss_weight > 0 and config.class_images:
-        bucket = Bucket(pictures, class_images=pictures)
-    elif config.prior_loss_weight > 0:
-        bucket, class_text = Bucket(pictures, class_prompts=pictures.prompts), text
-    cache = LatentCache((bucket,), base.scaling_factor, {} if lora.text_encoder else text, class_text)
+    prompts = ("a photo",) * len(mean)
+    by_predictions = prompts if config.prior_loss_weight > 0 else ()
+    pictures = LatentSet(mean[None], torch.ones_like(mean[None]), prompts, time_ids, class_prompts=by_predictions)
+    cache = LatentCache((Bucket(pictures),), base.scaling_factor, {} if lora.text_encoder else text, text)
     config = replace(config, steps=WARM_UPS + TIMED)
     ends = [time.perf_counter()]
     with nullcontext() if lora.text_encoder else base.only_unet_on_device():

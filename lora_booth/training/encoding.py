@@ -12,9 +12,7 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,28 +22,22 @@ from PIL import Image
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-from ..base.generation import generate_images, pictures_at_a_time
 from ..base.sizes import side_multiple
 from ..base.weight_files import LazyModule
-from ..cache import bytes_of, cached, checksum, key_of, prune_cache, read_entry, write_entry
-from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed, written
-from ..errors import SettingsError, TrainingError, setting, shown
-from ..photos.cropping import Crop, Cropped, WidthHeight, crop_photo, picture_sizes, size_for, to_tensor
+from ..cache import bytes_of, cached, checksum, key_of, prune_cache
+from ..config import LoraSpec, TrainingConfig, settled, typed, written
+from ..errors import SettingsError, setting, shown
+from ..photos.cropping import crop_photo, picture_sizes, to_tensor
 from ..photos.photo import Photo
 from ..subject.subject import Subject
 from ..subject.wording import subject_pattern
+from .class_images import Picture, Pictures, drawn_class_images, own_class_images
 from .latents import Bucket, LatentCache, LatentSet, conditions
 
-Pictures = dict[WidthHeight, list[tuple[Cropped, str]]]  # of each size, with their prompts
-
+# of the error where a photo's mask is black: chosen; at 0 the adapter is free to draw anything behind the subject
+BACKGROUND_WEIGHT = 0.1
 # in a config, without effect on what is computed
 NO_EFFECT = ("architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version")
-
-CLASS_IMAGE_STEPS = 20  # this and the guidance were chosen: class images need variety rather than polish
-GUIDANCE = 5.0
-TRIALS = 4  # of a picture that comes out black
-SEEDS = 2**63  # what PyTorch's generators take
-OTHER_SEED = 500_000_000_003  # added to the seed for each trial: beyond the seeds of all class images
 
 
 def prepare(
@@ -70,42 +62,46 @@ def prepare(
     lora = typed("lora", lora, LoraSpec | None)
     config = settled(config, base, sum(len(one.photos) for one in subjects))
     sizes = picture_sizes(config.resolution, config.shape, multiple=side_multiple(base))
+    keeping = config.prior_loss_weight > 0
+    with_own = [one for one in subjects if one.class_images]
+    if with_own and not keeping:
+        warn(f"your class images are not used, with {setting('prior_loss_weight', 0)}")
+    elif with_own and len(with_own) < len(subjects):
+        raise SettingsError("one subject has class images, and another has none; pass some for each, or for none")
+    by_predictions = keeping and not with_own
     photos: Pictures = {}
-    class_prompts: dict[WidthHeight, list[str]] = {}  # one for each of these photos
     every = [(one, photo) for one in subjects for photo in one.photos]
     for number, (one, photo) in enumerate(every):
         cropped = crop_photo(photo, sizes)
         on_crop(number, cropped.image)
         prompt = prompt_read(base, one, photo, f"photo {number + 1}", warn)
-        photos.setdefault(cropped.image.size, []).append((cropped, prompt))
-        class_prompts.setdefault(cropped.image.size, []).append(one.class_prompt)
+        photos.setdefault(cropped.image.size, []).append(Picture(cropped, prompt, one.class_prompt if by_predictions else None))
     if say is not None:
         each = ", ".join(f"{len(part)} at {written(size)}" for size, part in photos.items())
         say(f"{len(every)} photos at {config.resolution} px" + (f": {each}" if config.shape == "buckets" else ""))
     of_class: Pictures = {}
-    if config.prior_loss_weight > 0:
-        of_class = class_pictures(base, subjects, sizes, config, warn, partial(on_progress, "class images"))
-    elif any(one.class_images for one in subjects):
-        warn(f"your class images are not used, with {setting('prior_loss_weight', 0)}")
-    by_predictions = config.prior_loss_weight > 0 and not of_class
-    total = (2 if config.flip else 1) * sum(len(part) for part in (*photos.values(), *of_class.values()))
-    done = itertools.count()
+    if by_predictions and config.class_images:
+        of_class = drawn_class_images(base, subjects, sizes, config, partial(on_progress, "class images"))
+    elif keeping:
+        of_class = own_class_images(subjects, sizes)
+    pictures = [one for part in (*photos.values(), *of_class.values()) for one in part]
+    for prompt in dict.fromkeys(one.class_prompt for one in pictures if one.class_prompt is not None):
+        told_if_cut(base, prompt, "class prompt", warn)
+    done, total = itertools.count(), (2 if config.flip else 1) * len(pictures)
 
     def on_picture() -> None:
         on_progress("encoding", next(done), total)
 
     on_picture()
+    read: dict[str, Any] = {"flip": config.flip, "on_picture": on_picture}
     buckets = []
     for size, part in photos.items():
-        encoded = encode(base, part, flip=config.flip, on_picture=on_picture)
-        prior = encode(base, of_class[size], flip=config.flip, on_picture=on_picture) if of_class else None
-        buckets.append(Bucket(encoded, prior, tuple(class_prompts[size]) if by_predictions else ()))
-    of_photos = [prompt for part in photos.values() for _, prompt in part]
-    drawn_by = [prompt for part in of_class.values() for _, prompt in part]
-    class_text = encode_prompts(base, list(itertools.chain(*class_prompts.values())) if by_predictions else drawn_by)
-    text = {} if lora is not None and lora.text_encoder else encode_prompts(base, of_photos) | class_text
+        kept = encode(base, of_class[size], background=0.0, **read) if of_class else None
+        buckets.append(Bucket(encode(base, part, background=BACKGROUND_WEIGHT, **read), kept))
+    class_text = encode_prompts(base, [one.class_prompt for one in pictures if one.class_prompt is not None])
+    text = {} if lora is not None and lora.text_encoder else encode_prompts(base, [one.prompt for one in pictures]) | class_text
     prune_cache()
-    return LatentCache(tuple(buckets), base.scaling_factor, text, class_text if by_predictions else {})
+    return LatentCache(tuple(buckets), base.scaling_factor, text, class_text)
 
 
 def prompt_read(base: BaseModel, subject: Subject, photo: Photo, name: str, warn: Callable[[str], None]) -> str:
@@ -133,162 +129,41 @@ def subjects_of(subject: Subject | Sequence[Subject]) -> list[Subject]:
     return subjects
 
 
-# --- class images for prior preservation: your own, or drawn by the base itself, once, and cached --------------------
-
-
-def class_pictures(
-    base: BaseModel,
-    subjects: Sequence[Subject],
-    sizes: Sequence[WidthHeight],
-    config: SettledConfig,
-    warn: Callable[[str], None],
-    on_progress: Callable[[int, int], None],
-) -> Pictures:
-    """Class images for each size of the photos: a subject's own, or drawn, `config.class_images` for each class prompt in all,
-    shared among the sizes as the photos are. {} where the base's predictions keep the class."""
-    found: Pictures = {}
-    to_draw: list[tuple[WidthHeight, str]] = []  # for each photo, its size and class prompt
-    for one in subjects:
-        used = [size_for(photo, sizes) for photo in one.photos]
-        to_draw += [] if one.class_images else [(size, one.class_prompt) for size in used]
-        for cropped, prompt in own_class_images(one, list(dict.fromkeys(used))):
-            found.setdefault(cropped.image.size, []).append((cropped, prompt))
-    totals = Counter(prompt for _, prompt in to_draw)
-    for prompt in dict.fromkeys([*(prompt for part in found.values() for _, prompt in part), *totals]):
-        told_if_cut(base, prompt, "class prompt", warn)
-    if not config.class_images:
-        if found and to_draw:
-            predicted = f"{setting('class_images', 0)} keeps the class by predictions"
-            raise SettingsError(f"{predicted}, but a subject has class images; pass some for each")
-        return found
-    asked = [
-        (prompt, size, -(-config.class_images * count // totals[prompt])) for (size, prompt), count in Counter(to_draw).items()
-    ]
-    drawn = class_images(base, asked, seed=config.seed, on_progress=on_progress)
-    for (prompt, size, _), images in zip(asked, drawn, strict=True):
-        found.setdefault(size, []).extend((Cropped(image, Crop(0, 0, size[::-1])), prompt) for image in images)
-    return found
-
-
-def own_class_images(subject: Subject, sizes: Sequence[WidthHeight]) -> Iterator[tuple[Cropped, str]]:
-    """Cropped, with their prompts: each to that of `sizes` in which most of it is seen; and all to one that none fits best."""
-    for size in sizes:
-        fitting = [picture for picture in subject.class_images if size_for(picture, sizes) == size]
-        for picture in fitting or subject.class_images:
-            yield crop_photo(picture, [size]), subject.class_prompt_for(picture)
-
-
-def class_images(
-    base: BaseModel,
-    wanted: Sequence[tuple[str, WidthHeight, int]],
-    *,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[list[Image.Image]]:
-    """For each prompt, size (width, height in pixels) and count: so many pictures by `base`, from the cache or drawn now.
-
-    They are cached under all that decides how they look (base, prompt, sampler, size, seed). Image i has its own seed, so a
-    larger count only adds images. A disk that is full or read-only does no harm.
-    """
-
-    def seeds(count: int) -> list[int]:
-        return [(seed * 1_000_003 + i) % SEEDS for i in range(count)]
-
-    keys = {
-        (prompt, size, one): image_key(base, prompt, size=size, seed=one)
-        for prompt, size, count in wanted
-        for one in seeds(count)
-    }
-    images = {place: image for place, key in keys.items() if (image := read_image(key, place[1])) is not None}
-    missing = [place for place in keys if place not in images]
-    if missing:
-        on_progress(len(images), len(keys))
-    with base.all_on_device() if missing else nullcontext() as pipeline:
-        for (prompt, size), places in itertools.groupby(missing, key=lambda place: place[:2]):
-            several, at_a_time = [one for *_, one in places], pictures_at_a_time(*size)
-            for first in range(0, len(several), at_a_time):
-                part = several[first : first + at_a_time]
-                for one, image in zip(part, pictures_of(pipeline, prompt, part, size), strict=True):
-                    images[prompt, size, one] = image = image.convert("RGB")
-                    entry = {"pixels": torch.from_numpy(np.array(image))}
-                    write_entry("class_images", keys[prompt, size, one], entry)
-                on_progress(len(images), len(keys))
-    return [[images[prompt, size, one] for one in seeds(count)] for prompt, size, count in wanted]
-
-
-def pictures_of(pipeline: Any, prompt: str, seeds: Sequence[int], size: WidthHeight) -> list[Image.Image]:
-    """A picture for each seed. One that a safety checker blacked out is drawn again: black would be learnt."""
-    options: dict[str, Any] = {"steps": CLASS_IMAGE_STEPS, "guidance": GUIDANCE, "size": size}
-    images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
-    for n, seed in enumerate(seeds):
-        for trial in range(1, TRIALS):
-            if is_black(images[n]):
-                images[n] = generate_images(pipeline, prompt, [(seed + trial * OTHER_SEED) % SEEDS], **options)[0]
-    if any(map(is_black, images)):
-        raise TrainingError(
-            f"class images of {prompt!r} stay black, by the pipeline's safety checker or numbers that are not finite; "
-            f"choose another class noun, {setting('dtype=torch.float32', option='--dtype fp32')}, "
-            f"or {setting('prior_loss_weight', 0)}"
-        )
-    return images
-
-
-def is_black(image: Image.Image) -> bool:
-    return image.convert("RGB").getbbox() is None
-
-
-def image_key(base: BaseModel, prompt: str, *, size: WidthHeight, seed: int) -> str:
-    """Of all that decides how a class image looks."""
-    return key_of(
-        of="class image",
-        base=base.fingerprint,
-        dtype=f"{base.dtype} {base.quantized}",
-        prompt=prompt,
-        scheduler=[type(base.scheduler).__name__, dict(base.scheduler.config)],
-        sampler=[CLASS_IMAGE_STEPS, GUIDANCE],
-        size=size,
-        seed=seed,
-    )
-
-
-def read_image(key: str, size: WidthHeight) -> Image.Image | None:
-    """A cached picture; None if it is missing or damaged, or black or of another size after all."""
-    pixels = (read_entry("class_images", key) or {}).get("pixels")
-    if pixels is None or pixels.shape != (*size[::-1], 3) or pixels.dtype != torch.uint8 or not pixels.any():
-        return None
-    return Image.fromarray(pixels.numpy())
-
-
 # --- encoding --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def encode(
-    base: BaseModel, pictures: Sequence[tuple[Cropped, str]], *, flip: bool, on_picture: Callable[[], None]
+    base: BaseModel, pictures: Sequence[Picture], *, background: float, flip: bool, on_picture: Callable[[], None]
 ) -> LatentSet:
-    """Pictures of one size, with their prompts -> LatentSet on the base's device, through the cache on disk.
+    """Pictures of one size -> LatentSet on the base's device, through the cache on disk.
 
+    background  weight of the error where a mask is black
     on_picture  called after each view of a picture
     """
     depends_on = dependencies(base, "vae")
     means, stds = [], []  # of each view
     for mirrored in (False, True) if flip else (False,):
         encoded = []
-        for one, _ in pictures:
+        for one, *_ in pictures:
             image = one.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else one.image
             encoded.append(latents_of(base, to_tensor(image), depends_on))
             on_picture()
         means.append(torch.cat([mean for mean, _ in encoded]))
         stds.append(torch.cat([std for _, std in encoded]))
-    crops = [(one.crop, one.image.size[::-1]) for one, _ in pictures]
+    crops = [(one.crop, one.image.size[::-1]) for one, *_ in pictures]
     ids = [base.time_ids(crop.original_size, (crop.top, crop.left), height_and_width) for crop, height_and_width in crops]
-    masks = [one.mask for one, _ in pictures]
+    masks, weights = [one.mask for one, *_ in pictures], None
+    if any(masks):
+        weights = error_weights(mask_latents(masks, base.pixels_per_latent, views=len(means)), background).to(base.device)
+    by_predictions = tuple(one.class_prompt for one in pictures if one.class_prompt is not None)
     return LatentSet(
         mean=torch.stack(means).to(base.device),
         std=torch.stack(stds).to(base.device),
-        prompts=tuple(prompt for _, prompt in pictures),
+        prompts=tuple(one.prompt for one in pictures),
         time_ids=torch.stack([row for row in ids if row is not None]) if base.family.time_ids else None,
-        masks=mask_latents(masks, base.pixels_per_latent, views=len(means)).to(base.device) if any(masks) else None,
+        weights=weights,
+        class_prompts=by_predictions,
     )
 
 
@@ -309,6 +184,15 @@ def mask_latents(masks: Sequence[Image.Image | None], factor: int, *, views: int
     pixels = torch.from_numpy(np.stack(greys))[:, None].float() / 255  # (N, 1, H, W)
     means = torch.nn.functional.avg_pool2d(pixels, factor)
     return torch.stack([means, means.flip(-1)][:views])
+
+
+def error_weights(masks: Tensor, background: float) -> Tensor:
+    """Masks in 0..1 -> weights of the same shape, with mean 1 in each picture: a small subject counts as much as a large one.
+
+    A mask of ones gives exactly 1: the plain loss, bit for bit.
+    """
+    weights = background + (1 - background) * masks
+    return weights / weights.mean(dim=(-3, -2, -1), keepdim=True).clamp(min=1e-6)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from .latents import LatentCache
 FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_size", "sample_seeds")
 ROUNDING = ("pictures_at_a_time", "gradient_checkpointing", "attention", "lean", "capture", "compile")
 DIGEST_LENGTH = 16  # hex digits
-FORMAT = 3  # of a run's state and record; those of others are refused
+FORMAT = 4  # of a run's state and record; those of others are refused
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -146,9 +146,8 @@ def found_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
     photos = [[photo["sha256"] for subject in f["subjects"] for photo in subject["photos"]] for f in (before, now)]
     configs = [before["config"], now["config"]]
     usual = [defaults(len(shas), config["steps"]) for shas, config in zip(photos, configs, strict=True)]
-    for name in ("warmup_steps", "class_images"):  # not named where they follow from the steps and the photos
-        if all(config[name] == default[name] for config, default in zip(configs, usual, strict=True)):
-            configs = [{**config, name: None} for config in configs]
+    if all(config["warmup_steps"] == default["warmup_steps"] for config, default in zip(configs, usual, strict=True)):
+        configs = [{**config, "warmup_steps": None} for config in configs]  # which follow from the steps: not named
     yield from changes(*configs)
     words = [[{k: s[k] for k in ("token", "class_noun", "class_prompt")} for s in f["subjects"]] for f in (before, now)]
     if len(words[0]) != len(words[1]):

@@ -20,7 +20,8 @@ class LatentSet:
     std: Tensor  # the same
     prompts: tuple[str, ...]  # N
     time_ids: Tensor | None  # (N, 6), SDXL
-    masks: Tensor | None = None  # (V, N, 1, H/f, W/f) float32 in 0..1, 1 the subject; None: no picture has a mask
+    weights: Tensor | None = None  # of the error, (V, N, 1, H/f, W/f) float32, with mean 1 in each picture; None: 1 everywhere
+    class_prompts: tuple[str, ...] = ()  # N, by which the base's predictions keep the class; () if the pictures themselves do
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -28,11 +29,13 @@ class LatentSet:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The photos of one size, and what keeps the class in pictures of that size."""
+    """The photos of one size, and what keeps the class in pictures of that size.
+
+    Where the base's predictions keep it, photos have class prompts, and a batch has the class images or the photos again.
+    """
 
     photos: LatentSet
     class_images: LatentSet | None = None
-    class_prompts: tuple[str, ...] = ()  # one for each photo, where the base's predictions keep the class; else none
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class LatentCache:
     def rows_per_photo(self) -> int:
         """Of a batch: each photo, and a class image or the photo again by its class prompt."""
         first = self.buckets[0]
-        return 1 if first.class_images is None and not first.class_prompts else 2
+        return 1 if first.class_images is None and not first.photos.class_prompts else 2
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,21 @@ class Batch:
     time_ids: Tensor | None  # (N, 6)
     photos: int  # how many of the N are photos
     part_of: tuple[int, int] | None = None  # photos and rows of the class of the full batch; None: this is the full batch
-    masks: Tensor | None = None  # (N, 1, H/f, W/f) float32 in 0..1, 1 the subject; all 1 for a picture without a mask
+    weights: Tensor | None = None  # of the error, (N, 1, H/f, W/f) float32; None: 1 everywhere
+    class_prompts: tuple[str, ...] = ()  # of the class's rows, by which the base predicts their target; () if that is the noise
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitem__(self, part: slice) -> Batch:
         """Some of the rows."""
-        photos = sum(row < self.photos for row in range(*part.indices(len(self))))
+        rows = range(*part.indices(len(self)))
+        photos = sum(row < self.photos for row in rows)
         ids = None if self.time_ids is None else self.time_ids[part]
-        masks = None if self.masks is None else self.masks[part]
+        weights = None if self.weights is None else self.weights[part]
+        class_prompts = tuple(self.class_prompts[row - self.photos] for row in rows[photos:] if self.class_prompts)
         drawn = self.latents[part], self.noise[part], self.timesteps[part], self.prompts[part]
-        return Batch(*drawn, ids, photos, self.totals, masks)
+        return Batch(*drawn, ids, photos, self.totals, weights, class_prompts)
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -136,16 +142,19 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> Batch:
     """The batch of forward pass `step`, of pictures of one size.
 
     Every photo of that size is drawn once before any is drawn twice. The VAE's posterior is sampled again each time. Where
-    the base's predictions keep the class, its rows are the noisy photos again, at the same timesteps.
+    the base's predictions keep the class, its rows are by turns the noisy photos again, at the same timesteps, and the images.
     """
     number, earlier = turn(tuple(len(bucket.photos) for bucket in cache.buckets), seed, step)
     bucket = cache.buckets[number]
     device = bucket.photos.mean.device
     generator = step_generator(seed, step, device)
+    predicted = bool(bucket.photos.class_prompts)
     parts = [(bucket.photos, rows(len(bucket.photos), seed, earlier, batch_size))]
-    if bucket.class_images is not None:
-        parts.append((bucket.class_images, rows(len(bucket.class_images), seed + 1, earlier, batch_size)))
-    latents, prompts, ids, masks = [], [], [], []
+    if bucket.class_images is not None and (earlier % 2 or not predicted):
+        passes = earlier // 2 if predicted else earlier
+        parts.append((bucket.class_images, rows(len(bucket.class_images), seed + 1, passes, batch_size)))
+    weighted = any(items is not None and items.weights is not None for items in (bucket.photos, bucket.class_images))
+    latents, prompts, ids, weights = [], [], [], []
     for items, index in parts:
         view = torch.randint(items.mean.shape[0], (len(index),), generator=generator, device=device)
         where = numbers_on(device, index)
@@ -155,16 +164,17 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> Batch:
         prompts += [items.prompts[i] for i in index]
         if items.time_ids is not None:
             ids.append(items.time_ids[where])
-        if bucket.photos.masks is not None:
+        if weighted:
             plain = torch.ones_like(mean[:, :1])
-            masks.append(plain if items.masks is None else items.masks[view, where])
+            weights.append(plain if items.weights is None else items.weights[view, where])
     stacked = torch.cat(latents)
     noise = torch.randn(stacked.shape, generator=generator, device=device)
     timesteps = torch.randint(TIMESTEPS, (len(stacked),), generator=generator, device=device)
-    if bucket.class_prompts:
+    class_prompts = [items.class_prompts[i] for items, index in parts[-1:] for i in index] if predicted else []
+    if predicted and len(parts) == 1:  # the photos again
         stacked, noise, timesteps = (torch.cat([drawn, drawn]) for drawn in (stacked, noise, timesteps))
-        prompts += [bucket.class_prompts[i] for i in parts[0][1]]
-        ids, masks = 2 * ids, [*masks, *map(torch.ones_like, masks)]
+        prompts += class_prompts
+        ids, weights = 2 * ids, [*weights, *map(torch.ones_like, weights)]
     return Batch(
         stacked,
         noise,
@@ -172,7 +182,8 @@ def draw(cache: LatentCache, *, seed: int, step: int, batch_size: int) -> Batch:
         tuple(prompts),
         torch.cat(ids) if ids else None,
         photos=len(parts[0][1]),
-        masks=torch.cat(masks) if masks else None,
+        weights=torch.cat(weights) if weights else None,
+        class_prompts=tuple(class_prompts),
     )
 
 

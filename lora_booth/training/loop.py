@@ -21,9 +21,6 @@ from .distributed import ALONE, Processes
 from .health import Health
 from .latents import Batch, Inputs, LatentCache, conditions, draw, joined, step_seed
 
-# of the error where a mask is black: chosen; at 0 the adapter is free to draw anything behind the subject
-BACKGROUND_WEIGHT = 0.1
-
 
 @dataclass(eq=False)
 class LoopState:
@@ -96,8 +93,7 @@ def inputs_of(state: LoopState, index: int) -> Iterator[Inputs]:
     size = config.pictures_at_a_time or max(1, len(batch))
     for first in range(0, len(batch), size):
         part = batch[first : first + size]
-        of_class = part.prompts[part.photos :] if state.cache.class_text else ()
-        text = conditions(state.base, state.cache.text, part.prompts)
+        text, of_class = conditions(state.base, state.cache.text, part.prompts), part.class_prompts
         yield Inputs(part, text, conditions(state.base, state.cache.class_text, of_class) if of_class else None)
 
 
@@ -180,7 +176,6 @@ def dreambooth_loss(
     *,
     prior_loss_weight: float,
     min_snr_gamma: float | None = None,
-    background_weight: float = BACKGROUND_WEIGHT,
     class_targets: Tensor | None = None,
 ) -> Tensor:
     """`prediction_loss` of what the U-Net predicts for this batch, in one forward pass.
@@ -193,7 +188,6 @@ def dreambooth_loss(
         predict(base, batch, text),
         prior_loss_weight=prior_loss_weight,
         min_snr_gamma=min_snr_gamma,
-        background_weight=background_weight,
         class_targets=class_targets,
     )
 
@@ -205,14 +199,13 @@ def prediction_loss(
     *,
     prior_loss_weight: float,
     min_snr_gamma: float | None = None,
-    background_weight: float = BACKGROUND_WEIGHT,
     class_targets: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the prediction on the photos, plus the weighted one on the class.
 
     batch.latents  (N, C, H/f, W/f)  times the scaling_factor; H, W in pixels, f pixels a latent; photos before the class
     predicted      the same shape, float32
-    batch.masks    (N, 1, H/f, W/f)  1 where the error counts fully, 0 where it counts `background_weight`; None: 1 everywhere
+    batch.weights  (N, 1, H/f, W/f)  of the error, with mean 1 in each picture; None: 1 everywhere
     batch.totals   photos and rows of the class of the full batch: the losses of its parts sum to that of the batch
     class_targets  (rows of the class, C, H/f, W/f)  what to predict there; None: noise or velocity, as for photos
     returns        () float32
@@ -222,8 +215,8 @@ def prediction_loss(
     if class_targets is not None:
         target = torch.cat([target[: batch.photos], class_targets])
     squared = (predicted - target).square()
-    if batch.masks is not None:
-        squared = squared * mask_weight(batch.masks, background_weight)
+    if batch.weights is not None:
+        squared = squared * batch.weights
     error = squared.mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         error = error * min_snr_weight(base.alphas_cumprod[batch.timesteps], min_snr_gamma, base.prediction_type)
@@ -247,15 +240,6 @@ def signal_and_spread(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """What latents and noise are multiplied with at their timesteps, each (N, 1, 1, 1)."""
     alphas = base.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     return alphas.sqrt(), (1 - alphas).sqrt()
-
-
-def mask_weight(masks: Tensor, background_weight: float) -> Tensor:
-    """Weights with mean 1 in each picture, so that a small subject counts as much as a large one. (N, 1, h, w) -> the same.
-
-    A mask of ones gives exactly 1: the plain loss, bit for bit.
-    """
-    weight = background_weight + (1 - background_weight) * masks
-    return weight / weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def min_snr_weight(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
