@@ -384,16 +384,16 @@ def test_time_is_measured_by_real_steps() -> None:
         plan("sd1", measure=True)
 
 
-@pytest.mark.parametrize("images", [0, 5])
-def test_the_measured_steps_keep_the_class_as_the_training_will(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_measured_steps_keep_the_class_as_the_training_will(weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
     caches: list[LatentCache] = []
     steps = planning.training_steps
     monkeypatch.setattr(
         planning, "training_steps", lambda base, cache, **more: caches.append(cache) or steps(base, cache, **more)
     )
-    plan(base_of("sd1"), lora=LORA, config=TrainingConfig(batch_size=1, class_images=images), measure=True)
+    plan(base_of("sd1"), lora=LORA, config=TrainingConfig(batch_size=1, prior_loss_weight=weight), measure=True)
     (bucket,) = caches[0].buckets
-    assert (bucket.class_images is None, len(bucket.class_prompts)) == ((False, 0) if images else (True, 1))
+    assert len(bucket.photos.class_prompts) == caches[0].rows_per_photo - 1 == weight
 
 
 def test_this_machine() -> None:
