@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..report.reading import Run
 
 CHOICES = {  # in view on the page -> what it is for; `settings_of` says what it sets
-    "quick": "a first look, in a quarter of the steps and without class images",
+    "quick": "a first look, in a quarter of the steps and with nothing drawn first",
     "standard": "the defaults, which need no tuning",
     "careful": "half as many steps again, with eight rounds of samples, so that you can choose the best step",
 }

@@ -40,7 +40,7 @@ class Subject:
     templates: tuple[str, ...] = (INSTANCE_TEMPLATE,)  # cycled over the photos
     class_template: str = CLASS_TEMPLATE
     skipped: tuple[Skipped, ...] = field(default=(), compare=False)  # unused files, for reports only
-    class_images: tuple[Photo, ...] = ()  # your own, of the plain class; none: the base draws some
+    class_images: tuple[Photo, ...] = ()  # your own, of the plain class; none: the base keeps it
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -92,7 +92,7 @@ class Subject:
 
         minimum, maximum  usable photos needed, and accepted
         templates         prompts with {token}, and perhaps {class_noun} or {a} ("a" or "an"), in turn over the photos
-        class_template    the prompt of the class images, with {class_noun}
+        class_template    the prompt of the plain class, with {class_noun}
         crop              "smart": around the subject, without black bars; "center": in the middle
         crops             file name -> (x0, y0, x1, y1), fractions 0..1 of the upright photo, or pixels if any value is
                           above 1; overrides a `crops.json` in the folder
@@ -101,8 +101,8 @@ class Subject:
                           rembg's U2-Net (lora-booth[masks])
         captioner         gets each photo without a caption (photo.txt) as an upright RGB picture and returns one, e.g.
                           caption_model()
-        class_images      your own pictures of the plain class, a folder or files, cropped as photos; None: the base draws
-                          as many as `TrainingConfig.class_images` says. A caption (photo.txt) replaces the class prompt
+        class_images      your own pictures of the plain class, a folder or files, cropped as photos; None: the base's
+                          predictions keep the class. A caption (photo.txt) replaces the class prompt
         raises            SubjectError, PhotoError
         """
         # Checked before the photos are decoded, so that a typo shows at once.
@@ -139,7 +139,7 @@ class Subject:
 
     @property
     def class_prompt(self) -> str:
-        """The prompt for class images (prior preservation): "a photo of a dog"."""
+        """The prompt of the plain class (prior preservation): "a photo of a dog"."""
         return self._filled(self.class_template)
 
     def prompt_for(self, photo: Photo) -> str:
