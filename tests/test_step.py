@@ -81,7 +81,7 @@ class Reads(TorchFunctionMode):
 
 
 @pytest.mark.slow
-def test_one_call_of_the_unet_and_none_of_the_others(
+def test_two_calls_of_the_unet_and_none_of_the_others(
     prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
 ) -> None:
     base, _ = prepared
@@ -96,9 +96,9 @@ def test_one_call_of_the_unet_and_none_of_the_others(
     others = [base.vae.encoder, base.vae.decoder, *base.text_encoders.values()]
     hooks = [base.unet.register_forward_hook(counting("unet")), *(m.register_forward_hook(counting("others")) for m in others)]
     for config, expected in (
-        (CONFIG, 1),
-        (replace(CONFIG, gradient_accumulation=3), 3),
-        (replace(CONFIG, pictures_at_a_time=1), 2),
+        (CONFIG, 2),  # what the base predicts for the class, and the step
+        (replace(CONFIG, gradient_accumulation=3), 6),
+        (replace(CONFIG, pictures_at_a_time=1), 3),
     ):
         run = begin(config)
         calls["unet"] = 0

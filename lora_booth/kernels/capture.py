@@ -48,7 +48,7 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
         return
     for field in fields(value):
-        if field.name != "prompts":
+        if field.name not in ("prompts", "class_prompts"):
             yield from leaves(getattr(value, field.name))
 
 
