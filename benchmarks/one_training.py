@@ -86,7 +86,8 @@ def run_lora_booth() -> dict[str, Any]:
 
     clock = Clock(JOB["steps"])
     base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]), quantize=JOB["config"].pop("quantize", None))
-    subject = lb.Subject.from_folder(JOB["photos"], token="sks", class_noun="dog", minimum=1)
+    words = {"token": "sks", "class_noun": "dog"}
+    subject = lb.Subject.from_folder(JOB["photos"], **words, minimum=1, class_images=JOB.get("own"))
     config = lb.TrainingConfig(**JOB["config"])
     adapter = lb.train(base, subject, lora=lb.LoraSpec(rank=JOB["rank"]), config=config, on_step=clock.tick)
     adapter.save(Path(JOB["out"]) / "adapter.safetensors")
@@ -187,23 +188,14 @@ def random_photos(folder: Path) -> None:
 def class_pictures() -> dict[str, Any]:
     """The same class images for both, so that nobody draws any."""
     import numpy as np
-    import torch
     from PIL import Image
 
-    import lora_booth as lb
-    from lora_booth.cache import write_entry
-    from lora_booth.training.encoding import image_key
-
-    base = lb.BaseModel.load(JOB["base"], dtype=getattr(torch, JOB["dtype"]), quantize=JOB["config"].pop("quantize", None))
     folder = Path(JOB["class_images"])
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
     for i in range(JOB["count"]):
         coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
-        picture = coarse.resize((JOB["resolution"],) * 2, Image.Resampling.BICUBIC)
-        picture.save(folder / f"{i:04d}.png")
-        key = image_key(base, "a photo of a dog", size=(JOB["resolution"],) * 2, seed=i)
-        write_entry("class_images", key, {"pixels": torch.from_numpy(np.array(picture))})
+        coarse.resize((JOB["resolution"],) * 2, Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
     return {}
 
 

@@ -108,7 +108,7 @@ def cache_of(base: BaseModel, config: lb.TrainingConfig) -> LatentCache:
     ids = torch.full((4, 6), 512.0, device=base.device) if base.family.time_ids else None
     text = {"a photo": base.encode_text(["a photo"])}
     pictures = LatentSet(mean, torch.ones_like(mean), ("a photo",) * 4, ids)
-    bucket = Bucket(pictures, pictures if config.prior_loss_weight > 0 else None)
+    bucket = Bucket(pictures, pictures if config.prior_loss_weight > 0 else None)  # as your own class images
     return LatentCache((bucket,), base.scaling_factor, text)
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--class-images", type=int, default=CLASS_IMAGES)
-    parser.add_argument("--draw", action="store_true", help="lora_booth draws its class images itself (prior runs)")
+    parser.add_argument("--draw", action="store_true", help="lora_booth keeps the class in its own way (prior runs)")
     parser.add_argument(
         "--again", action="store_true", help="lora_booth a second time, with what the first run has left in the cache"
     )
@@ -95,7 +95,7 @@ class Bench:
         if prior and not (who == "lora_booth" and given.draw):
             shutil.rmtree(pictures, ignore_errors=True)
             facts = {"resolution": given.resolution, "count": given.class_images, "class_images": str(pictures)}
-            self.child({"what": "class_pictures", "base": str(self.base), "dtype": DTYPES[precision], **facts})
+            self.child({"what": "class_pictures", **facts})
         common = {"what": who, "steps": given.steps, "out": str(out)}
         if who == "lora_booth":
             config = {
@@ -110,6 +110,7 @@ class Bench:
                 **dict(field(word) for word in more),
             }
             job = {"base": str(self.base), "photos": str(self.photos), "dtype": DTYPES[precision], "rank": given.rank}
+            job |= {"own": str(pictures)} if prior and not given.draw else {}
             result = self.child({**common, **job, "config": config})
         else:
             options = {
