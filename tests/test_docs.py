@@ -63,9 +63,9 @@ RUN = {page: [b for b in blocks_of(page) if b.language in ("python", "bash") and
 def desk(tmp_path, monkeypatch) -> Path:
     """The reader's folder: photos/rex with five photos. Class images and samples are drawn in few denoising steps."""
     from lora_booth.cli.demo import write_photos
-    from lora_booth.training import encoding, samples
+    from lora_booth.training import class_images, samples
 
-    monkeypatch.setattr(encoding, "CLASS_IMAGE_STEPS", 2)
+    monkeypatch.setattr(class_images, "CLASS_IMAGE_STEPS", 2)
     monkeypatch.setattr(samples, "SAMPLE_STEPS", 2)
     write_photos("rex", tmp_path / "photos" / "rex")
     monkeypatch.chdir(tmp_path)

@@ -33,7 +33,7 @@ from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
-from lora_booth.training import encoding
+from lora_booth.training import class_images
 
 ALONE = TrainingConfig(steps=2, prior_loss_weight=0.0, warmup_steps=0)
 LORA = LoraSpec(rank=2)
@@ -168,7 +168,7 @@ def test_training_holds_the_unet_alone(
     rex: Subject, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_BOOTH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(encoding, "CLASS_IMAGE_STEPS", 2)
+    monkeypatch.setattr(class_images, "CLASS_IMAGE_STEPS", 2)
     kind, config = "sd1", TrainingConfig(steps=2, class_images=1, warmup_steps=0, sample_every=2)
     held = []
     base = load(folders[kind])

@@ -27,8 +27,8 @@ FILE = ROOT / "docs" / "notebooks" / "dreambooth.ipynb"
 QUICK = """
 TRIAL, KEEP, MINUTES = True, "drive", 0.001
 STEPS, CLASS_IMAGES, SAMPLE_EVERY, DRAW_STEPS, SEEDS = 4, 2, 4, 2, range(2)
-from lora_booth.training import encoding, samples
-encoding.CLASS_IMAGE_STEPS = samples.SAMPLE_STEPS = 2
+from lora_booth.training import class_images, samples
+class_images.CLASS_IMAGE_STEPS = samples.SAMPLE_STEPS = 2
 """
 NO_WIDGETS = "import sys; sys.modules['ipywidgets'] = None"
 NO_PHOTOS = """

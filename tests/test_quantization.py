@@ -37,7 +37,7 @@ from lora_booth.planning.planning import DoesNotFit, plan
 from lora_booth.planning.shapes import without_weights
 from lora_booth.run import train
 from lora_booth.subject.subject import Subject
-from lora_booth.training.encoding import image_key
+from lora_booth.training.class_images import image_key
 from lora_booth.training.job import Job
 from lora_booth.training.latents import Batch
 from lora_booth.training.loop import dreambooth_loss
@@ -273,7 +273,7 @@ def test_runs_and_class_images_know_it(packed: BaseModel, folders: dict[str, Pat
     rex = Subject.from_folder(photos, token="sks", class_noun="dog")
     facts = [Job(base, [rex], LORA, settled(CONFIG, base, 3)).facts["base"] for base in (packed, plain)]
     assert facts[0] == facts[1] | {"dtype": f"float32, {packed.quantized}"} and facts[1]["dtype"] == "float32"
-    assert len({image_key(base, "a dog", size=(64, 64), seed=0) for base in (packed, plain)}) == 2
+    assert len({image_key(base, "dog", "cat", (64, 64), 0) for base in (packed, plain)}) == 2
 
 
 def test_sums_of_its_weights_are_refused(packed: BaseModel, folders: dict[str, Path]) -> None:
