@@ -22,7 +22,8 @@ PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[A-Za-z]*)(?P<rest>.*)$")
 NOT_RUN = re.compile(r"^\s*<!-- *not run:(?P<reason>.*?)-->\s*$")
 CONTINUED = re.compile(r"\\\s*\n\s*")
-NOT_OURS = ("pip", "python -m venv", "pytest", "git", "cd", "source", ".", "ruff", "mypy", "#")  # shell lines that are not run
+# shell lines that are not run
+NOT_OURS = ("pip", "python -m venv", "pytest", "git", "cd", "source", ".", "ruff", "mypy", "ray start", "#")
 
 
 @dataclass(frozen=True)
