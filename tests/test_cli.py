@@ -513,7 +513,7 @@ MISTAKES = [
     ("token --base {file}", "file.txt"),
     ("token --base toybx", "did you mean 'toybox'?"),
     ("generate {rex} --prompt x --base Toybox", "did you mean 'toybox'?"),
-    ("generate {rex} --prompt x --steps 1001", "steps 1001 is out of range; allowed: 1 to 1000"),
+    ("generate {rex} --prompt x --steps 1000", "steps 1000 is out of range; allowed: 1 to 999"),
     ("generate {rex} --prompt x --device quda", "device quda cannot be used here"),
     ("generate {rex} --prompt x --device cuda:99", "device cuda:99 cannot be used here"),
     ("train {photos} --token sks --class-noun dog --out {tmp}/a.safetensors --resolution 100", "allowed: multiples of 8"),
@@ -599,8 +599,8 @@ PAIRS: dict[str, tuple[tuple[Callable[..., Any], ...], dict[str, str], set[str]]
     "token": ((BaseModel.load, propose_tokens), {}, {"base", "check"}),
     "train": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train, Adapter.save),
-        {"min_photos": "minimum", "max_photos": "maximum", "class_folder": "class_images", "template": "templates"},
-        {"folder", "base", "run", "auto_masks", "caption_model", "settings"},
+        {"min_photos": "minimum", "max_photos": "maximum", "template": "templates"},
+        {"folder", "base", "run", "auto_masks", "caption_model", "class_folder", "settings"},
     ),
     "train-many": (
         (LoraSpec, TrainingConfig, BaseModel.load, Subject.from_folder, lora_booth.train_many),

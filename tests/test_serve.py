@@ -291,8 +291,8 @@ def left(server: Server, body: Any) -> http.client.HTTPConnection:
 
 
 def test_nothing_is_drawn_for_a_caller_who_has_gone(folder: Path) -> None:
-    body = {"model": "rex", "prompt": PROMPT, "steps": 1000, "seed": 1}
-    with Server(folder, max_steps=1000) as server:
+    body = {"model": "rex", "prompt": PROMPT, "steps": 999, "seed": 1}
+    with Server(folder, max_steps=999) as server:
         steps: list[int] = []
         server.base.unet.register_forward_hook(lambda *_: steps.append(1))
         drawing = left(server, body | {"n": 2})
@@ -303,7 +303,7 @@ def test_nothing_is_drawn_for_a_caller_who_has_gone(folder: Path) -> None:
         until(lambda: len(server.api.queue.waiting) == 1)
         drawing.close()
         answer = staying.getresponse()
-        assert answer.status == 200 and len(json.loads(answer.read())["data"]) == 1 and len(steps) < 1000
+        assert answer.status == 200 and len(json.loads(answer.read())["data"]) == 1 and len(steps) < 999
         staying.close()
         until(lambda: server.figure('answers_total{status="499"}') == 2)
         assert server.figure("batch_pictures_sum") == 1
@@ -425,7 +425,7 @@ def test_a_kill_loses_only_what_was_in_flight(folder: Path, tmp_path: Path) -> N
     adapters = tmp_path / "adapters"
     shutil.copytree(folder, adapters)
     new = file_of(folder, "rex").read_bytes()
-    words = ("--base", tmp_path / "tiny", "--max-steps", 1000)
+    words = ("--base", tmp_path / "tiny", "--max-steps", 999)
 
     def drawn(caller: Caller) -> list[np.ndarray]:
         return caller.draw("ink", n=2, seed=1)
@@ -439,10 +439,10 @@ def test_a_kill_loses_only_what_was_in_flight(folder: Path, tmp_path: Path) -> N
 
     with running(tmp_path, *words) as (process, caller), ThreadPoolExecutor() as callers:
         before, listed = drawn(caller), models(caller)
-        jobs = [callers.submit(caller.draw, "rex", steps=1000)]
+        jobs = [callers.submit(caller.draw, "rex", steps=999)]
         until(lambda: caller.figure("loaded_adapters") == 2)  # it is being drawn
         # a file that is there in full is checked, and listed, once the batch is done that is being drawn
-        jobs += [callers.submit(caller.draw, "bob", steps=1000), callers.submit(send, caller)]
+        jobs += [callers.submit(caller.draw, "bob", steps=999), callers.submit(send, caller)]
         with socket.create_connection(caller.address.removeprefix("http://").split(":")) as half:
             head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 100000\r\n"
             half.sendall(f'{head}Content-Type: multipart/form-data; boundary="x"\r\n\r\n--x\r\n'.encode())

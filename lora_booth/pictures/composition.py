@@ -50,7 +50,7 @@ PICTURES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "prompt": (str, lambda _: True, ""),
     "seeds": (tuple[int, ...], lambda _: True, ""),
     "negative_prompt": (str | None, lambda _: True, ""),
-    "steps": (int, lambda steps: 1 <= steps <= TIMESTEPS, f"1 to {TIMESTEPS}; 20 to 50 is usual"),
+    "steps": (int, lambda steps: 1 <= steps < TIMESTEPS, f"1 to {TIMESTEPS - 1}; 20 to 50 is usual"),
     "guidance": (float, lambda scale: 0 <= scale <= 1000, "0 to 1000; 4 to 8 is usual"),
     "sampler": (str | None, lambda _: True, ""),
     "size": (tuple[int, ...] | None, lambda _: True, ""),
