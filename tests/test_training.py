@@ -504,7 +504,7 @@ def test_class_images_and_photos_by_their_class_take_turns() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sd2-v", "sdxl"])
-def test_beside_the_subject_only_what_is_outside_it_is_kept(rex: Subject, kind: str) -> None:
+def test_beside_the_subject_the_other_thing_is_kept(rex: Subject, kind: str) -> None:
     base = base_of(kind)
     cache = prepare(base, [replace(rex, class_noun="coffee mug")], lora=LORA, config=replace(WITH_PRIOR, class_images=5))
     [bucket] = cache.buckets
@@ -515,7 +515,7 @@ def test_beside_the_subject_only_what_is_outside_it_is_kept(rex: Subject, kind: 
     assert kept.class_prompts == tuple(f"a photo of a coffee mug and {thing}" for thing in things)
     assert {*kept.prompts, *kept.class_prompts, *bucket.photos.prompts, *bucket.photos.class_prompts} == set(cache.text)
     assert {*kept.class_prompts, *bucket.photos.class_prompts} == set(cache.class_text)
-    for weights in kept.weights[0]:  # a place of the subject, where nothing counts, and the rest
+    for weights in kept.weights[0]:  # the place of the thing, and the rest, where nothing counts
         assert weights.min() == 0 < weights.max() and weights.mean() == pytest.approx(1)
 
 

@@ -1,7 +1,7 @@
 """Class images: your own pictures of the plain class, or the base's, drawn once and cached.
 
-The base draws the class beside another thing, and its attention says where the class is. Outside that place an adapter must
-predict what the base does, so that what is asked for beside the subject is there and keeps its own look.
+The base draws the class beside another thing, and its attention says where the thing is. There an adapter must predict what
+the base does, so that what is asked for beside the subject is there and keeps its own look.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..base.base_model import BaseModel
 from ..base.generation import generate_images, pictures_at_a_time
@@ -52,7 +52,7 @@ class ClassImage:
     """A picture of the class beside a thing."""
 
     image: Image.Image  # RGB
-    mask: Image.Image  # greys, as large; white is the class
+    mask: Image.Image  # greys, as large; white is the thing
     thing: str
 
 
@@ -88,7 +88,7 @@ def drawn_class_images(
     for one, counts in used:
         for size in counts:
             for made in next(drawn):
-                cropped = Cropped(made.image, Crop(0, 0, size[::-1]), ImageOps.invert(made.mask))
+                cropped = Cropped(made.image, Crop(0, 0, size[::-1]), made.mask)
                 named, plain = f"{one.token} {one.class_noun}", with_article(one.class_noun)
                 prompts = (prompt_beside(words, made.thing) for words in (named, plain))
                 found.setdefault(size, []).append(Picture(cropped, *prompts))
@@ -152,7 +152,7 @@ def drawn_beside(
     options: dict[str, Any] = {"steps": CLASS_IMAGE_STEPS, "guidance": GUIDANCE, "size": size}
     with maps.collecting(pipeline.unet, (height, width), len(seeds)):
         images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
-    masks = (subject_masks(maps.found().cpu(), [noun, thing])[0] * 255).byte().numpy()  # (P, H, W)
+    masks = (subject_masks(maps.found().cpu(), [noun, thing])[1] * 255).byte().numpy()  # (P, H, W)
     found = []
     for image, mask, seed in zip(images, masks, seeds, strict=True):
         if not is_black(image):
@@ -183,7 +183,7 @@ def is_black(image: Image.Image) -> bool:
 def image_key(base: BaseModel, noun: str, thing: str, size: WidthHeight, seed: int) -> str:
     """Of all that decides how a class image looks."""
     return key_of(
-        of="class image with its mask",
+        of="class image with a mask of the thing",
         base=base.fingerprint,
         dtype=f"{base.dtype} {base.quantized}",
         prompt=prompt_beside(with_article(noun), thing),
