@@ -303,8 +303,8 @@ def return_to_system() -> None:
 def return_always() -> None:
     """From now on, return each large tensor's host memory as soon as it is freed.
 
-    glibc holds on to tensors below 32 MB, and the gaps between them come to as much as they do: at SD 1.5's shapes and 256
-    pixels, .3 GB when class images are drawn. Without them, drawing takes a seventh longer on a CPU, and a step a twentieth.
+    glibc holds on to tensors below 32 MB, and the gaps between them may come to as much as they do. Asking the system each time
+    costs some speed on a CPU.
     """
     glibc("mallopt", M_MMAP_THRESHOLD, LARGE)
 

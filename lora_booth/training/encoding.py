@@ -85,7 +85,9 @@ def prepare(
     elif keeping:
         of_class = own_class_images(subjects, sizes)
     pictures = [one for part in (*photos.values(), *of_class.values()) for one in part]
-    for prompt in dict.fromkeys(one.class_prompt for one in pictures if one.class_prompt is not None):
+    plain = [one.class_prompt for part in photos.values() for one in part]
+    plain += [one.class_prompt or one.prompt for part in of_class.values() for one in part]  # your own have one prompt
+    for prompt in filter(None, dict.fromkeys(plain)):
         told_if_cut(base, prompt, "class prompt", warn)
     done, total = itertools.count(), (2 if config.flip else 1) * len(pictures)
 
