@@ -61,7 +61,8 @@ class Gate:
             if not self.allowed(body):
                 answer = PlainTextResponse("A call may name only files that were uploaded to the studio.", 403)
             receive = repeated(body, receive)
-        with suppress(ClientDisconnect):  # a page that was closed during an upload
+        # a page that was closed: during an upload, or with its stream open, and then Gradio may forget the page twice
+        with suppress(ClientDisconnect, *[KeyError] * scope["path"].endswith("/queue/data")):
             await (answer or self.app)(scope, receive, protected)
 
     def refusal(self, request: Request) -> Response | None:

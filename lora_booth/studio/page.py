@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import gradio as gr
 
 from .adapters_tab import adapters_tab
@@ -27,6 +30,16 @@ progress { width: 100%; height: .9em; accent-color: #3b5bdb }
 #card td { overflow-wrap: anywhere } #card img { float: right; width: 128px; border-radius: 6px }
 #status svg { max-width: 100%; height: auto }
 """
+
+
+async def stay() -> AsyncIterator[None]:
+    """Keep the page's stream of answers open.
+
+    Gradio closes it once nothing is asked, and an answer to what is asked at that very moment would never arrive.
+    """
+    while True:
+        yield
+        await asyncio.sleep(5)
 
 
 def theme() -> gr.themes.Base:
@@ -62,6 +75,7 @@ def page(folder: StudioFolder) -> gr.Blocks:
         def opened() -> gr.Dropdown:
             return gr.Dropdown(choices=list(folder.bases()), value=folder.base)
 
+        blocks.load(stay, api_visibility="private", concurrency_limit=None, show_progress="hidden")
         listen([base.change], choose, [base], [about], model=True)
         listen([blocks.load], opened, None, [base], quiet=True)
         for view in views:
