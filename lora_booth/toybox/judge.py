@@ -1,6 +1,6 @@
 """The toybox's judge: a small network that reads from a 64 x 64 picture what `world.py` would have drawn.
 
-It is trained on renders only and never seen by the generator. Its accuracy on held-out renders is the ceiling of
+It is trained on worn renders only and never seen by the generator. Its accuracy on held-out renders is the ceiling of
 each of its scores (`benchmarks/RESULTS.md`).
 """
 
@@ -46,7 +46,7 @@ class Verdict:
 
 
 class JudgeNet(nn.Module):
-    FEATURES = 160
+    FEATURES = 192
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,12 +59,12 @@ class JudgeNet(nn.Module):
             block(3, 32, 2),
             block(32, 32, 1),
             block(32, 64, 2),
-            block(64, 64, 1),
-            block(64, 96, 2),
-            block(96, 96, 1),
-            block(96, 64, 2),
+            block(64, 96, 1),
+            block(96, 112, 2),
+            block(112, 112, 1),
+            block(112, 48, 2),
         )
-        self.feature = nn.Linear(64 * 16, self.FEATURES)
+        self.feature = nn.Linear(48 * 16, self.FEATURES)
         self.sizes = [len(v) for _ in range(OBJECTS) for v in OBJECT_HEADS.values()] + [len(v) for v in SCENE_HEADS.values()]
         self.heads = nn.Linear(self.FEATURES, sum(self.sizes))
 
