@@ -43,7 +43,7 @@ from PIL import Image
 
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.errors import LoraBoothError
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.training.checkpoint import newest, read_back
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -212,7 +212,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from faults import tiny, subject, LORA
 from test_processes import CONFIG
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.training.distributed import is_main
 adapter = train(tiny(), subject(Path({photos!r})), lora=LORA, config=CONFIG, out=Path({run!r}), progress=False)
 if is_main():

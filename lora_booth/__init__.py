@@ -48,8 +48,8 @@ _HOMES = {
     "propose_tokens": "subject.tokens",
     "plan": "planning.planning",
     "prepare": "training.encoding",
-    "train": "run",
-    "train_many": "run",
+    "train": "runs.one",
+    "train_many": "runs.many",
     "training_steps": "training.training_run",
 }
 __all__ = ["__version__", *_HOMES]
@@ -81,7 +81,8 @@ if TYPE_CHECKING:
     from .pictures.weights import Weight
     from .planning.planning import plan
     from .report.report import write_report
-    from .run import train, train_many
+    from .runs.many import train_many
+    from .runs.one import train
     from .subject.subject import Subject
     from .subject.tokens import check_token, propose_tokens
     from .training.encoding import prepare

@@ -28,7 +28,7 @@ from lora_booth.adapters.adapter import Adapter  # noqa: E402
 from lora_booth.base.base_model import BaseModel  # noqa: E402
 from lora_booth.config import LoraSpec, TrainingConfig, settled  # noqa: E402
 from lora_booth.errors import TrainingError  # noqa: E402
-from lora_booth.run import train  # noqa: E402,F401
+from lora_booth.runs.one import train  # noqa: E402,F401
 from lora_booth.subject.subject import Subject  # noqa: E402
 from lora_booth.training.checkpoint import ADAPTER, STATE, newest, read_back, unpacked_state  # noqa: E402
 from lora_booth.training.health import RAISED, RECENT  # noqa: E402

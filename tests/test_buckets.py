@@ -28,7 +28,7 @@ from lora_booth.photos.finding import find_photos
 from lora_booth.photos.photo import Photo
 from lora_booth.planning.counting import count_step
 from lora_booth.planning.shapes import without_weights
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training import training_run
 from lora_booth.training.encoding import prepare

@@ -674,7 +674,7 @@ def test_each_argument_of_python_has_an_option():
 
 def test_options_left_out_give_the_dataclasses_themselves(photos, monkeypatch, call, tmp_path):
     seen = {}
-    monkeypatch.setattr("lora_booth.run.train", lambda base, subject, **given: seen.update(given) or sys.exit(0))
+    monkeypatch.setattr("lora_booth.runs.one.train", lambda base, subject, **given: seen.update(given) or sys.exit(0))
     words = ("train", photos, "--token", "zwx", "--class-noun", "dog", "--out", tmp_path / "a.safetensors")
     assert call(*words)[0] == 0
     assert (seen["lora"], seen["config"]) == (LoraSpec(), TrainingConfig())
@@ -729,7 +729,7 @@ def test_adapters_are_named_in_the_prompt_as_people_paste_it(call, rex, tiny, tm
 def test_settings_from_a_file(photos, monkeypatch, call, tmp_path):
     seen = {}
     monkeypatch.setattr(
-        "lora_booth.run.train", lambda base, subject, **given: seen.update(given, subject=subject) or sys.exit(0)
+        "lora_booth.runs.one.train", lambda base, subject, **given: seen.update(given, subject=subject) or sys.exit(0)
     )
     file, out = tmp_path / "rex.toml", tmp_path / "a.safetensors"
     facts = {"folder": str(photos), "token": "zwx", "class-noun": "dog", "out": str(out), "steps": 7, "learning_rate": 1e-3}
@@ -881,7 +881,7 @@ def test_another_base_is_named_with_the_file_and_the_option(call, rex, folders):
 
 
 def test_training_on_the_toybox_by_default_says_what_that_is(call, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_booth.run.train", lambda *_, **__: sys.exit(0))
+    monkeypatch.setattr("lora_booth.runs.one.train", lambda *_, **__: sys.exit(0))
     words = ("train", photos, "--token", "zwx", "--class-noun", "dog", "--out", tmp_path / "a.safetensors")
     assert "the toybox is a tiny model for trials: 64 x 64 pixels" in call(*words)[2]
 

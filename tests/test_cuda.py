@@ -16,7 +16,7 @@ from pipelines import make_pipeline
 
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import LatentCache

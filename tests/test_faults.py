@@ -35,7 +35,7 @@ from faults import (
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import TrainingConfig
 from lora_booth.errors import LoraBoothError, TrainingError
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.training.checkpoint import newest, read_back
 from lora_booth.training.memory import is_out_of_memory
 from lora_booth.training.training_run import LEVELS, next_level

@@ -15,7 +15,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import AdapterBaseMismatch, SettingsError, SubjectError, TrainingError
 from lora_booth.injection import first_factors, spec_of, trainable
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.class_images import class_images
 from lora_booth.training.encoding import prepare

@@ -31,7 +31,7 @@ from lora_booth.base.library_logging import without_bars
 from lora_booth.base.weight_files import WeightFile
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import BaseModelError
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training import class_images
 

@@ -13,7 +13,7 @@ from typing import Any
 import pipelines
 import pytest
 
-import lora_booth.run
+import lora_booth.runs.one
 from lora_booth.adapters.adapter import Adapter
 
 TRAIN = ("--steps", 2, "--rank", 2, "--prior-loss-weight", 0, "--min-photos", 1)
@@ -77,7 +77,7 @@ def test_an_interrupt_is_in_the_table_and_the_same_command_goes_on(
     out = tmp_path / "runs"
     jobs = write(tmp_path / "jobs.jsonl", *(job(photos, name=name) for name in ("a", "b", "c")))
     words = ("train-many", jobs, "--base", tiny, "--out", out, "--together", 2, *TRAIN, "--steps", 4)
-    asked, seen = lora_booth.run.Stopping.asked, []
+    asked, seen = lora_booth.runs.stopping.Stopping.asked, []
 
     def asked_until(stopping: Any, *, copying: float) -> int:
         seen.append(states(out))
@@ -86,7 +86,7 @@ def test_an_interrupt_is_in_the_table_and_the_same_command_goes_on(
         return asked(stopping, copying=copying)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora_booth.run.Stopping, "asked", asked_until)
+        patch.setattr(lora_booth.runs.stopping.Stopping, "asked", asked_until)
         code, _, err = call(*words)
     assert code == 130 and "run the same command again to continue" in err and "error" not in err
     assert seen[0] == {"a": "training", "b": "training", "c": "waiting"}

@@ -15,7 +15,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import MissingExtraError, SettingsError, TrainingError
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import LatentCache

@@ -33,7 +33,7 @@ from lora_booth.config import TrainingConfig
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.gallery import Gallery
 from lora_booth.pictures.picture import Picture
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 
 MARK = b"trainedAlgorithmicMedia"

@@ -17,7 +17,7 @@ from faults import LORA, in_process, subject, tiny
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import TrainingConfig
 from lora_booth.errors import LoraBoothError
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.training.checkpoint import newest, read_back
 from lora_booth.training.distributed import is_main
 from lora_booth.training.progress import Step

@@ -35,7 +35,7 @@ from lora_booth.planning import budget
 from lora_booth.planning.counting import inputs
 from lora_booth.planning.planning import DoesNotFit, plan
 from lora_booth.planning.shapes import without_weights
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.class_images import image_key
 from lora_booth.training.job import Job

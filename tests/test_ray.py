@@ -21,7 +21,8 @@ import pytest
 import lora_booth.errors
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import AdapterError, LoraBoothError, MissingExtraError, PhotoError, SettingsError
-from lora_booth.run import train, train_many
+from lora_booth.runs.many import train_many
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.checkpoint import ADAPTER, read_record
 from lora_booth.training.lock import LOCK

@@ -31,7 +31,7 @@ from lora_booth.notebook.outputs import newest_samples, samples_of
 from lora_booth.photos.cropping import crop_photo
 from lora_booth.report.reading import advice, read_run
 from lora_booth.report.report import BOTTOM, MOST_POINTS, TOP, chart, smoothed, thinned, ticks, write_report
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.checkpoint import saved_adapters
 

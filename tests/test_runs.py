@@ -26,7 +26,8 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import TrainingConfig, settled
 from lora_booth.errors import LoraBoothError, SettingsError, TrainingError
 from lora_booth.files import Owned
-from lora_booth.run import TIME_UP, Stopping, train
+from lora_booth.runs.one import train
+from lora_booth.runs.stopping import TIME_UP, Stopping
 from lora_booth.training import checkpoint
 from lora_booth.training.checkpoint import Checkpoint, identity_in, newest, publish, read_back
 from lora_booth.training.health import BEFORE, RECENT, Health, RollBack

@@ -38,7 +38,7 @@ from lora_booth.errors import AdapterError, PhotoError, SettingsError
 from lora_booth.injection import attached
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.picture import Picture
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -16,14 +16,15 @@ import torch
 from PIL import Image
 from pipelines import base_of, same_state, state
 
-import lora_booth.run
+import lora_booth.runs.one
 import lora_booth.training.together
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import PhotoError, SettingsError, TrainingError
 from lora_booth.kernels.lora import LoraLinears, LoraPiece
-from lora_booth.run import train, train_many
+from lora_booth.runs.many import train_many
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.latents import LatentCache, rows
 
@@ -134,7 +135,7 @@ def test_photos_of_other_sizes_share_no_pass(subjects: dict[str, Subject], tmp_p
 
 def spoil(monkeypatch: pytest.MonkeyPatch, subject: Subject, good: tuple[int, ...]) -> None:
     """Make all latents of this subject nan, but for those of the `good` photos."""
-    stock = lora_booth.run.prepare
+    stock = lora_booth.runs.one.prepare
 
     def prepare(base: BaseModel, subjects: list[Subject], **options: Any) -> LatentCache:
         cache = stock(base, subjects, **options)
@@ -143,7 +144,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, subject: Subject, good: tuple[int, ..
             photos[:, [i for i in range(photos.shape[1]) if i not in good]] = torch.nan
         return cache
 
-    monkeypatch.setattr(lora_booth.run, "prepare", prepare)
+    monkeypatch.setattr(lora_booth.runs.one, "prepare", prepare)
 
 
 @pytest.mark.slow
@@ -214,9 +215,9 @@ def test_a_signal_saves_all_and_the_same_call_goes_on(
 ) -> None:
     base, config = base_of("sd1"), replace(CONFIG, class_images=2, prior_loss_weight=1.0)
     expected = {name: alone(base, subject, config) for name, subject in subjects.items()}
-    asked, calls = lora_booth.run.Stopping.asked, 0
+    asked, calls = lora_booth.runs.stopping.Stopping.asked, 0
 
-    def asked_until(stopping: lora_booth.run.Stopping, *, copying: float) -> int:
+    def asked_until(stopping: lora_booth.runs.stopping.Stopping, *, copying: float) -> int:
         nonlocal calls
         calls += 1
         if calls == 5:
@@ -224,7 +225,7 @@ def test_a_signal_saves_all_and_the_same_call_goes_on(
         return asked(stopping, copying=copying)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(lora_booth.run.Stopping, "asked", asked_until)
+        patch.setattr(lora_booth.runs.stopping.Stopping, "asked", asked_until)
         many(base, subjects, config, out=tmp_path)
     assert end.value.code == 128 + signal.SIGTERM
     saved = [json.loads((tmp_path / name / "run.json").read_text()) for name in subjects]

@@ -27,7 +27,7 @@ from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import MissingExtraError, SettingsError, TrainingError
 from lora_booth.pictures.composition import Composition
 from lora_booth.planning.planning import plan
-from lora_booth.run import train
+from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.class_images import class_images
 from lora_booth.training.encoding import prepare

@@ -19,7 +19,7 @@ from ..photos.sheet import contact_sheet
 from ..pictures.composition import Composition
 from ..pictures.gallery import Gallery
 from ..pictures.grids import before_after
-from ..run import train
+from ..runs.one import train
 from ..subject.subject import Subject
 from ..subject.wording import with_article
 from ..toybox.scenery import CONTEXTS as EVERY_CONTEXT

@@ -28,7 +28,7 @@ EXAMPLE = '{"folder": "photos/rex", "token": "ohwx", "class_noun": "dog"}'
 def jobs_in(file: Path) -> dict[str, tuple[str, Path, dict[str, Any]]]:
     """Name -> where it stands ("jobs.jsonl:3"), folder, token and class noun. Raises SettingsError, which names the line."""
     from ..photos.photo import Photo
-    from ..run import check_name
+    from ..runs.many import check_name
     from ..subject.subject import Subject
 
     try:
@@ -115,9 +115,9 @@ def train_many(
     context: typer.Context,
 ) -> None:
     """Train an adapter for each of many subjects. Run the same command again to continue."""
-    from ..run import train_many as train_subjects
+    from ..runs.many import train_many as train_subjects
+    from ..runs.ray_workers import connected
     from ..subject.subject import INSTANCE_TEMPLATE, Subject
-    from ..training.ray_workers import connected
 
     check_folder(out)
     listed = jobs_in(jobs)

@@ -124,7 +124,7 @@ def train(
 ) -> None:
     """Train an adapter on a folder of photos. Run the same command again to continue an interrupted run."""
     from ..photos.captioning import caption_model as photo_captioner
-    from ..run import train as train_adapter
+    from ..runs.one import train as train_adapter
     from ..subject.subject import INSTANCE_TEMPLATE, Subject
     from ..training.checkpoint import ADAPTER
     from ..training.distributed import is_main, own_gpu

@@ -14,7 +14,7 @@ from ..base.changes import claimed
 from ..errors import SettingsError, shown
 from ..files import open_regular, replacing
 from ..injection import placements
-from ..run import NAME
+from ..runs.many import NAME
 from ..training.checkpoint import ADAPTER
 
 ENDING = ".safetensors"

@@ -13,7 +13,7 @@ from .. import __version__
 from ..base.base_model import BaseModel
 from ..errors import LoraBoothError, MissingExtraError, SettingsError, TrainingError, in_command, reason_of, same_again, setting
 from ..subject.subject import Subject
-from .progress import Display
+from ..training.progress import Display
 
 RETRIES = 3  # of a subject whose worker was lost, also with its node; chosen
 LOOK = 10.0  # seconds after which nodes that joined are seen, at most; chosen

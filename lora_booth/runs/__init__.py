@@ -1,0 +1,1 @@
+"""Runs from start to finish: of one subject, of many."""
