@@ -1,4 +1,4 @@
-"""Draw the pictures of the pages on prior preservation, fitting and grids with the toybox: `python docs/make_pictures.py WORK`.
+"""Draw the pictures of the pages on preservation, fitting, grids and several subjects: `python docs/make_pictures.py WORK`.
 
 WORK keeps the adapters, so that a second call only draws. A few minutes on two CPU cores.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -21,20 +22,25 @@ RUNS = {
     "40 updates": lb.TrainingConfig(steps=40),
     "500 updates": lb.TrainingConfig(),
     "500 updates, no class pictures": lb.TrainingConfig(prior_loss_weight=0),
-    "the same at 3 x the rate": lb.TrainingConfig(learning_rate=1e-2, prior_loss_weight=0),
+    "the same at 6 x the rate": lb.TrainingConfig(learning_rate=1e-2, prior_loss_weight=0),
 }
-SAMPLER = {"steps": 20, "guidance": 4.0}
+WAYS: dict[str, dict[str, Any]] = {"a sum": {"method": "sum"}, "automatic regions": {}, "redraw=0.8": {"redraw": 0.8}}
+SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 4.0}
 
 
 def main(work: Path) -> None:
     base = lb.BaseModel.load("toybox")
-    owl = lb.Subject.from_folder(write_photos("olga", work / "photos"), token=TOKEN, class_noun=NOUN)
-    adapters: dict[str, lb.Adapter | None] = {"the base": None}
-    for name, config in RUNS.items():
+    owl = lb.Subject.from_folder(write_photos("olga", work / "photos" / "olga"), token=TOKEN, class_noun=NOUN)
+    mug = lb.Subject.from_folder(write_photos("brew", work / "photos" / "brew"), token="zwx", class_noun="mug")
+
+    def trained(name: str, subject: lb.Subject, config: lb.TrainingConfig) -> lb.Adapter:
         file = work / f"{name.replace(', ', '_').replace(' ', '_')}.safetensors"
         if not file.exists():
-            lb.train(base, owl, config=config).save(file)
-        adapters[name] = lb.Adapter.load(file)
+            lb.train(base, subject, config=config).save(file)
+        return lb.Adapter.load(file)
+
+    adapters: dict[str, lb.Adapter | None] = {"the base": None}
+    adapters |= {name: trained(name, owl, config) for name, config in RUNS.items()}
 
     def drawn(name: str, prompt: str, seed: int) -> lb.Picture:
         adapter = adapters[name]
@@ -52,6 +58,12 @@ def main(work: Path) -> None:
     rows, seeds = (base_, good, bare, over), range(5)
     cells = tuple(tuple(drawn(name, f"a photo of an {NOUN}", seed) for seed in seeds) for name in rows)
     save(lb.Grid(rows, tuple(f"seed {seed}" for seed in seeds), cells), "prior")
+    pair, prompt = (
+        [adapters[good], trained("mug", mug, lb.TrainingConfig())],
+        f"a photo of {TOKEN} {NOUN} and zwx mug in the snow",
+    )
+    cells = tuple(tuple(lb.Composition(base, pair, **way).generate(prompt, seeds=seeds, **SAMPLER)) for way in WAYS.values())
+    save(lb.Grid(tuple(WAYS), tuple(f"seed {seed}" for seed in seeds), cells), "together")
     weights = {"weights": (0, 0.4, 0.8, 1), "seeds": range(2)}
     save(lb.grid(base, (adapters[good], 1.0), f"a photo of {TOKEN} {NOUN} on the moon", **weights, **SAMPLER), "grid")
 

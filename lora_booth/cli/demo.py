@@ -1,4 +1,4 @@
-"""The demo: two subjects that the embedded base has never seen, learnt offline from five pictures each."""
+"""The demo: four subjects that the embedded base has never seen, learnt offline from five pictures each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..photos.sheet import contact_sheet
 from ..pictures.composition import Composition
 from ..pictures.gallery import Gallery
 from ..pictures.grids import before_after
-from ..runs.one import train
+from ..runs.many import train_many
 from ..subject.subject import Subject
 from ..subject.wording import with_article
 from ..toybox.scenery import CONTEXTS as EVERY_CONTEXT
@@ -29,8 +29,9 @@ from ..training.progress import display
 PHOTOS = 5
 CONTEXTS = ("in a meadow", "in the kitchen", "on the beach")  # of the photos
 NEW_CONTEXTS = tuple(context for context in EVERY_CONTEXT if context not in CONTEXTS)  # of the scores
-SUBJECTS = {"olga": "ohwx", "brew": "zwx"}  # name in toybox/world.py -> token
-SHOWN = ("on the moon", "underwater", "in the snow", "in the jungle")
+TOKENS = {"olga": "ohwx", "brew": "zwx", "rex": "sks", "stomp": "vrn"}  # of subjects in toybox/world.py; the last are hard
+TOGETHER = ("olga", "brew")
+SHOWN = ("on the moon", "underwater")
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 4.0}
 
 
@@ -61,38 +62,41 @@ def score(
 
 
 def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> None:
-    """Photos, training, files, before and after, scores, both in one picture. Everything is written to `out`.
+    """Photos, training, files, before and after, scores, two in one picture. Everything is written to `out`.
 
     base  the toybox: the subjects are from its world
     """
-    adapters, scores, images, labels = [], [], [], []
-    for name, token in SUBJECTS.items():
+    subjects = {}
+    for name, token in TOKENS.items():
         noun = HELD_OUT[name].class_noun
-        folder = write_photos(name, out / "photos" / name)
         say(f"{name}: {PHOTOS} pictures of {with_article(noun)} that the base has never seen; its token is {token!r}")
-        subject = Subject.from_folder(folder, token=token, class_noun=noun)
-        adapter = train(base, subject, out=out / "runs" / name)
+        subjects[name] = Subject.from_folder(write_photos(name, out / "photos" / name), token=token, class_noun=noun)
+    adapters, errors = train_many(base, subjects, out=out / "runs")
+    for error in errors.values():
+        raise error
+    scores: list[Comparison] = []
+    rows: list[list[tuple[Image.Image, str]]] = [[], [], []]  # of photos, without the adapters, and with them
+    for name, adapter in adapters.items():
         file = adapter.save(out / f"{name}.safetensors")
         say(f"{file} ({file.stat().st_size / 1e6:.2f} MB); drawing and scoring pictures")
-        adapters.append(adapter)
         with display(True) as shown:
-            scores.append(
-                score(base, adapter, name, seeds=range(2), on_progress=partial(shown.progress, f"pictures of {name}"))
-            )
-        # a row of photos, a row without the adapter and a row with it
+            count = partial(shown.progress, f"pictures of {name}")
+            scores.append(score(base, adapter, name, seeds=range(2), on_progress=count))
         prompts = [f"{adapter.card.prompt} {context}" for context in SHOWN]
-        images += drawn_photos(name, len(SHOWN))
-        images += [picture.image for picture in before_after(base, adapter, prompts, seeds=[1], **SAMPLER).pictures]
-        labels += [f"photo {i + 1} of {name}" for i in range(len(SHOWN))]
-        labels += [f"{when}: {prompt}" for when in ("before", "after") for prompt in prompts]
-    save_picture(contact_sheet(images, labels=labels, columns=len(SHOWN), side=192), out / "before_after.png")
+        rows[0] += [(image, f"photo {i + 1} of {name}") for i, image in enumerate(drawn_photos(name, len(SHOWN)))]
+        made = before_after(base, adapter, prompts, seeds=[1], **SAMPLER).pictures
+        rows[1] += [(picture.image, f"before: {picture.prompt}") for picture in made[: len(SHOWN)]]
+        rows[2] += [(picture.image, f"after: {picture.prompt}") for picture in made[len(SHOWN) :]]
+    images, labels = zip(*(cell for row in rows for cell in row), strict=True)
+    save_picture(contact_sheet(images, labels=labels, columns=len(rows[0]), side=144), out / "before_after.png")
     Gallery([p for one in scores for p in one.best.pictures], title="lora_booth demo").save(out / "gallery.html")
-    # both subjects in one picture, each adapter where the U-Net attends to its words
-    prompt = f"a photo of {' and '.join(adapter.card.words for adapter in adapters)} in the snow"
+    # two subjects in one picture, each adapter where the U-Net attends to its words
+    both = [adapters[name] for name in TOGETHER]
+    prompt = f"a photo of {' and '.join(adapter.card.words for adapter in both)} in the snow"
     seeds = range(4)
     with display(True) as shown:
         count = partial(shown.progress, "pictures of both", total=len(seeds))
-        together = Composition(base, adapters, regions="auto").generate(prompt, seeds=seeds, on_image=count, **SAMPLER)
+        together = Composition(base, both, regions="auto").generate(prompt, seeds=seeds, on_image=count, **SAMPLER)
     Gallery(together, title="together").save(out / "together.png")
     for one in scores:
         say("\n".join(["", *one.lines()]))

@@ -21,7 +21,7 @@ def demo(
     *,
     out: Path = Path("demo"),  # folder to write to, e.g. demo
 ) -> None:
-    """Try everything on the embedded base, offline: train two subjects, compare before and after, print scores."""
+    """Try everything on the embedded base, offline: train four subjects, compare before and after, print scores."""
     from .demo import run_demo
 
     check_folder(out)
