@@ -244,7 +244,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes.bar_label(bars, fmt=" %.2f", fontsize=7)
         axes.set(
             title=f"two subjects of {'two classes' if kind == 'cross' else 'one class'}",
-            xlim=(0, 0.75),
+            xlim=(0, 1.1),
             xlabel="share of pictures",
         )
         axes.set_yticks(range(len(own)), [METHODS[row["method"]] for row in own])
