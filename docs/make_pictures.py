@@ -58,10 +58,8 @@ def main(work: Path) -> None:
     rows, seeds = (base_, good, bare, over), range(5)
     cells = tuple(tuple(drawn(name, f"a photo of an {NOUN}", seed) for seed in seeds) for name in rows)
     save(lb.Grid(rows, tuple(f"seed {seed}" for seed in seeds), cells), "prior")
-    pair, prompt = (
-        [adapters[good], trained("mug", mug, lb.TrainingConfig())],
-        f"a photo of {TOKEN} {NOUN} and zwx mug in the snow",
-    )
+    pair = [adapters[good], trained("mug", mug, lb.TrainingConfig())]
+    prompt = f"a photo of {TOKEN} {NOUN} and zwx mug in the snow"
     cells = tuple(tuple(lb.Composition(base, pair, **way).generate(prompt, seeds=seeds, **SAMPLER)) for way in WAYS.values())
     save(lb.Grid(tuple(WAYS), tuple(f"seed {seed}" for seed in seeds), cells), "together")
     weights = {"weights": (0, 0.4, 0.8, 1), "seeds": range(2)}

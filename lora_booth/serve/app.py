@@ -224,13 +224,18 @@ def failure(status: int, message: str, headers: dict[str, str] | None = None) ->
     return JSONResponse({"error": facts}, status, headers)
 
 
+def checked_token(token: str) -> str:
+    """Raises SettingsError for one that is easily guessed, or that no header can hold."""
+    usable = len(token) >= 16 and token.isascii() and token.isprintable() and " " not in token
+    check(usable, "token", "16 or more letters, digits and signs")
+    return token
+
+
 def serve(
     base: BaseModel, folder: Path, *, token: str | None, limits: Limits, host: str, port: int, say: Callable[[str], None]
 ) -> None:
     """Until Ctrl-C. token: None for the folder's, the same at every start. Raises SettingsError if the port is taken."""
-    token = token_of(folder / ".token") if token is None else token
-    usable = len(token) >= 16 and token.isascii() and token.isprintable() and " " not in token
-    check(usable, "token", "16 or more letters, digits and signs")
+    token = checked_token(token_of(folder / ".token") if token is None else token)
     api = Api(base, folder, token=token, limits=limits)
     place, address = listening(host, port)
     say(f"serving {base.name} with the adapters of {folder}: {address}/v1")

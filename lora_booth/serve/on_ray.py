@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base.base_model import BaseModel
-from ..config import check
 from ..errors import MissingExtraError
 from ..runs.many import loaded
-from .app import Api
+from .app import Api, checked_token
 from .limits import Limits
 
 try:
@@ -35,7 +34,7 @@ def application(
     options   of the deployment: num_replicas, ray_actor_options, autoscaling_config
     A request with the header `serve_multiplexed_model_id` goes to a replica that has drawn with that model lately, if one has.
     """
-    check(len(token) >= 16, "token", "16 or more letters, digits and signs")
+    token = checked_token(token)
 
     def build() -> Callable[..., Any]:
         api = Api(loaded(base), Path(adapters), token=token, limits=limits)

@@ -19,7 +19,6 @@ from .pictures import to_tensor
 from .stages import Stage, run_stage
 
 JUDGE_STAGE = Stage("judge", steps=7000, batch=64, rate=2e-3)
-BLOTCHES = 8  # places of colour on each side of a picture; chosen
 
 
 def labels(scene: Scene) -> list[int]:
@@ -65,7 +64,7 @@ def worn(x: Tensor, generator: torch.Generator) -> Tensor:
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     x = x.lerp(soft, uniform(0, 1, 1, 1, 1))
     x = x * uniform(0.88, 1.12, 3, 1, 1) + uniform(-0.08, 0.08, 1, 1, 1)
-    x = x + uniform(0, 0.1, 1, 1, 1) * coarse(3, BLOTCHES)
+    x = x + uniform(0, 0.1, 1, 1, 1) * coarse(3, 8)
     return x + uniform(0, 0.08, 1, 1, 1) * torch.randn(x.shape, generator=generator)
 
 
