@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import pickle
 import re
 import time
@@ -19,7 +18,7 @@ from studio_client import Client, Server
 
 import lora_booth as lb
 from lora_booth.config import LoraSpec
-from lora_booth.errors import AdapterError, LoraBoothError, PhotoError, SettingsError, SubjectError, TrainingError
+from lora_booth.errors import AdapterError, PhotoError, SettingsError, SubjectError, TrainingError
 from lora_booth.studio.drawing import BY_STEP
 from lora_booth.studio.folder import StudioFolder, square_around
 from lora_booth.studio.runs import COUNT, Trainings, last_line, settings_of
@@ -130,7 +129,7 @@ def test_the_choices_of_a_training():
 
 def test_the_last_line_of_a_log(tmp_path):
     log = tmp_path / "log"
-    assert last_line(log) == ""
+    assert last_line(log) == "starting"
     log.write_bytes(b"a\n" * 9000 + b"step 20/400  loss 0.1  0:05 left\n\n")
     assert last_line(log) == "step 20/400  loss 0.1  0:05 left" and COUNT.search(last_line(log)).groups() == ("20", "400")
     log.write_bytes(b"\x1b[31m\xff" + b"x" * 9000)
@@ -233,7 +232,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     (root.parent / "secret.png").write_text(OUTSIDE)
     with Server(root) as running:
         yield running
-    left = Trainings(StudioFolder(root)).process("rex")  # of a test that failed
+    left = Trainings(StudioFolder(root)).training().get("rex")  # of a test that failed
     if left is not None:
         left.kill()
 
@@ -346,9 +345,8 @@ def test_the_whole_way(server, photos, tmp_path):
         step = int(re.search(r"stopped at step (\d+) of 4000", stopped)[1])
         assert step > 0 and list((root / "runs" / "rex" / "checkpoints").iterdir())
         note = root / "runs" / "rex.json"
-        words = json.loads(note.read_text())  # make it short, as the command line would
-        words["words"] = [f"--steps={step + 3}" if word == "--steps=4000" else word for word in words["words"]]
-        note.write_text(json.dumps(words))
+        settings = json.loads(note.read_text())
+        note.write_text(json.dumps(settings | {"steps": step + 3}))  # make it short, as the command line would
         client.do("Go on")
         assert "finished" in wait(client, lambda status: 'data-finished="1"' in status)
         assert (root / "adapters" / "rex.safetensors").is_file() and client.value("#samples")["path"]
@@ -439,21 +437,21 @@ def test_a_training_that_fails_says_why_in_one_line(folder, photos):
     with pytest.raises(TrainingError, match="rex is training"):
         trainings.start("rex-2", "rex", "toybox", {})
     end = time.monotonic() + 300
-    while trainings.process("rex") is not None:
+    while "rex" in trainings.training():
         assert time.monotonic() < end
         time.sleep(0.2)
     state = trainings.state("rex")
     assert not state.alive and state.line.startswith("error: ") and "no such folder or file" in state.line
     with pytest.raises(SettingsError, match="there is a run 'rex'"):
         trainings.start("rex", "rex", "toybox", {})
-    note = folder.root / "runs" / "rex.json"
-    words = json.loads(note.read_text())
-    note.write_text(json.dumps(words | {"process": os.getpid()}))  # a later process with the same number
-    assert trainings.process("rex") is None
-    for spoilt in ("", "[]", "{}", '{"words": "train"}', '{"words": ["rm", "-rf"]}', '{"process": "x", "created": []}'):
-        note.write_text(spoilt)
-        assert trainings.process("rex") is None
-        with pytest.raises(LoraBoothError, match="no such run"):
-            trainings.again("rex")
+    (folder.root / "runs" / "rex.json").write_text('["rm", "-rf"]')  # nothing but settings of a training is obeyed
+    trainings.again("rex")
+    while "rex" in trainings.training():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert "not a table of settings" in trainings.state("rex").line
+    for name in ("gone", "../rex"):
+        with pytest.raises(SettingsError, match="no such run"):
+            trainings.again(name)
     trainings.remove("rex")
     assert trainings.names() == []

@@ -117,8 +117,7 @@ def train_tab(studio: Studio) -> View:
 
     def refresh() -> list[Any]:
         names = trainings.names()
-        busy = next((one for one in names if trainings.process(one) is not None), None)
-        return [one_of(folder.names("photos")), one_of(names, busy)]
+        return [one_of(folder.names("photos")), one_of(names, next(iter(trainings.training()), None))]
 
     return View(tab, refresh, [subject, run])
 
