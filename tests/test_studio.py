@@ -210,7 +210,7 @@ def test_a_call_names_no_file_but_an_upload(gate, tmp_path):
     for path, status in [(str(inside), 200), (None, 200), *((one, 403) for one in outside)]:
         body = json.dumps({"data": [[{"image": {"path": path, "meta": {}}}]]}).encode()
         assert through(gate, "/gradio_api/queue/join", method="POST", cookie="right", body=body) == status
-    for body in (b"{", b"[" * 100_000, b" " * (33 * 2**20)):
+    for body in (b"{", b"[" * 100_000):
         assert through(gate, "/gradio_api/queue/join", method="POST", cookie="right", body=body) == 403
 
 

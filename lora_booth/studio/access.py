@@ -9,7 +9,6 @@ from __future__ import annotations
 import hmac
 import json
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 COOKIE = "lora_booth_studio"
-MOST_BODY = 32 * 2**20  # bytes of a call; photos and adapters come through the upload route; chosen
 YEAR = 365 * 24 * 3600  # seconds
 API = "/gradio_api"
 READ = re.compile(
@@ -28,6 +26,7 @@ READ = re.compile(
     re.IGNORECASE,
 )
 WRITE = re.compile(rf"{API}/(queue/join|upload|cancel|reset|component_server)/?")
+BINARY = (f"{API}/upload", f"{API}/component")  # files, and what is painted
 HEADERS = {
     # the page loads nothing from elsewhere and sends nothing there, whatever gets into it
     "content-security-policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; "
@@ -55,14 +54,14 @@ class Gate:
         if scope["type"] != "http":  # the page uses no web sockets
             return
         request = Request(scope, receive)
-        answer = self.refusal(request)
-        if answer is None and request.method == "POST" and not scope["path"].startswith((f"{API}/upload", f"{API}/component")):
-            body = await whole(request)
-            if not self.allowed(body):
-                answer = PlainTextResponse("A call may name only files that were uploaded to the studio.", 403)
-            receive = repeated(body, receive)
-        # a page that was closed: during an upload, or with its stream open, and then Gradio may forget the page twice
+        # a page that was closed: during a call, or with its stream open, and then Gradio may forget the page twice
         with suppress(ClientDisconnect, *[KeyError] * scope["path"].endswith("/queue/data")):
+            answer = self.refusal(request)
+            if answer is None and request.method == "POST" and not scope["path"].startswith(BINARY):
+                body = await request.body()
+                receive = repeated(body, receive)
+                if not self.allowed(body):
+                    answer = PlainTextResponse("A call may name only files that were uploaded to the studio.", 403)
             await (answer or self.app)(scope, receive, protected)
 
     def refusal(self, request: Request) -> Response | None:
@@ -82,35 +81,12 @@ class Gate:
 
     def allowed(self, body: bytes) -> bool:
         """Whether every file that a call names is an upload: Gradio reads what stands under "path"."""
+        paths: list[Any] = []
         try:
-            paths = list(values_of(json.loads(body or b"null"), "path"))
+            json.loads(body or b"null", object_hook=lambda found: paths.append(found.get("path")))
             return all(path is None or self.uploads in Path(path).resolve().parents for path in paths)
         except (ValueError, TypeError, OSError, RecursionError):
             return False
-
-
-def values_of(value: Any, key: str) -> Iterator[Any]:
-    """What stands under a key at any depth."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value[key]
-        value = list(value.values())
-    if isinstance(value, list):
-        for one in value:
-            yield from values_of(one, key)
-
-
-async def whole(request: Request) -> bytes:
-    """The body of a request; of one that is too long, or whose client has gone, a part that no call consists of."""
-    body = b""
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_BODY:
-                return b"{"
-    except ClientDisconnect:
-        return b"{"
-    return body
 
 
 def repeated(body: bytes, receive: Any) -> Any:
