@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageColor
 
-from ..errors import CompositionWarning, OtherBaseWarning, PhotoError, SettingsError
-from ..files import remove
-from ..photos.opening import opened
-from ..photos.photo import Unusable
+from ..errors import CompositionWarning, OtherBaseWarning, SettingsError
+from ..photos.opening import read_picture
 from .folder import StudioFolder
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ COLORS = ("#e4572e", "#2e86ab")  # of the first and the second subject, as in `p
 NEAR = 90  # largest distance of a painted pixel to its colour, of 441; chosen
 MOST_SHOWN = 48  # pictures on the page; chosen
 Chosen = Sequence[tuple[str, float]]  # names of adapters on the shelf, with weights
-Painted = dict[str, Any]  # what `gr.ImageEditor` holds, its layers as PNG
+Painted = dict[str, Any]  # what `gr.ImageEditor` holds
 
 
 class Models:
@@ -57,13 +55,11 @@ class Models:
         """Give the memory to a training."""
         import gc
 
-        if self._loaded is not None:
-            import torch
+        import torch
 
-            self._loaded = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        self._loaded = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def adapter(self, name: str) -> Adapter:
         from ..adapters.adapter import Adapter
@@ -75,19 +71,14 @@ class Models:
         from ..pictures.regions import Region
 
         loaded = [(self.adapter(name), weight) for name, weight in chosen]
-        if place not in PLACES:
-            raise SettingsError(f"place {place!r}; needed: one of {', '.join(PLACES)}")
         if place == "everywhere" or len(loaded) < 2:
             return Composition(self.base(), loaded, method="sum")
         if place == "found":
             return Composition(self.base(), loaded)
-        (first, one), (second, other), *rest = loaded
-        if place == "side by side":
-            regions = [Region(first, box=(0, 0, 0.5, 1), weight=one), Region(second, box=(0.5, 0, 1, 1), weight=other)]
-        else:
-            masks = [mask_of(painted, color) for color in COLORS]
-            regions = [Region(first, mask=masks[0], weight=one), Region(second, mask=masks[1], weight=other)]
-        return Composition(self.base(), rest, regions=regions)
+        halves: list[dict[str, Any]] = [{"box": (0, 0, 0.5, 1)}, {"box": (0.5, 0, 1, 1)}]
+        where = halves if place == "side by side" else [{"mask": mask_of(painted, color)} for color in COLORS]
+        regions = [Region(adapter, weight=weight, **one) for (adapter, weight), one in zip(loaded, where, strict=False)]
+        return Composition(self.base(), loaded[2:], regions=regions)
 
     def draw(self, studio: Composition, prompt: str, seeds: Sequence[int], *, on_step: Any = None, **sampler: Any) -> str:
         """Draw into the album, with a recipe beside each picture. Returns the first picture's name."""
@@ -115,27 +106,18 @@ class Models:
 
         return grid(self.base(), [(self.adapter(name), weight) for name, weight in chosen], prompt, **settings)
 
-    def by_step(self, run: str, prompt: str, seeds: Sequence[int], **sampler: Any) -> Grid:
+    def by_step(self, run: str, prompt: str, **settings: Any) -> Grid:
         """A column for each adapter that a run has saved: which step was best?"""
         from ..adapters.adapter import Adapter
-        from ..pictures.composition import Composition
-        from ..pictures.grids import Grid, labels_of
+        from ..pictures.grids import Grid, grid
         from ..training.checkpoint import saved_adapters
 
         found = saved_adapters(self.folder.place("runs", run))
         if not found:
             raise SettingsError(f"{run} has saved no adapter yet; wait for its first checkpoint or samples")
-        columns = []
-        for file in found.values():
-            studio = Composition(self.base(), [(Adapter.load(file), 1.0)])
-            columns.append(tuple(studio.generate(prompt, seeds=seeds, **sampler)))
-        rows, title = labels_of([prompt], seeds)
-        return Grid(tuple(f"step {step}" for step in found), rows, tuple(columns), title).transposed()
-
-    def keep(self, grid: Grid) -> Path:
-        from ..pictures.gallery import first_free
-
-        return grid.save(first_free(self.folder.place("pictures", "grid.png")))
+        each = [grid(self.base(), Adapter.load(file), prompt, weights=[1], **settings) for file in found.values()]
+        rows = tuple(tuple(one.pictures) for one in each)
+        return Grid(tuple(f"step {step}" for step in found), each[0].rows, rows, each[0].title).transposed()
 
 
 @contextmanager
@@ -143,31 +125,23 @@ def remarks() -> Iterator[list[str]]:
     """Filled, on leaving, with what the library says of the pictures that are drawn meanwhile."""
     told: list[str] = []
     with warnings.catch_warnings(record=True) as noted:
-        warnings.simplefilter("ignore")
-        for category in (CompositionWarning, OtherBaseWarning):
-            warnings.simplefilter("always", category)
+        warnings.simplefilter("always")
         yield told
-    told += dict.fromkeys(str(one.message) for one in noted)
+    ours = (CompositionWarning, OtherBaseWarning)
+    told += dict.fromkeys(str(one.message) for one in noted if issubclass(one.category, ours))
 
 
-def mask_of(painted: Painted | None, color: str | None = None) -> Image.Image:
-    """White where the first layer that was painted has this colour; None: where it has any."""
+def mask_of(painted: Painted | None, color: str) -> Image.Image:
+    """White where the first layer that was painted has this colour."""
     import numpy as np
 
     layer = next(filter(None, (painted or {}).get("layers") or ()), None)
     if layer is None:
         raise SettingsError("nothing is painted; paint over the subject, or choose another way")
-    try:
-        with opened(layer) as (image, _, _):
-            values = np.asarray(image.convert("RGBA"), dtype=np.float32)
-    except Unusable as error:
-        raise PhotoError(f"what was painted: {error}") from None
-    found = values[..., 3] > 127
-    if color is not None:
-        found &= np.linalg.norm(values[..., :3] - ImageColor.getrgb(color), axis=-1) < NEAR
-    if not found.any():
+    distance = np.linalg.norm(np.asarray(read_picture(layer), dtype=np.float32) - ImageColor.getrgb(color), axis=-1)
+    if not (distance < NEAR).any():
         raise SettingsError("nothing is painted in a colour that is needed; paint each subject's place in its own")
-    return Image.fromarray(found.astype(np.uint8) * 255)
+    return Image.fromarray((distance < NEAR).astype(np.uint8) * 255)
 
 
 def album(folder: StudioFolder) -> dict[str, dict[str, Any]]:
@@ -177,8 +151,3 @@ def album(folder: StudioFolder) -> dict[str, dict[str, Any]]:
     there = {f"{name}.png" for name in folder.names("pictures", ".png")}
     found = [(name, line) for name, line in Album(folder.place("pictures")).records().items() if name in there]
     return dict(found[: -MOST_SHOWN - 1 : -1])
-
-
-def remove_picture(folder: StudioFolder, name: str) -> None:
-    for one in (name, Path(name).stem + ".json"):
-        remove(folder.place("pictures", one))

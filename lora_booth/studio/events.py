@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -50,16 +49,10 @@ def choice(names: Sequence[str], label: str, **more: Any) -> Any:
 
 
 def painting(label: str, colors: Sequence[str], height: int, **more: Any) -> Any:
-    """Where one paints over a picture. It hands on bytes: `photos/opening.py` alone decodes what a browser sends."""
+    """Where one paints over a picture."""
     brush = gr.Brush(default_size=40, colors=list(colors), color_mode="fixed")
-    plain = {"sources": [], "transforms": [], "layers": False, "buttons": [], "format": "png"}
-    made = gr.ImageEditor(label=label, brush=brush, height=height, **plain, **more)
-    made.convert_and_format_image = bytes_of
-    return made
-
-
-def bytes_of(file: Any, flatten_on_white: bool = False) -> Any:
-    return Path(file.path).read_bytes() if hasattr(file, "path") else file
+    plain = {"sources": [], "transforms": [], "layers": False, "buttons": [], "type": "pil"}
+    return gr.ImageEditor(label=label, brush=brush, height=height, **plain, **more)
 
 
 def on_easel(image: Image.Image) -> Painted:

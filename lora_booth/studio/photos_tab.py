@@ -15,7 +15,7 @@ from ..errors import PhotoError, counted
 from ..photos.audit import audit_photos
 from ..photos.opening import open_photo
 from ..photos.photo import Photo
-from .drawing import Painted, mask_of
+from .drawing import COLORS, Painted, mask_of
 from .events import Studio, View, choice, lines, listen, on_easel, one_of, painting
 from .folder import check_name, square_around
 
@@ -41,7 +41,7 @@ def photos_tab(studio: Studio) -> View:
         )  # fmt: skip
         photo = choice([], "Photo to change", info="Or choose it above")
         with gr.Accordion("Crop, mask and caption of this photo", open=False):
-            canvas = painting("Paint over the subject", ["#e4572e"], 480, elem_id="canvas")
+            canvas = painting("Paint over the subject", COLORS[:1], 480, elem_id="canvas")
             with gr.Row():
                 use_crop = gr.Button("Crop to what is painted")
                 use_mask = gr.Button("Use as the mask")
@@ -136,8 +136,8 @@ def photos_tab(studio: Studio) -> View:
     listen([squares.select], pick, [subject], [photo])
     listen([photo.change], open_one, [subject, photo], [canvas, caption])
     changes: dict[Any, Callable[[Photo, Painted, str], None]] = {
-        use_crop: lambda one, painted, _: folder.set_crop(one, square_around(mask_of(painted))),
-        use_mask: lambda one, painted, _: folder.set_mask(one, mask_of(painted)),
+        use_crop: lambda one, painted, _: folder.set_crop(one, square_around(mask_of(painted, COLORS[0]))),
+        use_mask: lambda one, painted, _: folder.set_mask(one, mask_of(painted, COLORS[0])),
         undo: lambda one, _, __: without(one),
         keep_caption: lambda one, _, text: folder.set_caption(one, text),
         remove: lambda one, _, __: folder.remove_photo(one),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,7 +12,8 @@ from PIL import Image
 
 from ..config import GUIDANCE, STEPS
 from ..errors import SettingsError
-from .drawing import BY_STEP, BY_WEIGHT, COLORS, PLACES, Painted, album, remarks, remove_picture
+from ..files import remove as remove_file
+from .drawing import BY_STEP, BY_WEIGHT, COLORS, PLACES, Painted, album, remarks
 from .events import Studio, View, choice, lines, listen, on_easel, one_of, painting
 
 SLOTS = ("First adapter", "Second adapter", "Third adapter, e.g. a style")
@@ -39,7 +41,7 @@ def play_tab(studio: Studio) -> View:
         with gr.Accordion("Seeds, steps, size", open=False):
             with gr.Row():
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0)
-                count = gr.Slider(1, MOST_AT_ONCE, 2, step=1, label="Pictures")
+                number = gr.Slider(1, MOST_AT_ONCE, 2, step=1, label="Pictures")
                 steps = gr.Slider(1, 100, STEPS, step=1, label="Denoising steps")
                 guidance = gr.Slider(0, 15, GUIDANCE, step=0.5, label="Guidance")
                 size = gr.Textbox(label="Size", info="e.g. 768 or 768x512; empty: the base's own", max_lines=1)
@@ -79,16 +81,6 @@ def play_tab(studio: Studio) -> View:
         more = {name: text for name, text in given.items() if text}
         return chosen, seeds, {"steps": int(steps), "guidance": float(guidance), **more}
 
-    def on_step(progress: Any, total: int) -> Callable[[int], None]:
-        done = 0
-
-        def count(advanced: int) -> None:
-            nonlocal done
-            done += advanced
-            progress((done, total), unit="steps")
-
-        return count
-
     def shelf(at: str | None = None) -> list[Any]:
         found = album(folder)
         images = [(folder.place("pictures", name), str(made.get("prompt"))) for name, made in found.items()]
@@ -97,16 +89,23 @@ def play_tab(studio: Studio) -> View:
     def make(text: str, where: str, painted: Painted, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         chosen, seeds, more = asked(text, values)
         progress(0, desc="loading the base")
+        done, total = count(1), len(seeds) * more["steps"]
+
+        def on_step(_: int) -> None:
+            progress((next(done), total), unit="steps")
+
         with remarks() as told:
-            composed = models.compose(chosen, where, painted)
-            name = models.draw(composed, text, seeds, on_step=on_step(progress, len(seeds) * more["steps"]), **more)
+            name = models.draw(models.compose(chosen, where, painted), text, seeds, on_step=on_step, **more)
         return [lines(*told), *shelf(name)]
 
     def draw_grid(kind: str, which: str | None, text: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+        from ..pictures.gallery import first_free
+
         chosen, seeds, more = asked(text, values)
         progress(0, desc="drawing")
         by = partial(models.by_step, which or "") if kind == BY_STEP else partial(models.by_weight, chosen)
-        return gr.Image(value=str(models.keep(by(prompt=text, seeds=seeds, **more))), visible=True)
+        made = by(prompt=text, seeds=seeds, **more).save(first_free(folder.place("pictures", "grid.png")))
+        return gr.Image(value=str(made), visible=True)
 
     def explain(name: str | None) -> str:
         made = album(folder).get(name or "")
@@ -125,7 +124,8 @@ def play_tab(studio: Studio) -> View:
         return [lines(f"drawn again: {made}", *told), *shelf(made)]
 
     def discard(name: str) -> list[Any]:
-        remove_picture(folder, name)
+        for one in (name, f"{Path(name).stem}.json"):
+            remove_file(folder.place("pictures", one))
         return ["", *shelf()]
 
     def whole_page() -> Any:
@@ -141,7 +141,7 @@ def play_tab(studio: Studio) -> View:
         words = " and ".join(card.words for card in cards if card.words)
         return f"a photo of {words}" if words else gr.skip()
 
-    values = [*names, *weights, seed, count, steps, guidance, size, negative]
+    values = [*names, *weights, seed, number, steps, guidance, size, negative]
     shown = [notes, pictures, picture]
     listen([draw.click, prompt.submit], make, [prompt, place, canvas, *values], shown, model=True)
     listen([compare.click], draw_grid, [kind, run, prompt, *values], [sheet], model=True)
