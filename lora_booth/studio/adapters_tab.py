@@ -10,10 +10,10 @@ import gradio as gr
 
 from ..errors import SettingsError, shown
 from ..files import remove
-from .events import Studio, View, choice, lines, listen, one_of
+from .events import Studio, choice, lines, listen, one_of
 
 
-def adapters_tab(studio: Studio) -> View:
+def adapters_tab(studio: Studio) -> None:
     folder, adapter_of = studio.folder, studio.models.adapter
     with gr.Tab("Adapters", id="adapters") as tab:
         files = gr.File(
@@ -109,4 +109,4 @@ def adapters_tab(studio: Studio) -> View:
     listen([merge.click], merged, [adapter, other], shown_there)
     listen([share.click], shared, [adapter, title, author, license], [result])
     listen([delete.click], deleted, [adapter, sure], [*shown_there, sure])
-    return View(tab, shelf, [adapter, other])
+    listen([studio.page.load, tab.select], shelf, None, [adapter, other], quiet=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -21,20 +19,12 @@ from .runs import Trainings
 
 @dataclass(frozen=True)
 class Studio:
-    """What the page is a view of."""
+    """The page, and what it is a view of."""
 
+    page: gr.Blocks
     folder: StudioFolder
     trainings: Trainings
     models: Models
-
-
-@dataclass(frozen=True)
-class View:
-    """A tab, and how what it lists is read again from the folder."""
-
-    tab: gr.Tab
-    refresh: Callable[[], Any]
-    outputs: Sequence[gr.components.Component]
 
 
 # Gradio's components, made for this page. They are no classes of our own: those get a file beside their source.
@@ -92,15 +82,11 @@ def plain(handler: Callable[..., Any]) -> Callable[..., Any]:
     def call(*given: Any, **more: Any) -> Any:
         try:
             return handler(*given, **more)
-        except LoraBoothError as error:
+        except (LoraBoothError, OSError) as error:
             raise gr.Error(escape(str(error)), duration=None, title="Please change something", print_exception=False) from None
-        except OSError as error:
-            words = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-            raise gr.Error(escape(words), duration=None, title="A file", print_exception=False) from None
-        except Exception:
-            traceback.print_exc(file=sys.stderr)
+        except Exception as error:  # which Gradio prints in the terminal
             text = "This should not happen; the terminal of the studio shows what did. Your files are safe."
-            raise gr.Error(text, duration=None, title="A defect of the studio", print_exception=False) from None
+            raise gr.Error(text, duration=None, title="A defect of the studio") from error
 
     return call
 

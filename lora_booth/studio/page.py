@@ -54,8 +54,8 @@ def theme() -> gr.themes.Base:
 
 
 def page(folder: StudioFolder) -> gr.Blocks:
-    studio = Studio(folder, Trainings(folder), Models(folder))
     with gr.Blocks(title="lora_booth studio", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
+        studio = Studio(blocks, folder, Trainings(folder), Models(folder))
         gr.Markdown("# Studio")
         base = gr.Dropdown(
             list(folder.bases()), value=None, label="Base model", info="What is on this machine; add yours to bases/",
@@ -63,7 +63,8 @@ def page(folder: StudioFolder) -> gr.Blocks:
         )  # fmt: skip
         about = gr.HTML(elem_id="about")
         with gr.Tabs(elem_id="tabs"):
-            views = [photos_tab(studio), train_tab(studio), play_tab(studio), adapters_tab(studio)]
+            for tab in (photos_tab, train_tab, play_tab, adapters_tab):
+                tab(studio)
 
         def choose(name: str) -> str:
             folder.choose_base(name)
@@ -78,7 +79,5 @@ def page(folder: StudioFolder) -> gr.Blocks:
         blocks.load(stay, api_visibility="private", concurrency_limit=None, show_progress="hidden")
         listen([base.change], choose, [base], [about], model=True)
         listen([blocks.load], opened, None, [base], quiet=True)
-        for view in views:
-            listen([blocks.load, view.tab.select], view.refresh, None, view.outputs, quiet=True)
     blocks.queue(default_concurrency_limit=None, api_open=False)
     return blocks

@@ -16,14 +16,14 @@ from ..photos.audit import audit_photos
 from ..photos.opening import open_photo
 from ..photos.photo import Photo
 from .drawing import COLORS, Painted, mask_of
-from .events import Studio, View, choice, lines, listen, on_easel, one_of, painting
+from .events import Studio, choice, lines, listen, on_easel, one_of, painting
 from .folder import check_name, square_around
 
 SIDE = 640  # pixels of a photo to paint on, at most; chosen
 MOST_PROPOSED = 8  # tokens; chosen
 
 
-def photos_tab(studio: Studio) -> View:
+def photos_tab(studio: Studio) -> None:
     folder = studio.folder
     with gr.Tab("Photos", id="photos") as tab:
         with gr.Row():
@@ -148,4 +148,4 @@ def photos_tab(studio: Studio) -> View:
     def refresh() -> Any:
         return gr.Dropdown(choices=folder.names("photos"))
 
-    return View(tab, refresh, [subject])
+    listen([studio.page.load, tab.select], refresh, None, [subject], quiet=True)

@@ -14,7 +14,7 @@ from ..config import GUIDANCE, STEPS
 from ..errors import SettingsError
 from ..files import remove as remove_file
 from .drawing import BY_STEP, BY_WEIGHT, COLORS, PLACES, Painted, album, remarks
-from .events import Studio, View, choice, lines, listen, on_easel, one_of, painting
+from .events import Studio, choice, lines, listen, on_easel, one_of, painting
 
 SLOTS = ("First adapter", "Second adapter", "Third adapter, e.g. a style")
 MOST_WEIGHT = 1.5  # of a slider
@@ -23,7 +23,7 @@ CANVAS = 384  # pixels of the place to paint on
 NONE = "none"
 
 
-def play_tab(studio: Studio) -> View:
+def play_tab(studio: Studio) -> None:
     folder, models = studio.folder, studio.models
     with gr.Tab("Play", id="play") as tab:
         prompt = gr.Textbox(label="Prompt", lines=2, placeholder="e.g. a photo of ohwx dog on the beach", elem_id="prompt")
@@ -157,4 +157,4 @@ def play_tab(studio: Studio) -> View:
         found = [NONE, *folder.names("adapters", ".safetensors")]
         return [*(gr.Dropdown(choices=found) for _ in SLOTS), one_of(studio.trainings.names()), *shelf()]
 
-    return View(tab, refresh, [*names, run, pictures, picture])
+    listen([studio.page.load, tab.select], refresh, None, [*names, run, pictures, picture], quiet=True)

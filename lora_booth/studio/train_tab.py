@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import gradio as gr
 
 from ..config import LoraSpec, TrainingConfig, comments
 from ..errors import SettingsError
-from .events import Studio, View, choice, lines, listen, one_of
+from .events import Studio, choice, lines, listen, one_of
 from .runs import CHOICES, State, settings_of
 
 EVERY = 2.0  # seconds between two looks at a run; chosen
@@ -23,7 +25,7 @@ REASONS = ("defaults.md", "../../docs/defaults.md")  # beside this file in a whe
 ADVANCED = (*COUNTS, "learning_rate", "prior_loss_weight", "flip", "text_encoder")
 
 
-def train_tab(studio: Studio) -> View:
+def train_tab(studio: Studio) -> None:
     folder, trainings = studio.folder, studio.trainings
     with gr.Tab("Train", id="train") as tab:
         with gr.Row():
@@ -43,9 +45,7 @@ def train_tab(studio: Studio) -> View:
         run = choice([], "Run")
         status = gr.HTML(elem_id="status")
         with gr.Row():
-            stop = gr.Button("Stop", elem_id="stop")
-            go_on = gr.Button("Go on", elem_id="go-on")
-            anew = gr.Button("Start anew")
+            stop, go_on, anew = gr.Button("Stop"), gr.Button("Go on"), gr.Button("Start anew")
             forget = gr.Button("Remove the run", variant="stop")
         samples = gr.Image(
             label="Samples: a column for each round", format="png", interactive=False, buttons=["download"], visible=False,
@@ -69,7 +69,7 @@ def train_tab(studio: Studio) -> View:
         found = plan(studio.models.base(), config=config, lora=lora, photos=len(folder.photos(who).photos))
         return lines(found.summary, kind="good" if found.chosen else "error")
 
-    def begin(who: str, named: str | None, how: str, *values: Any) -> tuple[Any, ...]:
+    def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
         from ..pictures.gallery import first_free
 
         wanted, *_ = settings(who, how, values)
@@ -77,49 +77,48 @@ def train_tab(studio: Studio) -> View:
         new = (named or "").strip() or first_free(folder.place("runs", f"{who}.json")).stem
         studio.models.release()
         trainings.start(new, who, folder.bases()[folder.base], wanted)
-        return (one_of(trainings.names(), new), *look(new, ""))
+        return one_of(trainings.names(), new)
 
-    def look(which: str | None, before: str) -> tuple[Any, Any, Any]:
-        """Status, samples if there are new ones, and what was seen now."""
-        if not which or which not in trainings.names():
-            return "", gr.Image(visible=False), ""
-        state = trainings.state(which)
-        now = f"{which} {len(state.run.samples) if state.run else 0}"
-        return page_of(state), gr.skip() if now == before else sheet_of(state), now
-
-    def tick(which: str | None, before: str) -> tuple[Any, ...]:
+    def look(which: str | None, before: str = "") -> tuple[Any, ...]:
+        """This run, or another if it is none; its status, its samples if there are new ones, and what was seen now."""
         names = trainings.names()
-        return (gr.skip() if which in names or not names else one_of(names, names[-1]), *look(which, before))
+        at = which if which in names else next(iter([*trainings.training(), *names]), None)
+        if at is None:
+            return gr.skip(), "", gr.Image(visible=False), ""
+        state = trainings.state(at)
+        now = f"{at} {len(state.run.samples) if state.run else 0}"
+        return (
+            gr.skip() if at == which else one_of(names, at),
+            page_of(state),
+            gr.skip() if now == before else sheet_of(state),
+            now,
+        )
 
-    def again(which: str, restart: bool = False) -> tuple[Any, ...]:
+    def again(which: str, restart: bool = False) -> None:
         studio.models.release()
         trainings.again(which, restart=restart)
-        return look(which, "")
 
-    def end(which: str) -> tuple[Any, ...]:
-        trainings.stop(which)
-        return look(which, "")
+    def doing(action: Callable[[str], None]) -> Callable[[str], tuple[Any, ...]]:
+        def handler(which: str) -> tuple[Any, ...]:
+            action(which)
+            return look(which)
 
-    def remove(which: str) -> tuple[Any, ...]:
-        trainings.remove(which)
-        names = trainings.names()
-        return (one_of(names), *look(names[0] if names else None, ""))
+        return handler
 
-    shown = [status, samples, seen]
+    shown = [run, status, samples, seen]
     listen([check.click], fits, [subject, how, *fields], [forecast], model=True)
-    listen([start.click], begin, [subject, name, how, *fields], [run, *shown], model=True)
-    listen([run.change], lambda which: look(which, ""), [run], shown, quiet=True)
-    listen([timer.tick], tick, [run, seen], [run, *shown], quiet=True)
-    listen([stop.click], end, [run], shown)
-    listen([go_on.click], again, [run], shown, model=True)
-    listen([anew.click], lambda which: again(which, restart=True), [run], shown, model=True)
-    listen([forget.click], remove, [run], [run, *shown])
+    listen([start.click], begin, [subject, name, how, *fields], [run], model=True)
+    listen([run.change], look, [run], shown, quiet=True)
+    listen([timer.tick], look, [run, seen], shown, quiet=True)
+    listen([stop.click], doing(trainings.stop), [run], shown)
+    listen([go_on.click], doing(again), [run], shown, model=True)
+    listen([anew.click], doing(partial(again, restart=True)), [run], shown, model=True)
+    listen([forget.click], doing(trainings.remove), [run], shown)
 
     def refresh() -> list[Any]:
-        names = trainings.names()
-        return [one_of(folder.names("photos")), one_of(names, next(iter(trainings.training()), None))]
+        return [one_of(folder.names("photos")), gr.Dropdown(choices=trainings.names())]
 
-    return View(tab, refresh, [subject, run])
+    listen([studio.page.load, tab.select], refresh, None, [subject, run], quiet=True)
 
 
 def reasons() -> dict[str, str]:
