@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from PIL import Image
 
 from ..errors import PhotoError, SettingsError, shown
 from ..files import make_folder, read_json, remove, write_file
-from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, MAX_CAPTION, find_photos, read_crops
-from ..photos.opening import MAX_BYTES
-from ..photos.photo import Photo, PhotoSet, Region
+from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, find_photos, one_line, read_crops
+from ..photos.opening import opened, upright_copy
+from ..photos.photo import Photo, PhotoSet, Region, Unusable
 from ..subject.subject import Subject
 
 ROOMS = ("photos", "runs", "adapters", "pictures", "shared", "bases")
@@ -54,29 +54,17 @@ class StudioFolder:
         fits = [path for path in found if (path.is_file() and path.name.endswith(ending) if ending else path.is_dir())]
         return sorted(path.name.removesuffix(ending) for path in fits)
 
-    def settings(self, *place: str) -> dict[str, Any]:
-        """A small JSON file; empty if there is none that can be read."""
-        try:
-            found = read_json(self.place(*place) if len(place) > 1 else self.root / place[0], most=2**20)
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def write_settings(self, path: Path, facts: dict[str, Any]) -> None:
-        write_file(path, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-
     # --- subjects and their photos
 
     def facts(self, subject: str) -> dict[str, str]:
         """token and class_noun"""
-        found = self.settings("photos", f"{subject}.json")
+        found = read_facts(self.place("photos", f"{subject}.json"))
         return {name: str(found.get(name, "")) for name in ("token", "class_noun")}
 
     def describe(self, subject: str, token: str, class_noun: str) -> None:
         """Raises SubjectError for words that cannot work."""
         Subject((Photo(Path("any"), 1, 1, None, None, ""),), token, class_noun)
-        facts = {"token": token, "class_noun": class_noun}
-        self.write_settings(self.place("photos", f"{check_name(subject)}.json"), facts)
+        write_facts(self.place("photos", f"{check_name(subject)}.json"), {"token": token, "class_noun": class_noun})
 
     def photos(self, subject: str) -> PhotoSet:
         """Raises PhotoError if none can be used."""
@@ -94,20 +82,17 @@ class StudioFolder:
         return found
 
     def add_photos(self, subject: str, files: Sequence[Path]) -> list[str]:
-        """Copy what training can use. Returns a line for each file that it cannot."""
+        """Copy what is a photo. Returns a line for each file that is none."""
         from ..pictures.gallery import names
 
         folder, refused = self.place("photos", check_name(subject)), []
         make_folder(folder)
         for file in files:
-            name = shown(file.name)
             try:
-                if file.stat().st_size > MAX_BYTES:
-                    raise PhotoError(f"{name}: larger than {MAX_BYTES // 2**20} MB")
-                find_photos([file], minimum=1)
-            except PhotoError as error:  # which says more than why
-                why = str(error).partition("skipped: ")[2].partition("; add photos")[0]
-                refused.append(why or f"{name}: {error}")
+                with opened(file) as (image, _, _):
+                    upright_copy(image)
+            except Unusable as error:
+                refused.append(f"{shown(file.name)}: {error}")
                 continue
             taken = {path.stem for path in folder.iterdir()}  # captions and masks go by it
             kind = file.suffix.lower() if file.suffix[1:].isalnum() else ""  # pictures are told by their content
@@ -117,28 +102,22 @@ class StudioFolder:
 
     def remove_photo(self, photo: Photo) -> None:
         self.set_crop(photo, None)
-        for path in (photo.path, *(photo.path.with_name(photo.path.stem + e) for e in (CAPTION_ENDING, MASK_ENDING))):
-            remove(path)
+        self.set_mask(photo, None)
+        self.set_caption(photo, "")
+        remove(photo.path)
 
     def set_caption(self, photo: Photo, text: str) -> None:
-        if len(text) > MAX_CAPTION:
-            raise PhotoError(f"a caption of {len(text)} characters; at most {MAX_CAPTION}, of which about 300 are read")
-        path = photo.path.with_name(photo.path.stem + CAPTION_ENDING)
-        write_file(path, f"{' '.join(text.split())}\n".encode()) if text.strip() else remove(path)
+        path, caption = photo.path.with_name(photo.path.stem + CAPTION_ENDING), one_line(text, "here")
+        remove(path) if caption is None else write_file(path, f"{caption}\n".encode())
 
     def set_crop(self, photo: Photo, region: Region | None) -> None:
         path = self.place("photos", photo.path.parent.name, CROPS_FILE)
-        before = read_crops(path) if path.exists() else {}
-        crops = {name: one for name, one in before.items() if name != photo.path.name}
+        crops = read_crops(path) if path.exists() else {}
+        crops.pop(photo.path.name, None)
         if region is not None:
             crops[photo.path.name] = region
-        if crops != before:
-            write_file(path, json.dumps(crops, indent=1).encode())
-            try:
-                self.photos(photo.path.parent.name)
-            except PhotoError:  # too small
-                write_file(path, json.dumps(before).encode())
-                raise
+            find_photos([photo.path], crops={photo.path.name: region}, minimum=1)  # raises PhotoError if it is too small
+        write_file(path, json.dumps(crops, indent=1).encode())
 
     def set_mask(self, photo: Photo, painted: Image.Image | None) -> None:
         """painted: greys in the shape of the upright photo, white on the subject; None: no mask"""
@@ -160,25 +139,21 @@ class StudioFolder:
             if (path / "model_index.json").is_file() or path.suffix == ".safetensors":
                 found[path.name] = str(path)
         for index in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*/model_index.json")):
-            repo = index.parts[-4].removeprefix("models--").replace("--", "/")
-            try:
-                kind = read_json(index, most=2**20).get("_class_name")
-            except (OSError, ValueError, AttributeError):
-                continue
-            if kind in PIPELINES:
+            if read_facts(index).get("_class_name") in PIPELINES:
+                repo = index.parts[-4].removeprefix("models--").replace("--", "/")
                 found[repo] = repo
         return found
 
     @property
     def base(self) -> str:
         """The chosen one, as the page calls it."""
-        chosen = self.settings(SETTINGS).get("base")
+        chosen = str(read_facts(self.root / SETTINGS).get("base"))
         return chosen if chosen in self.bases() else "toybox"
 
     def choose_base(self, name: str) -> None:
         if name not in self.bases():
             raise SettingsError(f"{shown(name)}: no such base on this machine; choose one that the page lists")
-        self.write_settings(self.root / SETTINGS, {"base": name})
+        write_facts(self.root / SETTINGS, {"base": name})
 
     # --- adapters
 
@@ -196,6 +171,19 @@ class StudioFolder:
         return self.place("adapters", f"{name}.safetensors")
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """A small JSON file; empty if there is none that can be read."""
+    try:
+        found = read_json(path, most=2**20)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    write_file(path, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+
+
 def check_name(name: str) -> str:
     if not NAME.fullmatch(name or ""):
         raise SettingsError(f"name {shown(name)!r:.60}; needed: letters, digits, - and _, at most 40, e.g. 'rex'")
@@ -209,10 +197,7 @@ def clean(stem: str) -> str:
 
 def square_around(mask: Image.Image) -> Region:
     """The crop whose square holds what is white in a mask, as fractions of the picture."""
-    found = mask.getbbox()
-    if found is None:
-        raise PhotoError("nothing is painted; paint over the subject first")
-    left, top, right, bottom = found
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     side = min(AROUND * max(right - left, bottom - top), *mask.size)
     x = min(max(0.0, (left + right - side) / 2), mask.width - side)
     y = min(max(0.0, (top + bottom - side) / 2), mask.height - side)

@@ -72,34 +72,34 @@ def photos_tab(studio: Studio) -> None:
         if known.get("token"):
             class_noun, word = known["class_noun"], known["token"]
             return [class_noun, word, judge(name, class_noun, word)[1], *look(name)]
-        of_another = word in (folder.facts(one)["token"] for one in folder.names("photos"))
-        proposed, verdict = judge(name, class_noun, "" if of_another else word)
-        return [gr.skip(), gr.Textbox(placeholder=proposed, **({"value": ""} if of_another else {})), verdict, *look(name)]
+        of_another = word in tokens_but(name)
+        field, verdict = judge(name, class_noun, "" if of_another else word)
+        return [gr.skip(), "" if of_another else field, verdict, *look(name)]
 
-    def typed(*facts: str | None) -> list[Any]:
-        word, verdict = judge(*facts)
-        return [gr.Textbox(placeholder=word), verdict]
+    def tokens_but(name: str | None) -> set[str]:
+        """Those of other subjects."""
+        return {folder.facts(one)["token"] for one in folder.names("photos") if one != name}
 
-    def judge(name: str | None, class_noun: str | None, word: str | None) -> tuple[str, str]:
+    def judge(name: str | None, class_noun: str | None, word: str | None) -> tuple[Any, str]:
         """Keep what the subject is called, and say whether the token is free. Without one, propose it."""
         from ..subject.tokens import check_token, propose_tokens
         from ..training.encoding import encoded_text
 
         base = studio.models.base()
         read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
-        taken = {folder.facts(one)["token"] for one in folder.names("photos") if one != name}
+        taken = tokens_but(name)
         proposed = propose_tokens(base.tokenizer, MOST_PROPOSED + len(taken), **read)
         free = [one for one in proposed if one not in taken][:MOST_PROPOSED]
         word = (word or "").strip() or (name and folder.facts(check_name(name))["token"]) or next(iter(free), "")
         called = (class_noun or "").strip()
-        report = check_token(word, base.tokenizer, **read, class_noun=called or "dog")
+        report, field = check_token(word, base.tokenizer, **read, class_noun=called or "dog"), gr.Textbox(placeholder=word)
         if not called or not name:
-            return word, lines("Say what it is, e.g. dog or coffee mug." if name else "Give the subject a name, e.g. rex.")
+            return field, lines("Say what it is, e.g. dog or coffee mug." if name else "Give the subject a name, e.g. rex.")
         folder.describe(name, word, called)
         notes = [*report.problems, *report.warnings, *["another subject has it"] * (word in taken)]
         if not notes:
-            return word, lines(f"{word} is free. Prompts will say: a photo of {word} {called}", kind="good")
-        return word, lines(*(f"{word}: {note}" for note in notes), f"others: {', '.join(free)}")
+            return field, lines(f"{word} is free. Prompts will say: a photo of {word} {called}", kind="good")
+        return field, lines(*(f"{word}: {note}" for note in notes), f"others: {', '.join(free)}")
 
     def add(name: str | None, sent: list[str] | None) -> list[Any]:
         for line in folder.add_photos(name or "", [Path(one) for one in sent or ()]):
@@ -131,7 +131,7 @@ def photos_tab(studio: Studio) -> None:
     shown = [audit, squares, photo]
     facts = [subject, noun, token]
     listen([subject.change], choose, facts, [noun, token, verdict, *shown], model=True)
-    listen([noun.blur, noun.submit, token.blur, token.submit], typed, facts, [token, verdict], model=True)
+    listen([noun.blur, noun.submit, token.blur, token.submit], judge, facts, [token, verdict], model=True)
     listen([files.upload], add, [subject, files], [files, subject, *shown], model=True)
     listen([squares.select], pick, [subject], [photo])
     listen([photo.change], open_one, [subject, photo], [canvas, caption])

@@ -72,13 +72,11 @@ def play_tab(studio: Studio) -> None:
         """Adapters with weights, seeds, and the rest for `generate`."""
         if not (text or "").strip():
             raise SettingsError("no prompt; write what to draw, with the token of an adapter")
-        pairs, (first, number, steps, guidance, size, negative) = values[: 2 * len(SLOTS)], values[2 * len(SLOTS) :]
-        found = zip(pairs[: len(SLOTS)], pairs[len(SLOTS) :], strict=True)
-        chosen = [(name, float(weight)) for name, weight in found if name and name != NONE]
-        start = int(first or 0)
-        seeds = list(range(start, start + min(int(number), MOST_AT_ONCE)))
-        given = {"size": (size or "").strip(), "negative_prompt": (negative or "").strip()}
-        more = {name: text for name, text in given.items() if text}
+        *slots, first, number, steps, guidance, size, negative = values
+        pairs = zip(slots[: len(SLOTS)], slots[len(SLOTS) :], strict=True)
+        chosen = [(name, float(weight)) for name, weight in pairs if name and name != NONE]
+        seeds = [int(first or 0) + place for place in range(int(number))]
+        more = {"size": (size or "").strip() or None, "negative_prompt": (negative or "").strip() or None}
         return chosen, seeds, {"steps": int(steps), "guidance": float(guidance), **more}
 
     def shelf(at: str | None = None) -> list[Any]:

@@ -18,7 +18,7 @@ import psutil  # type: ignore[import-untyped]  # comes with accelerate
 from ..config import defaults
 from ..errors import SettingsError, TrainingError, shown
 from ..files import remove, remove_folder
-from .folder import StudioFolder, check_name
+from .folder import StudioFolder, check_name, write_facts
 
 if TYPE_CHECKING:
     from ..report.reading import Run
@@ -79,7 +79,7 @@ class Trainings:
         place = self.folder.place
         files = {"folder": place("photos", subject), "out": self.folder.adapter_file(name), "run": place("runs", name)}
         options = {**self.folder.facts(subject), "base": base, "min_photos": 1, **settings}
-        self.folder.write_settings(place("runs", f"{name}.json"), {key: str(file) for key, file in files.items()} | options)
+        write_facts(place("runs", f"{name}.json"), {key: str(file) for key, file in files.items()} | options)
         self._launch(name)
 
     def again(self, name: str, *, restart: bool = False) -> None:
