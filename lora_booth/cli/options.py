@@ -57,7 +57,7 @@ Json = Annotated[bool, typer.Option(help="print everything as JSON")]
 
 
 MOST_BYTES = 2**20  # of a file of settings; chosen
-WITHOUT_PYTORCH = ("photos", "cache", "studio")  # commands that start at once
+WITHOUT_PYTORCH = ("photos", "cache")  # commands that start at once
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -8,8 +8,13 @@ from typing import Any
 
 import gradio as gr
 
+from ..adapters.readers import readings
+from ..adapters.tools.convert import convert as convert_file
+from ..adapters.tools.merge import merge as merge_adapters
+from ..adapters.tools.spectrum import resize as resize_adapter
 from ..errors import SettingsError, shown
 from ..files import remove
+from ..pictures.gallery import first_free
 from .events import Studio, choice, lines, listen, one_of
 
 
@@ -45,8 +50,6 @@ def adapters_tab(studio: Studio) -> None:
             delete = gr.Button("Delete", variant="stop")
 
     def describe(name: str | None) -> tuple[Any, Any]:
-        from ..adapters.readers import readings
-
         if not name:
             return lines("No adapter yet: train one, or drop a file."), gr.DownloadButton(visible=False)
         file, found = folder.adapter_file(name), adapter_of(name)
@@ -65,8 +68,6 @@ def adapters_tab(studio: Studio) -> None:
         return [*shelf(name), lines("; ".join([f"wrote {name}.safetensors", *notes]), kind="good")]
 
     def free(source: str, ending: str) -> Path:
-        from ..pictures.gallery import first_free
-
         return first_free(folder.adapter_file(f"{source}-{ending}"))
 
     def add(sent: list[str] | None) -> list[Any]:
@@ -74,20 +75,14 @@ def adapters_tab(studio: Studio) -> None:
         return [None, *made(added[-1], "checked")]
 
     def converted(name: str, wanted: Any) -> list[Any]:
-        from ..adapters.tools.convert import convert
-
-        return made(convert(folder.adapter_file(name), free(name, wanted), layout=wanted).stem)
+        return made(convert_file(folder.adapter_file(name), free(name, wanted), layout=wanted).stem)
 
     def resized(name: str, wanted: float) -> list[Any]:
-        from ..adapters.tools.spectrum import resize
-
-        small, report = resize(adapter_of(name), rank=int(wanted))
+        small, report = resize_adapter(adapter_of(name), rank=int(wanted))
         return made(small.save(free(name, f"rank{int(wanted)}")).stem, f"{report.error:.1%} of the change is lost")
 
     def merged(name: str, with_it: str) -> list[Any]:
-        from ..adapters.tools.merge import merge
-
-        both, _ = merge([(adapter_of(one), 1.0) for one in (name, with_it)])
+        both, _ = merge_adapters([(adapter_of(one), 1.0) for one in (name, with_it)])
         return made(both.save(free(name, with_it)).stem, "their sum, exact")
 
     def shared(name: str, *facts: str) -> str:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image, ImageColor
 
+from ..adapters.adapter import Adapter
+from ..base.base_model import BaseModel
 from ..errors import CompositionWarning, OtherBaseWarning, SettingsError
 from ..photos.opening import read_picture
+from ..pictures.composition import Composition
+from ..pictures.gallery import Album
+from ..pictures.grids import Grid, grid
+from ..pictures.recipe import Recipe
+from ..pictures.regions import Region
+from ..training.checkpoint import saved_adapters
 from .folder import StudioFolder
-
-if TYPE_CHECKING:
-    from ..adapters.adapter import Adapter
-    from ..base.base_model import BaseModel
-    from ..pictures.composition import Composition
-    from ..pictures.grids import Grid
 
 PLACES = {  # on the page -> where two subjects go
     "found": "where the base looks for each, which takes one pass more",
@@ -43,8 +48,6 @@ class Models:
         self._loaded: tuple[str, BaseModel] | None = None
 
     def base(self) -> BaseModel:
-        from ..base.base_model import BaseModel
-
         name = self.folder.base
         if self._loaded is None or self._loaded[0] != name:
             self.release()
@@ -53,23 +56,14 @@ class Models:
 
     def release(self) -> None:
         """Give the memory to a training."""
-        import gc
-
-        import torch
-
         self._loaded = None
         gc.collect()
         torch.cuda.empty_cache()
 
     def adapter(self, name: str) -> Adapter:
-        from ..adapters.adapter import Adapter
-
         return Adapter.load(self.folder.adapter_file(name))
 
     def compose(self, chosen: Chosen, place: str, painted: Painted | None = None) -> Composition:
-        from ..pictures.composition import Composition
-        from ..pictures.regions import Region
-
         loaded = [(self.adapter(name), weight) for name, weight in chosen]
         if place == "everywhere" or len(loaded) < 2:
             return Composition(self.base(), loaded, method="sum")
@@ -82,9 +76,6 @@ class Models:
 
     def draw(self, studio: Composition, prompt: str, seeds: Sequence[int], *, on_step: Any = None, **sampler: Any) -> str:
         """Draw into the album, with a recipe beside each picture. Returns the first picture's name."""
-        from ..pictures.gallery import Album
-        from ..pictures.recipe import Recipe
-
         album, files = Album(self.folder.place("pictures")), []
         for seed in seeds:
             files += album.save(studio.generate(prompt, seeds=[seed], on_step=on_step, **sampler))
@@ -93,8 +84,6 @@ class Models:
 
     def redraw(self, name: str) -> str:
         """A picture again by its recipe, whose adapters are found by their hash."""
-        from ..pictures.recipe import Recipe
-
         recipe = Recipe.load(self.folder.place("pictures", Path(name).stem + ".json"))
         adapters = [self.adapter(one) for one in self.folder.names("adapters", ".safetensors")]
         return self.draw(recipe.studio(self.base(), adapters), **recipe.pictures)
@@ -102,16 +91,10 @@ class Models:
     # --- to compare
 
     def by_weight(self, chosen: Chosen, prompt: str, **settings: Any) -> Grid:
-        from ..pictures.grids import grid
-
         return grid(self.base(), [(self.adapter(name), weight) for name, weight in chosen], prompt, **settings)
 
     def by_step(self, run: str, prompt: str, **settings: Any) -> Grid:
         """A column for each adapter that a run has saved: which step was best?"""
-        from ..adapters.adapter import Adapter
-        from ..pictures.grids import Grid, grid
-        from ..training.checkpoint import saved_adapters
-
         found = saved_adapters(self.folder.place("runs", run))
         if not found:
             raise SettingsError(f"{run} has saved no adapter yet; wait for its first checkpoint or samples")
@@ -133,8 +116,6 @@ def remarks() -> Iterator[list[str]]:
 
 def mask_of(painted: Painted | None, color: str) -> Image.Image:
     """White where the first layer that was painted has this colour."""
-    import numpy as np
-
     layer = next(filter(None, (painted or {}).get("layers") or ()), None)
     if layer is None:
         raise SettingsError("nothing is painted; paint over the subject, or choose another way")
@@ -146,8 +127,6 @@ def mask_of(painted: Painted | None, color: str) -> Image.Image:
 
 def album(folder: StudioFolder) -> dict[str, dict[str, Any]]:
     """The newest pictures that are still there: name -> how each was made."""
-    from ..pictures.gallery import Album
-
     there = {f"{name}.png" for name in folder.names("pictures", ".png")}
     found = [(name, line) for name, line in Album(folder.place("pictures")).records().items() if name in there]
     return dict(found[: -MOST_SHOWN - 1 : -1])

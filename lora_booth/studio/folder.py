@@ -11,11 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from ..adapters.adapter import Adapter
+from ..base.ai_mark import save_picture
 from ..errors import PhotoError, SettingsError, shown
 from ..files import make_folder, read_json, remove, write_file
 from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, find_photos, one_line, read_crops
 from ..photos.opening import opened, upright_copy
 from ..photos.photo import Photo, PhotoSet, Region, Unusable
+from ..pictures.gallery import first_free, names
 from ..subject.subject import Subject
 
 ROOMS = ("photos", "runs", "adapters", "pictures", "shared", "bases")
@@ -83,8 +86,6 @@ class StudioFolder:
 
     def add_photos(self, subject: str, files: Sequence[Path]) -> list[str]:
         """Copy what is a photo. Returns a line for each file that is none."""
-        from ..pictures.gallery import names
-
         folder, refused = self.place("photos", check_name(subject)), []
         make_folder(folder)
         for file in files:
@@ -121,8 +122,6 @@ class StudioFolder:
 
     def set_mask(self, photo: Photo, painted: Image.Image | None) -> None:
         """painted: greys in the shape of the upright photo, white on the subject; None: no mask"""
-        from ..base.ai_mark import save_picture
-
         path = photo.path.with_name(photo.path.stem + MASK_ENDING)
         remove(path)
         if painted is not None:
@@ -159,9 +158,6 @@ class StudioFolder:
 
     def add_adapter(self, file: Path) -> str:
         """Copy an adapter's file once everything in it is checked. Returns its name."""
-        from ..adapters.adapter import Adapter
-        from ..pictures.gallery import first_free
-
         Adapter.load(file)
         place = first_free(self.place("adapters", f"{clean(file.stem)}.safetensors"))
         write_file(place, file.read_bytes())

@@ -15,6 +15,8 @@ from ..errors import PhotoError, counted
 from ..photos.audit import audit_photos
 from ..photos.opening import open_photo
 from ..photos.photo import Photo
+from ..subject.tokens import check_token, propose_tokens
+from ..training.encoding import encoded_text
 from .drawing import COLORS, Painted, mask_of
 from .events import Studio, choice, lines, listen, on_easel, one_of, painting
 from .folder import check_name, square_around
@@ -82,9 +84,6 @@ def photos_tab(studio: Studio) -> None:
 
     def judge(name: str | None, class_noun: str | None, word: str | None) -> tuple[Any, str]:
         """Keep what the subject is called, and say whether the token is free. Without one, propose it."""
-        from ..subject.tokens import check_token, propose_tokens
-        from ..training.encoding import encoded_text
-
         base = studio.models.base()
         read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
         taken = tokens_but(name)

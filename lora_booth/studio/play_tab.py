@@ -13,6 +13,7 @@ from PIL import Image
 from ..config import GUIDANCE, STEPS
 from ..errors import SettingsError
 from ..files import remove as remove_file
+from ..pictures.gallery import Album, first_free
 from .drawing import BY_STEP, BY_WEIGHT, COLORS, PLACES, Painted, album, remarks
 from .events import Studio, choice, lines, listen, on_easel, one_of, painting
 
@@ -97,8 +98,6 @@ def play_tab(studio: Studio) -> None:
         return [lines(*told), *shelf(name)]
 
     def draw_grid(kind: str, which: str | None, text: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-        from ..pictures.gallery import first_free
-
         chosen, seeds, more = asked(text, values)
         progress(0, desc="drawing")
         by = partial(models.by_step, which or "") if kind == BY_STEP else partial(models.by_weight, chosen)
@@ -127,8 +126,6 @@ def play_tab(studio: Studio) -> None:
         return ["", *shelf()]
 
     def whole_page() -> Any:
-        from ..pictures.gallery import Album
-
         return gr.DownloadButton(value=str(Album(folder.place("pictures")).gallery()), visible=True)
 
     def suggest(name: str, other: str, text: str) -> Any:

@@ -11,17 +11,15 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
 from ..config import defaults
 from ..errors import SettingsError, TrainingError, shown
 from ..files import remove, remove_folder
+from ..report.reading import Run, read_run
 from .folder import StudioFolder, check_name, write_facts
-
-if TYPE_CHECKING:
-    from ..report.reading import Run
 
 CHOICES = {  # in view on the page -> what it is for; `settings_of` says what it sets
     "quick": "a first look, in a quarter of the steps and with nothing drawn first",
@@ -121,8 +119,6 @@ class Trainings:
         threading.Thread(target=started.wait, daemon=True).start()  # else it stays as a zombie
 
     def state(self, name: str) -> State:
-        from ..report.reading import read_run
-
         alive, line, run = name in self.training(), last_line(self.folder.place("runs", f"{name}.log")), None
         try:
             run = read_run(self.folder.place("runs", name))

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import threading
+import webbrowser
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 from ..errors import MissingExtraError, SettingsError
 from ..files import open_regular, write_file
 from ..photos.opening import MAX_BYTES
-from .folder import UPLOADS, StudioFolder
 
 TOKEN = ".token"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -25,6 +25,9 @@ def app_of(root: Path) -> tuple[Any, str]:
     """The page of a studio's folder as an ASGI app, and its token. Raises MissingExtraError."""
     if find_spec("gradio") is None:
         raise MissingExtraError("the studio", "studio")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the Hub's library is imported: nothing is fetched
+    from .folder import UPLOADS, StudioFolder
+
     folder = StudioFolder(root)
     uploads = folder.root / UPLOADS
     if uploads.is_symlink():
@@ -34,7 +37,6 @@ def app_of(root: Path) -> tuple[Any, str]:
     # before Gradio is imported: where it keeps files, and that nothing leaves the machine
     os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_EXAMPLES_CACHE": str(uploads / "examples")}
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False"}
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import gradio as gr
     from fastapi import FastAPI
 
@@ -88,8 +90,6 @@ def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str
         say("note: other machines can reach it; whoever has this address can use it, and what is sent is not encrypted")
     say("Ctrl-C ends it; a training goes on")
     if browser:
-        import webbrowser
-
         threading.Timer(0.5, webbrowser.open, [address]).start()
     run(app, place)
 

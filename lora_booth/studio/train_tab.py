@@ -13,6 +13,10 @@ import gradio as gr
 
 from ..config import LoraSpec, TrainingConfig, comments
 from ..errors import SettingsError
+from ..notebook.outputs import CHART, samples_of
+from ..pictures.gallery import first_free
+from ..planning.planning import plan
+from ..report.report import loss_chart
 from .events import Studio, choice, lines, listen, one_of
 from .runs import CHOICES, State, settings_of
 
@@ -63,15 +67,11 @@ def train_tab(studio: Studio) -> None:
         return wanted, TrainingConfig(**{k: v for k, v in wanted.items() if k not in lora}), LoraSpec(**lora)
 
     def fits(who: str, how: str, *values: Any) -> str:
-        from ..planning.planning import plan
-
         _, config, lora = settings(who, how, values)
         found = plan(studio.models.base(), config=config, lora=lora, photos=len(folder.photos(who).photos))
         return lines(found.summary, kind="good" if found.chosen else "error")
 
     def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
-        from ..pictures.gallery import first_free
-
         wanted, *_ = settings(who, how, values)
         folder.subject(who)
         new = (named or "").strip() or first_free(folder.place("runs", f"{who}.json")).stem
@@ -146,9 +146,6 @@ def parsed(name: str, value: Any) -> Any:
 
 def page_of(state: State) -> str:
     """Where a run is, its loss, and what happened."""
-    from ..notebook.outputs import CHART
-    from ..report.report import loss_chart
-
     kind = "error" if state.failed else "good" if state.finished else "note"
     bar = f'<progress value="{state.done:.3f}" max="1" aria-label="share that is done"></progress>'
     text = lines(state.line, kind=kind) + bar
@@ -161,7 +158,5 @@ def page_of(state: State) -> str:
 
 
 def sheet_of(state: State) -> Any:
-    from ..notebook.outputs import samples_of
-
     found = None if state.run is None else samples_of(state.run.path, most=COLUMNS)
     return gr.Image(value=found and found.sheet(side=SAMPLE), visible=found is not None)
