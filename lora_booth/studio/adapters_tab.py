@@ -52,13 +52,12 @@ def adapters_tab(studio: Studio) -> None:
     def describe(name: str | None) -> tuple[Any, Any]:
         if not name:
             return lines("No adapter yet: train one, or drop a file."), gr.DownloadButton(visible=False)
-        file, found = folder.adapter_file(name), adapter_of(name)
-        facts = {key: value for key, value in vars(found.card).items() if value is not None and key != "base_hash"}
+        file, card = folder.adapter_file(name), adapter_of(name).card
+        facts = {key: value for key, value in vars(card).items() if value is not None and key != "base_hash"}
         rows = [*facts.items(), ("size", f"{file.stat().st_size / 1e6:.2f} MB")]
         rows += [(reader, str(reading).removeprefix(f"{reader}: ")) for reader, reading in readings(file).items()]
         text = "".join(f"<tr><th scope='row'>{escape(shown(a))}</th><td>{escape(shown(b))}</td></tr>" for a, b in rows)
-        picture = f'<img src="{escape(found.thumbnail)}" alt="thumbnail">' if found.thumbnail else ""
-        return f"{picture}<table>{text}</table>", gr.DownloadButton(value=str(file), visible=True)
+        return f"<table>{text}</table>", gr.DownloadButton(value=str(file), visible=True)
 
     def shelf(at: str | None = None) -> list[Any]:
         names = folder.names("adapters", ".safetensors")
@@ -85,8 +84,9 @@ def adapters_tab(studio: Studio) -> None:
         both, _ = merge_adapters([(adapter_of(one), 1.0) for one in (name, with_it)])
         return made(both.save(free(name, with_it)).stem, "their sum, exact")
 
-    def shared(name: str, *facts: str) -> str:
-        given = {key: text for key, text in zip(("title", "author", "license"), facts, strict=True) if text}
+    def shared(name: str, title: str, author: str, license: str) -> str:
+        facts = {"title": title, "author": author, "license": license}
+        given = {key: text for key, text in facts.items() if text}
         place = adapter_of(name).with_card(**given).save_folder(folder.place("shared", name))
         return lines(f"wrote shared/{place.name} in the studio's folder: upload it to the Hub as it stands", kind="good")
 

@@ -63,8 +63,11 @@ class Models:
     def adapter(self, name: str) -> Adapter:
         return Adapter.load(self.folder.adapter_file(name))
 
+    def weighted(self, chosen: Chosen) -> list[tuple[Adapter, float]]:
+        return [(self.adapter(name), weight) for name, weight in chosen]
+
     def compose(self, chosen: Chosen, place: str, painted: Painted | None = None) -> Composition:
-        loaded = [(self.adapter(name), weight) for name, weight in chosen]
+        loaded = self.weighted(chosen)
         if place == "everywhere" or len(loaded) < 2:
             return Composition(self.base(), loaded, method="sum")
         if place == "found":
@@ -87,11 +90,6 @@ class Models:
         recipe = Recipe.load(self.folder.place("pictures", Path(name).stem + ".json"))
         adapters = [self.adapter(one) for one in self.folder.names("adapters", ".safetensors")]
         return self.draw(recipe.studio(self.base(), adapters), **recipe.pictures)
-
-    # --- to compare
-
-    def by_weight(self, chosen: Chosen, prompt: str, **settings: Any) -> Grid:
-        return grid(self.base(), [(self.adapter(name), weight) for name, weight in chosen], prompt, **settings)
 
     def by_step(self, run: str, prompt: str, **settings: Any) -> Grid:
         """A column for each adapter that a run has saved: which step was best?"""

@@ -9,10 +9,9 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from ..errors import LoraBoothError
-from .drawing import Models, Painted
+from .drawing import Models
 from .folder import StudioFolder
 from .runs import Trainings
 
@@ -43,10 +42,6 @@ def painting(label: str, colors: Sequence[str], height: int, **more: Any) -> Any
     brush = gr.Brush(default_size=40, colors=list(colors), color_mode="fixed")
     plain = {"sources": [], "transforms": [], "layers": False, "buttons": [], "type": "pil"}
     return gr.ImageEditor(label=label, brush=brush, height=height, **plain, **more)
-
-
-def on_easel(image: Image.Image) -> Painted:
-    return {"background": image, "layers": [], "composite": None}
 
 
 def listen(

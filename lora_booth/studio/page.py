@@ -27,7 +27,7 @@ CSS = """
 button[role=tab].selected { color: inherit }
 progress { width: 100%; height: .9em; accent-color: #3b5bdb }
 #card table { width: 100%; font-size: .9em } #card th { text-align: left; padding-right: 1em; vertical-align: top }
-#card td { overflow-wrap: anywhere } #card img { float: right; width: 128px; border-radius: 6px }
+#card td { overflow-wrap: anywhere }
 #status svg { max-width: 100%; height: auto }
 """
 

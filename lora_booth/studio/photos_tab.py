@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from ..errors import PhotoError, counted
 from ..photos.audit import audit_photos
@@ -18,7 +17,7 @@ from ..photos.photo import Photo
 from ..subject.tokens import check_token, propose_tokens
 from ..training.encoding import encoded_text
 from .drawing import COLORS, Painted, mask_of
-from .events import Studio, choice, lines, listen, on_easel, one_of, painting
+from .events import Studio, choice, lines, listen, one_of, painting
 from .folder import check_name, square_around
 
 SIDE = 640  # pixels of a photo to paint on, at most; chosen
@@ -112,9 +111,9 @@ def photos_tab(studio: Studio) -> None:
         if not which:
             return None, ""
         one = folder.photo(name, which)
-        image = open_photo(one, smaller=max(1, max(one.width, one.height) // SIDE))
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        return on_easel(image), one.caption or ""
+        image = open_photo(one)
+        image.thumbnail((SIDE, SIDE))
+        return image, one.caption or ""
 
     def without(one: Photo) -> None:
         folder.set_crop(one, None)

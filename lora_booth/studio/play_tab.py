@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from ..config import GUIDANCE, STEPS
 from ..errors import SettingsError
 from ..files import remove as remove_file
 from ..pictures.gallery import Album, first_free
+from ..pictures.grids import grid
 from .drawing import BY_STEP, BY_WEIGHT, COLORS, PLACES, Painted, album, remarks
-from .events import Studio, choice, lines, listen, on_easel, one_of, painting
+from .events import Studio, choice, lines, listen, one_of, painting
 
 SLOTS = ("First adapter", "Second adapter", "Third adapter, e.g. a style")
 MOST_WEIGHT = 1.5  # of a slider
@@ -37,7 +37,7 @@ def play_tab(studio: Studio) -> None:
         place = gr.Radio([(f"{k}: {v}", k) for k, v in PLACES.items()], value="found", label="Where two subjects go")
         with gr.Column(visible=False) as easel:  # not the canvas itself: a change of its settings would make it anew
             label = "Paint the first subject's place in orange, the second's in blue"
-            grey = on_easel(Image.new("RGB", (CANVAS, CANVAS), "#808080"))
+            grey = Image.new("RGB", (CANVAS, CANVAS), "#808080")
             canvas = painting(label, COLORS, CANVAS + 120, value=grey)
         with gr.Accordion("Seeds, steps, size", open=False):
             with gr.Row():
@@ -97,12 +97,14 @@ def play_tab(studio: Studio) -> None:
             name = models.draw(models.compose(chosen, where, painted), text, seeds, on_step=on_step, **more)
         return [lines(*told), *shelf(name)]
 
-    def draw_grid(kind: str, which: str | None, text: str, *values: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+    def draw_grid(kind: str, which: str | None, text: str, *values: Any) -> Any:
         chosen, seeds, more = asked(text, values)
-        progress(0, desc="drawing")
-        by = partial(models.by_step, which or "") if kind == BY_STEP else partial(models.by_weight, chosen)
-        made = by(prompt=text, seeds=seeds, **more).save(first_free(folder.place("pictures", "grid.png")))
-        return gr.Image(value=str(made), visible=True)
+        if kind == BY_STEP:
+            made = models.by_step(which or "", text, seeds=seeds, **more)
+        else:
+            made = grid(models.base(), models.weighted(chosen), text, seeds=seeds, **more)
+        file = made.save(first_free(folder.place("pictures", "grid.png")))
+        return gr.Image(value=str(file), visible=True)
 
     def explain(name: str | None) -> str:
         made = album(folder).get(name or "")
@@ -114,8 +116,7 @@ def play_tab(studio: Studio) -> None:
     def pick(event: gr.SelectData) -> Any:
         return list(album(folder))[event.index]
 
-    def again(name: str, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        progress(0, desc="redrawing")
+    def again(name: str) -> list[Any]:
         with remarks() as told:
             made = models.redraw(name or "")
         return [lines(f"drawn again: {made}", *told), *shelf(made)]

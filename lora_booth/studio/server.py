@@ -35,8 +35,7 @@ def app_of(root: Path) -> tuple[Any, str]:
     shutil.rmtree(uploads, ignore_errors=True)
     uploads.mkdir(mode=0o700, exist_ok=True)
     # before Gradio is imported: where it keeps files, and that nothing leaves the machine
-    os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_EXAMPLES_CACHE": str(uploads / "examples")}
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False"}
+    os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False"}
     import gradio as gr
     from fastapi import FastAPI
 
@@ -55,8 +54,6 @@ def app_of(root: Path) -> tuple[Any, str]:
         footer_links=[],
         run_history=False,
         ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
         theme=theme(),
         css=CSS,
     )
