@@ -97,11 +97,11 @@ def adapters_tab(studio: Studio) -> None:
         return [*shelf(), lines(f"deleted {name}"), False]
 
     shown_there = [adapter, other, result]
-    listen([adapter.change], describe, [adapter], [card, download], quiet=True)
+    listen([adapter.change], describe, [adapter], [card, download])
     listen([files.upload], add, [files], [files, *shown_there])
     listen([convert.click], converted, [adapter, layout], shown_there)
     listen([resize.click], resized, [adapter, rank], shown_there)
     listen([merge.click], merged, [adapter, other], shown_there)
     listen([share.click], shared, [adapter, title, author, license], [result])
     listen([delete.click], deleted, [adapter, sure], [*shown_there, sure])
-    listen([studio.page.load, tab.select], shelf, None, [adapter, other], quiet=True)
+    listen([studio.page.load, tab.select], shelf, None, [adapter, other])

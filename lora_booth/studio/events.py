@@ -51,13 +51,9 @@ def listen(
     outputs: Sequence[Any] | None = None,
     *,
     model: bool = False,
-    quiet: bool = False,
 ) -> None:
-    """Call `handler` on these events.
-
-    model  it uses a base: one such call at a time, and the others wait in the queue
-    quiet  no spinner over the outputs
-    """
+    """Call `handler` on these events. model: it uses a base, so that one such call runs at a time and the others wait"""
+    pressed = {one.event_name for one in triggers} <= {"click", "submit"}
     gr.on(
         triggers,
         plain(handler),
@@ -66,9 +62,9 @@ def listen(
         api_visibility="private",
         concurrency_limit=1 if model else None,
         concurrency_id="model" if model else None,
-        show_progress="hidden" if quiet else "minimal",
+        show_progress="minimal" if model or pressed else "hidden",
         # a field that changes again meanwhile is read once more; a button that is pressed again is not
-        trigger_mode="once" if {one.event_name for one in triggers} <= {"click", "submit", "tick"} else "always_last",
+        trigger_mode="once" if pressed else "always_last",
     )
 
 

@@ -30,7 +30,7 @@ AROUND = 1.15  # side of a crop by that of what was painted; chosen
 
 
 class StudioFolder:
-    """photos/NAME/ with NAME.json beside it (token and class noun); runs/NAME/ with NAME.json (its command) and NAME.log;
+    """photos/NAME/ with NAME.json beside it (token and class noun); runs/NAME/ with NAME.json (its settings) and NAME.log;
     adapters/NAME.safetensors; pictures/; shared/NAME/; bases/ for folders and checkpoints of your own."""
 
     def __init__(self, root: Path) -> None:
@@ -101,9 +101,13 @@ class StudioFolder:
             write_file(next(one for one in names(place) if one.stem not in taken), file.read_bytes())
         return refused
 
-    def remove_photo(self, photo: Photo) -> None:
+    def use_all_of(self, photo: Photo) -> None:
+        """Without crop and mask."""
         self.set_crop(photo, None)
         self.set_mask(photo, None)
+
+    def remove_photo(self, photo: Photo) -> None:
+        self.use_all_of(photo)
         self.set_caption(photo, "")
         remove(photo.path)
 

@@ -78,6 +78,6 @@ def page(folder: StudioFolder) -> gr.Blocks:
 
         blocks.load(stay, api_visibility="private", concurrency_limit=None, show_progress="hidden")
         listen([base.change], choose, [base], [about], model=True)
-        listen([blocks.load], opened, None, [base], quiet=True)
+        listen([blocks.load], opened, None, [base])
     blocks.queue(default_concurrency_limit=None, api_open=False)
     return blocks

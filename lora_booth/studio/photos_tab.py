@@ -115,16 +115,12 @@ def photos_tab(studio: Studio) -> None:
         image.thumbnail((SIDE, SIDE))
         return image, one.caption or ""
 
-    def without(one: Photo) -> None:
-        folder.set_crop(one, None)
-        folder.set_mask(one, None)
-
-    def changed_by(change: Callable[[Photo, Painted, str], None]) -> Callable[..., list[Any]]:
-        def handler(name: str, which: str, painted: Painted, text: str) -> list[Any]:
+    def changing(button: gr.Button, change: Callable[[Photo, Painted, str], object]) -> None:
+        def changed(name: str, which: str, painted: Painted, text: str) -> list[Any]:
             change(folder.photo(name, which), painted, text or "")
             return look(name, which)
 
-        return handler
+        listen([button.click], changed, [subject, photo, canvas, caption], shown, model=True)
 
     shown = [audit, squares, photo]
     facts = [subject, noun, token]
@@ -133,17 +129,9 @@ def photos_tab(studio: Studio) -> None:
     listen([files.upload], add, [subject, files], [files, subject, *shown], model=True)
     listen([squares.select], pick, [subject], [photo])
     listen([photo.change], open_one, [subject, photo], [canvas, caption])
-    changes: dict[Any, Callable[[Photo, Painted, str], None]] = {
-        use_crop: lambda one, painted, _: folder.set_crop(one, square_around(mask_of(painted, COLORS[0]))),
-        use_mask: lambda one, painted, _: folder.set_mask(one, mask_of(painted, COLORS[0])),
-        undo: lambda one, _, __: without(one),
-        keep_caption: lambda one, _, text: folder.set_caption(one, text),
-        remove: lambda one, _, __: folder.remove_photo(one),
-    }
-    for button, change in changes.items():
-        listen([button.click], changed_by(change), [subject, photo, canvas, caption], shown, model=True)
-
-    def refresh() -> Any:
-        return gr.Dropdown(choices=folder.names("photos"))
-
-    listen([studio.page.load, tab.select], refresh, None, [subject], quiet=True)
+    changing(use_crop, lambda one, painted, _: folder.set_crop(one, square_around(mask_of(painted, COLORS[0]))))
+    changing(use_mask, lambda one, painted, _: folder.set_mask(one, mask_of(painted, COLORS[0])))
+    changing(undo, lambda one, _, __: folder.use_all_of(one))
+    changing(keep_caption, lambda one, _, text: folder.set_caption(one, text))
+    changing(remove, lambda one, _, __: folder.remove_photo(one))
+    listen([studio.page.load, tab.select], lambda: gr.Dropdown(choices=folder.names("photos")), None, [subject])

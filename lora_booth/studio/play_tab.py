@@ -141,10 +141,10 @@ def play_tab(studio: Studio) -> None:
     shown = [notes, pictures, picture]
     listen([draw.click, prompt.submit], make, [prompt, place, canvas, *values], shown, model=True)
     listen([compare.click], draw_grid, [kind, run, prompt, *values], [sheet], model=True)
-    listen([place.change], lambda one: gr.Column(visible=one == "painted"), [place], [easel], quiet=True)
-    listen([names[0].input, names[1].input], suggest, [*names[:2], prompt], [prompt], quiet=True)
-    listen([picture.change], explain, [picture], [how], quiet=True)
-    listen([pictures.select], pick, None, [picture], quiet=True)
+    listen([place.change], lambda one: gr.Column(visible=one == "painted"), [place], [easel])
+    listen([names[0].input, names[1].input], suggest, [*names[:2], prompt], [prompt])
+    listen([picture.change], explain, [picture], [how])
+    listen([pictures.select], pick, None, [picture])
     listen([redraw.click], again, [picture], shown, model=True)
     listen([remove.click], discard, [picture], shown)
     listen([page.click], whole_page, None, [sent])
@@ -153,4 +153,4 @@ def play_tab(studio: Studio) -> None:
         found = [NONE, *folder.names("adapters", ".safetensors")]
         return [*(gr.Dropdown(choices=found) for _ in SLOTS), one_of(studio.trainings.names()), *shelf()]
 
-    listen([studio.page.load, tab.select], refresh, None, [*names, run, pictures, picture], quiet=True)
+    listen([studio.page.load, tab.select], refresh, None, [*names, run, pictures, picture])

@@ -83,42 +83,38 @@ def train_tab(studio: Studio) -> None:
         """This run, or another if it is none; its status, its samples if there are new ones, and what was seen now."""
         names = trainings.names()
         at = which if which in names else next(iter([*trainings.training(), *names]), None)
+        listed = gr.skip() if at == which else one_of(names, at)
         if at is None:
-            return gr.skip(), "", gr.Image(visible=False), ""
+            return listed, "", gr.Image(visible=False), ""
         state = trainings.state(at)
         now = f"{at} {len(state.run.samples) if state.run else 0}"
-        return (
-            gr.skip() if at == which else one_of(names, at),
-            page_of(state),
-            gr.skip() if now == before else sheet_of(state),
-            now,
-        )
+        return listed, page_of(state), gr.skip() if now == before else sheet_of(state), now
 
     def again(which: str, restart: bool = False) -> None:
         studio.models.release()
         trainings.again(which, restart=restart)
 
-    def doing(action: Callable[[str], None]) -> Callable[[str], tuple[Any, ...]]:
-        def handler(which: str) -> tuple[Any, ...]:
+    def doing(button: gr.Button, action: Callable[[str], None], *, model: bool = False) -> None:
+        def done(which: str) -> tuple[Any, ...]:
             action(which)
             return look(which)
 
-        return handler
+        listen([button.click], done, [run], shown, model=model)
 
     shown = [run, status, samples, seen]
     listen([check.click], fits, [subject, how, *fields], [forecast], model=True)
     listen([start.click], begin, [subject, name, how, *fields], [run], model=True)
-    listen([run.change], look, [run], shown, quiet=True)
-    listen([timer.tick], look, [run, seen], shown, quiet=True)
-    listen([stop.click], doing(trainings.stop), [run], shown)
-    listen([go_on.click], doing(again), [run], shown, model=True)
-    listen([anew.click], doing(partial(again, restart=True)), [run], shown, model=True)
-    listen([forget.click], doing(trainings.remove), [run], shown)
+    listen([run.change], look, [run], shown)
+    listen([timer.tick], look, [run, seen], shown)
+    doing(stop, trainings.stop)
+    doing(go_on, again, model=True)
+    doing(anew, partial(again, restart=True), model=True)
+    doing(forget, trainings.remove)
 
     def refresh() -> list[Any]:
         return [one_of(folder.names("photos")), gr.Dropdown(choices=trainings.names())]
 
-    listen([studio.page.load, tab.select], refresh, None, [subject, run], quiet=True)
+    listen([studio.page.load, tab.select], refresh, None, [subject, run])
 
 
 def reasons() -> dict[str, str]:
