@@ -25,7 +25,7 @@ def adapters_tab(studio: Studio) -> None:
             label="Drop .safetensors files here", file_count="multiple", type="filepath", height=140,
             elem_id="drop-adapter",
         )  # fmt: skip
-        adapter = choice([], "Adapter", elem_id="adapter")
+        adapter = choice("Adapter", elem_id="adapter")
         card = gr.HTML(elem_id="card")
         download = gr.DownloadButton("Download the file", visible=False)
         with gr.Accordion("Convert, resize, merge", open=False):
@@ -36,7 +36,7 @@ def adapters_tab(studio: Studio) -> None:
                 rank = gr.Slider(1, 128, 4, step=1, label="Rank")
                 resize = gr.Button("Resize")
             with gr.Row():
-                other = choice([], "Other adapter")
+                other = choice("Other adapter")
                 merge = gr.Button("Merge with it")
         with gr.Accordion("Share", open=False):
             with gr.Row():

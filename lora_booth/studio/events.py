@@ -29,12 +29,12 @@ class Studio:
 # Gradio's components, made for this page. They are no classes of our own: those get a file beside their source.
 
 
-def choice(names: Sequence[str], label: str, **more: Any) -> Any:
+def choice(label: str, **more: Any) -> Any:
     """A list of names in the studio's folder, which checks what comes: in another browser there may be more of them.
 
     Nothing is chosen until the tab is read, so that choosing is a change, which shows what is chosen.
     """
-    return gr.Dropdown(list(names), label=label, allow_custom_value=True, **{"value": None, **more})
+    return gr.Dropdown([], label=label, allow_custom_value=True, **{"value": None, **more})
 
 
 def painting(label: str, colors: Sequence[str], height: int, **more: Any) -> Any:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from .adapters_tab import adapters_tab
 from .drawing import Models
-from .events import Studio, lines, listen
+from .events import Studio, choice, lines, listen, one_of
 from .folder import StudioFolder
 from .photos_tab import photos_tab
 from .play_tab import play_tab
@@ -57,10 +57,7 @@ def page(folder: StudioFolder) -> gr.Blocks:
     with gr.Blocks(title="lora_booth studio", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         studio = Studio(blocks, folder, Trainings(folder), Models(folder))
         gr.Markdown("# Studio")
-        base = gr.Dropdown(
-            list(folder.bases()), value=None, label="Base model", info="What is on this machine; add yours to bases/",
-            elem_id="base",
-        )  # fmt: skip
+        base = choice("Base model", info="What is on this machine; add yours to bases/", elem_id="base")
         about = gr.HTML(elem_id="about")
         with gr.Tabs(elem_id="tabs"):
             for tab in (photos_tab, train_tab, play_tab, adapters_tab):
@@ -73,11 +70,8 @@ def page(folder: StudioFolder) -> gr.Blocks:
             toy = ["A tiny model for trials, which draws simple scenes. For real photos choose another base."]
             return lines(text, *toy * (name == "toybox"))
 
-        def opened() -> gr.Dropdown:
-            return gr.Dropdown(choices=list(folder.bases()), value=folder.base)
-
         blocks.load(stay, api_visibility="private", concurrency_limit=None, show_progress="hidden")
         listen([base.change], choose, [base], [about], model=True)
-        listen([blocks.load], opened, None, [base])
+        listen([blocks.load], lambda: one_of(list(folder.bases()), folder.base), None, [base])
     blocks.queue(default_concurrency_limit=None, api_open=False)
     return blocks

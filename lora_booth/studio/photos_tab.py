@@ -28,7 +28,7 @@ def photos_tab(studio: Studio) -> None:
     folder = studio.folder
     with gr.Tab("Photos", id="photos") as tab:
         with gr.Row():
-            subject = choice([], "Subject", info="Choose one, or type a new name")
+            subject = choice("Subject", info="Choose one, or type a new name")
             noun = gr.Textbox(
                 label="What it is", info="In a word or two, as the base knows it", placeholder="e.g. dog", max_lines=1
             )
@@ -40,7 +40,7 @@ def photos_tab(studio: Studio) -> None:
             label="As training will see them", columns=5, height="auto", format="png", interactive=False,
             allow_preview=False, buttons=[], elem_id="squares",
         )  # fmt: skip
-        photo = choice([], "Photo to change", info="Or choose it above")
+        photo = choice("Photo to change", info="Or choose it above")
         with gr.Accordion("Crop, mask and caption of this photo", open=False):
             canvas = painting("Paint over the subject", COLORS[:1], 480, elem_id="canvas")
             with gr.Row():

@@ -32,7 +32,7 @@ def play_tab(studio: Studio) -> None:
         weights: list[Any] = []
         for label in SLOTS:
             with gr.Row():
-                names.append(choice([NONE], label, value=NONE))
+                names.append(choice(label, value=NONE))
                 weights.append(gr.Slider(0, MOST_WEIGHT, 1, step=0.05, label=f"Weight of the {label.split(',')[0].lower()}"))
         place = gr.Radio([(f"{k}: {v}", k) for k, v in PLACES.items()], value="found", label="Where two subjects go")
         with gr.Column(visible=False) as easel:  # not the canvas itself: a change of its settings would make it anew
@@ -53,7 +53,7 @@ def play_tab(studio: Studio) -> None:
             label="Pictures, the newest first", columns=4, height="auto", fit_columns=False, format="png",
             interactive=False, buttons=["download", "fullscreen"], elem_id="pictures",
         )  # fmt: skip
-        picture = choice([], "Picture", info="Choose one above to see how it was made", elem_id="picture")
+        picture = choice("Picture", info="Choose one above to see how it was made", elem_id="picture")
         how = gr.HTML(elem_id="how")
         with gr.Row():
             redraw = gr.Button("Redraw", elem_id="redraw")
@@ -62,7 +62,7 @@ def play_tab(studio: Studio) -> None:
         sent = gr.DownloadButton("Download gallery.html", visible=False)
         with gr.Accordion("Compare", open=False):
             kind = gr.Radio([BY_WEIGHT, BY_STEP], value=BY_WEIGHT, label="What to compare")
-            run = choice(studio.trainings.names(), "Run", info="Whose steps")
+            run = choice("Run", info="Whose steps")
             compare = gr.Button("Draw the comparison")
             sheet = gr.Image(
                 label="Compared", format="png", interactive=False, visible=False, buttons=["download", "fullscreen"],

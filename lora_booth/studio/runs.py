@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
 from ..config import defaults
 from ..errors import SettingsError, TrainingError, shown
-from ..files import remove, remove_folder
+from ..files import remove
 from ..report.reading import Run, read_run
 from .folder import StudioFolder, check_name, write_facts
 
@@ -97,11 +97,8 @@ class Trainings:
         """Forget a run with all its files but the adapter's. Raises TrainingError while it trains."""
         if name in self.training():
             raise TrainingError(f"{name} is training; stop it first")
-        folder = self.folder.place("runs", name)
-        if folder.exists():
-            remove_folder(folder)
-        for ending in (".json", ".log"):
-            remove(self.folder.place("runs", f"{name}{ending}"))
+        for one in (name, f"{name}.log", f"{name}.json"):
+            remove(self.folder.place("runs", one))
 
     def _check_idle(self) -> None:
         for name in self.training():

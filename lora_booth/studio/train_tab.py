@@ -33,7 +33,7 @@ def train_tab(studio: Studio) -> None:
     folder, trainings = studio.folder, studio.trainings
     with gr.Tab("Train", id="train") as tab:
         with gr.Row():
-            subject = choice([], "Subject")
+            subject = choice("Subject")
             name = gr.Textbox(label="Name of the run", info="And of its adapter; empty: the subject's", max_lines=1)
         ways = [(f"{one}: {what}", one) for one, what in CHOICES.items()]
         how = gr.Radio(ways, value="standard", label="How", elem_id="choice")
@@ -46,7 +46,7 @@ def train_tab(studio: Studio) -> None:
         with gr.Row():
             check = gr.Button("Does it fit?")
             start = gr.Button("Start training", variant="primary", elem_id="start")
-        run = choice([], "Run")
+        run = choice("Run")
         status = gr.HTML(elem_id="status")
         with gr.Row():
             stop, go_on, anew = gr.Button("Stop"), gr.Button("Go on"), gr.Button("Start anew")
