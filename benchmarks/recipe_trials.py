@@ -152,12 +152,11 @@ def token_embedding(base: lb.BaseModel, token: str, values: Tensor) -> Iterator[
     table = base.pipeline.text_encoder.get_input_embeddings().weight
     row = base.tokenizer(token).input_ids[1]
     before = table[row].detach().clone()
-    with torch.no_grad():
-        table[row] = values
-        try:
-            yield
-        finally:
-            table[row] = before
+    table.data[row] = values
+    try:
+        yield
+    finally:
+        table.data[row] = before
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------

@@ -90,12 +90,12 @@ def test_masks_of_all_and_nothing_are_the_sum_and_the_single_adapter(base, untou
     full = torch.ones(2, 1, 64, 64)
     full[1] = second
     monkeypatch.setattr(composition, "masks_of", lambda regions: Masks(full))
-    regions = [Region(rex, box=FULL), Region(bob, box=FULL)]
+    regions = [Region(rex, box=FULL, prompt=PROMPT), Region(bob, box=FULL, prompt=PROMPT)]
     odd = {"width": 56, "height": 88}  # latents of 7 x 11, then 4 x 6 and 2 x 3
     for size in ({}, odd):
         split = latents(Composition(base, regions=regions, isolate="delta"), **size)
         plain = latents(Composition(base, [rex, bob] if second else [rex], method="sum"), **size)
-        assert torch.equal(split, plain)
+        assert torch.allclose(split, plain, atol=1e-5)
     assert split.shape[-2:] == (11, 7)
     assert not torch.equal(plain, latents(Composition(base), **odd))
 
@@ -111,8 +111,8 @@ def test_a_sum_does_not_depend_on_the_order(base, untouched):
 def test_passes_together_are_the_passes_one_by_one(base, untouched):
     rex, bob = pair(base)
     places = [Region(rex, box=LEFT), Region(bob, box=(0.6, 0.2, 1, 1))]
-    together = latents(Composition(base, regions=places), count=2)
-    apart = latents(Composition(base, regions=places, together=False), count=2)
+    together = latents(Composition(base, regions=places, isolate="noise"), count=2)
+    apart = latents(Composition(base, regions=places, isolate="noise", together=False), count=2)
     assert torch.allclose(together, apart, atol=1e-5)
     assert not torch.allclose(together, latents(Composition(base, [rex, bob], method="sum"), count=2), atol=1e-3)
 
@@ -198,6 +198,28 @@ def test_regions_with_their_own_prompts(base, untouched, isolate):
     with_prompt = latents(Composition(base, regions=regions, isolate=isolate))
     assert torch.isfinite(with_prompt).all()
     assert not torch.allclose(with_prompt, latents(Composition(base, regions=plain, isolate=isolate)), atol=1e-3)
+
+
+@pytest.mark.parametrize("isolate", ["delta", "noise"])
+def test_what_no_region_covers_reads_the_background_s_prompt(sd1, isolate):
+    rex, _ = pair(sd1)
+    regions = [Region(rex, box=LEFT)]
+    plain = without(PROMPT, [rex])
+    made = [latents(Composition(sd1, regions=regions, isolate=isolate, background=text)) for text in (None, plain, "cat")]
+    assert torch.equal(made[0], made[1]) and not torch.allclose(made[1], made[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("isolate", ["delta", "noise"])
+def test_in_its_region_an_adapter_s_text_encoder_is_active(sd1, isolate):
+    rex, bob = pair(sd1, text_encoder=True)
+    silent = replace(rex, modules={path: f for path, f in rex.modules.items() if path.startswith("unet.")})
+    assert len(silent.modules) < len(rex.modules)
+    regions = [Region(rex, box=LEFT), Region(bob, box=RIGHT)]
+    made = [
+        latents(Composition(sd1, regions=[replace(regions[0], adapter=one), regions[1]], isolate=isolate))
+        for one in (rex, silent)
+    ]
+    assert not torch.allclose(*made, atol=1e-3)
 
 
 def test_a_regions_prompt_over_the_whole_picture_replaces_the_picture_s(base, untouched):

@@ -288,7 +288,7 @@ class Placement:
     method: Method = None
     region: tuple[str, ...] = ()  # where an adapter is active, perhaps with a prompt, e.g. rex:0,0,0.5,1 or 'rex:0,0,1,1:a dog'
     auto_regions: bool = False  # find the place of each subject that the prompt names
-    isolate: Literal["delta", "noise"] = "noise"  # keeps regions apart: noise (a pass for each) or delta (about one pass)
+    isolate: Literal["delta", "noise"] = "delta"  # keeps regions apart: delta (one pass) or noise (a pass for each)
     redraw: float | None = None  # share of the steps in which adapters redraw what the base alone has drawn, e.g. 0.8
 
     def __post_init__(self) -> None:

@@ -67,7 +67,7 @@ class Composition:
                 None: "regions" if you pass any, or for several subjects (adapters with a token); else "sum"
     regions     adapters with their places, or "auto": each of `adapters` that the prompt names, where the U-Net attends
                 to its words. None: "auto" for several subjects without a method
-    isolate     how to separate regions: "noise" best, with a pass for each; "delta" in about one pass
+    isolate     how to separate regions: "delta", in one pass, or "noise", with a pass for each
     start       share of the denoising steps before which all adapters are active everywhere
     background  prompt of what no region covers; None: the picture's prompt without its subjects
     together    run several passes as one batch; False takes less memory
@@ -85,7 +85,7 @@ class Composition:
         *,
         method: Method | None = None,
         regions: Sequence[Region] | Literal["auto"] | None = None,
-        isolate: Isolation = "noise",
+        isolate: Isolation = "delta",
         start: float | None = None,
         background: str | None = None,
         together: bool = True,
@@ -345,7 +345,7 @@ class Composition:
         weights = self.compel(prompt, negative_prompt) is not None
         prompts = [prompt] * (len(everyone) - len(self.places)) + [place.prompt or prompt for place in self.places]
         return [
-            *clashes(everyone, self.method, self.isolate),
+            *clashes(everyone, self.method),
             *unnamed(everyone, prompts),
             *(text for one in dict.fromkeys([*prompts, negative_prompt or ""]) for text in other_syntax(one, weights=weights)),
             *([] if weights else unread(self.base, everyone, prompt, negative_prompt, extra=extra)),
@@ -422,26 +422,25 @@ class Composition:
             raise SettingsError(f"the prompt {prompt!r} names none of {names}; name every subject in it")
         prompts = [None] * len(subjects) if auto else [place.prompt for place in self.places]
         masks = None if auto else Masks(masks_of(self.places).full.to(self.base.device))
-        words = [token_positions(prompt, subject, self.base.tokenizer) for subject in subjects]
         members = list(range(len(on) - len(subjects), len(on)))
         for i in members:  # a text encoder has no pixels: its part is active only in the region's prompt
             scale_text(on[i], None)
-        texts, background = [], None
+        texts = []
         for i, subject, text in zip(members, subjects, prompts, strict=True):
-            if text is None and self.isolate == "noise":
+            if text is None:
                 text = without(prompt, [other for other in subjects if other is not subject])
             scale_text(on[i], weights[i])
-            texts.append(None if text is None else self.base.encode_text([text]))
+            texts.append(self.base.encode_text([text]))
             scale_text(on[i], None)
-        if self.isolate == "noise" or self.redraw is not None:
-            plain = without(prompt, subjects) if self.background is None else self.background
-            background = self.base.encode_text([plain])
-        read = words
-        if auto and self.redraw is not None:  # the base reads no token
-            read = [noun_positions(prompt, one, subjects, self.base.tokenizer) for one in subjects]
-        boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
-        maps = AttentionMaps(read, remedy=f"pass {boxes}") if auto else None
-        how = (self.isolate, members, masks, words, texts, background, self.start, self.together, maps)
+        background = self.base.encode_text([without(prompt, subjects) if self.background is None else self.background])
+        maps = None
+        if auto:
+            words = [token_positions(prompt, one, self.base.tokenizer) for one in subjects]
+            if self.redraw is not None:  # the base reads no token
+                words = [noun_positions(prompt, one, subjects, self.base.tokenizer) for one in subjects]
+            boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
+            maps = AttentionMaps(words, remedy=f"pass {boxes}")
+        how = (self.isolate, members, masks, texts, background, self.start, self.together, maps)
         if self.redraw is None:
             return Regional(*how)
         nouns = [subject.card.class_noun or "object" for subject in subjects]

@@ -28,7 +28,7 @@ class Making:
     files: tuple[str, ...] = ()  # of the picture's adapters, in their order; without folders, which may contain people's names
     method: str = "sum"
     regions: Sequence[Region] | Literal["auto"] = ()  # of the last adapters
-    isolate: str = "noise"
+    isolate: str = "delta"
     start: float = 0.0
     background: str | None = None
     redraw: float | None = None

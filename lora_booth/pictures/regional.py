@@ -1,9 +1,9 @@
 """Regions: each adapter is active in its part of the picture.
 
-delta   one pass: every adapter's change is multiplied by its mask at each layer's resolution; where the layer reads
-        the prompt (attn2's keys and values), by the subject's words
+delta   one pass: every adapter's change is multiplied by its mask at each layer's resolution, and every pixel reads the prompt
+        of its region
 noise   one row for each region and one for the background: each predicts the full picture with only its adapter and
-        prompt, and the masks mix the predictions. Costs more, and separates even two subjects of one class
+        prompt, and the masks mix the predictions
 """
 
 from __future__ import annotations
@@ -36,18 +36,16 @@ class Regional:
 
     members     index of each region's adapter among the attached ones; the others are active everywhere
     masks       None: read from the attention of the steps before `start`
-    words       token positions of each subject in the picture's prompt; () if it does not name it
-    texts       each region's prompt, (1, tokens, d); None: the picture's prompt
-    background  the prompt outside the regions; None: the picture's prompt
+    texts       each region's prompt, (1, tokens, d)
+    background  the prompt outside the regions, (1, tokens, d)
     start       share of the denoising steps before which all adapters are active everywhere
     """
 
     isolate: Isolation
     members: Sequence[int]
     masks: Masks | None
-    words: Sequence[Sequence[int]]
-    texts: Sequence[TextConditions | None]
-    background: TextConditions | None = None
+    texts: Sequence[TextConditions]
+    background: TextConditions
     start: float = 0.0
     together: bool = True
     maps: AttentionMaps | None = None
@@ -93,40 +91,22 @@ class Regional:
     # --- delta
 
     def _delta(self, hook: UNetHook, call: UNetCall, masks: Masks) -> Any:
-        prompted = [n for n, text in enumerate(self.texts) if text is not None]
+        states = [call.prompted(text).states for text in (self.background, *self.texts)]
         tokens = call.states.shape[1]
         for n, member in enumerate(self.members):
-            negative, positive = self._word_gates(n, masks, tokens, prompted)
-            parts = [negative, positive] if call.guided else [positive]
-            words = torch.cat([part if len(part) == call.pictures else part.expand(call.pictures, -1) for part in parts])
-            hook.gates[member] = Gate(masks=masks, subject=n, words=words)
-        if not prompted:
-            return call.run()
-        states = [call.states, *(call.prompted(self.texts[n]).states for n in prompted)]
-        with attention_by_region(hook, masks, prompted, tokens):
+            words = word_gates(n, masks.full).repeat_interleave(tokens, dim=1)
+            hook.gates[member] = Gate(masks=masks, subject=n, words=words.repeat(call.rows // len(words), 1))
+        with attention_by_region(hook, masks, tokens):
             return call.given(encoder_hidden_states=torch.cat(states, dim=1)).run()
 
-    def _word_gates(self, n: int, masks: Masks, tokens: int, prompted: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Gates (P, all tokens) for region n: rows of the negative prompt, and rows of the prompt.
 
-        Words of its subject: 1. Of another subject: the share of that region which this one covers. Other words: the
-        share of the picture. So equal regions give the plain sum, and a single region the single adapter.
-        """
-        full = masks.full  # (N, P, H, W)
-        mine = full[n]
-        area = mine.mean((1, 2))  # (P,)
-        present = (mine.amax((1, 2)) > 0).to(area)
-        both = (full * mine).sum((2, 3))  # (N, P)
-        theirs = full.sum((2, 3))
-        overlap = torch.where(theirs > 0, both / theirs.clamp(min=1e-6), present)  # (N, P)
-        negative = area[:, None].repeat(1, tokens * (1 + len(prompted)))
-        positive = area[:, None].repeat(1, tokens)
-        for m, positions in enumerate(self.words):
-            for position in positions:
-                positive[:, position] = present if m == n else overlap[m]
-        for m in prompted:
-            positive = torch.cat([positive, (present if m == n else overlap[m])[:, None].repeat(1, tokens)], 1)
-        return negative, positive
+def word_gates(n: int, masks: Tensor) -> Tensor:
+    """How much of adapter n is active in the words of each prompt: that of the background 0, its own 1, that of another
+    region the share of it that region n covers. masks: (N, P, H, W) -> (P, 1 + N)"""
+    areas = masks.sum((2, 3))  # (N, P)
+    shares = (masks * masks[n]).sum((2, 3)) / areas.clamp(min=1e-6)
+    shares[n] = 1
+    return torch.cat([torch.zeros_like(shares[:1]), shares]).T
 
 
 def with_rest(masks: Tensor) -> Tensor:
@@ -153,20 +133,20 @@ def joined(calls: Sequence[Mapping[str, Any]], rows: int) -> Any:
 
 
 @contextmanager
-def attention_by_region(hook: UNetHook, masks: Masks, prompted: Sequence[int], tokens: int) -> Iterator[None]:
+def attention_by_region(hook: UNetHook, masks: Masks, tokens: int) -> Iterator[None]:
     """Let attn2 of every transformer read, at each pixel, the prompts of the regions that the pixel belongs to."""
     before = hook.unet.attn_processors
-    regional = RegionalAttention(hook, masks, prompted, tokens)
+    regional = RegionalAttention(hook, masks, tokens)
     with undone(lambda: hook.unet.set_attn_processor(dict(before))):
         hook.unet.set_attn_processor({name: regional if ".attn2." in name else p for name, p in before.items()})
         yield
 
 
 class RegionalAttention:
-    """Cross-attention to several concatenated prompts, mixed by masks."""
+    """Cross-attention to concatenated prompts, that of the background and each region's, mixed by masks."""
 
-    def __init__(self, hook: UNetHook, masks: Masks, prompted: Sequence[int], tokens: int) -> None:
-        self.hook, self.masks, self.prompted, self.tokens = hook, masks, prompted, tokens
+    def __init__(self, hook: UNetHook, masks: Masks, tokens: int) -> None:
+        self.hook, self.masks, self.tokens = hook, masks, tokens
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
@@ -182,8 +162,8 @@ class RegionalAttention:
         return attn.to_out[1](attn.to_out[0](mixed))
 
     def _shares(self, rows: int) -> Tensor:
-        """Shares of the picture's prompt (what the regions leave) and of each region's. (1 + prompted, rows, pixels)"""
-        masks = self.masks.at(*self.hook.size)[list(self.prompted)].flatten(2)  # (prompted, P, pixels)
+        """Of each prompt at each pixel, (1 + N, rows, pixels)."""
+        masks = self.masks.at(*self.hook.size).flatten(2)  # (N, P, pixels)
         shares = normalized(with_rest(masks).roll(1, 0))
         return shares.repeat(1, rows // shares.shape[1], 1)
 

@@ -72,7 +72,7 @@ def subjects_of(adapters: Sequence[tuple[Adapter, Weight]]) -> list[Adapter]:
     return [adapter for adapter, weight in adapters if adapter.card.token and weight.value]
 
 
-def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: str) -> list[str]:
+def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str) -> list[str]:
     """Warnings about subjects that will blend, one line each."""
     subjects = subjects_of(adapters)
     found = []
@@ -82,10 +82,9 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str, isolate: st
                 f"two adapters share the token {a.card.token!r}: the prompt cannot tell them apart; "
                 "pass a region with a prompt for each, or retrain one of them with another token"
             )
-        elif a.card.class_noun and a.card.class_noun == b.card.class_noun and (method, isolate) != ("regions", "noise"):
+        elif a.card.class_noun and a.card.class_noun == b.card.class_noun and method == "sum":
             found.append(
-                f"{a.card.words!r} and {b.card.words!r} are both {with_article(a.card.class_noun)}: they will blend; "
-                f"use regions with {setting('isolate', 'noise')}"
+                f"{a.card.words!r} and {b.card.words!r} are both {with_article(a.card.class_noun)}, which a sum blends; use regions"
             )
     if len(subjects) > 1 and method == "sum":
         found.append(f"method sum blends {len(subjects)} subjects; use regions, which separate them")
