@@ -320,7 +320,7 @@ def test_settings_take_the_type_that_they_plainly_mean() -> None:
         (
             TrainingConfig,
             {"lr_schedule": "linear"},
-            "lr_schedule 'linear'; needed: 'warmup_stable_decay' or 'cosine' or 'constant'",
+            "lr_schedule 'linear'; needed: 'warmup_stable_decay' or 'cosine'",
         ),
         (TrainingConfig, {"attention": None}, "attention None; needed: 'auto' or"),
         (TrainingConfig, {"sample_prompt": ("a", 3)}, "sample_prompt .*; needed: a string or a tuple of strings or None"),

@@ -10,7 +10,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
 from ..base.prompt_weights import WEIGHTED
-from ..errors import SettingsError, setting, shown
+from ..errors import SettingsError, shown
 from ..subject.wording import subject_pattern, with_article, without_subject
 from .weights import Weight
 
@@ -83,9 +83,8 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str) -> list[str
                 "pass a region with a prompt for each, or retrain one of them with another token"
             )
         elif a.card.class_noun and a.card.class_noun == b.card.class_noun and method == "sum":
-            found.append(
-                f"{a.card.words!r} and {b.card.words!r} are both {with_article(a.card.class_noun)}, which a sum blends; use regions"
-            )
+            both = f"{a.card.words!r} and {b.card.words!r} are both {with_article(a.card.class_noun)}"
+            found.append(f"{both}: a sum makes one of them; use regions")
     if len(subjects) > 1 and method == "sum":
         found.append(f"method sum blends {len(subjects)} subjects; use regions, which separate them")
     return found
