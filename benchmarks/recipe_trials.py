@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageChops
 from torch import Tensor
 
 import lora_booth as lb
+from lora_booth.photos.cropping import Crop, Cropped, crop_photo
 from lora_booth.pictures import composition
-from lora_booth.training import loop, training_run
+from lora_booth.pictures.inpainting import draw_into
+from lora_booth.subject.wording import with_article
+from lora_booth.training import class_images, encoding, loop, training_run
 from lora_booth.training.latents import Batch
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -109,6 +114,63 @@ def faster_up(ratio: float = 4.0) -> Iterator[None]:
 
     with after_each_update(hasten):
         yield
+
+
+@contextmanager
+def photo_beside() -> Iterator[None]:
+    """Seg-Mix (MuDI, arXiv 2404.04243) without cut-outs: in a class image the photo itself, made smaller, takes the place of
+    the class, and the base draws the thing and the rest around it. The target is the noise there, and the base's prediction
+    elsewhere."""
+    loss, weights_of = loop.prediction_loss, encoding.error_weights
+
+    def drawn(base: lb.BaseModel, subjects: Any, sizes: Any, config: Any, *_: Any) -> Any:
+        found: Any = {}
+        with base.all_on_device() as pipeline:
+            pipeline.set_progress_bar_config(disable=True)
+            for subject, number in product(subjects, range(config.class_images)):
+                photo = crop_photo(subject.photos[number % len(subject.photos)], sizes).image
+                canvas, anew = beside_an_empty_half(photo, left=number % 2 == 0)
+                thing = with_article(class_images.thing_beside(subject.class_noun, number))
+                token, plain = f"{subject.token} {subject.class_noun}", with_article(subject.class_noun)
+                named, of_class = (
+                    "a photo of " + " and ".join([words, thing][:: 1 if number % 2 == 0 else -1]) for words in (token, plain)
+                )
+                how: Any = {"piece": canvas, "mask": anew, "prompt": of_class, "num_inference_steps": 20, "guidance_scale": 5.0}
+                image = draw_into(base, pipeline, number, **how)
+                image.paste(canvas, mask=ImageChops.invert(anew))
+                cropped = Cropped(image, Crop(0, 0, image.size[::-1]), anew)
+                found.setdefault(image.size, []).append(class_images.Picture(cropped, named, of_class))
+        return found
+
+    def signed(masks: Tensor, background: float) -> Tensor:  # negative: of the photo
+        return weights_of(masks, background) if background else torch.where(masks > 0.5, 1.0, -1.0)
+
+    def prediction_loss(base: Any, batch: Batch, predicted: Tensor, *, class_targets: Any = None, **settings: Any) -> Tensor:
+        if batch.weights is not None and class_targets is not None:
+            signal, spread = loop.signal_and_spread(base, batch)
+            noise = signal * batch.noise - spread * batch.latents if base.prediction_type == "v_prediction" else batch.noise
+            class_targets = torch.where(batch.weights[batch.photos :] < 0, noise[batch.photos :], class_targets)
+            batch = replace(batch, weights=batch.weights.abs())
+        return loss(base, batch, predicted, class_targets=class_targets, **settings)
+
+    with (
+        patch.object(encoding, "drawn_class_images", drawn),
+        patch.object(encoding, "error_weights", signed),
+        patch.object(loop, "prediction_loss", prediction_loss),
+    ):
+        yield
+
+
+def beside_an_empty_half(photo: Image.Image, *, left: bool, share: float = 0.625) -> tuple[Image.Image, Image.Image]:
+    """The middle of a photo, made smaller, at the bottom of one half of a picture as large; and what is empty, as a mask."""
+    width, height = photo.size
+    small = photo.resize((round(share * width), round(share * height)), Image.Resampling.LANCZOS)
+    cut = (small.width - width // 2) // 2
+    place = (0 if left else width // 2, height - small.height)
+    canvas, anew = Image.new("RGB", photo.size, "gray"), Image.new("L", photo.size, 255)
+    canvas.paste(small.crop((cut, 0, cut + width // 2, small.height)), place)
+    anew.paste(0, (*place, place[0] + width // 2, height))
+    return canvas, anew
 
 
 # --- the token's embedding ---------------------------------------------------------------------------------------------
