@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +24,7 @@ import pytest
 import lora_booth.errors
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import AdapterError, LoraBoothError, MissingExtraError, PhotoError, SettingsError
+from lora_booth.files import is_running
 from lora_booth.runs.many import train_many
 from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
@@ -31,9 +35,12 @@ LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=60, checkpoint_every=5, class_images=0, sample_every=0, learning_rate=1e-3)
 
 
+NODE = {"num_cpus": 1, "object_store_memory": 10**8}
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two nodes of one core each."""
+def started() -> Iterator[Any]:
+    """A cluster."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environment.setenv("RAY_worker_niceness", "0")
@@ -41,12 +48,19 @@ def cluster() -> Iterator[Any]:
         ray = pytest.importorskip("ray", reason="needs lora-booth[ray], which the extra `dev` brings")
         from ray.cluster_utils import Cluster
 
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
-        cluster.add_node(num_cpus=1, object_store_memory=10**8)
+        cluster = Cluster(initialize_head=True, head_node_args=NODE)
         ray.init(cluster.address, log_to_driver=False, logging_level="warning")
         yield cluster
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(started: Any) -> Any:
+    """Two nodes of one core each, also after a test that removed one."""
+    if not started.worker_nodes:
+        started.add_node(**NODE)
+    return started
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +80,12 @@ def when(there: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def wait_for(there: Callable[[], Any]) -> None:
+def wait_for(there: Callable[[], Any]) -> Any:
     ends = time.monotonic() + 240
-    while not there():
+    while not (found := there()):
         assert time.monotonic() < ends
         time.sleep(0.02)
+    return found
 
 
 def trainer_of(run: Path) -> list[int]:
@@ -128,6 +143,87 @@ def test_a_worker_and_a_node_die_and_the_adapters_are_those_of_undisturbed_runs(
         assert (out / name / ADAPTER).read_bytes() == (tmp_path / "alone" / ADAPTER).read_bytes()
         assert adapters[name].card == expected.card
     assert [state for _, state in seen].count("training") == len(subjects) + 2
+
+
+MANY = replace(CONFIG, steps=15, checkpoint_every=3)
+
+
+def checkpoints_of(run: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in (run / "checkpoints").glob("[0-9]*"))
+
+
+def continued_at(run: Path) -> list[int]:
+    return [event["step"] for event in read_record(run)["events"] if event["what"].startswith("continued at step")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_node_and_then_the_command_die_and_the_same_command_trains_what_is_left(
+    cluster: Any, tiny: Path, photos: Path, tmp_path: Path
+) -> None:
+    """40 subjects, of which 3 cannot be trained. Nothing is lost, and nothing trained twice but what no checkpoint had."""
+    out, sets = tmp_path / "runs", [tmp_path / "three", tmp_path / "two"]
+    for folder in sets:
+        shutil.copytree(photos, folder)
+    (sets[1] / "0.jpg").unlink()
+    broken = {"empty": "no usable photo", "text": "no usable photo", "taken": "holds a run with other photos, settings or base"}
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(photos, tmp_path / "text")
+    for photo in (tmp_path / "text").iterdir():
+        photo.write_text("no picture")
+    good = {f"subject {n:02}": sets[n % 2] for n in range(37)}
+    folders = {**good, "empty": tmp_path / "empty", "text": tmp_path / "text", "taken": sets[0]}
+    names = [*list(good)[:5], *broken, *list(good)[5:]]
+    jobs = tmp_path / "jobs.jsonl"
+    lines = ({"name": name, "folder": str(folders[name]), "token": "sks", "class_noun": "dog"} for name in names)
+    jobs.write_text("\n".join(map(json.dumps, lines)))
+    expected = {}
+    for folder in sets:
+        subject = Subject.from_folder(folder, token="sks", class_noun="dog", minimum=1)
+        train(tiny, subject, lora=LORA, config=MANY, out=(run := tmp_path / f"{folder.name} alone"), progress=False)
+        expected[folder] = (run / ADAPTER).read_bytes()
+    train(tiny, subject, lora=LORA, config=replace(MANY, steps=1), out=out / "taken", progress=False)
+
+    def in_training(node: Any) -> Path | None:
+        """A run on this node that has a checkpoint, and is not near its end."""
+        raylet = node.all_processes["raylet"][0].process.pid
+        runs = [run for name in good if (run := out / name).exists() and raylet in trainer_of(run)]
+        return next((run for run in runs if 0 < max(checkpoints_of(run), default=0) < MANY.steps // 2), None)
+
+    settings = ("--rank", 2, "--steps", 15, "--checkpoint-every", 3, "--class-images", 0, "--sample-every", 0)
+    words = ["train-many", jobs, "--base", tiny, "--out", out, "--ray", cluster.address, "--min-photos", 1]
+    words += [*settings, "--learning-rate", 1e-3]
+
+    def started_command() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", "lora_booth.cli", *map(str, words)], stderr=subprocess.PIPE, text=True)
+
+    node = next(iter(cluster.worker_nodes))
+    with started_command() as command:
+        lost = wait_for(lambda: in_training(node))
+        had = {lost: checkpoints_of(lost)[-1]}
+        cluster.remove_node(node, allow_graceful=False)
+        run = wait_for(lambda: (lost / ADAPTER).exists() and in_training(cluster.head_node))
+        process, _ = trainer_of(run)
+        command.kill()
+    cluster.add_node(**NODE)
+    wait_for(lambda: not is_running(process))
+    had[run] = checkpoints_of(run)[-1]  # its worker ended with the command
+    finished = {name: (out / name / ADAPTER).stat().st_mtime_ns for name in good if (out / name / ADAPTER).exists()}
+    assert len(finished) < 30 and 0 < had[run] < MANY.steps
+    with started_command() as command:
+        _, said = command.communicate()
+    assert command.returncode == 2 and f"error: 3 of 40 jobs failed; {out / 'jobs.csv'} says why" in said, said
+
+    with (out / "jobs.csv").open() as file:
+        table = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(table) == names
+    assert {name for name, row in table.items() if row["state"] != "finished"} == set(broken)
+    assert all(table[name]["state"] == "failed" and error in table[name]["error"] for name, error in broken.items())
+    for name, folder in good.items():
+        assert (out / name / ADAPTER).read_bytes() == expected[folder], name
+        assert finished.get(name) in (None, (out / name / ADAPTER).stat().st_mtime_ns)
+        assert len(continued_at(out / name)) == (out / name in had)
+    assert continued_at(run) == [had[run]] and continued_at(lost)[0] >= had[lost]
 
 
 def test_it_needs_its_package(rex: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
