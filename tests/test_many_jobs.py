@@ -52,8 +52,9 @@ def test_two_subjects_and_a_broken_folder(call: Callable[..., Any], photos: Path
     for photo in (tmp_path / "broken").iterdir():
         photo.write_bytes(b"no picture")
     jobs = write(tmp_path / "jobs.jsonl", job(photos), "", job(tmp_path / "broken"), job(tmp_path / "bob", name="bob 2"))
-    words = ("train-many", jobs, "--base", tiny, "--out", out, "--together", 2, *TRAIN)
+    words = ("train-many", jobs, "--base", tiny, "--out", out, "--together", 2, *TRAIN, "--mirror", f"file://{tmp_path}/drive")
     code, said, err = call(*words)
+    assert {path.parent.name for path in (tmp_path / "drive").glob("*/checkpoints")} == {"rex", "bob 2"}
     assert code == 2 and f"jobs.jsonl:3: {tmp_path / 'broken'}" in err
     assert err.splitlines()[-1].startswith(f"error: 1 of 3 jobs failed; {out / 'jobs.csv'} says why, first broken: ")
     assert said == f"2 of 3 adapters in {out}, one in each folder; {out / 'jobs.csv'} lists all jobs\n"

@@ -226,6 +226,54 @@ def test_a_node_and_then_the_command_die_and_the_same_command_trains_what_is_lef
     assert continued_at(run) == [had[run]] and continued_at(lost)[0] >= had[lost]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc gives each process a folder of its own under one name")
+def test_nodes_that_share_a_mirror_only(
+    cluster: Any, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker is killed, and another one, which has another run folder, goes on from the mirror."""
+    rex = Subject.from_folder(photos, token="sks", class_noun="dog")
+    expected = train(tiny, rex, lora=LORA, config=CONFIG, out=tmp_path / "alone", progress=False)
+    (tmp_path / "driver").mkdir()
+    monkeypatch.chdir(tmp_path / "driver")
+    out, mirror = Path("/proc/self/cwd/runs"), tmp_path / "mirror"
+
+    def load() -> Any:
+        """In a worker: as if its process were a node."""
+        import os
+
+        from lora_booth import BaseModel
+
+        os.makedirs(folder := tmp_path / f"node {os.getpid()}")
+        os.chdir(folder)
+        return BaseModel.load(tiny)
+
+    def copied() -> Path | None:
+        """A run of which the mirror has a checkpoint, and which is not near its end."""
+        steps = {run: checkpoints_of(mirror / run.name) for run in tmp_path.glob("node */runs/?") if trainer_of(run)}
+        return next((run for run, copies in steps.items() if 0 < max(copies, default=0) < CONFIG.steps // 2), None)
+
+    killed: list[tuple[Path, int]] = []
+
+    def kill() -> None:
+        run = wait_for(copied)
+        killed.append((run, checkpoints_of(mirror / run.name)[-1]))
+        os.kill(trainer_of(run)[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    how: dict[str, Any] = {"lora": LORA, "config": CONFIG, "out": out, "mirror": mirror.as_uri(), "engine": "ray"}
+    adapters, errors = train_many(load, {"a": rex, "b": rex}, **how)
+    thread.join()
+    [(lost, copied_at)] = killed
+    assert not errors and len(list(tmp_path.glob(f"node */runs/{lost.name}"))) == 2 and not (lost / ADAPTER).exists()
+    [at] = continued_at(out / lost.name)
+    assert copied_at <= at < CONFIG.steps
+    for name in "ab":
+        assert (out / name / ADAPTER).read_bytes() == (tmp_path / "alone" / ADAPTER).read_bytes()
+        assert adapters[name].card == expected.card and read_record(out / name)["status"] == "finished"
+
+
 def test_it_needs_its_package(rex: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r'engine="ray" needs an optional package; pip install \'lora-booth\[ray\]\''):

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from faults import CONFIG, LORA, failing_disk, in_process, run_and_tell, subject, tiny, tiny_run, told
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,12 +31,13 @@ from lora_booth.files import Owned
 from lora_booth.runs.one import train
 from lora_booth.runs.stopping import TIME_UP, Stopping
 from lora_booth.training import checkpoint
-from lora_booth.training.checkpoint import Checkpoint, identity_in, newest, publish, read_back
+from lora_booth.training.checkpoint import Checkpoint, checkpoints_in, identity_in, newest, publish, read_back
 from lora_booth.training.health import BEFORE, RECENT, Health, RollBack
 from lora_booth.training.job import FORMAT
 from lora_booth.training.loop import learning_rate
 from lora_booth.training.mirror import Mirror
 from lora_booth.training.progress import Step
+from lora_booth.training.remote import Remote, mirror_at
 
 QUICK = replace(CONFIG, steps=6, checkpoint_every=2)
 
@@ -73,6 +76,17 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """A finished run: its folder and its adapter's digest."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, tiny_run(photos, folder, config=QUICK)
+
+
+@pytest.fixture(params=["folder", "file", "memory"])
+def drive(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    folder = tmp_path / "drive"
+    return {"folder": str(folder), "file": folder.as_uri(), "memory": f"memory://{tmp_path.name}/drive"}[request.param]
+
+
+def copies_in(drive: str) -> list[Any]:
+    """The checkpoints there, the newest last."""
+    return sorted(checkpoints_in(mirror_at(drive) / "checkpoints"), key=lambda folder: folder.name)  # type: ignore[operator]
 
 
 # --- what is in it -------------------------------------------------------------------------------------------------------
@@ -464,22 +478,22 @@ def test_links_are_not_followed(photos: Path, tmp_path: Path) -> None:
     assert (tmp_path / "real" / "adapter.safetensors").is_file()
 
 
-def test_copies_of_another_run_stay(photos: Path, tmp_path: Path) -> None:
-    drive, config = tmp_path / "drive", replace(QUICK, steps=1)
+def test_copies_of_another_run_stay(photos: Path, drive: str, tmp_path: Path) -> None:
+    config = replace(QUICK, steps=1)
     tiny_run(photos, tmp_path / "one", config=config, mirror=drive)
-    copies = {path: path.read_bytes() for path in drive.rglob("*") if path.is_file()}
+    copies = [read_back(copy) for copy in copies_in(drive)]
     with pytest.raises(TrainingError, match="drive: holds a run with other .*seed 0 -> 1"):
         tiny_run(photos, tmp_path / "two", config=replace(config, seed=1), mirror=drive, restart=True)
-    assert {path: path.read_bytes() for path in drive.rglob("*") if path.is_file()} == copies
+    assert [read_back(copy) for copy in copies_in(drive)] == copies and None not in copies
     tiny_run(photos, tmp_path / "one", config=replace(config, seed=1), mirror=drive, restart=True)
-    assert identity_in(drive / "checkpoints" / "000001") == record(tmp_path / "one")["identity"]
+    assert [identity_in(copy) for copy in copies_in(drive)] == [record(tmp_path / "one")["identity"]]
 
 
 def test_a_run_is_not_put_among_its_photos_nor_mirrored_into_itself(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="rex: holds the photos; use another folder for the run"):
         tiny_run(photos, photos.parent / "." / photos.name, config=QUICK)
     (tmp_path / "link").symlink_to(tmp_path)
-    for mirror in (tmp_path, tmp_path / "link", f"{tmp_path}/x/.."):
+    for mirror in (tmp_path, tmp_path / "link", f"{tmp_path}/x/..", tmp_path.as_uri()):
         with pytest.raises(SettingsError, match="is the run folder itself; pass a folder on other storage as mirror"):
             tiny_run(photos, tmp_path, config=QUICK, mirror=mirror)
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
@@ -770,12 +784,12 @@ def test_a_time_limit_ends_with_a_usable_adapter(whole: tuple[Path, str], photos
 # --- the mirror ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_lost_folder_goes_on_from_the_mirror(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
-    run, drive = tmp_path / "run", tmp_path / "drive"
+def test_a_lost_folder_goes_on_from_the_mirror(whole: tuple[Path, str], photos: Path, drive: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         tiny_run(photos, run, config=QUICK, mirror=drive, on_step=at(3, lambda: signal.raise_signal(signal.SIGINT)))
     assert "safe at step 4: copied to the mirror and read back" in events(run)
-    assert max(folder.name for folder in (drive / "checkpoints").iterdir()) == "000004"
+    assert [folder.name for folder in copies_in(drive)] == ["000002", "000004"]
     shutil.rmtree(run)
     seen: list[int] = []
     assert tiny_run(photos, run, config=QUICK, mirror=drive, on_step=lambda s: seen.append(s.index)) == whole[1]
@@ -786,9 +800,78 @@ def test_a_lost_folder_goes_on_from_the_mirror(whole: tuple[Path, str], photos: 
     assert tiny_run(photos, run, config=QUICK, mirror=drive, on_step=lambda s: broken()) == whole[1]  # finished there too
 
 
-def test_a_mirror_that_fails_stops_nothing(whole: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_skipped(whole: tuple[Path, str], photos: Path, drive: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(photos, run, config=QUICK, mirror=drive, on_step=at(3, lambda: signal.raise_signal(signal.SIGINT)))
+    (copies_in(drive)[-1] / "state.pt").write_bytes(b"half of it")
+    shutil.rmtree(run)
+    assert tiny_run(photos, run, config=QUICK, mirror=drive) == whole[1]
+    assert {"checkpoint 000004 in the mirror is damaged: skipped", "continued at step 2"} <= set(events(run))
+    assert read_back(copies_in(drive)[-1]).step == 6  # type: ignore[union-attr]
+
+
+def test_a_mirror_that_failed_at_the_end_gets_the_last_checkpoint_later(
+    whole: tuple[Path, str], photos: Path, drive: str, tmp_path: Path
+) -> None:
+    run, how = tmp_path / "run", {"config": QUICK, "mirror": drive, "on_step": lambda step: broken()}
+    shutil.copytree(whole[0], run)
+    assert tiny_run(photos, run, **how) == whole[1] and [copy.name for copy in copies_in(drive)] == ["000006"]
+    assert record(run) == record(whole[0])
+    shutil.rmtree(run)
+    assert tiny_run(photos, run, **how) == whole[1]
+
+
+def test_a_url_must_be_one_that_can_be_used(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    for url, reason in (("s3://bucket/rex", "Install s3fs to access S3"), ("nothing://rex", "Protocol not known: nothing")):
+        with pytest.raises(SettingsError, match=rf"{url}: cannot be used \({reason}\); install that package, or pass mirror"):
+            tiny_run(photos, tmp_path / "run", config=QUICK, mirror=url)
+
+
+def test_a_bucket_that_fails_stops_nothing(
+    whole: tuple[Path, str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its package raises; and what was written before is no checkpoint, and in nobody's way."""
+    stock, drive = MemoryFileSystem.pipe_file, f"memory://{tmp_path.name}"
+
+    def failing(storage: Any, path: str, *content: Any, **more: Any) -> None:
+        if path.endswith("000004/manifest.json"):
+            raise RuntimeError("no credentials")
+        if path.endswith("000006/state.pt"):
+            raise PermissionError(errno.EACCES, "Access Denied", path)
+        stock(storage, path, *content, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "pipe_file", failing)
+        assert tiny_run(photos, tmp_path / "run", config=QUICK, mirror=drive) == whole[1]
+    said = [line for line in events(tmp_path / "run") if "mirror" in line]
+    assert said[-1] == "the mirror has no copy of step 6: Access Denied"
+    # whether step 4 was copied, or skipped since step 2 still was, is a matter of time
+    assert set(said[1:-1]) <= {"the mirror has no copy of step 4: RuntimeError"}
+    assert [copy.name for copy in copies_in(drive)] == ["000002"]
+    shutil.rmtree(tmp_path / "run")
+    assert tiny_run(photos, tmp_path / "run", config=QUICK, mirror=drive) == whole[1]
+    assert "continued at step 2" in events(tmp_path / "run")
+    assert copies_in(drive)[-1].name == "000006"
+
+
+def test_a_killed_copy_to_a_bucket_is_written_again(tmp_path: Path) -> None:
+    mirror = Mirror(Remote(f"memory://{tmp_path.name}"))
+    one, two = checkpoints_of(tmp_path / "run", "a", 2, 4)
+    for name in ("000002", "000004"):  # without a manifest
+        (mirror.folder / name).mkdir()
+        (mirror.folder / name / "state.pt").write_bytes(b"half of it")
+    assert newest([mirror.folder]) is None
+    assert [told_by(mirror, each)[:15] for each in (one, two)] == ["safe at step 2:", "safe at step 4:"]
+    assert sorted(folder.name for folder in mirror.folder.iterdir()) == ["000002", "000004"]
+    assert all(read_back(folder) for folder in mirror.folder.iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_mirror_that_fails_stops_nothing(whole: tuple[Path, str], photos: Path, scheme: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    assert tiny_run(photos, tmp_path / "run", config=QUICK, mirror=tmp_path / "file") == whole[1]
+    assert tiny_run(photos, tmp_path / "run", config=QUICK, mirror=f"{scheme}{tmp_path / 'file'}") == whole[1]
     assert events(tmp_path / "run")[-1] == "the mirror has no copy of step 6: Not a directory"
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from pipelines import base_of, same_state, state
 
 import lora_booth.runs.one
 import lora_booth.training.together
+import lora_booth.training.training_run
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import PhotoError, SettingsError, TrainingError
 from lora_booth.kernels.lora import LoraLinears, LoraPiece
-from lora_booth.runs.many import train_many
+from lora_booth.runs.many import Adapters, train_many
 from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
+from lora_booth.training.checkpoint import ADAPTER, read_record
 from lora_booth.training.latents import LatentCache, rows
+from lora_booth.training.remote import mirror_at
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=5, prior_loss_weight=0.0, warmup_steps=0, learning_rate=1e-3)
@@ -244,6 +248,38 @@ def test_a_signal_saves_all_and_the_same_call_goes_on(
         shutil.rmtree(tmp_path / name)
         with pytest.raises(TrainingError, match=f"{name}: its adapter is gone"):
             adapters[name]
+
+
+@pytest.mark.slow
+def test_a_mirror_has_each_run(subjects: dict[str, Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes on from it where its own folder is lost, and it brings the folder of another machine up to date."""
+    base, mirror, here, away = base_of("sd1"), f"memory://{tmp_path.name}", tmp_path / "here", tmp_path / "away"
+    early, _ = many(base, subjects, out=away, mirror=mirror, together=1, time_limit=1e-9)
+    assert [adapter.card.steps for adapter in early.values()] == [1]
+    known = Adapters(here, mirror_at(mirror))
+    find = partial(known.find, replace=False)
+    assert not find("rex", finished=True) and not find("bob", finished=False)
+    assert find("rex", finished=False) and known["rex"].card == early["rex"].card
+    assert known["rex"].digest() == early["rex"].digest()
+    shutil.rmtree(away)
+    adapters, errors = many(base, subjects, out=away, mirror=mirror, together=1)
+    assert not errors and "continued at step 1" in [event["what"] for event in read_record(away / "rex")["events"]]
+    for name in subjects:
+        assert find(name, finished=True) and known[name].digest() == adapters[name].digest()
+        assert (here / name / ADAPTER).read_bytes() == (away / name / ADAPTER).read_bytes()
+        assert read_record(here / name)["status"] == "finished"
+    finished = (here / "rex" / ADAPTER).stat().st_mtime_ns
+    monkeypatch.setattr(lora_booth.training.training_run.TrainingRun, "__init__", None)  # nothing is trained again
+    again, errors = many(base, subjects, out=here, mirror=mirror)
+    assert not errors and {name: one.digest() for name, one in again.items()} == {n: known[n].digest() for n in subjects}
+    assert find("rex", finished=True) and (here / "rex" / ADAPTER).stat().st_mtime_ns == finished
+    monkeypatch.undo()
+    other = alone(base, subjects["bob"], out=tmp_path / "other" / "rex")
+    known = Adapters(tmp_path / "other", mirror_at(mirror))
+    with pytest.raises(TrainingError, match="rex: holds another run than its mirror; use another folder"):
+        known.find("rex", finished=True, replace=False)
+    assert Adapter.load(tmp_path / "other" / "rex" / ADAPTER).card == other.card
+    assert known.find("rex", finished=True, replace=True) and known["rex"].digest() == adapters["rex"].digest()
 
 
 @pytest.mark.slow

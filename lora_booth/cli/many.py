@@ -104,6 +104,7 @@ def train_many(
     config: TrainingConfig,
     ray: str | None = None,  # address of a Ray cluster whose nodes train, e.g. auto, or local for one here [this process]
     together: int | None = None,  # subjects that share a forward pass, e.g. 8 [on a CPU up to 8, on a GPU one]
+    mirror: str | None = None,  # folder for copies of the checkpoints, or its URL, e.g. /mnt/drive/runs or s3://bucket/runs
     init: Path | None = None,  # adapter file to begin each with, e.g. first.safetensors [a new adapter]
     template: list[str] | None = None,  # prompts of the photos, in turn, e.g. 'a photo of a {token} {class_noun}'; repeatable
     crop: Crop = "smart",
@@ -136,7 +137,7 @@ def train_many(
     if subjects:
         given = lora if init is None or is_given(context, LoraSpec) else None  # None: as that adapter has it
         how: dict[str, Any] = {"lora": given, "config": config, "init": init, "together": together}
-        how |= {"out": out, "time_limit": time_limit, "restart": restart, "on_change": table.change}
+        how |= {"out": out, "mirror": mirror, "time_limit": time_limit, "restart": restart, "on_change": table.change}
         loaded: Any = partial(loading.base, base)
         if ray is None:
             remember(loaded := loaded(), base)

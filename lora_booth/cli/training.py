@@ -117,7 +117,7 @@ def train(
     min_photos: int = 3,  # fewest photos to accept, e.g. 1
     max_photos: int = 100,  # most photos to accept, e.g. 200
     time_limit: float | None = None,  # minutes, e.g. 25, after which the adapter so far is saved
-    mirror: Path | None = None,  # folder for copies of the checkpoints, e.g. /mnt/drive/rex
+    mirror: str | None = None,  # folder for copies of the checkpoints, or its URL, e.g. /mnt/drive/rex or s3://bucket/rex
     restart: bool = False,  # discard an earlier run in the same folder
     settings: Settings = None,
     context: typer.Context,

@@ -16,15 +16,17 @@ from ..adapters.contents import LoraFactors
 from ..base.base_model import BaseModel
 from ..base.sizes import drawable
 from ..config import LoraSpec, TrainingConfig, check, settled, typed
-from ..errors import LoraBoothError, SettingsError, TrainingError, setting, shown
+from ..errors import LoraBoothError, SettingsError, TrainingError, same_again, setting, shown
 from ..planning.budget import subjects_at_once
 from ..subject.subject import Subject
-from ..training.checkpoint import saved_adapters
+from ..training.checkpoint import read_record, saved_adapters
 from ..training.distributed import started
 from ..training.encoding import subjects_of
 from ..training.job import Job
 from ..training.lock import locked
 from ..training.progress import Display, Labelled, display
+from ..training.remote import Place, mirror_at
+from ..training.run_folder import fetch, why
 from ..training.together import MOST, Together, obstacle
 from ..training.training_mode import check_feasible
 from ..training.training_run import beginning_with
@@ -44,6 +46,7 @@ def train_many(
     config: TrainingConfig | None = None,
     init: Adapter | str | Path | None = None,
     out: str | Path | None = None,
+    mirror: str | Path | None = None,
     together: int | None = None,
     engine: Literal["ray"] | None = None,
     time_limit: float | None = None,
@@ -61,20 +64,24 @@ def train_many(
     base        may be a function that loads it
     subjects    by name
     out         a folder for the runs: each is `out/NAME`, as in `train`. The same call on interrupted runs continues them
+    mirror      as in `train`; that of a subject is `mirror/NAME`. Where the nodes of a cluster share no storage, `out` is a
+                folder on each of them: subjects continue from the mirror, and adapters are copied from it to `out` here
     together    subjects that share a pass; None: on a CPU up to 8, as many as memory is ample for, and one on a GPU, where what
                 sharing gains was not measured yet. Where memory runs out, fewer do
     engine      "ray": the workers of a Ray cluster train, each one subject at a time on a GPU or, without any, on a core. It is
-                the cluster that `ray.init` has joined, or joins by itself. Needs `out`, on storage that all nodes share, and a
-                base that is not loaded yet: each worker loads it. A subject whose worker or node dies is tried again
+                the cluster that `ray.init` has joined, or joins by itself. Needs `out` (or `mirror`) on storage that all nodes
+                share, and a base that is not loaded yet: each worker loads it. A subject whose worker or node dies is tried
+                again
     time_limit  minutes for this call: before they are over, all that are in training are saved, and returned as learnt so far
     on_change   called with a subject's name and "training", "finished", "stopped", or the error that ended it
     Other arguments are as in `train`.
     Raises SettingsError, and what is wrong with all subjects alike.
     """
     began = time.monotonic()
-    if out is None and restart:
-        raise SettingsError(f"restart needs a run folder; pass {setting('out')}=")
+    if out is None and (mirror is not None or restart):
+        raise SettingsError(f"mirror and restart need a run folder; pass {setting('out')}=")
     place: Path | None = typed("out", out, Path | None)
+    copies = mirror_at(mirror)
     time_limit = typed("time_limit", time_limit, float | None)
     check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
     together = typed("together", together, int | None)
@@ -83,7 +90,7 @@ def train_many(
     engine = typed("engine", engine, Literal["ray"] | None)
     listed = named_subjects(subjects)
     for name, several in listed.items() if place is not None else ():
-        check_place(place / name, None, several)  # type: ignore[operator]
+        check_place(place / name, copies and copies / name, several)  # type: ignore[operator]
     if started():
         raise SettingsError("train_many does not share its work among processes; start one process")
     if engine is not None:
@@ -95,7 +102,7 @@ def train_many(
         if isinstance(base, BaseModel):
             raise SettingsError(f"base is loaded, and with {asked} each worker loads it; pass its name, path or a function")
 
-    adapters = Adapters(place)
+    adapters = Adapters(place, copies)
     errors: dict[str, LoraBoothError] = {}
     with display(progress) as screen:
 
@@ -146,6 +153,7 @@ def train_here(
         def begun_run(name: str) -> Course:
             place = None if adapters.out is None else adapters.out / name
             options: dict[str, Any] = {"place": place, "restart": restart, "stopping": stopping, "together": shared}
+            options["mirror"] = adapters.mirror and adapters.mirror / name
             return course(jobs[name], first, **options, screen=Labelled(screen, name))
 
         def advance(name: str) -> None:
@@ -198,17 +206,25 @@ def train_in_a_cluster(
     from .ray_workers import train_on_workers
 
     def tell_if_saved(name: str, state: str | LoraBoothError) -> None:
-        if state in ("finished", "stopped") and not adapters.find(name):
-            state = TrainingError(
-                f"{shown(adapters.out)}: its worker saved no adapter here; pass a folder that all nodes share"
-            )
+        try:
+            if state in ("finished", "stopped") and not adapters.find(name, finished=state == "finished", replace=restart):
+                where = f"{shown(adapters.out)}: its worker saved no adapter here"
+                share = f"pass a folder that all nodes share, or a {setting('mirror')} that they share"
+                state = TrainingError(
+                    f"{where}; {share}" if adapters.mirror is None else f"its adapter did not reach the mirror; {same_again()}"
+                )
+        except TrainingError as error:
+            state = error
+        except OSError as error:
+            state = TrainingError(f"its adapter cannot be copied from the mirror ({why(error)}); {same_again()}")
         tell(name, state)
 
+    copies = adapters.mirror.absolute() if isinstance(adapters.mirror, Path) else adapters.mirror
     train_on_workers(
         subjects,
         load=load,
         check=partial(checked_jobs, subjects=subjects, **what),
-        train=partial(train_one, out=Path(adapters.out or "").absolute(), ends=ends, **what),
+        train=partial(train_one, mirror=copies and str(copies), out=Path(adapters.out or "").absolute(), ends=ends, **what),
         restart=restart,
         tell=tell_if_saved,
         screen=screen,
@@ -264,16 +280,22 @@ def train_one(
 class Adapters(Mapping[str, Adapter]):
     """Adapters by name. Those in the runs of `out` are read when asked for; the others are held."""
 
-    def __init__(self, out: Path | None) -> None:
-        self.out = out
+    def __init__(self, out: Path | None, mirror: Place | None) -> None:
+        self.out, self.mirror = out, mirror
         self._held: dict[str, Adapter | None] = {}
 
     def add(self, name: str, adapter: Adapter) -> None:
         self._held[name] = None if adapter.card.steps in self._saved(name) else adapter
 
-    def find(self, name: str) -> bool:
-        """Add the one that another process has saved; False if there is none."""
-        found = bool(self._saved(name))
+    def find(self, name: str, *, finished: bool, replace: bool) -> bool:
+        """Add the one that another process has saved, here or in the mirror. False if there is none, or, of a run that is
+        `finished`, only an earlier one. replace: as for `fetch`. Raises TrainingError, OSError."""
+        if self.out is None:
+            return False
+        if self.mirror is not None:
+            fetch(self.out / name, self.mirror / name, replace=replace)
+        steps = self._saved(name)
+        found = bool(steps) and (not finished or max(steps) == read_record(self.out / name).get("steps"))
         if found:
             self._held[name] = None
         return found

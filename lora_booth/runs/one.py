@@ -25,6 +25,7 @@ from ..training.distributed import ALONE, Processes, joined
 from ..training.encoding import encoded_text, prepare, subjects_of
 from ..training.job import Job
 from ..training.progress import Display, Step, display
+from ..training.remote import Place, Remote, mirror_at
 from ..training.run_folder import RunFolder
 from ..training.samples import draw_samples
 from ..training.together import Together
@@ -59,8 +60,8 @@ def train(
                 interrupted run continues it, and ends with the same tensors as one that was never interrupted; on a finished
                 run it returns the adapter, or goes on if there are more `steps` now. Ctrl-C, SIGTERM and SIGHUP save a
                 checkpoint before they end the program.
-    mirror      a folder on other storage: each checkpoint is copied there and read back, and a run whose own folder is lost
-                continues from it
+    mirror      a folder on other storage, or its URL ("s3://bucket/rex"): each checkpoint is copied there and read back, and
+                a run whose own folder is lost continues from it
     time_limit  minutes for this call: before they are over, it saves and returns the adapter learnt so far
     restart     discard what `out` and `mirror` hold of an earlier run
     track       "tensorboard", "wandb" or another tracker of accelerate, or several: losses, rates, settings, samples
@@ -77,7 +78,7 @@ def train(
     time_limit = typed("time_limit", time_limit, float | None)
     check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
     place: Path | None = typed("out", out, Path | None)
-    copies: Path | None = typed("mirror", mirror, Path | None)
+    copies = mirror_at(mirror)
     if place is not None:
         check_place(place, copies, subjects)
     lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
@@ -119,7 +120,7 @@ def course(
     first: Mapping[str, LoraFactors] | None,
     *,
     place: Path | None,
-    mirror: Path | None = None,
+    mirror: Place | None = None,
     restart: bool = False,
     trackers: Sequence[Any] = (),
     on_step: Callable[[Step], None] | None = None,
@@ -234,11 +235,12 @@ def follow(
         raise
 
 
-def check_place(place: Path, copies: Path | None, subjects: Sequence[Subject]) -> None:
+def check_place(place: Path, copies: Place | None, subjects: Sequence[Subject]) -> None:
     """Raises SettingsError for a run folder that holds the photos, or is the mirror too."""
     if place.resolve() in {photo.path.resolve().parent for one in subjects for photo in (*one.photos, *one.class_images)}:
         raise SettingsError(f"{shown(place)}: holds the photos; use another folder for the run")
-    if copies is not None and copies.resolve() == place.resolve():
+    there = copies.resolve() if isinstance(copies, Path) else copies
+    if there in (place.resolve(), Remote(f"file://{place.resolve().as_posix()}")):
         raise SettingsError(f"{shown(copies)}: is the run folder itself; pass a folder on other storage as {setting('mirror')}")
 
 

@@ -13,8 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 from ..files import make_folder, number, open_regular, parse_json, remove_folder, replacing, sync_folder, write_synced
+from .remote import Place, Remote
 
 STATE, ADAPTER, METRICS, RECORD, MANIFEST = "state.pt", "adapter.safetensors", "metrics.jsonl", "run.json", "manifest.json"
+FILES = {STATE, ADAPTER, METRICS, RECORD}  # of a checkpoint, beside its manifest
 SAMPLES, CROPS, SCORES, REPORT = "samples", "crops", "scores.json", "report.html"  # beside them in the folder of a run
 ROOM = 3  # checkpoint sizes that must be free before one is written: chosen
 KEPT = 2  # checkpoints; chosen: the newest, and one more in case that is damaged
@@ -36,7 +38,7 @@ PARTS = {"events": list, "seconds": dict, "surroundings": dict, "facts": dict}  
 class Checkpoint:
     """A checkpoint that was read completely, with every hash right."""
 
-    folder: Path
+    folder: Place
     step: int
     number: int  # of the run's checkpoints, from 1: after a rollback an older one may have a later step
     contents: Mapping[str, bytes]
@@ -46,7 +48,7 @@ class Checkpoint:
         return record_of(self.contents.get(RECORD, b""))
 
 
-def read_record(run: Path) -> dict[str, Any]:
+def read_record(run: Place) -> dict[str, Any]:
     """run.json of a run's folder; empty if it cannot be read."""
     try:
         record = parse_json(read_regular(run / RECORD))
@@ -106,24 +108,24 @@ def publish(parent: Path, step: int, number: int, contents: Mapping[str, bytes])
     return Checkpoint(write_folder(parent, step, contents), step, number, contents)
 
 
-def write_folder(parent: Path, step: int, contents: Mapping[str, bytes], *, verify: bool = False) -> Path:
-    """`contents` as the files of `parent/STEP`, synced and maybe read back, or nothing; then the oldest are removed."""
+def write_folder(parent: Place, step: int, contents: Mapping[str, bytes], *, verify: bool = False) -> Place:
+    """`contents` as the files of `parent/STEP`, synced and maybe read back, or no checkpoint; then the oldest are removed."""
     if parent.is_symlink():
         raise OSError(errno.ELOOP, f"{parent.name} is a link")
-    needed, free = ROOM * sum(map(len, contents.values())), shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"no room: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB wanted")
+    if isinstance(parent, Path):
+        needed, free = ROOM * sum(map(len, contents.values())), shutil.disk_usage(parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"no room: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB wanted")
     final, again = parent / f"{step:06d}", 0
-    while os.path.lexists(final):  # after a rollback a step comes twice
+    while os.path.lexists(final) if isinstance(final, Path) else manifest_of(final):  # after a rollback a step comes twice
         again += 1
         final = parent / f"{step:06d}.{again}"
-    with replacing(final) as temporary:
-        temporary.mkdir()
+    with complete_or_absent(final) as folder:
         for file, content in contents.items():
-            write_synced(temporary / file, content)
-        sync_folder(temporary)
+            path = folder / file
+            write_synced(path, content) if isinstance(path, Path) else path.write_bytes(content)
         for file, content in contents.items() if verify else ():
-            if uncached(temporary / file) != content:
+            if uncached(folder / file) != content:
                 raise OSError(errno.EIO, f"{file} was read back with other bytes")
     for old in sorted(checkpoints_in(parent), key=number_of)[:-KEPT]:
         with suppress(OSError):
@@ -131,55 +133,82 @@ def write_folder(parent: Path, step: int, contents: Mapping[str, bytes], *, veri
     return final
 
 
-def uncached(path: Path) -> bytes:
+@contextmanager
+def complete_or_absent(final: Place) -> Iterator[Place]:
+    """Yield a folder whose files become those of `final`. After an error it is no checkpoint."""
+    if isinstance(final, Path):
+        with replacing(final) as temporary:
+            temporary.mkdir()
+            yield temporary
+            sync_folder(temporary)
+        return
+    final.mkdir()
+    try:
+        yield final  # what a killed process left there without a manifest is overwritten
+    except BaseException:
+        with suppress(OSError):
+            remove_files(final, FILES)
+        raise
+
+
+def uncached(path: Place) -> bytes:
     """The file's bytes, from the storage itself where the system allows it."""
+    if isinstance(path, Remote):
+        return path.read_bytes()
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return file.read()
 
 
-def checkpoints_in(parent: Path) -> list[Path]:
+def checkpoints_in(parent: Place) -> list[Place]:
     """The checkpoints in a folder, also damaged ones: folders with the name of one and a manifest as we write it."""
     try:
-        named = [] if parent.is_symlink() else [path for path in parent.iterdir() if NAMES.fullmatch(path.name)]
+        named: list[Place] = [] if parent.is_symlink() else [path for path in parent.iterdir() if NAMES.fullmatch(path.name)]
     except OSError:
         return []
     return [path for path in named if not path.is_symlink() and manifest_of(path)]
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Place) -> dict[str, Any]:
     """{"step": n, "number": n, "sha256": {file name: hash}}; empty if there is none like this."""
     try:
         found = parse_json(read_regular(folder / MANIFEST))
         steps = [number(found[name], least=0) for name in ("step", "number")]
-        ours = None not in steps and found["sha256"].keys() <= {STATE, ADAPTER, METRICS, RECORD}
+        ours = None not in steps and found["sha256"].keys() <= FILES
         return {**found, "step": int(found["step"]), "number": int(found["number"])} if ours else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def discard(checkpoint: Path) -> None:
+def discard(checkpoint: Place) -> None:
     """Remove a checkpoint, so that a kill leaves no half of it under its name. What others put into its folder stays."""
     ours = {*manifest_of(checkpoint)["sha256"], MANIFEST}
-    if {path.name for path in checkpoint.iterdir()} <= ours:
+    if isinstance(checkpoint, Path) and {path.name for path in checkpoint.iterdir()} <= ours:
         remove_folder(checkpoint)
-        return
-    for name in (MANIFEST, *ours):  # without a manifest it is no checkpoint any more
+    else:
+        remove_files(checkpoint, ours)
+
+
+def remove_files(checkpoint: Place, names: Iterable[str]) -> None:
+    for name in (MANIFEST, *names):  # without a manifest it is no checkpoint any more
         (checkpoint / name).unlink(missing_ok=True)
+    if isinstance(checkpoint, Remote):
+        with suppress(OSError):  # an object store has no folders, and others may have put files into this one
+            checkpoint.rmdir()
 
 
-def number_of(folder: Path) -> int:
+def number_of(folder: Place) -> int:
     """The checkpoint's number in its run, from 1, by the manifest alone; 0 if that cannot be read."""
     return int(manifest_of(folder).get("number", 0))
 
 
-def identity_in(checkpoint: Path) -> Any:
+def identity_in(checkpoint: Place) -> Any:
     """That of its run; None if it is damaged."""
     return read_record(checkpoint).get("identity")
 
 
-def read_back(folder: Path) -> Checkpoint | None:
+def read_back(folder: Place) -> Checkpoint | None:
     """The checkpoint in `folder` if every file has the hash in its manifest, else None."""
     manifest = manifest_of(folder)
     try:
@@ -192,15 +221,17 @@ def read_back(folder: Path) -> Checkpoint | None:
         return None
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Place) -> bytes:
     """Raises OSError also for a link, a named pipe or a device."""
+    if isinstance(path, Remote):
+        return path.read_bytes()
     if path.is_symlink():
         raise OSError(errno.ELOOP, "a link", str(path))
     with open_regular(path) as file:
         return file.read()
 
 
-def newest(parents: Sequence[Path], *, damaged: list[Path] | None = None) -> Checkpoint | None:
+def newest(parents: Sequence[Place], *, damaged: list[Place] | None = None) -> Checkpoint | None:
     """The newest intact checkpoint in these folders. Damaged ones are skipped, and added to `damaged`."""
     found: Checkpoint | None = None
     for folder in (folder for parent in parents for folder in checkpoints_in(parent)):

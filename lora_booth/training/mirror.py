@@ -1,4 +1,4 @@
-"""A second place for checkpoints: mounted storage that outlives the machine, e.g. a notebook's drive."""
+"""A second place for checkpoints: storage that outlives the machine, e.g. a notebook's drive or a bucket."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import errno
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from ..files import make_folder
 from .checkpoint import Checkpoint, checkpoints_in, identity_in, write_folder
+from .remote import Place, Remote
 
 PATIENCE = 120.0  # seconds that the end of a run waits for the last copy: chosen
 
@@ -22,7 +22,7 @@ class Mirror:
     would go into the empty mount point.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self.news: list[str] = []  # lines for the user
         self.seconds = 0.0  # of the longest copy
@@ -35,7 +35,7 @@ class Mirror:
 
     def _make(self) -> None:
         if not self._made:
-            make_folder(self.folder)
+            self.folder.mkdir(parents=True) if isinstance(self.folder, Remote) else make_folder(self.folder)
             self._made = True
 
     def copy(self, checkpoint: Checkpoint) -> None:

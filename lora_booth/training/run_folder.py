@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -22,6 +23,7 @@ from ..files import Owned
 from .checkpoint import (
     ADAPTER,
     CROPS,
+    FILES,
     METRICS,
     RECORD,
     STATE,
@@ -42,6 +44,7 @@ from .loop import learning_rate
 from .mirror import Mirror
 from .progress import Step
 from .record import Record
+from .remote import Place
 
 CHECKPOINTS = "checkpoints"
 CROP_SIDE = 256  # pixels of a crop for the report, at most; chosen
@@ -54,11 +57,11 @@ class RunFolder:
     """The folder of one run, held by this process. A failure in here never ends a training: it is reported and recorded.
 
     path    created if missing
-    mirror  a folder on mounted storage for copies of the checkpoints
+    mirror  a folder on other storage for copies of the checkpoints
     say     called with one line for each event
     """
 
-    def __init__(self, path: Path, job: Job, *, mirror: Path | None = None, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, job: Job, *, mirror: Place | None = None, say: Callable[[str], None]) -> None:
         self.path, self.job, self.say = path, job, say
         self.owned = Owned(path)
         self.record = Record(self.owned, say=say)
@@ -67,7 +70,7 @@ class RunFolder:
         self.saved: int | None = None  # the step of the last checkpoint
         self._opened = self._saved_at = time.monotonic()
         self._found: Checkpoint | None = None
-        self._damaged: list[Path] = []
+        self._damaged: list[Place] = []
         self._held = ExitStack()
         self._copies = mirror
 
@@ -88,7 +91,7 @@ class RunFolder:
     # --- what is there
 
     @property
-    def checkpoints(self) -> list[Path]:
+    def checkpoints(self) -> list[Place]:
         return [self.path / CHECKPOINTS, *([] if self.mirror is None else [self.mirror.folder])]
 
     def open(self, *, restart: bool) -> tuple[State | None, Adapter | None]:
@@ -101,7 +104,8 @@ class RunFolder:
         if self._copies is not None:
             self.mirror = Mirror(self._copies / CHECKPOINTS)
             with suppress(OSError):
-                if self.path.stat().st_dev == self.mirror.folder.stat().st_dev:
+                there = self.mirror.folder
+                if isinstance(there, Path) and self.path.stat().st_dev == there.stat().st_dev:
                     self.say("note: the mirror is on the same storage as the run folder, and is lost with it")
         if restart:
             self.clear()
@@ -124,10 +128,19 @@ class RunFolder:
             ) from error
         if adapter is None:
             return state, None
+        self.complete_mirror(checkpoint)
         if file is None:
             self.begin(checkpoint.record().get("surroundings", {}))
             self.end(adapter, "")
         return None, adapter
+
+    def complete_mirror(self, checkpoint: Checkpoint) -> None:
+        """The last checkpoint of a finished run, for a mirror that failed then."""
+        if self.mirror is not None and checkpoint.number not in map(number_of, checkpoints_in(self.mirror.folder)):
+            self.mirror.copy(checkpoint)
+            self.mirror.finish()
+            while self.mirror.news:
+                self.say(self.mirror.news.pop(0))
 
     def check_names(self) -> None:
         """Raises TrainingError if something that this library did not write has a name that the run needs."""
@@ -159,9 +172,10 @@ class RunFolder:
         """The newest intact checkpoint, here or in the mirror. Raises TrainingError if it is of another run."""
         self._found = found = newest(self.checkpoints, damaged=self._damaged)
         self.number = max([0, *map(number_of, self._damaged)])
+        place: Place = self.path
         if found is None:
             there = read_record(self.path)
-            record, step, place = there if there.get("status") == "finished" else {}, 0, self.path
+            record, step = there if there.get("status") == "finished" else {}, 0
         else:
             record, step, place = found.record(), found.step, found.folder.parent.parent
             self.saved, self.number = step, max(found.number, self.number)
@@ -308,6 +322,35 @@ class RunFolder:
             if self.saved == state["step"]:
                 self.event(f"the last good state, of step {state['step']}, is saved")
         self.close("stopped by an error")
+
+
+def fetch(run: Path, copies: Place, *, replace: bool) -> None:
+    """Give the folder of a run that another machine trained what the mirror `copies` holds of it, unless the folder is as far.
+
+    replace  also another run that is in the folder
+    Raises TrainingError, OSError.
+    """
+    found, here = newest([copies / CHECKPOINTS]), newest([run / CHECKPOINTS])
+    if found is None or not FILES <= found.contents.keys():
+        return
+    record, before = found.record(), read_record(run).get("identity")
+    same = before == record.get("identity")
+    if same and here is not None and here.number >= found.number:
+        return
+    if not (same or before is None or replace):
+        raise TrainingError(f"{shown(run)}: holds another run than its mirror; use another folder")
+    for old in checkpoints_in(run / CHECKPOINTS):
+        discard(old)
+    owned = Owned(run)
+    owned.clear()
+    contents = {name: found.contents[name] for name in FILES}
+    publish(run / CHECKPOINTS, found.step, found.number, contents)
+    record["status"] = "stopped"
+    if found.step == record.get("steps"):
+        owned.write(ADAPTER, contents[ADAPTER])
+        record |= {"status": "finished", "adapter": {"sha256": sha256(contents[ADAPTER]).hexdigest()}}
+    owned.write(METRICS, contents[METRICS])
+    owned.write(RECORD, json.dumps(record, indent=1).encode())
 
 
 def why(error: BaseException) -> str:
