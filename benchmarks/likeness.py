@@ -3,6 +3,7 @@
 python -m benchmarks.likeness --work DIR                                       the defaults, and the ceilings
 python -m benchmarks.likeness --work DIR --recipes default "200 steps" --weights 0.6 0.8 1.0
 python -m benchmarks.likeness --work DIR --recipes default diffusers --script train_dreambooth_lora.py
+python -m benchmarks.likeness --work DIR --watch 600                           would a run know when to stop?
 
 DIR keeps adapters and rows, so that a call continues where an earlier one stopped. A recipe's curve has a point for each
 weight at which its adapter is drawn. Means over subjects, with 95 % intervals by bootstrap over them.
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import lora_booth as lb
 from lora_booth.cli.demo import CONTEXTS as PHOTO_CONTEXTS
@@ -37,6 +39,8 @@ from lora_booth.subject.wording import with_article
 from lora_booth.toybox.judge import Verdict, judge
 from lora_booth.toybox.scenery import CONTEXTS
 from lora_booth.toybox.world import CLASSES, HELD_OUT, Identity, Scene, draw
+from lora_booth.training import loop
+from lora_booth.training.latents import Batch, conditions
 
 from . import recipe_trials as trials
 from .composition import likeness
@@ -273,6 +277,37 @@ class Bench:
             studio = lb.Composition(self.base)
             return self.measure(name, lambda prompt, seeds: images_of(studio, prompt, seeds))
 
+    # --- what a run could see of itself
+
+    def watch(self, name: str, steps: int) -> Iterator[str]:
+        """At a constant rate, every 50 updates: the loss of the photos on fixed draws of noise and timesteps, as a share of
+        what the base has, and how far the prediction by the class prompt has moved on the same noisy photos."""
+        photos = write_photos(name, self.work / "photos" / name, count=PHOTOS)
+        subject = lb.Subject.from_folder(photos, token=TOKEN, class_noun=HELD_OUT[name].class_noun)
+        config = lb.TrainingConfig(steps=steps, lr_schedule="constant")
+        cache = lb.prepare(self.base, subject, config=config)
+        seen = cache.buckets[0].photos
+        times = torch.arange(62, 1000, 125).repeat(len(seen))  # eight for each photo
+        rows = torch.arange(len(seen)).repeat_interleave(8)
+        latents = seen.mean[0][rows] * cache.scaling_factor
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+        prompts = tuple(seen.prompts[row] for row in rows)
+        batch = Batch(latents, noise, times, prompts, None, photos=len(rows))
+        of_class = conditions(self.base, cache.class_text, [seen.class_prompts[row] for row in rows])
+
+        def look() -> tuple[float, Tensor]:
+            with torch.no_grad():
+                predicted = loop.predict(self.base, batch, conditions(self.base, cache.text, prompts))
+                loss = loop.prediction_loss(self.base, batch, predicted, prior_loss_weight=0.0).item()
+                return loss, loop.predict(self.base, batch, of_class)
+
+        first, plain = look()
+        for step in lb.training_steps(self.base, cache, config=config):
+            if step.index % 50 == 0:
+                step.lora.flat.refresh()
+                loss, now = look()
+                yield f"{name} {step.index}: loss {loss / first:.3f}, drift {(now - plain).square().mean().item():.4f}"
+
 
 def captioned(photos: Path, noun: str) -> Path:
     """A copy of the photos, with captions that tell where the subject is: `drawn_photos` takes the contexts by turns."""
@@ -435,10 +470,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
     parser.add_argument("--no-ceilings", action="store_true", help="recipes only")
     parser.add_argument("--script", type=Path, help="diffusers' train_dreambooth_lora.py, for its recipes")
+    parser.add_argument("--watch", type=int, metavar="STEPS", help="print what a run could see of itself, and nothing else")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--sheet", type=Path, help="where to write a contact sheet, a picture of each subject and recipe")
     arguments = parser.parse_args()
     bench, rows = Bench(arguments), []
+    if arguments.watch:
+        for name in arguments.subjects:
+            for line in bench.watch(name, arguments.watch):
+                print(line, flush=True)
+        return
     bounds = {"base alone": bench.of_base, "renders": bench.of_renders, "what the base can draw": bench.of_tuned}
     for what, measured in {} if arguments.no_ceilings else bounds.items():
         rows += [bench.row(what, name, 0.0, lambda: measured(name)) for name in arguments.subjects]  # noqa: B023
