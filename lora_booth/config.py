@@ -137,7 +137,7 @@ def check_ranges(settings: LoraSpec | TrainingConfig) -> None:
         check(value is None or allows(value), f"{name} {value}", allowed)
 
 
-# 400 to 1,200 steps for 3 to 30 photos, as in diffusers' DreamBooth examples; on the toybox, likeness hardly changes from 300 on
+# 400 to 1,200 for 3 to 30 photos, as in diffusers' DreamBooth examples; on the toybox, likeness hardly changes from 300 on
 STEPS_PER_PHOTO = 80
 FEWEST_STEPS, MOST_STEPS = 400, 1200
 WARMUP_SHARE, MOST_WARMUP = 20, 50  # one update in 20, at most 50: chosen
