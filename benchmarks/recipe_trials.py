@@ -70,6 +70,21 @@ def timesteps(least: int = 0, below: int = 1000) -> Iterator[None]:
 
 
 @contextmanager
+def late_decay(share: float = 0.2) -> Iterator[None]:
+    """Warmup-stable-decay (arXiv 2404.06395): the rate falls in the last `share` of the updates alone, by half a cosine."""
+    rate = loop.learning_rate
+
+    def held(config: Any, step: int) -> float:
+        falling = round(config.steps * (1 - share))
+        if step < falling:
+            return rate(replace(config, lr_schedule="constant"), step)
+        return rate(replace(config, warmup_steps=0, steps=config.steps - falling), step - falling)
+
+    with patch.object(loop, "learning_rate", held):
+        yield
+
+
+@contextmanager
 def after_each_update(change: Callable[[loop.LoopState, Tensor], None]) -> Iterator[None]:
     """change(state, values before the update), after each update."""
     updates = training_run.updates

@@ -20,8 +20,8 @@ TOKEN, NOUN = "sks", "owl"
 CONTEXTS = ("in a meadow", "on the moon", "underwater", "in the snow")  # the photos are in the first and two others
 RUNS = {
     "40 updates": lb.TrainingConfig(steps=40),
-    "400 updates": lb.TrainingConfig(),
-    "400 updates, no class pictures": lb.TrainingConfig(prior_loss_weight=0),
+    "500 updates": lb.TrainingConfig(),
+    "500 updates, no class pictures": lb.TrainingConfig(prior_loss_weight=0),
     "the same at 6 x the rate": lb.TrainingConfig(learning_rate=1e-2, prior_loss_weight=0),
 }
 WAYS: dict[str, dict[str, Any]] = {"a sum": {"method": "sum"}, "automatic regions": {}, "redraw=0.8": {"redraw": 0.8}}

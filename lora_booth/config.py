@@ -21,7 +21,6 @@ ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 STEPS, GUIDANCE = 25, 5.0  # denoising steps and guidance scale of a picture; chosen
 Size = int | tuple[int, ...] | str  # side of a square, width and height, or either in words: 768, (832, 1216), "832x1216"
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree"]
-Schedule = Literal["warmup_stable_decay", "cosine", "constant"]
 PhotoShape = Literal["square", "buckets"]
 Quantization = Literal["int8", "nf4"]  # of the base; the least rounding first
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -64,7 +63,7 @@ class TrainingConfig:
     batch_size: int = 1  # photos in a forward pass, e.g. 2; as many of the class are added
     gradient_accumulation: int = 1  # forward passes for one optimizer update, e.g. 4
     pictures_at_a_time: int | None = None  # pictures of a batch in memory at a time, e.g. 1 [all]
-    lr_schedule: Schedule | None = None  # rate after the warm-up; to 0 in the last fifth, all the way (cosine), or never
+    lr_schedule: Literal["constant", "cosine"] | None = None  # rate after the warm-up: cosine (falls to 0) or constant [cosine]
     warmup_steps: int | None = None  # updates over which the rate rises from 0, e.g. 50 [a twentieth of the steps, at most 50]
     weight_decay: float = 1e-2  # weight decay of AdamW, e.g. 0.01
     max_grad_norm: float = 1.0  # norm at which gradients are clipped, e.g. 1; inf: never
@@ -137,11 +136,10 @@ def check_ranges(settings: LoraSpec | TrainingConfig) -> None:
         check(value is None or allows(value), f"{name} {value}", allowed)
 
 
-# 400 to 1,200 for 3 to 30 photos, as in diffusers' DreamBooth examples; on the toybox, likeness hardly changes from 300 on
-STEPS_PER_PHOTO = 80
-FEWEST_STEPS, MOST_STEPS = 400, 1200
+# 400 to 1,500 steps, as in diffusers' DreamBooth examples for 3 to 30 photos
+STEPS_PER_PHOTO = 100
+FEWEST_STEPS, MOST_STEPS = 400, 1500
 WARMUP_SHARE, MOST_WARMUP = 20, 50  # one update in 20, at most 50: chosen
-DECAY_SHARE = 0.2  # of the updates, over which the rate falls to 0: chosen
 SAMPLE_ROUNDS, STEPS_FOR_SAMPLES = 3, 100  # of a run with at least so many steps: chosen
 CUSTOMARY_RATE, CUSTOMARY_WIDTH = 1e-4, 1280  # of LoRA on SD 1.x, 2.x and SDXL, whose widest layers have 1280 channels
 RATE_POWER = 1.2  # a narrower U-Net bears a higher rate: 1.6e-3 measured at 128 channels (the toybox)
@@ -153,7 +151,6 @@ class SettledConfig(TrainingConfig):
 
     steps: int = 0
     learning_rate: float = 0.0
-    lr_schedule: Schedule = "warmup_stable_decay"
     warmup_steps: int = 0
     resolution: int = 0
     sample_every: int = 0
@@ -181,7 +178,7 @@ def settled(config: TrainingConfig | None, base: Any, photos: int) -> SettledCon
     check(resolution % multiple == 0 and resolution >= least, f"resolution {resolution}", allowed)
     rate = 1.0 if config.optimizer == "prodigy" else CUSTOMARY_RATE * (CUSTOMARY_WIDTH / width) ** RATE_POWER
     chosen: dict[str, Any] = {**defaults(photos, config.steps), "learning_rate": rate, "resolution": resolution}
-    chosen["lr_schedule"] = "constant" if config.optimizer == "schedulefree" else "warmup_stable_decay"
+    chosen["lr_schedule"] = "constant" if config.optimizer == "schedulefree" else "cosine"
     return SettledConfig(**chosen | {name: value for name, value in vars(config).items() if value is not None})
 
 

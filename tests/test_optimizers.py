@@ -151,7 +151,7 @@ def test_a_state_of_other_counters_is_refused(prepared: tuple[BaseModel, LatentC
 
 def test_what_they_expect(monkeypatch: pytest.MonkeyPatch, rex: Subject) -> None:
     base = base_of("sd1")
-    assert settled(PRODIGY, base, 3).learning_rate == 1 and settled(PRODIGY, base, 3).lr_schedule == "warmup_stable_decay"
+    assert settled(PRODIGY, base, 3).learning_rate == 1 and settled(PRODIGY, base, 3).lr_schedule == "cosine"
     assert settled(SCHEDULE_FREE, base, 3).lr_schedule == "constant"
     with pytest.raises(SettingsError, match="learning_rate 1.0 is out of range; allowed: above 0, at most 0.1"):
         replace(CONFIG, learning_rate=1.0)

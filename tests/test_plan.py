@@ -468,7 +468,7 @@ def test_on_the_command_line(folders: dict[str, Path], capsys: pytest.CaptureFix
     assert "needs at least" not in out and "the budget on " in error and " is 0.0 GB" not in error
     assert "s/step" not in out and "time:" not in out
     code, out, _ = said("--measure", "--resolution", "64")
-    assert code == 0 and re.search(r"time: [\d.e-]+ s a step \(median of 3 here\), about \d+ min for 400 steps", out)
+    assert code == 0 and re.search(r"time: [\d.e-]+ s a step \(median of 3 here\), about \d+ min for 500 steps", out)
     code, out, error = said("--measure", "--gpu", "T4")
     assert code == 2 and not out and "leave out --family, --vram, --gpu" in error
     code, _, error = said("--family", "sd7")

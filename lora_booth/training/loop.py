@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-from ..config import DECAY_SHARE, SettledConfig
+from ..config import SettledConfig
 from ..injection import TrainableLora
 from ..kernels.lora import FlatFactors
 from .distributed import ALONE, Processes
@@ -145,13 +145,12 @@ def dropout_seeded(state: LoopState, index: int) -> Iterator[None]:
 
 
 def learning_rate(config: SettledConfig, step: int) -> float:
-    """The rate of update `step` (from 0): a linear warm-up, then constant, half a cosine to 0, or constant until the last
-    updates and there half a cosine to 0 (warmup_stable_decay, as in arXiv 2404.06395)."""
+    """The rate of update `step` (from 0): linear warm-up, then constant or a half cosine to 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    begins = {"constant": config.steps, "cosine": 0, "warmup_stable_decay": round((1 - DECAY_SHARE) * config.steps)}
-    decay = max(config.warmup_steps, begins[config.lr_schedule])
-    share = max(0, step - decay) / max(1, config.steps - decay)
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
