@@ -66,7 +66,7 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
         "noise from .15": {"regions": boxes, "isolate": "noise", "start": 0.15},
         "none": {},
         "redraw delta .8": {"adapters": adapters, "redraw": 0.8, "isolate": "delta"},
-        **{f"redraw {share:g}": {"adapters": adapters, "redraw": share} for share in SHARES},
+        **{f"redraw {share:g}": {"adapters": adapters, "redraw": share, "isolate": "noise"} for share in SHARES},
     }
     return Composition(base, **settings[method])
 
@@ -76,10 +76,10 @@ METHODS = {  # and their names in the plot
     "delta": "regions, delta",
     "noise": "regions, noise",
     "noise from .15": "regions, noise from .15",
-    "auto delta": "automatic, delta",
-    "auto noise": "automatic, noise (default)",
-    "redraw delta .8": "redraw .8, delta",
-    **{f"redraw {share:g}": f"redraw {share:g}" for share in SHARES},
+    "auto delta": "automatic (default)",
+    "auto noise": "automatic, noise",
+    "redraw delta .8": "redraw .8",
+    **{f"redraw {share:g}": f"redraw {share:g}, noise" for share in SHARES},
 }
 MEASURES = {"bound": "tab:blue", "told apart": "tab:cyan", "blended": "tab:gray"}  # in the plot, and their colours
 
