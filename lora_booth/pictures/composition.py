@@ -435,8 +435,9 @@ class Composition:
         background = self.base.encode_text([without(prompt, subjects) if self.background is None else self.background])
         maps = None
         if auto:
-            words = [token_positions(prompt, one, self.base.tokenizer) for one in subjects]
-            if self.redraw is not None:  # the base reads no token
+            if self.redraw is None:
+                words = [token_positions(prompt, one, self.base.tokenizer) for one in subjects]
+            else:  # the base reads no token
                 words = [noun_positions(prompt, one, subjects, self.base.tokenizer) for one in subjects]
             boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
             maps = AttentionMaps(words, remedy=f"pass {boxes}")

@@ -60,6 +60,7 @@ class Trainings:
 
     def __init__(self, folder: StudioFolder) -> None:
         self.folder = folder
+        self._lock = threading.Lock()  # of two calls at once, one starts a training
 
     def names(self) -> list[str]:
         return self.folder.names("runs", ".json")
@@ -71,21 +72,23 @@ class Trainings:
 
     def start(self, name: str, subject: str, base: str, settings: Mapping[str, Any]) -> None:
         """A new run. Raises SettingsError for a name that is taken, TrainingError while another one trains."""
-        if check_name(name) in self.names():
-            raise SettingsError(f"there is a run {name!r}; go on with it, start it anew, or choose another name")
-        self._check_idle()
         place = self.folder.place
-        files = {"folder": place("photos", subject), "out": self.folder.adapter_file(name), "run": place("runs", name)}
-        options = {**self.folder.facts(subject), "base": base, "min_photos": 1, **settings}
-        write_facts(place("runs", f"{name}.json"), {key: str(file) for key, file in files.items()} | options)
-        self._launch(name)
+        with self._lock:
+            if check_name(name) in self.names():
+                raise SettingsError(f"there is a run {name!r}; go on with it, start it anew, or choose another name")
+            self._check_idle()
+            files = {"folder": place("photos", subject), "out": self.folder.adapter_file(name), "run": place("runs", name)}
+            options = {**self.folder.facts(subject), "base": base, "min_photos": 1, **settings}
+            write_facts(place("runs", f"{name}.json"), {key: str(file) for key, file in files.items()} | options)
+            self._launch(name)
 
     def again(self, name: str, *, restart: bool = False) -> None:
         """Go on with a run where it stopped, or start it anew."""
         if name not in self.names():
             raise SettingsError(f"{shown(name)}: no such run; choose one that the page lists")
-        self._check_idle()
-        self._launch(name, *["--restart"] * restart)
+        with self._lock:
+            self._check_idle()
+            self._launch(name, *["--restart"] * restart)
 
     def stop(self, name: str) -> None:
         """Let the run save a checkpoint and end."""
