@@ -68,6 +68,11 @@ def test_light_names_stay_light():
     assert loaded("from lora_booth import LoraSpec, TrainingConfig, LoraBoothError, Card", HEAVY) == []
 
 
+def test_the_page_of_the_studio_comes_before_diffusers():
+    pytest.importorskip("gradio")
+    assert loaded("import lora_booth.studio.page", ("gradio", "diffusers")) == ["gradio"]
+
+
 def test_help_imports_no_model_library():
     code = "from lora_booth.cli import main\nfor words in ([], ['train', '-h']):\n  try: main(words)\n  except SystemExit: pass"
     output = python(f"import sys\n{code}\nprint('loaded:', *[n for n in {HEAVY!r} if n in sys.modules])")

@@ -15,7 +15,6 @@ from ..config import LoraSpec, TrainingConfig, comments
 from ..errors import SettingsError
 from ..notebook.outputs import CHART, samples_of
 from ..pictures.gallery import first_free
-from ..planning.planning import plan
 from ..report.report import loss_chart
 from .events import Studio, choice, lines, listen, one_of
 from .runs import CHOICES, State, settings_of
@@ -67,6 +66,8 @@ def train_tab(studio: Studio) -> None:
         return wanted, TrainingConfig(**{k: v for k, v in wanted.items() if k not in lora}), LoraSpec(**lora)
 
     def fits(who: str, how: str, *values: Any) -> str:
+        from ..planning.planning import plan  # which takes seconds to import: the page comes first
+
         _, config, lora = settings(who, how, values)
         found = plan(studio.models.base(), config=config, lora=lora, photos=len(folder.photos(who).photos))
         return lines(found.summary, kind="good" if found.chosen else "error")
