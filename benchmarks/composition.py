@@ -13,6 +13,7 @@ import json
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,20 @@ LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 OUTCOMES = ("bound", "swapped", "blended", "duplicated", "vanished", "weak")
 
 
-def adapter_of(base: lb.BaseModel, name: str, token: str, work: Path) -> lb.Adapter:
-    file = work / f"{name}_{token}.safetensors"
+def adapter_of(base: lb.BaseModel, subjects: dict[str, str], work: Path) -> lb.Adapter:
+    """An adapter that has learnt one subject, or several together. subjects: name -> token"""
+    file = work / f"{'_'.join(word for one in subjects.items() for word in one)}.safetensors"
     if not file.exists():
-        folder = work / "photos" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(photos_of(SUBJECTS[name], 5, PHOTO_CONTEXTS, seed=500)):
-            image.save(folder / f"{i}.png")
-        subject = lb.Subject.from_folder(folder, token=token, class_noun=SUBJECTS[name].class_noun)
-        lb.train(base, subject, progress=False).save(file)
+        lb.train(base, [subject_of(*one, work) for one in subjects.items()], progress=False).save(file)
     return lb.Adapter.load(file)
+
+
+def subject_of(name: str, token: str, work: Path) -> lb.Subject:
+    folder = work / "photos" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(photos_of(SUBJECTS[name], 5, PHOTO_CONTEXTS, seed=500)):
+        image.save(folder / f"{i}.png")
+    return lb.Subject.from_folder(folder, token=token, class_noun=SUBJECTS[name].class_noun)
 
 
 def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> Composition:
@@ -65,8 +70,8 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
         "auto noise": {"adapters": adapters, "regions": "auto", "isolate": "noise"},
         "noise from .15": {"regions": boxes, "isolate": "noise", "start": 0.15},
         "none": {},
-        "redraw delta .8": {"adapters": adapters, "redraw": 0.8, "isolate": "delta"},
-        **{f"redraw {share:g}": {"adapters": adapters, "redraw": share, "isolate": "noise"} for share in SHARES},
+        **{f"redraw {share:g}": {"adapters": adapters, "redraw": share} for share in SHARES},
+        **{f"redraw {share:g}, noise": {"adapters": adapters, "redraw": share, "isolate": "noise"} for share in SHARES},
     }
     return Composition(base, **settings[method])
 
@@ -78,8 +83,7 @@ METHODS = {  # and their names in the plot
     "noise from .15": "regions, noise from .15",
     "auto delta": "automatic (default)",
     "auto noise": "automatic, noise",
-    "redraw delta .8": "redraw .8",
-    **{f"redraw {share:g}": f"redraw {share:g}, noise" for share in SHARES},
+    **{name: name for share in SHARES for name in (f"redraw {share:g}", f"redraw {share:g}, noise")},
 }
 MEASURES = {"bound": "tab:blue", "told apart": "tab:cyan", "blended": "tab:gray"}  # in the plot, and their colours
 
@@ -160,10 +164,11 @@ class Bench:
 
     def measure(self, kind: str, method: str) -> dict[str, Any]:
         seen: list[Seen] = []
+        apart: dict[str, float] = {}  # of each pair
         seconds, passes = 0.0, 0
         pairs = CROSS_CLASS if kind == "cross" else SAME_CLASS
         for number, names in enumerate(pairs):
-            pair = (SUBJECTS[names[0]], SUBJECTS[names[1]])
+            pair, before = (SUBJECTS[names[0]], SUBJECTS[names[1]]), len(seen)
             for context in self.contexts:
                 if method == "renders":
                     shown, images = pair, [draw(Scene(pair, context, "photo", 900 + seed)) for seed in self.seeds]
@@ -176,8 +181,23 @@ class Bench:
                 seen += [(verdict, shown, context) for verdict in judge(images)]
                 if context == self.contexts[0]:
                     self.first.append((images[0], f"{method}: {', '.join(names)}"))
+            apart[" ".join(names)] = shares(seen[before:])["told apart"]
         cost = {"passes": passes, "seconds a picture": round(seconds / len(seen), 2), "pictures": len(seen)}
-        return shares(seen) | cost
+        return shares(seen) | cost | {"pairs": apart}
+
+    def pairs(self, rows: list[dict[str, Any]]) -> Iterator[str]:
+        """What could foretell a pair's fate, class, cosine and overlap of the changes, beside how often it is told apart."""
+        methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in CONTROLS))
+        yield "| pair | one class | cosine | overlap beyond chance | " + " | ".join(methods) + " |"
+        yield "|---" * (len(methods) + 4) + "|"
+        for names in (*CROSS_CLASS, *SAME_CLASS):
+            first, second = (adapter_of(self.base, {n: t}, self.work) for n, t in zip(names, TOKENS, strict=True))
+            common, pair = lb.difference(first, second), " ".join(names)
+            apart = [
+                next((row["pairs"][pair] for row in rows if row["method"] == m and pair in row["pairs"]), "") for m in methods
+            ]
+            same = "yes" if SUBJECTS[names[0]].class_noun == SUBJECTS[names[1]].class_noun else "no"
+            yield " | ".join([f"| {pair} | {same} | {common.cosine:.3f} | {common.beyond_chance:.3f}", *map(str, apart)]) + " |"
 
     def asked(
         self, method: str, names: tuple[str, str], pair: tuple[Identity, Identity], context: str, number: int
@@ -195,13 +215,16 @@ class Bench:
             return shown, f"a photo of {' and '.join(phrases)} {context}", plain  # type: ignore[return-value]
         if method == "no adapter":
             return pair, prompt, plain
-        adapters = [adapter_of(self.base, n, t, self.work) for n, t in zip(names, TOKENS, strict=True)]
+        subjects = dict(zip(names, TOKENS, strict=True))
+        if method == "trained together":
+            return pair, prompt, composition(self.base, "sum", [adapter_of(self.base, subjects, self.work)])
+        adapters = [adapter_of(self.base, {name: token}, self.work) for name, token in subjects.items()]
         if method == "one adapter":
             return pair, prompt, composition(self.base, "sum", adapters[:1])
         return pair, prompt, composition(self.base, method, adapters)
 
 
-CONTROLS = ("renders", "base, colors named", "base, known names", "no adapter", "one adapter")
+CONTROLS = ("renders", "base, colors named", "base, known names", "no adapter", "one adapter", "trained together")
 
 
 def main() -> None:
@@ -213,6 +236,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--kinds", nargs="+", default=["cross", "same"], choices=["cross", "same"])
+    parser.add_argument(
+        "--pairs", action="store_true", help="print what the adapters of each pair have in common beside its rows"
+    )
     parser.add_argument("--sheet", type=Path, help="where to write a contact sheet: a row for each method (of one kind)")
     parser.add_argument("--plot", type=Path, help="where to write the plot of these shares (needs matplotlib)")
     arguments = parser.parse_args()
@@ -223,6 +249,8 @@ def main() -> None:
         for method in arguments.methods:
             rows.append(bench.row(kind, method))
             print(json.dumps(rows[-1]), flush=True)
+    if arguments.pairs:
+        print("\n".join(bench.pairs(rows)))
     if arguments.sheet and bench.first:
         columns = len(CROSS_CLASS) if arguments.kinds[0] == "cross" else len(SAME_CLASS)
         images, labels = [i for i, _ in bench.first], [t for _, t in bench.first]
