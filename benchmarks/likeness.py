@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -77,7 +77,27 @@ class Recipe:
     drawing: Callable[[], AbstractContextManager[None]] = nullcontext
     of: str = ""  # the recipe whose adapters it draws
     token_steps: int = 0  # of learning the token's embedding first
-    captions: bool = False  # prompts of the photos tell where the subject is
+    photos: Callable[[Path, str], Path] | None = None  # other photos, made of these for this class noun
+    quantize: Literal["int8"] | None = None  # of the base, while it trains
+
+
+def captioned(photos: Path, noun: str) -> Path:
+    """A copy of the photos, with captions that tell where the subject is: `drawn_photos` takes the contexts by turns."""
+    folder = photos.with_name(f"{photos.name}_captioned")
+    shutil.copytree(photos, folder, dirs_exist_ok=True)
+    for number, photo in enumerate(sorted(folder.glob("*.png"))):
+        photo.with_suffix(".txt").write_text(f"a photo of {TOKEN} {noun} {PHOTO_CONTEXTS[number % len(PHOTO_CONTEXTS)]}")
+    return folder
+
+
+def taller(photos: Path, noun: str) -> Path:
+    """A copy of the photos, half as high again by repeating their upper edge: more sky or wall over the subject."""
+    folder = photos.with_name(f"{photos.name}_tall")
+    folder.mkdir(exist_ok=True)
+    for photo in sorted(photos.glob("*.png")):
+        pixels = np.asarray(Image.open(photo).convert("RGB"))
+        Image.fromarray(np.pad(pixels, ((len(pixels) // 2, 0), (0, 0), (0, 0)), mode="edge")).save(folder / photo.name)
+    return folder
 
 
 RECIPES: dict[str, Recipe] = {
@@ -105,7 +125,10 @@ RECIPES: dict[str, Recipe] = {
     "text encoder": Recipe(lora={"text_encoder": True}),
     "min-SNR 5": Recipe({"min_snr_gamma": 5.0}),
     "start .15": Recipe(start=0.15, of="default"),
-    "captions": Recipe(captions=True),
+    "captions": Recipe(photos=captioned),
+    "tall photos, squares": Recipe(photos=taller),
+    "tall photos, buckets": Recipe({"shape": "buckets"}, photos=taller),
+    "int8 base": Recipe(quantize="int8"),
     "dropout .1": Recipe(lora={"dropout": 0.1}),
     "attn2 only": Recipe(lora={"target_modules": tuple(f"attn2.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0"))}),
     "feed-forward layers too": Recipe(lora={"target_modules": (*lb.LoraSpec().target_modules, "ff.net.0.proj", "ff.net.2")}),
@@ -177,14 +200,15 @@ class Bench:
     def train(self, recipe: Recipe, name: str, photos: Path, file: Path) -> None:
         """In this process, on a base that is loaded, with an empty cache, so that nothing is left from another recipe."""
         with environment(LORA_BOOTH_CACHE=str(self.work / "cache" / f"{time.time_ns()}")):
-            if recipe.captions:
-                photos = captioned(photos, HELD_OUT[name].class_noun)
+            if recipe.photos is not None:
+                photos = recipe.photos(photos, HELD_OUT[name].class_noun)
             subject = lb.Subject.from_folder(photos, token=TOKEN, class_noun=HELD_OUT[name].class_noun, **recipe.subject)
             lora, config = lb.LoraSpec(**recipe.lora), lb.TrainingConfig(**recipe.config)
             if recipe.token_steps:
                 torch.save(trials.learn_token(self.base, subject, steps=recipe.token_steps), file.with_suffix(".token.pt"))
             with recipe.training(), self.token(file):
-                lb.train(self.base, subject, lora=lora, config=config, progress=False).save(file)
+                base = lb.BaseModel.load("toybox", quantize=recipe.quantize) if recipe.quantize else self.base
+                lb.train(base, subject, lora=lora, config=config, progress=False).save(file)
 
     def token(self, file: Path) -> AbstractContextManager[None]:
         """The embedding that was learnt for this file, in the base."""
@@ -310,15 +334,6 @@ class Bench:
                 step.lora.flat.refresh()
                 loss, now = look()
                 yield f"{name} {step.index}: loss {loss / first:.3f}, drift {(now - plain).square().mean().item():.4f}"
-
-
-def captioned(photos: Path, noun: str) -> Path:
-    """A copy of the photos, with captions that tell where the subject is: `drawn_photos` takes the contexts by turns."""
-    folder = photos.with_name(f"{photos.name}_captioned")
-    shutil.copytree(photos, folder, dirs_exist_ok=True)
-    for number, photo in enumerate(sorted(folder.glob("*.png"))):
-        photo.with_suffix(".txt").write_text(f"a photo of {TOKEN} {noun} {PHOTO_CONTEXTS[number % len(PHOTO_CONTEXTS)]}")
-    return folder
 
 
 def images_of(studio: lb.Composition, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
