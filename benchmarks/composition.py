@@ -14,12 +14,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import lora_booth as lb
+from lora_booth.base.base_model import TOYBOX_FOLDER
 from lora_booth.cli.demo import CONTEXTS as PHOTO_CONTEXTS
 from lora_booth.errors import CompositionWarning
 from lora_booth.photos.sheet import contact_sheet
@@ -88,6 +90,11 @@ METHODS = {  # and their names in the plot
 MEASURES = {"bound": "tab:blue", "told apart": "tab:cyan", "blended": "tab:gray"}  # in the plot, and their colours
 
 
+def judge_hash() -> str:
+    """Of its weights: rows of another judge are not comparable."""
+    return sha256((Path(TOYBOX_FOLDER) / "judge" / "judge.safetensors").read_bytes()).hexdigest()[:16]
+
+
 def likeness(found: Identity, subject: Identity) -> float:
     """Share of the look's parts that are the subject's."""
     return float(np.mean([a == b for a, b in zip(look_of(found), look_of(subject), strict=True)]))
@@ -153,9 +160,9 @@ class Bench:
 
     def row(self, kind: str, method: str) -> dict[str, Any]:
         known = [json.loads(line) for line in self.rows.read_text().splitlines()] if self.rows.exists() else []
-        name = {"kind": kind, "method": method, "setting": self.setting}
+        name = {"kind": kind, "method": method, "setting": self.setting, "judge": judge_hash()}
         for row in known:
-            if {key: row[key] for key in name} == name:
+            if name.items() <= row.items():
                 return row
         row = name | self.measure(kind, method)
         with self.rows.open("a") as file:

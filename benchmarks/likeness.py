@@ -43,7 +43,7 @@ from lora_booth.training import loop
 from lora_booth.training.latents import Batch, conditions
 
 from . import recipe_trials as trials
-from .composition import likeness
+from .composition import judge_hash, likeness
 
 TOKEN = "ohwx"
 PHOTOS = 5
@@ -164,7 +164,8 @@ class Bench:
 
     def row(self, what: str, name: str, weight: float, measured: Callable[[], dict[str, float]]) -> dict[str, Any]:
         """What an earlier call has measured, or what `measured` returns."""
-        key = {"what": what, "subject": name, "weight": weight, "seeds": len(self.seeds), "base": self.base.fingerprint[:16]}
+        key = {"what": what, "subject": name, "weight": weight, "seeds": len(self.seeds)}
+        key |= {"base": self.base.fingerprint[:16], "judge": judge_hash()}
         for line in self.rows.read_text().splitlines() if self.rows.exists() else ():
             if key.items() <= (row := json.loads(line)).items():
                 return row

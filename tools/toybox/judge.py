@@ -42,9 +42,11 @@ def judge_loss(net: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
 
 
 def worn(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Renders (N, 3, H, W) in -1..1 as a generator might have drawn them: moved, bent, softer, blotched, of other light.
+    """Renders (N, 3, H, W) in -1..1 as a generator might have drawn them: moved, bent, softer, blotched, of other light, and
+    with parts that belong elsewhere.
 
-    On renders alone the judge learns places and edges by heart: moved by 3 of 64 pixels, a third of them was misread.
+    On renders alone the judge learns places and edges by heart: moved by 3 of 64 pixels, a third of them was misread. And by
+    a single part: a robot whose hat covered its eyes was read as a mug.
     """
     n = len(x)
 
@@ -58,9 +60,11 @@ def worn(x: Tensor, generator: torch.Generator) -> Tensor:
     angle, scale = uniform(-0.17, 0.17), uniform(0.9, 1.1)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2) * scale.view(n, 1, 1)
     move = torch.cat([turn, uniform(-0.1, 0.1, 2, 1)], 2)
-    bend = uniform(0, 0.03, 1, 1, 1) * coarse(2, 6)
+    bend = uniform(0, 0.05, 1, 1, 1) * coarse(2, 6)
     grid = F.affine_grid(move, list(x.shape), align_corners=False) + bend.permute(0, 2, 3, 1)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    strange = (4 * (coarse(1, 5) - uniform(0.8, 2.5, 1, 1, 1))).sigmoid()  # blots, a fifteenth of the area
+    x = x.lerp(x.roll(1, 0), strange)
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     x = x.lerp(soft, uniform(0, 1, 1, 1, 1))
     x = x * uniform(0.88, 1.12, 3, 1, 1) + uniform(-0.08, 0.08, 1, 1, 1)
