@@ -272,6 +272,20 @@ def test_the_judge_reads_what_moved_or_is_in_other_light():
         )
 
 
+def test_the_judge_reads_an_object_by_more_than_one_part():
+    """Pairs with a patch of another picture in the middle of each object; the judge before read .54 of their classes, this one .79."""
+    subjects = list(HELD_OUT.values())
+    pairs = list(zip(subjects, [*subjects[1:], subjects[0]], strict=True))
+    images = [draw(Scene(pair, context, "photo", i)) for i, pair in enumerate(pairs) for context in CONTEXTS[:4]]
+    for i, image in enumerate(images):
+        for left in (11, 41):
+            box = (left, 37, left + 10, 47)
+            image.paste(images[(i + 17) % len(images)].crop(box), box)
+    found = [[seen.class_noun for seen in verdict.objects] for verdict in judge(images)]
+    wanted = [[one.class_noun for one in pair] for pair in pairs for _ in CONTEXTS[:4]]
+    assert np.mean([a == b for a, b in zip(found, wanted, strict=True)]) >= 0.7
+
+
 def test_the_judge_reads_the_fields_of_an_identity():
     assert tuple(Identity.__dataclass_fields__) == tuple(OBJECT_HEADS)
 
