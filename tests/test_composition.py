@@ -351,7 +351,7 @@ def test_a_preflight_says_what_will_clash_and_what_it_costs(base, rex, ink):
     assert alone.warnings == () and alone.passes == 1 and 'method "sum"' in alone.recommended
     assert "does not name 'sks dog'" in str(Composition(base, [dog]).preflight("a dog"))
     two = Composition(base, [dog, owl], method="sum").preflight("sks dog and zwx owl")
-    assert "sum blends 2 subjects" in two.warnings[0] and "regions" in two.recommended
+    assert "in a sum, 2 subjects change each other" in two.warnings[0] and "regions" in two.recommended
     assert [(o.first, o.second) for o in two.overlaps] == [("sks", "zwx")]
     assert "share the token 'sks'" in Composition(base, [dog, other]).preflight("sks").warnings[0]
     twins = Composition(base, [dog, named(ink, "zwx", "dog")], method="sum").preflight("sks dog and zwx dog")

@@ -84,9 +84,9 @@ def clashes(adapters: Sequence[tuple[Adapter, Weight]], method: str) -> list[str
             )
         elif a.card.class_noun and a.card.class_noun == b.card.class_noun and method == "sum":
             both = f"{a.card.words!r} and {b.card.words!r} are both {with_article(a.card.class_noun)}"
-            found.append(f"{both}: a sum makes one of them; use regions")
+            found.append(f"{both}: a sum blends them or loses one; use regions")
     if len(subjects) > 1 and method == "sum":
-        found.append(f"method sum blends {len(subjects)} subjects; use regions, which separate them")
+        found.append(f"in a sum, {len(subjects)} subjects change each other; use regions, which separate them")
     return found
 
 
