@@ -195,7 +195,7 @@ class Bench:
     def pairs(self, rows: list[dict[str, Any]]) -> Iterator[str]:
         """What could foretell a pair's fate, class, cosine and overlap of the changes, beside how often it is told apart."""
         methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] not in CONTROLS))
-        yield "| pair | one class | cosine | overlap beyond chance | " + " | ".join(methods) + " |"
+        yield "| pair | one class | cosine | outputs beyond chance | " + " | ".join(methods) + " |"
         yield "|---" * (len(methods) + 4) + "|"
         for names in (*CROSS_CLASS, *SAME_CLASS):
             first, second = (adapter_of(self.base, {n: t}, self.work) for n, t in zip(names, TOKENS, strict=True))

@@ -268,6 +268,10 @@ def test_what_a_difference_is_called(rex, ink, bases, tmp_path):
         "overlapping": (rex, lb.merge([(rex, 0.7), (other, 0.7)])[0]),
         "unrelated": (rex, other),
     }
+    one_seed = replace(
+        other, modules={m: replace(f, down=rex.modules[m].down) for m, f in other.modules.items() if m in rex.modules}
+    )
+    assert lb.difference(rex, one_seed).rows > 0.999 and lb.difference(rex, one_seed).kind == "unrelated"
     for kind, (a, b) in cases.items():
         assert lb.difference(a, b).kind == kind and str(lb.difference(a, b)).startswith(kind)
     assert lb.difference(rex, bf16).kind in ("same", "scaled copy") and lb.difference(rex, bf16).relative < 0.01

@@ -273,7 +273,7 @@ def test_the_judge_reads_what_moved_or_is_in_other_light():
 
 
 def test_the_judge_reads_an_object_by_more_than_one_part():
-    """Pairs with a patch of another picture in the middle of each object; the judge before read .54 of their classes, this one .79."""
+    """Pairs with a patch of another picture in the middle of each: .79 of their classes, .54 by the judge before."""
     subjects = list(HELD_OUT.values())
     pairs = list(zip(subjects, [*subjects[1:], subjects[0]], strict=True))
     images = [draw(Scene(pair, context, "photo", i)) for i, pair in enumerate(pairs) for context in CONTEXTS[:4]]

@@ -205,7 +205,7 @@ def diff(
     norms = f"a {found.norm_a:.4g}  b {found.norm_b:.4g}  a - b {found.distance:.4g}"
     say_row("norm", f"{norms} ({found.relative:.3g} of the larger)")
     say_row("cosine", f"{found.cosine:.4f}")
-    say_row("overlap", f"outputs {found.columns:.1%}  inputs {found.rows:.1%}  beyond chance {found.beyond_chance:.1%}")
+    say_row("overlap", f"outputs {found.columns:.1%}  inputs {found.rows:.1%}  outputs beyond chance {found.beyond_chance:.1%}")
     for label, names in (("only in a", found.only_a), ("only in b", found.only_b)):
         if names:
             say_row(label, f"{len(names)}: {listed(names)}")
