@@ -277,7 +277,7 @@ class Bench:
 
     def of_adapter(self, recipe: str, name: str, weight: float) -> dict[str, float]:
         adapter, facts = self.adapter(recipe, name)
-        studio = lb.Composition(self.base, [(adapter, weight)], start=RECIPES[recipe].start)
+        studio = lb.Composition(self.base, [(adapter, lb.Weight(weight, start=RECIPES[recipe].start))])
         with RECIPES[recipe].drawing(), self.token(self.work / "adapters" / recipe.replace(" ", "_") / f"{name}.safetensors"):
             return self.measure(name, lambda prompt, seeds: images_of(studio, prompt, seeds)) | facts
 
