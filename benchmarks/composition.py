@@ -92,7 +92,7 @@ MEASURES = {"bound": "tab:blue", "told apart": "tab:cyan", "blended": "tab:gray"
 
 def judge_hash() -> str:
     """Of its weights: rows of another judge are not comparable."""
-    return sha256((Path(TOYBOX_FOLDER) / "judge" / "judge.safetensors").read_bytes()).hexdigest()[:16]
+    return sha256((TOYBOX_FOLDER / "judge" / "judge.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def likeness(found: Identity, subject: Identity) -> float:

@@ -136,7 +136,6 @@ RECIPES: dict[str, Recipe] = {
     "DCO, beta 100": Recipe(training=partial(trials.dco, 100.0)),
     "timesteps below 800, start .2": Recipe(start=0.2, training=partial(trials.timesteps, 0, 800)),
     "the photo beside a thing": Recipe(training=trials.photo_beside),
-    "beside its own class": Recipe(training=trials.beside_its_own_class),
     "timesteps from 300": Recipe(training=partial(trials.timesteps, 300, 1000)),
     "moving average, constant rate": Recipe({"lr_schedule": "constant"}, training=trials.moving_average),
     "LoRA+, ratio 4, half the rate": Recipe({"learning_rate": 8e-4}, training=trials.faster_up),

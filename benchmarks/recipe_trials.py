@@ -176,19 +176,6 @@ def photo_beside() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def beside_its_own_class() -> Iterator[None]:
-    """A fifth of the class images shows two of the class, side by side; the one on the right stays plain."""
-    thing_beside = class_images.thing_beside
-
-    def thing(noun: str, number: int) -> str:
-        round_, kind = divmod(number, class_images.KINDS + 1)
-        return noun if kind == class_images.KINDS else thing_beside(noun, class_images.KINDS * round_ + kind)
-
-    with patch.object(class_images, "thing_beside", thing):
-        yield
-
-
 def beside_an_empty_half(photo: Image.Image, *, left: bool, share: float = 0.625) -> tuple[Image.Image, Image.Image]:
     """The middle of a photo, made smaller, at the bottom of one half of a picture as large; and what is empty, as a mask."""
     width, height = photo.size
