@@ -1,7 +1,7 @@
 """Two subjects in one picture, method by method: who stays itself, and at what cost. Read by the toybox's judge.
 
 python -m benchmarks.composition --work DIR                        every method, pair and context; 4 seeds
-python -m benchmarks.composition --work DIR --methods sum noise --contexts 2 --seeds 2
+python -m benchmarks.composition --work DIR --methods sum auto --contexts 2 --seeds 2
 
 DIR keeps the adapters, which are trained with the defaults on five drawn photos each, and the rows read so far.
 """
@@ -41,7 +41,6 @@ SUBJECTS = HELD_OUT | TWINS
 CROSS_CLASS = (("olga", "brew"), ("rex", "zoom"), ("bolt", "misty"), ("coal", "olga"), ("mint", "rust"))
 SAME_CLASS = (("rex", "coal"), ("brew", "mint"), ("bolt", "rust"))
 TOKENS = ("sks", "zwx")
-SHARES = (0.65, 0.8, 0.9, 1.0)  # of the steps, that the adapters redraw
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 OUTCOMES = ("bound", "swapped", "blended", "duplicated", "vanished", "weak")
 
@@ -66,26 +65,19 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     boxes = [lb.Region(adapter, box=box) for adapter, box in zip(adapters, (LEFT, RIGHT), strict=False)]
     settings: dict[str, dict[str, Any]] = {
         "sum": {"adapters": adapters, "method": "sum"},
-        "delta": {"regions": boxes, "isolate": "delta"},
-        "noise": {"regions": boxes, "isolate": "noise"},
-        "auto delta": {"adapters": adapters, "regions": "auto", "isolate": "delta"},
-        "auto noise": {"adapters": adapters, "regions": "auto", "isolate": "noise"},
-        "noise from .15": {"regions": boxes, "isolate": "noise", "start": 0.15},
+        "auto": {"adapters": adapters, "regions": "auto"},
+        "boxes": {"regions": boxes},
+        "boxes from .15": {"regions": boxes, "start": 0.15},
         "none": {},
-        **{f"redraw {share:g}": {"adapters": adapters, "redraw": share} for share in SHARES},
-        **{f"redraw {share:g}, noise": {"adapters": adapters, "redraw": share, "isolate": "noise"} for share in SHARES},
     }
     return Composition(base, **settings[method])
 
 
 METHODS = {  # and their names in the plot
     "sum": "sum",
-    "delta": "regions, delta",
-    "noise": "regions, noise",
-    "noise from .15": "regions, noise from .15",
-    "auto delta": "automatic (default)",
-    "auto noise": "automatic, noise",
-    **{name: name for share in SHARES for name in (f"redraw {share:g}", f"redraw {share:g}, noise")},
+    "auto": "automatic regions (default)",
+    "boxes": "regions: left and right half",
+    "boxes from .15": "the same, from .15 of the steps",
 }
 MEASURES = {"bound": "tab:blue", "told apart": "tab:cyan", "blended": "tab:gray"}  # in the plot, and their colours
 
@@ -172,7 +164,7 @@ class Bench:
     def measure(self, kind: str, method: str) -> dict[str, Any]:
         seen: list[Seen] = []
         apart: dict[str, float] = {}  # of each pair
-        seconds, passes = 0.0, 0
+        seconds = 0.0
         pairs = CROSS_CLASS if kind == "cross" else SAME_CLASS
         for number, names in enumerate(pairs):
             pair, before = (SUBJECTS[names[0]], SUBJECTS[names[1]]), len(seen)
@@ -184,12 +176,11 @@ class Bench:
                     started = time.perf_counter()
                     images = [picture.image for picture in studio.generate(prompt, **self.call)]
                     seconds += time.perf_counter() - started
-                    passes = studio.preflight(prompt).passes
                 seen += [(verdict, shown, context) for verdict in judge(images)]
                 if context == self.contexts[0]:
                     self.first.append((images[0], f"{method}: {', '.join(names)}"))
             apart[" ".join(names)] = shares(seen[before:])["told apart"]
-        cost = {"passes": passes, "seconds a picture": round(seconds / len(seen), 2), "pictures": len(seen)}
+        cost = {"seconds a picture": round(seconds / len(seen), 2), "pictures": len(seen)}
         return shares(seen) | cost | {"pairs": apart}
 
     def pairs(self, rows: list[dict[str, Any]]) -> Iterator[str]:

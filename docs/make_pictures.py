@@ -24,7 +24,7 @@ RUNS = {
     "500 updates, no class pictures": lb.TrainingConfig(prior_loss_weight=0),
     "the same at 6 x the rate": lb.TrainingConfig(learning_rate=1e-2, prior_loss_weight=0),
 }
-WAYS: dict[str, dict[str, Any]] = {"a sum": {"method": "sum"}, "automatic regions": {}, "redraw=0.8": {"redraw": 0.8}}
+WAYS: dict[str, dict[str, Any]] = {"a sum": {"method": "sum"}, "automatic regions": {}}
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 4.0}
 
 

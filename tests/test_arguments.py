@@ -89,7 +89,6 @@ WRONG: list[tuple[str, str, list[Any], str | None]] = [
     ("Composition", "method", [5, ["sum"], 0], None),
     ("Composition", "regions", [5, "x", ["x"], [None]], None),
     ("Composition", "start", ["x", [0.1]], None),
-    ("Composition", "redraw", ["x", [0.1], 0, 2], None),
     ("Composition.generate", "prompt", [5, None, [PROMPT]], None),
     ("Composition.generate", "seeds", [None, "x", ["x"], [0.5]], None),
     ("Composition.generate", "steps", ["x", None, [2]], None),

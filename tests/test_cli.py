@@ -229,7 +229,7 @@ def test_regions_recipes_and_previews(call, rex, tiny, tmp_path):
     name = "sks_dog_do_owl-000003.png"
     with Image.open(tmp_path / "a" / name) as one, Image.open(tmp_path / "b" / name) as other:
         assert one.tobytes() == other.tobytes()
-    auto = ["--auto-regions", "--isolate", "delta", "--preview", tmp_path / "found.png"]
+    auto = ["--auto-regions", "--preview", tmp_path / "found.png"]
     assert call("generate", dog, owl, *words, *auto)[0] == 0 and (tmp_path / "found.png").is_file()
 
 
@@ -823,9 +823,9 @@ def test_errors_name_settings_by_the_function_for_it():
 
 
 def test_settings_have_the_words_of_the_reader(call):
-    assert (setting("rank", 8), setting("isolate", "noise"), setting("restart", True)) == (
+    assert (setting("rank", 8), setting("crop", "center"), setting("restart", True)) == (
         "rank=8",
-        'isolate="noise"',
+        'crop="center"',
         "restart=True",
     )
     assert setting("minimum", 1, option="--min-photos 1") == "minimum=1"

@@ -199,7 +199,7 @@ def small_adapter(base: BaseModel, seed: int = 0) -> Adapter:
 def by_regions(base: BaseModel) -> Callable[[], Any]:
     one, other = (Composition(base, [small_adapter(base, seed)]).adapters[0][0] for seed in (1, 2))
     regions = [Region(one, box=(0, 0, 0.5, 1), weight=Weight(1, end=0.5)), Region(other, box=(0.5, 0, 1, 1))]
-    studio = Composition(base, regions=regions, isolate="delta")
+    studio = Composition(base, regions=regions)
     return partial(studio.attached, "a sks dog")
 
 

@@ -93,7 +93,7 @@ def test_masks_of_all_and_nothing_are_the_sum_and_the_single_adapter(base, untou
     regions = [Region(rex, box=FULL, prompt=PROMPT), Region(bob, box=FULL, prompt=PROMPT)]
     odd = {"width": 56, "height": 88}  # latents of 7 x 11, then 4 x 6 and 2 x 3
     for size in ({}, odd):
-        split = latents(Composition(base, regions=regions, isolate="delta"), **size)
+        split = latents(Composition(base, regions=regions), **size)
         plain = latents(Composition(base, [rex, bob] if second else [rex], method="sum"), **size)
         assert torch.allclose(split, plain, atol=1e-5)
     assert split.shape[-2:] == (11, 7)
@@ -105,33 +105,6 @@ def test_a_sum_does_not_depend_on_the_order(base, untouched):
     rex, bob = pair(base)
     one, other = latents(Composition(base, [rex, (bob, 0.5)])), latents(Composition(base, [(bob, 0.5), rex]))
     assert torch.allclose(one, other, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_passes_together_are_the_passes_one_by_one(base, untouched):
-    rex, bob = pair(base)
-    places = [Region(rex, box=LEFT), Region(bob, box=(0.6, 0.2, 1, 1))]
-    together = latents(Composition(base, regions=places, isolate="noise"), count=2)
-    apart = latents(Composition(base, regions=places, isolate="noise", together=False), count=2)
-    assert torch.allclose(together, apart, atol=1e-5)
-    assert not torch.allclose(together, latents(Composition(base, [rex, bob], method="sum"), count=2), atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [(64, 64), (80, 56)])
-def test_noise_regions_are_each_adapters_own_prediction_under_its_mask(base, untouched, size):
-    """One U-Net call, checked against the same call with each adapter attached alone, by its own prompt."""
-    rex, bob = pair(base)
-    regions = [Region(rex, box=LEFT, feather=0), Region(bob, box=RIGHT, feather=0)]
-    studio = Composition(base, regions=regions, isolate="noise")
-    kwargs = {"num_inference_steps": 1, "guidance_scale": 1.0, "width": size[0], "height": size[1]}
-    mixed = latents(studio, **kwargs)
-    alone = [
-        latents(Composition(base, [adapter]), without(PROMPT, [other]), **kwargs) for adapter, other in ((rex, bob), (bob, rex))
-    ]
-    half = mixed.shape[-1] // 2
-    assert torch.allclose(mixed[..., :half], alone[0][..., :half], atol=1e-5)
-    assert torch.allclose(mixed[..., half:], alone[1][..., half:], atol=1e-5)
 
 
 def steps_of(studio: Composition, count: int) -> list[torch.Tensor]:
@@ -190,41 +163,35 @@ def test_a_weight_that_cannot_be(wrong, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isolate", ["delta", "noise"])
-def test_regions_with_their_own_prompts(base, untouched, isolate):
+def test_regions_with_their_own_prompts(base, untouched):
     rex, bob = pair(base, text_encoder=True)
     regions = [Region(rex, box=LEFT, prompt="sks dog"), Region(bob, box=RIGHT)]
     plain = [replace(region, prompt=None) for region in regions]
-    with_prompt = latents(Composition(base, regions=regions, isolate=isolate))
+    with_prompt = latents(Composition(base, regions=regions))
     assert torch.isfinite(with_prompt).all()
-    assert not torch.allclose(with_prompt, latents(Composition(base, regions=plain, isolate=isolate)), atol=1e-3)
+    assert not torch.allclose(with_prompt, latents(Composition(base, regions=plain)), atol=1e-3)
 
 
-@pytest.mark.parametrize("isolate", ["delta", "noise"])
-def test_what_no_region_covers_reads_the_background_s_prompt(sd1, isolate):
+def test_what_no_region_covers_reads_the_background_s_prompt(sd1):
     rex, _ = pair(sd1)
     regions = [Region(rex, box=LEFT)]
     plain = without(PROMPT, [rex])
-    made = [latents(Composition(sd1, regions=regions, isolate=isolate, background=text)) for text in (None, plain, "cat")]
+    made = [latents(Composition(sd1, regions=regions, background=text)) for text in (None, plain, "cat")]
     assert torch.equal(made[0], made[1]) and not torch.allclose(made[1], made[2], atol=1e-3)
 
 
-@pytest.mark.parametrize("isolate", ["delta", "noise"])
-def test_in_its_region_an_adapter_s_text_encoder_is_active(sd1, isolate):
+def test_in_its_region_an_adapter_s_text_encoder_is_active(sd1):
     rex, bob = pair(sd1, text_encoder=True)
     silent = replace(rex, modules={path: f for path, f in rex.modules.items() if path.startswith("unet.")})
     assert len(silent.modules) < len(rex.modules)
     regions = [Region(rex, box=LEFT), Region(bob, box=RIGHT)]
-    made = [
-        latents(Composition(sd1, regions=[replace(regions[0], adapter=one), regions[1]], isolate=isolate))
-        for one in (rex, silent)
-    ]
+    made = [latents(Composition(sd1, regions=[replace(regions[0], adapter=one), regions[1]])) for one in (rex, silent)]
     assert not torch.allclose(*made, atol=1e-3)
 
 
 def test_a_regions_prompt_over_the_whole_picture_replaces_the_picture_s(base, untouched):
     rex, _ = pair(base)
-    studio = Composition(base, regions=[Region(rex, box=FULL, prompt="sks dog")], isolate="delta")
+    studio = Composition(base, regions=[Region(rex, box=FULL, prompt="sks dog")])
     if base.family.name != "sdxl":  # whose pooled condition stays the picture's
         assert torch.allclose(latents(studio, "do"), latents(Composition(base, [rex]), "sks dog"), atol=1e-4)
 
@@ -239,22 +206,20 @@ def test_before_its_start_a_region_is_the_plain_sum(ddim):
 
 def test_other_adapters_are_active_everywhere(sd1):
     rex, bob = pair(sd1)
-    for isolate in ("delta", "noise"):
-        styled = Composition(sd1, [bob], regions=[Region(rex, box=FULL)], isolate=isolate)
-        assert torch.allclose(latents(styled, "sks dog"), latents(Composition(sd1, [bob, rex]), "sks dog"), atol=1e-4)
+    styled = Composition(sd1, [bob], regions=[Region(rex, box=FULL)])
+    assert torch.allclose(latents(styled, "sks dog"), latents(Composition(sd1, [bob, rex]), "sks dog"), atol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
 def test_pictures_do_not_depend_on_their_batch(sd1):
     rex, bob = pair(sd1)
-    for isolate in ("delta", "noise"):
-        for regions in ("auto", [Region(rex, box=LEFT), Region(bob, box=RIGHT)]):
-            studio = Composition(sd1, [rex, bob] if regions == "auto" else [], regions=regions, isolate=isolate)
-            three = studio.generate(PROMPT, seeds=[0, 1, 2], steps=4, batch_size=3)
-            alone = studio.generate(PROMPT, seeds=[2], steps=4)
-            difference = np.abs(np.asarray(three[2].image).astype(int) - np.asarray(alone[0].image).astype(int))
-            assert difference.max() <= 2  # of 255
+    for regions in ("auto", [Region(rex, box=LEFT), Region(bob, box=RIGHT)]):
+        studio = Composition(sd1, [rex, bob] if regions == "auto" else [], regions=regions)
+        three = studio.generate(PROMPT, seeds=[0, 1, 2], steps=4, batch_size=3)
+        alone = studio.generate(PROMPT, seeds=[2], steps=4)
+        difference = np.abs(np.asarray(three[2].image).astype(int) - np.asarray(alone[0].image).astype(int))
+        assert difference.max() <= 2  # of 255
 
 
 def test_masks_keep_their_shape_whatever_the_number_of_pixels(sd1):
@@ -277,25 +242,23 @@ def test_a_feathered_edge_is_soft_and_the_border_full(sd1):
 def test_pictures_need_not_be_square(sd1, height):
     rex, bob = pair(sd1)
     regions = [Region(rex, box=LEFT, prompt="sks"), Region(bob, box=RIGHT)]
-    for isolate in ("delta", "noise"):
-        made = latents(Composition(sd1, regions=regions, isolate=isolate), height=height, width=128)
-        assert made.shape[-2:] == (height // 8, 16)
+    made = latents(Composition(sd1, regions=regions), height=height, width=128)
+    assert made.shape[-2:] == (height // 8, 16)
 
 
 # --- automatic regions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isolate", ["delta", "noise"])
-def test_automatic_regions_share_the_picture(base, untouched, isolate):
+def test_automatic_regions_share_the_picture(base, untouched):
     rex, bob = pair(base)
-    studio = Composition(base, [rex, bob], regions="auto", isolate=isolate)
+    studio = Composition(base, [rex, bob], regions="auto")
     assert torch.isfinite(latents(studio, count=2, num_inference_steps=4)).all()
     found = studio.find_regions(PROMPT, seed=1, steps=4)
     assert [region.adapter for region in found] == [rex, bob]
     masks = np.stack([np.asarray(region.mask_image(), dtype=float) / 255 for region in found])
     assert 0.9 < masks.sum(0).mean() < 1.1
-    again = Composition(base, regions=[replace(region, weight=0.5) for region in found], isolate=isolate)
+    again = Composition(base, regions=[replace(region, weight=0.5) for region in found])
     assert torch.isfinite(latents(again)).all()
 
 
@@ -351,8 +314,7 @@ def test_whose_words(sd1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isolate", ["delta", "noise"])
-def test_image_to_image_inpainting_and_controlnet(sd1, isolate):
+def test_image_to_image_inpainting_and_controlnet(sd1):
     from diffusers import (
         ControlNetModel,
         StableDiffusionControlNetPipeline,
@@ -373,7 +335,7 @@ def test_image_to_image_inpainting_and_controlnet(sd1, isolate):
         (StableDiffusionControlNetPipeline(**parts, controlnet=controlnet, requires_safety_checker=False), {"image": picture}),
     ]
     for regions in ("auto", [Region(rex, box=LEFT), Region(bob, box=RIGHT, prompt="do dog")]):
-        studio = Composition(sd1, [rex, bob] if regions == "auto" else [], regions=regions, isolate=isolate)
+        studio = Composition(sd1, [rex, bob] if regions == "auto" else [], regions=regions)
         for pipeline, call in others:
             with studio.attached(PROMPT, pipeline) as pipe, quiet(pipe):
                 options = {"num_inference_steps": 6, "guidance_scale": 2.0, "output_type": "pt"}
@@ -387,8 +349,7 @@ def test_image_to_image_inpainting_and_controlnet(sd1, isolate):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("isolate", ["delta", "noise"])
-def test_an_exception_in_the_middle_leaves_nothing(base, untouched, isolate, error):
+def test_an_exception_in_the_middle_leaves_nothing(base, untouched, error):
     def fail(*_: Any) -> None:
         raise error("stop")
 
@@ -400,7 +361,7 @@ def test_an_exception_in_the_middle_leaves_nothing(base, untouched, isolate, err
         {"adapters": [rex, (bob, Weight(end=0.5))], "method": "sum"},
     ):
         with pytest.raises(error, match="stop"):
-            latents(Composition(base, **{"isolate": isolate} | settings), callback_on_step_end=fail)
+            latents(Composition(base, **settings), callback_on_step_end=fail)
 
 
 def test_fused_and_dora_adapters_are_refused_by_name():
@@ -430,7 +391,7 @@ def test_fused_and_dora_adapters_are_refused_by_name():
         ({"method": "composite"}, "'composite' was removed; use sum, or regions"),
         ({"method": "regions"}, r"needs places; pass regions="),
         ({"regions": "auto"}, "without adapters"),
-        ({"isolate": "magic"}, "isolate 'magic'; needed: 'delta' or 'noise'"),
+        ({"start": 0.2, "method": "sum"}, "settings of regions"),
         ({"start": 1.0}, "start 1 is out of range"),
     ],
 )

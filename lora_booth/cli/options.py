@@ -288,8 +288,6 @@ class Placement:
     method: Method = None
     region: tuple[str, ...] = ()  # where an adapter is active, perhaps with a prompt, e.g. rex:0,0,0.5,1 or 'rex:0,0,1,1:a dog'
     auto_regions: bool = False  # find the place of each subject that the prompt names
-    isolate: Literal["delta", "noise"] = "delta"  # keeps regions apart: delta (one pass) or noise (a pass for each)
-    redraw: float | None = None  # share of the steps in which adapters redraw what the base alone has drawn, e.g. 0.8
 
     def __post_init__(self) -> None:
         if self.region and self.auto_regions:
@@ -315,6 +313,4 @@ class Placement:
             [item for name, item in adapters if name not in places],
             method=self.method,  # type: ignore[arg-type]  # checked by Composition
             regions="auto" if self.auto_regions else list(places.values()) or None,
-            isolate=self.isolate,
-            redraw=self.redraw,
         )

@@ -87,28 +87,22 @@ def blurred(maps: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.conv2d(flat, kernel[None, None, None]), kernel[None, None, :, None]).reshape(maps.shape)
 
 
-def subject_masks(maps: Tensor, nouns: Sequence[str]) -> Tensor:
-    """Disjoint masks, 0 or 1, from the attention to each subject's class noun. (N, P, H, W) -> the same
+def subject_masks(maps: Tensor) -> Tensor:
+    """Disjoint masks, 0 or 1, from the attention to the noun of each subject. (N, P, H, W) -> the same
 
-    Each noun's map is scaled to 0..1, so that none outweighs another, and a pixel goes to the highest above FLOOR. A mask is
-    what is connected to the map's peak, and grows by GROWTH. Subjects with one noun divide the area of both their maps, from
-    left to right in the order of `nouns`.
+    Each map is scaled to 0..1, so that none outweighs another, and a pixel goes to the highest above FLOOR. A mask is what is
+    connected to the map's peak, and grows by GROWTH.
     """
     side = max(maps.shape[-2:])
     maps = blurred(maps, SOFTNESS / 2 * side)
-    groups = [[n for n, other in enumerate(nouns) if other == noun] for noun in dict.fromkeys(nouns)]
-    shared = torch.stack([maps[group].mean(0) for group in groups])
-    low, high = shared.amin((2, 3), keepdim=True), shared.amax((2, 3), keepdim=True)
-    shared = (shared - low) / (high - low).clamp(min=1e-8)
-    winner = shared.argmax(0)  # (P, H, W)
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    maps = (maps - low) / (high - low).clamp(min=1e-8)
+    winner = maps.argmax(0)  # (P, H, W)
     masks = torch.zeros_like(maps)
-    for g, group in enumerate(groups):
-        for picture, scaled in enumerate(shared[g]):
-            won = (scaled > FLOOR) & (winner[picture] == g)
-            for n, cell in zip(group, cells(scaled * won, len(group)), strict=True):
-                free = cell & (masks[:, picture].sum(0) == 0)
-                peak = (scaled + won.float()).masked_fill(~free, -1).argmax()  # where nothing is won, the best that is left
-                masks[n, picture] = connected(won & free, int(peak))
+    for n, scaled in enumerate(maps):
+        won = (scaled > FLOOR) & (winner == n) & (free := masks.sum(0) == 0)
+        peaks = (scaled + won.float()).masked_fill(~free, -1)  # where nothing is won, the best that is left
+        masks[n] = torch.stack([connected(one, int(peak.argmax())) for one, peak in zip(won, peaks, strict=True)])
     for _ in range(round(GROWTH * side)):
         wider = F.max_pool2d(masks, 3, 1, 1) * (masks.sum(0) == 0)
         masks = masks + wider * (wider.cumsum(0) == 1)  # what two of them reach goes to the first
@@ -123,19 +117,3 @@ def connected(allowed: Tensor, peak: int) -> Tensor:
     while not torch.equal(found, wider := F.max_pool2d(found[None], 3, 1, 1)[0] * allowed):
         found = wider
     return found
-
-
-def cells(mass: Tensor, count: int) -> Tensor:
-    """The plane divided around `count` centres of `mass`, (H, W), by k-means; left to right. (count, H, W) bool"""
-    height, width = mass.shape
-    points = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()  # (H * W, 2): y, x
-    weights = mass.flatten()[:, None] + 1e-6
-    columns = weights.reshape(height, width).sum(0).cumsum(0)
-    middle = (weights * points).sum(0)[0] / weights.sum()
-    begun = [float(torch.searchsorted(columns, columns[-1] * (i + 0.5) / count)) + i / count for i in range(count)]
-    centres = torch.stack([middle.expand(count), torch.tensor(begun)], 1)
-    for _ in range(20):  # settles sooner; chosen
-        nearest = F.one_hot(torch.cdist(points, centres).argmin(1), count).float()  # (H * W, count)
-        centres = (nearest * weights).T @ points / (nearest.T @ weights).clamp(min=1e-9)
-        centres = centres[centres[:, 1].argsort()]
-    return torch.cdist(points, centres).argmin(1).reshape(height, width) == torch.arange(count)[:, None, None]

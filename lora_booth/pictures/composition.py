@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +32,9 @@ from ..photos.opening import read_picture
 from .inpainting import draw_into, drawn_size, inpaints, part_around, pasted
 from .picture import AUTO_START, Making, Picture
 from .preflight import Preflight, misfits, overlaps_of, ways_to_place
-from .redraw import Redrawing, TwoStages
-from .regional import EMPTY, Isolation, Regional, masks_by_attention, refuse_hidden_adapters, with_rest
+from .regional import Regional, masks_by_attention, refuse_hidden_adapters
 from .regions import Masks, Region, masks_of
-from .subjects import clashes, find_phrase, noun_positions, other_syntax, subjects_of, token_positions, unnamed, unread, without
+from .subjects import clashes, find_phrase, other_syntax, subjects_of, token_positions, unnamed, unread, without
 from .unet_hook import UNetHook
 from .weights import Weight
 
@@ -67,13 +65,8 @@ class Composition:
                 None: "regions" if you pass any, or for several subjects (adapters with a token); else "sum"
     regions     adapters with their places, or "auto": each of `adapters` that the prompt names, where the U-Net attends
                 to its words. None: "auto" for several subjects without a method
-    isolate     how to separate regions: "delta", in one pass, or "noise", with a pass for each
     start       share of the denoising steps before which all adapters are active everywhere
     background  prompt of what no region covers; None: the picture's prompt without its subjects
-    together    run several passes as one batch; False takes less memory
-    redraw      share of the denoising steps, e.g. 0.8, in which the adapters redraw, each in its region, a picture that the
-                base alone draws first with the plain class of every subject. Automatic regions are where it drew them, and
-                what no region covers stays. None: the adapters draw from the start
     Every call restores the pipeline; threads that share a base take turns. Raises SettingsError for settings that contradict
     each other.
     """
@@ -85,11 +78,8 @@ class Composition:
         *,
         method: Method | None = None,
         regions: Sequence[Region] | Literal["auto"] | None = None,
-        isolate: Isolation = "delta",
         start: float | None = None,
         background: str | None = None,
-        together: bool = True,
-        redraw: float | None = None,
     ) -> None:
         self.base = BaseModel.of(base)
         self.adapters = everyone_of(adapters)
@@ -103,22 +93,17 @@ class Composition:
             raise SettingsError(f"method {method!r} has no regions; leave out the method or the regions")
         if not regions and self.method == "regions":
             raise SettingsError(f'method "regions" needs places; pass {ways_to_place()}')
-        self.regions, self.isolate = regions, typed("isolate", isolate, Isolation)
+        self.regions = regions
         self.places: Sequence[Region] = [] if isinstance(regions, str) else regions
         self.placed = everyone_of([(place.adapter, place.weight) for place in self.places])
-        self.background, self.together = typed("background", background, str | None), typed("together", together, bool)
-        self.redraw = typed("redraw", redraw, float | None)
-        check(self.redraw is None or 0 < self.redraw <= 1, f"redraw {redraw}", "more than 0 to 1; 0.6 to 0.9 is usual")
-        default = AUTO_START if regions == "auto" and redraw is None else 0.0
+        self.background = typed("background", background, str | None)
+        default = AUTO_START if regions == "auto" else 0.0
         self.start = default if start is None else typed("start", start, float)
         check(0 <= self.start < 1, f"start {self.start:g}", "0 to 1, a share of the denoising steps")
-        if self.method != "regions" and (start or background is not None or redraw is not None):
-            raise SettingsError("start, background and redraw are settings of regions; pass regions, or leave them out")
-        if redraw is not None and (start or background is not None):
-            raise SettingsError("redraw begins with the base's picture, background included; leave out start and background")
+        if self.method != "regions" and (start or background is not None):
+            raise SettingsError("start and background are settings of regions; pass regions, or leave them out")
         if regions == "auto":
-            early = self.start > 0 or redraw is not None
-            check(early, "start 0", "more than 0 with automatic regions, which read attention until then")
+            check(self.start > 0, "start 0", "more than 0 with automatic regions, which read attention until then")
             if not self.adapters:
                 raise SettingsError("automatic regions without adapters; pass one for each subject")
 
@@ -129,10 +114,8 @@ class Composition:
     def settings(self, prompt: str) -> dict[str, Any]:
         """Keyword arguments of a Composition that draws `prompt` alike, without the automatic choice of a method."""
         if self.method == "sum" or (self.by_default and not self._named(prompt)):  # no subjects to separate
-            return {"method": "sum", "regions": (), "isolate": self.isolate, "start": 0.0, "background": None}
-        settings = {"isolate": self.isolate, "start": self.start, "background": self.background}
-        settings |= {} if self.redraw is None else {"redraw": self.redraw}
-        return {"method": "regions", "regions": self.regions, **settings}
+            return {"method": "sum", "regions": (), "start": 0.0, "background": None}
+        return {"method": "regions", "regions": self.regions, "start": self.start, "background": self.background}
 
     # --- pictures
 
@@ -165,8 +148,6 @@ class Composition:
         asked["size"] = drawable(self.base, size)
         for text in self.remarks(prompt, negative_prompt, size=asked["size"]):
             warnings.warn(text, CompositionWarning, stacklevel=2)
-        if on_step is not None and "redraw" in self.settings(prompt):  # whose pictures take each step twice
-            on_step = every_second(on_step)
         with self.attached(prompt) as pipeline:
             weights = self.compel(prompt, negative_prompt) is not None
             images = generate_images(pipeline, **asked, weights=weights, on_image=on_image, on_step=on_step)
@@ -258,7 +239,7 @@ class Composition:
             needed = regional is not None or any(weight.timed for weight in weights)
             pipeline = pipeline or self.base.pipeline
             with UNetHook(pipeline, on, weights).hooked(regional) if needed else nullcontext():
-                yield TwoStages(pipeline, regional) if isinstance(regional, Redrawing) else pipeline, regional
+                yield pipeline, regional
 
     def find_regions(
         self,
@@ -273,8 +254,7 @@ class Composition:
     ) -> list[Region]:
         """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to inspect and to edit.
 
-        Show them with `preview(regions)`; pass them on, edited or not, as `regions=`. Runs only the first steps, or with
-        `redraw` the picture of the base alone.
+        Show them with `preview(regions)`; pass them on, edited or not, as `regions=`. Runs only the first steps.
         """
         if self.regions != "auto":
             raise SettingsError('find_regions needs regions="auto"; this composition has regions of its own')
@@ -295,10 +275,7 @@ class Composition:
             generator = torch.Generator().manual_seed(seed)
             options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
             options |= {"negative_prompt": negative_prompt, **asked}
-            if isinstance(pipeline, TwoStages):
-                pipeline.draw_plain(prompt, **options)
-            else:
-                pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
+            pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
             masks = (regional.masks or masks_by_attention(regional.maps.found())).full[:, 0]
         found: list[Region] = []
         for (adapter, weight), mask in zip(self._named(prompt), masks, strict=True):
@@ -367,8 +344,7 @@ class Composition:
         refused, other_base = misfits(self.base, everyone)
         seconds, peak = self._trial(prompt, steps, pair) if trial and not refused else (None, None)
         return Preflight(
-            method=self.method if self.method != "regions" else f"regions, isolate {self.isolate}",
-            passes=self._passes(prompt),
+            method=self.method,
             adapter_bytes=sum(adapter.nbytes for adapter, _ in everyone),
             overlaps=overlaps_of(everyone),
             warnings=(*other_base, *self.remarks(prompt, size=pair)),
@@ -382,18 +358,6 @@ class Composition:
         if subjects < 2:
             return 'method "sum": one subject, and styles'
         return "draw it: each subject has its place" if self.method == "regions" else ways_to_place()
-
-    def _passes(self, prompt: str) -> float:
-        if self.method != "regions":
-            return 1
-        if self.redraw is not None:
-            count = len(self._named(prompt)) if self.regions == "auto" else len(self.places)
-            return 1 + self.redraw * (1 if self.isolate == "delta" else count)
-        if self.isolate == "delta":
-            return 1
-        if self.regions == "auto":  # whose masks leave no background
-            return max(1, len(self._named(prompt)))
-        return len(self.places) + bool(with_rest(masks_of(self.places).full)[-1].max() > EMPTY)
 
     def _trial(self, prompt: str, steps: int, size: tuple[int, int] | None) -> tuple[float, int | None]:
         """Seconds for a picture and peak bytes on the GPU, from four steps."""
@@ -435,17 +399,10 @@ class Composition:
         background = self.base.encode_text([without(prompt, subjects) if self.background is None else self.background])
         maps = None
         if auto:
-            if self.redraw is None:
-                words = [token_positions(prompt, one, self.base.tokenizer) for one in subjects]
-            else:  # the base reads no token
-                words = [noun_positions(prompt, one, subjects, self.base.tokenizer) for one in subjects]
+            words = [token_positions(prompt, one, self.base.tokenizer) for one in subjects]
             boxes = setting("regions=[Region(...)]", option="--region NAME:0,0,0.5,1")
             maps = AttentionMaps(words, remedy=f"pass {boxes}")
-        how = (self.isolate, members, masks, texts, background, self.start, self.together, maps)
-        if self.redraw is None:
-            return Regional(*how)
-        nouns = [subject.card.class_noun or "object" for subject in subjects]
-        return Redrawing(*how, base=self.base, nouns=nouns, share=self.redraw)
+        return Regional(members, masks, texts, background, self.start, maps)
 
 
 def checked(**settings: Any) -> dict[str, Any]:
@@ -466,11 +423,6 @@ def checked(**settings: Any) -> dict[str, Any]:
     if settings.get("sampler") is not None:
         settings["sampler"] = sampler_name(settings["sampler"])
     return settings
-
-
-def every_second(call: Callable[[int], None]) -> Callable[[int], None]:
-    turns = cycle((False, True))
-    return lambda count: call(count) if next(turns) else None
 
 
 def refuse_black(images: Sequence[Image.Image], base: BaseModel) -> None:

@@ -28,10 +28,8 @@ class Making:
     files: tuple[str, ...] = ()  # of the picture's adapters, in their order; without folders, which may contain people's names
     method: str = "sum"
     regions: Sequence[Region] | Literal["auto"] = ()  # of the last adapters
-    isolate: str = "delta"
     start: float = 0.0
     background: str | None = None
-    redraw: float | None = None
     recipe_only: str | None = None  # what only a recipe can express, e.g. "a mask"
     photo: bool = False  # drawn into a photo, which nothing records
     compel: str | None = None  # its version, if it encoded the prompts
@@ -80,7 +78,7 @@ def command_of(picture: Picture) -> str | None:
     if making.method == "regions":
         regions = [] if isinstance(making.regions, str) else making.regions
         files = making.files[len(making.files) - len(regions) :]
-        if making.background is not None or making.start != (AUTO_START if auto and making.redraw is None else 0.0):
+        if making.background is not None or making.start != (AUTO_START if auto else 0.0):
             return None  # there are no options for these
         if len(set(making.files)) < len(making.files) or any(":" in stem for stem in files):
             return None  # `--region` could not name the adapter
@@ -89,8 +87,7 @@ def command_of(picture: Picture) -> str | None:
                 return None
             prompt = "" if region.prompt is None else f":{region.prompt}"
             words += ["--region", f"{stem}:{','.join(map(number, region.box))}{prompt}"]
-        words += [] if making.redraw is None else ["--redraw", number(making.redraw)]
-        words += ["--auto-regions"] * auto + ["--isolate", making.isolate] * (making.isolate != Making.isolate)
+        words += ["--auto-regions"] * auto
     elif len(making.files) > 1:  # several subjects would get regions
         words += ["--method", making.method]
     if not all(word.isprintable() and QUOTED.fullmatch(word) for word in words):
@@ -116,8 +113,7 @@ def python_of(picture: Picture) -> str | None:
             for (adapter, weight), one in zip(loaded[len(everywhere) :], regions, strict=True)
         ]
         arguments.append(f"regions=[{', '.join(places)}]" if places else 'regions="auto"')
-        arguments += [f"isolate={making.isolate!r}", f"start={number(making.start)}", f"background={making.background!r}"]
-        arguments += [] if making.redraw is None else [f"redraw={number(making.redraw)}"]
+        arguments += [f"start={number(making.start)}", f"background={making.background!r}"]
     else:
         arguments.append(f"method={making.method!r}")
     settings = [f"seeds=[{picture.seed}]", *(f"{name}={value!r}" for name, value in settings_of(picture).items())]

@@ -29,13 +29,11 @@ class Overlap:
 class Preflight:
     """The report of `Composition.preflight`; `str()` gives it as lines.
 
-    passes      U-Net passes per denoising step, on average; 1 for a plain picture
     seconds     for one picture, from a trial of a few steps; None: not tried
     peak_bytes  peak memory on the GPU in the trial; None: not tried, or no GPU
     """
 
     method: str
-    passes: float
     adapter_bytes: int
     overlaps: tuple[Overlap, ...]
     warnings: tuple[str, ...]
@@ -45,12 +43,12 @@ class Preflight:
     peak_bytes: int | None = None
 
     def __str__(self) -> str:
-        cost = f"{self.passes:g} pass{'es' if self.passes > 1 else ''} a step"
+        cost = f"adapters {self.adapter_bytes / 1e6:.1f} MB"
         if self.seconds is not None:
             cost += f", about {self.seconds:.1f} s a picture"
         if self.peak_bytes is not None:
             cost += f", {self.peak_bytes / 1e9:.1f} GB on the GPU"
-        lines = [f"method {self.method}: {cost}; adapters {self.adapter_bytes / 1e6:.1f} MB"]
+        lines = [f"method {self.method}: {cost}"]
         lines += [f"{o.first} and {o.second}: {o.difference}" for o in self.overlaps]
         lines += [f"cannot be attached: {text}" for text in self.refused]
         lines += [f"warning: {text}" for text in self.warnings]

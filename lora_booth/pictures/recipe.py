@@ -117,6 +117,8 @@ class Recipe:
             return by_hash[entry["hash"]]
 
         settings = dict(self.composition)
+        if settings.pop("isolate", "delta") != "delta" or "redraw" in settings:  # of earlier versions
+            raise SettingsError("the recipe separates its regions in a way that was removed; draw the prompt anew")
         try:
             if settings["regions"] != "auto":
                 settings["regions"] = [region_from(entry, find(entry)) for entry in settings["regions"]]

@@ -49,21 +49,6 @@ def token_positions(prompt: str, adapter: Adapter, tokenizer: Any) -> list[int]:
     raise SettingsError(f"{found.group()!r} is beyond the {len(ids)} tokens that this base reads; shorten the prompt")
 
 
-def noun_positions(prompt: str, adapter: Adapter, subjects: Collection[Adapter], tokenizer: Any) -> list[int]:
-    """Positions of the class noun that stands for the subject, which the prompt names, in the prompt without `subjects`.
-
-    Raises SettingsError.
-    """
-    found = find_phrase(prompt, adapter)
-    assert found is not None
-    before = without(prompt[: found.end()], subjects)  # ends with the noun
-    noun = found["noun"] or adapter.card.class_noun or "object"
-    end, most = len(tokenizer(before, verbose=False).input_ids) - 1, tokenizer.model_max_length
-    if end >= most:
-        raise SettingsError(f"{noun!r} is beyond the {most} tokens that this base reads; shorten the prompt")
-    return list(range(end - len(tokenizer(noun, add_special_tokens=False).input_ids), end))
-
-
 # --- remarks: one line each ----------------------------------------------------------------------------------------
 
 

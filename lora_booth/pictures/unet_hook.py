@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,6 @@ class UNetCall:
     arguments: Mapping[str, Any]
     step: int  # denoising steps done before it
     progress: float  # share of the denoising steps done before it, 0 to 1
-    time: float  # timestep of the training schedule; may lie between two
     rows: int  # of the pipeline's batch: one for each picture, two with classifier-free guidance
     guided: bool  # the first half of the rows is the negative prompt
     size: tuple[int, int]  # height and width of the latents
@@ -42,40 +41,19 @@ class UNetCall:
     def pictures(self) -> int:
         return self.rows // 2 if self.guided else self.rows
 
-    @property
-    def first(self) -> int:
-        """The first row that is not the negative prompt's."""
-        return self.pictures if self.guided else 0
+    def run(self, **changed: Any) -> Any:
+        """What the U-Net answers, to these arguments in place of its own."""
+        return self.forward(**{**self.arguments, **changed})
 
-    @property
-    def states(self) -> Tensor:
-        """The text encoders' output for the prompts. (rows, tokens, d)"""
-        states: Tensor = self.arguments["encoder_hidden_states"]
-        return states
-
-    def run(self) -> Any:
-        return self.forward(**self.arguments)
-
-    def given(self, **arguments: Any) -> UNetCall:
-        """The same call with other arguments."""
-        return replace(self, arguments={**self.arguments, **arguments})
-
-    def prompted(self, text: TextConditions | None) -> UNetCall:
-        """The same call with another prompt: (1, tokens, d), in the rows that are not the negative prompt's."""
-        if text is None:
-            return self
-        theirs, ours = text.states.shape[1], self.states.shape[1]
+    def states_of(self, text: TextConditions) -> Tensor:
+        """The text encoders' output with another prompt, (1, tokens, d), in the rows that are not the negative prompt's.
+        (rows, tokens, d)"""
+        states: Tensor = self.arguments["encoder_hidden_states"].clone()
+        theirs, ours = text.states.shape[1], states.shape[1]
         if theirs != ours:
             raise SettingsError(f"a region's prompt has {theirs} tokens and the picture's {ours}; shorten the longer prompt")
-        states = self.states.clone()
-        states[self.first :] = text.states.to(states)
-        changed: dict[str, Any] = {"encoder_hidden_states": states}
-        added = self.arguments.get("added_cond_kwargs")
-        if text.pooled is not None and added:
-            pooled = added["text_embeds"].clone()
-            pooled[self.first :] = text.pooled.to(pooled)
-            changed["added_cond_kwargs"] = added | {"text_embeds": pooled}
-        return self.given(**changed)
+        states[self.rows - self.pictures :] = text.states.to(states)
+        return states
 
 
 @dataclass
@@ -96,11 +74,9 @@ class UNetHook:
 
     weights  of the attached adapters; (): as they are attached
     gates    one for each attached adapter, set before a call runs; None: active everywhere
-    current  the U-Net call that is being answered
     size     height and width of the hidden states that pass through the current transformer
     """
 
-    current: UNetCall
     size: tuple[int, int]
 
     def __init__(self, pipeline: Any, attached: Sequence[AttachedAdapter], weights: Sequence[Weight] = ()) -> None:
@@ -123,8 +99,8 @@ class UNetHook:
         forward, before = self.unet.forward, vars(self.unet).get("forward")
 
         def answering(*args: Any, **kwargs: Any) -> Any:
-            self.current = self._call(forward, {**dict(zip(self._names, args, strict=False)), **kwargs})
-            return self.current.run() if answer is None else answer(self, self.current)
+            call = self._call(forward, {**dict(zip(self._names, args, strict=False)), **kwargs})
+            return call.run() if answer is None else answer(self, call)
 
         def undo() -> None:
             for _, _, layer in inside:
@@ -157,7 +133,7 @@ class UNetHook:
                     adapter.scale(path, weight.of(path) if weight.active(progress) else 0.0)
         guided = bool(getattr(self.pipeline, "do_classifier_free_guidance", False)) and len(sample) % 2 == 0
         height, width = sample.shape[-2:]
-        return UNetCall(forward, arguments, step, progress, time, len(sample), guided, (height, width))
+        return UNetCall(forward, arguments, step, progress, len(sample), guided, (height, width))
 
     # --- gates
 

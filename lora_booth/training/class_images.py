@@ -152,7 +152,7 @@ def drawn_beside(
     options: dict[str, Any] = {"steps": CLASS_IMAGE_STEPS, "guidance": GUIDANCE, "size": size}
     with maps.collecting(pipeline.unet, (height, width), len(seeds)):
         images = generate_images(pipeline, prompt, seeds, batch_size=len(seeds), **options)
-    masks = (subject_masks(maps.found().cpu(), [noun, thing])[1] * 255).byte().numpy()  # (P, H, W)
+    masks = (subject_masks(maps.found().cpu())[1] * 255).byte().numpy()  # (P, H, W)
     found = []
     for image, mask, seed in zip(images, masks, seeds, strict=True):
         if not is_black(image):
