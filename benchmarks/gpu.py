@@ -1,7 +1,7 @@
 """The training step on a CUDA GPU, one process: time, share of the measured matrix rate, memory against `plan`'s prediction.
 
 python benchmarks/gpu.py [--cases NAME ...] [--steps 40] [--out DIR]        random weights in the real shapes, made on the GPU
-python benchmarks/gpu.py --cases sd1 --with '{"capture": "off"}' --profile  any field of TrainingConfig; and what the GPU did
+python benchmarks/gpu.py --cases sd1 --with '{"capture": false}' --profile  any field of TrainingConfig; and what the GPU did
 
 Seconds a step are the mean between two waits for the GPU, after ten steps. "used" is what the process holds of the GPU in all,
 CUDA itself included: `torch.cuda.mem_get_info` before and after.
@@ -51,7 +51,7 @@ CASES = {
         Case("sdxl", 1024, torch.float16), {"prior_loss_weight": 1.0, "pictures_at_a_time": 1}, "in 15 GB"
     ),
     "sd1 adamw8bit": GpuCase(Case("sd1", 512, BF16), {"optimizer": "adamw8bit"}),
-    "sd1 not recorded": GpuCase(Case("sd1", 512, BF16), {"capture": "off"}),
+    "sd1 not recorded": GpuCase(Case("sd1", 512, BF16), {"capture": False}),
     "sd1 fp32": GpuCase(Case("sd1", 512, torch.float32)),
 }
 
@@ -117,7 +117,7 @@ def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None, *,
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         recorded = bool(getattr(training.backward, "_recordings", None))
         if profile is not None:
-            training.config = replace(training.config, steps=steps + 3)
+            training.loop.config = replace(training.loop.config, steps=steps + 3)
             table(training, profile)
     prediction = {}
     if planned:

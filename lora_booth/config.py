@@ -77,8 +77,7 @@ class TrainingConfig:
     attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"  # attention kernel; auto: the fastest, by measurement
     gradient_checkpointing: bool = False  # recompute activations: less memory, about a third slower
     lean: bool = True  # store less for the backward pass; the numbers stay the same up to rounding
-    capture: Literal["auto", "on", "off"] = "auto"  # replay a recorded step on a GPU: auto (where possible), on or off
-    compile: bool = False  # compile the U-Net: a first step of a minute or more, then faster on a GPU
+    capture: bool = True  # on a CUDA GPU, record the step once and replay it where possible
     optimizer: Optimizer = "adamw"  # adamw, adamw8bit (lora-booth[quant], GPU), prodigy, schedulefree (lora-booth[optimizers])
     checkpoint_every: int = 50  # updates between two checkpoints, e.g. 50
     checkpoint_minutes: float = 2.0  # minutes between two checkpoints, if that is sooner, e.g. 2

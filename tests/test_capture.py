@@ -13,9 +13,9 @@ from pipelines import make_pipeline
 
 from lora_booth.base.base_model import BaseModel, TextConditions
 from lora_booth.config import LoraSpec, TrainingConfig
-from lora_booth.errors import SettingsError
-from lora_booth.kernels.capture import StepGraph, can_capture, layout_of, obstacle, tensors_in
+from lora_booth.kernels.capture import StepGraph, layout_of, obstacle, tensors_in
 from lora_booth.subject.subject import Subject
+from lora_booth.training import training_run
 from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import Batch, Inputs
 from lora_booth.training.training_run import TrainingRun
@@ -31,24 +31,35 @@ def some_inputs(seed: int, rows: int = 2) -> Inputs:
     return Inputs(Batch(latents, noise, torch.randint(9, (rows,)), ("a", "b")[:rows], torch.randn(rows, 6), photos=1), text)
 
 
-def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stands_in_the_way_is_named() -> None:
     base = BaseModel.from_pipeline(make_pipeline("sd1"), name="tiny")
-    assert obstacle(base, LoraSpec(), TrainingConfig()) == "the base is on cpu"
-    with pytest.raises(SettingsError, match='capture="on" is not possible: the base is on cpu'):
-        can_capture(base, LoraSpec(), TrainingConfig(capture="on"))
-    monkeypatch.setattr(BaseModel, "device", torch.device("cuda"))
-    assert obstacle(base, LoraSpec(), TrainingConfig()) is None and can_capture(base, LoraSpec(), TrainingConfig())
-    assert not can_capture(base, LoraSpec(), TrainingConfig(capture="off"))
-    assert not can_capture(base, LoraSpec(), TrainingConfig(compile=True))
-    with pytest.raises(SettingsError, match='capture="on" is not possible: compile=True'):
-        can_capture(base, LoraSpec(), TrainingConfig(compile=True, capture="on"))
-    assert "text encoders" in str(obstacle(base, LoraSpec(text_encoder=True), TrainingConfig()))
-    assert "dropout" in str(obstacle(base, LoraSpec(dropout=0.1), TrainingConfig()))
-    assert obstacle(base, LoraSpec(), TrainingConfig(gradient_checkpointing=True)) is None
+    assert obstacle(base, LoraSpec()) is None
+    assert "text encoders" in str(obstacle(base, LoraSpec(text_encoder=True)))
+    assert "dropout" in str(obstacle(base, LoraSpec(dropout=0.1)))
     hook = base.unet.mid_block.register_forward_hook(lambda *_: None)
-    assert "hooks" in str(obstacle(base, LoraSpec(), TrainingConfig()))
+    assert "hooks" in str(obstacle(base, LoraSpec()))
     hook.remove()
-    assert obstacle(base, LoraSpec(), TrainingConfig()) is None
+    assert obstacle(base, LoraSpec()) is None
+
+
+def test_a_run_on_a_gpu_asks_before_it_injects_hooks_of_its_own(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at the first use of the GPU that is not there: so far a recording is what it had decided for."""
+    base = BaseModel.from_pipeline(make_pipeline("sd1"), name="tiny")
+    subject = Subject.from_folder(photos, token="sks", class_noun="dog")
+    cache = prepare(base, [subject], lora=LoraSpec(rank=2), config=replace(CONFIG, class_images=0))
+    monkeypatch.setattr(BaseModel, "device", torch.device("cuda"))
+    said: list[str] = []
+
+    def begun(work: Any, gradient: torch.Tensor, *, say: Any) -> None:
+        raise InterruptedError("recorded")
+
+    monkeypatch.setattr(training_run, "StepGraph", begun)
+    monkeypatch.setattr(training_run, "make_optimizer", lambda *_: None)
+    monkeypatch.setattr(training_run, "averaged", lambda *_: None)
+    config = replace(CONFIG, resolution=64, attention="sdpa")
+    with pytest.raises(InterruptedError, match="recorded"):
+        TrainingRun(base, cache, LoraSpec(rank=2), config, say=said.append)
+    assert not any("not recorded" in line for line in said)
 
 
 def test_buffers_take_in_every_tensor() -> None:
@@ -106,18 +117,18 @@ def test_recorded_and_not_recorded_are_the_same_training(
     kind: str, dtype: torch.dtype, shape: Any, sizes: int, photos: Path
 ) -> None:
     found = {}
-    for capture in ("off", "on"):  # on a GPU nearly so
+    for capture in (False, True):  # on a GPU nearly so
         base = BaseModel.from_pipeline(make_pipeline(kind).to("cuda", dtype), name="tiny")
-        config = replace(CONFIG, capture=capture, gradient_accumulation=2, shape=shape)  # type: ignore[arg-type]
+        config = replace(CONFIG, capture=capture, gradient_accumulation=2, shape=shape)
         subject = Subject.from_folder(photos, token="sks", class_noun="dog", crops={"1.jpg": (0, 0, 1, 0.5)})
         cache = prepare(base, [subject], lora=LoraSpec(rank=2), config=config)
         run = TrainingRun(base, cache, LoraSpec(rank=2), replace(config, resolution=64))
         losses = [step.loss for step in run]
-        assert len(getattr(run.backward, "_recordings", {})) == (sizes if capture == "on" else 0)
+        assert len(getattr(run.backward, "_recordings", {})) == (sizes if capture else 0)
         found[capture] = losses, run.lora.factors()
         run.close()
         assert not getattr(run.backward, "_recordings", {})
-    assert found["on"][0] == pytest.approx(found["off"][0], rel=1e-2)
-    for key, factors in found["off"][1].items():
-        other = found["on"][1][key]
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-2)
+    for key, factors in found[False][1].items():
+        other = found[True][1][key]
         assert (factors.delta() - other.delta()).norm() <= 0.05 * factors.delta().norm()

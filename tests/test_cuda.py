@@ -41,9 +41,9 @@ def prepared(request: pytest.FixtureRequest, rex: Subject) -> Iterator[tuple[Bas
     yield base, prepare(base, [rex], lora=LORA, config=CONFIG)
 
 
-@pytest.mark.parametrize("capture", ["on", "off"])
+@pytest.mark.parametrize("capture", [True, False])
 def test_between_two_looks_at_the_losses_the_host_waits_for_nothing(
-    prepared: tuple[BaseModel, LatentCache], capture: Any
+    prepared: tuple[BaseModel, LatentCache], capture: bool
 ) -> None:
     base, cache = prepared
     with closing(TrainingRun(base, cache, LORA, replace(CONFIG, capture=capture))) as run:
@@ -98,7 +98,7 @@ def test_a_whole_run_with_samples_leaves_nothing_on_the_gpu(
 def test_scarce_memory_is_saved(rex: Subject) -> None:
     """A real error of the GPU's allocator, not a made-up one."""
     base = base_of("sd1", torch.float16)
-    config = replace(CONFIG, steps=3, resolution=512, batch_size=4, capture="off")
+    config = replace(CONFIG, steps=3, resolution=512, batch_size=4, capture=False)
     cache = prepare(base, [rex], lora=LORA, config=config)
     said: list[str] = []
     with closing(TrainingRun(base, cache, LORA, config, say=said.append)) as run:
@@ -115,4 +115,4 @@ def test_scarce_memory_is_saved(rex: Subject) -> None:
             assert len(list(run)) == 3 and run.levels
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert any("out of memory at step 1: going on with" in line for line in said)
+    assert any("out of memory at step 1: continuing with" in line for line in said)

@@ -15,28 +15,19 @@ import torch
 from torch import Tensor
 
 from ..base.base_model import BaseModel
-from ..config import LoraSpec, TrainingConfig
-from ..errors import SettingsError, reason_of, setting
+from ..config import LoraSpec
+from ..errors import reason_of
 from .lean import has_hooks
 
 WARM_UPS = 3  # passes before a recording, for one-time set-up in cuDNN, cuBLAS and autograd; as in PyTorch's documentation
 
 
-def can_capture(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> bool:
-    """Whether to record the step. Raises SettingsError if `capture="on"` is impossible."""
-    reason = obstacle(base, lora, config)
-    if config.capture == "on" and reason is not None:
-        raise SettingsError(f"{setting('capture', 'on')} is not possible: {reason}; use {setting('capture', 'auto')}")
-    return config.capture != "off" and reason is None
-
-
-def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | None:
-    """Why the step cannot be recorded; None if it can."""
+def obstacle(base: BaseModel, lora: LoraSpec) -> str | None:
+    """Why the step cannot be recorded on a CUDA GPU; None if it can. To ask before an adapter is injected, whose own hook does
+    not stand in the way."""
     obstacles = {
-        f"the base is on {base.device.type}": base.device.type != "cuda",
         "text encoders are trained, and their tokenizer runs on the host": lora.text_encoder,
         "dropout draws from a generator that is reseeded for every step": lora.dropout > 0,
-        "compile=True": config.compile,
         "the U-Net has hooks, which a replay would not call": any(map(has_hooks, base.shell.unet.modules())),
     }
     return next((reason for reason, present in obstacles.items() if present), None)

@@ -207,7 +207,7 @@ def count_step(
 ) -> Count:
     """One forward and backward pass as in training, on any device; the gradients exist before."""
     kernel: Any = "plain" if config.attention == "plain" else "sdpa"  # all others save the same
-    config = replace(config, attention=kernel, compile=False)
+    config = replace(config, attention=kernel)
     with trainable(base, lora) as adapter, training_mode(base, adapter, config):
         latents, text, time_ids = inputs(base, pictures, size)
         times = torch.zeros(pictures, dtype=torch.long, device=base.device)

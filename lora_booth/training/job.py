@@ -25,7 +25,7 @@ from .latents import LatentCache
 
 # settings that may change when a run is resumed: those that do not affect the adapter, and those that affect rounding only
 FREE = ("checkpoint_every", "checkpoint_minutes", "sample_every", "sample_prompt", "sample_size", "sample_seeds")
-ROUNDING = ("pictures_at_a_time", "gradient_checkpointing", "attention", "lean", "capture", "compile")
+ROUNDING = ("pictures_at_a_time", "gradient_checkpointing", "attention", "lean", "capture")
 DIGEST_LENGTH = 16  # hex digits
 FORMAT = 4  # of a run's state and record; those of others are refused
 PACKAGES = ("torch", "diffusers", "transformers", "peft")

@@ -35,9 +35,7 @@ def obstacle(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> str | N
     obstacles = {
         "dropout draws in each run from a generator of its own": lora.dropout > 0,
         "text encoders are trained": lora.text_encoder,
-        "compile=True": config.compile,
         "lean=False": not config.lean,
-        'capture="on"': config.capture == "on",
         "target_modules has other layers than linear ones": not all(is_linear(base_layer(layer)) for layer in layers),
     }
     return next((reason for reason, present in obstacles.items() if present), None)

@@ -15,7 +15,6 @@ from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError, setting
 from ..injection import TrainableLora, target_paths
 from ..kernels.attention import attention_kernel, check_attention
-from ..kernels.capture import can_capture
 from ..kernels.lean import channels_last, lean
 from .optimizers import check_optimizer
 
@@ -28,8 +27,6 @@ def check_feasible(base: BaseModel, lora: LoraSpec, config: TrainingConfig) -> N
     if config.text_encoder_learning_rate is not None and not lora.text_encoder:
         rate, remedy = setting("text_encoder_learning_rate", config.text_encoder_learning_rate), setting("text_encoder", True)
         raise SettingsError(f"{rate} has no effect while text encoders are not trained; pass {remedy} too, or leave it out")
-    if config.capture == "on":
-        can_capture(base, lora, config)
 
 
 @contextmanager
@@ -58,10 +55,7 @@ def training_mode(
         own = stack.enter_context(attention_kernel(base.unet, config.attention))
         if own:
             say(f"note: attention by {', '.join(own)} is left in place")
-        if config.compile:
-            say("compile: the first step compiles the U-Net's blocks, which takes a minute or more")
-            stack.enter_context(compiled(base.unet))
-        elif config.lean:
+        if config.lean:
             for model in base.structure.values():
                 if any(hasattr(module, "lora_A") for module in model.modules()):
                     stack.enter_context(lean(model, lora.flat, say=say))
@@ -97,22 +91,6 @@ def checkpointed(unet: Any, *, draws: bool) -> Iterator[None]:
 
     with undone(undo):
         unet.enable_gradient_checkpointing(recompute)
-        yield
-
-
-@contextmanager
-def compiled(unet: Any) -> Iterator[None]:
-    """The U-Net's repeated blocks by torch.compile, as in diffusers' `compile_repeated_blocks`; undone afterwards."""
-    kinds = set(unet._repeated_blocks or ())
-    blocks = [m for m in unet.modules() if type(m).__name__ in kinds and m._compiled_call_impl is None]
-
-    def undo() -> None:
-        for block in blocks:
-            block._compiled_call_impl = None
-
-    with undone(undo):
-        for block in blocks:
-            block.compile()
         yield
 
 

@@ -20,7 +20,7 @@ from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import TrainingError, reason_of, setting
 from ..injection import TrainableLora, first_factors, spec_of, trainable
 from ..kernels.attention import fastest_attention
-from ..kernels.capture import StepGraph, can_capture
+from ..kernels.capture import StepGraph, obstacle
 from .distributed import ALONE, Processes
 from .health import Health, RollBack
 from .latents import Inputs, LatentCache
@@ -118,6 +118,10 @@ class TrainingRun(Iterator[Step]):
             kernel = kernel or fastest_for(base, cache, config, processes)
             config = replace(config, attention=kernel)
             say(f"attention: {config.attention}")
+        recorded = config.capture and base.device.type == "cuda" and together is None
+        if recorded and (reason := obstacle(base, lora)) is not None:
+            say(f"note: the step is not recorded, since {reason}")
+            recorded = False
         self._stack, self._modes = ExitStack(), ExitStack()
         try:
             self.lora: TrainableLora
@@ -133,7 +137,7 @@ class TrainingRun(Iterator[Step]):
             if together is not None:
                 self._stack.enter_context(together.joined(self.loop))
             self.backward: Callable[[Inputs], Tensor] = partial(backward, self.loop)
-            if together is None and (base.device.type == "cuda" or config.capture == "on") and can_capture(base, lora, config):
+            if recorded:
                 graph = StepGraph(self.backward, self.lora.flat.gradient, say=say)
                 self._stack.callback(graph.close)
                 self.backward = graph
@@ -168,10 +172,7 @@ class TrainingRun(Iterator[Step]):
 
     def __next__(self) -> Step:
         while True:
-            began = time.monotonic()
             loss = next(self._updates)
-            if self.loop.config.compile and self.step == self.first + 1:
-                self.say(f"compile: the first step took {time.monotonic() - began:.1f} s")
             if self._went_well(loss):
                 return self._report(loss)
 
