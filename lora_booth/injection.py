@@ -296,6 +296,8 @@ Places = dict[str, tuple[nn.Module, LoraFactors]]  # path in adapter files -> th
 
 def placed(adapter: Adapter, base: BaseModel) -> Places:
     """Where the adapter's factors go. Raises AdapterBaseMismatch if one does not fit."""
+    if adapter.card.family not in (None, base.family.name):
+        raise unfit(adapter, f"{base.name} is {base.family.label}")
     places: Places = {}
     components = base.structure
     for key, factors in adapter.modules.items():
@@ -401,19 +403,15 @@ def forget_compiled(models: Sequence[nn.Module]) -> None:
 
 def placements(base: BaseModel, adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[Adapter, float, Places]]:
     """Each adapter, its weight and its places. Raises AdapterBaseMismatch if one was made for another base."""
-    plan = []
-    for adapter, weight in adapters:
-        if adapter.card.family not in (None, base.family.name):
-            raise unfit(adapter, f"{base.name} is {base.family.label}")
-        plan.append((adapter, weight, placed(adapter, base)))
+    plan = [(adapter, weight, placed(adapter, base)) for adapter, weight in adapters]
     for adapter, weight, _ in plan:
-        if weight:
-            check_weights(adapter, base)
+        if weight and (note := other_weights(adapter, base)) is not None:
+            warnings.warn(note, OtherBaseWarning, stacklevel=2)
     return plan
 
 
-def check_weights(adapter: Adapter, base: BaseModel) -> None:
-    """Family and shapes fit: warn if the adapter was trained for another prediction or on other weights.
+def other_weights(adapter: Adapter, base: BaseModel) -> str | None:
+    """Family and shapes fit: a note if the adapter was trained for another prediction or on other weights.
 
     Raises AdapterBaseMismatch for one of an earlier version's toybox, of which it could draw nothing here.
     """
@@ -421,14 +419,14 @@ def check_weights(adapter: Adapter, base: BaseModel) -> None:
     if given in base.family.modelspec and trained not in (None, given):
         difference = f", which predicts {trained}; {base.name} predicts {given}, so its pictures will look wrong"
     elif len(known) != FINGERPRINT_LENGTH or any(hasattr(module, "base_layer") for module in base.unet.modules()):
-        return  # other tools' hashes are of files, not of weights; the user's own adapters may be fused
+        return None  # other tools' hashes are of files, not of weights; the user's own adapters may be fused
     elif base.fingerprint == known or len(base.fingerprint) != FINGERPRINT_LENGTH:  # longer: quantized by the user
-        return
+        return None
     elif adapter.card.base_model == base.name == TOYBOX:
         raise AdapterBaseMismatch(f"{made_for(adapter)} of an earlier version of lora_booth; train it again on this one")
     else:
         difference = f"; {base.name} has other weights of the same shapes, so it may look different"
-    warnings.warn(made_for(adapter) + difference, OtherBaseWarning, stacklevel=2)
+    return made_for(adapter) + difference
 
 
 @contextmanager

@@ -208,6 +208,8 @@ def test_merge_settings(rex):
         lb.merge([(rex, 1.0)], rank=4)
     with pytest.raises(LoraBoothError, match="nothing to merge"):
         lb.merge([], method="svd")
+    empty = lb.Adapter({})
+    assert not lb.merge([(empty, 1.0)], method="svd")[0].modules and not lb.merge([(empty, 1.0)])[0].modules
 
 
 # --- difference ----------------------------------------------------------------------------------------------------
@@ -605,6 +607,17 @@ def test_extraction_says_what_it_leaves_out(bases):
     sizes = [tuned.unet.conv_in.weight.numel() * 0.01, float(tuned.unet.conv_norm_out.bias.numel())]
     inside = tuned.unet.get_submodule(Q[5:]).weight.numel() * 0.01
     assert math.isclose(report.error, math.sqrt(sum(sizes) / (sum(sizes) + inside)), rel_tol=1e-4)
+
+
+def test_extraction_leaves_out_what_conditions_nothing(bases):
+    base, tuned = bases["sdxl"], BaseModel.from_pipeline(pipelines.make_pipeline("sdxl"), name="tuned")
+    name = next(name for name, _ in tuned.unet.named_modules() if name.endswith("to_q"))
+    with torch.no_grad():
+        tuned.unet.get_submodule(name).weight += 0.1
+        for values in tuned.text_encoders["text_encoder"].encoder.layers[-1].parameters():
+            values += 0.1
+    found, report = lb.extract(tuned, base, rank=4, text_encoder=True)
+    assert list(found.modules) == [f"unet.{name}"] and not report.left_out
 
 
 def test_what_cannot_be_extracted(bases):

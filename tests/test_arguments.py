@@ -99,7 +99,7 @@ WRONG: list[tuple[str, str, list[Any], str | None]] = [
     ("Composition.preflight", "prompt", [5, None], None),
     ("Picture.save", "path", [5, None, ["a.png"]], None),
     ("Recipe.load", "path", [5, None, ["a"]], None),
-    ("Composition.find_regions", "seed", ["x", None, -1], None),
+    ("Composition.find_regions", "seed", ["x", None, -1, [1, 2]], None),
     ("Composition.find_regions", "steps", ["x", None, 0], None),
     ("Region", "adapter", [5, None, "x"], None),
     ("Region", "box", [5, "x", ["a"] * 4], None),

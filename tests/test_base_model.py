@@ -37,7 +37,7 @@ from lora_booth.base.base_model import BaseModel, default_device, default_dtype,
 from lora_booth.base.diffusers_folder import SUCCESSORS
 from lora_booth.base.families import is_hub_id
 from lora_booth.config import LoraSpec
-from lora_booth.errors import BaseModelError, reason_of
+from lora_booth.errors import BaseModelError, SettingsError, reason_of
 from lora_booth.injection import trainable
 
 FAMILY = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sd2-zsnr": "sd2", "sdxl": "sdxl"}
@@ -407,6 +407,17 @@ def test_fingerprint(folders: dict[str, Path]) -> None:
 
 
 # --- a user's mistakes ---------------------------------------------------------------------------------------------
+
+
+def test_an_argument_without_effect_is_a_mistake(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").write_bytes(b"")
+    for source, argument in (
+        (folders["sd1"], {"config": folders["sd1"]}),
+        (tmp_path / "one.safetensors", {"variant": "fp16"}),
+        (tmp_path / "one.safetensors", {"revision": "main"}),
+    ):
+        with pytest.raises(SettingsError, match=f"{next(iter(argument))}=.* has no effect on a"):
+            BaseModel.load(source, device="cpu", **argument)
 
 
 def refused(*args: Any, **options: Any) -> str:

@@ -900,6 +900,12 @@ def test_small_and_cut_subjects(tmp_path: Path) -> None:
     assert smart.measures.subject == pytest.approx(np.pi * 50**2 / 200**2, abs=0.01)  # of the mask: exact
 
 
+def test_tiny_resolutions_are_measured_too(tmp_path: Path) -> None:
+    scene(300, 300, (150, 150), 70).save(tmp_path / "a.png")
+    [report] = audit_photos(find_photos(tmp_path, minimum=1).photos, resolution=8).photos
+    assert np.isfinite(report.measures.sharpness)
+
+
 def test_near_duplicates_are_found(tmp_path: Path) -> None:
     different_scenes(tmp_path)
     image = Image.open(tmp_path / "1.png")

@@ -134,6 +134,16 @@ def test_what_is_missing_is_named(base, files, tmp_path):
             Recipe.load(tmp_path / "bad.json")
 
 
+def test_a_recipe_takes_what_generate_takes(base, files, tmp_path):
+    studio = Composition(base, [Adapter.load(files[0])])
+    for seeds, written in ((5, [5]), (np.arange(2), [0, 1]), (range(2), [0, 1])):
+        path = Recipe.of(studio, PROMPT, seeds=seeds, size="64x32").save(tmp_path / "r.json")
+        asked = json.loads(path.read_text())["pictures"]
+        assert asked == {"prompt": PROMPT, "seeds": written, "size": [64, 32]}
+    with pytest.raises(SettingsError, match="cannot ask for on_image"):
+        Recipe.of(studio, PROMPT, on_image=print)
+
+
 def test_a_recipe_cannot_ask_for_what_generate_does_not_have(base, files, tmp_path):
     path = Recipe.of(Composition(base, [Adapter.load(files[0])]), PROMPT, steps=2).save(tmp_path / "r.json")
     written = json.loads(path.read_text())

@@ -22,6 +22,8 @@ from lora_booth.errors import AdapterError, PhotoError, SettingsError, SubjectEr
 from lora_booth.studio.drawing import BY_STEP
 from lora_booth.studio.folder import StudioFolder, square_around
 from lora_booth.studio.runs import COUNT, Trainings, last_line, settings_of
+from lora_booth.training.checkpoint import RECORD
+from lora_booth.training.job import FORMAT
 
 pytest.importorskip("starlette")
 from starlette.requests import ClientDisconnect  # noqa: E402
@@ -94,6 +96,12 @@ def test_crop_mask_and_caption_are_those_of_the_photo(folder, photos):
     with pytest.raises(PhotoError, match="short side needs 64"):
         folder.set_crop(one, (0, 0, 0.1, 0.1))
     assert folder.photo("rex", "1.jpg").crop == pytest.approx(region)  # the one before
+    folder.set_crop(changed, (0, 0, 1, 0.9))
+    outside = Image.new("L", painted.size)
+    outside.paste(255, (0, int(0.95 * outside.height), 90, outside.height))
+    with pytest.raises(PhotoError, match="no white inside the photo's crop"):
+        folder.set_mask(changed, outside)
+    assert folder.photo("rex", "1.jpg").mask == changed.mask  # the one before
     folder.remove_photo(changed)
     assert sorted(path.name for path in (folder.root / "photos" / "rex").iterdir()) == ["0.jpg", "2.jpg", "crops.json"]
     assert len(folder.photos("rex").photos) == 2
@@ -105,6 +113,9 @@ def test_an_adapter_is_checked_before_it_is_copied(folder, tmp_path):
         with pytest.raises((AdapterError, SettingsError)):
             folder.add_adapter(tmp_path / name)
     assert folder.names("adapters", ".safetensors") == []
+    for name in (None, "rex", "../secret"):
+        with pytest.raises(SettingsError, match="no such adapter"):
+            folder.remove_adapter(name)
 
 
 def test_bases_are_those_of_this_machine(folder, folders, hub, tmp_path):
@@ -442,6 +453,9 @@ def test_a_training_that_fails_says_why_in_one_line(folder, photos):
     assert not state.alive and state.line.startswith("error: ") and "no such folder or file" in state.line
     with pytest.raises(SettingsError, match="there is a run 'rex'"):
         trainings.start("rex", "rex", "toybox", {})
+    folder.adapter_file("friend").write_bytes(b"of somebody else")
+    with pytest.raises(SettingsError, match="there is an adapter 'friend'"):
+        trainings.start("friend", "rex", "toybox", {})
     (folder.root / "runs" / "rex.json").write_text('["rm", "-rf"]')  # nothing but settings of a training is obeyed
     trainings.again("rex")
     while "rex" in trainings.training():
@@ -453,3 +467,21 @@ def test_a_training_that_fails_says_why_in_one_line(folder, photos):
             trainings.again(name)
     trainings.remove("rex")
     assert trainings.names() == []
+
+
+@pytest.mark.parametrize(
+    ("status", "failed", "line"),
+    [
+        ("finished", False, "finished: 3 steps"),
+        ("stopped by SIGTERM", False, "stopped at step 3 of 9"),
+        ("running", True, "Its last line: torch.OutOfMemoryError: CUDA"),
+    ],
+)
+def test_a_run_that_ended_by_itself_does_not_look_stopped(folder, status, failed, line):
+    runs = folder.root / "runs"
+    (runs / "rex").mkdir()
+    (runs / "rex.json").write_text("{}")
+    (runs / "rex.log").write_text("step 3/9\ntorch.OutOfMemoryError: CUDA\n")
+    (runs / "rex" / RECORD).write_text(json.dumps({"format": FORMAT, "status": status, "step": 3, "steps": 9}))
+    state = Trainings(folder).state("rex")
+    assert (state.alive, state.failed, state.finished) == (False, failed, status == "finished") and line in state.line

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Quantization, typed
-from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of
+from ..errors import BaseModelError, LoraBoothError, SettingsError, reason_of, setting
 from .changes import claimed, undone
 from .diffusers_folder import declared_rare_tokens, load_folder
 from .families import Family, check_trainable, is_hub_id, is_offloaded, noise_schedule, recognise
@@ -95,8 +95,8 @@ class BaseModel:
         vae              another VAE: its folder, Hub id or .safetensors file, also for a single file without one
         quantize         the U-Net's linear layers in less memory, a little slower: "int8" (8 bits, nearly exact) or "nf4"
                          (4 bits by bitsandbytes, less exact)
-        Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError and
-        MissingExtraError if it cannot be quantized.
+        Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError for an
+        argument that this source does not take; SettingsError and MissingExtraError if it cannot be quantized.
         """
         quiet_about_torchvision()
         source, dtype = typed("source", source, str | Path), typed("dtype", dtype, torch.dtype | None)
@@ -105,12 +105,18 @@ class BaseModel:
             check_quantization(quantize, place)
         precision = dtype or default_dtype(place, source)
         name, path = located(source)
+        file = path if isinstance(path, Path) and path.is_file() else None
+        without_effect = {"config": config} if file is None else {"revision": revision, "variant": variant}
+        for option, value in without_effect.items():
+            if value is not None:
+                kind = "a folder or a Hub id" if file is None else "a single file"
+                raise SettingsError(f"{setting(option, value)} has no effect on {kind}; leave it out")
         other_vae = None if vae is None else located(typed("vae", vae, str | Path))[1]
         tokens: tuple[str, ...] = ()
         try:
-            if isinstance(path, Path) and path.is_file():
+            if file is not None:
                 pipeline, weights = load_single_file(
-                    path, precision, place, config=config, prediction_type=prediction_type, vae=other_vae
+                    file, precision, place, config=config, prediction_type=prediction_type, vae=other_vae
                 )
             else:
                 tokens = declared_rare_tokens(path) if isinstance(path, Path) else ()

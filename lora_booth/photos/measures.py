@@ -117,6 +117,7 @@ def _otsu(values: Values) -> tuple[float, float]:
 
 def _sharpness(light: Values, tiles: int = 8) -> float:
     change = light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:] - 4 * light[1:-1, 1:-1]
+    tiles = min(tiles, *change.shape)
     height, width = (side // tiles for side in change.shape)
     parts = change[: height * tiles, : width * tiles].reshape(tiles, height, tiles, width)
     return float(np.sort(parts.var(axis=(1, 3)), axis=None)[-3])

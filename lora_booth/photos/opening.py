@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import math
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ MAX_BYTES = 512 * 2**20  # of a photo's file; chosen
 TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; make it smaller"
 
 STRIP = 64  # rows; chosen
+DECODING = threading.RLock()  # how Pillow decodes, and which warnings are shown, is set for all threads
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
 COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # modes besides large greys
 MEANS = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "F")  # modes that Pillow can average, weighted by alpha if there is one
@@ -173,14 +175,14 @@ def _check_size(image: Image.Image) -> None:
 @contextmanager
 def _strict_decoding() -> Iterator[None]:
     """Refuse truncated photos, even where a program has set Pillow to fill them with grey."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # minor faults, e.g. a bad EXIF tag, do not concern the user
+    with DECODING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # minor faults, e.g. a bad EXIF tag, do not concern the user
+        before = ImageFile.LOAD_TRUNCATED_IMAGES
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        try:
             yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 # --- its pixels -----------------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ class Composition:
             pipeline._interrupt = done >= self.start * len(dict.fromkeys(schedule))
             return tensors
 
-        [seed] = checked(seeds=seed)["seeds"]
+        [seed] = checked(seeds=[seed])["seeds"]
         how = {"steps": steps, "guidance": guidance, "sampler": sampler}
         sampler = checked(prompt=prompt, negative_prompt=negative_prompt, **how)["sampler"]
         asked = as_arguments(drawable(self.base, size))

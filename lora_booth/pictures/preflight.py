@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from itertools import combinations
 from ..adapters.adapter import Adapter
 from ..adapters.tools.inspection import Difference, difference
 from ..base.base_model import BaseModel
-from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting
-from ..injection import placements
+from ..errors import AdapterBaseMismatch, setting
+from ..injection import other_weights, placed
 from .weights import Weight
 
 
@@ -64,16 +63,15 @@ def overlaps_of(adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[Overlap, ..
 
 
 def misfits(base: BaseModel, adapters: Sequence[tuple[Adapter, Weight]]) -> tuple[list[str], list[str]]:
-    """Messages about adapters that do not fit this base, and about those that fit but were trained on another."""
-    refused = []
-    with warnings.catch_warnings(record=True) as noted:
-        warnings.simplefilter("always", OtherBaseWarning)
-        for adapter, weight in adapters:
-            try:
-                placements(base, [(adapter, weight.value)])
-            except AdapterBaseMismatch as error:
-                refused.append(str(error))
-    return refused, [str(note.message) for note in noted if issubclass(note.category, OtherBaseWarning)]
+    """Messages about adapters that do not fit this base, and notes about those that fit but were trained on another."""
+    refused, notes = [], []
+    for adapter, weight in adapters:
+        try:
+            placed(adapter, base)
+            notes.append(other_weights(adapter, base) if weight.value else None)
+        except AdapterBaseMismatch as error:
+            refused.append(str(error))
+    return refused, [note for note in notes if note is not None]
 
 
 def ways_to_place() -> str:

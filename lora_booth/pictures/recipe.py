@@ -58,6 +58,7 @@ class Recipe:
         """The recipe of `studio.generate(prompt, **pictures)`."""
         import diffusers
 
+        pictures = asked(prompt=prompt, **pictures)
         settings = studio.settings(prompt)
         if settings["regions"] != "auto":
             settings["regions"] = [region_entry(region) for region in settings["regions"]]
@@ -67,7 +68,7 @@ class Recipe:
             base_hash=studio.base.fingerprint,
             adapters=tuple(adapter_entry(adapter, weight) for adapter, weight in studio.adapters),
             composition=settings,
-            pictures={"prompt": prompt, **pictures, "seeds": list(pictures.get("seeds", (0,)))},
+            pictures={"seeds": (0,), **pictures},
             versions={"lora_booth": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
             | ({} if compel is None else {"compel": compel}),
         )
@@ -89,9 +90,7 @@ class Recipe:
             if entries.pop("format") != FORMAT:
                 raise SettingsError("a recipe of another format; update lora_booth")
             entries["adapters"] = tuple(entries["adapters"])
-            if unknown := sorted(set(entries["pictures"]) - set(PICTURES)):
-                raise SettingsError(f"a recipe cannot ask for {shown(unknown[0])}")
-            checked(**entries["pictures"])
+            asked(**entries["pictures"])
             return cls(**entries)
         except SettingsError as error:
             raise SettingsError(f"{shown(path)}: {error}") from error
@@ -138,6 +137,13 @@ class Recipe:
     def generate(self, base: BaseModel | Any, adapters: Sequence[Adapter], **changes: Any) -> list[Picture]:
         """The same pictures; with `changes`, others, e.g. seeds=range(8)."""
         return self.studio(base, adapters).generate(**self.pictures | changes)
+
+
+def asked(**pictures: Any) -> dict[str, Any]:
+    """Arguments of `generate` in their plain types. Raises SettingsError for others."""
+    if unknown := sorted(set(pictures) - set(PICTURES)):
+        raise SettingsError(f"a recipe cannot ask for {shown(unknown[0])}")
+    return checked(**pictures)
 
 
 def adapter_entry(adapter: Adapter, weight: float | Weight | None) -> dict[str, Any]:

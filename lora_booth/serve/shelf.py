@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +26,7 @@ class Shelf:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._adding = threading.Lock()  # of two uploads of one name, one is kept
 
     def names(self) -> list[str]:
         stems = {path.name.removesuffix(ENDING) for path in self.folder.iterdir()}
@@ -47,11 +49,12 @@ class Shelf:
         if name == file_name or not NAME.fullmatch(name):
             needed = f"NAME{ENDING}, with up to 100 letters, digits, spaces, and . _ - within"
             raise SettingsError(f"file name {shown(repr(file_name))[:80]}; needed: {needed}")
-        if self.file(name) is not None:
-            raise SettingsError(f"there is an adapter {name!r} already; choose another name")
-        with replacing(self.folder / f"{name}{ENDING}") as temporary:
-            with open(temporary, "wb") as file:
-                shutil.copyfileobj(content, file)
-            with claimed(base.shell.unet):
-                placements(base, [(self.read(temporary, name), 1.0)])
+        with self._adding:
+            if self.file(name) is not None:
+                raise SettingsError(f"there is an adapter {name!r} already; choose another name")
+            with replacing(self.folder / f"{name}{ENDING}") as temporary:
+                with open(temporary, "wb") as file:
+                    shutil.copyfileobj(content, file)
+                with claimed(base.shell.unet):
+                    placements(base, [(self.read(temporary, name), 1.0)])
         return name

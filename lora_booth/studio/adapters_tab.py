@@ -13,7 +13,6 @@ from ..adapters.tools.convert import convert as convert_file
 from ..adapters.tools.merge import merge as merge_adapters
 from ..adapters.tools.spectrum import resize as resize_adapter
 from ..errors import SettingsError, shown
-from ..files import remove
 from ..pictures.gallery import first_free
 from .events import Studio, choice, lines, listen, one_of
 
@@ -93,7 +92,7 @@ def adapters_tab(studio: Studio) -> None:
     def deleted(name: str, yes: bool) -> list[Any]:
         if not yes:
             raise SettingsError("say yes first: a deleted adapter is gone")
-        remove(folder.adapter_file(name))
+        folder.remove_adapter(name)
         return [*shelf(), lines(f"deleted {name}"), False]
 
     shown_there = [adapter, other, result]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,20 @@ from PIL import Image, ImageColor
 
 from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
-from ..errors import CompositionWarning, OtherBaseWarning, SettingsError
+from ..base.sizes import drawable
+from ..errors import SettingsError
 from ..photos.opening import read_picture
 from ..pictures.composition import Composition
 from ..pictures.gallery import Album
 from ..pictures.grids import Grid, grid
+from ..pictures.preflight import misfits
 from ..pictures.recipe import Recipe
 from ..pictures.regions import Region
 from ..training.checkpoint import saved_adapters
 from .folder import StudioFolder
 
 PLACES = {  # on the page -> where two subjects go
-    "found": "where the base looks for each, which takes one pass more",
+    "found": "where the base looks for each",
     "side by side": "the first adapter to the left, the second to the right",
     "painted": "where you paint: the first in orange, the second in blue",
     "everywhere": "the plain sum: for one subject and a style",
@@ -101,15 +101,10 @@ class Models:
         return Grid(tuple(f"step {step}" for step in found), each[0].rows, rows, each[0].title).transposed()
 
 
-@contextmanager
-def remarks() -> Iterator[list[str]]:
-    """Filled, on leaving, with what the library says of the pictures that are drawn meanwhile."""
-    told: list[str] = []
-    with warnings.catch_warnings(record=True) as noted:
-        warnings.simplefilter("always")
-        yield told
-    ours = (CompositionWarning, OtherBaseWarning)
-    told += dict.fromkeys(str(one.message) for one in noted if issubclass(one.category, ours))
+def remarks(studio: Composition, prompt: str, *, negative_prompt: str | None, size: Any, **more: Any) -> list[str]:
+    """What the library warns of: not by Python's warnings, whose filters all threads share."""
+    _, other_base = misfits(studio.base, studio.everyone(prompt))
+    return [*other_base, *studio.remarks(prompt, negative_prompt, size=drawable(studio.base, size))]
 
 
 def mask_of(painted: Painted | None, color: str) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..errors import LoraBoothError
+from ..errors import LoraBoothError, in_command
 from .drawing import Models
 from .folder import StudioFolder
 from .runs import Trainings
@@ -71,6 +71,7 @@ def listen(
 def plain(handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
     def call(*given: Any, **more: Any) -> Any:
+        in_command.set(False)  # messages are for the page, which has fields and no options
         try:
             return handler(*given, **more)
         except (LoraBoothError, OSError) as error:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..base.ai_mark import save_picture
+from ..base.families import FAMILIES
 from ..errors import PhotoError, SettingsError, shown
 from ..files import make_folder, read_json, remove, write_file
 from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, find_photos, one_line, read_crops
@@ -25,7 +26,7 @@ ROOMS = ("photos", "runs", "adapters", "pictures", "shared", "bases")
 SETTINGS = "studio.json"  # what holds for all subjects: the base
 UPLOADS = ".page"  # what browsers sent, and pictures on their way to them
 NAME = re.compile(r"[^\W_][\w-]{0,39}")  # of subjects and runs
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PIPELINES = {family.pipeline for family in FAMILIES.values()}
 AROUND = 1.15  # side of a crop by that of what was painted; chosen
 
 
@@ -125,10 +126,13 @@ class StudioFolder:
         write_file(path, json.dumps(crops, indent=1).encode())
 
     def set_mask(self, photo: Photo, painted: Image.Image | None) -> None:
-        """painted: greys in the shape of the upright photo, white on the subject; None: no mask"""
+        """painted: greys in the shape of the upright photo, white on the subject; None: no mask. Raises PhotoError"""
         path = photo.path.with_name(photo.path.stem + MASK_ENDING)
-        remove(path)
-        if painted is not None:
+        if painted is None:
+            remove(path)
+        else:  # raises PhotoError if its white is outside the crop
+            name = photo.path.name
+            find_photos([photo.path], crops={name: photo.crop} if photo.crop else {}, masks={name: painted}, minimum=1)
             save_picture(painted, path, generated=False)
 
     # --- bases
@@ -169,6 +173,11 @@ class StudioFolder:
 
     def adapter_file(self, name: str) -> Path:
         return self.place("adapters", f"{name}.safetensors")
+
+    def remove_adapter(self, name: str | None) -> None:
+        if name not in self.names("adapters", ".safetensors"):
+            raise SettingsError(f"{shown(name)}: no such adapter; choose one that the page lists")
+        remove(self.adapter_file(name))
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def photos_tab(studio: Studio) -> None:
         return [None, gr.Dropdown(choices=folder.names("photos"), value=name), *look(name)]
 
     def pick(event: gr.SelectData, name: str) -> Any:
-        return folder.photos(name).photos[event.index].path.name
+        there = folder.photos(name).photos
+        return there[event.index].path.name if event.index < len(there) else gr.skip()  # removed in another browser
 
     def open_one(name: str, which: str | None) -> tuple[Any, str]:
         if not which:

@@ -93,8 +93,9 @@ def play_tab(studio: Studio) -> None:
         def on_step(_: int) -> None:
             progress((next(done), total), unit="steps")
 
-        with remarks() as told:
-            name = models.draw(models.compose(chosen, where, painted), text, seeds, on_step=on_step, **more)
+        composition = models.compose(chosen, where, painted)
+        told = remarks(composition, text, **more)
+        name = models.draw(composition, text, seeds, on_step=on_step, **more)
         return [lines(*told), *shelf(name)]
 
     def draw_grid(kind: str, which: str | None, text: str, *values: Any) -> Any:
@@ -114,12 +115,12 @@ def play_tab(studio: Studio) -> None:
         return lines(str(made.get("prompt")), " · ".join(facts)) + lines(str(made.get("command") or ""), kind="command")
 
     def pick(event: gr.SelectData) -> Any:
-        return list(album(folder))[event.index]
+        names = list(album(folder))
+        return names[event.index] if event.index < len(names) else gr.skip()  # removed in another browser
 
     def again(name: str) -> list[Any]:
-        with remarks() as told:
-            made = models.redraw(name or "")
-        return [lines(f"drawn again: {made}", *told), *shelf(made)]
+        made = models.redraw(name or "")
+        return [lines(f"drawn again: {made}"), *shelf(made)]
 
     def discard(name: str) -> list[Any]:
         for one in (name, f"{Path(name).stem}.json"):

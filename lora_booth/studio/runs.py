@@ -76,6 +76,10 @@ class Trainings:
         with self._lock:
             if check_name(name) in self.names():
                 raise SettingsError(f"there is a run {name!r}; go on with it, start it anew, or choose another name")
+            if name in self.folder.names("adapters", ".safetensors"):
+                raise SettingsError(
+                    f"there is an adapter {name!r}, which a run of this name would replace; choose another name"
+                )
             self._check_idle()
             files = {"folder": place("photos", subject), "out": self.folder.adapter_file(name), "run": place("runs", name)}
             options = {**self.folder.facts(subject), "base": base, "min_photos": 1, **settings}
@@ -124,12 +128,16 @@ class Trainings:
             run = read_run(self.folder.place("runs", name))
         except SettingsError:
             pass
-        finished, failed = not alive and run is not None and run.finished, not alive and line.startswith("error: ")
+        status = run.record.get("status") if run is not None else None
+        finished = not alive and status == "finished"
+        failed = not alive and (line.startswith("error: ") or status in (None, "running"))  # else something ended it
         counted = COUNT.search(line)
         step, total = (int(counted[1]), int(counted[2])) if counted else (0, 0)
         if not alive and not failed:
             step, total = (run.step, run.total) if run else (0, 0)
             line = f"finished: {step} steps" if finished else f"stopped at step {step} of {total or '?'}; go on when you like"
+        elif failed and not line.startswith("error: "):
+            line = f"ended early, stopped or out of memory perhaps; go on when you like. Its last line: {line}"
         return State(alive, finished, failed, line, min(1.0, step / max(1, total)), run)
 
 

@@ -14,7 +14,7 @@ import gradio as gr
 from ..config import LoraSpec, TrainingConfig, comments
 from ..errors import SettingsError
 from ..notebook.outputs import CHART, samples_of
-from ..pictures.gallery import first_free
+from ..pictures.gallery import names
 from ..report.report import loss_chart
 from .events import Studio, choice, lines, listen, one_of
 from .runs import CHOICES, State, settings_of
@@ -75,7 +75,8 @@ def train_tab(studio: Studio) -> None:
     def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
         wanted, *_ = settings(who, how, values)
         folder.subject(who)
-        new = (named or "").strip() or first_free(folder.place("runs", f"{who}.json")).stem
+        taken = {*trainings.names(), *folder.names("adapters", ".safetensors")}
+        new = (named or "").strip() or next(one.stem for one in names(Path(who)) if one.stem not in taken)
         studio.models.release()
         trainings.start(new, who, folder.bases()[folder.base], wanted)
         return one_of(trainings.names(), new)

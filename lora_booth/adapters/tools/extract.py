@@ -57,8 +57,9 @@ def extract(
     lost: list[Truncation] = []
     left_out: dict[str, float] = {}
     for component in ("unet", *(base.text_encoders if text_encoder else ())):
-        model, unread = base.read(component)[component], unread_layers(base, component)
+        model, unread = base.read(component)[component], unread_layers(base, component)  # which condition nothing
         changes = changed_weights(tuned, base, component)
+        changes = {key: change for key, change in changes.items() if not any(f".{layer}." in key for layer in unread)}
         for name, layer in model.named_modules():
             path = module_path(component, name)
             if f"{name}.weight" not in changes or not adaptable(layer):
@@ -66,8 +67,6 @@ def extract(
             if path in RARE or understood(f"{path}.alpha") != (path, "alpha"):
                 continue  # not every program reads it
             change = changes.pop(f"{name}.weight")
-            if any(f".{layer_name}." in name for layer_name in unread):
-                continue  # conditions nothing
             modules[path], loss = truncated(path, spectrum_of(change), tuple(change.shape), chosen)
             lost.append(loss)
         left_out |= {f"{component}.{key}": float(change.norm()) for key, change in changes.items()}

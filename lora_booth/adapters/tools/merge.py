@@ -33,7 +33,7 @@ def merge(
     if method == "sum":
         kept = [Truncation(name, f.rank, f.rank, norm(f), 0.0) for name, f in joined.modules.items()]
         return joined, Truncations(tuple(kept))
-    largest = max(factors.rank for adapter, _ in adapters for factors in adapter.modules.values())
+    largest = max((factors.rank for adapter, _ in adapters for factors in adapter.modules.values()), default=1)
     return resize(joined, rank=largest if rank is None else rank)
 
 
