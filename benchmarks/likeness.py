@@ -325,7 +325,7 @@ class Bench:
         def look() -> tuple[float, Tensor]:
             with torch.no_grad():
                 predicted = loop.predict(self.base, batch, conditions(self.base, cache.text, prompts))
-                loss = loop.prediction_loss(self.base, batch, predicted, prior_loss_weight=0.0).item()
+                loss = loop.dreambooth_loss(self.base, batch, predicted, prior_loss_weight=0.0).item()
                 return loss, loop.predict(self.base, batch, of_class)
 
         first, plain = look()

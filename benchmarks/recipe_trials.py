@@ -31,7 +31,7 @@ from lora_booth.training.latents import Batch
 @contextmanager
 def dco(beta: float = 1000.0) -> Iterator[None]:
     """Direct Consistency Optimization (arXiv 2402.12004, eq. 7): -log sigmoid(-beta (loss - loss of the base))."""
-    backward_together, predict, prediction_loss = loop.backward_together, loop.predict, loop.prediction_loss
+    backward_together, predict, dreambooth_loss = loop.backward_together, loop.predict, loop.dreambooth_loss
     now: dict[str, Any] = {}
 
     def remembering(lora: Any, *rest: Any) -> Any:
@@ -45,13 +45,13 @@ def dco(beta: float = 1000.0) -> Iterator[None]:
 
     def preference(base: Any, batch: Batch, predicted: Tensor, **settings: Any) -> Tensor:
         settings["prior_loss_weight"] = 0.0
-        difference = prediction_loss(base, batch, predicted, **settings) - prediction_loss(base, batch, now["base"], **settings)
+        difference = dreambooth_loss(base, batch, predicted, **settings) - dreambooth_loss(base, batch, now["base"], **settings)
         return -F.logsigmoid(-beta * difference)
 
     with (
         patch.object(loop, "backward_together", remembering),
         patch.object(loop, "predict", predicting),
-        patch.object(loop, "prediction_loss", preference),
+        patch.object(loop, "dreambooth_loss", preference),
     ):
         yield
 
@@ -136,7 +136,7 @@ def photo_beside() -> Iterator[None]:
     """Seg-Mix (MuDI, arXiv 2404.04243) without cut-outs: in a class image the photo itself, made smaller, takes the place of
     the class, and the base draws the thing and the rest around it. The target is the noise there, and the base's prediction
     elsewhere."""
-    loss, weights_of = loop.prediction_loss, encoding.error_weights
+    loss, weights_of = loop.dreambooth_loss, encoding.error_weights
 
     def drawn(base: lb.BaseModel, subjects: Any, sizes: Any, config: Any, *_: Any) -> Any:
         found: Any = {}
@@ -160,7 +160,7 @@ def photo_beside() -> Iterator[None]:
     def signed(masks: Tensor, background: float) -> Tensor:  # negative: of the photo
         return weights_of(masks, background) if background else torch.where(masks > 0.5, 1.0, -1.0)
 
-    def prediction_loss(base: Any, batch: Batch, predicted: Tensor, *, class_targets: Any = None, **settings: Any) -> Tensor:
+    def dreambooth_loss(base: Any, batch: Batch, predicted: Tensor, *, class_targets: Any = None, **settings: Any) -> Tensor:
         if batch.weights is not None and class_targets is not None:
             signal, spread = loop.signal_and_spread(base, batch)
             noise = signal * batch.noise - spread * batch.latents if base.prediction_type == "v_prediction" else batch.noise
@@ -171,7 +171,7 @@ def photo_beside() -> Iterator[None]:
     with (
         patch.object(encoding, "drawn_class_images", drawn),
         patch.object(encoding, "error_weights", signed),
-        patch.object(loop, "prediction_loss", prediction_loss),
+        patch.object(loop, "dreambooth_loss", dreambooth_loss),
     ):
         yield
 
@@ -207,7 +207,7 @@ def learn_token(base: lb.BaseModel, subject: lb.Subject, *, steps: int = 60, rat
         inputs = torch.where((ids == row)[..., None], values, table[ids].detach())
         states = encode_embeddings(base.pipeline.text_encoder, ids, inputs)
         predicted = loop.predict(base, drawn, lb.base.base_model.TextConditions(states, None))
-        loss = loop.prediction_loss(base, drawn, predicted, prior_loss_weight=0.0)
+        loss = loop.dreambooth_loss(base, drawn, predicted, prior_loss_weight=0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -38,6 +38,11 @@ def same_again() -> str:
     return f"run the same {'command' if in_command.get() else 'call'} again"
 
 
+def one_line(text: str, most: int = 2000) -> str:
+    """At most `most` characters, without what a terminal would obey: line ends, escape codes, direction marks."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:most]).split())
+
+
 def shown(name: object) -> str:
     """`name` safe to print: line breaks, escape codes, direction marks and stray bytes become backslash escapes."""
 

@@ -22,7 +22,7 @@ from lora_booth.injection import attached, trainable
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import error_weights, mask_latents, prepare
 from lora_booth.training.latents import Batch, Bucket, Inputs, LatentCache, LatentSet, draw
-from lora_booth.training.loop import LoopState, backward, dreambooth_loss, min_snr_weight
+from lora_booth.training.loop import LoopState, backward, dreambooth_loss, min_snr_weight, predict
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -98,7 +98,7 @@ def ours(kind: str, given: dict[str, Any], photos: int, **settings: Any) -> Loss
                 parameters[f"{key}.down"].copy_(factors.down)
                 parameters[f"{key}.up"].copy_(factors.up)
         text = TextConditions(given["states"], given["pooled"])
-        loss = dreambooth_loss(base, batch, text, **settings)
+        loss = dreambooth_loss(base, batch, predict(base, batch, text), **settings)
         loss.backward()
         assert loss.shape == () and loss.dtype == torch.float32
         assert not any(p.grad is not None for p in base.unet.parameters() if not p.requires_grad)
@@ -232,7 +232,7 @@ def loss_with(given: dict[str, Any], mask: Tensor | None, **settings: Any) -> Lo
                 parameters[f"{key}.down"].copy_(factors.down)
                 parameters[f"{key}.up"].copy_(factors.up)
         text = TextConditions(given["states"])
-        loss = dreambooth_loss(base, batch, text, prior_loss_weight=0.5, **settings)
+        loss = dreambooth_loss(base, batch, predict(base, batch, text), prior_loss_weight=0.5, **settings)
         loss.backward()
         return loss.detach(), {name: p.grad for name, p in parameters.items() if p.grad is not None}
 

@@ -885,8 +885,9 @@ def test_bright_colours_lose_a_channel_first(tmp_path: Path) -> None:
 
 
 def test_small_and_cut_subjects(tmp_path: Path) -> None:
-    scene(300, 300, (150, 150), 20).save(tmp_path / "a.png")  # 1.4 % of it, before a calm wall
-    scene(300, 300, (150, 150), 70, seed=1, grey=160).save(tmp_path / "b.png")
+    scene(300, 300, (150, 150), 20).save(tmp_path / "a.png")  # 1.4 % of it
+    disc_mask(300, 300, (150, 150), 20).save(tmp_path / "a.mask.png")
+    scene(300, 300, (150, 150), 20, seed=1, grey=160).save(tmp_path / "b.png")  # without a mask, nobody can say
     scene(400, 200, (60, 100), 50, seed=2, grey=180).save(tmp_path / "c.png")
     disc_mask(400, 200, (60, 100), 50).save(tmp_path / "c.mask.png")
     found = find_photos(tmp_path, crop="center")

@@ -40,7 +40,7 @@ from lora_booth.subject.subject import Subject
 from lora_booth.training.class_images import image_key
 from lora_booth.training.job import Job
 from lora_booth.training.latents import Batch
-from lora_booth.training.loop import dreambooth_loss
+from lora_booth.training.loop import dreambooth_loss, predict
 from lora_booth.training.training_mode import training_mode
 
 LORA = LoraSpec(rank=2, target_modules=("to_q", "to_v", "to_out.0", "ff.net.2"))
@@ -82,7 +82,7 @@ def gradients(base: BaseModel, *, lean: bool) -> dict[str, torch.Tensor]:
         latents, noise = torch.randn_like(latents), torch.randn_like(latents)
         text = replace(text, states=torch.randn_like(text.states))
         batch = Batch(latents, noise, torch.tensor([10, 700]), ("", ""), None, photos=2)
-        dreambooth_loss(base, batch, text, prior_loss_weight=0.0).backward()
+        dreambooth_loss(base, batch, predict(base, batch, text), prior_loss_weight=0.0).backward()
         return {name: parameter.grad.clone() for name, parameter in lora.parameters.items()}
 
 

@@ -182,47 +182,6 @@ def test_a_few_layers_prove_the_family_that_has_them(shapes, family, part, tmp_p
         assert (loaded.card.family is None) == ("ss_base_model_version" not in file.metadata())
 
 
-@pytest.mark.parametrize("inner", [("attn1", "ff", "attn2"), ("attn1", "attn2", "ff"), ("attn1", "attn2")])
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
-def test_the_first_layout_numbers_layers(shapes, family, inner, tmp_path):
-    """cloneofsimo/lora numbers the linear layers of CrossAttention, GEGLU and CLIPAttention as it meets them, as here."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads((CONFIGS / family / "unet" / "config.json").read_text()))
-        layers, width = TEXT_SIZES[family][0]
-        text = CLIPTextModel(CLIPTextConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=1))
-    paths = []
-    for name, block in unet.named_modules():
-        for part in inner if type(block).__name__ == "BasicTransformerBlock" else ():
-            linear = [n for n, m in block.get_submodule(part).named_modules() if isinstance(m, torch.nn.Linear)]
-            paths += [f"unet.{name}.{part}.{n}" for n in linear if part != "ff" or n == "net.0.proj"]
-    attention = [name for name, m in text.named_modules() if type(m).__name__ == "CLIPAttention"]
-    texts = [f"{name}.{n}" for name in attention for n, _ in text.get_submodule(name).named_children() if n.endswith("_proj")]
-    texts = ["text_encoder.text_model." + name.removeprefix("text_model.") for name in texts]
-    adapter = Adapter({path: factors(shapes[family][path], rank=1) for path in (*paths, *texts)})
-    tensors = {}
-    for component, modules in (("unet", paths), ("text_encoder", texts)):
-        for i, module in enumerate(modules):
-            tensors |= {
-                f"{component}:{i}:down": adapter.modules[module].down,
-                f"{component}:{i}:up": adapter.modules[module].up,
-            }
-    loaded = Adapter.load(saved(tmp_path / "a.safetensors", tensors, {"unet:0:rank": "1"}))
-    assert loaded.card.family == family and loaded.modules.keys() == adapter.modules.keys()
-    for name, f in adapter.modules.items():
-        assert torch.equal(loaded.modules[name].up, f.up) and torch.equal(loaded.modules[name].down, f.down)
-        assert loaded.modules[name].scale == 1
-    tensors["<s1>"] = torch.ones(1, width)
-    with pytest.raises(E.AdapterTargetError, match="bundled embedding"):
-        Adapter.load(saved(tmp_path / "b.safetensors", tensors))
-    for key in ("<s1>", "unet:7:up", "unet:7:down"):
-        del tensors[key]
-    with pytest.raises(E.AdapterTargetError, match="first layout"):
-        Adapter.load(saved(tmp_path / "c.safetensors", tensors))
-
-
 # --- what is never written -----------------------------------------------------------------------------------------
 
 

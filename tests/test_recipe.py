@@ -236,8 +236,8 @@ def test_recipes_of_earlier_versions(base, files, tmp_path):
         (tmp_path / "old.json").write_text(json.dumps(gone))
         with pytest.raises(SettingsError, match="regions in a way that was removed"):
             Recipe.load(tmp_path / "old.json").generate(base, adapters)
-    for method in ("svd", "ssr", "switch", "composite"):
+    for method in ("svd", "composite"):
         gone = {"method": method, "regions": [], "isolate": "delta", "start": 0.0, "background": None}
         (tmp_path / "old.json").write_text(json.dumps(json.loads(text) | {"composition": gone}))
-        with pytest.raises(SettingsError, match=f"method '{method}' was removed; use sum, or regions"):
+        with pytest.raises(SettingsError, match=f"method '{method}'; needed: 'sum' or 'regions'"):
             Recipe.load(tmp_path / "old.json").generate(base, adapters)

@@ -273,28 +273,6 @@ def test_automatic_regions_need_the_subjects_in_the_prompt(sd1):
     assert torch.isfinite(latents(with_style, "sks dog", num_inference_steps=4)).all()
 
 
-# --- one adapter --------------------------------------------------------------------------------------------------
-
-
-def test_a_composition_as_one_adapter(base, untouched):
-    rex, bob = pair(base, text_encoder=True)
-    studio = Composition(base, [(rex, Weight(0.8, blocks={"down": 0.5})), (bob, -0.5)], method="sum")
-    one, lost = studio.as_adapter()
-    assert torch.allclose(latents(Composition(base, [(one, 1.0)])), latents(studio), atol=1e-4) and lost.error == 0
-    assert one.card.description == "sks (0.8, down 0.5) + do (-0.5), as one adapter: exact"
-    cut, lost = studio.as_adapter(rank=1)
-    assert {factors.rank for factors in cut.modules.values()} == {1}
-    assert cut.card.description.endswith(f"{lost.error:.1%} of the change lost")
-
-
-def test_what_cannot_be_one_adapter(sd1):
-    rex, bob = pair(sd1)
-    with pytest.raises(SettingsError, match="regions cannot be one adapter.*recipe"):
-        Composition(sd1, [rex, bob]).as_adapter()
-    with pytest.raises(SettingsError, match="sks is active in some denoising steps only.*recipe"):
-        Composition(sd1, [(rex, Weight(end=0.5))]).as_adapter()
-
-
 # --- words ---------------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +366,6 @@ def test_fused_and_dora_adapters_are_refused_by_name():
     ("settings", "message"),
     [
         ({"method": "blend"}, "method 'blend'; needed: 'sum' or 'regions'"),
-        ({"method": "composite"}, "'composite' was removed; use sum, or regions"),
         ({"method": "regions"}, r"needs places; pass regions="),
         ({"regions": "auto"}, "without adapters"),
         ({"start": 0.2, "method": "sum"}, "settings of regions"),

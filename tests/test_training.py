@@ -32,7 +32,7 @@ from lora_booth.subject.subject import Subject
 from lora_booth.training.class_images import class_images
 from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import Bucket, LatentCache, LatentSet, conditions, draw, rows
-from lora_booth.training.loop import dreambooth_loss, learning_rate
+from lora_booth.training.loop import dreambooth_loss, learning_rate, predict
 from lora_booth.training.progress import Lines, Step
 from lora_booth.training.samples import SAMPLE_STEPS
 from lora_booth.training.training_run import training_steps
@@ -155,7 +155,7 @@ def fixed_loss(base: BaseModel, cache: LatentCache) -> float:
     for i in range(16):
         batch = draw(cache, seed=99, step=10_000 + i, batch_size=2)
         text = conditions(base, cache.text, batch.prompts)
-        total += dreambooth_loss(base, batch, text, prior_loss_weight=0.0).item() / 16
+        total += dreambooth_loss(base, batch, predict(base, batch, text), prior_loss_weight=0.0).item() / 16
     return total
 
 
@@ -248,7 +248,7 @@ def test_gradient_accumulation(rex: Subject) -> None:
         for i in range(3):
             batch = draw(cache, seed=0, step=i, batch_size=1)
             text = conditions(base, cache.text, batch.prompts)
-            expected.append(dreambooth_loss(base, batch, text, prior_loss_weight=0.0).item())
+            expected.append(dreambooth_loss(base, batch, predict(base, batch, text), prior_loss_weight=0.0).item())
     steps = list(training_steps(base, cache, lora=LORA, config=config))
     assert [step.index for step in steps] == [1, 2]
     assert math.isclose(steps[0].loss, sum(expected) / 3, rel_tol=1e-5)  # up = 0: the base's own loss

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..base.families import is_hub_id
 from ..cache import bytes_of
 from ..config import check_types
-from ..errors import AdapterIncomplete, AdapterNonFinite, AdapterScaleError, AdapterTooLarge, SettingsError
+from ..errors import AdapterIncomplete, AdapterNonFinite, AdapterScaleError, AdapterTooLarge, SettingsError, one_line
 
 if TYPE_CHECKING:  # torch takes seconds to import, and this file only calls methods of its tensors
     from torch import Tensor
@@ -114,11 +114,6 @@ class Card:
 
 
 # --- text that may come from an untrusted file ----------------------------------------------------------------------
-
-
-def one_line(text: str, most: int = 2000) -> str:
-    """At most `most` characters, without what a terminal would obey: line ends, escape codes, direction marks."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:most]).split())
 
 
 def quoted(text: str) -> str:

@@ -80,7 +80,7 @@ REMEDIES = {
     EMBEDDING: "diffusers reads it by load_textual_inversion",
     "DoRA": "its change depends on the weights of its base and has no low rank; merge it into its base with the tool that "
     "made it, or ask for a plain LoRA",
-    NUMBERED: "they are not those of all attention layers of a published model; ask for a file of kohya's or diffusers' tools",
+    NUMBERED: "few programs ever read it; ask for a file of kohya's or diffusers' tools",
     BUNDLE: "learned tokens belong in a separate file; ask for the file without it",
 }
 

@@ -5,9 +5,8 @@ A complete module path is matched against a table in which `#` stands for an ind
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from ..base.families import FAMILIES, UNET_WIDTHS, Family
 from ..base.original_naming import OUTSIDE, RESNET, UNetNames
@@ -87,12 +86,6 @@ ENDS: dict[str, Role] = {  # of a key -> which tensor of its module it is; longe
 }
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # diffusers, before it knew PEFT
 SDXL_KEYS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_", "lora_te1_")
-_ATTN1, _ATTN2 = ([f"{attn}.{m}" for m in ("to_q", "to_k", "to_v", "to_out.0")] for attn in ("attn1", "attn2"))
-_GEGLU = ["ff.net.0.proj"]
-NUMBERED = {  # component -> orders within a block: of diffusers until 0.19 and since, and without feed-forward layers
-    "unet": (_ATTN1 + _GEGLU + _ATTN2, _ATTN1 + _ATTN2 + _GEGLU, _ATTN1 + _ATTN2),
-    "text_encoder": (["k_proj", "v_proj", "q_proj", "out_proj"],),
-}
 LAYERS = 2  # resnets in a down block of every published SD 1.x, 2.x and XL; the original numbering counts with it
 MOST_BLOCKS = 34  # as many as two digits number
 INDEX = re.compile("0|[1-9][0-9]{0,2}")  # in a module's path
@@ -248,39 +241,3 @@ def fits(family: Family, module: str, outer: int, inner: int) -> bool:
     depth = max(family.depths) if kind == "mid_block" else family.depths[level]
     index = int(parts[parts.index("transformer_blocks") + 1]) if "transformer_blocks" in parts else 0
     return index < depth and (inner == family.text_width or not path.endswith((".attn2.to_k", ".attn2.to_v")))
-
-
-def numbered(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, Role]]:
-    """Key -> module and role, for files of the first LoRA layout, cloneofsimo/lora's `unet:0:down`.
-
-    The numbers are places in the order of a model's modules then (`_find_modules_v2` there). Whether it is that order, and
-    which family's, shows in the shapes; what does not fit is left out.
-    """
-    found: dict[str, tuple[str, Role]] = {}
-    for component, orders in NUMBERED.items():
-        given = {key for key in shapes if key.startswith(f"{component}:")}
-        for family, order in itertools.product(FAMILIES.values(), orders):
-            modules = [f"{place}.{name}" for place in _places(family, component) for name in order]
-            keys = {f"{component}:{i}:{role}": (m, role) for i, m in enumerate(modules) for role in ("down", "up")}
-            if keys.keys() == given and all(
-                fits(family, m, shapes[f"{component}:{i}:up"][0], shapes[f"{component}:{i}:down"][-1])
-                for i, m in enumerate(modules)
-            ):
-                found |= keys
-                break
-    return found
-
-
-def _places(family: Family, component: str) -> list[str]:
-    """The transformer blocks of the U-Net, or the layers of the text encoder, in the order of the model's modules."""
-    if component != "unet":
-        return [f"{component}.text_model.encoder.layers.{i}.self_attn" for i in range(family.text_sizes[0][1])]
-    levels = [(f"down_blocks.{i}", LAYERS, depth) for i, depth in enumerate(family.depths)]
-    levels += [(f"up_blocks.{i}", LAYERS + 1, depth) for i, depth in enumerate(reversed(family.depths))]
-    levels += [("mid_block", 1, max(family.depths))]
-    return [
-        f"unet.{block}.attentions.{i}.transformer_blocks.{j}"
-        for block, layers, depth in levels
-        for i in range(layers if depth else 0)
-        for j in range(depth)
-    ]

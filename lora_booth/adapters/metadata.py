@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..base.families import FAMILIES, Family
-from ..errors import SettingsError
-from .contents import AdapterContents, Card, Layout, LoraFactors, file_stem, one_line, one_rank
+from ..errors import SettingsError, one_line
+from .contents import AdapterContents, Card, Layout, LoraFactors, file_stem, one_rank
 from .layouts import component_of, fits
 
 CARD_KEY = "lora_booth.card"

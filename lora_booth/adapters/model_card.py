@@ -11,7 +11,8 @@ from typing import Any
 
 from .. import __version__
 from ..base.families import FAMILIES, is_hub_id
-from .contents import AdapterContents, Card, Consent, Layout, file_stem, one_line, ways
+from ..errors import one_line
+from .contents import AdapterContents, Card, Consent, Layout, file_stem, ways
 
 # the Hub's identifiers (huggingface.co/docs/hub/repositories-licenses); it lists every other licence as "other"
 HUB_LICENSES = frozenset(

@@ -28,11 +28,12 @@ from ..errors import (
     LeftOutWarning,
     UnsafeFormat,
     UnsafePath,
+    one_line,
     shown,
 )
-from .contents import MAX_RANK, AdapterContents, LoraFactors, check_scale, check_shapes, check_values, one_line
+from .contents import MAX_RANK, AdapterContents, LoraFactors, check_scale, check_shapes, check_values
 from .foreign import refusal
-from .layouts import FORMS, LOHA, LOKR, PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, component_of, numbered, understood
+from .layouts import FORMS, LOHA, LOKR, PEFT_PREFIX, RARE, SDXL_KEYS, Role, are_pair, component_of, understood
 from .lycoris import as_lora
 from .metadata import PEFT_KEY, card_from
 
@@ -86,7 +87,6 @@ def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict
     named: dict[str, dict[Role, str]] = {}
     left_out: dict[str, None] = {}
     known = {key: found for key in header.tensors if (found := understood(key))}
-    known |= numbered({key: entry.shape for key, entry in header.tensors.items() if ":" in key and len(entry.shape) == 2})
     if unknown := header.tensors.keys() - known.keys():
         raise refusal([key for key in header.tensors if key in unknown], alone=not known, path=path)
     for key, (module, role) in known.items():

@@ -51,9 +51,6 @@ class TextConditions:
     states: Tensor  # (N, tokens, d); d = the U-Net's cross_attention_dim
     pooled: Tensor | None = None  # (N, p), SDXL only
 
-    def __getitem__(self, rows: Tensor) -> TextConditions:
-        return TextConditions(self.states[rows], None if self.pooled is None else self.pooled[rows])
-
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:

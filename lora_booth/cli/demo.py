@@ -35,30 +35,22 @@ SHOWN = ("on the moon", "underwater")
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 4.0}
 
 
-def drawn_photos(name: str, count: int = PHOTOS, contexts: Sequence[str] = CONTEXTS) -> list[Image.Image]:
+def drawn_photos(name: str, count: int = PHOTOS) -> list[Image.Image]:
     """A held-out subject as a user's photos would show it, 256 x 256 pixels."""
-    return photos_of(HELD_OUT[name], count, contexts, seed=500)
+    return photos_of(HELD_OUT[name], count, CONTEXTS, seed=500)
 
 
-def write_photos(name: str, folder: Path, *, count: int = PHOTOS, contexts: Sequence[str] = CONTEXTS) -> Path:
+def write_photos(name: str, folder: Path, *, count: int = PHOTOS) -> Path:
     """`drawn_photos` as PNG files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(drawn_photos(name, count, contexts)):
+    for i, image in enumerate(drawn_photos(name, count)):
         image.save(folder / f"{name}{i + 1}.png")
     return folder
 
 
-def score(
-    base: BaseModel, adapter: Adapter, name: str, *, count: int = PHOTOS, seeds: Sequence[int] = range(4), **more: Any
-) -> Comparison:
-    """The adapter of a held-out subject in the contexts that its photos do not show.
-
-    count  of the photos
-    more   for `evaluate`
-    """
-    return evaluate(
-        base, adapter, drawn_photos(name, count), contexts=NEW_CONTEXTS, seeds=seeds, batch_size=8, **SAMPLER, **more
-    )
+def score(base: BaseModel, adapter: Adapter, name: str, *, seeds: Sequence[int] = range(4), **more: Any) -> Comparison:
+    """The adapter of a held-out subject in the contexts that its photos do not show. more: for `evaluate`"""
+    return evaluate(base, adapter, drawn_photos(name), contexts=NEW_CONTEXTS, seeds=seeds, batch_size=8, **SAMPLER, **more)
 
 
 def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) -> None:
@@ -100,10 +92,5 @@ def run_demo(base: BaseModel, out: Path, *, say: Callable[[str], None] = print) 
     Gallery(together, title="together").save(out / "together.png")
     for one in scores:
         say("\n".join(["", *one.lines()]))
-    share = np.mean([of_ceiling(one) for one in scores])
+    share = np.mean([(one.best.mean("identity") or 0.0) / (one.ceiling.mean("identity") or 1.0) for one in scores])
     say(f"\nidentity attributes right, as a share of those in real renders: {share:.2f}")
-
-
-def of_ceiling(scores: Comparison, key: str = "identity") -> float:
-    """The adapter's score as a share of what real renders get."""
-    return (scores.best.mean(key) or 0.0) / max(1e-9, scores.ceiling.mean(key) or 0.0)

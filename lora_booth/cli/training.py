@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -77,10 +76,10 @@ def token(
 ) -> None:
     """Propose rare tokens for a base, or check one (exit code 1: it cannot be used)."""
     from ..subject.tokens import check_token, propose_tokens
-    from ..training.encoding import encoded_text
+    from ..training.encoding import token_reading
 
     loaded = loading.base(base)
-    read: dict[str, Any] = {"known_rare": loaded.rare_tokens, "encode": partial(encoded_text, loaded)}
+    read = token_reading(loaded)
     if check is None:
         proposed = propose_tokens(loaded.tokenizer, count, **read)
         say("\n".join(proposed) or "no rare token says anything to its text encoder; --check your own")
@@ -196,7 +195,6 @@ def cache(
 def plan(
     *,
     base: Base = "toybox",
-    family: str | None = None,  # instead of --base: the published shapes of sd1, sd2 or sdxl
     vram: float | None = None,  # memory budget in GB, e.g. 12 [what is free, or all of --gpu]
     gpu: str | None = None,  # plan for a T4, L4, 3090, 4090, A100, H100 or H200 [without a GPU, --vram plans for a T4]
     dtype: Precision = None,
@@ -208,15 +206,12 @@ def plan(
     json: bool = False,  # print everything as JSON, in bytes and seconds
 ) -> None:
     """Predict the memory of a training and choose the fastest settings that fit (exit code 2 when nothing does)."""
-    from ..base.families import FAMILIES
     from ..planning.planning import plan as make_plan
 
-    if family is not None and family not in FAMILIES:
-        raise SettingsError(f"family {family!r} is unknown; allowed: {', '.join(FAMILIES)}")
-    if measure and (family or vram or gpu or dtype):
-        raise SettingsError("--measure times --base on this machine; leave out --family, --vram, --gpu and --dtype")
+    if measure and (vram or gpu or dtype):
+        raise SettingsError("--measure times --base on this machine; leave out --vram, --gpu and --dtype")
     found = make_plan(
-        Loading(quantize=quantize).base(base) if measure else family or base,
+        Loading(quantize=quantize).base(base) if measure else base,
         lora=lora,
         config=config,
         vram_gb=vram,

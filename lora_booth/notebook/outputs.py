@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,9 +41,9 @@ def compare(*bases: str, photos: int = 5, steps: int | None = None) -> None:
 def judge(token: str, base: BaseModel) -> None:
     """Print whether the token is free to take a new meaning in this base, and other tokens that are."""
     from ..subject.tokens import check_token, propose_tokens
-    from ..training.encoding import encoded_text
+    from ..training.encoding import token_reading
 
-    read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
+    read = token_reading(base)
     report = check_token(token, base.tokenizer, **read)
     print(token, "is not free:" if report.problems else "can be used, but others are better:" if report.warnings else "is free")
     for line in (*report.problems, *report.warnings):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..config import as_type, typed
-from ..errors import PhotoError, listed, setting, shown
+from ..errors import PhotoError, listed, one_line, setting, shown
 from ..files import read_json
 from .captioning import Captioner
 from .cropping import BAR_COPY, MAX_ASPECT, Cropping, box, focus_of, without_black_bars
@@ -180,7 +180,7 @@ def _check(
         notes.append(f"no mask: {found}" if isinstance(found, str) else "mask: by the segmenter")
     mask, greys = (None, None) if found is None or isinstance(found, str) else found
     if caption is None and captioner is not None:
-        caption = one_line(captioner(rgb), f"by the captioner for {shown(path.name)}")
+        caption = checked_caption(captioner(rgb), f"by the captioner for {shown(path.name)}")
     focus = focus_of(rgb, crop, greys) if cropping == "smart" and region is None else None
     first_with[file_key] = first_with[pixel_key] = shown(path.name)
     return Photo(path, width, height, caption, crop, digest, "; ".join(notes) or None, focus, mask)
@@ -255,14 +255,14 @@ def caption_of(path: Path) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read as UTF-8 text ({type(error).__name__})"
         raise PhotoError(f"caption {name}: {what}; save it as UTF-8, or check its permissions") from None
-    return one_line(text, name)
+    return checked_caption(text, name)
 
 
-def one_line(text: Any, name: str) -> str | None:
+def checked_caption(text: Any, name: str) -> str | None:
     """A caption without line ends and control characters; None if nothing is left. Raises PhotoError."""
     if not isinstance(text, str):
         raise PhotoError(f"caption {name}: {type(text).__name__}; needed: a string")
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = one_line(text, MAX_TEXT_BYTES)
     if len(text) > MAX_CAPTION:
         raise PhotoError(f"caption {name}: {len(text)} characters; at most {MAX_CAPTION}, of which about 300 are read")
     return text or None

@@ -72,9 +72,8 @@ def measure(image: Image.Image, mask: Image.Image | None) -> Measures:
         where = np.asarray(mask, dtype=np.float32) / 255
         subject: float | None = float(where.mean())
     else:
-        found = saliency(image)
-        subject = _lone_subject(found)
-        where = np.asarray(Image.fromarray(found).resize(image.size))
+        subject = None
+        where = np.asarray(Image.fromarray(saliency(image)).resize(image.size))
     where = where / max(float(where.sum()), 1e-6)
     of_subject = mask is not None or _frame(light >= WHITE_LEVEL).mean() >= WHITE_FRAME
     low, high = (float(value) for value in np.percentile(light, (1, 99)))
@@ -92,27 +91,6 @@ def _frame(values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """The values of the outermost sixteenth, in one row."""
     wide = max(1, min(values.shape) // 16)
     return np.concatenate([part.ravel() for part in (values[:wide], values[-wide:], values[:, :wide], values[:, -wide:])])
-
-
-def _lone_subject(found: Values) -> float | None:
-    """The share of the picture that the subject takes, if it is a clear shape that touches no edge; else None.
-
-    None for nearly all photos: on cluttered ones, saliency does not measure the subject's size.
-    """
-    threshold, explained = _otsu(found)
-    inside = found > threshold
-    at_edge = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]]).mean()
-    return float(inside.mean()) if explained >= 0.85 and at_edge <= 0.02 else None
-
-
-def _otsu(values: Values) -> tuple[float, float]:
-    """The threshold that best splits values (0..1) into two groups, and the share of the variance it explains (Otsu 1979)."""
-    counts, edges = np.histogram(values, bins=64, range=(0, 1))
-    shares, centres = counts / counts.sum(), (edges[1:] + edges[:-1]) / 2
-    below, moment = np.cumsum(shares), np.cumsum(shares * centres)
-    between = (moment[-1] * below - moment) ** 2 / np.maximum(below * (1 - below), 1e-9)
-    best = int(np.argmax(between[:-1]))
-    return float(edges[best + 1]), float(between[best] / max(float(values.var()), 1e-9))
 
 
 def _sharpness(light: Values, tiles: int = 8) -> float:

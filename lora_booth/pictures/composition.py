@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,6 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter, weighted
 from ..adapters.contents import file_stem
-from ..adapters.tools.merge import merge
-from ..adapters.tools.spectrum import Truncations
 from ..base.base_model import BaseModel
 from ..base.families import TIMESTEPS, check_drawable
 from ..base.generation import generate_images, quiet, texts_of
@@ -39,7 +36,6 @@ from .unet_hook import UNetHook
 from .weights import Weight
 
 Method = Literal["sum", "regions"]
-REMOVED = ("svd", "ssr", "switch", "composite")  # of earlier snapshots; svd only merges files
 
 Weighted = Adapter | str | Path | tuple[Adapter | str | Path, float | Weight | None]
 
@@ -86,8 +82,6 @@ class Composition:
         self.by_default = method is None and regions is None and len(subjects_of(self.adapters)) > 1
         regions = "auto" if self.by_default else typed("regions", regions, Literal["auto"] | tuple[Region, ...] | None) or ()
         self.method: Method = ("regions" if regions else "sum") if method is None else method
-        if self.method in REMOVED:
-            raise SettingsError(f"method {method!r} was removed; use sum, or regions for several subjects")
         typed("method", self.method, Method)
         if regions and self.method != "regions":
             raise SettingsError(f"method {method!r} has no regions; leave out the method or the regions")
@@ -291,28 +285,6 @@ class Composition:
     def _named(self, prompt: str) -> list[tuple[Adapter, Weight]]:
         """The adapters whose subject the prompt names."""
         return [item for item in self.adapters if find_phrase(prompt, item[0]) is not None]
-
-    def as_adapter(self, *, rank: int | None = None) -> tuple[Adapter, Truncations]:
-        """This composition as one adapter, and what was lost; its card lists the parts.
-
-        rank  None: the exact sum, with the ranks added up; else the nearest to it with this rank (see `merge`)
-        Raises SettingsError for what one adapter cannot hold: regions and weights by step.
-        """
-        remedy = "share a recipe with the adapter files instead"
-        if self.method == "regions":
-            raise SettingsError(f'regions cannot be one adapter, which is active everywhere; use method="sum", or {remedy}')
-        parts = []
-        for adapter, weight in self.adapters:
-            if weight.timed:
-                only = f"{adapter.name} is active in some denoising steps only ({weight}), which one adapter cannot express"
-                raise SettingsError(f"{only}; leave out start and end, or {remedy}")
-            if weight.value:
-                scaled = {path: replace(f, alpha=f.alpha * weight.of(path)) for path, f in adapter.modules.items()}
-                parts.append((replace(adapter, modules=scaled), 1.0))
-        made, lost = merge(parts, method="sum" if rank is None else "svd", rank=rank)
-        sources = " + ".join(f"{adapter.name} ({weight})" for adapter, weight in self.adapters)
-        loss = f"{lost.error:.1%} of the change lost" if lost.error else "exact"
-        return made.with_card(description=f"{sources}, as one adapter: {loss}"), lost
 
     # --- before the first step
 

@@ -27,7 +27,7 @@ from ..config import LoraSpec, Quantization, TrainingConfig
 from ..injection import trainable
 from ..photos.cropping import WidthHeight
 from ..training.latents import Batch
-from ..training.loop import dreambooth_loss
+from ..training.loop import dreambooth_loss, predict
 from ..training.training_mode import training_mode
 from .shapes import plain
 
@@ -217,7 +217,9 @@ def count_step(
             adapter.flat.refresh()
             if lora.text_encoder:
                 text = base.encode_text(batch.prompts)
-            loss = dreambooth_loss(base, batch, text, prior_loss_weight=1.0, min_snr_gamma=config.min_snr_gamma)
+            loss = dreambooth_loss(
+                base, batch, predict(base, batch, text), prior_loss_weight=1.0, min_snr_gamma=config.min_snr_gamma
+            )
             saved = meter.live  # nothing else is left of the forward pass
             torch.autograd.backward(loss)
         return Count(meter.peak, saved, meter.flops)

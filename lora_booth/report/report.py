@@ -16,10 +16,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.contents import file_stem, one_line, quoted, ways
+from ..adapters.contents import file_stem, quoted, ways
 from ..base.ai_mark import LOSSLESS, data_url
 from ..config import LoraSpec, TrainingConfig, typed
-from ..errors import AdapterError, PhotoError, SettingsError, counted, shown
+from ..errors import AdapterError, PhotoError, SettingsError, counted, one_line, shown
 from ..files import Owned, number, page
 from ..photos.opening import read_picture
 from ..training.checkpoint import REPORT

@@ -22,7 +22,7 @@ from ..subject.subject import Subject
 from ..subject.tokens import check_token
 from ..training.checkpoint import REPORT
 from ..training.distributed import ALONE, Processes, joined
-from ..training.encoding import encoded_text, prepare, subjects_of
+from ..training.encoding import prepare, subjects_of, token_reading
 from ..training.job import Job
 from ..training.progress import Display, Step, display
 from ..training.remote import Place, Remote, mirror_at
@@ -161,8 +161,7 @@ def course(
         if together is None and state is None and not is_ample(base, lora, drawn, photos=pictures):
             levels = levels_that_fit(base, lora, drawn, photos=pictures, say=screen.say)
         for one in subjects:  # before class images are drawn
-            read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
-            read |= {"prompt": one.instance_prompt, "class_noun": one.class_noun}
+            read = token_reading(base) | {"prompt": one.instance_prompt, "class_noun": one.class_noun}
             report = check_token(one.token, base.tokenizer, **read)
             for note in (*report.problems, *report.warnings):
                 screen.say(f"note: {one.token}: {note}")

@@ -16,7 +16,7 @@ from ..base.ai_mark import save_picture
 from ..base.families import FAMILIES
 from ..errors import PhotoError, SettingsError, shown
 from ..files import make_folder, read_json, remove, write_file
-from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, find_photos, one_line, read_crops
+from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, checked_caption, find_photos, read_crops
 from ..photos.opening import opened, upright_copy
 from ..photos.photo import Photo, PhotoSet, Region, Unusable
 from ..pictures.gallery import first_free, names
@@ -113,7 +113,7 @@ class StudioFolder:
         remove(photo.path)
 
     def set_caption(self, photo: Photo, text: str) -> None:
-        path, caption = photo.path.with_name(photo.path.stem + CAPTION_ENDING), one_line(text, "here")
+        path, caption = photo.path.with_name(photo.path.stem + CAPTION_ENDING), checked_caption(text, "here")
         remove(path) if caption is None else write_file(path, f"{caption}\n".encode())
 
     def set_crop(self, photo: Photo, region: Region | None) -> None:

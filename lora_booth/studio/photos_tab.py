@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ..photos.audit import audit_photos
 from ..photos.opening import open_photo
 from ..photos.photo import Photo
 from ..subject.tokens import check_token, propose_tokens
-from ..training.encoding import encoded_text
+from ..training.encoding import token_reading
 from .drawing import COLORS, Painted, mask_of
 from .events import Studio, choice, lines, listen, one_of, painting
 from .folder import check_name, square_around
@@ -84,7 +83,7 @@ def photos_tab(studio: Studio) -> None:
     def judge(name: str | None, class_noun: str | None, word: str | None) -> tuple[Any, str]:
         """Keep what the subject is called, and say whether the token is free. Without one, propose it."""
         base = studio.models.base()
-        read: dict[str, Any] = {"known_rare": base.rare_tokens, "encode": partial(encoded_text, base)}
+        read = token_reading(base)
         taken = tokens_but(name)
         proposed = propose_tokens(base.tokenizer, MOST_PROPOSED + len(taken), **read)
         free = [one for one in proposed if one not in taken][:MOST_PROPOSED]

@@ -81,9 +81,9 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
 
 
 @cache
-def load_judge(path: Path | None = None) -> JudgeNet:
+def load_judge() -> JudgeNet:
     net = JudgeNet()
-    weights = load_file(path or Path(__file__).parent / "model" / "judge" / "judge.safetensors")
+    weights = load_file(Path(__file__).parent / "model" / "judge" / "judge.safetensors")
     net.load_state_dict({k: v.float() for k, v in weights.items()})
     return net.eval()
 

@@ -204,9 +204,13 @@ def encode_prompts(base: BaseModel, prompts: Sequence[str]) -> dict[str, TextCon
     return {prompt: conditions_of(base, prompt, depends_on) for prompt in dict.fromkeys(prompts)}
 
 
-def encoded_text(base: BaseModel, prompts: Sequence[str]) -> TextConditions:
-    """Those of these prompts, in order."""
-    return conditions(base, encode_prompts(base, prompts), prompts)
+def token_reading(base: BaseModel) -> dict[str, Any]:
+    """How this base reads tokens, for `check_token` and `propose_tokens`."""
+
+    def encode(prompts: Sequence[str]) -> TextConditions:
+        return conditions(base, encode_prompts(base, prompts), prompts)
+
+    return {"known_rare": base.rare_tokens, "encode": encode}
 
 
 def conditions_of(base: BaseModel, prompt: str, depends_on: Mapping[str, Any] | None) -> TextConditions:

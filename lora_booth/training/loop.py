@@ -118,7 +118,7 @@ def backward_together(lora: TrainableLora, states: Sequence[LoopState], inputs: 
     predicted = predict(base, every.batch, every.text).chunk(len(states))
     losses = []
     for state, one, prediction, targets in zip(states, inputs, predicted, class_targets, strict=True):
-        loss = prediction_loss(
+        loss = dreambooth_loss(
             base,
             one.batch,
             prediction,
@@ -172,29 +172,6 @@ def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 def dreambooth_loss(
     base: BaseModel,
     batch: Batch,
-    text: TextConditions,
-    *,
-    prior_loss_weight: float,
-    min_snr_gamma: float | None = None,
-    class_targets: Tensor | None = None,
-) -> Tensor:
-    """`prediction_loss` of what the U-Net predicts for this batch, in one forward pass.
-
-    text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
-    """
-    return prediction_loss(
-        base,
-        batch,
-        predict(base, batch, text),
-        prior_loss_weight=prior_loss_weight,
-        min_snr_gamma=min_snr_gamma,
-        class_targets=class_targets,
-    )
-
-
-def prediction_loss(
-    base: BaseModel,
-    batch: Batch,
     predicted: Tensor,
     *,
     prior_loss_weight: float,
@@ -228,7 +205,10 @@ def prediction_loss(
 
 
 def predict(base: BaseModel, batch: Batch, text: TextConditions) -> Tensor:
-    """What the U-Net predicts for the noisy latents, in their shape, float32."""
+    """What the U-Net predicts for the noisy latents, in their shape, float32.
+
+    text.states    (N, tokens, d)    d = cross_attention_dim; SDXL adds text.pooled (N, p) and batch.time_ids (N, 6)
+    """
     signal, spread = signal_and_spread(base, batch)
     noisy = signal * batch.latents + spread * batch.noise
     extra = None if batch.time_ids is None else {"text_embeds": text.pooled, "time_ids": batch.time_ids}

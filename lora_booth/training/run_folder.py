@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.writing import packed
+from ..base.ai_mark import LOSSLESS, picture_bytes
 from ..errors import AdapterError, LoraBoothError, TrainingError, same_again, setting, shown
 from ..files import Owned
 from .checkpoint import (
@@ -48,7 +48,6 @@ from .remote import Place
 
 CHECKPOINTS = "checkpoints"
 CROP_SIDE = 256  # pixels of a crop for the report, at most; chosen
-LOSSLESS_UP_TO = 128  # pixels; crops up to this are saved without loss; chosen
 
 State = dict[str, Any]  # of a TrainingRun
 
@@ -239,12 +238,10 @@ class RunFolder:
     def save_crop(self, number: int, image: Image.Image) -> None:
         """Save a small copy of a training picture for the report."""
         small = image.copy()
-        small.info = {}
         small.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
-        content = io.BytesIO()
-        small.save(content, "WEBP", quality=80, lossless=small.width <= LOSSLESS_UP_TO)
+        content = picture_bytes(small, "WEBP", generated=False, quality=80, lossless=small.width <= LOSSLESS)
         with suppress(OSError):  # the report then shows none
-            self.owned.write(f"{CROPS}/{number:04d}.webp", content.getvalue())
+            self.owned.write(f"{CROPS}/{number:04d}.webp", content)
 
     def update(self, step: Step, state_of: Callable[[], State], *, save: bool) -> None:
         """Record an update. Save a checkpoint if one is due, or with `save`."""

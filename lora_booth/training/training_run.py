@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import LoraFactors
@@ -328,9 +329,5 @@ def fastest_for(base: BaseModel, cache: LatentCache, config: SettledConfig, proc
 
 
 def on_cpu(value: Any) -> Any:
-    """A copy on the CPU, whatever dictionaries and lists the tensors are in."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_cpu(one) for key, one in value.items()}
-    return [on_cpu(one) for one in value] if isinstance(value, list) else value
+    """A copy on the CPU, whatever the tensors are in."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
