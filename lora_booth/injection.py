@@ -284,7 +284,7 @@ def trainable(
         flat = FlatFactors(list(parameters.values()), base.dtype)
         layers = [layer for injection in injections.values() for layer in injection.layers.values()]
         checks = [(injection.model, injection.check) for injection in injections.values()]
-        with hooked(checks), undone(layers.clear, flat.forget):  # which hold the base's weights
+        with hooked(checks), undone(layers.clear):  # which hold the base's weights
             yield TrainableLora(parameters, lora.scale_alpha, flat, layers)
 
 

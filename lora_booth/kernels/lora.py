@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +47,6 @@ class Views:
     cast: Tensor  # (n,), or (S, n)
     gradient: Tensor  # the same shape, float32
     parts: dict[nn.Parameter, tuple[Tensor, Tensor]]  # of `cast` and `gradient`, in the parameter's shape, or (S, ...)
-    pieces: dict[tuple[Any, ...], LoraPiece | None] = field(default_factory=dict)  # a layer and its setting -> its piece
 
 
 class FlatFactors:
@@ -114,11 +113,6 @@ class FlatFactors:
         """Whether the layers compute with several adapters now."""
         return self._read is not self._one
 
-    def forget(self) -> None:
-        """Discard what holds the base's weights."""
-        for views in (self._one, *self._stacks.values()):
-            views.pieces.clear()
-
     def split(self, count: int) -> list[nn.Parameter]:
         """The first `count` factors and the rest: two parameters that are views of the values, as their gradients are."""
         parts = []
@@ -139,26 +133,16 @@ class FlatFactors:
 
     def piece_of(self, layer: Any, x: Tensor) -> LoraPiece | None:
         """This PEFT layer's piece; None where its current setting or x's precision rules it out."""
-        if layer.disable_adapters or layer.merged:
-            return None
-        setting, pieces = (layer, *layer.active_adapters, *layer.scaling.values()), self._read.pieces
-        if setting not in pieces:
-            pieces[setting] = self._make(layer)
-        piece = pieces[setting]
-        return piece if piece is not None and piece.down.dtype == x.dtype else None
-
-    def _make(self, layer: Any) -> LoraPiece | None:
         names = [name for name in layer.active_adapters if name in layer.lora_A]
-        if len(names) != 1:
+        if layer.disable_adapters or layer.merged or len(names) != 1:
             return None
         (name,), base = names, layer.base_layer
         trigger, other = layer.lora_A[name].weight, layer.lora_B[name].weight
-        parts = self._read.parts
+        parts, packing = self._read.parts, state_of(base)
         if trigger not in parts or other not in parts:
             return None
         (down, down_gradient), (up, up_gradient) = parts[trigger], parts[other]
-        packing = state_of(base)
-        if packing is not None and packing.dtype != down.dtype:
+        if down.dtype != x.dtype or packing is not None and packing.dtype != down.dtype:
             return None
         scale = layer.scaling[name]
         return LoraPiece(base.weight, base.bias, packing, down, up, scale, down_gradient, up_gradient, trigger)
