@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1  # of what entries contain
-KINDS = ("latents", "text", "digests", "class_images", "attention", "counts", "bases")
+KINDS = ("latents", "text", "digests", "class_images", "counts", "bases")
 OURS = re.compile(rf"[0-9a-f]{{64}}\.safetensors|{TEMPORARY.pattern}")  # names of our files; no other is counted or deleted
 NOWHERE = Path(os.devnull, "lora_booth")  # cannot be made, so nothing is cached
 LIMIT = 2.0  # GB; $LORA_BOOTH_CACHE_GB

@@ -36,9 +36,7 @@ from lora_booth.training.loop import learning_rate  # noqa: E402
 from lora_booth.training.training_run import LEVELS  # noqa: E402
 
 LORA = LoraSpec(rank=2)
-CONFIG = TrainingConfig(
-    steps=12, checkpoint_every=3, prior_loss_weight=0.0, warmup_steps=0, batch_size=2, attention="sdpa", sample_every=0
-)
+CONFIG = TrainingConfig(steps=12, checkpoint_every=3, prior_loss_weight=0.0, warmup_steps=0, batch_size=2, sample_every=0)
 
 HERE = Path(__file__).parent
 FORKS = multiprocessing.get_context("forkserver")  # its processes have imported this module already, and have trained nothing

@@ -275,7 +275,7 @@ def test_memory_of_recordings_is_given_back_before_the_ladder_is_climbed(shapes:
     base = base_of("sd1")
     said: list[str] = []
     calls: list[Inputs] = []
-    config = settled(replace(CONFIG, attention="sdpa", prior_loss_weight=0.0), base, 3)
+    config = settled(replace(CONFIG, prior_loss_weight=0.0), base, 3)
     run = training_run.TrainingRun(base, prepare(base, shapes, config=config), LORA, config, say=said.append)
     work = run.backward
 

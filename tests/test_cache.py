@@ -499,8 +499,8 @@ def test_only_what_it_wrote_is_counted_or_deleted(own_cache: Path, tmp_path: Pat
     (own_cache / "digests").symlink_to(elsewhere)
     (own_cache / "counts").mkdir()
     (own_cache / "counts" / key[:2]).symlink_to(outside.parent)
-    (own_cache / "attention" / key[:2]).mkdir(parents=True)
-    (own_cache / "attention" / key[:2] / outside.name).symlink_to(outside)
+    (own_cache / "bases" / key[:2]).mkdir(parents=True)
+    (own_cache / "bases" / key[:2] / outside.name).symlink_to(outside)
     long_ago = time.time() - 10 * cache.FRESH
     for path in own_cache.rglob("*"):
         os.utime(path, (long_ago, long_ago), follow_symlinks=False)
@@ -510,8 +510,8 @@ def test_only_what_it_wrote_is_counted_or_deleted(own_cache: Path, tmp_path: Pat
     assert clear_cache() == size and cache_size() == 0
     assert all((own_cache / name).read_text() == "of somebody else" for name in theirs)
     assert outside.read_text() == "of somebody else"
-    write_entry("attention", key, TENSORS)  # a new file takes the link's place
-    assert outside.read_text() == "of somebody else" and read_entry("attention", key) is not None
+    write_entry("bases", key, TENSORS)  # a new file takes the link's place
+    assert outside.read_text() == "of somebody else" and read_entry("bases", key) is not None
 
 
 def test_the_command_says_how_much_is_kept_and_deletes_it(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_a_run_on_a_gpu_asks_before_it_injects_hooks_of_its_own(photos: Path, mo
     monkeypatch.setattr(training_run, "StepGraph", begun)
     monkeypatch.setattr(training_run, "make_optimizer", lambda *_: None)
     monkeypatch.setattr(training_run, "averaged", lambda *_: None)
-    config = replace(CONFIG, resolution=64, attention="sdpa")
+    config = replace(CONFIG, resolution=64)
     with pytest.raises(InterruptedError, match="recorded"):
         TrainingRun(base, cache, LoraSpec(rank=2), config, say=said.append)
     assert not any("not recorded" in line for line in said)

@@ -24,7 +24,7 @@ from lora_booth.training.training_run import training_steps
 
 LORA = LoraSpec(rank=2)
 TEXT_TOO = LoraSpec(rank=2, text_encoder=True)
-CONFIG = TrainingConfig(steps=4, prior_loss_weight=0.0, warmup_steps=0, checkpoint_every=1, attention="sdpa")
+CONFIG = TrainingConfig(steps=4, prior_loss_weight=0.0, warmup_steps=0, checkpoint_every=1)
 
 
 class Interrupted(Exception):

@@ -217,7 +217,7 @@ CONTEXTS: dict[str, Callable[[BaseModel], Callable[[], Any]]] = {
     "trainable": lambda base: partial(trainable, base, ONE_LAYER),
     "lean": lambda base: partial(lean, base.text_encoders["text_encoder"], {}),
     "channels_last": lambda base: partial(channels_last, base.unet),
-    "attention": lambda base: partial(attention_kernel, base.unet, "plain"),
+    "attention": lambda base: partial(attention_kernel, base.unet, "xformers"),
     "checkpointed": lambda base: partial(checkpointed, base.unet, draws=False),
     "modes": lambda base: partial(modes_restored, base),
     "only_unet": lambda base: base.only_unet_on_device,

@@ -21,7 +21,6 @@ from lora_booth.base.quantization import storage_bytes
 from lora_booth.base.single_file import CONFIGS
 from lora_booth.config import LoraSpec, TrainingConfig, settled
 from lora_booth.errors import BaseModelError, SettingsError
-from lora_booth.kernels.attention import attention_shapes
 from lora_booth.kernels.lora import APART
 from lora_booth.pictures.composition import Composition
 from lora_booth.planning import budget, planning
@@ -70,7 +69,7 @@ def planned(kind: str = "sd1", *, budget: float, config: TrainingConfig = CONFIG
     [
         ("sd1", LORA, TrainingConfig()),
         ("sd1", LORA, TrainingConfig(lean=False, gradient_checkpointing=True)),
-        ("sd2", LORA, TrainingConfig(lean=False, attention="plain")),
+        ("sd2", LORA, TrainingConfig(lean=False)),
         ("sd2-v", replace(LORA, dropout=0.1), TrainingConfig(lean=False, min_snr_gamma=5.0)),
         ("sdxl", replace(LORA, text_encoder=True), TrainingConfig(lean=False)),
     ],
@@ -86,17 +85,6 @@ def test_counts_without_weights_are_those_of_the_real_model(kind: str, lora: Lor
     else:
         assert counted[1] == counted[0]
     assert counted[1].peak > counted[1].saved and counted[1].flops == counted[0].flops > 0
-
-
-@pytest.mark.slow
-def test_plain_attention_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = counter_of("sd1")
-    fused, plain = (counter.step(replace(CONFIG, attention=a), pictures=2, resolution=64) for a in ("sdpa", "plain"))  # type: ignore[arg-type]
-    scores = sum(h * q * k * n for (h, q, k, _), n in attention_shapes(counter.base, 64).items())
-    assert plain.saved - fused.saved == pytest.approx(2 * 4 * scores, rel=0.4) and plain.peak > fused.peak
-    asked = planned(budget=1e9, config=replace(CONFIG, attention="plain"), device="cpu").forecasts[0]
-    monkeypatch.setattr(planning, "fastest_attention", lambda base, **_: "plain")  # as on a CPU in bf16
-    assert planned(budget=1e9, device="cpu").forecasts[0] == asked != planned(budget=1e9).forecasts[0]
 
 
 @pytest.mark.slow
@@ -318,16 +306,13 @@ def test_training_takes_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "text_encoder", "attention"),  # every pair of them
-    [("sd1", False, "sdpa"), ("sd1", True, "plain"), ("sdxl", False, "plain"), ("sdxl", True, "sdpa")],
-)
-def test_no_phase_exceeds_the_upper_bound(kind: str, text_encoder: bool, attention: Any) -> None:
+@pytest.mark.parametrize(("kind", "text_encoder"), [("sd1", False), ("sd1", True), ("sdxl", False), ("sdxl", True)])
+def test_no_phase_exceeds_the_upper_bound(kind: str, text_encoder: bool) -> None:
     """Where it is below the free memory, nothing is counted."""
     lora = replace(LORA, text_encoder=text_encoder)
     for dtype, prior, batch in ((torch.float32, 0.0, 4), (torch.bfloat16, 1.0, 1)):
         counter = counter_of(kind, dtype, lora)
-        config = TrainingConfig(attention=attention, batch_size=batch, prior_loss_weight=prior, lean=False, resolution=128)
+        config = TrainingConfig(batch_size=batch, prior_loss_weight=prior, lean=False, resolution=128)
         config = settled(config, counter.base, 3)
         for resident in (frozenset[str](), frozenset({"unet", "vae", "text_encoder", "text_encoder_2"})):
             planner = Planner(counter, Machine("a test", "cpu", 1e9, CPU_CONTEXT), config, 3, resident)

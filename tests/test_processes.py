@@ -32,7 +32,6 @@ CONFIG = TrainingConfig(
     gradient_accumulation=2,
     warmup_steps=0,
     checkpoint_every=2,
-    attention="sdpa",
     sample_every=0,
 )
 

@@ -71,7 +71,7 @@ def packed_state(base: BaseModel) -> dict[str, torch.Tensor]:
 
 
 def gradients(base: BaseModel, *, lean: bool) -> dict[str, torch.Tensor]:
-    config = replace(CONFIG, attention="sdpa", lean=lean)
+    config = replace(CONFIG, lean=lean)
     with trainable(base, LORA) as lora, training_mode(base, lora, config):
         torch.manual_seed(0)
         for name, parameter in lora.parameters.items():

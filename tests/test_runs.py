@@ -396,7 +396,7 @@ def test_more_steps_continue_a_run(whole: tuple[Path, str], photos: Path, tmp_pa
 
 
 def test_what_follows_from_another_setting_is_not_named(photos: Path, tmp_path: Path) -> None:
-    settings = TrainingConfig(steps=40, checkpoint_every=1, attention="sdpa")
+    settings = TrainingConfig(steps=40, checkpoint_every=1)
     with pytest.raises(Broken):
         tiny_run(photos, tmp_path, config=replace(settings, prior_loss_weight=0.0), on_step=at(2, broken))
     few = replace(subject(photos), photos=subject(photos).photos[:2])

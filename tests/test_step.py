@@ -147,12 +147,12 @@ def test_nothing_is_left_of_it(prepared: tuple[BaseModel, LatentCache]) -> None:
     assert counts[1] == counts[2]
 
 
-def test_lean_plain_and_stock_are_the_same_training(
+def test_lean_and_stock_are_the_same_training(
     prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
 ) -> None:
     base, _ = prepared
     found = []
-    ways: list[dict[str, Any]] = [{"lean": False, "attention": "sdpa"}, {}, {"attention": "plain"}]
+    ways: list[dict[str, Any]] = [{"lean": False}, {}]
     for way in ways:
         run = begin(replace(CONFIG, steps=4, **way))
         found.append([step.loss for step in run])
@@ -160,24 +160,6 @@ def test_lean_plain_and_stock_are_the_same_training(
         assert not any("forward" in vars(module) for module in base.unet.modules())
     for losses in found[1:]:
         assert losses == pytest.approx(found[0], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_the_attention_that_it_began_with(
-    prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
-) -> None:
-    base, _ = prepared
-    begun = begin(replace(CONFIG, attention="plain"))
-    next(begun)
-    state = begun.state()
-    begun.close()
-    said: list[str] = []
-    run = begin(CONFIG, resume=state, say=said.append)
-    assert run.loop.config.attention == "plain" and {type(p).__name__ for p in base.unet.attn_processors.values()} == {
-        "AttnProcessor"
-    }
-    assert said == ["attention: plain"]
-    run.close()
 
 
 def test_settings_that_cannot_be_had_are_refused_by_name(

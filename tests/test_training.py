@@ -314,7 +314,7 @@ def test_settings_take_the_type_that_they_plainly_mean() -> None:
         (TrainingConfig, {"prior_loss_weight": math.inf}, "prior_loss_weight inf is out of range"),
         (TrainingConfig, {"class_images": -1}, "class_images -1 is out of range; allowed: at least 0"),
         (TrainingConfig, {"lr_schedule": "linear"}, "lr_schedule 'linear'; needed: 'constant' or 'cosine'"),
-        (TrainingConfig, {"attention": None}, "attention None; needed: 'auto' or"),
+        (TrainingConfig, {"attention": None}, "attention None; needed: 'sdpa' or"),
         (TrainingConfig, {"sample_prompt": ("a", 3)}, "sample_prompt .*; needed: a string or a tuple of strings or None"),
         (TrainingConfig, {"sample_size": "wide"}, "sample_size 'wide' cannot be read; write a side like 768"),
         (TrainingConfig, {"sample_size": (512, 0)}, "sample_size 512x0 is out of range"),

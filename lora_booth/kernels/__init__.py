@@ -1,1 +1,1 @@
-"""Fast computation with little memory for the frozen base: attention choice, lean layers, Triton kernels, capture."""
+"""Fast computation with little memory for the frozen base: attention, lean layers, Triton kernels, capture."""

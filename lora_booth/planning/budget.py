@@ -15,7 +15,6 @@ from ..base.generation import pictures_at_a_time
 from ..base.quantization import storage_bytes, tensors_of, weight_shape
 from ..config import LoraSpec, SettledConfig, TrainingConfig
 from ..errors import SettingsError, counted
-from ..kernels.attention import attention_shapes, candidates, halvings
 
 GB = 1e9  # bytes
 CPU_CONTEXT = 0.07 * GB  # kernels that oneDNN and others compile; measured by benchmarks/plan.py
@@ -131,9 +130,6 @@ def upper_bound(base: BaseModel, lora: LoraSpec, config: SettledConfig, *, photo
     pictures = batch_of(config)
     size = min(config.pictures_at_a_time or pictures, pictures)
     each, largest = layer_values(base, resolution)
-    shapes = attention_shapes(base, resolution)
-    if config.attention == "plain" or (config.attention == "auto" and "plain" in candidates(base, shapes, size)):
-        each += sum(3 * heads * queries * keys * count for (heads, queries, keys, _), count in shapes.items())
     step = size * (each + 4 * largest) * itemsize
     if lora.text_encoder:
         step += size * text_values(base) * itemsize
@@ -162,6 +158,14 @@ def layer_values(base: BaseModel, resolution: int) -> tuple[int, int]:
         values = pixels * sum(weight_shape(layer)[:2])
         every, largest = every + values, max(largest, values)
     return every, largest
+
+
+def halvings(path: str, levels: int) -> int:
+    """How often the picture is halved where this module of a U-Net works. levels: its resolutions"""
+    part, number = (*path.split("."), "0")[:2]
+    if part == "up_blocks":
+        return max(0, levels - 1 - int(number) - ("upsamplers" in path))  # a sampler works on the larger picture
+    return {"down_blocks": int(number) if number.isdigit() else 0, "mid_block": levels - 1}.get(part, 0)
 
 
 def text_values(base: BaseModel) -> int:

@@ -142,7 +142,7 @@ class Counter:
         if pictures > 2:
             one, two = (asdict(self.step(config, pictures=few, resolution=resolution)) for few in (1, 2))
             return Count(**{name: one[name] + (two[name] - one[name]) * (pictures - 1) for name in one})
-        how = [config.gradient_checkpointing, config.lean, config.min_snr_gamma, config.attention == "plain"]
+        how = [config.gradient_checkpointing, config.lean, config.min_snr_gamma]
         work = partial(count_step, self.base, self.lora, config, pictures, (resolution, resolution), on_cpu=self.on_cpu)
         return self._cached(["step", *how, pictures, resolution], work)
 
@@ -206,8 +206,7 @@ def count_step(
     base: BaseModel, lora: LoraSpec, config: TrainingConfig, pictures: int, size: WidthHeight, *, on_cpu: bool = False
 ) -> Count:
     """One forward and backward pass as in training, on any device; the gradients exist before."""
-    kernel: Any = "plain" if config.attention == "plain" else "sdpa"  # all others save the same
-    config = replace(config, attention=kernel)
+    config = replace(config, attention="sdpa")  # all save the same
     with trainable(base, lora) as adapter, training_mode(base, adapter, config):
         latents, text, time_ids = inputs(base, pictures, size)
         times = torch.zeros(pictures, dtype=torch.long, device=base.device)

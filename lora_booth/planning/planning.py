@@ -19,7 +19,6 @@ from ..base.quantization import quantization_of, storage_bytes, tensors_of
 from ..base.weight_files import return_always
 from ..config import LoraSpec, Quantization, SettledConfig, TrainingConfig, check, settled, typed
 from ..errors import SettingsError, counted, setting
-from ..kernels.attention import fastest_attention
 from ..training.latents import Bucket, LatentCache, LatentSet
 from ..training.training_run import training_steps
 from .budget import GB, RESERVE, WITHOUT_BF16, Machine, batch_of, cache_bytes, gpu_named, this_machine
@@ -309,11 +308,7 @@ class Planner:
         pictures = batch_of(config)
         size = min(config.pictures_at_a_time or pictures, pictures)
         parts = [size] * (pictures // size) + [pictures % size] * (pictures % size > 0)
-        counted = config
-        if config.attention == "auto" and machine.type == "cpu":  # on a GPU all kernels save the same
-            kernel: Any = fastest_attention(self.counter.base, resolution=resolution, pictures=size)
-            counted = replace(config, attention=kernel)
-        counts = [self.counter.step(counted, pictures=part, resolution=resolution) for part in parts]  # the largest first
+        counts = [self.counter.step(config, pictures=part, resolution=resolution) for part in parts]  # the largest first
         unpacked = self.counter.weights.widest if quantize else 0  # one layer at a time
         weights = self._weights(drawn=drawn > 0, quantize=quantize)
         training = {

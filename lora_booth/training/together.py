@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -17,7 +16,6 @@ from ..base.quantization import packing_of
 from ..config import LoraSpec, SettledConfig, TrainingConfig
 from ..errors import TrainingError, reason_of, setting
 from ..injection import TrainableLora, base_layer, target_paths, trainable
-from ..kernels.attention import fastest_attention
 from ..kernels.capture import layout_of
 from ..kernels.lora import FlatFactors
 from .latents import Inputs
@@ -67,10 +65,6 @@ class Together:
         say: Callable[[str], None],
     ) -> None:
         self.base, self.lora, self.most, self.say = base, lora, most, say
-        if config.attention == "auto":
-            pictures = most * config.batch_size * (2 if config.prior_loss_weight > 0 else 1)
-            kernel: Any = fastest_attention(base, resolution=config.resolution, pictures=pictures)
-            config = replace(config, attention=kernel)
         self.config = config
         self.runs: list[LoopState] = []
         self._first = first

@@ -20,7 +20,6 @@ from ..base.base_model import BaseModel
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import TrainingError, reason_of, setting
 from ..injection import TrainableLora, first_factors, spec_of, trainable
-from ..kernels.attention import fastest_attention
 from ..kernels.capture import StepGraph, obstacle
 from .distributed import ALONE, Processes
 from .health import Health, RollBack
@@ -114,11 +113,6 @@ class TrainingRun(Iterator[Step]):
         found = saved.get("levels", levels or {})
         self.levels = {name: found[name] for name, _ in LEVELS if name in found}
         config = replace(config, **self.levels)
-        if config.attention == "auto":  # a resumed run keeps the kernel that it started with
-            kernel: Any = saved.get("attention") if together is None else together.config.attention
-            kernel = kernel or fastest_for(base, cache, config, processes)
-            config = replace(config, attention=kernel)
-            say(f"attention: {config.attention}")
         recorded = config.capture and base.device.type == "cuda" and together is None
         if recorded and (reason := obstacle(base, lora)) is not None:
             say(f"note: the step is not recorded, since {reason}")
@@ -281,7 +275,6 @@ class TrainingRun(Iterator[Step]):
             "health": loop.health.state(),
             "unread": on_cpu(torch.stack(self._unread)) if self._unread else None,
             "levels": dict(self.levels),
-            "attention": loop.config.attention,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -318,14 +311,6 @@ def next_level(config: TrainingConfig, *, pictures: int) -> tuple[str, Any] | No
         if getattr(config, name) != value and not useless:
             return name, value
     return None
-
-
-def fastest_for(base: BaseModel, cache: LatentCache, config: SettledConfig, processes: Processes) -> str:
-    """The fastest attention for the batches of this run, the same in all its processes."""
-    pictures = config.batch_size * cache.rows_per_photo
-    pictures = min(config.pictures_at_a_time or pictures, -(-pictures // processes.count))
-    measure = partial(fastest_attention, base, resolution=config.resolution, pictures=pictures)
-    return measure() if processes.count == 1 else processes.from_main(measure)
 
 
 def on_cpu(value: Any) -> Any:
