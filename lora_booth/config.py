@@ -74,9 +74,7 @@ class TrainingConfig:
     resolution: int | None = None  # side in pixels, e.g. 512 [the base's own]
     shape: PhotoShape = "square"  # of the photos: square (cut), or buckets (near their own, each about as large as the square)
     seed: int = 0  # seed of every random draw, e.g. 7; the same seed gives the same adapter
-    attention: Literal["sdpa", "xformers"] = (
-        "sdpa"  # attention kernel: sdpa (PyTorch's) or xformers (its package, GPU)
-    )
+    attention: Literal["sdpa", "xformers"] = "sdpa"  # attention kernel: sdpa (PyTorch's) or xformers (its package, GPU)
     gradient_checkpointing: bool = False  # recompute activations: less memory, about a third slower
     lean: bool = True  # store less for the backward pass; the numbers stay the same up to rounding
     capture: bool = True  # on a CUDA GPU, record the step once and replay it where possible

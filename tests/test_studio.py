@@ -330,8 +330,8 @@ def test_the_whole_way(server, photos, tmp_path):
 
     client.do("Train", "select")
     client.write(How="quick", steps=4000, sample_every=2)
-    client.do("Does it fit?")
-    assert "4000 steps at 64 px" in client.value("#forecast")
+    client.do("Does it fit, and how long?")
+    assert re.search(r"4000 steps at 64 px, about \d+ min", client.value("#forecast"))
     client.write(rank=0)
     assert "allowed: a whole number" in refused(client, "Start training")
     client.write(rank=None)

@@ -103,7 +103,13 @@ class Plan:
             return f"does not fit: {self.remedy}"
         settings = f", with {way.words}" if way.settings else ""
         needs = f"{way.peak / GB:.1f} GB of {self.machine.budget / GB:.1f}"
-        return f"{needs}, {self.asked.steps} steps at {self.asked.resolution} px{settings}"
+        time = "" if self.seconds is None else f", about {self.minutes} min"
+        return f"{needs}, {self.asked.steps} steps at {self.asked.resolution} px{time}{settings}"
+
+    @property
+    def minutes(self) -> int:
+        """Of all steps, at the speed that was measured."""
+        return max(1, round((self.asked.steps or 0) * (self.seconds or 0) / 60))
 
     def __str__(self) -> str:
         """A table of the ways, and the parts of the memory."""
@@ -125,9 +131,8 @@ class Plan:
             f"phases, GB: {phases}; reserve ({RESERVE:.0%} of all but the weights): {one.reserve / GB:.2f}",
         ]
         if self.seconds is not None:
-            steps = config.steps or 0
-            minutes = max(1, round(steps * self.seconds / 60))
-            lines.append(f"time: {self.seconds:.3g} s a step (median of {TIMED} here), about {minutes} min for {steps} steps")
+            each = f"{self.seconds:.3g} s a step (median of {TIMED} here)"
+            lines.append(f"time: {each}, about {self.minutes} min for {config.steps} steps")
         return "\n".join(lines)
 
     def _verdict(self, way: Forecast) -> str:

@@ -43,7 +43,7 @@ def train_tab(studio: Studio) -> None:
                 fields = [field_of(one, about.get(one, ""), why.get(one, "")) for one in ADVANCED]
         forecast = gr.HTML(elem_id="forecast")
         with gr.Row():
-            check = gr.Button("Does it fit?")
+            check = gr.Button("Does it fit, and how long?")
             start = gr.Button("Start training", variant="primary", elem_id="start")
         run = choice("Run")
         status = gr.HTML(elem_id="status")
@@ -69,7 +69,8 @@ def train_tab(studio: Studio) -> None:
         from ..planning.planning import plan  # which takes seconds to import: the page comes first
 
         _, config, lora = settings(who, how, values)
-        found = plan(studio.models.base(), config=config, lora=lora, photos=len(folder.photos(who).photos))
+        photos = len(folder.photos(who).photos)
+        found = plan(studio.models.base(), config=config, lora=lora, photos=photos, measure=True)
         return lines(found.summary, kind="good" if found.chosen else "error")
 
     def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
