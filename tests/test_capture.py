@@ -53,6 +53,9 @@ def test_a_run_on_a_gpu_asks_before_it_injects_hooks_of_its_own(photos: Path, mo
     def begun(work: Any, gradient: torch.Tensor, *, say: Any) -> None:
         raise InterruptedError("recorded")
 
+    def begun_without(*_: Any) -> None:
+        raise InterruptedError("not recorded")
+
     monkeypatch.setattr(training_run, "StepGraph", begun)
     monkeypatch.setattr(training_run, "make_optimizer", lambda *_: None)
     monkeypatch.setattr(training_run, "averaged", lambda *_: None)
@@ -60,6 +63,13 @@ def test_a_run_on_a_gpu_asks_before_it_injects_hooks_of_its_own(photos: Path, mo
     with pytest.raises(InterruptedError, match="recorded"):
         TrainingRun(base, cache, LoraSpec(rank=2), config, say=said.append)
     assert not any("not recorded" in line for line in said)
+    hook = base.unet.mid_block.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(training_run, "StepGraph", None)
+    monkeypatch.setattr(training_run, "LoopState", begun_without)
+    with pytest.raises(InterruptedError, match="not recorded"):
+        TrainingRun(base, cache, LoraSpec(rank=2), config, say=said.append)
+    hook.remove()
+    assert said == ["note: the step is not recorded, since the U-Net has hooks, which a replay would not call"]
 
 
 def test_buffers_take_in_every_tensor() -> None:

@@ -7,7 +7,10 @@ import json
 import os
 import struct
 import sys
+import threading
+import time
 import tracemalloc
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ import pytest
 from PIL import Image, ImageChops, ImageCms, ImageFile, ImageFilter, features
 
 from lora_booth.errors import PhotoError, shown
-from lora_booth.photos import finding
+from lora_booth.photos import finding, opening
 from lora_booth.photos.audit import audit_photos
 from lora_booth.photos.cropping import Crop, crop_and_resize, crop_box, crop_of, crop_photo, to_tensor
 from lora_booth.photos.finding import find_photos
@@ -894,11 +897,32 @@ def test_small_and_cut_subjects(tmp_path: Path) -> None:
     reports = audit_photos(found.photos, resolution=200).photos
     assert [report.notes for report in reports] == [("the subject is small",), (), ("the crop cuts the subject",)]
     shares = [report.measures.subject for report in reports]
-    assert shares[0] is not None and shares[0] < 0.05 and shares[2] is not None
+    assert shares[0] is not None and shares[0] < 0.05 and shares[1] is None and shares[2] is not None
     assert reports[2].kept == pytest.approx(0.05, abs=0.04)
     smart = audit_photos(find_photos(tmp_path).photos, resolution=200).photos[2]
     assert smart.notes == () and smart.kept == 1.0
     assert smart.measures.subject == pytest.approx(np.pi * 50**2 / 200**2, abs=0.01)  # of the mask: exact
+
+
+def test_threads_that_decode_leave_what_is_set_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One inside the other's context, and left after it."""
+    scene(300, 300, (150, 150), 70).save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    before, inside, done = list(warnings.filters), threading.Event(), threading.Event()
+
+    def other() -> None:
+        inside.wait()
+        with opening.opened(tmp_path / "a.png"):
+            done.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with opening.opened(tmp_path / "a.png"):
+        inside.set()
+        time.sleep(0.05)  # in which the other one would enter
+    done.set()
+    thread.join()
+    assert ImageFile.LOAD_TRUNCATED_IMAGES and warnings.filters == before
 
 
 def test_tiny_resolutions_are_measured_too(tmp_path: Path) -> None:

@@ -455,4 +455,5 @@ def test_on_the_command_line(folders: dict[str, Path], capsys: pytest.CaptureFix
     code, out, _ = said("--measure", "--resolution", "64")
     assert code == 0 and re.search(r"time: [\d.e-]+ s a step \(median of 3 here\), about \d+ min for 500 steps", out)
     code, out, error = said("--measure", "--gpu", "T4")
-    assert code == 2 and not out and "leave out --vram, --gpu" in error
+    assert code == 2 and not out and "without --vram, --gpu" in error
+    assert said("--base", "sdxl", "--measure")[2] == error

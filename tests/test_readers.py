@@ -182,6 +182,17 @@ def test_a_few_layers_prove_the_family_that_has_them(shapes, family, part, tmp_p
         assert (loaded.card.family is None) == ("ss_base_model_version" not in file.metadata())
 
 
+ROLES = ("up", "down")
+
+
+@pytest.mark.parametrize("learned", [{}, {"<s1>": torch.ones(1, 768)}])
+def test_the_first_layout_is_refused_by_name(learned, tmp_path):
+    """cloneofsimo/lora numbered its layers."""
+    tensors = {f"{part}:{i}:{role}": torch.ones(4, 4) for part in ("unet", "text_encoder") for i in (0, 1) for role in ROLES}
+    with pytest.raises(E.AdapterTargetError, match="first layout"):
+        Adapter.load(saved(tmp_path / "a.safetensors", tensors | learned))
+
+
 # --- what is never written -----------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,7 @@ def test_a_recipe_takes_what_generate_takes(base, files, tmp_path):
     for seeds, written in ((5, [5]), (np.arange(2), [0, 1]), (range(2), [0, 1])):
         path = Recipe.of(studio, PROMPT, seeds=seeds, size="64x32").save(tmp_path / "r.json")
         asked = json.loads(path.read_text())["pictures"]
+        assert Recipe.load(path) == Recipe.of(studio, PROMPT, seeds=seeds, size="64x32")
         assert asked == {"prompt": PROMPT, "seeds": written, "size": [64, 32]}
     with pytest.raises(SettingsError, match="cannot ask for on_image"):
         Recipe.of(studio, PROMPT, on_image=print)
@@ -234,8 +235,13 @@ def test_recipes_of_earlier_versions(base, files, tmp_path):
     for removed in ({"isolate": "noise"}, {"redraw": 0.8}):
         gone = old | {"composition": old["composition"] | removed}
         (tmp_path / "old.json").write_text(json.dumps(gone))
-        with pytest.raises(SettingsError, match="regions in a way that was removed"):
+        [(name, value)] = removed.items()
+        with pytest.raises(SettingsError, match=f"regions with {name}={value!r}, which was removed"):
             Recipe.load(tmp_path / "old.json").generate(base, adapters)
+    plain = {"method": "sum", "regions": [], "isolate": "noise", "start": 0.0, "background": None}  # as all sums said
+    (tmp_path / "old.json").write_text(json.dumps(json.loads(text) | {"composition": plain}))
+    studio = Composition(base, [(rex, weight)])
+    assert same(Recipe.load(tmp_path / "old.json").generate(base, adapters), studio.generate(PROMPT, **asked))
     for method in ("svd", "composite"):
         gone = {"method": method, "regions": [], "isolate": "delta", "start": 0.0, "background": None}
         (tmp_path / "old.json").write_text(json.dumps(json.loads(text) | {"composition": gone}))

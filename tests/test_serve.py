@@ -43,6 +43,7 @@ from lora_booth.errors import SettingsError  # noqa: E402
 from lora_booth.pictures.serving import Request, Serving  # noqa: E402
 from lora_booth.serve.app import Api  # noqa: E402
 from lora_booth.serve.limits import Limits  # noqa: E402
+from lora_booth.serve.shelf import Shelf  # noqa: E402
 from lora_booth.studio.server import listening  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -253,6 +254,22 @@ def test_an_adapter_is_sent_checked_and_used(folder: Path, tmp_path: Path) -> No
         assert [path.name for path in tmp_path.iterdir()] == ["my rex.safetensors"]
         status, told, _ = server.ask("/v1/files", b"no form", **{"Content-Type": "text/plain"})
         assert status == 400 and "in the field `file`" in told["message"]
+
+
+def test_of_two_uploads_of_one_name_one_is_kept(folder: Path, tmp_path: Path) -> None:
+    shelf, base = Shelf(tmp_path), pipelines.base_of("sd1")
+    content, start = file_of(folder, "rex").read_bytes(), threading.Barrier(2)
+
+    def send() -> str:
+        start.wait()
+        try:
+            return shelf.add(base, "new.safetensors", io.BytesIO(content))
+        except SettingsError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        told = sorted(one.result() for one in [pool.submit(send) for _ in range(2)])
+    assert told == ["new", "there is an adapter 'new' already; choose another name"]
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

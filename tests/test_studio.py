@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pipelines
 import pytest
 from PIL import Image
 from studio_client import Client, Server
@@ -31,6 +32,11 @@ from starlette.requests import ClientDisconnect  # noqa: E402
 from lora_booth.studio.access import Gate  # noqa: E402
 
 OUTSIDE = "not to be seen"
+
+
+@pytest.fixture
+def adapter() -> lb.Adapter:
+    return pipelines.random_adapter(pipelines.base_of("sd1"), LoraSpec(rank=2))
 
 
 @pytest.fixture
@@ -333,7 +339,8 @@ def test_the_whole_way(server, photos, tmp_path):
     client.do("Does it fit, and how long?")
     assert re.search(r"4000 steps at 64 px, about \d+ min", client.value("#forecast"))
     client.write(rank=0)
-    assert "allowed: a whole number" in refused(client, "Start training")
+    message = refused(client, "Start training")
+    assert "allowed: a whole number" in message and "--" not in message  # a page has no options
     client.write(rank=None)
     client.do("Start training")
     assert client.value("Run") == "rex"
@@ -474,7 +481,10 @@ def test_a_training_that_fails_says_why_in_one_line(folder, photos):
     [
         ("finished", False, "finished: 3 steps"),
         ("stopped by SIGTERM", False, "stopped at step 3 of 9"),
-        ("running", True, "Its last line: torch.OutOfMemoryError: CUDA"),
+        ("interrupted by KeyboardInterrupt", False, "stopped at step 3 of 9"),
+        ("interrupted by OutOfMemoryError", True, "The log ends with: torch.OutOfMemoryError: CUDA"),
+        ("stopped by an error", True, "The log ends with: torch.OutOfMemoryError: CUDA"),
+        ("running", True, "The log ends with: torch.OutOfMemoryError: CUDA"),
     ],
 )
 def test_a_run_that_ended_by_itself_does_not_look_stopped(folder, status, failed, line):
@@ -485,3 +495,16 @@ def test_a_run_that_ended_by_itself_does_not_look_stopped(folder, status, failed
     (runs / "rex" / RECORD).write_text(json.dumps({"format": FORMAT, "status": status, "step": 3, "steps": 9}))
     state = Trainings(folder).state("rex")
     assert (state.alive, state.failed, state.finished) == (False, failed, status == "finished") and line in state.line
+    (runs / "rex" / RECORD).unlink()
+    state = Trainings(folder).state("rex")
+    assert state.failed and "ended early" in state.line
+    (runs / "rex.log").write_text("")
+    state = Trainings(folder).state("rex")  # in another browser, before the process is there
+    assert not state.failed and state.line == "starting"
+
+
+def test_a_new_name_is_neither_a_run_s_nor_an_adapter_s(folder, adapter):
+    (folder.root / "runs" / "rex.json").write_text("{}")
+    file = adapter.save(folder.root.parent / "rex.safetensors")
+    assert [folder.add_adapter(file), folder.add_adapter(file)] == ["rex-2", "rex-3"]
+    assert folder.free_name("rex") == "rex-4" and folder.free_name("brew") == "brew"

@@ -26,8 +26,8 @@ FILES = {  # what else a file may be -> marks; the first that fits counts
         *("_vae_", "_first_stage_model_", "_quant_conv_", "_encoder_conv_in_", "_decoder_conv_in_"),
         *("_encoder_down_#_", "_decoder_up_#_", "_encoder_down_blocks_#_", "_decoder_up_blocks_#_"),
     ),
-    EMBEDDING: ("_emb_params_", "_string_to_param_", "_<"),
     NUMBERED: ("_unet_#_down_", "_unet_#_up_", "_encoder_#_down_", "_encoder_#_up_"),
+    EMBEDDING: ("_emb_params_", "_string_to_param_", "_<"),
     "a text encoder": ("_token_embedding_weight_", "_position_embedding_weight_", "_positional_embedding_"),
     "a whole U-Net, not an adapter": ("_resnets_#_norm1_weight_", "_transformer_blocks_#_norm1_weight_"),
 }

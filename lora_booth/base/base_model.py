@@ -92,8 +92,9 @@ class BaseModel:
         vae              another VAE: its folder, Hub id or .safetensors file, also for a single file without one
         quantize         the U-Net's linear layers in less memory, a little slower: "int8" (8 bits, nearly exact) or "nf4"
                          (4 bits by bitsandbytes, less exact)
-        Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError for an
-        argument that this source does not take; SettingsError and MissingExtraError if it cannot be quantized.
+        Raises BaseModelError for anything that is not a text-to-image SD 1.x, SD 2.x or SDXL model; SettingsError for
+        `config` of anything but a single file, or `variant` or `revision` of one; SettingsError and MissingExtraError if it
+        cannot be quantized.
         """
         quiet_about_torchvision()
         source, dtype = typed("source", source, str | Path), typed("dtype", dtype, torch.dtype | None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -159,7 +159,11 @@ def extract(
     from ..adapters.tools.spectrum import keep
 
     keep(rank, energy)  # checked before gigabytes are read
-    models = reading.load(tuned), reading.load(base)
+    files, readings = [Path(one).is_file() for one in (tuned, base)], [reading, reading]
+    if files[0] != files[1]:  # each takes options of its own
+        of_file, of_other = replace(reading, variant=None, revision=None), replace(reading, config=None)
+        readings = [of_file if is_file else of_other for is_file in files]
+    models = readings[0].load(tuned), readings[1].load(base)
     adapter, report = extracted(*models, rank=rank, energy=energy, text_encoder=text_encoder)
     if report.left_out:
         names = listed(list(report.left_out))

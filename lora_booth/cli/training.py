@@ -194,7 +194,7 @@ def cache(
 @command
 def plan(
     *,
-    base: Base = "toybox",
+    base: str = "toybox",  # base model, as for `train`; or sd1, sd2 or sdxl, for their published shapes
     vram: float | None = None,  # memory budget in GB, e.g. 12 [what is free, or all of --gpu]
     gpu: str | None = None,  # plan for a T4, L4, 3090, 4090, A100, H100 or H200 [without a GPU, --vram plans for a T4]
     dtype: Precision = None,
@@ -206,10 +206,11 @@ def plan(
     json: bool = False,  # print everything as JSON, in bytes and seconds
 ) -> None:
     """Predict the memory of a training and choose the fastest settings that fit (exit code 2 when nothing does)."""
+    from ..base.families import FAMILIES
     from ..planning.planning import plan as make_plan
 
-    if measure and (vram or gpu or dtype):
-        raise SettingsError("--measure times --base on this machine; leave out --vram, --gpu and --dtype")
+    if measure and (vram or gpu or dtype or base in FAMILIES):
+        raise SettingsError("--measure times a base on this machine: pass one as --base, without --vram, --gpu and --dtype")
     found = make_plan(
         Loading(quantize=quantize).base(base) if measure else base,
         lora=lora,

@@ -23,8 +23,8 @@ WARM_UPS = 3  # passes before a recording, for one-time set-up in cuDNN, cuBLAS 
 
 
 def obstacle(base: BaseModel, lora: LoraSpec) -> str | None:
-    """Why the step cannot be recorded on a CUDA GPU; None if it can. To ask before an adapter is injected, whose own hook does
-    not stand in the way."""
+    """Why the step cannot be recorded on a CUDA GPU; None if it can. Ask before the adapter is injected: its own hook is no
+    obstacle."""
     obstacles = {
         "text encoders are trained, and their tokenizer runs on the host": lora.text_encoder,
         "dropout draws from a generator that is reseeded for every step": lora.dropout > 0,

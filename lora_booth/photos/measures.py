@@ -51,7 +51,7 @@ class Measures:
     contrast: float  # 0..255, 99th less 1st percentile
     white: float  # clipped share of the mask, else of the picture; on white, of the likely subject
     black: float  # clipped share of the subject, or of what is likely to be it
-    subject: float | None  # share of the picture; None: unknown
+    subject: float | None  # share of the picture; None: without a mask
 
 
 @dataclass(frozen=True, eq=False)

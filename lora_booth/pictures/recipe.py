@@ -90,7 +90,7 @@ class Recipe:
             if entries.pop("format") != FORMAT:
                 raise SettingsError("a recipe of another format; update lora_booth")
             entries["adapters"] = tuple(entries["adapters"])
-            asked(**entries["pictures"])
+            entries["pictures"] = asked(**entries["pictures"])
             return cls(**entries)
         except SettingsError as error:
             raise SettingsError(f"{shown(path)}: {error}") from error
@@ -116,23 +116,33 @@ class Recipe:
             return by_hash[entry["hash"]]
 
         settings = dict(self.composition)
-        if settings.pop("isolate", "delta") != "delta" or "redraw" in settings:  # of earlier versions
-            raise SettingsError("the recipe separates its regions in a way that was removed; draw the prompt anew")
+        removed = {"isolate": settings.pop("isolate", "delta"), "redraw": settings.pop("redraw", None)}  # of earlier versions
+        for name, value in removed.items():
+            if settings.get("method") == "regions" and value not in ("delta", None):
+                raise SettingsError(
+                    f"the recipe draws its regions with {name}={value!r:.20}, which was removed; draw the prompt anew"
+                )
         try:
             if settings["regions"] != "auto":
                 settings["regions"] = [region_from(entry, find(entry)) for entry in settings["regions"]]
             everywhere = [(find(entry), Weight(**entry["weight"])) for entry in self.adapters]
             studio = Composition(base, everywhere, **settings)
-            before = dict(self.versions).get("compel")
-            here = studio.compel(self.pictures["prompt"], self.pictures.get("negative_prompt"))
+            note = self.note_on(studio)
         except (KeyError, TypeError, ValueError) as error:
             raise SettingsError(f"the recipe cannot be read ({reason_of(error)})") from error
-        if before != here:
-            remedy = f"pip install compel=={before}" if before else "pip uninstall compel"
-            drawn, now = (f"compel {one}" if one else "the text encoders alone" for one in (before, here))
-            text = f"the recipe's prompt was read by {drawn}, here by {now}, so the pictures may differ; {remedy}"
-            warnings.warn(shown(text), CompositionWarning, stacklevel=2)
+        if note is not None:
+            warnings.warn(note, CompositionWarning, stacklevel=2)
         return studio
+
+    def note_on(self, studio: Composition) -> str | None:
+        """If compel read the prompts and does not here, or the other way round, or another version of it."""
+        before = dict(self.versions).get("compel")
+        here = studio.compel(self.pictures["prompt"], self.pictures.get("negative_prompt"))
+        if before == here:
+            return None
+        remedy = f"pip install compel=={before}" if before else "pip uninstall compel"
+        drawn, now = (f"compel {one}" if one else "the text encoders alone" for one in (before, here))
+        return shown(f"the recipe's prompt was read by {drawn}, here by {now}, so the pictures may differ; {remedy}")
 
     def generate(self, base: BaseModel | Any, adapters: Sequence[Adapter], **changes: Any) -> list[Picture]:
         """The same pictures; with `changes`, others, e.g. seeds=range(8)."""

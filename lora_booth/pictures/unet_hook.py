@@ -42,7 +42,7 @@ class UNetCall:
         return self.rows // 2 if self.guided else self.rows
 
     def run(self, **changed: Any) -> Any:
-        """What the U-Net answers, to these arguments in place of its own."""
+        """The U-Net's answer, with these arguments in place of the call's."""
         return self.forward(**{**self.arguments, **changed})
 
     def states_of(self, text: TextConditions) -> Tensor:

@@ -13,7 +13,6 @@ from ..adapters.tools.convert import convert as convert_file
 from ..adapters.tools.merge import merge as merge_adapters
 from ..adapters.tools.spectrum import resize as resize_adapter
 from ..errors import SettingsError, shown
-from ..pictures.gallery import first_free
 from .events import Studio, choice, lines, listen, one_of
 
 
@@ -66,7 +65,7 @@ def adapters_tab(studio: Studio) -> None:
         return [*shelf(name), lines("; ".join([f"wrote {name}.safetensors", *notes]), kind="good")]
 
     def free(source: str, ending: str) -> Path:
-        return first_free(folder.adapter_file(f"{source}-{ending}"))
+        return folder.adapter_file(folder.free_name(f"{source}-{ending}"))
 
     def add(sent: list[str] | None) -> list[Any]:
         added = [folder.add_adapter(Path(one)) for one in sent or ()]

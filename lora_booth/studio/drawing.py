@@ -85,11 +85,13 @@ class Models:
             Recipe.of(studio, prompt, seeds=[seed], **sampler).save(files[-1].with_suffix(".json"))
         return files[0].name
 
-    def redraw(self, name: str) -> str:
-        """A picture again by its recipe, whose adapters are found by their hash."""
+    def redraw(self, name: str) -> tuple[str, list[str]]:
+        """A picture again by its recipe, whose adapters are found by their hash; and what there is to say of it."""
         recipe = Recipe.load(self.folder.place("pictures", Path(name).stem + ".json"))
         adapters = [self.adapter(one) for one in self.folder.names("adapters", ".safetensors")]
-        return self.draw(recipe.studio(self.base(), adapters), **recipe.pictures)
+        studio = recipe.studio(self.base(), adapters)
+        notes = [*filter(None, [recipe.note_on(studio)]), *remarks(studio, **recipe.pictures)]
+        return self.draw(studio, **recipe.pictures), notes
 
     def by_step(self, run: str, prompt: str, **settings: Any) -> Grid:
         """A column for each adapter that a run has saved: which step was best?"""
@@ -101,7 +103,9 @@ class Models:
         return Grid(tuple(f"step {step}" for step in found), each[0].rows, rows, each[0].title).transposed()
 
 
-def remarks(studio: Composition, prompt: str, *, negative_prompt: str | None, size: Any, **more: Any) -> list[str]:
+def remarks(
+    studio: Composition, prompt: str, *, negative_prompt: str | None = None, size: Any = None, **more: Any
+) -> list[str]:
     """What the library warns of: not by Python's warnings, whose filters all threads share."""
     _, other_base = misfits(studio.base, studio.everyone(prompt))
     return [*other_base, *studio.remarks(prompt, negative_prompt, size=drawable(studio.base, size))]

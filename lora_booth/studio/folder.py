@@ -19,7 +19,7 @@ from ..files import make_folder, read_json, remove, write_file
 from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, checked_caption, find_photos, read_crops
 from ..photos.opening import opened, upright_copy
 from ..photos.photo import Photo, PhotoSet, Region, Unusable
-from ..pictures.gallery import first_free, names
+from ..pictures.gallery import names
 from ..subject.subject import Subject
 
 ROOMS = ("photos", "runs", "adapters", "pictures", "shared", "bases")
@@ -167,9 +167,14 @@ class StudioFolder:
     def add_adapter(self, file: Path) -> str:
         """Copy an adapter's file once everything in it is checked. Returns its name."""
         Adapter.load(file)
-        place = first_free(self.place("adapters", f"{clean(file.stem)}.safetensors"))
-        write_file(place, file.read_bytes())
-        return place.stem
+        name = self.free_name(clean(file.stem))
+        write_file(self.adapter_file(name), file.read_bytes())
+        return name
+
+    def free_name(self, wanted: str) -> str:
+        """The name, or one like it, that no run and no adapter has: a run writes an adapter of its name."""
+        taken = {*self.names("runs", ".json"), *self.names("adapters", ".safetensors")}
+        return next(one.stem for one in names(self.adapter_file(wanted)) if one.stem not in taken)
 
     def adapter_file(self, name: str) -> Path:
         return self.place("adapters", f"{name}.safetensors")

@@ -119,8 +119,8 @@ def play_tab(studio: Studio) -> None:
         return names[event.index] if event.index < len(names) else gr.skip()  # removed in another browser
 
     def again(name: str) -> list[Any]:
-        made = models.redraw(name or "")
-        return [lines(f"drawn again: {made}"), *shelf(made)]
+        made, told = models.redraw(name or "")
+        return [lines(f"drawn again: {made}", *told), *shelf(made)]
 
     def discard(name: str) -> list[Any]:
         for one in (name, f"{Path(name).stem}.json"):

@@ -28,6 +28,8 @@ CHOICES = {  # in view on the page -> what it is for; `settings_of` says what it
 }
 TAIL = 4096  # bytes of a log whose last line is shown
 COUNT = re.compile(r"(\d+)/(\d+)")  # in a line of progress
+STARTING = "starting"  # where a log is still empty
+ENDED = re.compile(r"running|stopped by an error|interrupted by (?!KeyboardInterrupt|SystemExit)\w+")  # but for its user
 SAVING = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)  # what lets a training save and end
 
 
@@ -128,20 +130,21 @@ class Trainings:
             run = read_run(self.folder.place("runs", name))
         except SettingsError:
             pass
-        status = run.record.get("status") if run is not None else None
+        begun = "" if line == STARTING else "running"  # where there is no record yet
+        status = begun if run is None else str(run.record.get("status"))
         finished = not alive and status == "finished"
-        failed = not alive and (line.startswith("error: ") or status in (None, "running"))  # else something ended it
+        failed = not alive and (line.startswith("error: ") or ENDED.fullmatch(status) is not None)
         counted = COUNT.search(line)
         step, total = (int(counted[1]), int(counted[2])) if counted else (0, 0)
-        if not alive and not failed:
-            step, total = (run.step, run.total) if run else (0, 0)
+        if not alive and not failed and run is not None:
+            step, total = run.step, run.total
             line = f"finished: {step} steps" if finished else f"stopped at step {step} of {total or '?'}; go on when you like"
         elif failed and not line.startswith("error: "):
-            line = f"ended early, stopped or out of memory perhaps; go on when you like. Its last line: {line}"
+            line = f"ended early, perhaps stopped or out of memory; go on when you like. The log ends with: {line}"
         return State(alive, finished, failed, line, min(1.0, step / max(1, total)), run)
 
 
 def last_line(log: Path) -> str:
     text = log.read_bytes()[-TAIL:].decode("utf-8", "replace") if log.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return shown(lines[-1][:500]) if lines else "starting"
+    return shown(lines[-1][:500]) if lines else STARTING

@@ -14,7 +14,6 @@ import gradio as gr
 from ..config import LoraSpec, TrainingConfig, comments
 from ..errors import SettingsError
 from ..notebook.outputs import CHART, samples_of
-from ..pictures.gallery import names
 from ..report.report import loss_chart
 from .events import Studio, choice, lines, listen, one_of
 from .runs import CHOICES, State, settings_of
@@ -76,8 +75,7 @@ def train_tab(studio: Studio) -> None:
     def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
         wanted, *_ = settings(who, how, values)
         folder.subject(who)
-        taken = {*trainings.names(), *folder.names("adapters", ".safetensors")}
-        new = (named or "").strip() or next(one.stem for one in names(Path(who)) if one.stem not in taken)
+        new = (named or "").strip() or folder.free_name(who)
         studio.models.release()
         trainings.start(new, who, folder.bases()[folder.base], wanted)
         return one_of(trainings.names(), new)

@@ -212,7 +212,9 @@ class RunFolder:
             record.event(f"checkpoint {folder.name}{where} is damaged: skipped")
         steps = self.job.config.steps
         if found is not None:
-            others = changes(record.content.get("surroundings", {}), surroundings)
+            earlier = record.content.get("surroundings", {})
+            both = [name for name in surroundings if name in earlier]  # an earlier version had other settings
+            others = changes({name: earlier[name] for name in both}, {name: surroundings[name] for name in both})
             more = f", computed differently ({'; '.join(others)}): equal up to rounding" if others else ""
             record.event(f"continued at step {found.step}{more}", step=found.step)
             before = record.content.get("steps")
