@@ -458,7 +458,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Identity against context, a curve a recipe."""
+    """Identity against the share of pictures in which the object beside the subject is there with a look of its own, a curve a
+    recipe, a point a weight of its adapters."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -470,9 +471,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         points = []
         for weight in sorted({row["weight"] for row in mine}):
             at = [row for row in mine if row["weight"] == weight]
-            points.append((np.mean([row["context"] for row in at]), np.mean([row["identity"] for row in at])))
+            intact = np.mean([(1 - row["vanished"]) * (1 - row["spoilt"]) for row in at])  # spoilt: of those that are there
+            points.append((intact, np.mean([row["identity"] for row in at])))
+            axis.annotate(f"{weight:g}", points[-1], xytext=(4, 4), textcoords="offset points", fontsize=7)
         axis.plot(*zip(*points, strict=True), marker="o", label=what)
-    axis.set_xlabel("context right")
+    axis.set_xlabel("object beside the subject intact")
     axis.set_ylabel("identity")
     axis.legend(fontsize=7)
     figure.tight_layout()
