@@ -6,6 +6,8 @@ import asyncio
 import json
 import pickle
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ from starlette.requests import ClientDisconnect  # noqa: E402
 from lora_booth.studio.access import Gate  # noqa: E402
 
 OUTSIDE = "not to be seen"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -296,6 +299,38 @@ def test_the_page_asks_nothing_of_other_machines(server):
     loaded = re.findall(r"""(?:src|href)=["']([^"']+)|url\(([^)]+)\)""", page.decode() + style)
     assert status == 200 and not [one for pair in loaded for one in pair if re.match(r"[\"']?(https?:)?//", one)]
     assert '"analytics_enabled":false' in page.decode().replace(" ", "").lower()
+
+
+AT_ONCE = """
+import sys, threading, time
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "diffusers.utils" and not inside.is_set():  # diffusers is half imported
+            inside.set()
+            time.sleep(0.5)
+
+inside, names = threading.Event(), []
+sys.meta_path.insert(0, Slow())
+from lora_booth.base.base_model import BaseModel
+from lora_booth.studio.events import plain
+
+def call(wait):
+    wait()
+    names.append(plain(lambda: BaseModel.load("toybox"))().name)
+
+threads = [threading.Thread(target=call, args=[wait]) for wait in (lambda: None, inside.wait)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(names)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_calls_of_a_page_may_come_at_once():
+    """Those that an open page makes: while one imports diffusers, the other must not use what is there of it."""
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.stdout == "['toybox', 'toybox']\n", done.stderr
 
 
 @pytest.mark.slow
