@@ -78,7 +78,7 @@ class Recipe:
     of: str = ""  # the recipe whose adapters it draws
     token_steps: int = 0  # of learning the token's embedding first
     photos: Callable[[Path, str], Path] | None = None  # other photos, made of these for this class noun
-    quantize: Literal["int8"] | None = None  # of the base, while it trains
+    quantize: Literal["int8", "nf4"] | None = None  # of the base, while it trains
 
 
 def captioned(photos: Path, noun: str) -> Path:
@@ -129,6 +129,7 @@ RECIPES: dict[str, Recipe] = {
     "tall photos, squares": Recipe(photos=taller),
     "tall photos, buckets": Recipe({"shape": "buckets"}, photos=taller),
     "int8 base": Recipe(quantize="int8"),
+    "NF4 base": Recipe(quantize="nf4"),
     "dropout .1": Recipe(lora={"dropout": 0.1}),
     "attn2 only": Recipe(lora={"target_modules": tuple(f"attn2.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0"))}),
     "feed-forward layers too": Recipe(lora={"target_modules": (*lb.LoraSpec().target_modules, "ff.net.0.proj", "ff.net.2")}),

