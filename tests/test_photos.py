@@ -8,7 +8,6 @@ import os
 import struct
 import sys
 import threading
-import time
 import tracemalloc
 import warnings
 import zlib
@@ -908,21 +907,22 @@ def test_threads_that_decode_leave_what_is_set_for_all(tmp_path: Path, monkeypat
     """One inside the other's context, and left after it."""
     scene(300, 300, (150, 150), 70).save(tmp_path / "a.png")
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    before, inside, done = list(warnings.filters), threading.Event(), threading.Event()
+    before, inside, entered, done = list(warnings.filters), threading.Event(), threading.Event(), threading.Event()
 
     def other() -> None:
         inside.wait()
         with opening.opened(tmp_path / "a.png"):
+            entered.set()
             done.wait()
 
     thread = threading.Thread(target=other)
     thread.start()
     with opening.opened(tmp_path / "a.png"):
         inside.set()
-        time.sleep(0.05)  # in which the other one would enter
+        both_inside = entered.wait(0.3)
     done.set()
     thread.join()
-    assert ImageFile.LOAD_TRUNCATED_IMAGES and warnings.filters == before
+    assert not both_inside and ImageFile.LOAD_TRUNCATED_IMAGES and warnings.filters == before
 
 
 def test_tiny_resolutions_are_measured_too(tmp_path: Path) -> None:

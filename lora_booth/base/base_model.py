@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import pickle
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,14 @@ from .weight_files import LazyModule
 
 TOYBOX = "toybox"
 TOYBOX_FOLDER = Path(__file__).parent.parent / "toybox" / "model"
+IMPORTING = threading.Lock()
+
+
+def import_libraries() -> None:
+    """While one thread imports diffusers, others wait: it puts another module in its own place at the end, and its parts
+    import one another when first used, so a second thread would find half of them."""
+    with IMPORTING:
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
 
 
 @contextmanager
@@ -97,6 +106,7 @@ class BaseModel:
         cannot be quantized.
         """
         quiet_about_torchvision()
+        import_libraries()
         source, dtype = typed("source", source, str | Path), typed("dtype", dtype, torch.dtype | None)
         place = default_device() if device is None else usable(device)
         if quantize is not None:

@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from html import escape
-from threading import Lock
 from typing import Any
 
 import gradio as gr
 
+from ..base.base_model import import_libraries
 from ..errors import LoraBoothError, in_command
 from .drawing import Models
 from .folder import StudioFolder
 from .runs import Trainings
-
-LOADING = Lock()
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def plain(handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
     def call(*given: Any, **more: Any) -> Any:
         in_command.set(False)  # messages are for the page, which has fields and no options
-        load_libraries()
+        import_libraries()
         try:
             return handler(*given, **more)
         except (LoraBoothError, OSError) as error:
@@ -85,14 +83,6 @@ def plain(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(text, duration=None, title="A defect of the studio") from error
 
     return call
-
-
-def load_libraries() -> None:
-    """The first call loads them, while others wait: their modules load one another when first used, which fails in two threads
-    at once. Not before the page is there, since it takes seconds."""
-    with LOADING:
-        import peft  # noqa: F401
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
 
 
 def one_of(names: Sequence[str], wanted: str | None = None) -> Any:
