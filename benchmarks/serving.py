@@ -24,7 +24,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import Card, LoraFactors
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
-from lora_booth.injection import module_path, target_paths
+from lora_booth.injection.paths import module_path, target_paths
 
 SHARED = {"layers_per_block": 2, "sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
 RANK = 16  # of the layers of the attention: a file of 6.4 MB

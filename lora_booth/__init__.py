@@ -34,7 +34,7 @@ _HOMES = {
     "before_after": "pictures.grids",
     "grid": "pictures.grids",
     "grid_steps": "pictures.grids",
-    "attached": "injection",
+    "attached": "injection.attached",
     "Photo": "photos.photo",
     "caption_model": "photos.captioning",
     "make_masks": "photos.segmenting",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from .config import LoraSpec, TrainingConfig
     from .errors import LoraBoothError
     from .evaluation.protocol import evaluate
-    from .injection import attached
+    from .injection.attached import attached
     from .photos.captioning import caption_model
     from .photos.photo import Photo
     from .photos.segmenting import make_masks

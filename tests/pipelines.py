@@ -21,7 +21,7 @@ from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import Card, LoraFactors, card_facts
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
-from lora_booth.injection import module_path, target_paths
+from lora_booth.injection.paths import module_path, target_paths
 
 SCHEDULE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KINDS = ("sd1", "sd2", "sd2-v", "sd2-zsnr", "sdxl")

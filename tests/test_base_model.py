@@ -38,7 +38,7 @@ from lora_booth.base.diffusers_folder import SUCCESSORS
 from lora_booth.base.families import is_hub_id
 from lora_booth.config import LoraSpec
 from lora_booth.errors import BaseModelError, SettingsError, reason_of
-from lora_booth.injection import trainable
+from lora_booth.injection.trainable import trainable
 
 FAMILY = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sd2-zsnr": "sd2", "sdxl": "sdxl"}
 PREDICTION = {"sd1": "epsilon", "sd2": "epsilon", "sd2-v": "v_prediction", "sd2-zsnr": "v_prediction", "sdxl": "epsilon"}

@@ -31,7 +31,7 @@ from lora_booth.cache import (
 from lora_booth.cli.arguments import KIND
 from lora_booth.config import LoraSpec, TrainingConfig, typed
 from lora_booth.errors import BaseModelError, SettingsError
-from lora_booth.injection import trainable
+from lora_booth.injection.trainable import trainable
 from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training import class_images as of_class

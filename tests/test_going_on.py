@@ -14,7 +14,7 @@ from pipelines import base_of, random_adapter
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import AdapterBaseMismatch, SettingsError, SubjectError, TrainingError
-from lora_booth.injection import first_factors, spec_of, trainable
+from lora_booth.injection.trainable import first_factors, spec_of, trainable
 from lora_booth.runs.one import train
 from lora_booth.subject.subject import Subject
 from lora_booth.training.class_images import class_images

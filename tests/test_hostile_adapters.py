@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_booth import errors as E
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import MAX_RANK
-from lora_booth.injection import attached
+from lora_booth.injection.attached import attached
 
 HANGS = 300  # seconds; a hang, not a measure of speed
 MEMORY = 400 * 2**20  # bytes that Python takes meanwhile, for files of up to 5 MB

@@ -35,7 +35,9 @@ from lora_booth.base.changes import CLAIMS, claimed
 from lora_booth.base.generation import generate_images, quiet
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterBaseMismatch, BaseModelError, OtherBaseWarning, SettingsError, TrainingError
-from lora_booth.injection import attached, local_path, trainable
+from lora_booth.injection.attached import attached
+from lora_booth.injection.paths import local_path
+from lora_booth.injection.trainable import trainable
 from lora_booth.kernels.attention import attention_kernel
 from lora_booth.kernels.lean import channels_last, lean
 from lora_booth.pictures.composition import Composition
@@ -209,7 +211,7 @@ def by_serving(base: BaseModel) -> Any:
     return live
 
 
-CHANGING = ("changes.py", "injection.py", "unet_hook.py", "contextlib.py")
+CHANGING = ("changes.py", "attached.py", "trainable.py", "unet_hook.py", "contextlib.py")
 ONE_LAYER = LoraSpec(rank=2, target_modules=("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"))
 CONTEXTS: dict[str, Callable[[BaseModel], Callable[[], Any]]] = {
     "attached": lambda base: partial(attached, base, [(small_adapter(base), 1.0)]),

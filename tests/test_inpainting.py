@@ -14,7 +14,7 @@ from pipelines import base_of, make_pipeline, random_adapter, same_state, state
 
 from lora_booth.base.base_model import BaseModel
 from lora_booth.errors import BaseModelError, PhotoError, SettingsError
-from lora_booth.injection import attached
+from lora_booth.injection.attached import attached
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.gallery import record_of
 from lora_booth.pictures.inpainting import draw_into, drawn_size, part_around

@@ -174,7 +174,7 @@ def test_a_unet_with_them_has_the_gradients_of_one_without(
 
     from lora_booth.base.base_model import BaseModel
     from lora_booth.config import LoraSpec
-    from lora_booth.injection import trainable
+    from lora_booth.injection.trainable import trainable
     from lora_booth.kernels.lean import channels_last, lean
 
     assert kernels.works_on(torch.device("cuda", 0))

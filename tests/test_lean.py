@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_booth.base.base_model import BaseModel
 from lora_booth.config import LoraSpec
-from lora_booth.injection import TrainableLora, trainable
+from lora_booth.injection.trainable import TrainableLora, trainable
 from lora_booth.kernels import autograd
 from lora_booth.kernels.autograd import FrozenConv2d, Geglu, NormBeside, SumAndNorm
 from lora_booth.kernels.lean import lean, rewrites
@@ -123,7 +123,7 @@ def narrow_unet(dtype: torch.dtype) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.7), (torch.bfloat16, 0.6)])
 def test_a_step_keeps_far_less(dtype: torch.dtype, share: float) -> None:
-    from lora_booth.injection import Injection
+    from lora_booth.injection.trainable import Injection
 
     unet = narrow_unet(dtype)
     paths = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear) and n.endswith(EVERY[:4])]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lora_booth.base.base_model import BaseModel, TextConditions
 from lora_booth.config import LoraSpec, TrainingConfig, settled
-from lora_booth.injection import attached, trainable
+from lora_booth.injection.attached import attached
+from lora_booth.injection.trainable import trainable
 from lora_booth.subject.subject import Subject
 from lora_booth.training.encoding import error_weights, mask_latents, prepare
 from lora_booth.training.latents import Batch, Bucket, Inputs, LatentCache, LatentSet, draw

@@ -30,7 +30,8 @@ from lora_booth.base.quantization import (
 )
 from lora_booth.config import LoraSpec, Quantization, TrainingConfig, settled
 from lora_booth.errors import BaseModelError, MissingExtraError, SettingsError
-from lora_booth.injection import attached, trainable
+from lora_booth.injection.attached import attached
+from lora_booth.injection.trainable import trainable
 from lora_booth.planning import budget
 from lora_booth.planning.counting import inputs
 from lora_booth.planning.planning import DoesNotFit, plan

@@ -35,7 +35,7 @@ from lora_booth.base.base_model import BaseModel
 from lora_booth.base.families import is_hub_id
 from lora_booth.config import LoraSpec, TrainingConfig
 from lora_booth.errors import AdapterError, PhotoError, SettingsError
-from lora_booth.injection import attached
+from lora_booth.injection.attached import attached
 from lora_booth.pictures.composition import Composition
 from lora_booth.pictures.picture import Picture
 from lora_booth.runs.one import train

@@ -22,7 +22,7 @@ from ..base.samplers import sampler_name, sampling
 from ..base.sizes import as_arguments, drawable, size_note
 from ..config import GUIDANCE, STEPS, Size, check, sides, typed
 from ..errors import CompositionWarning, SettingsError, setting
-from ..injection import AttachedAdapter, attached_layers
+from ..injection.attached import AttachedAdapter, attached_layers
 from ..kernels.attention_maps import AttentionMaps
 from ..photos.masks import check_shape
 from ..photos.opening import read_picture

@@ -11,7 +11,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.tools.inspection import Difference, difference
 from ..base.base_model import BaseModel
 from ..errors import AdapterBaseMismatch, setting
-from ..injection import other_weights, placed
+from ..injection.attached import other_weights, placed
 from .weights import Weight
 
 

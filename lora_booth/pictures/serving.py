@@ -20,7 +20,7 @@ from ..base.samplers import sampling
 from ..base.sizes import as_arguments, drawable, size_note
 from ..config import GUIDANCE, STEPS, Size, check, check_types, typed
 from ..errors import CompositionWarning, SettingsError
-from ..injection import AttachedAdapter, attachable
+from ..injection.attached import AttachedAdapter, attachable
 from .composition import checked
 from .picture import Picture
 from .subjects import other_syntax, unread

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..base.base_model import TextConditions
 from ..base.changes import hooked, undone
 from ..errors import SettingsError
-from ..injection import AttachedAdapter
+from ..injection.attached import AttachedAdapter
 from .regions import Masks
 from .weights import Weight
 

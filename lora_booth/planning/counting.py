@@ -24,7 +24,7 @@ from ..base.generation import pictures_at_a_time
 from ..base.quantization import quantized_bytes, storage_bytes, tensors_of
 from ..cache import cached, key_of
 from ..config import LoraSpec, Quantization, TrainingConfig
-from ..injection import trainable
+from ..injection.trainable import trainable
 from ..photos.cropping import WidthHeight
 from ..training.latents import Batch
 from ..training.loop import dreambooth_loss, predict

@@ -14,7 +14,7 @@ from ..base.base_model import BaseModel
 from ..base.changes import claimed
 from ..errors import SettingsError, shown
 from ..files import open_regular, replacing
-from ..injection import placements
+from ..injection.attached import placements
 from ..runs.many import NAME
 from ..training.checkpoint import ADAPTER
 

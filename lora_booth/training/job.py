@@ -18,7 +18,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import Card, card_facts
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, SettledConfig, defaults
-from ..injection import factors_of
+from ..injection.trainable import factors_of
 from ..photos.photo import Photo
 from ..subject.subject import Subject
 from .latents import LatentCache

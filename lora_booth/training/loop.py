@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
 from ..config import SettledConfig
-from ..injection import TrainableLora
+from ..injection.trainable import TrainableLora
 from ..kernels.lora import FlatFactors
 from .distributed import ALONE, Processes
 from .health import Health

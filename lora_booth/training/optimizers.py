@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import SettledConfig, TrainingConfig
 from ..errors import MissingExtraError, SettingsError, setting
-from ..injection import TrainableLora
+from ..injection.trainable import TrainableLora
 
 PACKAGES = {  # optimizer -> its package, and the extra that installs it
     "adamw8bit": ("bitsandbytes", "quant"),

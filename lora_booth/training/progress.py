@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters.contents import LoraFactors
-    from ..injection import TrainableLora
+    from ..injection.trainable import TrainableLora
 
 EVERY = 5.0  # seconds between two lines on something that takes long: chosen
 PATIENCE = 30.0  # seconds between two lines on updates, at most: chosen

@@ -15,7 +15,8 @@ from ..base.base_model import BaseModel
 from ..base.quantization import packing_of
 from ..config import LoraSpec, SettledConfig, TrainingConfig
 from ..errors import TrainingError, reason_of, setting
-from ..injection import TrainableLora, base_layer, target_paths, trainable
+from ..injection.paths import base_layer, target_paths
+from ..injection.trainable import TrainableLora, trainable
 from ..kernels.capture import layout_of
 from ..kernels.lora import FlatFactors
 from .latents import Inputs

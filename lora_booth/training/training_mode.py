@@ -13,7 +13,8 @@ from ..base.base_model import BaseModel
 from ..base.changes import undone
 from ..config import LoraSpec, TrainingConfig
 from ..errors import SettingsError, setting
-from ..injection import TrainableLora, target_paths
+from ..injection.paths import target_paths
+from ..injection.trainable import TrainableLora
 from ..kernels.attention import attention_kernel, check_attention
 from ..kernels.lean import channels_last, lean
 from .optimizers import check_optimizer

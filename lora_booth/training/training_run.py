@@ -19,7 +19,7 @@ from ..adapters.contents import LoraFactors
 from ..base.base_model import BaseModel
 from ..config import LoraSpec, SettledConfig, TrainingConfig, settled, typed
 from ..errors import TrainingError, reason_of, setting
-from ..injection import TrainableLora, first_factors, spec_of, trainable
+from ..injection.trainable import TrainableLora, first_factors, spec_of, trainable
 from ..kernels.capture import StepGraph, obstacle
 from .distributed import ALONE, Processes
 from .health import Health, RollBack

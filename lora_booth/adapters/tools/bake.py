@@ -20,7 +20,7 @@ from ...base.single_file import CONFIGS
 from ...config import typed
 from ...errors import BaseModelError, SettingsError
 from ...files import replacing
-from ...injection import placements
+from ...injection.attached import placements
 from ..adapter import Adapter, weighted
 from ..contents import Dtype
 from ..metadata import SGM_IMPLEMENTATION, base_entries

@@ -13,7 +13,7 @@ from ...base.base_model import BaseModel
 from ...base.quantization import refuse_quantized
 from ...config import typed
 from ...errors import BaseModelError
-from ...injection import adaptable, module_path, unread_layers
+from ...injection.paths import adaptable, module_path, unread_layers
 from ..adapter import Adapter
 from ..contents import Card, LoraFactors, card_facts, one_rank
 from ..layouts import RARE, understood
