@@ -5,6 +5,7 @@ LoraBoothError
 ├── SubjectError          a token, class noun, caption or prompt template
 ├── BaseModelError        a base model that cannot be found, read or recognised
 ├── SettingsError         a setting out of range, or two that exclude each other
+│   └── DoesNotFit        a training that this machine's memory cannot hold (planning/planning.py)
 ├── TrainingError         training that cannot start or had to stop
 ├── EvaluationError       adapters that cannot be scored
 ├── MissingExtraError     an optional package is needed

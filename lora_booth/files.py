@@ -1,7 +1,7 @@
 """Files: written completely or not at all, read within limits, and pages made from templates.
 
-A full disk, an error or a power cut leaves the old file. Anyone may have edited what is read: `read_json`, `json_lines` and
-`number` are for everything that does not come with the package.
+A full disk, an error or a power cut leaves the old file. Anyone may have edited what is read: the readers of JSON
+and `number` are for everything that does not come with the package.
 """
 
 from __future__ import annotations
@@ -239,6 +239,15 @@ def read_json(path: Path, *, most: int = MOST_BYTES) -> Any:
     if len(content) > most:
         raise ValueError(f"larger than {most} bytes")
     return parse_json(content)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What `read_json` finds; empty if that is no object, or the file cannot be read."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -161,7 +161,6 @@ def test_header_for_other_programs(unets, tmp_path):
         metadata = f.metadata()
     start = header_end(content)
     assert metadata["sshs_model_hash"] == hashlib.sha256(content[start:]).hexdigest()
-    assert metadata["sshs_legacy_hash"] == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0" and metadata["ss_v2"] == "False"
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["modelspec.resolution"] == "64x64" and metadata["modelspec.trigger_phrase"] == "sks dog"

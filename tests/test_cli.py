@@ -471,6 +471,7 @@ MISTAKES = [
     ("generate {rex} --prompt x --region rex:0,0,1", "write it like NAME:0,0,0.5,1"),
     ("generate {rex} --prompt x --region rex:0,0,1,1 --auto-regions", "exclude each other"),
     ("generate {rex} --prompt x --preview x.png", "--preview shows regions"),
+    ("generate {rex} --prompt x --auto-regions --preview {tmp}/x.tiff", "saved as .png, .jpg or .webp"),
     ("generate {rex} --prompt x --base {tiny} --method regions", "pass --auto-regions, or --region NAME:0,0,0.5,1"),
     ("generate {rex} --prompt x --base {tiny} --method blend", "method 'blend'; needed: "),
     ("replay {tmp}/none.json {rex}", "none.json"),

@@ -217,7 +217,7 @@ def test_it_is_made_anew_with_scores(run: Path, tmp_path: Path, capsys: pytest.C
     assert {"step 6: 0.6", "step 0: 0", "step 3: 0.9"} <= set(parsed.text["title"])
     assert "step 3use this one:samples/000003.safetensorsoverall 0.250" in text_in(text, "choice")
     assert "step 6 best scoreuse this one:adapter.safetensorsoverall 0.500" in text_in(text, "choice best")
-    assert "0.500 ±0.10" in parsed.text["td"] and "The best is step 6." in parsed.text["li"] and parsed.open == []
+    assert "0.500 ±0.100" in parsed.text["td"] and "The best is step 6." in parsed.text["li"] and parsed.open == []
     (run / "scores.json").write_text(json.dumps(scores | {"identity": "of another run"}))
     write_report(run, photos=False)
     text, parsed = page_of(run)

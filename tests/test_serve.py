@@ -90,7 +90,7 @@ class Server(Caller):
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.base = pipelines.base_of("sd1")
         self.api = Api(self.base, folder, token=TOKEN, limits=Limits(**limits))
-        place, address = listening("127.0.0.1", 0)
+        place, address = listening("127.0.0.1", 0, print)
         super().__init__(address)
         self.server = uvicorn.Server(uvicorn.Config(self.api.app, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [place]})

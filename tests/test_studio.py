@@ -88,6 +88,15 @@ def test_photos_are_checked_before_they_are_copied(folder, photos, tmp_path):
     assert [one.reason for one in folder.photos("rex").skipped] == ["the same file as 0-2.jpg"]
 
 
+def test_a_subject_may_have_more_photos_than_a_training_takes_by_default(folder):
+    place = folder.root / "photos" / "rex"
+    place.mkdir(parents=True)
+    for shade in range(101):
+        Image.new("RGB", (64, 64), (shade, 99, 9)).save(place / f"{shade}.png")
+    folder.describe("rex", "ohwx", "dog")
+    assert len(folder.photos("rex").photos) == len(folder.subject("rex").photos) == 101
+
+
 def test_crop_mask_and_caption_are_those_of_the_photo(folder, photos):
     folder.add_photos("rex", sorted(photos.iterdir()))
     one = folder.photo("rex", "1.jpg")
@@ -355,6 +364,7 @@ def test_hostile_words_end_in_one_line(server, tmp_path):
     page.write_bytes(b"<html>" * 9)
     client.write(**{"Drop .safetensors files here": client.upload(page)})
     assert "page.safetensors" in refused(client, "Drop .safetensors files here", "upload")
+    assert "not a name" in refused(client, "Remove")  # no picture is chosen
     client.write(Subject="rex", **{"Drop 3 to 30 photos here": client.upload(page)})
     client.do("Drop 3 to 30 photos here", "upload")
     assert "not a photo" in client.notes[0]

@@ -29,7 +29,6 @@ from .reading import load
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAMES = {HEADER_DTYPES[name]: name for name in FACTOR_DTYPES}
-LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000  # the part of a file that kohya's old hash is taken of
 
 
 def save(adapter: AdapterContents, path: Path, *, layout: Layout, dtype: Dtype) -> Path:
@@ -81,11 +80,7 @@ def packed(adapter: AdapterContents, layout: Layout, dtype: torch.dtype, path: P
     metadata = metadata_of(adapter, layout, alpha, hashlib.sha256(data).hexdigest())
     if layout == "peft":
         metadata |= _peft_entry(meant)
-    metadata["sshs_legacy_hash"] = "0" * 8  # as long as the real one, which depends on the header's length only
-    header = _header_bytes(ordered, metadata)
-    start = max(LEGACY_OFFSET - len(header), 0)
-    legacy = hashlib.sha256(data[start : LEGACY_OFFSET + LEGACY_LENGTH - len(header)]).hexdigest()[:8]
-    return _header_bytes(ordered, metadata | {"sshs_legacy_hash": legacy}) + data, meant
+    return _header_bytes(ordered, metadata) + data, meant
 
 
 def _spelled(module: str, factors: LoraFactors, family: str | None) -> LoraFactors:

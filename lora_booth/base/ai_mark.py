@@ -28,12 +28,17 @@ def save_picture(image: Image.Image, path: Path, *, generated: bool = True) -> P
 
     Raises SettingsError for another ending.
     """
-    kind = KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise SettingsError(f"{path}: pictures are saved as .png, .jpg or .webp")
+    kind = kind_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, picture_bytes(image, kind, generated=generated))
     return path
+
+
+def kind_of(path: Path) -> str:
+    """Pillow's name for what the ending says. Raises SettingsError for another ending."""
+    if path.suffix.lower() not in KINDS:
+        raise SettingsError(f"{path}: pictures are saved as .png, .jpg or .webp")
+    return KINDS[path.suffix.lower()]
 
 
 def picture_bytes(image: Image.Image, kind: str = "PNG", *, generated: bool = True, **options: Any) -> bytes:

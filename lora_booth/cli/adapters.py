@@ -66,8 +66,8 @@ def show(adapter: AdapterFile, *, modules: Modules = False, json: Json = False) 
     for key, value in vars(found.card).items():
         if value is not None:
             say_row(key, shown(value))
-    say_row("modules", f"{len(found.modules)}, rank {counted(found.ranks)}")
-    say_row("alphas", counted(found.alphas))
+    say_row("modules", f"{len(found.modules)}, rank {spread(found.ranks)}")
+    say_row("alphas", spread(found.alphas))
     say_row("norm", "  ".join(f"{block} {norm:.4g}" for block, norm in found.norms.items()))
     say_row("dead", f"{len(found.dead)}: {listed(found.dead)}" if found.dead else "none")
     say_row("tensors", f"{found.nbytes / 1e6:.2f} MB, sha256 {found.digest[:16]}")
@@ -231,7 +231,7 @@ def say_file(path: Path) -> None:
     say(f"wrote {path} ({sum(file.stat().st_size for file in files) / 1e6:.2f} MB)")
 
 
-def counted(found: dict[int, int] | dict[float, int]) -> str:
+def spread(found: dict[int, int] | dict[float, int]) -> str:
     """ "8", or "4 (x12), 8 (x100)" where there are several."""
     if len(found) == 1:
         return f"{next(iter(found)):g}"

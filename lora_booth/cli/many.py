@@ -27,9 +27,8 @@ EXAMPLE = '{"folder": "photos/rex", "token": "ohwx", "class_noun": "dog"}'
 
 def jobs_in(file: Path) -> dict[str, tuple[str, Path, dict[str, Any]]]:
     """Name -> where it stands ("jobs.jsonl:3"), folder, token and class noun. Raises SettingsError, which names the line."""
-    from ..photos.photo import Photo
     from ..runs.many import check_name
-    from ..subject.subject import Subject
+    from ..subject.subject import check_words
 
     try:
         lines = file.read_bytes().splitlines()
@@ -46,7 +45,7 @@ def jobs_in(file: Path) -> dict[str, tuple[str, Path, dict[str, Any]]]:
             folder, words = typed("folder", job["folder"], Path), {key: job[key] for key in ("token", "class_noun")}
             if not folder.is_dir():
                 raise SettingsError(f"{folder}: no such folder; pass a folder of photos")
-            Subject((Photo(Path("any"), 1, 1, None, None, ""),), **words)  # raises for words that cannot work
+            check_words(**words)
             check_name(name := job.get("name", folder.name), (*found, TABLE))
         except LoraBoothError as error:
             raise SettingsError(f"{file}:{at}: {error}") from error

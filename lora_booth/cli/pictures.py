@@ -36,15 +36,17 @@ def generate(
     recipe: Path | None = None,  # write a recipe of these pictures here, for replay, e.g. pair.json
 ) -> None:
     """Draw pictures with one or several adapters, and a gallery page of them."""
-    from ..base.ai_mark import save_picture
+    from ..base.ai_mark import kind_of, save_picture
     from ..pictures.gallery import Album
     from ..pictures.grids import batches
     from ..pictures.recipe import Recipe
     from ..pictures.regions import preview as drawn
 
     wanted = parse_seeds(seeds)
-    if preview is not None and not (placement.region or placement.auto_regions):
-        raise SettingsError("--preview shows regions; pass --region or --auto-regions")
+    if preview is not None:
+        kind_of(preview)
+        if not (placement.region or placement.auto_regions):
+            raise SettingsError("--preview shows regions; pass --region or --auto-regions")
     check_folder(out)
     for option, file in (("--preview", preview), ("--recipe", recipe)):
         if file is not None:

@@ -41,19 +41,18 @@ def photos(
     json: Json = False,
 ) -> None:
     """Show which photos will be used, which will not and why, and what may be wrong with them."""
-    from ..base.ai_mark import save_picture
+    from ..base.ai_mark import kind_of, save_picture
     from ..photos.audit import audit_photos
-    from ..photos.finding import find_photos
+    from ..photos.finding import MANY, find_photos
     from ..photos.segmenting import make_masks as write_masks
 
-    if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise SettingsError(f"{sheet}: contact sheets are saved as .png, .jpg or .webp")
     if sheet is not None:
+        kind_of(sheet)
         check_place(sheet, "--sheet")
     tell = note if json else say
     if make_masks:
         write_masks(folder, say=lambda line: tell(f"mask     {line}"))
-    found = find_photos(folder, crop=crop, masks="auto" if auto_masks else None, minimum=1, maximum=1000)
+    found = find_photos(folder, crop=crop, masks="auto" if auto_masks else None, minimum=1, maximum=MANY)
     if sheet is not None and any(sheet.exists() and sheet.samefile(photo.path) for photo in found.photos):
         raise SettingsError(f"{sheet}: one of the photos; pass another file")
     audit = audit_photos(found.photos, found.skipped, resolution=resolution, shape=shape)

@@ -19,7 +19,7 @@ from ..base.sizes import drawable
 from ..config import Size, typed, written
 from ..errors import CompositionWarning, EvaluationError, shown
 from ..photos.cropping import crop_photo
-from ..photos.finding import find_photos
+from ..photos.finding import MANY, find_photos
 from ..pictures.composition import Composition, checked
 from ..pictures.picture import Picture
 from ..pictures.prompts import PAPER, fill_prompts
@@ -86,16 +86,14 @@ def evaluate(
     seeds, class_seeds = checked(seeds=seeds)["seeds"], checked(seeds=class_seeds)["seeds"]
     pair = drawable(base, size)
     drawn_at = pair or (base.resolution, base.resolution)
-    asked_batch = 1 if batch_size is None else batch_size
-    how = checked(steps=steps, guidance=guidance, size=pair, sampler=sampler, batch_size=asked_batch)
+    batch_size = pictures_at_a_time(*drawn_at) if batch_size is None else batch_size
+    how = checked(steps=steps, guidance=guidance, size=pair, sampler=sampler, batch_size=batch_size)
     images, toybox = opened(photos), is_toybox(base)
     card = candidates[0].adapter.card
     if contexts is None:
         contexts = unseen_contexts(images) if toybox else PAPER["shared"]
     cases = cases_of(card, prompts, contexts)
     measure = ToyboxMeasure(images) if toybox else PhotoMeasure(images, dino, clip, base.device)
-    if batch_size is None:
-        how["batch_size"] = pictures_at_a_time(*drawn_at)
     plain = fill_prompts([CLASS_TEMPLATE], class_noun=card.class_noun)[0]
     total = (len(cases) * len(seeds) + len(class_seeds)) * (1 + len(candidates))
     done = 0
@@ -173,7 +171,7 @@ def opened(photos: str | Path | Sequence[Image.Image]) -> list[Image.Image]:
     if isinstance(given, tuple):
         images = list(given)
     else:
-        images = [crop_photo(photo, [PHOTO_SIZE]).image for photo in find_photos(given, minimum=1).photos]
+        images = [crop_photo(photo, [PHOTO_SIZE]).image for photo in find_photos(given, minimum=1, maximum=MANY).photos]
     if len(images) < 2:
         raise EvaluationError(f"{len(images)} photo; pass at least 2: photos compared with each other are the ceiling")
     return images

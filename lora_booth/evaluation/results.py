@@ -196,12 +196,12 @@ class Comparison:
         lines = []
         if len(self.adapters) > 1:
             ahead = ", by one prompt alone: pass more to be sure" if len(self.prompts) == 1 else ""
-            if self.lead is not None:
-                ahead = f", {'clearly' if self.lead[1] > 0 else 'but not clearly'} ahead of {self.lead[0].name}"
+            if (lead := self.lead) is not None:
+                ahead = f", {'clearly' if lead[1] > 0 else 'but not clearly'} ahead of {lead[0].name}"
             lines.append(f"The best is {row.name}{ahead}.")
         deaf, drifted = prompt is not None and prompt < FOLLOWED, drift is not None and drift > BARELY
         signs = [sign for sign, seen in zip(OVERFITTED, (deaf, copies > MANY_COPIES, drifted), strict=True) if seen]
-        amount = "learnt well" if subject >= WELL else "partly learnt" if subject >= BARELY else "hardly learnt yet"
+        amount = "partly learnt" if subject >= BARELY else "hardly learnt yet"
         if subject >= WELL:
             lines.append("The subject is learnt well.")
         elif signs:

@@ -21,6 +21,7 @@ from .masks import MaskSource, Segmenter, given_mask, own_mask, rembg_segmenter,
 from .opening import FORMATS, begins_like_a_photo, opacity, opened, upright_copy, upright_size
 from .photo import Photo, PhotoSet, Region, Skipped, Unusable
 
+MANY = 1000  # photos that may be looked at, as opposed to trained on; chosen
 MIN_SIDE = 64  # pixels of the short side of a photo or its crop; chosen: an eighth of SD 1.x's resolution
 MAX_TEXT_BYTES = 2**20  # of a caption or crops.json; chosen
 MAX_CAPTION = 2000  # characters; chosen; the text encoder reads about the first 300

@@ -13,7 +13,7 @@ from PIL import Image
 from ..config import typed
 from ..errors import PhotoError, shown
 from ..files import replacing
-from .finding import MASK_ENDING, find_photos
+from .finding import MANY, MASK_ENDING, find_photos
 from .masks import Segmenter, rembg_segmenter, segmented
 from .opening import open_photo
 from .photo import Photo
@@ -49,7 +49,7 @@ def make_masks(
                folder that cannot be written to. MissingExtraError: no segmenter, and rembg is not installed.
     """
     segmenter = typed("segmenter", segmenter, Callable | None) or rembg_segmenter()
-    photos = find_photos(folder, minimum=1, maximum=1000).photos
+    photos = find_photos(folder, minimum=1, maximum=MANY).photos
     stems = Counter(photo.path.stem for photo in photos)
     made = []
     for photo in photos:

@@ -116,12 +116,6 @@ class Recipe:
             return by_hash[entry["hash"]]
 
         settings = dict(self.composition)
-        removed = {"isolate": settings.pop("isolate", "delta"), "redraw": settings.pop("redraw", None)}  # of earlier versions
-        for name, value in removed.items():
-            if settings.get("method") == "regions" and value not in ("delta", None):
-                raise SettingsError(
-                    f"the recipe draws its regions with {name}={value!r:.20}, which was removed; draw the prompt anew"
-                )
         try:
             if settings["regions"] != "auto":
                 settings["regions"] = [region_from(entry, find(entry)) for entry in settings["regions"]]

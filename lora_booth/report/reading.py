@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import SettingsError, counted, setting, shown
-from ..files import json_lines, number, read_json
+from ..files import json_lines, number, read_table
 from ..training.checkpoint import CROPS, METRICS, RECORD, SAMPLES, SCORES, read_record, saved_adapters
 from ..training.samples import SAMPLE_LIST
 
@@ -64,7 +64,7 @@ def read_run(path: Path) -> Run:
     record = read_record(path)
     if not record:
         raise SettingsError(f"{shown(path)}: no readable {RECORD}; pass the folder of a run, e.g. runs/rex")
-    subjects = dicts(part(record, "facts").get("subjects"))
+    subjects, scores = dicts(part(record, "facts").get("subjects")), read_table(path / SCORES)
     return Run(
         path=path,
         record=record,
@@ -78,7 +78,7 @@ def read_run(path: Path) -> Run:
         updates=list(updates(path / METRICS)),
         samples=sorted(samples(path / SAMPLES), key=lambda sample: sample.step),
         crops=sorted((path / CROPS).glob("*.webp")),
-        scores=scores_of(path / SCORES, record.get("identity")),
+        scores=scores if scores.get("identity") == record.get("identity") else {},
         adapters={step: file.relative_to(path).as_posix() for step, file in saved_adapters(path).items()},
     )
 
@@ -103,14 +103,6 @@ def samples(folder: Path) -> list[Sample]:
         if os.path.isfile(file):
             found[file] = Sample(integer(line.get("step")), str(line.get("prompt")), integer(line.get("seed")), file)
     return list(found.values())
-
-
-def scores_of(path: Path, identity: Any) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and found.get("identity") == identity else {}
 
 
 def part(record: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..adapters.contents import file_stem, quoted, ways
 from ..base.ai_mark import LOSSLESS, data_url
 from ..config import LoraSpec, TrainingConfig, typed
 from ..errors import AdapterError, PhotoError, SettingsError, counted, one_line, shown
+from ..evaluation.results import Score
 from ..files import Owned, number, page
 from ..photos.opening import read_picture
 from ..training.checkpoint import REPORT
@@ -176,8 +177,7 @@ def scores_table(run: Run) -> dict[str, Any] | None:
         for metric in metrics:
             one = part(row, "scores", str(metric.get("key")))
             mean, low, high = (number(one.get(name)) for name in ("mean", "low", "high"))
-            around = "" if low is None or high is None else f" ±{(high - low) / 2:.2f}"
-            yield "–" if mean is None else f"{mean:.3f}{around}"
+            yield "–" if mean is None else str(Score(mean, low, high, 0))
 
     rows = [part(run.scores, "photos"), part(run.scores, "base"), *dicts(run.scores.get("adapters"))]
     return {

@@ -34,7 +34,7 @@ from ..files import parse_json
 from ..pictures.composition import checked
 from ..pictures.picture import Picture
 from ..pictures.prompts import MAX_LENGTH
-from ..studio.server import LOCAL, listening, run, token_of
+from ..studio.server import TOKEN, listening, run, token_of
 from .limits import Limits
 from .queue import How, Queue, Wanted
 from .shelf import Shelf
@@ -207,8 +207,7 @@ class Api:
 
 def entries(pictures: list[Picture]) -> list[dict[str, Any]]:
     """PNG files, with the mark that a model made them."""
-    files = [base64.b64encode(picture_bytes(one.image)).decode() for one in pictures]
-    return [{"b64_json": file, "seed": one.seed} for file, one in zip(files, pictures, strict=True)]
+    return [{"b64_json": base64.b64encode(picture_bytes(one.image)).decode(), "seed": one.seed} for one in pictures]
 
 
 async def explained(request: Request, error: Any) -> Response:
@@ -235,11 +234,9 @@ def serve(
     base: BaseModel, folder: Path, *, token: str | None, limits: Limits, host: str, port: int, say: Callable[[str], None]
 ) -> None:
     """Until Ctrl-C. token: None for the folder's, the same at every start. Raises SettingsError if the port is taken."""
-    token = checked_token(token_of(folder / ".token") if token is None else token)
+    token = checked_token(token_of(folder / TOKEN) if token is None else token)
     api = Api(base, folder, token=token, limits=limits)
-    place, address = listening(host, port)
+    place, address = listening(host, port, say)
     say(f"serving {base.name} with the adapters of {folder}: {address}/v1")
     say(f"token: {token}")
-    if host not in LOCAL:
-        say("note: other machines can reach it; whoever has the token can use it, and what is sent is not encrypted")
     run(api.app, place)

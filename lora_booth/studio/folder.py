@@ -15,12 +15,12 @@ from ..adapters.adapter import Adapter
 from ..base.ai_mark import save_picture
 from ..base.families import FAMILIES
 from ..errors import PhotoError, SettingsError, shown
-from ..files import make_folder, read_json, remove, write_file
-from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MASK_ENDING, checked_caption, find_photos, read_crops
+from ..files import make_folder, read_table, remove, write_file
+from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MANY, MASK_ENDING, checked_caption, find_photos, read_crops
 from ..photos.opening import opened, upright_copy
 from ..photos.photo import Photo, PhotoSet, Region, Unusable
 from ..pictures.gallery import names
-from ..subject.subject import Subject
+from ..subject.subject import Subject, check_words
 
 ROOMS = ("photos", "runs", "adapters", "pictures", "shared", "bases")
 SETTINGS = "studio.json"  # what holds for all subjects: the base
@@ -62,22 +62,22 @@ class StudioFolder:
 
     def facts(self, subject: str) -> dict[str, str]:
         """token and class_noun"""
-        found = read_facts(self.place("photos", f"{subject}.json"))
+        found = read_table(self.place("photos", f"{subject}.json"))
         return {name: str(found.get(name, "")) for name in ("token", "class_noun")}
 
     def describe(self, subject: str, token: str, class_noun: str) -> None:
         """Raises SubjectError for words that cannot work."""
-        Subject((Photo(Path("any"), 1, 1, None, None, ""),), token, class_noun)
+        check_words(token, class_noun)
         write_facts(self.place("photos", f"{check_name(subject)}.json"), {"token": token, "class_noun": class_noun})
 
     def photos(self, subject: str) -> PhotoSet:
         """Raises PhotoError if none can be used."""
-        return find_photos(self.place("photos", subject), minimum=1, maximum=1000)
+        return find_photos(self.place("photos", subject), minimum=1, maximum=MANY)
 
     def subject(self, name: str) -> Subject:
         facts = self.facts(name)
         folder = self.place("photos", name)
-        return Subject.from_folder(folder, token=facts["token"], class_noun=facts["class_noun"], minimum=1)
+        return Subject.from_folder(folder, token=facts["token"], class_noun=facts["class_noun"], minimum=1, maximum=MANY)
 
     def photo(self, subject: str, name: str) -> Photo:
         found = next((photo for photo in self.photos(subject).photos if photo.path.name == name), None)
@@ -146,7 +146,7 @@ class StudioFolder:
             if (path / "model_index.json").is_file() or path.suffix == ".safetensors":
                 found[path.name] = str(path)
         for index in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*/model_index.json")):
-            if read_facts(index).get("_class_name") in PIPELINES:
+            if read_table(index).get("_class_name") in PIPELINES:
                 repo = index.parts[-4].removeprefix("models--").replace("--", "/")
                 found[repo] = repo
         return found
@@ -154,7 +154,7 @@ class StudioFolder:
     @property
     def base(self) -> str:
         """The chosen one, as the page calls it."""
-        chosen = str(read_facts(self.root / SETTINGS).get("base"))
+        chosen = str(read_table(self.root / SETTINGS).get("base"))
         return chosen if chosen in self.bases() else "toybox"
 
     def choose_base(self, name: str) -> None:
@@ -183,15 +183,6 @@ class StudioFolder:
         if name not in self.names("adapters", ".safetensors"):
             raise SettingsError(f"{shown(name)}: no such adapter; choose one that the page lists")
         remove(self.adapter_file(name))
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """A small JSON file; empty if there is none that can be read."""
-    try:
-        found = read_json(path, most=2**20)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def write_facts(path: Path, facts: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -94,9 +93,9 @@ def play_tab(studio: Studio) -> None:
             progress((next(done), total), unit="steps")
 
         composition = models.compose(chosen, where, painted)
-        told = remarks(composition, text, **more)
+        notes = remarks(composition, text, **more)
         name = models.draw(composition, text, seeds, on_step=on_step, **more)
-        return [lines(*told), *shelf(name)]
+        return [lines(*notes), *shelf(name)]
 
     def draw_grid(kind: str, which: str | None, text: str, *values: Any) -> Any:
         chosen, seeds, more = asked(text, values)
@@ -119,12 +118,13 @@ def play_tab(studio: Studio) -> None:
         return names[event.index] if event.index < len(names) else gr.skip()  # removed in another browser
 
     def again(name: str) -> list[Any]:
-        made, told = models.redraw(name or "")
-        return [lines(f"drawn again: {made}", *told), *shelf(made)]
+        made, notes = models.redraw(name or "")
+        return [lines(f"drawn again: {made}", *notes), *shelf(made)]
 
     def discard(name: str) -> list[Any]:
-        for one in (name, f"{Path(name).stem}.json"):
-            remove_file(folder.place("pictures", one))
+        picture = folder.place("pictures", name)
+        for file in (picture, picture.with_suffix(".json")):
+            remove_file(file)
         return ["", *shelf()]
 
     def whole_page() -> Any:

@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]  # comes with accelerate
 from ..config import defaults
 from ..errors import SettingsError, TrainingError, shown
 from ..files import remove
+from ..photos.finding import MANY
 from ..report.reading import Run, read_run
 from .folder import StudioFolder, check_name, write_facts
 
@@ -84,7 +85,7 @@ class Trainings:
                 )
             self._check_idle()
             files = {"folder": place("photos", subject), "out": self.folder.adapter_file(name), "run": place("runs", name)}
-            options = {**self.folder.facts(subject), "base": base, "min_photos": 1, **settings}
+            options = {**self.folder.facts(subject), "base": base, "min_photos": 1, "max_photos": MANY, **settings}
             write_facts(place("runs", f"{name}.json"), {key: str(file) for key, file in files.items()} | options)
             self._launch(name)
 

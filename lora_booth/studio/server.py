@@ -80,19 +80,19 @@ def token_of(path: Path) -> str:
 def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
     """Until Ctrl-C. Trainings go on without it. Raises SettingsError if the port is taken."""
     app, token = app_of(root)
-    place, origin = listening(host, port)
+    place, origin = listening(host, port, say)
     address = f"{origin}/?token={token}"
     say(f"the studio of {root}: {address}")
-    if host not in LOCAL:
-        say("note: other machines can reach it; whoever has this address can use it, and what is sent is not encrypted")
     say("Ctrl-C ends it; a training goes on")
     if browser:
         threading.Timer(0.5, webbrowser.open, [address]).start()
     run(app, place)
 
 
-def listening(host: str, port: int) -> tuple[socket.socket, str]:
+def listening(host: str, port: int, say: Callable[[str], None]) -> tuple[socket.socket, str]:
     """A socket, and its address. Raises SettingsError if the port is taken."""
+    if host not in LOCAL:
+        say("note: other machines can reach it; whoever has the token can use it, and what is sent is not encrypted")
     try:
         place = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

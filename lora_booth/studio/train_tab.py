@@ -13,14 +13,12 @@ import gradio as gr
 
 from ..config import LoraSpec, TrainingConfig, comments
 from ..errors import SettingsError
-from ..notebook.outputs import CHART, samples_of
+from ..notebook.outputs import CHART, MOST_COLUMNS, THUMBNAIL, samples_of
 from ..report.report import loss_chart
 from .events import Studio, choice, lines, listen, one_of
 from .runs import CHOICES, State, settings_of
 
 EVERY = 2.0  # seconds between two looks at a run; chosen
-SAMPLE = 160  # pixels of a sample on the page; chosen
-COLUMNS = 8  # rounds of samples in view; chosen
 # of TrainingConfig and LoraSpec; the rest is for the command line
 COUNTS = ("steps", "rank", "resolution", "batch_size", "class_images", "sample_every", "seed")
 REASONS = ("defaults.md", "../../docs/defaults.md")  # beside this file in a wheel; in the repository
@@ -60,7 +58,7 @@ def train_tab(studio: Studio) -> None:
         if not who:
             raise SettingsError("no subject; add photos and a name on the first tab")
         given = {key: parsed(key, value) for key, value in zip(ADVANCED, values, strict=True) if value not in (None, "", False)}
-        wanted = settings_of(how, len(folder.photos(who).photos), given)
+        wanted = settings_of(how, len(folder.subject(who).photos), given)
         lora = {key: value for key, value in wanted.items() if key in vars(LoraSpec())}
         return wanted, TrainingConfig(**{k: v for k, v in wanted.items() if k not in lora}), LoraSpec(**lora)
 
@@ -74,7 +72,6 @@ def train_tab(studio: Studio) -> None:
 
     def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
         wanted, *_ = settings(who, how, values)
-        folder.subject(who)
         new = (named or "").strip() or folder.free_name(who)
         studio.models.release()
         trainings.start(new, who, folder.bases()[folder.base], wanted)
@@ -150,10 +147,10 @@ def page_of(state: State) -> str:
         text += str(loss_chart(state.run, style=CHART) or "")
         items = "".join(f"<li>step {event.step}: {escape(event.what)}</li>" for event in state.run.events[-8:])
         text += f"<ul>{items}</ul>" if items else ""
-    told = "" if state.alive else ' role="status"'  # a screen reader hears of the end, and not of every step
-    return f'<div{told} data-alive="{int(state.alive)}" data-finished="{int(state.finished)}">{text}</div>'
+    role = "" if state.alive else ' role="status"'  # a screen reader hears of the end, and not of every step
+    return f'<div{role} data-alive="{int(state.alive)}" data-finished="{int(state.finished)}">{text}</div>'
 
 
 def sheet_of(state: State) -> Any:
-    found = None if state.run is None else samples_of(state.run.path, most=COLUMNS)
-    return gr.Image(value=found and found.sheet(side=SAMPLE), visible=found is not None)
+    found = None if state.run is None else samples_of(state.run.path, most=MOST_COLUMNS)
+    return gr.Image(value=found and found.sheet(side=THUMBNAIL), visible=found is not None)

@@ -46,11 +46,7 @@ class Subject:
         check_types(self)
         if not self.photos:
             raise SubjectError("the subject has no photos; pass at least one (5 to 30 teach a subject best)")
-        check_token_text(self.token)
-        _check_class_noun(self.class_noun)
-        if re.search(subject_pattern(self.token, None), self.class_noun, re.IGNORECASE):
-            remedy = "pass only what the subject is, e.g. 'dog', and a rare token"
-            raise SubjectError(f"class noun {self.class_noun!r} has the token {self.token!r} in it; {remedy}")
+        check_words(self.token, self.class_noun)
         if not self.templates:
             raise SubjectError(f"templates {self.templates!r}; needed: a tuple of at least one template")
         for template in self.templates:
@@ -105,9 +101,7 @@ class Subject:
                           predictions keep the class. A caption (photo.txt) replaces the class prompt
         raises            SubjectError, PhotoError
         """
-        # Checked before the photos are decoded, so that a typo shows at once.
-        check_token_text(token)
-        _check_class_noun(class_noun)
+        check_words(token, class_noun)  # before the photos are decoded, so that a typo shows at once
         templates = typed("templates", templates, tuple[str, ...])
         found: PhotoSet = find_photos(
             folder, crop=crop, crops=crops, masks=masks, captioner=captioner, minimum=minimum, maximum=maximum
@@ -172,13 +166,18 @@ class Subject:
         return re.sub(r"\{(token|class_noun|a)\}", lambda match: words[match[1]], template)
 
 
-def _check_class_noun(noun: str) -> None:
-    plain = typed("class_noun", noun, str).strip()
-    if plain != noun or not 0 < len(noun) <= 100 or not noun.isprintable() or any(c in SYNTAX for c in noun):
+def check_words(token: str, class_noun: str) -> None:
+    """Raises SubjectError for words that cannot stand for a subject, by themselves or together."""
+    check_token_text(token)
+    noun = typed("class_noun", class_noun, str)
+    if noun.strip() != noun or not 0 < len(noun) <= 100 or not noun.isprintable() or any(c in SYNTAX for c in noun):
         wanted = "what the subject is, in plain words without punctuation, at most 100 characters"
         raise SubjectError(f"class noun '{shown(noun[:110])}'; needed: {wanted}, e.g. 'dog' or 'coffee mug'")
     if (plain := NOT_A_NOUN.sub("", noun)) != noun:
         raise SubjectError(f"class noun {noun!r} is more than a noun; prompts have the other words already: pass {plain!r}")
+    if re.search(subject_pattern(token, None), noun, re.IGNORECASE):
+        remedy = "pass only what the subject is, e.g. 'dog', and a rare token"
+        raise SubjectError(f"class noun {noun!r} has the token {token!r} in it; {remedy}")
 
 
 def _check_template(template: str, *, needs: str) -> None:

@@ -47,14 +47,14 @@ def bake(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], out: 
         raise SettingsError(f"{path}: a pickle's name; end it with .safetensors, or pass the name of a folder")
     if path.is_dir() and (single or any(path.iterdir())) or (path.exists() and not single and not path.is_dir()):
         raise SettingsError(f"{path}: already exists; pass the name of a new folder or of a .safetensors file")
+    base = BaseModel.of(base, name="this pipeline")
     if single:
-        check_single_file(BaseModel.of(base, name="this pipeline"))
+        check_single_file(base)
     pipeline = baked(base, adapters, dtype=DTYPES[dtype])
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         if single:
-            name = BaseModel.of(base, name="base").name
-            title = " + ".join([name, *(f"{adapter.name} {weight:g}" for adapter, weight in adapters)])
+            title = " + ".join([base.name, *(f"{adapter.name} {weight:g}" for adapter, weight in adapters)])
             save_single_file(pipeline, temporary, title=title)
         else:
             save_folder(pipeline, temporary)
@@ -91,13 +91,12 @@ def is_usual(schedule: Mapping[str, Any], family: Family) -> bool:
 
 
 @torch.no_grad()
-def baked(base: BaseModel | Any, adapters: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype) -> Any:
+def baked(base: BaseModel, adapters: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype) -> Any:
     """A copy of the pipeline on the CPU, in `dtype`, with the weighted sum of `adapters` in its weights."""
-    known = BaseModel.of(base, name="this pipeline")
-    pipeline = known.pipeline
-    refuse_quantized(pipeline.unet, known.name, "baking")
+    pipeline = base.pipeline
+    refuse_quantized(pipeline.unet, base.name, "baking")
     changes: dict[int, Tensor] = {}  # id of a weight -> what is added to it
-    for _, weight, places in placements(known, adapters):
+    for _, weight, places in placements(base, adapters):
         for layer, factors in places.values():
             change, key = factors.delta().cpu() * weight, id(layer.weight)
             changes[key] = changes[key] + change if key in changes else change
