@@ -17,16 +17,18 @@ BLIP = "Salesforce/blip-image-captioning-base"  # 1 GB, BSD licence; its caption
 MOST_TOKENS = 40  # of a caption; chosen: a text encoder reads 75
 
 
-def caption_model(model: str | Path = BLIP, *, device: str = "cpu") -> Captioner:
+def caption_model(model: str | Path = BLIP, *, device: str | None = None) -> Captioner:
     """A captioner by a model of transformers that describes a picture without a question, as BLIP and GIT do.
 
     model   a Hub id, downloaded at first use, or a folder
+    device  None: the GPU, or else the CPU
     Raises PhotoError if it cannot be loaded.
     """
-    source, place = str(typed("model", model, str | Path)), typed("device", device, str)
+    source, place = str(typed("model", model, str | Path)), typed("device", device, str | None)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    place = place or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         processor: Any = AutoProcessor.from_pretrained(source)
         net: Any = AutoModelForImageTextToText.from_pretrained(source).eval().to(place)
