@@ -101,7 +101,7 @@ class TrainingConfig:
 def comments(thing: Any) -> dict[str, str]:
     """The comments beside the parameters of a function, or beside the fields of a dataclass and those that it extends.
 
-    None where Python has no source, as in a program frozen into one file: then help has no explanations.
+    Empty where Python has no source, as in a program frozen into one file: then the help has no explanations.
     """
     parts = [one for one in inspect.getmro(thing) if is_dataclass(one)] if inspect.isclass(thing) else [thing]
     try:
@@ -170,7 +170,7 @@ def settled(config: TrainingConfig | None, base: Any, photos: int) -> SettledCon
     config = typed("config", config, TrainingConfig | None) or TrainingConfig()
     width = max(base.shell.unet.config.block_out_channels)
     resolution = config.resolution or base.resolution
-    multiple = math.lcm(base.pixels_per_latent, 8)  # 8: what diffusers' pipelines draw
+    multiple = base.side_multiple
     one_pixel = base.pixels_per_latent * 2 ** (len(base.shell.unet.config.block_out_channels) - 1)  # in the middle of the U-Net
     least = (one_pixel // multiple + 1) * multiple  # attention to a single pixel has no gradients
     allowed = f"multiples of {multiple} from {least}"

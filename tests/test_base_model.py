@@ -568,6 +568,12 @@ def more_words() -> Any:
     return pipeline
 
 
+def compiled() -> Any:
+    pipeline = make_pipeline("sd1")
+    pipeline.unet = torch.compile(pipeline.unet)
+    return pipeline
+
+
 def offloaded() -> Any:
     pipeline = make_pipeline("sd1")
     cpu_offload(pipeline.unet, execution_device=torch.device("cpu"))
@@ -607,6 +613,7 @@ CANNOT_BE_TRAINED: dict[str, tuple[str, Callable[[], Any]]] = {
     "endless prompts": ("gives 1e.09 tokens", endless),
     "unknown words": ("the text encoder knows", more_words),
     "offloaded": ("its unet is offloaded", offloaded),
+    "compiled": ("its unet is compiled", compiled),
 }
 
 

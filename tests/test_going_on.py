@@ -132,6 +132,8 @@ def test_text_encoders_have_their_own_learning_rate(rex: Subject) -> None:
                 return step.lora.copied()
         raise AssertionError
 
+    with pytest.raises(SettingsError, match="has no effect while text encoders are not"):
+        next(training_steps(base, cache, config=replace(config, text_encoder_learning_rate=1e-3)))
     plain, same, slower = after(2), after(2, text_encoder_learning_rate=1e-3), after(1, text_encoder_learning_rate=2.5e-4)
     assert all(torch.equal(plain[name], same[name]) for name in plain)  # two groups compute what one does
     first = after(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
@@ -217,6 +218,25 @@ def test_what_cannot_be_trained_cannot_be_planned() -> None:
     parts["unet"]["in_channels"] = 9
     with pytest.raises(BaseModelError, match="inpainting"):
         built("other", parts, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"_class_name": "FluxPipeline"}, "is a FluxPipeline; lora_booth trains"),
+        ({"unet": []}, "which is not a part of a pipeline"),
+        ({"unet": 5}, "no U-Net"),
+        ({"scheduler": None}, "no scheduler can be built"),
+        ({"scheduler": ["diffusers", "NoScheduler"]}, "no scheduler can be built"),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_cannot_be_planned(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    shutil.copytree(CONFIGS / "sd1", tmp_path / "base")
+    index = tmp_path / "base" / "model_index.json"
+    found = json.loads(index.read_text()) | changes
+    index.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+    with pytest.raises(BaseModelError, match=told):
+        without_weights(tmp_path / "base", torch.float32)
 
 
 # --- the choice ----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from lora_booth.files import Owned
 from lora_booth.runs.one import train
 from lora_booth.runs.stopping import TIME_UP, Stopping
 from lora_booth.training import checkpoint
-from lora_booth.training.checkpoint import Checkpoint, checkpoints_in, identity_in, newest, publish, read_back
+from lora_booth.training.checkpoint import Checkpoint, checkpoints_in, discard, identity_in, newest, publish, read_back
 from lora_booth.training.health import BEFORE, RECENT, Health, RollBack
 from lora_booth.training.job import FORMAT
 from lora_booth.training.loop import learning_rate
@@ -866,6 +866,14 @@ def test_a_killed_copy_to_a_bucket_is_written_again(tmp_path: Path) -> None:
     assert [told_by(mirror, each)[:15] for each in (one, two)] == ["safe at step 2:", "safe at step 4:"]
     assert sorted(folder.name for folder in mirror.folder.iterdir()) == ["000002", "000004"]
     assert all(read_back(folder) for folder in mirror.folder.iterdir())
+
+
+def test_a_checkpoint_whose_manifest_went_meanwhile_is_removed(tmp_path: Path) -> None:
+    checkpoints_of(tmp_path, "a", 2, 4)
+    [(old, manifest), _] = sorted(checkpoints_in(tmp_path).items())
+    (old / "manifest.json").unlink()  # by another process, or a storage that does not answer
+    discard(old, manifest)
+    assert [path.name for path in tmp_path.iterdir()] == ["000004"]
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])

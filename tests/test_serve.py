@@ -40,6 +40,8 @@ from lora_booth.base.base_model import BaseModel  # noqa: E402
 from lora_booth.base.changes import CLAIMS, claimed  # noqa: E402
 from lora_booth.config import LoraSpec  # noqa: E402
 from lora_booth.errors import SettingsError  # noqa: E402
+from lora_booth.pictures.composition import Composition  # noqa: E402
+from lora_booth.pictures.regions import Region  # noqa: E402
 from lora_booth.pictures.serving import Request, Serving  # noqa: E402
 from lora_booth.serve.app import Api  # noqa: E402
 from lora_booth.serve.limits import Limits  # noqa: E402
@@ -181,6 +183,29 @@ def test_callers_with_different_adapters_share_batches_and_get_their_own_picture
         assert np.abs(one - other).max() <= 2  # of 255
     after = [server.figure(f"batch_pictures_{what}") for what in ("sum", "count")]
     assert [b - a for a, b in zip(before, after, strict=True)] == [len(wanted), 2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
+def test_regions_are_those_of_a_composition(server: Server, folder: Path) -> None:
+    rex, bob, ink = (Adapter.load(file_of(folder, name)) for name in ("rex", "bob", "ink"))
+    left, right = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+    base = pipelines.base_of("sd1")
+    placed = Composition(base, ink, regions=[Region(rex, box=left, weight=0.8), Region(bob, box=right)])
+    boxes = {"rex": [0, 0, 0.5, 1], "bob": [0.5, 0, 1, 1]}
+    for model, regions, studio in (
+        ("rex:0.8+ink+bob", boxes, placed),
+        ("rex", "auto", Composition(base, rex, regions="auto")),
+    ):
+        found = server.draw(model, seed=3, n=2, regions=regions)
+        expected = studio.generate(PROMPT, seeds=[3, 4], steps=2)
+        for one, other in zip(found, expected, strict=True):
+            assert np.abs(one - np.asarray(other.image.convert("RGB")).astype(int)).max() <= 2
+    assert (
+        np.abs(server.draw("rex:0.8+ink+bob", seed=3)[0] - server.draw("rex:0.8+ink+bob", seed=3, regions=boxes)[0]).max() > 2
+    )
+    [again] = alone(folder, [Request(PROMPT, {"rex": 1.0}, 3)])  # what was attached for regions has gone
+    assert np.abs(server.draw(seed=3)[0] - again).max() <= 2
 
 
 def test_n_pictures_have_seeds_in_a_row(server: Server) -> None:
@@ -365,7 +390,13 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"sampler": "x"}, 400, "sampler"),
     ({"negative_prompt": 5}, 400, "negative_prompt 5"),
     ({"response_format": "url"}, 400, "response_format: only b64_json"),
-    ({"regions": []}, 400, "'regions' is unknown; known: prompt, "),
+    ({"regions": []}, 400, '[] is not regions; send "auto", or boxes by model'),
+    ({"regions": {"bob": [0, 0, 1, 1]}}, 400, "region of 'bob' is out of range; allowed: the adapters of the model: rex"),
+    ({"regions": {"rex": [0, 0, 1]}}, 400, "four shares"),
+    ({"regions": {"rex": [0, 0, 0, 1]}}, 400, "0 <= x0 < x1 <= 1"),
+    ({"regions": {"rex": [0, 0, "x", 1]}}, 400, "needed: "),
+    ({"regions": "auto", "prompt": "a boat"}, 400, "names none of 'sks'"),
+    ({"colour": 1}, 400, "'colour' is unknown; known: prompt, "),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import os
 import pickle
 import threading
@@ -31,6 +32,7 @@ from .weight_files import LazyModule
 
 TOYBOX = "toybox"
 TOYBOX_FOLDER = Path(__file__).parent.parent / "toybox" / "model"
+FINGERPRINT_LENGTH = 16  # hex digits of BaseModel.fingerprint, unless the user has quantized the U-Net
 IMPORTING = threading.Lock()
 
 
@@ -164,9 +166,12 @@ class BaseModel:
         return base if isinstance(base, cls) else cls(base, recognise(base), name)
 
     def __repr__(self) -> str:
-        packed = f", {self.quantized}" if self.quantized else ""
-        precision = str(self.dtype).removeprefix("torch.")
-        return f"BaseModel({self.name!r}: {self.family.label}, {precision}{packed}, {self.device})"
+        return f"BaseModel({self.name!r}: {self.family.label}, {self.precision}, {self.device})"
+
+    @property
+    def precision(self) -> str:
+        """In words: "float32", or "bfloat16, int8" of a quantized base."""
+        return str(self.dtype).removeprefix("torch.") + (f", {self.quantized}" if self.quantized else "")
 
     @property
     def pipeline(self) -> Any:
@@ -257,6 +262,11 @@ class BaseModel:
         return int(2 ** (len(self.shell.vae.config.block_out_channels) - 1))
 
     @property
+    def side_multiple(self) -> int:
+        """Pixels; sides of pictures are multiples of it: of the VAE's factor, and of 8, which diffusers' pipelines demand."""
+        return math.lcm(self.pixels_per_latent, 8)
+
+    @property
     def resolution(self) -> int:
         """Side of the pictures that this base was trained for, in pixels."""
         size = self.shell.unet.config.sample_size
@@ -286,7 +296,7 @@ class BaseModel:
             digest.update(f"{name} {tuple(weights[path].shape)}".encode())
             start = beginning(unet, path, weights[path]) if unread is None else unread.places[path].start_of(256)
             digest.update(torch.signbit(start).cpu().numpy().tobytes())
-        return digest.hexdigest()[: 64 if quantization_of(self.shell.unet) else 16]
+        return digest.hexdigest()[: 64 if quantization_of(self.shell.unet) else FINGERPRINT_LENGTH]
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,15 +68,13 @@ def load_folder(
 
     vae  where another one is, as for `load_vae`
     """
-    index = read_config(source, "model_index.json", revision)
-    kind = index.get("_class_name", "pipeline of unknown class")
-    known = kind in {family.pipeline for family in FAMILIES.values()}
-    demand(known, f"{source} is a {kind}; lora_booth trains {labels()} text-to-image models")
+    index = read_index(source, revision)
     from diffusers import DiffusionPipeline
 
     given: dict[str, Any] = {} if variant is None else {"variant": variant}
     folder = source if isinstance(source, Path) else Path(DiffusionPipeline.download(source, revision=revision, **given))
-    if isinstance(source, str) and variant is None and not any(WEIGHTS.fullmatch(p.name) for p in (folder / "unet").glob("*")):
+    plain = any(WEIGHTS.fullmatch(p.name) or SHARDS.fullmatch(p.name) for p in (folder / "unet").glob("*"))
+    if isinstance(source, str) and variant is None and not plain:
         variant = only_variant(source, revision)  # the download above has left it out
         given |= {} if variant is None else {"variant": variant}
         folder = Path(DiffusionPipeline.download(source, revision=revision, **given))
@@ -89,6 +87,18 @@ def load_folder(
         if module is not None and (places := places_in_folder(folder / component, variant)):
             parts[component] = LazyModule(module, matched(module, places, folder / component), dtype, device)
     return assemble(folder, parts, dtype, device, **given), parts
+
+
+def read_index(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """model_index.json. Raises BaseModelError for a pipeline of another kind, or of unknown parts."""
+    index = read_config(source, "model_index.json", revision)
+    kind = index.get("_class_name", "pipeline of unknown class")
+    known = kind in {family.pipeline for family in FAMILIES.values()}
+    demand(known, f"{source} is a {kind}; lora_booth trains {labels()} text-to-image models")
+    for component, entry in index.items():
+        fits = component.isidentifier() and len(entry) == 2 and entry[0] in LIBRARIES if isinstance(entry, list) else True
+        demand(fits, f"{source}: its model_index.json has {component}: {entry}, which is not a part of a pipeline")
+    return index
 
 
 def only_variant(source: str, revision: str | None) -> str | None:
@@ -114,8 +124,6 @@ def check_files(folder: Path, index: Mapping[str, Any]) -> None:
     for component, entry in index.items():
         if not isinstance(entry, list):  # a setting of the pipeline
             continue
-        known = component.isidentifier() and len(entry) == 2 and entry[0] in LIBRARIES
-        demand(known, f"{folder}: its model_index.json has {component}: {entry}, which is not a part of a pipeline")
         for path in (folder / component, *(folder / component).glob("*")):
             target = path.resolve()
             demand(target.is_relative_to(home), f"{path}: leads out of its folder; copy the file to where the link is")

@@ -112,7 +112,8 @@ UNET_WIDTHS = (320, 640, 1280, 1280)  # channels at each resolution at full size
 
 def labels() -> str:
     """The labels of all families, for messages."""
-    return ", ".join(family.label for family in FAMILIES.values())
+    *others, last = (family.label for family in FAMILIES.values())
+    return f"{', '.join(others)} or {last}"
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -164,6 +165,8 @@ def check_trainable(pipeline: Any, family: Family) -> None:
     demand(isinstance(pipeline, known), f"{type(pipeline).__name__} is not supported; {remedy}")
     moved = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and is_offloaded(part)]
     demand(not moved, f"its {', '.join(moved)} is offloaded; load the pipeline without offloading to train it")
+    compiled = [name for name in ("unet", *family.text_encoders) if hasattr(getattr(pipeline, name), "_orig_mod")]
+    demand(not compiled, f"its {', '.join(compiled)} is compiled; train on the plain pipeline, and compile it afterwards")
     check_unet_and_vae(pipeline)
     check_schedule(pipeline.scheduler, family)
     check_text(pipeline, family)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from ..config import Size, named, sides, written
 from ..errors import SettingsError
 from .base_model import BaseModel
@@ -14,20 +12,15 @@ ELONGATED = 2.4  # longer side to shorter, at most; the most of SDXL's usual siz
 
 
 def as_arguments(pair: tuple[int, int] | None) -> dict[str, int]:
-    """Those of a pipeline, which has a size of its own without them."""
+    """Arguments of a pipeline call; without them the pipeline draws its default size."""
     return {} if pair is None else {"width": pair[0], "height": pair[1]}
 
 
 def usual_sizes(base: BaseModel) -> list[tuple[int, int]]:
     """Those of its family, scaled to its resolution; its own square first."""
-    multiple, family = side_multiple(base), base.family
+    multiple, family = base.side_multiple, base.family
     scale = base.resolution / family.sizes[0][0]
     return [(nearest(width * scale, multiple), nearest(height * scale, multiple)) for width, height in family.sizes]
-
-
-def side_multiple(base: BaseModel) -> int:
-    """Pixels; a side of a picture is a multiple of it: of the VAE's factor, and of 8, which diffusers' pipelines demand."""
-    return math.lcm(base.pixels_per_latent, 8)
 
 
 def nearest(side: float, multiple: int) -> int:
@@ -39,7 +32,7 @@ def drawable(base: BaseModel, size: Size | None, name: str = "size") -> tuple[in
     names sizes that it can draw."""
     pair = sides(size, name)
     check_drawable(base.shell, base.family)
-    multiple = side_multiple(base)
+    multiple = base.side_multiple
     if pair is None or all(side % multiple == 0 for side in pair):
         return pair
     smaller = tuple(max(1, side // multiple) * multiple for side in pair)

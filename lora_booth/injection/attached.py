@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, weighted
 from ..adapters.contents import LoraFactors
-from ..base.base_model import TOYBOX, BaseModel
+from ..base.base_model import FINGERPRINT_LENGTH, TOYBOX, BaseModel
 from ..base.changes import claimed, hooked, undone, unhook
 from ..base.families import FAMILIES
 from ..base.quantization import weight_dtype, weight_shape
 from ..errors import AdapterBaseMismatch, OtherBaseWarning, setting
 from .paths import adaptable, base_layer, local_path
-
-FINGERPRINT_LENGTH = 16  # hex digits of BaseModel.fingerprint
 
 Places = dict[str, tuple[nn.Module, LoraFactors]]  # path in adapter files -> the plain layer there, and its factors
 

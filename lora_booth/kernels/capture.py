@@ -112,7 +112,7 @@ class StepGraph:
 
     @property
     def layouts(self) -> int:
-        """How many it has met."""
+        """How many it has seen."""
         return len(self._begun)
 
     def forget(self) -> None:

@@ -127,7 +127,7 @@ class FlatFactors:
         return self.values.grad
 
     def refresh(self) -> None:
-        """Make the layers' copy of the values equal to them; to be called before each forward pass. That of several is."""
+        """Make the layers' copy of the values equal to them. Call it before each forward pass, but not for `lent` values."""
         if self.cast.dtype != torch.float32:
             self.cast.copy_(self.values.data)
 

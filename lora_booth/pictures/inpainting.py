@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter
 
 from ..base.base_model import BaseModel
-from ..base.sizes import nearest, side_multiple
+from ..base.sizes import nearest
 from ..errors import PhotoError
 from ..photos.cropping import to_tensor
 from ..photos.masks import WHITE
@@ -46,7 +46,7 @@ def span(low: int, high: int, length: float, limit: int) -> tuple[int, int]:
 def drawn_size(base: BaseModel, part: Box) -> tuple[int, int]:
     """In pixels: the part's shape, with the area that the base was trained for."""
     left, top, right, bottom = part
-    scale, multiple = base.resolution / math.sqrt((right - left) * (bottom - top)), side_multiple(base)
+    scale, multiple = base.resolution / math.sqrt((right - left) * (bottom - top)), base.side_multiple
     return nearest((right - left) * scale, multiple), nearest((bottom - top) * scale, multiple)
 
 

@@ -45,9 +45,7 @@ class Region:
         if (self.box is None) == (self.mask is None):
             raise SettingsError(f"the region of {self.adapter.name} needs either a box or a mask")
         if self.box is not None:
-            check(len(self.box) == 4, f"box {self.box}", "four shares of the picture's sides: x0, y0, x1, y1")
-            x0, y0, x1, y1 = self.box
-            check(0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, f"box {self.box}", "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
+            check_box(self.box)
         check(0 <= self.feather <= 0.5, f"feather {self.feather:g}", "0 to 0.5 of the picture's side")
 
     def mask_image(self) -> Image.Image:
@@ -64,6 +62,13 @@ class Region:
         values = torch.from_numpy(np.array(drawn, dtype=np.float32))[None, None]
         soft = blurred(values, self.feather * SIDE / 2)  # which repeats the border: it does not fade there
         return Image.fromarray(soft[0, 0].round().clamp(0, 255).byte().numpy())
+
+
+def check_box(box: Sequence[float]) -> None:
+    """Raises SettingsError."""
+    check(len(box) == 4, f"box {box}", "four shares of the picture's sides: x0, y0, x1, y1")
+    x0, y0, x1, y1 = box
+    check(0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, f"box {box}", "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
 
 
 @dataclass

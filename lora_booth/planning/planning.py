@@ -369,7 +369,7 @@ class Planner:
         offers = []
         if offered is not None and offered.peak <= budget:
             offers.append(f"{setting('quantize', offered.settings['quantize'])} would need {offered.peak / GB:.1f} GB")
-        for side in (one for one in COMMON_SIDES if one < resolution and one % self.counter.base.pixels_per_latent == 0):
+        for side in (one for one in COMMON_SIDES if one < resolution):
             found = self.forecast(replace(config, resolution=side), least.settings)
             if found.peak <= budget:
                 offers.append(f"{setting('resolution', side)} would need {found.peak / GB:.1f} GB")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..base.base_model import BaseModel, located
-from ..base.diffusers_folder import limited, read_config
+from ..base.diffusers_folder import limited, read_config, read_index
 from ..base.families import FAMILIES, check_trainable, recognise
 from ..base.single_file import CONFIGS, family_of
 from ..base.weight_files import WeightFile
@@ -39,8 +39,12 @@ def without_weights(source: BaseModel | str | Path, dtype: torch.dtype) -> BaseM
 
 def configured(place: Path | str) -> dict[str, dict[str, Any]]:
     """The configurations in a diffusers folder or of a Hub id, for `built`."""
-    index = read_config(place, "model_index.json")
-    parts = {part: read_config(place, f"{part}/config.json") for part in MODULES if (index.get(part) or [None])[-1]}
+    index = read_index(place)
+    parts = {
+        part: read_config(place, f"{part}/config.json")
+        for part in MODULES
+        if isinstance(index.get(part), list) and index[part][-1]
+    }
     return parts | {"model_index": index, "scheduler": read_config(place, "scheduler/scheduler_config.json")}
 
 
@@ -92,7 +96,10 @@ def built(name: str, parts: Mapping[str, Mapping[str, Any]], dtype: torch.dtype)
                 raise BaseModelError(f"{name}: no {part} can be built from its configuration ({reason_of(error)})") from error
             modules[part] = nn.Module.to(module, dtype).eval()
     others: dict[str, Any] = {"requires_safety_checker": False, "add_watermarker": False}
-    others["scheduler"] = getattr(diffusers, classes["scheduler"][-1]).from_config(dict(parts["scheduler"]))
+    try:
+        others["scheduler"] = getattr(diffusers, classes["scheduler"][-1]).from_config(dict(parts["scheduler"]))
+    except Exception as error:
+        raise BaseModelError(f"{name}: no scheduler can be built from its configuration ({reason_of(error)})") from error
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if encoder in modules:
             others[tokenizer] = StandIn(modules[encoder].config.max_position_embeddings)

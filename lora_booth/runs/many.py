@@ -25,12 +25,12 @@ from ..training.encoding import subjects_of
 from ..training.job import Job
 from ..training.lock import locked
 from ..training.progress import Display, Labelled, display
-from ..training.remote import Place, mirror_at
+from ..training.remote import Place
 from ..training.run_folder import fetch, why
 from ..training.together import MOST, Together, obstacle
 from ..training.training_mode import check_feasible
 from ..training.training_run import beginning_with
-from .one import Course, check_place, course
+from .one import Course, check_place, checked_places, course
 from .stopping import TIME_UP, Stopping, leave
 
 NAME = re.compile(r"\w([\w .-]{0,98}[\w-])?")  # of a subject's folder
@@ -78,12 +78,7 @@ def train_many(
     Raises SettingsError, and what is wrong with all subjects alike.
     """
     began = time.monotonic()
-    if out is None and (mirror is not None or restart):
-        raise SettingsError(f"mirror and restart need a run folder; pass {setting('out')}=")
-    place: Path | None = typed("out", out, Path | None)
-    copies = mirror_at(mirror)
-    time_limit = typed("time_limit", time_limit, float | None)
-    check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
+    place, copies, time_limit = checked_places(out, mirror, restart, time_limit)
     together = typed("together", together, int | None)
     check(together is None or together >= 1, f"together {together}", "at least 1")
     base = typed("base", base, BaseModel | str | Path | Callable)
@@ -290,8 +285,7 @@ class Adapters(Mapping[str, Adapter]):
     def find(self, name: str, *, finished: bool, replace: bool) -> bool:
         """Add the one that another process has saved, here or in the mirror. False if there is none, or, of a run that is
         `finished`, only an earlier one. replace: as for `fetch`. Raises TrainingError, OSError."""
-        if self.out is None:
-            return False
+        assert self.out is not None  # which a cluster needs
         if self.mirror is not None:
             fetch(self.out / name, self.mirror / name, replace=replace)
         steps = self._saved(name)

@@ -71,14 +71,9 @@ def train(
     Raises SettingsError, TrainingError, PhotoError, AdapterError.
     """
     began = time.monotonic()
-    base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
     subjects = subjects_of(subject)
-    if out is None and (mirror is not None or restart):
-        raise SettingsError(f"mirror and restart need a run folder; pass {setting('out')}=")
-    time_limit = typed("time_limit", time_limit, float | None)
-    check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
-    place: Path | None = typed("out", out, Path | None)
-    copies = mirror_at(mirror)
+    place, copies, time_limit = checked_places(out, mirror, restart, time_limit)
+    base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
     if place is not None:
         check_place(place, copies, subjects)
     lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
@@ -232,6 +227,15 @@ def follow(
         if folder is not None:
             folder.give_up(error, run.state)
         raise
+
+
+def checked_places(out: Any, mirror: Any, restart: bool, time_limit: Any) -> tuple[Path | None, Place | None, float | None]:
+    """The run folder, the mirror and the time limit of a call, checked before anything is loaded. Raises SettingsError."""
+    if out is None and (mirror is not None or restart):
+        raise SettingsError(f"mirror and restart need a run folder; pass {setting('out')}=")
+    time_limit = typed("time_limit", time_limit, float | None)
+    check(time_limit is None or time_limit > 0, f"time_limit {time_limit}", "above 0 (minutes)")
+    return typed("out", out, Path | None), mirror_at(mirror), time_limit  # type: ignore[operator]
 
 
 def check_place(place: Path, copies: Place | None, subjects: Sequence[Subject]) -> None:

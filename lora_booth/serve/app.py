@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..files import parse_json
 from ..pictures.composition import checked
 from ..pictures.picture import Picture
 from ..pictures.prompts import MAX_LENGTH
+from ..pictures.regions import check_box
 from ..studio.server import TOKEN, listening, run, token_of
 from .limits import Limits
 from .queue import How, Queue, Wanted
@@ -43,7 +44,7 @@ GENERATIONS, FILES, HEALTH = "/v1/images/generations", "/v1/files", "/health"
 MOST_BODY, MOST_UPLOAD = 2**16, 2**28  # bytes; chosen
 MOST_PICTURES, MOST_ADAPTERS = 10, 8  # of a request, as at OpenAI; of a picture, chosen
 SETTINGS = {"prompt": None, "negative_prompt": None, "guidance": GUIDANCE, "sampler": None, "steps": STEPS}
-KNOWN = (*SETTINGS, "model", "n", "size", "seed", "response_format")
+KNOWN = (*SETTINGS, "model", "n", "size", "seed", "regions", "response_format")
 SECONDS = (0.3, 1, 3, 10, 30, 100, 300)  # of the histogram; chosen
 NO_EFFECT = ("user", "quality", "style")  # which clients send by themselves
 CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
@@ -183,7 +184,8 @@ class Api:
         seed = typed("seed", given.get("seed", secrets.randbelow(2**32)), int)
         seeds = checked(seeds=range(seed, seed + count))["seeds"]
         adapters = self.adapters_of(typed("model", given.get("model", self.base.name), str))
-        how = How(size, steps, settings["guidance"], settings["sampler"])
+        regions = regions_of(given.get("regions"), adapters)
+        how = How(size, steps, settings["guidance"], settings["sampler"], regions)
         return [Wanted(*prompts, adapters, one, how) for one in seeds]
 
     def adapters_of(self, model: str) -> dict[str, float | None]:
@@ -203,6 +205,19 @@ class Api:
             found[name] = number
         check(len(found) <= MOST_ADAPTERS, f"model of {len(found)} adapters", f"up to {MOST_ADAPTERS}")
         return found
+
+
+def regions_of(given: Any, adapters: Iterable[str]) -> Any:
+    """Those of a `How`. Raises SettingsError."""
+    if given in (None, "auto"):
+        return given
+    form = 'regions; send "auto", or boxes by model: {"rex": [0, 0, 0.5, 1]}'
+    if not isinstance(given, dict) or not given or not all(isinstance(box, list) for box in given.values()):
+        raise SettingsError(f"{shown(repr(given))[:80]} is not {form}")
+    for name, box in given.items():
+        check(name in adapters, f"region of {shown(repr(name))[:80]}", f"the adapters of the model: {', '.join(adapters)}")
+        check_box(typed("box", box, tuple[float, ...]))
+    return tuple((name, tuple(box)) for name, box in given.items())
 
 
 def entries(pictures: list[Picture]) -> list[dict[str, Any]]:

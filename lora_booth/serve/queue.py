@@ -8,17 +8,23 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from ..adapters.adapter import Adapter
 from ..base.base_model import BaseModel
 from ..base.generation import pictures_at_a_time
 from ..errors import CompositionWarning, SettingsError
+from ..pictures.composition import Composition
 from ..pictures.picture import Picture
+from ..pictures.regions import Region
 from ..pictures.serving import Request, Serving
 from .limits import Limits
 from .shelf import Shelf
 
 GATHERING = 0.05  # of the time of a batch, in which others may join the next one; chosen
+
+
+Box = tuple[float, float, float, float]  # of a `Region`
 
 
 class How(NamedTuple):
@@ -28,6 +34,7 @@ class How(NamedTuple):
     steps: int
     guidance: float
     sampler: str | None
+    regions: Literal["auto"] | tuple[tuple[str, Box], ...] | None = None  # names of adapters with boxes; drawn by itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +47,15 @@ class Wanted:
     seed: int
     how: How
     future: Future[Picture] = field(default_factory=Future)
+
+
+def composition(base: BaseModel, adapters: Mapping[str, tuple[Adapter, float]], regions: Any) -> Composition:
+    """regions: of a `How`"""
+    if regions == "auto":
+        return Composition(base, adapters.values(), regions="auto")
+    boxes = dict(regions)
+    placed = [Region(adapter, box=boxes[name], weight=w) for name, (adapter, w) in adapters.items() if name in boxes]
+    return Composition(base, [one for name, one in adapters.items() if name not in boxes], regions=placed)
 
 
 class Queue:
@@ -96,7 +112,7 @@ class Queue:
             if self._closed:
                 return []
             how = self.waiting[0].how
-            most = pictures_at_a_time(*how.size)
+            most = 1 if how.regions else pictures_at_a_time(*how.size)
             full = lambda: sum(one.how == how for one in self.waiting) >= most  # noqa: E731
             self._changed.wait_for(full, timeout=GATHERING * self.seconds)
             batch = [one for one in self.waiting if one.how == how][:most]
@@ -128,16 +144,21 @@ class Queue:
             if all(one.future.cancelled() for one in batch):
                 raise CancelledError
 
-        names = dict.fromkeys(name for one in batch for name in one.adapters)
-        self._load(live, names)
-        usual = {name: live.loaded[name].adapter.card.weight for name in names}
-        requests = []
-        for one in batch:
-            weights = {name: usual[name] if weight is None else weight for name, weight in one.adapters.items()}
-            requests.append(Request(one.prompt, weights, one.seed, one.negative_prompt))
+        self._load(live, dict.fromkeys(name for one in batch for name in one.adapters))
+        how = batch[0].how._asdict() | {"on_step": step_done}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CompositionWarning)  # on the words of callers, who would not see it
-            return live.generate(requests, **batch[0].how._asdict(), on_step=step_done)
+            if (regions := how.pop("regions")) is not None:
+                [one] = batch
+                studio = composition(self.base, self._adapters(live, one), regions)
+                return studio.generate(one.prompt, seeds=[one.seed], negative_prompt=one.negative_prompt, **how)
+            weights = [{name: weight for name, (_, weight) in self._adapters(live, one).items()} for one in batch]
+            requests = [Request(one.prompt, w, one.seed, one.negative_prompt) for one, w in zip(batch, weights, strict=True)]
+            return live.generate(requests, **how)
+
+    def _adapters(self, live: Serving, wanted: Wanted) -> dict[str, tuple[Adapter, float]]:
+        loaded = {name: (live.loaded[name].adapter, weight) for name, weight in wanted.adapters.items()}
+        return {name: (one, one.card.weight if weight is None else weight) for name, (one, weight) in loaded.items()}
 
     def _load(self, live: Serving, names: Iterable[str]) -> None:
         """Also again, if a file has changed. Where there are too many, others go."""

@@ -127,9 +127,9 @@ def write_folder(parent: Place, step: int, contents: Mapping[str, bytes], *, ver
         for file, content in contents.items() if verify else ():
             if uncached(folder / file) != content:
                 raise OSError(errno.EIO, f"{file} was read back with other bytes")
-    for old in sorted(checkpoints_in(parent), key=number_of)[:-KEPT]:
+    for old, manifest in sorted(checkpoints_in(parent).items(), key=lambda one: one[1]["number"])[:-KEPT]:  # type: ignore[no-any-return]
         with suppress(OSError):
-            discard(old)
+            discard(old, manifest)
     return final
 
 
@@ -161,13 +161,14 @@ def uncached(path: Place) -> bytes:
         return file.read()
 
 
-def checkpoints_in(parent: Place) -> list[Place]:
-    """The checkpoints in a folder, also damaged ones: folders with the name of one and a manifest as we write it."""
+def checkpoints_in(parent: Place) -> dict[Place, dict[str, Any]]:
+    """The checkpoints in a folder, also damaged ones, with their manifests: folders with the name and manifest of one."""
     try:
         named: list[Place] = [] if parent.is_symlink() else [path for path in parent.iterdir() if NAMES.fullmatch(path.name)]
     except OSError:
-        return []
-    return [path for path in named if not path.is_symlink() and manifest_of(path)]
+        return {}
+    manifests = {path: manifest_of(path) for path in named if not path.is_symlink()}
+    return {path: manifest for path, manifest in manifests.items() if manifest}
 
 
 def manifest_of(folder: Place) -> dict[str, Any]:
@@ -181,9 +182,9 @@ def manifest_of(folder: Place) -> dict[str, Any]:
         return {}
 
 
-def discard(checkpoint: Place) -> None:
+def discard(checkpoint: Place, manifest: Mapping[str, Any]) -> None:
     """Remove a checkpoint, so that a kill leaves no half of it under its name. What others put into its folder stays."""
-    ours = {*manifest_of(checkpoint)["sha256"], MANIFEST}
+    ours = {*manifest["sha256"], MANIFEST}
     if isinstance(checkpoint, Path) and {path.name for path in checkpoint.iterdir()} <= ours:
         remove_folder(checkpoint)
     else:
@@ -198,13 +199,8 @@ def remove_files(checkpoint: Place, names: Iterable[str]) -> None:
             checkpoint.rmdir()
 
 
-def number_of(folder: Place) -> int:
-    """The checkpoint's number in its run, from 1, by the manifest alone; 0 if that cannot be read."""
-    return int(manifest_of(folder).get("number", 0))
-
-
 def identity_in(checkpoint: Place) -> Any:
-    """That of its run; None if it is damaged."""
+    """The identity of its run; None if it is damaged."""
     return read_record(checkpoint).get("identity")
 
 
@@ -231,14 +227,14 @@ def read_regular(path: Place) -> bytes:
         return file.read()
 
 
-def newest(parents: Sequence[Place], *, damaged: list[Place] | None = None) -> Checkpoint | None:
-    """The newest intact checkpoint in these folders. Damaged ones are skipped, and added to `damaged`."""
+def newest(parents: Sequence[Place], *, damaged: dict[Place, int] | None = None) -> Checkpoint | None:
+    """The newest intact checkpoint in these folders. Damaged ones are skipped, and added to `damaged` with their numbers."""
     found: Checkpoint | None = None
-    for folder in (folder for parent in parents for folder in checkpoints_in(parent)):
+    for folder, manifest in ((folder, m) for parent in parents for folder, m in checkpoints_in(parent).items()):
         checkpoint = read_back(folder)
         if checkpoint is None:
             if damaged is not None:
-                damaged.append(folder)
+                damaged[folder] = manifest["number"]
         elif found is None or checkpoint.number > found.number:
             found = checkpoint
     return found

@@ -57,7 +57,7 @@ class ClassImage:
 
 
 def own_class_images(subjects: Sequence[Subject], sizes: Sequence[WidthHeight]) -> Pictures:
-    """Your own, each cropped to that of `sizes` in which most of it is seen; and all to one that none fits best."""
+    """Your own, each cropped to the one of `sizes` that keeps most of it; a size that is the best of none gets them all."""
     found: Pictures = {}
     for one in subjects:
         used = list(dict.fromkeys(size_for(photo, sizes) for photo in one.photos))

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..base.base_model import BaseModel, TextConditions
-from ..base.sizes import side_multiple
 from ..base.weight_files import LazyModule
 from ..cache import bytes_of, cached, checksum, key_of, prune_cache
 from ..config import LoraSpec, TrainingConfig, settled, typed, written
@@ -61,7 +60,7 @@ def prepare(
     base, subjects, warn = typed("base", base, BaseModel), subjects_of(subject), say or warnings.warn
     lora = typed("lora", lora, LoraSpec | None)
     config = settled(config, base, sum(len(one.photos) for one in subjects))
-    sizes = picture_sizes(config.resolution, config.shape, multiple=side_multiple(base))
+    sizes = picture_sizes(config.resolution, config.shape, multiple=base.side_multiple)
     keeping = config.prior_loss_weight > 0
     with_own = [one for one in subjects if one.class_images]
     if with_own and not keeping:
@@ -88,7 +87,7 @@ def prepare(
     plain = [one.class_prompt for part in photos.values() for one in part]
     plain += [one.class_prompt or one.prompt for part in of_class.values() for one in part]  # your own have one prompt
     for prompt in filter(None, dict.fromkeys(plain)):
-        told_if_cut(base, prompt, "class prompt", warn)
+        warned_if_cut(base, prompt, "class prompt", warn)
     done, total = itertools.count(), (2 if config.flip else 1) * len(pictures)
 
     def on_picture() -> None:
@@ -112,10 +111,10 @@ def prompt_read(base: BaseModel, subject: Subject, photo: Photo, name: str, warn
     named = re.search(subject_pattern(subject.token, None), prompt, re.IGNORECASE)
     if base.cut_off(prompt if named is None else prompt[: named.end()]):
         prompt = f"{subject.token} {subject.class_noun}, {prompt}"
-    return told_if_cut(base, prompt, name, warn)
+    return warned_if_cut(base, prompt, name, warn)
 
 
-def told_if_cut(base: BaseModel, prompt: str, what: str, warn: Callable[[str], None]) -> str:
+def warned_if_cut(base: BaseModel, prompt: str, what: str, warn: Callable[[str], None]) -> str:
     """The prompt. What is said of it has none of its words, nor the photo's name: output is shared more freely than photos."""
     if end := base.cut_off(prompt):
         warn(f"{what}: the text encoder does not read the end of the prompt ({len(end.split())} words); shorten it")

@@ -48,10 +48,9 @@ class Job:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Equal facts give equal adapters in equal `surroundings`. As they come back from a file; photos are hashes."""
-        precision = str(self.base.dtype).removeprefix("torch.") + (f", {self.base.quantized}" if self.base.quantized else "")
         found = {
             "format": FORMAT,
-            "base": {"name": self.base.name, "fingerprint": self.base.fingerprint, "dtype": precision},
+            "base": {"name": self.base.name, "fingerprint": self.base.fingerprint, "dtype": self.base.precision},
             "lora": asdict(self.lora),
             "init": self.init and self.init.digest()[:DIGEST_LENGTH],
             "config": {name: value for name, value in asdict(self.config).items() if name not in FREE + ROUNDING},
@@ -92,7 +91,7 @@ class Job:
             "threads": torch.get_num_threads(),
             "processes": processes,
             **{name: getattr(self.config, name) for name in ROUNDING},
-            "latents": latents.hexdigest()[:16],
+            "latents": latents.hexdigest()[:DIGEST_LENGTH],
         }
 
     # --- its adapter
@@ -124,13 +123,12 @@ def use_of(photo: Photo, prompt: str) -> str:
     """A hash of how a photo is used: its prompt, crop and mask, not its name."""
     ignored = ("path", "note", "caption", "mask")
     facts = {f.name: getattr(photo, f.name) for f in fields(photo) if f.name not in ignored}
-    mask = getattr(photo, "mask", None)
-    text = json.dumps([facts, None if mask is None else mask.sha256, prompt], sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = json.dumps([facts, photo.mask and photo.mask.sha256, prompt], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
-    """What differs between the facts of two jobs, in words. Nothing if another version wrote those before, or somebody."""
+    """What differs between the facts of two jobs, in words. Empty if another version, or somebody by hand, wrote the first."""
     try:
         return list(found_differences(before, now)) if before["format"] == FORMAT else []
     except (KeyError, TypeError, AttributeError):

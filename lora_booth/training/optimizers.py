@@ -44,7 +44,6 @@ def make_optimizer(lora: TrainableLora, config: SettledConfig, device: torch.dev
 
     With a learning rate for text encoders there are two groups, and the "share" of the second is its part of the first's.
     """
-    check_optimizer(config, device)
     rate, decay, for_text = config.learning_rate, config.weight_decay, config.text_encoder_learning_rate
     groups: list[dict[str, Any]] = [{"params": [lora.flat.values]}]
     if for_text is not None:

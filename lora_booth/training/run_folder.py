@@ -32,7 +32,6 @@ from .checkpoint import (
     discard,
     identity_in,
     newest,
-    number_of,
     packed_state,
     publish,
     read_record,
@@ -69,7 +68,7 @@ class RunFolder:
         self.saved: int | None = None  # the step of the last checkpoint
         self._opened = self._saved_at = time.monotonic()
         self._found: Checkpoint | None = None
-        self._damaged: list[Place] = []
+        self._damaged: dict[Place, int] = {}
         self._held = ExitStack()
         self._copies = mirror
 
@@ -135,7 +134,9 @@ class RunFolder:
 
     def complete_mirror(self, checkpoint: Checkpoint) -> None:
         """The last checkpoint of a finished run, for a mirror that failed then."""
-        if self.mirror is not None and checkpoint.number not in map(number_of, checkpoints_in(self.mirror.folder)):
+        if self.mirror is not None and all(
+            one["number"] != checkpoint.number for one in checkpoints_in(self.mirror.folder).values()
+        ):
             self.mirror.copy(checkpoint)
             self.mirror.finish()
             while self.mirror.news:
@@ -157,10 +158,11 @@ class RunFolder:
         """Discard the run, also in the mirror: only files that are ours, and copies of this run. Raises TrainingError."""
         here = checkpoints_in(self.path / CHECKPOINTS)
         runs = {self.job.identity, read_record(self.path).get("identity"), *map(identity_in, here)}
-        copies = [] if self.mirror is None else checkpoints_in(self.mirror.folder)
+        copies = {} if self.mirror is None else checkpoints_in(self.mirror.folder)
         try:
-            for checkpoint in (*here, *(copy for copy in copies if identity_in(copy) in runs)):
-                discard(checkpoint)
+            for checkpoint, manifest in (here | copies).items():
+                if checkpoint in here or identity_in(checkpoint) in runs:
+                    discard(checkpoint, manifest)
             self.owned.clear()
         except OSError as error:
             raise TrainingError(
@@ -170,7 +172,7 @@ class RunFolder:
     def find(self) -> Checkpoint | None:
         """The newest intact checkpoint, here or in the mirror. Raises TrainingError if it is of another run."""
         self._found = found = newest(self.checkpoints, damaged=self._damaged)
-        self.number = max([0, *map(number_of, self._damaged)])
+        self.number = max([0, *self._damaged.values()])
         place: Place = self.path
         if found is None:
             there = read_record(self.path)
@@ -338,8 +340,8 @@ def fetch(run: Path, copies: Place, *, replace: bool) -> None:
         return
     if not (same or before is None or replace):
         raise TrainingError(f"{shown(run)}: holds another run than its mirror; use another folder")
-    for old in checkpoints_in(run / CHECKPOINTS):
-        discard(old)
+    for old, manifest in checkpoints_in(run / CHECKPOINTS).items():
+        discard(old, manifest)
     owned = Owned(run)
     owned.clear()
     contents = {name: found.contents[name] for name in FILES}

@@ -48,7 +48,6 @@ def training_mode(
     base: BaseModel, lora: TrainableLora, config: TrainingConfig, *, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
     """Dropout on, the attention of `config`, lean layers, gradient checkpointing; all restored afterwards."""
-    check_attention(base, config.attention)
     with ExitStack() as stack:
         stack.enter_context(modes_restored(base))
         for module in (m for model in base.structure.values() for m in model.modules() if hasattr(m, "lora_dropout")):

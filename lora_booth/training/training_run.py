@@ -29,7 +29,7 @@ from .memory import is_out_of_memory
 from .optimizers import averaged, make_optimizer, restore
 from .progress import Step
 from .together import Together
-from .training_mode import make_scaler, training_mode
+from .training_mode import check_feasible, make_scaler, training_mode
 
 LOOK_EVERY = 16  # updates on a GPU between two looks at the losses, since each waits for the GPU: chosen
 SMOOTHING = 0.95  # of the displayed loss, an exponential mean over about 1 / (1 - .95) = 20 updates: chosen
@@ -62,7 +62,9 @@ def training_steps(
     """
     base, cache = typed("base", base, BaseModel), typed("cache", cache, LatentCache)
     lora, _, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
-    run = TrainingRun(base, cache, lora, settled(config, base, cache.photos), first=first)
+    config = settled(config, base, cache.photos)
+    check_feasible(base, lora, config)
+    run = TrainingRun(base, cache, lora, config, first=first)
     try:
         yield from run
     finally:
