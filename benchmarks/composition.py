@@ -65,7 +65,7 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     boxes = [lb.Region(adapter, box=box) for adapter, box in zip(adapters, (LEFT, RIGHT), strict=False)]
     settings: dict[str, dict[str, Any]] = {
         "sum": {"adapters": adapters, "method": "sum"},
-        "auto": {"adapters": adapters, "regions": "auto"},
+        **dict.fromkeys(("auto", "found first"), {"adapters": adapters, "regions": "auto"}),
         "boxes": {"regions": boxes},
         "boxes from .15": {"regions": boxes, "start": 0.15},
         "none": {},
@@ -73,9 +73,14 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     return Composition(base, **settings[method])
 
 
-METHODS = {  # and their names in the plot
+METHODS = ("sum", "auto", "found first", "boxes", "boxes from .15")
+IN_PLOT = {  # and their names there
+    "base, known names": "base, looks that it knows by name",
+    "one adapter": "the first adapter alone",
+    "trained together": "one adapter that has learnt both",
     "sum": "sum",
     "auto": "automatic regions (default)",
+    "found first": "the same, found first: from step 0",
     "boxes": "regions: left and right half",
     "boxes from .15": "the same, from .15 of the steps",
 }
@@ -174,7 +179,7 @@ class Bench:
                 else:
                     shown, prompt, studio = self.asked(method, names, pair, context, number)
                     started = time.perf_counter()
-                    images = [picture.image for picture in studio.generate(prompt, **self.call)]
+                    images = [picture.image for picture in self.drawn(method, studio, prompt)]
                     seconds += time.perf_counter() - started
                 seen += [(verdict, shown, context) for verdict in judge(images)]
                 if context == self.contexts[0]:
@@ -182,6 +187,14 @@ class Bench:
             apart[" ".join(names)] = shares(seen[before:])["told apart"]
         cost = {"seconds a picture": round(seconds / len(seen), 2), "pictures": len(seen)}
         return shares(seen) | cost | {"pairs": apart}
+
+    def drawn(self, method: str, studio: Composition, prompt: str) -> list[lb.Picture]:
+        if method != "found first":
+            return studio.generate(prompt, **self.call)
+        how = {name: self.call[name] for name in ("steps", "guidance")}
+        places = [(seed, studio.find_regions(prompt, seed=seed, **how)) for seed in self.seeds]
+        each = [Composition(self.base, regions=found).generate(prompt, seeds=[seed], **how) for seed, found in places]
+        return [picture for pictures in each for picture in pictures]
 
     def pairs(self, rows: list[dict[str, Any]]) -> Iterator[str]:
         """What could foretell a pair's fate, class, cosine and overlap of the changes, beside how often it is told apart."""
@@ -254,14 +267,14 @@ def main() -> None:
         images, labels = [i for i, _ in bench.first], [t for _, t in bench.first]
         contact_sheet(images, labels=labels, columns=columns, side=144).save(arguments.sheet)
     if arguments.plot:
-        plot([row for row in rows if row["method"] not in CONTROLS], arguments.plot)
+        plot([row for name in IN_PLOT for row in rows if row["method"] == name], arguments.plot)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """For each method the shares of pictures whose subjects are bound, told apart and blended."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5))
+    figure = Figure(figsize=(10, 5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("cross", "same"), strict=True):
         own = [row for row in rows if row["kind"] == kind]
         for number, (measure, colour) in enumerate(MEASURES.items()):
@@ -273,9 +286,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             xlim=(0, 1.1),
             xlabel="share of pictures",
         )
-        axes.set_yticks(range(len(own)), [METHODS[row["method"]] for row in own])
+        axes.set_yticks(range(len(own)), [IN_PLOT[row["method"]] for row in own])
     figure.axes[0].invert_yaxis()
-    figure.axes[1].legend(loc="upper right", fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 

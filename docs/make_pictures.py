@@ -14,6 +14,7 @@ from PIL import Image
 import lora_booth as lb
 from lora_booth.base.ai_mark import save_picture
 from lora_booth.cli.demo import write_photos
+from lora_booth.photos.sheet import contact_sheet
 
 IMAGES = Path(__file__).parent / "images"
 TOKEN, NOUN = "sks", "owl"
@@ -24,7 +25,6 @@ RUNS = {
     "500 updates, no class pictures": lb.TrainingConfig(prior_loss_weight=0),
     "the same at 6 x the rate": lb.TrainingConfig(learning_rate=1e-2, prior_loss_weight=0),
 }
-WAYS: dict[str, dict[str, Any]] = {"a sum": {"method": "sum"}, "automatic regions": {}}
 SAMPLER: dict[str, Any] = {"steps": 20, "guidance": 4.0}
 
 
@@ -33,7 +33,7 @@ def main(work: Path) -> None:
     owl = lb.Subject.from_folder(write_photos("olga", work / "photos" / "olga"), token=TOKEN, class_noun=NOUN)
     mug = lb.Subject.from_folder(write_photos("brew", work / "photos" / "brew"), token="zwx", class_noun="mug")
 
-    def trained(name: str, subject: lb.Subject, config: lb.TrainingConfig) -> lb.Adapter:
+    def trained(name: str, subject: Any, config: lb.TrainingConfig) -> lb.Adapter:
         file = work / f"{name.replace(', ', '_').replace(' ', '_')}.safetensors"
         if not file.exists():
             lb.train(base, subject, config=config).save(file)
@@ -58,10 +58,20 @@ def main(work: Path) -> None:
     rows, seeds = (base_, good, bare, over), range(5)
     cells = tuple(tuple(drawn(name, f"a photo of an {NOUN}", seed) for seed in seeds) for name in rows)
     save(lb.Grid(rows, tuple(f"seed {seed}" for seed in seeds), cells), "prior")
-    pair = [adapters[good], trained("mug", mug, lb.TrainingConfig())]
+    owl_, mug_ = trained(good, owl, lb.TrainingConfig()), trained("mug", mug, lb.TrainingConfig())
+    halves = [lb.Region(owl_, box=(0, 0, 0.5, 1)), lb.Region(mug_, box=(0.5, 0, 1, 1))]
+    ways = {
+        "a sum": lb.Composition(base, [owl_, mug_], method="sum"),
+        "automatic regions": lb.Composition(base, [owl_, mug_]),
+        "left and right half": lb.Composition(base, regions=halves),
+        "one adapter for both": lb.Composition(base, trained("both", [owl, mug], lb.TrainingConfig())),
+    }
     prompt = f"a photo of {TOKEN} {NOUN} and zwx mug in the snow"
-    cells = tuple(tuple(lb.Composition(base, pair, **way).generate(prompt, seeds=seeds, **SAMPLER)) for way in WAYS.values())
-    save(lb.Grid(tuple(WAYS), tuple(f"seed {seed}" for seed in seeds), cells), "together")
+    cells = tuple(tuple(studio.generate(prompt, seeds=seeds, **SAMPLER)) for studio in ways.values())
+    save(lb.Grid(tuple(ways), tuple(f"seed {seed}" for seed in seeds), cells), "together")
+    places = [ways["automatic regions"].find_regions(prompt, seed=seed, **SAMPLER) for seed in seeds]
+    previews = [lb.preview(one, picture.image, side=192) for one, picture in zip(places, cells[1], strict=True)]
+    save_picture(contact_sheet(previews, labels=[f"seed {seed}" for seed in seeds], columns=5), IMAGES / "regions.png")
     weights = {"weights": (0, 0.4, 0.8, 1), "seeds": range(2)}
     save(lb.grid(base, (adapters[good], 1.0), f"a photo of {TOKEN} {NOUN} on the moon", **weights, **SAMPLER), "grid")
 

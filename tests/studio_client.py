@@ -22,9 +22,13 @@ class Server:
     """`lora-booth studio`. Close it like a file; `kill` is a power cut."""
 
     def __init__(self, root: Path, port: int = 0) -> None:
+        self.root, self.port = root, port
         self.log = Path(tempfile.mkstemp(suffix=".log")[1])
+        self.start()
+
+    def start(self) -> None:
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-c", MAIN, "studio", str(root), f"--port={port}", "--no-browser"]
+        command = [sys.executable, "-c", MAIN, "studio", str(self.root), f"--port={self.port}", "--no-browser"]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": paths})
         end = time.monotonic() + PATIENCE

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +260,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
     (root.parent / "secret.png").write_text(OUTSIDE)
     with Server(root) as running:
         yield running
-    left = Trainings(StudioFolder(root)).training().get("rex")  # of a test that failed
-    if left is not None:
-        left.kill()
+    end_trainings(root)
+
+
+def end_trainings(root: Path) -> None:
+    """Those that a failed test left."""
+    for process in Trainings(StudioFolder(root)).training().values():
+        process.kill()
 
 
 def root_of(server: Server) -> Path:
@@ -383,6 +388,8 @@ def test_the_whole_way(server, photos, tmp_path):
     client.write(Subject="rex", What_it_is="dog", **{drop: client.upload(*sorted(photos.iterdir()))})
     client.do(drop, "upload")
     assert "3 photos at 64 pixels" in client.value("#audit") and len(client.value("#squares")) == 3
+    if find_spec("rembg") is None:
+        assert "lora-booth[masks]" in refused(client, "Make masks for all photos (rembg; downloads its model once)")
     client.do("Token", "blur")
     facts = json.loads((root / "photos" / "rex.json").read_text())
     token = facts["token"]
@@ -461,12 +468,20 @@ def test_the_whole_way(server, photos, tmp_path):
             client.write(Adapter="brew")
             client.do(button)
             assert client.value("Adapter") == made and (root / "adapters" / f"{made}.safetensors").is_file()
+        client.write(**{"Adapter": "brew", "Other adapter": "rex"})
+        client.do("Merge with it")
+        assert client.value("Adapter") == "brew-rex" and (root / "adapters" / "brew-rex.safetensors").is_file()
+        client.write(Adapter="brew-rank4")
         client.do("Make a folder for the Hub")
         assert (root / "shared" / "brew-rank4" / "README.md").is_file()
         assert "say yes" in refused(client, "Delete")
         client.write(**{"Yes, delete this adapter": True})
         client.do("Delete")
         assert not (root / "adapters" / "brew-rank4.safetensors").exists()
+        client.do("Start anew")
+        assert 'data-alive="1"' in wait(client, lambda status: "step 1 " in status or 'data-alive="1"' in status)
+        client.do("Stop")
+        wait(client, lambda status: 'data-alive="0"' in status)
         client.do("Remove the run")
         assert not (root / "runs" / "rex").exists() and (root / "adapters" / "rex.safetensors").is_file()
         assert "Traceback" not in again.log.read_text()

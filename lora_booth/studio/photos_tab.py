@@ -13,6 +13,7 @@ from ..errors import PhotoError, counted
 from ..photos.audit import audit_photos
 from ..photos.opening import open_photo
 from ..photos.photo import Photo
+from ..photos.segmenting import make_masks
 from ..subject.tokens import check_token, propose_tokens
 from ..training.encoding import token_reading
 from .drawing import COLORS, Painted, mask_of
@@ -47,6 +48,7 @@ def photos_tab(studio: Studio) -> None:
                 use_mask = gr.Button("Use as the mask")
                 undo = gr.Button("No crop, no mask")
             caption = gr.Textbox(label="Caption", info="What else the photo shows; empty: the usual prompt", max_lines=3)
+            masks = gr.Button("Make masks for all photos (rembg; downloads its model once)")
             with gr.Row():
                 keep_caption = gr.Button("Keep the caption")
                 remove = gr.Button("Remove the photo", variant="stop")
@@ -115,6 +117,11 @@ def photos_tab(studio: Studio) -> None:
         image.thumbnail((SIDE, SIDE))
         return image, one.caption or ""
 
+    def mask_all(name: str) -> list[Any]:
+        made = make_masks(folder.place("photos", name))
+        there = look(name)
+        return [there[0] + lines(*(f"{one.photo.name}: {one.reason}" for one in made if one.path is None)), *there[1:]]
+
     def changing(button: gr.Button, change: Callable[[Photo, Painted, str], object]) -> None:
         def changed(name: str, which: str, painted: Painted, text: str) -> list[Any]:
             change(folder.photo(name, which), painted, text or "")
@@ -134,4 +141,5 @@ def photos_tab(studio: Studio) -> None:
     changing(undo, lambda one, _, __: folder.use_all_of(one))
     changing(keep_caption, lambda one, _, text: folder.set_caption(one, text))
     changing(remove, lambda one, _, __: folder.remove_photo(one))
+    listen([masks.click], mask_all, [subject], shown, model=True)
     listen([studio.page.load, tab.select], lambda: gr.Dropdown(choices=folder.names("photos")), None, [subject])

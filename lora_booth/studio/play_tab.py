@@ -27,6 +27,7 @@ def play_tab(studio: Studio) -> None:
     folder, models = studio.folder, studio.models
     with gr.Tab("Play", id="play") as tab:
         prompt = gr.Textbox(label="Prompt", lines=2, placeholder="e.g. a photo of ohwx dog on the beach", elem_id="prompt")
+        suggested = gr.State("")
         names: list[Any] = []
         weights: list[Any] = []
         for label in SLOTS:
@@ -130,20 +131,20 @@ def play_tab(studio: Studio) -> None:
     def whole_page() -> Any:
         return gr.DownloadButton(value=str(Album(folder.place("pictures")).gallery()), visible=True)
 
-    def suggest(name: str, other: str, text: str) -> Any:
-        """A prompt that names the subjects, unless there is one."""
-        if (text or "").strip():
-            return gr.skip()
+    def suggest(name: str, other: str, text: str, before: str) -> list[Any]:
+        """A prompt that names the subjects, unless the user has written one."""
         cards = [models.adapter(one).card for one in (name, other) if one and one != NONE]
         words = " and ".join(card.words for card in cards if card.words)
-        return f"a photo of {words}" if words else gr.skip()
+        if not words or (text or "").strip() not in ("", before):
+            return [gr.skip(), gr.skip()]
+        return [f"a photo of {words}"] * 2
 
     values = [*names, *weights, seed, number, steps, guidance, size, negative]
     shown = [notes, pictures, picture]
     listen([draw.click, prompt.submit], make, [prompt, place, canvas, *values], shown, model=True)
     listen([compare.click], draw_grid, [kind, run, prompt, *values], [sheet], model=True)
     listen([place.change], lambda one: gr.Column(visible=one == "painted"), [place], [easel])
-    listen([names[0].input, names[1].input], suggest, [*names[:2], prompt], [prompt])
+    listen([names[0].input, names[1].input], suggest, [*names[:2], prompt, suggested], [prompt, suggested])
     listen([picture.change], explain, [picture], [how])
     listen([pictures.select], pick, None, [picture])
     listen([redraw.click], again, [picture], shown, model=True)
