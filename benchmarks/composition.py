@@ -65,7 +65,7 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     boxes = [lb.Region(adapter, box=box) for adapter, box in zip(adapters, (LEFT, RIGHT), strict=False)]
     settings: dict[str, dict[str, Any]] = {
         "sum": {"adapters": adapters, "method": "sum"},
-        **dict.fromkeys(("auto", "found first"), {"adapters": adapters, "regions": "auto"}),
+        "auto": {"adapters": adapters, "regions": "auto"},
         "boxes": {"regions": boxes},
         "boxes from .15": {"regions": boxes, "start": 0.15},
         "none": {},
@@ -73,14 +73,13 @@ def composition(base: lb.BaseModel, method: str, adapters: list[lb.Adapter]) -> 
     return Composition(base, **settings[method])
 
 
-METHODS = ("sum", "auto", "found first", "boxes", "boxes from .15")
+METHODS = ("sum", "auto", "boxes", "boxes from .15")
 IN_PLOT = {  # and their names there
     "base, known names": "base, looks that it knows by name",
     "one adapter": "the first adapter alone",
     "trained together": "one adapter that has learnt both",
     "sum": "sum",
     "auto": "automatic regions (default)",
-    "found first": "the same, found first: from step 0",
     "boxes": "regions: left and right half",
     "boxes from .15": "the same, from .15 of the steps",
 }
@@ -179,7 +178,7 @@ class Bench:
                 else:
                     shown, prompt, studio = self.asked(method, names, pair, context, number)
                     started = time.perf_counter()
-                    images = [picture.image for picture in self.drawn(method, studio, prompt)]
+                    images = [picture.image for picture in studio.generate(prompt, **self.call)]
                     seconds += time.perf_counter() - started
                 seen += [(verdict, shown, context) for verdict in judge(images)]
                 if context == self.contexts[0]:
@@ -187,14 +186,6 @@ class Bench:
             apart[" ".join(names)] = shares(seen[before:])["told apart"]
         cost = {"seconds a picture": round(seconds / len(seen), 2), "pictures": len(seen)}
         return shares(seen) | cost | {"pairs": apart}
-
-    def drawn(self, method: str, studio: Composition, prompt: str) -> list[lb.Picture]:
-        if method != "found first":
-            return studio.generate(prompt, **self.call)
-        how = {name: self.call[name] for name in ("steps", "guidance")}
-        places = [(seed, studio.find_regions(prompt, seed=seed, **how)) for seed in self.seeds]
-        each = [Composition(self.base, regions=found).generate(prompt, seeds=[seed], **how) for seed, found in places]
-        return [picture for pictures in each for picture in pictures]
 
     def pairs(self, rows: list[dict[str, Any]]) -> Iterator[str]:
         """What could foretell a pair's fate, class, cosine and overlap of the changes, beside how often it is told apart."""

@@ -262,6 +262,22 @@ def test_automatic_regions_share_the_picture(base, untouched):
     assert torch.isfinite(latents(again)).all()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::lora_booth.errors.CompositionWarning")
+def test_automatic_regions_are_found_first_and_active_from_the_first_step(sd1):
+    rex, bob = pair(sd1)
+    auto, how = Composition(sd1, [rex, bob], regions="auto"), {"steps": 5, "guidance": 2.0}
+    drawn = auto.generate(PROMPT, seeds=[1, 2], batch_size=2, **how)
+    in_mid_way = latents(auto, count=1, num_inference_steps=5)  # of a pipeline that the user calls: one pass
+    assert torch.isfinite(in_mid_way).all()
+    for seed, picture in zip((1, 2), drawn, strict=True):
+        found = auto.find_regions(PROMPT, seed=seed, **how)
+        [again] = Composition(sd1, regions=found).generate(PROMPT, seeds=[seed], **how)
+        [late] = Composition(sd1, regions=found, start=auto.start).generate(PROMPT, seeds=[seed], **how)
+        near, far = (np.abs(np.asarray(picture.image).astype(int) - np.asarray(one.image)).max() for one in (again, late))
+        assert near <= 2 < far  # of 255: the masks of `found` have 256 levels
+
+
 def test_automatic_regions_need_the_subjects_in_the_prompt(sd1):
     rex, bob = pair(sd1)
     studio = Composition(sd1, [rex, bob], regions="auto")

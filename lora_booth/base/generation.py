@@ -44,6 +44,7 @@ def generate_images(
     sampler: str | None = None,
     batch_size: int = 1,
     weights: bool = False,
+    before: Callable[[dict[str, Any]], None] | None = None,
     on_image: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
@@ -55,6 +56,7 @@ def generate_images(
     sampler     its name in `samplers`; None: the base's own
     batch_size  pictures at a time; more than one is faster and may differ by rounding
     weights     read weights in the prompts, and long prompts to their end, by compel
+    before      called with the arguments of each call of the pipeline, before it
     """
     images: list[Image.Image] = []
 
@@ -68,15 +70,12 @@ def generate_images(
     with claimed(pipeline.unet), sampling(pipeline, sampler, steps), quiet(pipeline):
         for first in range(0, len(seeds), batch_size):
             part = list(seeds[first : first + batch_size])
-            result = pipeline(
-                **texts_of(pipeline, prompt, negative_prompt, len(part), weights=weights),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                **as_arguments(sides(size)),
-                generator=[torch.Generator().manual_seed(seed) for seed in part],
-                callback_on_step_end=step_done,
-            )
-            images += result.images
+            arguments = texts_of(pipeline, prompt, negative_prompt, len(part), weights=weights) | as_arguments(sides(size))
+            arguments |= {"num_inference_steps": steps, "guidance_scale": guidance}
+            if before is not None:
+                before(arguments | {"generator": [torch.Generator().manual_seed(seed) for seed in part]})
+            generator = [torch.Generator().manual_seed(seed) for seed in part]
+            images += pipeline(**arguments, generator=generator, callback_on_step_end=step_done).images
             if on_image is not None:
                 on_image(len(images))
     return images

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,8 @@ class Composition:
                 None: "regions" if you pass any, or for several subjects (adapters with a token); else "sum"
     regions     adapters with their places, or "auto": each of `adapters` that the prompt names, where the U-Net attends
                 to its words. None: "auto" for several subjects without a method
-    start       share of the denoising steps before which all adapters are active everywhere
+    start       share of the denoising steps before which all adapters are active everywhere. With automatic regions:
+                whose attention is read, after which `generate` begins anew; pipelines that you call yourself go on
     background  prompt of what no region covers; None: the picture's prompt without its subjects
     Every call restores the pipeline; threads that share a base take turns. Raises SettingsError for settings that contradict
     each other.
@@ -142,9 +144,10 @@ class Composition:
         asked["size"] = drawable(self.base, size)
         for text in self.remarks(prompt, negative_prompt, size=asked["size"]):
             warnings.warn(text, CompositionWarning, stacklevel=2)
-        with self.attached(prompt) as pipeline:
+        with self._attached(prompt) as (pipeline, regional):
+            find = None if regional is None or regional.maps is None else partial(self._find, pipeline, regional)
             weights = self.compel(prompt, negative_prompt) is not None
-            images = generate_images(pipeline, **asked, weights=weights, on_image=on_image, on_step=on_step)
+            images = generate_images(pipeline, **asked, weights=weights, before=find, on_image=on_image, on_step=on_step)
         refuse_black(images, self.base)
         return self._pictures(images, asked)
 
@@ -248,17 +251,10 @@ class Composition:
     ) -> list[Region]:
         """Where `regions="auto"` puts each subject in the picture that `generate` would draw, to inspect and to edit.
 
-        Show them with `preview(regions)`; pass them on, edited or not, as `regions=`. Runs only the first steps.
+        Show them with `preview(regions)`; pass them on, edited or not, as `regions=`. Runs only the steps before `start`.
         """
         if self.regions != "auto":
             raise SettingsError('find_regions needs regions="auto"; this composition has regions of its own')
-
-        def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            schedule = pipeline.scheduler.timesteps.tolist()  # some samplers call twice at one timestep
-            done = len(dict.fromkeys(schedule[: step + 2])) - 1
-            pipeline._interrupt = done >= self.start * len(dict.fromkeys(schedule))
-            return tensors
-
         [seed] = checked(seeds=[seed])["seeds"]
         how = {"steps": steps, "guidance": guidance, "sampler": sampler}
         sampler = checked(prompt=prompt, negative_prompt=negative_prompt, **how)["sampler"]
@@ -268,14 +264,29 @@ class Composition:
                 raise SettingsError(f"the prompt {prompt!r} names no subject; name those whose regions you want")
             generator = torch.Generator().manual_seed(seed)
             options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
-            options |= {"negative_prompt": negative_prompt, **asked}
-            pipeline(prompt, **options, output_type="latent", callback_on_step_end=stop)
-            masks = (regional.masks or masks_by_attention(regional.maps.found())).full[:, 0]
+            self._find(pipeline, regional, {"prompt": prompt, "negative_prompt": negative_prompt, **options, **asked})
+            assert regional.masks is not None
+            masks = regional.masks.full
         found: list[Region] = []
-        for (adapter, weight), mask in zip(self._named(prompt), masks, strict=True):
+        for (adapter, weight), mask in zip(self._named(prompt), masks[:, 0], strict=True):
             drawn = Image.fromarray((mask * 255).round().byte().cpu().numpy())
             found.append(Region(adapter, mask=drawn, weight=weight, feather=0))
         return found
+
+    def _find(self, pipeline: Any, regional: Regional, arguments: Mapping[str, Any]) -> None:
+        """Run the steps of this call before `start`, whose attention gives its pictures regions from the first step on."""
+
+        def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            schedule = pipeline.scheduler.timesteps.tolist()  # some samplers call twice at one timestep
+            done = len(dict.fromkeys(schedule[: step + 2])) - 1
+            pipeline._interrupt = done >= self.start * len(dict.fromkeys(schedule))
+            return tensors
+
+        assert regional.maps is not None
+        regional.start = self.start
+        pipeline(**arguments, output_type="latent", callback_on_step_end=stop)
+        regional.masks = regional.masks or masks_by_attention(regional.maps.found())
+        regional.start = 0.0
 
     def everyone(self, prompt: str = "") -> list[tuple[Adapter, Weight]]:
         """Adapters that are active everywhere, then those of the regions."""
@@ -345,6 +356,7 @@ class Composition:
             if cuda:
                 torch.cuda.synchronize()
         seconds = (time.perf_counter() - started) / tried * steps
+        seconds *= 1 + self.start * (self.settings(prompt)["regions"] == "auto")
         return seconds, torch.cuda.max_memory_allocated() if cuda else None
 
     # --- regions

@@ -15,7 +15,7 @@ from ..base.ai_mark import save_picture
 from ..config import typed, written
 from .regions import FEATHER, Region
 
-AUTO_START = 0.3  # share of the steps, before automatic regions start, whose attention is read; chosen on the toybox
+AUTO_START = 0.3  # share of the steps whose attention is read for automatic regions; chosen on the toybox
 # words that are the same to bash, zsh, cmd and PowerShell
 PLAIN = re.compile(r"[A-Za-z0-9_+:./-]+")
 QUOTED = re.compile(r"[^\"$`\\!%“”„]+")  # between double quotes; PowerShell ends a string at “
