@@ -2,9 +2,11 @@
 
 python benchmarks/gpu.py [--cases NAME ...] [--steps 40] [--out DIR]        random weights in the real shapes, made on the GPU
 python benchmarks/gpu.py --cases sd1 --with '{"capture": false}' --profile  any field of TrainingConfig; and what the GPU did
+python benchmarks/gpu.py --dry --steps 4                                    tiny shapes, also on a CPU: does it run?
 
-Seconds a step are the mean between two waits for the GPU, after ten steps. "used" is what the process holds of the GPU in all,
-CUDA itself included: `torch.cuda.mem_get_info` before and after.
+Seconds a step are the mean between two waits for the GPU, after ten steps. "used" is the most that the process held of the GPU
+in all, CUDA itself included (`torch.cuda.mem_get_info` after the steps): one case in each process tells it best, as gpu_day.py
+runs them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import lora_booth as lb
 from lora_booth.planning.planning import plan
 from lora_booth.training.training_run import TrainingRun
 
-WARM = 10  # steps that are not timed: kernels are compiled, the step is recorded
+WARM = 10  # steps that are not timed: kernels are compiled, the step is recorded; of few steps a quarter
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class GpuCase:
 
 
 BF16 = torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WITH_PRIOR = {"prior_loss_weight": 1.0}
 CASES = {
     "sd1": GpuCase(Case("sd1", 512, BF16), target="<= 8 ms, <= 3 GB"),
     "sd1 batch 8": GpuCase(Case("sd1", 512, BF16, batch_size=8), target=">= 50 % of the matrix rate"),
@@ -46,11 +50,14 @@ CASES = {
     "sdxl checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True), target="<= 7 GB"),
     "sdxl nf4 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True, quantize="nf4"), target="<= 3.6 GB"),
     "sdxl int8 checkpointed": GpuCase(Case("sdxl", 1024, BF16, gradient_checkpointing=True, quantize="int8")),
-    "sd1 fp16 with class images": GpuCase(Case("sd1", 512, torch.float16), {"prior_loss_weight": 1.0}, "in 15 GB"),
+    "sd1 fp16 with class images": GpuCase(Case("sd1", 512, torch.float16), WITH_PRIOR, "in 15 GB"),
+    "sd1 fp32 with class images": GpuCase(Case("sd1", 512), WITH_PRIOR, "the losses of fp16"),
     "sdxl fp16 with class images": GpuCase(
-        Case("sdxl", 1024, torch.float16), {"prior_loss_weight": 1.0, "pictures_at_a_time": 1}, "in 15 GB"
+        Case("sdxl", 1024, torch.float16), WITH_PRIOR | {"pictures_at_a_time": 1}, "in 15 GB"
     ),
+    "sdxl fp32 with class images": GpuCase(Case("sdxl", 1024), WITH_PRIOR | {"pictures_at_a_time": 1}, "the losses of fp16"),
     "sd1 adamw8bit": GpuCase(Case("sd1", 512, BF16), {"optimizer": "adamw8bit"}),
+    "sd1 xformers": GpuCase(Case("sd1", 512, BF16), {"attention": "xformers"}),
     "sd1 not recorded": GpuCase(Case("sd1", 512, BF16), {"capture": False}),
     "sd1 fp32": GpuCase(Case("sd1", 512, torch.float32)),
 }
@@ -58,15 +65,21 @@ CASES = {
 
 def matrix_rate(dtype: torch.dtype) -> float:
     """FLOP/s of a large product."""
-    a, b = torch.randn(2, 8192, 8192, device="cuda").to(dtype)
+    side = 8192 if DEVICE == "cuda" else 256
+    a, b = torch.randn(2, side, side, device=DEVICE).to(dtype)
     for _ in range(3):
         a @ b
-    torch.cuda.synchronize()
+    wait()
     began = time.perf_counter()
     for _ in range(10):
         a @ b
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (time.perf_counter() - began)
+    wait()
+    return 10 * 2 * side**3 / (time.perf_counter() - began)
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def settings_of(one: GpuCase, steps: int, more: dict[str, Any]) -> lb.TrainingConfig:
@@ -84,16 +97,19 @@ def settings_of(one: GpuCase, steps: int, more: dict[str, Any]) -> lb.TrainingCo
     return replace(config, **one.settings, **more)
 
 
-def used() -> int:
+def others() -> int:
+    """Bytes of the GPU that PyTorch's allocator does not hold: CUDA itself with its kernels, and who else is on the GPU."""
+    if DEVICE == "cpu":
+        return 0
     free, total = torch.cuda.mem_get_info()
-    return total - free
+    return total - free - torch.cuda.memory_reserved()
 
 
 def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None, *, planned: bool) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
-    others = used() - torch.cuda.memory_reserved()  # CUDA itself, and who else is on the GPU
-    base = base_of(one.case, "cuda")
+    torch.manual_seed(0)  # the same weights and latents for each precision
+    base = base_of(one.case, DEVICE)
     config, said = settings_of(one, steps, more), []
     with torch.no_grad():
         cache = cache_of(base, config)
@@ -101,24 +117,29 @@ def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None, *,
         stack.enter_context(base.only_unet_on_device())
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         training = TrainingRun(base, cache, lb.LoraSpec(rank=8), config, say=said.append)
         stack.callback(training.close)
-        losses, marks, first = [], [], 0.0
+        losses, marks, first, warm = [], [], 0.0, max(2, min(WARM, steps // 4))
         for index in range(steps):
-            if index in (1, WARM):
-                torch.cuda.synchronize()
+            if index in (1, warm):
+                wait()
                 first = first or time.perf_counter() - began
                 marks.append(time.perf_counter())
             losses.append(next(training).loss_tensor)
-        torch.cuda.synchronize()
-        step = (time.perf_counter() - marks[-1]) / (steps - WARM)
+        wait()
+        step = (time.perf_counter() - marks[-1]) / (steps - warm)
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        beside = others()
         recorded = bool(getattr(training.backward, "_recordings", None))
         if profile is not None:
             training.loop.config = replace(training.loop.config, steps=steps + 3)
-            table(training, profile)
+            try:
+                table(training, profile)
+            except Exception as error:  # what was measured is worth more
+                said.append(f"no profile: {error}")
     prediction = {}
     if planned:
         one_way = next(one for one in plan(base, config=config).forecasts if not one.settings)
@@ -127,15 +148,15 @@ def run(one: GpuCase, steps: int, more: dict[str, Any], profile: Path | None, *,
             "predicted_gb": one_way.phases["training"] / 1e9,
         }
     del training, base, cache
+    curve = [round(float(loss), 5) for loss in losses]
     return prediction | {
         "ms": 1e3 * step,
         "first_step_s": first,
         "recorded": recorded,
         "allocated_gb": allocated / 1e9,
-        "used_gb": (reserved + others) / 1e9,
-        "others_gb": others / 1e9,
-        "loss_first": float(losses[0]),
-        "loss_last": float(losses[-1]),
+        "used_gb": (reserved + beside) / 1e9,
+        "others_gb": beside / 1e9,
+        "losses": curve,
         "said": said,
     }
 
@@ -144,10 +165,10 @@ def table(training: TrainingRun, path: Path) -> None:
     """The kernels of three steps, by their time."""
     from torch.profiler import ProfilerActivity
 
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+    with torch.profiler.profile(activities=[getattr(ProfilerActivity, DEVICE.upper())]) as found:
         for _ in range(3):
             next(training)
-        torch.cuda.synchronize()
+        wait()
     rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
     total, count = sum(row.self_device_time_total for row in rows), sum(row.count for row in rows)
     lines = [f"{total / 3e3:.3f} ms of kernels a step, {count / 3:.0f} kernels"]
@@ -167,13 +188,14 @@ def main() -> None:
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN time its ways to compute each convolution")
     parser.add_argument("--no-cudnn-attention", action="store_true", help="PyTorch's flash attention in place of cuDNN's")
     parser.add_argument("--no-kernels", action="store_true", help="PyTorch's kernels in place of Triton's")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, on a CPU if there is no GPU")
     parser.add_argument("--out", type=Path, help="folder for JSON lines and profiles")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu" and not given.dry:
         sys.exit("no CUDA GPU here")
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-    if given.cap is not None:
+    if given.cap is not None and DEVICE == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(given.cap * 1e9 / total)
     if given.no_kernels:
@@ -184,9 +206,13 @@ def main() -> None:
     torch.backends.cudnn.benchmark = given.cudnn_benchmark
     rate = {dtype: matrix_rate(dtype) for dtype in (torch.bfloat16, torch.float16)}
     rate[torch.float32] = rate[torch.bfloat16]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate[BF16] / 1e12:.0f} TFLOP/s bf16", flush=True)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    print(f"{device}, torch {torch.__version__}, {rate[BF16] / 1e12:.4g} TFLOP/s bf16", flush=True)
+    failed = []
     for name in given.cases:
         one = CASES[name]
+        if given.dry:
+            one = replace(one, case=replace(one.case, resolution=128, tiny=True))
         place = given.out / f"{name.replace(' ', '-')}.txt" if given.out is not None and given.profile else None
         try:
             found = run(one, given.steps, given.more, place, planned=not given.no_plan)
@@ -195,22 +221,26 @@ def main() -> None:
 
             traceback.print_exc()
             found = {"error": str(error)[:300]}
-        found |= {"case": name, "with": given.more, "kernels": not given.no_kernels, "target": one.target}
+            failed.append(f"{name}: {str(error)[:200]}")
+        found |= {"case": name, "with": given.more, "cap": given.cap, "kernels": not given.no_kernels, "target": one.target}
         if "ms" in found:
             more = ""
             if "tflops" in found:
-                share = found["tflops"] * 1e12 / rate[one.case.dtype]
-                more = f"{found['tflops']:.0f} TFLOP/s ({share:.0%} of the matrix rate), plan {found['predicted_gb']:.2f} GB, "
+                found["share"] = found["tflops"] * 1e12 / rate[one.case.dtype]
+                more = f"{found['tflops']:.0f} TFLOP/s ({found['share']:.0%} of the matrix rate), "
+                more += f"plan {found['predicted_gb']:.2f} GB, "
             print(
                 f"{name}: {found['ms']:.2f} ms a step, {more}"
                 f"{'recorded' if found['recorded'] else 'not recorded'}, first step {found['first_step_s']:.1f} s, "
                 f"{found['used_gb']:.2f} GB used (CUDA {found['others_gb']:.2f}, allocated {found['allocated_gb']:.2f}), "
-                f"loss {found['loss_first']:.3f} -> {found['loss_last']:.3f}; target {one.target or '-'}",
+                f"loss {found['losses'][0]:.3f} -> {found['losses'][-1]:.3f}; target {one.target or '-'}",
                 flush=True,
             )
         if given.out is not None:
             with open(given.out / "gpu.jsonl", "a") as file:
                 file.write(json.dumps(found) + "\n")
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def run_script() -> dict[str, Any]:
 
 
 def build() -> dict[str, Any]:
-    """A diffusers folder of a family's real shape with random fp32 weights, and photos."""
+    """A diffusers folder of a family's real shape with random weights, and photos."""
     if not (Path(JOB["base"]) / "model_index.json").is_file():
         random_base(JOB["family"], Path(JOB["base"]))
     if JOB["photos"] and not Path(JOB["photos"]).is_dir():
@@ -124,16 +124,22 @@ def build() -> dict[str, Any]:
 
 
 def random_base(family: str, folder: Path) -> None:
-    """Configurations are those that the library has for single files; one component in memory at a time."""
+    """Configurations are those that the library has for single files; one component in memory at a time.
+
+    The weights are fp32, or fp16 where there is a GPU to make them: most files that people load are. family: "tiny-sd1" as well
+    """
     import shutil
 
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from plan import tiny
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from lora_booth.base.families import FAMILIES
     from lora_booth.base.single_file import CONFIGS
 
+    narrow, family = family.startswith("tiny-"), family.removeprefix("tiny-")
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -150,12 +156,13 @@ def random_base(family: str, folder: Path) -> None:
         "text_encoder_2": CLIPTextModelWithProjection,
     }
     torch.manual_seed(0)
-    for name, cls in classes.items():
-        if not (unfinished / name).is_dir():
-            continue
-        config = json.loads((unfinished / name / "config.json").read_text())
-        model = cls(CLIPTextConfig(**config)) if name.startswith("text") else cls.from_config(config)
-        model.save_pretrained(unfinished / name, safe_serialization=True)
+    found = [name for name in classes if (unfinished / name).is_dir()]
+    parts = {name: json.loads((unfinished / name / "config.json").read_text()) for name in found}
+    for name, config in parts.items():
+        cls, config = classes[name], tiny(name, parts) if narrow else config
+        with torch.device(device):
+            model = cls(CLIPTextConfig(**config)) if name.startswith("text") else cls.from_config(config)
+        model.to(dtype).save_pretrained(unfinished / name, safe_serialization=True)
         del model
     for name in () if family == "toybox" else FAMILIES[family].tokenizers:
         words().save_pretrained(unfinished / name)

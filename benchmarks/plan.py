@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from lora_booth.base.single_file import CONFIGS
 from lora_booth.config import Quantization, settled
 from lora_booth.planning.budget import is_ample
 from lora_booth.planning.planning import plan
-from lora_booth.planning.shapes import built, configured
+from lora_booth.planning.shapes import MODULES, built, configured
 from lora_booth.training.latents import Bucket, LatentCache, LatentSet
 from lora_booth.training.training_run import training_steps
 
@@ -47,6 +48,7 @@ class Case:
     batch_size: int = 1
     gradient_checkpointing: bool = False
     quantize: Quantization | None = None
+    tiny: bool = False
 
 
 NARROW = (("block_out_channels", (96, 192, 384, 384)),)
@@ -67,13 +69,32 @@ CASES = {
 }
 
 
+def tiny(part: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The configuration of a module with as many blocks, some dozens of channels wide; at least 128 px."""
+    config, encoders = dict(parts[part]), sum(name.startswith("text") for name in parts)
+    if part == "vae":
+        return config | {"block_out_channels": (32,) * 4, "layers_per_block": 1}
+    if part != "unet":
+        few = {"num_hidden_layers": 2, "num_attention_heads": 2}
+        return config | few | {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
+    config |= {"block_out_channels": (32, 64, 64, 64)[: len(config["block_out_channels"])], "layers_per_block": 1}
+    config |= {"attention_head_dim": 2, "cross_attention_dim": 32 * encoders}
+    if encoders == 2:
+        config |= {"transformer_layers_per_block": (1, 1, 2), "layers_per_block": 2}
+        config["projection_class_embeddings_input_dim"] = 6 * config["addition_time_embed_dim"] + 32
+    return config
+
+
 def base_of(case: Case, device: str = "cpu") -> BaseModel:
     """Random weights in the case's shapes."""
     parts = configured(CONFIGS / case.family)
     parts["unet"] |= dict(case.unet)
     parts["vae"] |= VAE
+    if case.tiny:
+        parts |= {part: tiny(part, parts) for part in MODULES if part in parts}
     base = built(case.family, parts, case.dtype)
     modules = (*base.structure.values(), base.shell.vae)
+    deviation = 0.08 if case.tiny else 0.02  # narrow layers let less through, and fp16 on a CPU has no scaler
     tensors = [[*module.named_parameters(), *module.named_buffers()] for module in modules]
     if case.quantize is not None:
         quantize(base.shell.unet, None, case.dtype, case.quantize)
@@ -83,7 +104,7 @@ def base_of(case: Case, device: str = "cpu") -> BaseModel:
             if not value.is_floating_point():
                 made = torch.arange(value.numel(), device=device).view(value.shape)
             elif made.dim() > 1:
-                made.normal_(std=0.02)
+                made = torch.empty(value.shape, device=device).normal_(std=deviation).to(case.dtype)  # alike in every precision
             else:
                 made.fill_(float(name.endswith("weight")))
             put_packed(module, name, made)

@@ -1,7 +1,7 @@
 """Does a precision or a quantized base change what is learnt? The toybox learns a subject in each, with the same draws;
 another seed is the noise.
 
-python benchmarks/precision.py [--steps 500] [--device cuda]
+python benchmarks/precision.py [--steps 500] [--device cuda] [--cases fp16 ...]
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", nargs="*", default=[case[0] for case in CASES], help="[all]; fp32 is always among them")
     given = parser.parse_args()
     curves: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
         photos = write_photos(NAME, Path(folder), count=5)
         subject = lb.Subject.from_folder(photos, token="sks", class_noun=HELD_OUT[NAME].class_noun)
         for name, dtype, quantize, seed in CASES:
+            if name not in ("fp32", *given.cases):
+                continue
             if quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
                 continue
             base = lb.BaseModel.load("toybox", dtype=dtype, device=given.device, quantize=quantize)

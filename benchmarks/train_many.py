@@ -1,7 +1,8 @@
-"""Subjects an hour on the toybox: train_many, several in each pass, against one by one; and how far their adapters differ.
+"""Subjects an hour: train_many, several in each pass, against one by one; and how far their adapters differ.
 
-python benchmarks/train_many.py                                    8 subjects, 50 steps, with class images
+python benchmarks/train_many.py                                    8 subjects on the toybox, 50 steps, with class images
 python benchmarks/train_many.py --subjects 8 --prior 0 --threads 1
+python benchmarks/train_many.py --base DIR --resolution 512        another base, as `train_step.py --rounds 0` makes it
 
 Both ways follow one another in each round, on one base in memory and with the same cache, so that a slow minute hits both.
 Times are of the wall and of the CPU: the latter says more on a machine that is shared.
@@ -41,6 +42,8 @@ def difference(a: lb.Adapter, b: lb.Adapter) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="toybox")
+    parser.add_argument("--resolution", type=int, help="[the base's own]")
     parser.add_argument("--subjects", type=int, default=8)
     parser.add_argument("--together", type=int, help="subjects in a pass [all]")
     parser.add_argument("--steps", type=int, default=50)
@@ -48,13 +51,18 @@ def main() -> None:
     parser.add_argument("--class-images", type=int, default=10)
     parser.add_argument("--prior", type=float, default=1.0, help="weight of keeping the plain class")
     parser.add_argument("--threads", type=int, help="of PyTorch [one for each CPU]")
+    parser.add_argument("--out", type=Path, help="JSON with what is printed")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     count = arguments.subjects
-    base = lb.BaseModel.load("toybox")
+    base = lb.BaseModel.load(arguments.base)
     config = lb.TrainingConfig(
-        steps=arguments.steps, class_images=arguments.class_images, prior_loss_weight=arguments.prior, sample_every=0
+        steps=arguments.steps,
+        class_images=arguments.class_images,
+        prior_loss_weight=arguments.prior,
+        resolution=arguments.resolution,
+        sample_every=0,
     )
     seconds: dict[str, list[dict[str, float]]] = {"one by one": [], "together": []}
     differences: list[dict[str, float]] = []
@@ -85,7 +93,8 @@ def main() -> None:
             seconds["together"].append(shared)
             differences = [difference(alone[name], adapters[name]) for name in alone]
             print(json.dumps({"one by one": apart, "together": shared}), flush=True)
-    report: dict[str, Any] = {"settings": {**vars(arguments), "threads": torch.get_num_threads()}}
+    settings = {key: value for key, value in vars(arguments).items() if key != "out"}
+    report: dict[str, Any] = {"settings": {**settings, "threads": torch.get_num_threads()}}
     for clock in ("wall", "cpu"):
         medians = {way: statistics.median(one[clock] for one in each) for way, each in seconds.items()}
         ratios = [a[clock] / b[clock] for a, b in zip(*seconds.values(), strict=True)]
@@ -96,6 +105,8 @@ def main() -> None:
         }
     report["largest difference"] = {name: max(one[name] for one in differences) for name in ("factors", "changes")}
     print(json.dumps(report, indent=1))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

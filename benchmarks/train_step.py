@@ -9,7 +9,8 @@ A run is `lora_booth:PRECISION` or `script:PRECISION` and, after commas, `prior`
 or `quantize=KIND` (lora_booth), or any option of the script as it is (script: `--gradient_checkpointing`). All runs of a round
 follow one another, each in a process of its own with the same photos, rank, batch, precision and steps; so a slow minute of the
 machine hits all.
-The base is a diffusers folder, or "toybox", "sd1", "sd2", "sdxl": their real shapes with random weights, made once in --work.
+The base is a diffusers folder, or "toybox", "sd1", "sd2", "sdxl": their real shapes with random weights, made once in --work
+(and nothing else with --rounds 0). "tiny-sd1" and "tiny-sdxl" are some dozens of channels wide, to try the commands at 128 px.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Bench:
         self.arguments, self.work = arguments, arguments.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.photos = arguments.photos.resolve() if arguments.photos else self.work / "photos"
-        shapes = ("toybox", "sd1", "sd2", "sdxl")
+        shapes = ("toybox", "sd1", "sd2", "sdxl", "tiny-sd1", "tiny-sdxl")
         self.base = self.work / "bases" / arguments.base if arguments.base in shapes else Path(arguments.base).resolve()
         if arguments.base in shapes or not arguments.photos:
             self.child({"what": "build", "family": arguments.base, "base": str(self.base), "photos": str(self.photos)})
