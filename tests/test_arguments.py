@@ -156,7 +156,7 @@ WRONG: list[tuple[str, str, list[Any], str | None]] = [
     ("attached", "base", [5, None, ["x"]], "U-Net"),
     ("attached", "adapters", [5, None, [5]], "adapter"),
     ("caption_model", "model", [5, None, ["x"], "x"], "model|x: "),
-    ("caption_model", "device", [5, None], None),
+    ("caption_model", "device", [5], None),
     ("make_masks", "folder", [5, None, [5]], "photos"),
     ("make_masks", "segmenter", [5, "x"], None),
     ("fill_prompts", "prompts", [5, None, [5]], None),

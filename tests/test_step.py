@@ -24,7 +24,7 @@ from lora_booth.training import latents
 from lora_booth.training.encoding import prepare
 from lora_booth.training.latents import LatentCache
 from lora_booth.training.loop import inputs_of
-from lora_booth.training.training_run import LOOK_EVERY, TrainingRun
+from lora_booth.training.training_run import LOOK_EVERY, TrainingRun, training_steps
 
 CONFIG = TrainingConfig(steps=40, class_images=2, warmup_steps=0, learning_rate=1e-3, resolution=64)
 LORA = LoraSpec(rank=2)
@@ -162,12 +162,10 @@ def test_lean_and_stock_are_the_same_training(
         assert losses == pytest.approx(found[0], rel=1e-4)
 
 
-def test_settings_that_cannot_be_had_are_refused_by_name(
-    prepared: tuple[BaseModel, LatentCache], begin: Callable[..., TrainingRun]
-) -> None:
-    base, _ = prepared
+def test_settings_that_cannot_be_had_are_refused_by_name(prepared: tuple[BaseModel, LatentCache]) -> None:
+    base, cache = prepared
     with pytest.raises((MissingExtraError, SettingsError), match="adamw8bit"):
-        begin(replace(CONFIG, optimizer="adamw8bit"))
+        next(training_steps(base, cache, config=replace(CONFIG, optimizer="adamw8bit")))
     for name in ("attention", "optimizer"):
         with pytest.raises(SettingsError, match=f"{name} 'fast'; needed: '"):
             replace(CONFIG, **{name: "fast"})  # type: ignore[arg-type]

@@ -171,6 +171,7 @@ def test_the_whole_way(page, server, photos: Path, tmp_path: Path):
     page.wait("document.querySelector('#card').textContent.includes('ComfyUI')", LONG)
     tab(page, "Play")
     fill(page, "First adapter", "one")
+    page.wait("document.querySelector('#prompt textarea').value === 'a photo of zwx dog'", LONG)
     fill(page, "Second adapter", "two")
     page.wait("document.querySelector('#prompt textarea').value === 'a photo of zwx dog and ohwx mug'", LONG)
     press(page, "Draw")

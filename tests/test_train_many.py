@@ -34,7 +34,8 @@ from lora_booth.training.remote import mirror_at
 
 LORA = LoraSpec(rank=2)
 CONFIG = TrainingConfig(steps=5, prior_loss_weight=0.0, warmup_steps=0, learning_rate=1e-3)
-CLOSE = 1e-4  # relative difference
+# relative difference: where a gradient is all but zero rounding decides its sign, which Adam's first steps follow
+CLOSE = 5e-4
 HALF = 1e-3  # the same of an adapter that is read from its file, in half precision
 
 
