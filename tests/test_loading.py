@@ -374,6 +374,16 @@ def test_an_untrusted_folder_is_one_plain_error(
     assert "code of a pickle" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("case", ["another library", "a part elsewhere"])
+def test_so_is_an_untrusted_configuration_of_a_single_file(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(folders["sd1"], folder)
+    expected, spoil = UNTRUSTED[case]
+    spoil(folder)
+    with pytest.raises(BaseModelError, match=expected):
+        load(save_checkpoint(make_pipeline("sd1"), tmp_path / "one.safetensors"), config=folder)
+
+
 def test_links_within_a_folder_and_to_the_hubs_blobs(folders: dict[str, Path], tmp_path: Path) -> None:
     snapshot = tmp_path / "models--a--b" / "snapshots" / "main"
     shutil.copytree(folders["sd1"], snapshot)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelError, setting
-from .diffusers_folder import assemble, check_files, empty_module, load_vae, matched, read_config
+from .diffusers_folder import assemble, check_files, empty_module, load_vae, matched, read_index
 from .families import FAMILIES, TIMESTEPS, Family, demand, has_vocabulary, labels
 from .original_naming import V_PREDICTION, ZERO_SNR, original_weights
 from .weight_files import LazyModule, Place, WeightFile
@@ -54,7 +54,7 @@ def load_single_file(
     file = WeightFile(path)
     family = family_of(file)
     folder = CONFIGS / family.name if config is None else Path(os.path.expanduser(config))
-    index = read_config(folder, "model_index.json")
+    index = read_index(folder)
     same = index.get("_class_name") == family.pipeline
     demand(same, f"{path} is {family.label}, and {folder} is not; pass a {setting('config')} of the same family")
     check_files(folder, index)

@@ -73,9 +73,9 @@ def train(
     began = time.monotonic()
     subjects = subjects_of(subject)
     place, copies, time_limit = checked_places(out, mirror, restart, time_limit)
-    base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
     if place is not None:
         check_place(place, copies, subjects)
+    base = BaseModel.load(base) if isinstance(base, str | Path) else typed("base", base, BaseModel)
     lora, begun, first = beginning_with(init, base, typed("lora", lora, LoraSpec | None))
     config = settled(config, base, sum(len(one.photos) for one in subjects))
     drawable(base, config.sample_size, "sample_size")
