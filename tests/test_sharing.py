@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hostile_photos import bomb, png
 from markdown_it import MarkdownIt
 from PIL import Image, PngImagePlugin
 from pipelines import make_pipeline, random_adapter
 from safetensors import safe_open
-from spoilt import taken_apart
+from spoilt import saved, taken_apart
 
+from lora_booth.adapters import sharing
 from lora_booth.adapters.adapter import Adapter
 from lora_booth.adapters.contents import Card, Consent, LoraFactors, file_stem
 from lora_booth.adapters.model_card import HUB_LICENSES, STATEMENTS, code, fenced
@@ -194,6 +196,7 @@ def test_thumbnail(tmp_path: Path) -> None:
     photo = Image.linear_gradient("L").convert("RGB").resize((600, 400))
     path = small().save(tmp_path / "a.safetensors", thumbnail=photo)
     content, image = thumbnail_of(path)
+    assert np.array_equal(np.asarray(sharing.thumbnail_of(path)), np.asarray(image))
     assert image.size == (256, 256) and not image.getexif()
     assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
     middle = photo.crop((100, 0, 500, 400)).resize((256, 256))
@@ -212,6 +215,25 @@ def test_a_thumbnail_is_always_short_enough(tmp_path: Path, size: tuple[int, int
     _, image = thumbnail_of(small().save(tmp_path / "a.safetensors", thumbnail=noise(*size, mode)))
     assert image.width == image.height <= min(256, *size)
     assert image.width >= min(64, *size)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/a.png",
+        "file:///etc/passwd",
+        "data:text/html;base64," + base64.b64encode(b"<b>").decode(),
+        "data:image/svg+xml;base64," + base64.b64encode(b"<svg onload='alert(1)'/>").decode(),
+        "data:image/png;base64," + base64.b64encode(png(40_000, 40_000, bomb(40_000))).decode(),
+        "data:image/png;base64,%%%",
+        "data:image/png;base64,\u00e9",
+        "data:image/png",
+        "",
+    ],
+)
+def test_what_is_no_picture_in_a_header_is_not_shown(tmp_path: Path, url: str) -> None:
+    path = saved(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {"modelspec.thumbnail": url})
+    assert sharing.thumbnail_of(path) is None
 
 
 def test_pictures_that_cannot_be_thumbnails(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import pickle
 import re
@@ -17,13 +18,18 @@ from typing import Any
 import numpy as np
 import pipelines
 import pytest
+from hostile_adapters import headers, keys, lycoris, values
+from hostile_photos import good_folder, hostile_photos
 from PIL import Image
 from studio_client import Client, Server
 
 import lora_booth as lb
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterError, PhotoError, SettingsError, SubjectError, TrainingError
-from lora_booth.studio.drawing import BY_STEP
+from lora_booth.photos.opening import MAX_BYTES
+from lora_booth.pictures.gallery import Album
+from lora_booth.pictures.picture import Making
+from lora_booth.studio.drawing import BY_STEP, CANVAS, COLORS, mask_of, painting_of, thumbnail
 from lora_booth.studio.folder import StudioFolder, square_around
 from lora_booth.studio.runs import COUNT, Trainings, last_line, settings_of
 from lora_booth.training.checkpoint import RECORD
@@ -31,6 +37,7 @@ from lora_booth.training.job import FORMAT
 
 pytest.importorskip("starlette")
 from starlette.requests import ClientDisconnect  # noqa: E402
+from starlette.testclient import TestClient  # noqa: E402
 
 from lora_booth.studio.access import Gate  # noqa: E402
 
@@ -126,6 +133,35 @@ def test_crop_mask_and_caption_are_those_of_the_photo(folder, photos):
     assert len(folder.photos("rex").photos) == 2
 
 
+@pytest.mark.parametrize("size", [(96, 64), (300, 500), (64, 64)])
+def test_what_is_painted_over_is_what_is_read(size):
+    left, top = Image.new("L", size), Image.new("L", (24, 24))
+    left.paste(255, (0, 0, size[0] // 3, size[1]))
+    top.paste(255, (14, 0, 24, 8))  # of another size than the picture, as regions are
+    painted = painting_of(Image.new("RGB", size, "green"), [left, top])
+    assert painted["background"].size == painted["layers"][0].size == (CANVAS, CANVAS)
+    for color, mask in zip(COLORS, (left, top), strict=True):
+        read = np.asarray(mask_of(painted, color).resize(size)) > 127
+        assert (read == (np.asarray(mask.resize(size)) > 127)).mean() > 0.97
+    assert painting_of(Image.new("RGB", size), [])["layers"] == []  # nothing is painted yet
+    with pytest.raises(SettingsError, match="in a colour that is needed"):
+        mask_of(painting_of(Image.new("RGB", size), [left]), COLORS[1])
+
+
+def test_the_shelf_shows_the_file_s_picture_else_one_that_was_drawn(folder, adapter):
+    blue, red = (Image.new("RGB", (64, 64), color) for color in ("#00f", "#f00"))
+    for name in ("rex", "brew"):
+        adapter.save(folder.adapter_file(name))
+    assert thumbnail(folder, "rex") is None
+    alone, both = (Making(files=files) for files in (("rex",), ("rex", "brew")))
+    pictures = [lb.Picture(blue, "one", 0, making=alone), lb.Picture(red, "two", 1, making=both)]
+    Album(folder.place("pictures")).save(pictures)
+    assert thumbnail(folder, "rex").getpixel((9, 9)) == (0, 0, 255)  # not the newer one, of both
+    assert thumbnail(folder, "brew").getpixel((9, 9)) == (255, 0, 0)
+    adapter.save(folder.adapter_file("rex"), thumbnail=Image.new("RGB", (64, 64), "#0f0"))
+    assert thumbnail(folder, "rex").getpixel((9, 9))[1] > 250
+
+
 def test_an_adapter_is_checked_before_it_is_copied(folder, tmp_path):
     for name, content in (("a.bin", pickle.dumps(1)), ("b.safetensors", b"\0" * 40), ("c.safetensors", b"\xff" * 16)):
         (tmp_path / name).write_bytes(content)
@@ -183,14 +219,15 @@ def through(gate: Gate, path: str, *, method: str = "GET", cookie: str = "", que
     return statuses[0]
 
 
+async def behind(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
 @pytest.fixture
 def gate(tmp_path: Path) -> Gate:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
     (tmp_path / "uploads").mkdir()
-    return Gate(app, token="right", uploads=tmp_path / "uploads")
+    return Gate(behind, token="right", uploads=tmp_path / "uploads")
 
 
 def test_every_call_needs_the_token(gate):
@@ -200,6 +237,20 @@ def test_every_call_needs_the_token(gate):
     assert through(gate, "/", query="token=wrong") == through(gate, "/config", query="token=right") == 401
     assert through(gate, "/", query="token=right") == 303
     assert through(gate, "/", cookie="right") == through(gate, "/config", cookie="right") == 200
+
+
+def test_only_the_site_of_a_space_shows_it_in_a_frame(gate, tmp_path):
+    there = Gate(behind, token="right", uploads=tmp_path, frame="https://huggingface.co")
+    for one, ancestors, site in (
+        (gate, "frame-ancestors 'none'", "; HttpOnly; SameSite=Strict"),
+        (there, "frame-ancestors https://huggingface.co", "; HttpOnly; SameSite=None; Secure; Partitioned"),
+    ):
+        client = TestClient(one, base_url="https://a.hf.space", follow_redirects=False)
+        answer = client.get("/?token=right")
+        assert answer.headers["content-security-policy"].endswith(ancestors)
+        assert answer.headers["set-cookie"].startswith("lora_booth_studio_None=right; Max-Age=31536000; Path=/")
+        assert answer.headers["set-cookie"].endswith(site)
+        assert client.get("/").status_code == 200  # by the cookie
 
 
 @pytest.mark.parametrize(
@@ -276,7 +327,7 @@ def root_of(server: Server) -> Path:
 def refused(client: Client, name: str, event: str = "click") -> str:
     with pytest.raises(RuntimeError) as told:
         client.do(name, event)
-    assert "Traceback" not in str(told.value) and "defect" not in str(told.value)
+    assert "Traceback" not in str(told.value) and "should not happen" not in str(told.value)
     return str(told.value)
 
 
@@ -381,6 +432,37 @@ def test_hostile_words_end_in_one_line(server, tmp_path):
 
 
 @pytest.mark.slow
+def test_hostile_files_do_what_they_do_in_the_library(server, tmp_path):
+    client, root = Client(server), root_of(server)
+    shelf, drop = "Drop .safetensors files here", "Drop 3 to 30 photos here"
+    before = sorted((root / "adapters").iterdir())
+    for number, hostile in enumerate([*headers(), *values(), *keys(), *lycoris()]):
+        (tmp_path / str(number)).mkdir()
+        path = hostile.build(tmp_path / str(number))
+        try:
+            lb.Adapter.load(path)  # a file may be for another base
+        except AdapterError:
+            client.write(**{shelf: client.upload(path)})
+            said = html.unescape(refused(client, shelf, "upload"))
+            assert said.isprintable() and hostile.says in said, hostile.name
+    assert sorted((root / "adapters").iterdir()) == before
+
+    sent = []
+    for number, photo in enumerate(hostile_photos()):
+        if not photo.large and photo.file.isprintable() and photo.file.isascii():
+            photo.build(made := good_folder(tmp_path / f"photos-{number}"))
+            file = made / photo.file
+            if file.is_file() and not file.is_symlink() and file.stat().st_size < MAX_BYTES:
+                sent.append(file)
+    client.write(Subject="hostile", **{drop: client.upload(*sent)})
+    client.do(drop, "upload")
+    assert len(sent) > 60 and len(client.notes) > 20 and all(note.isprintable() for note in client.notes)
+    found = StudioFolder(root).photos("hostile")
+    assert len(client.value("#squares")) == len(found.photos) > 10
+    assert client.value("#audit").count('class="advice"') >= len(found.skipped)
+
+
+@pytest.mark.slow
 def test_the_whole_way(server, photos, tmp_path):
     """From photos to a picture of two subjects, with a stop, a killed server and a second browser in between."""
     client, root = Client(server), root_of(server)
@@ -397,6 +479,8 @@ def test_the_whole_way(server, photos, tmp_path):
 
     client.do("Train", "select")
     client.write(How="quick", steps=4000, sample_every=2)
+    client.do("Which bases fit?")
+    assert re.search(r"toybox: \S+ GB of \S+, 4000 steps at 64 px<", client.value("#forecast"))
     client.do("Does it fit, and how long?")
     assert re.search(r"4000 steps at 64 px, about \d+ min", client.value("#forecast"))
     client.write(rank=0)
@@ -433,6 +517,7 @@ def test_the_whole_way(server, photos, tmp_path):
         shelf = "Drop .safetensors files here"
         client.write(**{shelf: client.upload(tmp_path / "brew.safetensors")})
         client.do(shelf, "upload")
+        assert [one["caption"] for one in client.value("#shelf")] == ["brew", "rex"]
         client.do("Adapter", "change")
         assert client.value("Adapter") == "brew" and "zwx" in client.value("#card") and "ComfyUI" in client.value("#card")
 
@@ -443,11 +528,16 @@ def test_the_whole_way(server, photos, tmp_path):
         for place in ("found", "side by side", "painted"):
             client.write(**{"Where two subjects go": place, "First seed": len(client.value("#pictures") or [])})
             if place == "painted":
+                client.write(**{"#easel": None})
                 assert "nothing is painted" in refused(client, "Draw")
-                label = "Paint the first subject's place in orange, the second's in blue"
                 [layer] = client.upload(painted(tmp_path / "layer.png"))
-                client.write(**{label: {"background": None, "layers": [layer], "composite": None}})
+                client.write(**{"#easel": {"background": None, "layers": [layer], "composite": None}})
             client.do("Draw")
+            if place == "found":
+                client.do("#picture", "change")
+                client.do("#trace")
+                [found] = client.value("#easel")["layers"]
+                assert Image.open(found["path"]).getbbox()
         files = sorted(path.name for path in (root / "pictures").glob("*.png"))
         assert len(files) == len(client.value("#pictures")) == 3
         kept = (root / "pictures" / client.value("#picture")).read_bytes()

@@ -15,12 +15,14 @@ from PIL import Image
 
 from .. import __version__
 from ..base.ai_mark import picture_bytes, save_picture
+from ..base.weight_files import read_header
 from ..config import typed
-from ..errors import AdapterError, SettingsError, reason_of
+from ..errors import AdapterError, LoraBoothError, SettingsError, reason_of
 from ..files import open_regular, replacing
 from ..photos.cropping import crop_and_resize
 from ..photos.opening import read_picture
 from .contents import AdapterContents, Dtype, Layout, file_stem
+from .metadata import THUMBNAIL
 from .model_card import PICTURE, model_card
 from .writing import save
 
@@ -47,6 +49,16 @@ def small_jpeg(rgb: Image.Image, side: int, quality: int) -> str:
     square = crop_and_resize(rgb, (side, side))
     content = picture_bytes(square, "JPEG", generated=False, quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
+
+
+def thumbnail_of(path: Path) -> Image.Image | None:
+    """The picture in an adapter file's header; None if it has none, or none that can be decoded."""
+    try:
+        with open_regular(path) as file:
+            url = read_header(file, os.fstat(file.fileno()).st_size, path).metadata.get(THUMBNAIL, "")
+        return read_picture(base64.b64decode(url.partition(",")[2], validate=True)) if url.startswith("data:image/") else None
+    except (LoraBoothError, OSError, ValueError):
+        return None
 
 
 # --- a folder ------------------------------------------------------------------------------------------------------

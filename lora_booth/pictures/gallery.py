@@ -116,6 +116,7 @@ def record_of(picture: Picture) -> dict[str, Any]:
         "prompt": picture.prompt,
         "seed": facts["seed"],
         "adapters": [name for name, _ in picture.adapters],
+        "files": list(making.files),
         "facts": [(name, value) for name, value in facts.items() if value],
         "command": command_of(picture) or "",
         "python": python_of(picture) or "",

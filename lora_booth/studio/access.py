@@ -27,26 +27,29 @@ READ = re.compile(
 )
 WRITE = re.compile(rf"{API}/(queue/join|upload|cancel|reset|component_server)/?")
 BINARY = (f"{API}/upload", f"{API}/component")  # files, and what is painted
-HEADERS = {
-    # the page loads nothing from elsewhere and sends nothing there, whatever gets into it
-    "content-security-policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; "
-    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
+# the page loads nothing from elsewhere and sends nothing there, whatever gets into it
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'; form-action 'self'"
+HEADERS = {"referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
 PLEASE = "This studio is private. Open the address that `lora-booth studio` printed: it ends with the token."
 
 
 class Gate:
-    """An ASGI app before another. uploads: the folder that calls may name files in"""
+    """An ASGI app before another.
 
-    def __init__(self, app: Any, *, token: str, uploads: Path) -> None:
+    uploads  the folder that calls may name files in
+    frame    the site that shows the page in a frame, and where it is encrypted on its way; None: none may
+    """
+
+    def __init__(self, app: Any, *, token: str, uploads: Path, frame: str | None = None) -> None:
         self.app, self.token, self.uploads = app, token, uploads.resolve()
+        ancestors, site = ("'none'", "Strict") if frame is None else (frame, "None; Secure; Partitioned")
+        self.headers = HEADERS | {"content-security-policy": f"{POLICY}; frame-ancestors {ancestors}"}
+        self.cookie = f"Max-Age={YEAR}; Path=/; HttpOnly; SameSite={site}"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def protected(message: Any) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
         if scope["type"] == "lifespan":
@@ -68,9 +71,7 @@ class Gate:
         """What to answer to a call that goes no further."""
         path, name = request.scope["path"], f"{COOKIE}_{request.url.port}"  # browsers send a cookie to every port of a host
         if path == "/" and self.fits(request.query_params.get("token", "")):
-            answer = RedirectResponse("./", 303)
-            answer.set_cookie(name, self.token, max_age=YEAR, httponly=True, samesite="strict")
-            return answer
+            return RedirectResponse("./", 303, {"set-cookie": f"{name}={self.token}; {self.cookie}"})
         if not self.fits(request.cookies.get(name, "")):
             return PlainTextResponse(PLEASE, 401)
         known = {"GET": READ, "HEAD": READ, "POST": WRITE}.get(request.method)

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..adapters.readers import readings
 from ..adapters.tools.convert import convert as convert_file
 from ..adapters.tools.merge import merge as merge_adapters
 from ..adapters.tools.spectrum import resize as resize_adapter
 from ..errors import SettingsError, shown
-from .events import Studio, choice, lines, listen, one_of
+from .drawing import SMALL, thumbnail
+from .events import Studio, choice, gallery, lines, listen, one_of, pick
 
 
 def adapters_tab(studio: Studio) -> None:
@@ -23,7 +25,8 @@ def adapters_tab(studio: Studio) -> None:
             label="Drop .safetensors files here", file_count="multiple", type="filepath", height=140,
             elem_id="drop-adapter",
         )  # fmt: skip
-        adapter = choice("Adapter", elem_id="adapter")
+        stored = gallery("All adapters", columns=6, allow_preview=False, buttons=[], elem_id="shelf")
+        adapter = choice("Adapter", info="Or choose it above", elem_id="adapter")
         card = gr.HTML(elem_id="card")
         download = gr.DownloadButton("Download the file", visible=False)
         with gr.Accordion("Convert, resize, merge", open=False):
@@ -59,7 +62,8 @@ def adapters_tab(studio: Studio) -> None:
 
     def shelf(at: str | None = None) -> list[Any]:
         names = folder.names("adapters", ".safetensors")
-        return [one_of(names, at), gr.Dropdown(choices=names)]
+        pictures = [(thumbnail(folder, name) or Image.new("RGB", (SMALL, SMALL), "#808080"), name) for name in names]
+        return [pictures, one_of(names, at), gr.Dropdown(choices=names)]
 
     def made(name: str, *notes: str) -> list[Any]:
         return [*shelf(name), lines("; ".join([f"wrote {name}.safetensors", *notes]), kind="good")]
@@ -85,7 +89,8 @@ def adapters_tab(studio: Studio) -> None:
     def shared(name: str, title: str, author: str, license: str) -> str:
         facts = {"title": title, "author": author, "license": license}
         given = {key: text for key, text in facts.items() if text}
-        place = adapter_of(name).with_card(**given).save_folder(folder.place("shared", name))
+        adapter = adapter_of(name).with_card(**given)
+        place = adapter.save_folder(folder.place("shared", name), thumbnail=thumbnail(folder, name))
         return lines(f"wrote shared/{place.name} in the studio's folder: upload it to the Hub as it stands", kind="good")
 
     def deleted(name: str, yes: bool) -> list[Any]:
@@ -94,7 +99,7 @@ def adapters_tab(studio: Studio) -> None:
         folder.remove_adapter(name)
         return [*shelf(), lines(f"deleted {name}"), False]
 
-    shown_there = [adapter, other, result]
+    shown_there = [stored, adapter, other, result]
     listen([adapter.change], describe, [adapter], [card, download])
     listen([files.upload], add, [files], [files, *shown_there])
     listen([convert.click], converted, [adapter, layout], shown_there)
@@ -102,4 +107,5 @@ def adapters_tab(studio: Studio) -> None:
     listen([merge.click], merged, [adapter, other], shown_there)
     listen([share.click], shared, [adapter, title, author, license], [result])
     listen([delete.click], deleted, [adapter, sure], [*shown_there, sure])
-    listen([studio.page.load, tab.select], shelf, None, [adapter, other])
+    pick(stored, adapter, lambda: folder.names("adapters", ".safetensors"))
+    listen([studio.page.load, tab.select], shelf, None, shown_there[:3])

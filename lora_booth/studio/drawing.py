@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 
 from ..adapters.adapter import Adapter
+from ..adapters.sharing import thumbnail_of
 from ..base.base_model import BaseModel
 from ..base.sizes import drawable
 from ..errors import SettingsError
@@ -35,7 +36,9 @@ BY_WEIGHT = "the adapters at 0 (before), 40, 80 and 100 % (after) of their weigh
 BY_STEP = "every step that a run has saved"
 COLORS = ("#e4572e", "#2e86ab")  # of the first and the second subject, as in `preview`
 NEAR = 90  # largest distance of a painted pixel to its colour, of 441; chosen
-MOST_SHOWN = 48  # pictures on the page; chosen
+CANVAS = 480  # pixels a side of what is painted on; chosen
+SMALL = 256  # of a thumbnail
+SHEER = 150  # opacity of what is not painted by hand, of 255; chosen
 Chosen = Sequence[tuple[str, float]]  # names of adapters on the shelf, with weights
 Painted = dict[str, Any]  # what `gr.ImageEditor` holds
 
@@ -85,13 +88,26 @@ class Models:
             Recipe.of(studio, prompt, seeds=[seed], **sampler).save(files[-1].with_suffix(".json"))
         return files[0].name
 
-    def redraw(self, name: str) -> tuple[str, list[str]]:
-        """A picture again by its recipe, whose adapters are found by their hash; and what there is to say of it."""
-        recipe = Recipe.load(self.folder.place("pictures", Path(name).stem + ".json"))
+    def recipe(self, name: str) -> tuple[Recipe, Composition]:
+        """How a picture was made. Its adapters are found by their hash."""
+        found = Recipe.load(self.folder.place("pictures", Path(name).stem + ".json"))
         adapters = [self.adapter(one) for one in self.folder.names("adapters", ".safetensors")]
-        studio = recipe.studio(self.base(), adapters)
+        return found, found.studio(self.base(), adapters)
+
+    def redraw(self, name: str) -> tuple[str, list[str]]:
+        """A picture again by its recipe; and what there is to say of it."""
+        recipe, studio = self.recipe(name)
         notes = [*filter(None, [recipe.note_on(studio)]), *remarks(studio, **recipe.pictures)]
         return self.draw(studio, **recipe.pictures), notes
+
+    def traced(self, name: str) -> Painted:
+        """A picture to paint on, with the places of its subjects: those that were set, or found as they were then."""
+        recipe, studio = self.recipe(name)
+        places = studio.places
+        if studio.regions == "auto":
+            how = {key: value for key, value in recipe.pictures.items() if key not in ("seeds", "batch_size")}
+            places = studio.find_regions(**how, seed=recipe.pictures["seeds"][0])
+        return painting_of(read_picture(self.folder.place("pictures", name)), [place.mask_image() for place in places])
 
     def by_step(self, run: str, prompt: str, **settings: Any) -> Grid:
         """A column for each adapter that a run has saved: which step was best?"""
@@ -116,14 +132,42 @@ def mask_of(painted: Painted | None, color: str) -> Image.Image:
     layer = next(filter(None, (painted or {}).get("layers") or ()), None)
     if layer is None:
         raise SettingsError("nothing is painted; paint over the subject, or choose another way")
-    distance = np.linalg.norm(np.asarray(read_picture(layer), dtype=np.float32) - ImageColor.getrgb(color), axis=-1)
-    if not (distance < NEAR).any():
+    background = painted and painted.get("background")
+    box = background.convert("RGBA").getchannel("A").getbbox() if background else None  # without the margins
+    pixels = np.asarray(layer.convert("RGBA").crop(box), dtype=np.float32)
+    distance = np.linalg.norm(pixels[..., :3] - ImageColor.getrgb(color), axis=-1)
+    inside = (distance < NEAR) & (pixels[..., 3] > 0)
+    if not inside.any():
         raise SettingsError("nothing is painted in a colour that is needed; paint each subject's place in its own")
-    return Image.fromarray((distance < NEAR).astype(np.uint8) * 255)
+    return Image.fromarray(inside.astype(np.uint8) * 255)
+
+
+def painting_of(picture: Image.Image, masks: Sequence[Image.Image]) -> Painted:
+    """The picture, and over it in its colour what is white in each mask, to be painted further.
+
+    Both are squares with transparent margins: the editor shifts a layer of another size than the picture before it.
+    """
+    square = (CANVAS, CANVAS)
+    layer = Image.new("RGBA", square)
+    for mask, color in zip(masks, COLORS, strict=False):
+        inside = ImageOps.pad(mask.resize(picture.size), square).point(lambda grey: 255 * (grey > 127))
+        layer.paste((*ImageColor.getrgb(color), SHEER), mask=inside)
+    background = ImageOps.pad(picture.convert("RGBA"), square, color=(0, 0, 0, 0))
+    return {"background": background, "layers": [layer] * bool(masks), "composite": None}
 
 
 def album(folder: StudioFolder) -> dict[str, dict[str, Any]]:
-    """The newest pictures that are still there: name -> how each was made."""
+    """The pictures that are still there, the newest first: name -> how each was made."""
     there = {f"{name}.png" for name in folder.names("pictures", ".png")}
-    found = [(name, line) for name, line in Album(folder.place("pictures")).records().items() if name in there]
-    return dict(found[: -MOST_SHOWN - 1 : -1])
+    records = Album(folder.place("pictures")).records()
+    return {name: records[name] for name in reversed(records) if name in there}
+
+
+def thumbnail(folder: StudioFolder, adapter: str) -> Image.Image | None:
+    """The picture in the adapter's file, else the newest that was drawn with it, and with as few others as possible."""
+    drawn = [(len(made.get("files", ())), name) for name, made in album(folder).items() if adapter in made.get("files", ())]
+    newest = next((name for number, name in drawn if number == min(drawn)[0]), None)
+    found = thumbnail_of(folder.adapter_file(adapter))
+    if found is None and newest is not None:
+        found = read_picture(folder.place("pictures", newest))
+    return found and ImageOps.fit(found, (SMALL, SMALL))

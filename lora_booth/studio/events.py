@@ -12,9 +12,11 @@ import gradio as gr
 
 from ..base.base_model import import_libraries
 from ..errors import LoraBoothError, in_command
-from .drawing import Models
+from .drawing import CANVAS, Models
 from .folder import StudioFolder
 from .runs import Trainings
+
+TOOLS = 120  # pixels of Gradio's tools around a picture to paint on
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,26 @@ def choice(label: str, **more: Any) -> Any:
     return gr.Dropdown([], label=label, allow_custom_value=True, **{"value": None, **more})
 
 
-def painting(label: str, colors: Sequence[str], height: int, **more: Any) -> Any:
-    """Where one paints over a picture."""
+def gallery(label: str, columns: int, **more: Any) -> Any:
+    """Pictures, each with a name in a list beside it."""
+    return gr.Gallery(label=label, columns=columns, fit_columns=False, height="auto", format="png", interactive=False, **more)
+
+
+def pick(pictures: Any, names: Any, listed: Callable[..., Sequence[str]], inputs: Sequence[Any] | None = None) -> None:
+    """Let a click on a picture choose its name. listed: the names, in the order of the pictures"""
+
+    def picked(event: gr.SelectData, *given: Any) -> Any:
+        there = listed(*given)
+        return there[event.index] if event.index < len(there) else gr.skip()  # removed in another browser
+
+    listen([pictures.select], picked, inputs, [names])
+
+
+def painting(label: str, colors: Sequence[str], **more: Any) -> Any:
+    """Where one paints over what `painting_of` returns."""
     brush = gr.Brush(default_size=40, colors=list(colors), color_mode="fixed")
-    plain = {"sources": [], "transforms": [], "layers": False, "buttons": [], "type": "pil"}
-    return gr.ImageEditor(label=label, brush=brush, height=height, **plain, **more)
+    plain = {"sources": [], "transforms": [], "layers": False, "buttons": [], "type": "pil", "format": "png"}
+    return gr.ImageEditor(label=label, brush=brush, height=CANVAS + TOOLS, canvas_size=(CANVAS, CANVAS), **plain, **more)
 
 
 def listen(

@@ -28,6 +28,7 @@ button[role=tab].selected { color: inherit }
 progress { width: 100%; height: .9em; accent-color: #3b5bdb }
 #card table { width: 100%; font-size: .9em } #card th { text-align: left; padding-right: 1em; vertical-align: top }
 #card td { overflow-wrap: anywhere }
+.grid-wrap { min-height: 0 !important; overflow-y: auto !important }
 #status svg { max-width: 100%; height: auto }
 """
 
@@ -60,8 +61,10 @@ def page(folder: StudioFolder) -> gr.Blocks:
         base = choice("Base model", info="What is on this machine; add yours to bases/", elem_id="base")
         about = gr.HTML(elem_id="about")
         with gr.Tabs(elem_id="tabs"):
-            for tab in (photos_tab, train_tab, play_tab, adapters_tab):
-                tab(studio)
+            subject = photos_tab(studio)
+            train_tab(studio, subject)
+            play_tab(studio)
+            adapters_tab(studio)
 
         def choose(name: str) -> str:
             folder.choose_base(name)

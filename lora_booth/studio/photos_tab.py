@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import ImageDraw, ImageOps
 
 from ..errors import PhotoError, counted
 from ..photos.audit import audit_photos
-from ..photos.opening import open_photo
+from ..photos.opening import open_photo, read_mask
 from ..photos.photo import Photo
 from ..photos.segmenting import make_masks
 from ..subject.tokens import check_token, propose_tokens
 from ..training.encoding import token_reading
-from .drawing import COLORS, Painted, mask_of
-from .events import Studio, choice, lines, listen, one_of, painting
+from .drawing import CANVAS, COLORS, Painted, mask_of, painting_of
+from .events import Studio, choice, gallery, lines, listen, one_of, painting, pick
 from .folder import check_name, square_around
 
-SIDE = 640  # pixels of a photo to paint on, at most; chosen
 MOST_PROPOSED = 8  # tokens; chosen
 
 
-def photos_tab(studio: Studio) -> None:
+def photos_tab(studio: Studio) -> Any:
+    """Returns the field of the subject."""
     folder = studio.folder
     with gr.Tab("Photos", id="photos") as tab:
         with gr.Row():
@@ -36,13 +37,10 @@ def photos_tab(studio: Studio) -> None:
         verdict = gr.HTML(elem_id="verdict")
         files = gr.File(label="Drop 3 to 30 photos here", file_count="multiple", type="filepath", height=140, elem_id="drop")
         audit = gr.HTML(elem_id="audit")
-        squares = gr.Gallery(
-            label="As training will see them", columns=5, height="auto", format="png", interactive=False,
-            allow_preview=False, buttons=[], elem_id="squares",
-        )  # fmt: skip
+        squares = gallery("As training will see them", columns=5, allow_preview=False, buttons=[], elem_id="squares")
         photo = choice("Photo to change", info="Or choose it above")
         with gr.Accordion("Crop, mask and caption of this photo", open=False):
-            canvas = painting("Paint over the subject", COLORS[:1], 480, elem_id="canvas")
+            canvas = painting("Paint over the subject, or drag across it from corner to corner", COLORS[:1], elem_id="canvas")
             with gr.Row():
                 use_crop = gr.Button("Crop to what is painted")
                 use_mask = gr.Button("Use as the mask")
@@ -105,41 +103,50 @@ def photos_tab(studio: Studio) -> None:
             gr.Warning(escape(line), title="Not a photo for training", duration=None)
         return [None, gr.Dropdown(choices=folder.names("photos"), value=name), *look(name)]
 
-    def pick(event: gr.SelectData, name: str) -> Any:
-        there = folder.photos(name).photos
-        return there[event.index].path.name if event.index < len(there) else gr.skip()  # removed in another browser
-
-    def open_one(name: str, which: str | None) -> tuple[Any, str]:
+    def open_one(name: str, which: str | None) -> tuple[Painted | None, str]:
         if not which:
             return None, ""
         one = folder.photo(name, which)
-        image = open_photo(one)
-        image.thumbnail((SIDE, SIDE))
-        return image, one.caption or ""
+        return easel_of(one), one.caption or ""
 
-    def mask_all(name: str) -> list[Any]:
+    def easel_of(one: Photo) -> Painted:
+        """A photo with its crop and its mask, to paint on."""
+        image = ImageOps.contain(open_photo(one), (CANVAS, CANVAS))  # first: the line keeps its width
+        if one.crop is not None:
+            corners = [fraction * side for fraction, side in zip(one.crop, image.size * 2, strict=True)]
+            ImageDraw.Draw(image).rectangle(corners, outline=COLORS[0], width=3)
+        mask = [] if one.mask is None else [read_mask(one.mask.source, one.name, sha256=one.mask.sha256)[0]]
+        return painting_of(image, mask)
+
+    def mask_all(name: str, which: str) -> list[Any]:
         made = make_masks(folder.place("photos", name))
-        there = look(name)
-        return [there[0] + lines(*(f"{one.photo.name}: {one.reason}" for one in made if one.path is None)), *there[1:]]
+        text, *there = look(name, which)
+        without = lines(*(f"{one.photo.name}: {one.reason}" for one in made if one.path is None))
+        return [text + without, *there, easel_of(folder.photo(name, which))]
+
+    def discard(name: str, which: str) -> list[Any]:
+        folder.remove_photo(folder.photo(name, which))
+        return look(name)
 
     def changing(button: gr.Button, change: Callable[[Photo, Painted, str], object]) -> None:
         def changed(name: str, which: str, painted: Painted, text: str) -> list[Any]:
             change(folder.photo(name, which), painted, text or "")
-            return look(name, which)
+            return [*look(name, which), easel_of(folder.photo(name, which))]
 
-        listen([button.click], changed, [subject, photo, canvas, caption], shown, model=True)
+        listen([button.click], changed, [subject, photo, canvas, caption], [*shown, canvas], model=True)
 
     shown = [audit, squares, photo]
     facts = [subject, noun, token]
     listen([subject.change], choose, facts, [noun, token, verdict, *shown], model=True)
     listen([noun.blur, noun.submit, token.blur, token.submit], judge, facts, [token, verdict], model=True)
     listen([files.upload], add, [subject, files], [files, subject, *shown], model=True)
-    listen([squares.select], pick, [subject], [photo])
+    pick(squares, photo, lambda name: [one.path.name for one in folder.photos(name).photos], [subject])
     listen([photo.change], open_one, [subject, photo], [canvas, caption])
     changing(use_crop, lambda one, painted, _: folder.set_crop(one, square_around(mask_of(painted, COLORS[0]))))
     changing(use_mask, lambda one, painted, _: folder.set_mask(one, mask_of(painted, COLORS[0])))
     changing(undo, lambda one, _, __: folder.use_all_of(one))
     changing(keep_caption, lambda one, _, text: folder.set_caption(one, text))
-    changing(remove, lambda one, _, __: folder.remove_photo(one))
-    listen([masks.click], mask_all, [subject], shown, model=True)
+    listen([remove.click], discard, [subject, photo], shown, model=True)
+    listen([masks.click], mask_all, [subject, photo], [*shown, canvas], model=True)
     listen([studio.page.load, tab.select], lambda: gr.Dropdown(choices=folder.names("photos")), None, [subject])
+    return subject

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import gradio as gr
@@ -13,13 +13,13 @@ from ..errors import SettingsError
 from ..files import remove as remove_file
 from ..pictures.gallery import Album, first_free
 from ..pictures.grids import grid
-from .drawing import BY_STEP, BY_WEIGHT, COLORS, PLACES, Painted, album, remarks
-from .events import Studio, choice, lines, listen, one_of, painting
+from .drawing import BY_STEP, BY_WEIGHT, CANVAS, COLORS, PLACES, Painted, album, painting_of, remarks
+from .events import Studio, choice, gallery, lines, listen, one_of, painting, pick
 
 SLOTS = ("First adapter", "Second adapter", "Third adapter, e.g. a style")
 MOST_WEIGHT = 1.5  # of a slider
+MOST_SHOWN = 48  # pictures on the page; chosen
 MOST_AT_ONCE = 8  # pictures of one click
-CANVAS = 384  # pixels of the place to paint on
 NONE = "none"
 
 
@@ -37,8 +37,9 @@ def play_tab(studio: Studio) -> None:
         place = gr.Radio([(f"{k}: {v}", k) for k, v in PLACES.items()], value="found", label="Where two subjects go")
         with gr.Column(visible=False) as easel:  # not the canvas itself: a change of its settings would make it anew
             label = "Paint the first subject's place in orange, the second's in blue"
-            grey = Image.new("RGB", (CANVAS, CANVAS), "#808080")
-            canvas = painting(label, COLORS, CANVAS + 120, value=grey)
+            grey = painting_of(Image.new("RGB", (CANVAS, CANVAS), "#808080"), [])
+            canvas = painting(label, COLORS, value=grey, elem_id="easel")
+            trace = gr.Button("Paint on the picture that is chosen below, from where its subjects went", elem_id="trace")
         with gr.Accordion("Seeds, steps, size", open=False):
             with gr.Row():
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0)
@@ -49,10 +50,8 @@ def play_tab(studio: Studio) -> None:
             negative = gr.Textbox(label="What to avoid", max_lines=1)
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
         notes = gr.HTML(elem_id="notes")
-        pictures = gr.Gallery(
-            label="Pictures, the newest first", columns=4, height="auto", fit_columns=False, format="png",
-            interactive=False, buttons=["download", "fullscreen"], elem_id="pictures",
-        )  # fmt: skip
+        tools = ["download", "fullscreen"]
+        pictures = gallery("Pictures, the newest first", columns=4, buttons=tools, elem_id="pictures")
         picture = choice("Picture", info="Choose one above to see how it was made", elem_id="picture")
         how = gr.HTML(elem_id="how")
         with gr.Row():
@@ -65,7 +64,7 @@ def play_tab(studio: Studio) -> None:
             run = choice("Run", info="Whose steps")
             compare = gr.Button("Draw the comparison")
             sheet = gr.Image(
-                label="Compared", format="png", interactive=False, visible=False, buttons=["download", "fullscreen"],
+                label="Compared", format="png", interactive=False, visible=False, buttons=tools,
                 alt_text="A grid of pictures, labelled by row and column", elem_id="sheet",
             )  # fmt: skip
 
@@ -81,7 +80,7 @@ def play_tab(studio: Studio) -> None:
         return chosen, seeds, {"steps": int(steps), "guidance": float(guidance), **more}
 
     def shelf(at: str | None = None) -> list[Any]:
-        found = album(folder)
+        found = dict(islice(album(folder).items(), MOST_SHOWN))
         images = [(folder.place("pictures", name), str(made.get("prompt"))) for name, made in found.items()]
         return [images, one_of(list(found), at)]
 
@@ -114,10 +113,6 @@ def play_tab(studio: Studio) -> None:
         facts = [f"{key}: {value}" for key, value in made.get("facts", ())]
         return lines(str(made.get("prompt")), " · ".join(facts)) + lines(str(made.get("command") or ""), kind="command")
 
-    def pick(event: gr.SelectData) -> Any:
-        names = list(album(folder))
-        return names[event.index] if event.index < len(names) else gr.skip()  # removed in another browser
-
     def again(name: str) -> list[Any]:
         made, notes = models.redraw(name or "")
         return [lines(f"drawn again: {made}", *notes), *shelf(made)]
@@ -144,9 +139,10 @@ def play_tab(studio: Studio) -> None:
     listen([draw.click, prompt.submit], make, [prompt, place, canvas, *values], shown, model=True)
     listen([compare.click], draw_grid, [kind, run, prompt, *values], [sheet], model=True)
     listen([place.change], lambda one: gr.Column(visible=one == "painted"), [place], [easel])
+    listen([trace.click], lambda name: models.traced(name or ""), [picture], [canvas], model=True)
     listen([names[0].input, names[1].input], suggest, [*names[:2], prompt, suggested], [prompt, suggested])
     listen([picture.change], explain, [picture], [how])
-    listen([pictures.select], pick, None, [picture])
+    pick(pictures, picture, lambda: list(album(folder)))
     listen([redraw.click], again, [picture], shown, model=True)
     listen([remove.click], discard, [picture], shown)
     listen([page.click], whole_page, None, [sent])

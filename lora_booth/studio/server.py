@@ -19,6 +19,7 @@ from ..photos.opening import MAX_BYTES
 
 TOKEN = ".token"
 LOCAL = ("127.0.0.1", "localhost", "::1")
+HUB = "https://huggingface.co"
 
 
 def app_of(root: Path) -> tuple[Any, str]:
@@ -59,7 +60,12 @@ def app_of(root: Path) -> tuple[Any, str]:
     )
     blocks.has_launched = True  # else a mounted page takes any file of this machine for an upload
     token = token_of(folder.root / TOKEN)
-    return Gate(app, token=token, uploads=uploads), token
+    return Gate(app, token=token, uploads=uploads, frame=HUB if space() else None), token
+
+
+def space() -> str:
+    """OWNER/NAME of the Hugging Face Space that this machine is; empty elsewhere."""
+    return os.environ.get("SPACE_ID", "")
 
 
 def token_of(path: Path) -> str:
@@ -81,7 +87,7 @@ def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str
     """Until Ctrl-C. Trainings go on without it. Raises SettingsError if the port is taken."""
     app, token = app_of(root)
     place, origin = listening(host, port, say)
-    address = f"{origin}/?token={token}"
+    address = f"{HUB}/spaces/{space()}?token={token}" if space() else f"{origin}/?token={token}"
     say(f"the studio of {root}: {address}")
     say("Ctrl-C ends it; a training goes on")
     if browser:
@@ -91,7 +97,7 @@ def serve(root: Path, *, host: str, port: int, browser: bool, say: Callable[[str
 
 def listening(host: str, port: int, say: Callable[[str], None]) -> tuple[socket.socket, str]:
     """A socket, and its address. Raises SettingsError if the port is taken."""
-    if host not in LOCAL:
+    if host not in LOCAL and not space():
         say("note: other machines can reach it; whoever has the token can use it, and what is sent is not encrypted")
     try:
         place = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ..config import LoraSpec, TrainingConfig, comments
-from ..errors import SettingsError
+from ..errors import BaseModelError, SettingsError
 from ..notebook.outputs import CHART, MOST_COLUMNS, THUMBNAIL, samples_of
 from ..report.report import loss_chart
 from .events import Studio, choice, lines, listen, one_of
@@ -25,7 +25,8 @@ REASONS = ("defaults.md", "../../docs/defaults.md")  # beside this file in a whe
 ADVANCED = (*COUNTS, "learning_rate", "prior_loss_weight", "flip", "text_encoder")
 
 
-def train_tab(studio: Studio) -> None:
+def train_tab(studio: Studio, on_photos: Any) -> None:
+    """on_photos: the subject of the first tab, which is chosen here as well"""
     folder, trainings = studio.folder, studio.trainings
     with gr.Tab("Train", id="train") as tab:
         with gr.Row():
@@ -41,6 +42,7 @@ def train_tab(studio: Studio) -> None:
         forecast = gr.HTML(elem_id="forecast")
         with gr.Row():
             check = gr.Button("Does it fit, and how long?")
+            compare = gr.Button("Which bases fit?")
             start = gr.Button("Start training", variant="primary", elem_id="start")
         run = choice("Run")
         status = gr.HTML(elem_id="status")
@@ -69,6 +71,20 @@ def train_tab(studio: Studio) -> None:
         photos = len(folder.photos(who).photos)
         found = plan(studio.models.base(), config=config, lora=lora, photos=photos, measure=True)
         return lines(found.summary, kind="good" if found.chosen else "error")
+
+    def bases_that_fit(who: str, how: str, *values: Any) -> str:
+        """Only counted, without loading a base; the chosen one can be timed."""
+        from ..planning.planning import plan
+
+        _, config, lora = settings(who, how, values)
+        text, photos = "", len(folder.photos(who).photos)
+        for name, source in folder.bases().items():
+            try:
+                found = plan(source, config=config, lora=lora, photos=photos)
+                text += lines(f"{name}: {found.summary}", kind="good" if found.chosen else "error")
+            except BaseModelError as error:
+                text += lines(str(error), kind="error")
+        return text
 
     def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
         wanted, *_ = settings(who, how, values)
@@ -101,6 +117,7 @@ def train_tab(studio: Studio) -> None:
 
     shown = [run, status, samples, seen]
     listen([check.click], fits, [subject, how, *fields], [forecast], model=True)
+    listen([compare.click], bases_that_fit, [subject, how, *fields], [forecast], model=True)
     listen([start.click], begin, [subject, name, how, *fields], [run], model=True)
     listen([run.change], look, [run], shown)
     listen([timer.tick], look, [run, seen], shown)
@@ -109,10 +126,10 @@ def train_tab(studio: Studio) -> None:
     doing(anew, partial(again, restart=True), model=True)
     doing(forget, trainings.remove)
 
-    def refresh() -> list[Any]:
-        return [one_of(folder.names("photos")), gr.Dropdown(choices=trainings.names())]
+    def refresh(there: str | None, here: str | None) -> list[Any]:
+        return [one_of(folder.names("photos"), there or here), gr.Dropdown(choices=trainings.names())]
 
-    listen([studio.page.load, tab.select], refresh, None, [subject, run])
+    listen([studio.page.load, tab.select], refresh, [on_photos, subject], [subject, run])
 
 
 def reasons() -> dict[str, str]:
