@@ -29,6 +29,7 @@ from lora_booth.errors import AdapterError, PhotoError, SettingsError, SubjectEr
 from lora_booth.photos.opening import MAX_BYTES
 from lora_booth.pictures.gallery import Album
 from lora_booth.pictures.picture import Making
+from lora_booth.studio import server as server_module
 from lora_booth.studio.drawing import BY_STEP, CANVAS, COLORS, mask_of, painting_of, thumbnail
 from lora_booth.studio.folder import StudioFolder, square_around
 from lora_booth.studio.runs import COUNT, Trainings, last_line, settings_of
@@ -251,6 +252,16 @@ def test_only_the_site_of_a_space_shows_it_in_a_frame(gate, tmp_path):
         assert answer.headers["set-cookie"].startswith("lora_booth_studio_None=right; Max-Age=31536000; Path=/")
         assert answer.headers["set-cookie"].endswith(site)
         assert client.get("/").status_code == 200  # by the cookie
+
+
+def test_in_a_space_its_page_is_the_address(monkeypatch, tmp_path):
+    monkeypatch.setattr(server_module, "app_of", lambda root: (None, "right"))
+    monkeypatch.setattr(server_module, "run", lambda _, place: place.close())
+    for owner, begins in (("", "http://0.0.0.0:"), ("me/pets", "https://huggingface.co/spaces/me/pets?token=right")):
+        monkeypatch.setenv("SPACE_ID", owner)
+        said: list[str] = []
+        server_module.serve(tmp_path, host="0.0.0.0", port=0, browser=False, say=said.append)
+        assert any(begins in line for line in said) and any("not encrypted" in line for line in said) == (not owner)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +76,15 @@ def fill(page: Browser, label: str, text: str) -> None:
     if page.run("return document.activeElement.getAttribute('role') === 'combobox'"):
         page.press("Enter")
     page.run("document.activeElement.blur()")
+
+
+def choose(page: Browser, label: str, name: str) -> None:
+    """In a list, which the page may be reading anew when its tab has just been opened."""
+    end = time.monotonic() + LONG
+    while page.run(f"return {FIELD.format(label)}?.querySelector('input').value") != name:
+        assert time.monotonic() < end, f"{label} does not become {name}"
+        fill(page, label, name)
+        time.sleep(1)
 
 
 def press(page: Browser, label: str) -> None:
@@ -170,13 +181,31 @@ def test_the_whole_way(page, server, photos: Path, tmp_path: Path):
     page.do("POST", f"/element/{page.element('#drop-adapter input[type=file]')}/value", {"text": sent})
     page.wait("document.querySelector('#card').textContent.includes('ComfyUI')", LONG)
     tab(page, "Play")
-    fill(page, "First adapter", "one")
+    choose(page, "First adapter", "one")
     page.wait("document.querySelector('#prompt textarea').value === 'a photo of zwx dog'", LONG)
-    fill(page, "Second adapter", "two")
+    choose(page, "Second adapter", "two")
     page.wait("document.querySelector('#prompt textarea').value === 'a photo of zwx dog and ohwx mug'", LONG)
     press(page, "Draw")
     page.wait("document.querySelectorAll('#pictures img').length", LONG)
     page.wait("[...document.querySelectorAll('#pictures img')].every(i => i.complete && i.naturalWidth === 64)")
+    assert severe(page) == []
+
+    page.click("#play input[value=painted], input[value=painted]")
+    page.wait("document.querySelector('#easel canvas')?.offsetParent", LONG)
+    sent = len(list((root_of(server) / ".page").rglob("*.png")))
+    press(page, "Paint on the picture")
+    until(lambda: len(list((root_of(server) / ".page").rglob("*.png"))) >= sent + 2)  # the picture, and its places
+    page.wait("document.querySelector('#easel canvas')?.offsetParent", LONG)
+    time.sleep(3)  # it is drawn, which nothing tells
+    paint(page, "#easel canvas")
+    drawn = len(list((root_of(server) / "pictures").glob("*.json")))
+    press(page, "Draw")
+    until(lambda: len(list((root_of(server) / "pictures").glob("*.json"))) > drawn)
+    newest = max((root_of(server) / "pictures").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    first, second = (region["mask"] for region in json.loads(newest.read_text())["composition"]["regions"])
+    with Image.open(io.BytesIO(base64.b64decode(first))) as mask:
+        white = np.asarray(mask.convert("L")) > 127
+    assert white[white.shape[0] // 2, white.shape[1] // 2] and first != second
     assert severe(page) == []
     assert "Traceback" not in (said := server.log.read_text()), said
 
