@@ -267,7 +267,9 @@ def test_automatic_regions_share_the_picture(base, untouched):
 def test_automatic_regions_are_found_first_and_active_from_the_first_step(sd1):
     rex, bob = pair(sd1)
     auto, how = Composition(sd1, [rex, bob], regions="auto"), {"steps": 5, "guidance": 2.0}
-    drawn = auto.generate(PROMPT, seeds=[1, 2], batch_size=2, **how)
+    advanced: list[int] = []
+    drawn = auto.generate(PROMPT, seeds=[1, 2], batch_size=2, on_step=advanced.append, **how)
+    assert advanced == [0] * 3 + [2] * 6  # PNDM calls twice at its second timestep
     in_mid_way = latents(auto, count=1, num_inference_steps=5)  # of a pipeline that the user calls: one pass
     assert torch.isfinite(in_mid_way).all()
     for seed, picture in zip((1, 2), drawn, strict=True):

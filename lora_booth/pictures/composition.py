@@ -137,7 +137,7 @@ class Composition:
         sampler     e.g. "euler a", "dpm++ 2m karras", "lcm" (names in docs/pictures.md); None: the base's own
         batch_size  pictures at a time; more than one is faster and may differ by rounding
         on_image    called with the number of pictures drawn so far
-        on_step     called after each denoising step with the number of pictures that it advanced
+        on_step     called after each denoising step with the number of pictures that it advanced: 0 while regions are found
         """
         how = {"steps": steps, "guidance": guidance, "size": size, "sampler": sampler, "batch_size": batch_size}
         asked = checked(prompt=prompt, seeds=seeds, negative_prompt=negative_prompt, **how)
@@ -145,7 +145,8 @@ class Composition:
         for text in self.remarks(prompt, negative_prompt, size=asked["size"]):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self._attached(prompt) as (pipeline, regional):
-            find = None if regional is None or regional.maps is None else partial(self._find, pipeline, regional)
+            automatic = regional is not None and regional.maps is not None
+            find = partial(self._find, pipeline, regional, on_step=on_step) if automatic else None
             weights = self.compel(prompt, negative_prompt) is not None
             images = generate_images(pipeline, **asked, weights=weights, before=find, on_image=on_image, on_step=on_step)
         refuse_black(images, self.base)
@@ -273,10 +274,18 @@ class Composition:
             found.append(Region(adapter, mask=drawn, weight=weight, feather=0))
         return found
 
-    def _find(self, pipeline: Any, regional: Regional, arguments: Mapping[str, Any]) -> None:
+    def _find(
+        self,
+        pipeline: Any,
+        regional: Regional,
+        arguments: Mapping[str, Any],
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
         """Run the steps of this call before `start`, whose attention gives its pictures regions from the first step on."""
 
         def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(0)
             schedule = pipeline.scheduler.timesteps.tolist()  # some samplers call twice at one timestep
             done = len(dict.fromkeys(schedule[: step + 2])) - 1
             pipeline._interrupt = done >= self.start * len(dict.fromkeys(schedule))

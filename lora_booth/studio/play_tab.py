@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import gradio as gr
@@ -87,10 +87,12 @@ def play_tab(studio: Studio) -> None:
     def make(text: str, where: str, painted: Painted, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         chosen, seeds, more = asked(text, values)
         progress(0, desc="loading the base")
-        done, total = count(1), len(seeds) * more["steps"]
+        done, total = 0, len(seeds) * more["steps"]
 
-        def on_step(_: int) -> None:
-            progress((next(done), total), unit="steps")
+        def on_step(advanced: int) -> None:
+            nonlocal done
+            done += advanced
+            progress((done, total), unit="steps")
 
         composition = models.compose(chosen, where, painted)
         notes = remarks(composition, text, **more)
