@@ -145,8 +145,9 @@ class Composition:
         for text in self.remarks(prompt, negative_prompt, size=asked["size"]):
             warnings.warn(text, CompositionWarning, stacklevel=2)
         with self._attached(prompt) as (pipeline, regional):
-            automatic = regional is not None and regional.maps is not None
-            find = partial(self._find, pipeline, regional, on_step=on_step) if automatic else None
+            find = None
+            if regional is not None and regional.maps is not None:
+                find = partial(self._find, pipeline, regional, on_step=on_step)
             weights = self.compel(prompt, negative_prompt) is not None
             images = generate_images(pipeline, **asked, weights=weights, before=find, on_image=on_image, on_step=on_step)
         refuse_black(images, self.base)
