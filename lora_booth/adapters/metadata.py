@@ -14,7 +14,7 @@ from .contents import AdapterContents, Card, Layout, LoraFactors, file_stem, one
 from .layouts import component_of, fits
 
 CARD_KEY = "lora_booth.card"
-THUMBNAIL = "modelspec.thumbnail"  # a data URL
+THUMBNAIL_KEY = "modelspec.thumbnail"  # a data URL
 PEFT_KEY = "lora_adapter_metadata"  # never in a kohya file: diffusers raises ValueError there
 SGM_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 FIELD_LENGTH = 500  # characters; longer text in a file is cut; chosen
@@ -38,7 +38,7 @@ def metadata_of(adapter: AdapterContents, layout: Layout, alpha: float, data_sha
         "modelspec.date": card.date,
         "modelspec.license": card.license,
         "modelspec.tags": card.tags or card.class_noun,
-        THUMBNAIL: adapter.thumbnail,
+        THUMBNAIL_KEY: adapter.thumbnail,
         "modelspec.trigger_phrase": trigger,
         "modelspec.usage_hint": f"{card.prompt}; weight {card.weight:g}" if card.prompt else None,
         "ss_network_module": "networks.lora",

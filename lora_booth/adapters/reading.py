@@ -45,7 +45,7 @@ MAX_CONFIG = 2**20  # bytes of it; chosen
 MAX_BYTES = 2**30  # of the tensors; chosen: far above every good file known
 
 
-class Plan(NamedTuple):
+class FactorPlan(NamedTuple):
     """What the factors of one module will be, as known from the header."""
 
     kind: str | None  # of LyCORIS; None: plain LoRA
@@ -113,21 +113,21 @@ def _named(header: Header, allow: Collection[str], path: Path) -> dict[str, dict
     return named
 
 
-def _plan(module: str, keys: Mapping[Role, str], header: Header, path: Path) -> Plan:
+def _plan(module: str, keys: Mapping[Role, str], header: Header, path: Path) -> FactorPlan:
     """What the module's factors will be. Every pair is complete, and no rank too large."""
     if "down" in keys and "up" in keys and not are_pair(keys["down"], keys["up"]):
         raise AdapterIncomplete(f"{keys['down']} and {keys['up']} are named differently, so they are not a pair", path)
     shapes = {role: header.tensors[key].shape for role, key in keys.items() if role != "alpha"}
     if shapes.keys() == {"down", "up"}:
         down, up = shapes["down"], shapes["up"]
-        plan = Plan(None, down, up, up[1] if len(up) > 1 else 1)
+        plan = FactorPlan(None, down, up, up[1] if len(up) > 1 else 1)
     else:
         plan = _lycoris_plan(module, shapes, path)
     check_shapes(f"{module} is {plan.kind}, as LoRA" if plan.kind else module, plan.down, plan.up, path)
     return plan
 
 
-def _lycoris_plan(module: str, shapes: Mapping[Role, tuple[int, ...]], path: Path) -> Plan:
+def _lycoris_plan(module: str, shapes: Mapping[Role, tuple[int, ...]], path: Path) -> FactorPlan:
     kind = FORMS.get(frozenset(shapes))
     if kind is None:
         raise AdapterIncomplete(f"{module}: {', '.join(sorted(shapes))} are not a complete LoRA, LoHa or LoKr", path)
@@ -137,10 +137,10 @@ def _lycoris_plan(module: str, shapes: Mapping[Role, tuple[int, ...]], path: Pat
     except (ValueError, RuntimeError, IndexError):
         listed = ", ".join(f"{role} {list(shape)}" for role, shape in sorted(shapes.items()))
         raise AdapterIncomplete(f"{module}: the parts of its {kind} do not fit together: {listed}", path) from None
-    return Plan(kind, tuple(down.shape), tuple(up.shape), rank)
+    return FactorPlan(kind, tuple(down.shape), tuple(up.shape), rank)
 
 
-def _factors(module: str, tensors: dict[Role, Tensor], plan: Plan, peft: PeftConfig, path: Path) -> LoraFactors:
+def _factors(module: str, tensors: dict[Role, Tensor], plan: FactorPlan, peft: PeftConfig, path: Path) -> LoraFactors:
     given = tensors.pop("alpha", None)
     field = "alpha" if plan.kind in (LOHA, LOKR) else "lora_alpha"  # as PEFT calls it
     alpha = peft.alpha(module, plan.rank, field) if given is None else float(given.item())

@@ -22,7 +22,7 @@ from ..files import open_regular, replacing
 from ..photos.cropping import crop_and_resize
 from ..photos.opening import read_picture
 from .contents import AdapterContents, Dtype, Layout, file_stem
-from .metadata import THUMBNAIL
+from .metadata import THUMBNAIL_KEY
 from .model_card import PICTURE, model_card
 from .writing import save
 
@@ -55,7 +55,7 @@ def thumbnail_of(path: Path) -> Image.Image | None:
     """The picture in an adapter file's header; None if it has none, or none that can be decoded."""
     try:
         with open_regular(path) as file:
-            url = read_header(file, os.fstat(file.fileno()).st_size, path).metadata.get(THUMBNAIL, "")
+            url = read_header(file, os.fstat(file.fileno()).st_size, path).metadata.get(THUMBNAIL_KEY, "")
         return read_picture(base64.b64decode(url.partition(",")[2], validate=True)) if url.startswith("data:image/") else None
     except (LoraBoothError, OSError, ValueError):
         return None

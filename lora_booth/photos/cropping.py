@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..config import PhotoShape
 from .opening import open_photo, read_mask
-from .photo import Photo, Point, Region
+from .photo import CropRegion, Photo, Point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def crop_photo(photo: Photo, sizes: Sequence[WidthHeight]) -> Cropped:
 
 
 def crop_and_resize(
-    image: Image.Image, size: WidthHeight, crop: Region | None = None, *, focus: Point | None = None
+    image: Image.Image, size: WidthHeight, crop: CropRegion | None = None, *, focus: Point | None = None
 ) -> Image.Image:
     """The part of a picture (or of its `crop`) in the shape of `size`, in the middle or centred on `focus`, resized to it.
 
@@ -125,7 +125,7 @@ def crop_and_resize(
     return part.resize(size, Image.Resampling.LANCZOS, reducing_gap=AREA_FIRST)
 
 
-def crop_of(width: int, height: int, size: WidthHeight, crop: Region | None, focus: Point | None) -> Crop:
+def crop_of(width: int, height: int, size: WidthHeight, crop: CropRegion | None, focus: Point | None) -> Crop:
     """The micro-conditioning of SDXL for a picture of this width and height (pixels), cropped to the shape of `size`.
 
     As in diffusers' SDXL DreamBooth script with a centre crop: a 1000 x 800 (w x h) photo at 512 x 512 is 640 x 512 when
@@ -142,7 +142,7 @@ def crop_of(width: int, height: int, size: WidthHeight, crop: Region | None, foc
     return Crop(top=corner[0], left=corner[1], original_size=(y1 - y0, x1 - x0))
 
 
-def box(width: int, height: int, crop: Region | None) -> tuple[int, int, int, int]:
+def box(width: int, height: int, crop: CropRegion | None) -> tuple[int, int, int, int]:
     """The crop's x0, y0, x1, y1 in pixels, at least one pixel wide and high; all of the picture without a crop."""
     if crop is None:
         return (0, 0, width, height)
@@ -150,7 +150,9 @@ def box(width: int, height: int, crop: Region | None) -> tuple[int, int, int, in
     return (x0, y0, max(round(crop[2] * width), x0 + 1), max(round(crop[3] * height), y0 + 1))
 
 
-def crop_box(width: int, height: int, size: WidthHeight, crop: Region | None, focus: Point | None) -> tuple[int, int, int, int]:
+def crop_box(
+    width: int, height: int, size: WidthHeight, crop: CropRegion | None, focus: Point | None
+) -> tuple[int, int, int, int]:
     """left, top, width and height in pixels of the largest part of the picture (or of its crop) in the shape of `size`,
     centred on `focus` if possible."""
     x0, y0, x1, y1 = box(width, height, crop)
@@ -173,7 +175,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 # --- where the crop lies: around the subject, without black bars ------------------------------------------------------
 
 
-def focus_of(image: Image.Image, crop: Region | None, mask: Image.Image | None) -> Point | None:
+def focus_of(image: Image.Image, crop: CropRegion | None, mask: Image.Image | None) -> Point | None:
     """The centre of the square that keeps most of the subject: of its mask or, without one, of what is salient.
 
     The square slides along the long side; near ties go to the middle. None: the photo (or its crop) is square already,
@@ -212,7 +214,7 @@ def _best_place(found: Values) -> float | None:
     return float(np.argmax(held)) / (len(held) - 1)
 
 
-def without_black_bars(image: Image.Image) -> Region | None:
+def without_black_bars(image: Image.Image) -> CropRegion | None:
     """The part between two black bars of about equal width, left and right or above and below; None: there are none.
 
     A dark scene has no straight bright edge, and an object on black has no two bars of equal width.

@@ -19,7 +19,7 @@ from .captioning import Captioner
 from .cropping import BAR_COPY, MAX_ASPECT, Cropping, box, focus_of, without_black_bars
 from .masks import MaskSource, Segmenter, given_mask, own_mask, rembg_segmenter, sure_mask
 from .opening import FORMATS, begins_like_a_photo, opacity, opened, upright_copy, upright_size
-from .photo import Photo, PhotoSet, Region, Skipped, Unusable
+from .photo import CropRegion, Photo, PhotoSet, Skipped, Unusable
 
 MANY = 1000  # photos that may be looked at, as opposed to trained on; chosen
 MIN_SIDE = 64  # pixels of the short side of a photo or its crop; chosen: an eighth of SD 1.x's resolution
@@ -37,7 +37,7 @@ def find_photos(
     source: Path | str | Sequence[Path | str],
     *,
     crop: Cropping = "smart",
-    crops: Mapping[str, Region] | None = None,
+    crops: Mapping[str, CropRegion] | None = None,
     masks: Mapping[str, MaskSource] | Segmenter | Literal["auto"] | None = None,
     captioner: Captioner | None = None,
     minimum: int = 3,
@@ -86,7 +86,7 @@ def _natural(path: Path) -> tuple[list[str], str]:
     return [part.zfill(300) if part.isdecimal() else part for part in parts], path.name
 
 
-def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path], list[Skipped], dict[str, Region]]:
+def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path], list[Skipped], dict[str, CropRegion]]:
     """The source's name for messages, the files worth opening, the others with reasons, and the crops of crops.json."""
     if not str(source):
         raise PhotoError("no photos: the folder's name is empty; pass a folder with photos")
@@ -105,7 +105,7 @@ def _listing(source: Path | str | Sequence[Path | str]) -> tuple[str, list[Path]
     used = {sidecar(path, ending) for path in photos for ending in (CAPTION_ENDING, MASK_ENDING)}
     candidates: list[Path] = []
     skipped: list[Skipped] = []
-    regions: dict[str, Region] = {}
+    regions: dict[str, CropRegion] = {}
     for path in files:
         if (reason := _unfit_entry(path, root)) is not None:
             skipped.append(Skipped(path, reason))
@@ -136,7 +136,7 @@ def _unfit_entry(path: Path, root: Path | None) -> str | None:
 
 def _check(
     path: Path,
-    region: Region | None,
+    region: CropRegion | None,
     mask_source: MaskSource | None,
     cropping: Cropping,
     first_with: dict[str, str],
@@ -187,7 +187,7 @@ def _check(
     return Photo(path, width, height, caption, crop, digest, "; ".join(notes) or None, focus, mask)
 
 
-def _unfit_size(width: int, height: int, crop: Region | None) -> str | None:
+def _unfit_size(width: int, height: int, crop: CropRegion | None) -> str | None:
     """What is wrong with the size of a photo (pixels) or of its crop; None: nothing."""
     x0, y0, x1, y1 = box(width, height, crop)
     short, long = sorted((x1 - x0, y1 - y0))
@@ -272,7 +272,7 @@ def checked_caption(text: Any, name: str) -> str | None:
 # --- crops ----------------------------------------------------------------------------------------------------------
 
 
-def read_crops(path: Path) -> dict[str, Region]:
+def read_crops(path: Path) -> dict[str, CropRegion]:
     """crops.json: {"name.jpg": [x0, y0, x1, y1]}; the numbers are checked once the photo's size is known."""
     form = 'needed: {"name.jpg": [x0, y0, x1, y1]}'
     try:
@@ -284,7 +284,7 @@ def read_crops(path: Path) -> dict[str, Region]:
     return crops
 
 
-def fractions(path: Path, region: Any, width: int, height: int) -> Region:
+def fractions(path: Path, region: Any, width: int, height: int) -> CropRegion:
     """A user's crop as fractions 0..1 of the upright photo. Pixels if any value is above 1. Raises PhotoError."""
     cause = f"crop of {shown(path.name)}: {shown(region)[:80]}"
     remedy = f"needed: x0, y0, x1, y1 with x0 < x1 and y0 < y1, as fractions 0..1 or as pixels of {width}x{height}"

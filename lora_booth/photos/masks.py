@@ -12,7 +12,7 @@ from PIL import Image
 from ..errors import MissingExtraError, PhotoError, reason_of, shown
 from .cropping import box
 from .opening import read_mask
-from .photo import Mask, Region
+from .photo import CropRegion, Mask
 
 MaskSource = Path | str | Image.Image
 Segmenter = Callable[[Image.Image], Image.Image | None]  # RGB -> greys of its shape, white on the subject; None: unsure
@@ -25,7 +25,7 @@ MOST_GREY = 0.5  # pixels between a quarter and three quarters for each brighter
 REMBG_MODEL = "u2net"
 
 
-def given_mask(source: MaskSource, photo: Path, width: int, height: int, crop: Region | None) -> tuple[Mask, Image.Image]:
+def given_mask(source: MaskSource, photo: Path, width: int, height: int, crop: CropRegion | None) -> tuple[Mask, Image.Image]:
     """The user's mask of `photo`, checked, and its greys (L).
 
     width, height  of the upright photo, in pixels
@@ -57,7 +57,7 @@ def useless(greys: Image.Image) -> str | None:
     return None if LEAST_SHARE <= share <= MOST_SHARE else f"took {share:.1%} of the photo for the subject"
 
 
-def own_mask(opacity: Image.Image | None, crop: Region | None) -> tuple[Mask, Image.Image] | None:
+def own_mask(opacity: Image.Image | None, crop: CropRegion | None) -> tuple[Mask, Image.Image] | None:
     """The mask of a photo whose background is transparent. opacity: greys (L) of the upright photo"""
     if opacity is None or useless(opacity.crop(box(opacity.width, opacity.height, crop))) is not None:
         return None
@@ -65,7 +65,7 @@ def own_mask(opacity: Image.Image | None, crop: Region | None) -> tuple[Mask, Im
     return Mask(greys, digest), greys
 
 
-def segmented(image: Image.Image, crop: Region | None, segmenter: Segmenter, name: str) -> Image.Image | str:
+def segmented(image: Image.Image, crop: CropRegion | None, segmenter: Segmenter, name: str) -> Image.Image | str:
     """Greys (L) of the upright picture, black outside its crop, by a segmenter; or why it gives none.
 
     Raises PhotoError for anything but greys in the shape of the part that it saw.
@@ -86,7 +86,7 @@ def segmented(image: Image.Image, crop: Region | None, segmenter: Segmenter, nam
     return mask
 
 
-def sure_mask(image: Image.Image, crop: Region | None, segmenter: Segmenter, name: str) -> tuple[Mask, Image.Image] | str:
+def sure_mask(image: Image.Image, crop: CropRegion | None, segmenter: Segmenter, name: str) -> tuple[Mask, Image.Image] | str:
     """What `segmented` finds, if there is little grey in it: nobody looks at it before the training."""
     greys = segmented(image, crop, segmenter, name)
     if isinstance(greys, str):

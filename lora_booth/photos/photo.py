@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..errors import shown
 
-Region = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions 0..1 of the upright photo
+CropRegion = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions 0..1 of the upright photo
 Point = tuple[float, float]  # x, y, likewise
 
 
@@ -29,7 +29,7 @@ class Photo:
     width: int  # pixels, after EXIF orientation
     height: int
     caption: str | None  # from photo.txt beside photo.jpg
-    crop: Region | None  # the part in use: the user's choice, or all but black bars; None: all of it
+    crop: CropRegion | None  # the part in use: the user's choice, or all but black bars; None: all of it
     sha256: str  # of the file's bytes
     note: str | None = None  # what the user should know, e.g. "animated: first frame only"
     focus: Point | None = None  # what the crop is centred on, as far as the edges allow; None: the middle

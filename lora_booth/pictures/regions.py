@@ -19,7 +19,7 @@ from .weights import Weight
 
 FEATHER = 0.04  # softness of a region's edge, as a share of the mask's side; chosen
 SIDE = 512  # pixels of a drawn mask, which is reduced to the size of each layer; chosen
-COLORS = ("#e4572e", "#2e86ab", "#f2b134", "#56a3a6", "#a05195", "#76b041")  # of a preview
+PREVIEW_COLORS = ("#e4572e", "#2e86ab", "#f2b134", "#56a3a6", "#a05195", "#76b041")  # of a preview
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def preview(regions: Sequence[Region], picture: Image.Image | None = None, *, si
     font = ImageFont.load_default(max(10, side // 24))
     for i, region in enumerate(regions):
         mask = region.mask_image().resize(canvas.size)
-        tint = Image.new("RGB", canvas.size, COLORS[i % len(COLORS)])
+        tint = Image.new("RGB", canvas.size, PREVIEW_COLORS[i % len(PREVIEW_COLORS)])
         canvas = Image.composite(Image.blend(canvas, tint, 0.55), canvas, mask)
         inside = np.argwhere(np.asarray(mask) > 127)
         if len(inside):

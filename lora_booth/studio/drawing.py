@@ -22,7 +22,7 @@ from ..pictures.gallery import Album
 from ..pictures.grids import Grid, grid
 from ..pictures.preflight import misfits
 from ..pictures.recipe import Recipe
-from ..pictures.regions import Region
+from ..pictures.regions import PREVIEW_COLORS, Region
 from ..training.checkpoint import saved_adapters
 from .folder import StudioFolder
 
@@ -34,7 +34,7 @@ PLACES = {  # on the page -> where two subjects go
 }
 BY_WEIGHT = "the adapters at 0 (before), 40, 80 and 100 % (after) of their weights"
 BY_STEP = "every step that a run has saved"
-COLORS = ("#e4572e", "#2e86ab")  # of the first and the second subject, as in `preview`
+COLORS = PREVIEW_COLORS[:2]  # of the first and the second subject
 NEAR = 90  # largest distance of a painted pixel to its colour, of 441; chosen
 CANVAS = 480  # pixels a side of what is painted on; chosen
 SMALL = 256  # of a thumbnail

@@ -18,7 +18,7 @@ from ..errors import PhotoError, SettingsError, shown
 from ..files import make_folder, read_table, remove, write_file
 from ..photos.finding import CAPTION_ENDING, CROPS_FILE, MANY, MASK_ENDING, checked_caption, find_photos, read_crops
 from ..photos.opening import opened, upright_copy
-from ..photos.photo import Photo, PhotoSet, Region, Unusable
+from ..photos.photo import CropRegion, Photo, PhotoSet, Unusable
 from ..pictures.gallery import names
 from ..subject.subject import Subject, check_words
 
@@ -116,7 +116,7 @@ class StudioFolder:
         path, caption = photo.path.with_name(photo.path.stem + CAPTION_ENDING), checked_caption(text, "here")
         remove(path) if caption is None else write_file(path, f"{caption}\n".encode())
 
-    def set_crop(self, photo: Photo, region: Region | None) -> None:
+    def set_crop(self, photo: Photo, region: CropRegion | None) -> None:
         path = self.place("photos", photo.path.parent.name, CROPS_FILE)
         crops = read_crops(path) if path.exists() else {}
         crops.pop(photo.path.name, None)
@@ -200,7 +200,7 @@ def clean(stem: str) -> str:
     return re.sub(r"[^\w-]+", "_", stem).strip("-_")[:80] or "file"
 
 
-def square_around(mask: Image.Image) -> Region:
+def square_around(mask: Image.Image) -> CropRegion:
     """The crop whose square holds what is white in a mask, as fractions of the picture."""
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     side = min(AROUND * max(right - left, bottom - top), *mask.size)

@@ -15,7 +15,7 @@ from ..photos.captioning import Captioner
 from ..photos.cropping import Cropping
 from ..photos.finding import find_photos
 from ..photos.masks import MaskSource, Segmenter
-from ..photos.photo import Photo, PhotoSet, Region, Skipped
+from ..photos.photo import CropRegion, Photo, PhotoSet, Skipped
 from .tokens import ARTICLE_TEMPLATE, SYNTAX, check_token_text
 from .wording import article, subject_pattern, with_article
 
@@ -79,7 +79,7 @@ class Subject:
         templates: Sequence[str] = (INSTANCE_TEMPLATE,),
         class_template: str = CLASS_TEMPLATE,
         crop: Cropping = "smart",
-        crops: Mapping[str, Region] | None = None,
+        crops: Mapping[str, CropRegion] | None = None,
         masks: Mapping[str, MaskSource] | Segmenter | Literal["auto"] | None = None,
         captioner: Captioner | None = None,
         class_images: Path | str | Sequence[Path | str] | None = None,

@@ -36,7 +36,7 @@ SEEDS = 2**63  # what PyTorch's generators take
 OTHER_SEED = 500_000_000_003  # added to the seed for each trial: beyond the seeds of all class images
 
 
-class Picture(NamedTuple):
+class TrainingPicture(NamedTuple):
     """What training sees, with its words."""
 
     cropped: Cropped
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
     class_prompt: str | None = None  # by which the base's prediction is the target; None: it is the noise
 
 
-Pictures = dict[WidthHeight, list[Picture]]  # of each size
+Pictures = dict[WidthHeight, list[TrainingPicture]]  # of each size
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def own_class_images(subjects: Sequence[Subject], sizes: Sequence[WidthHeight]) 
             fitting = [picture for picture in one.class_images if size_for(picture, used) == size]
             for picture in fitting or one.class_images:
                 cropped = crop_photo(picture, [size])
-                found.setdefault(cropped.image.size, []).append(Picture(cropped, one.class_prompt_for(picture)))
+                found.setdefault(cropped.image.size, []).append(TrainingPicture(cropped, one.class_prompt_for(picture)))
     return found
 
 
@@ -91,7 +91,7 @@ def drawn_class_images(
                 cropped = Cropped(made.image, Crop(0, 0, size[::-1]), made.mask)
                 named, plain = f"{one.token} {one.class_noun}", with_article(one.class_noun)
                 prompts = (prompt_beside(words, made.thing) for words in (named, plain))
-                found.setdefault(size, []).append(Picture(cropped, *prompts))
+                found.setdefault(size, []).append(TrainingPicture(cropped, *prompts))
     return found
 
 

@@ -30,7 +30,7 @@ from ..photos.cropping import crop_photo, picture_sizes, to_tensor
 from ..photos.photo import Photo
 from ..subject.subject import Subject
 from ..subject.wording import subject_pattern
-from .class_images import Picture, Pictures, drawn_class_images, own_class_images
+from .class_images import Pictures, TrainingPicture, drawn_class_images, own_class_images
 from .latents import Bucket, LatentCache, LatentSet, conditions
 
 # of the error where a photo's mask is black: chosen; at 0 the adapter is free to draw anything behind the subject
@@ -74,7 +74,9 @@ def prepare(
         cropped = crop_photo(photo, sizes)
         on_crop(number, cropped.image)
         prompt = prompt_read(base, one, photo, f"photo {number + 1}", warn)
-        photos.setdefault(cropped.image.size, []).append(Picture(cropped, prompt, one.class_prompt if by_predictions else None))
+        photos.setdefault(cropped.image.size, []).append(
+            TrainingPicture(cropped, prompt, one.class_prompt if by_predictions else None)
+        )
     if say is not None:
         each = ", ".join(f"{len(part)} at {written(size)}" for size, part in photos.items())
         say(f"{len(every)} photos at {config.resolution} px" + (f": {each}" if config.shape == "buckets" else ""))
@@ -135,7 +137,7 @@ def subjects_of(subject: Subject | Sequence[Subject]) -> list[Subject]:
 
 @torch.no_grad()
 def encode(
-    base: BaseModel, pictures: Sequence[Picture], *, background: float, flip: bool, on_picture: Callable[[], None]
+    base: BaseModel, pictures: Sequence[TrainingPicture], *, background: float, flip: bool, on_picture: Callable[[], None]
 ) -> LatentSet:
     """Pictures of one size -> LatentSet on the base's device, through the cache on disk.
 
