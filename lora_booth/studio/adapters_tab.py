@@ -13,9 +13,11 @@ from ..adapters.readers import readings
 from ..adapters.tools.convert import convert as convert_file
 from ..adapters.tools.merge import merge as merge_adapters
 from ..adapters.tools.spectrum import resize as resize_adapter
-from ..errors import SettingsError, shown
+from ..errors import shown
 from .drawing import SMALL, thumbnail
-from .events import Studio, choice, gallery, lines, listen, one_of, pick
+from .events import Studio, choice, gallery, lines, listen, one_of, pick, sure
+
+LAYOUTS = [("kohya: for ComfyUI, A1111 and diffusers", "kohya"), ("peft: for diffusers and PEFT", "peft")]
 
 
 def adapters_tab(studio: Studio) -> None:
@@ -31,7 +33,7 @@ def adapters_tab(studio: Studio) -> None:
         download = gr.DownloadButton("Download the file", visible=False)
         with gr.Accordion("Convert, resize, merge", open=False):
             with gr.Row():
-                layout = gr.Radio(["kohya", "peft"], value="peft", label="Names of the tensors")
+                layout = gr.Radio(LAYOUTS, value="peft", label="Names of the tensors")
                 convert = gr.Button("Convert")
             with gr.Row():
                 rank = gr.Slider(1, 128, 4, step=1, label="Rank")
@@ -47,7 +49,7 @@ def adapters_tab(studio: Studio) -> None:
             share = gr.Button("Make a folder for the Hub")
         result = gr.HTML(elem_id="result")
         with gr.Row():
-            sure = gr.Checkbox(label="Yes, delete this adapter")
+            yes = gr.Checkbox(label="Yes, delete this adapter")
             delete = gr.Button("Delete", variant="stop")
 
     def describe(name: str | None) -> tuple[Any, Any]:
@@ -65,8 +67,8 @@ def adapters_tab(studio: Studio) -> None:
         pictures = [(thumbnail(folder, name) or Image.new("RGB", (SMALL, SMALL), "#808080"), name) for name in names]
         return [pictures, one_of(names, at), gr.Dropdown(choices=names)]
 
-    def made(name: str, *notes: str) -> list[Any]:
-        return [*shelf(name), lines("; ".join([f"wrote {name}.safetensors", *notes]), kind="good")]
+    def made(name: str, *notes: str, at: str | None = None) -> list[Any]:
+        return [*shelf(at or name), lines("; ".join([f"wrote {name}.safetensors", *notes]), kind="good")]
 
     def free(source: str, ending: str) -> Path:
         return folder.adapter_file(folder.free_name(f"{source}-{ending}"))
@@ -76,26 +78,26 @@ def adapters_tab(studio: Studio) -> None:
         return [None, *made(added[-1], "checked")]
 
     def converted(name: str, wanted: Any) -> list[Any]:
-        return made(convert_file(folder.adapter_file(name), free(name, wanted), layout=wanted).stem)
+        return made(convert_file(folder.adapter_file(name), free(name, wanted), layout=wanted).stem, at=name)
 
     def resized(name: str, wanted: float) -> list[Any]:
         small, report = resize_adapter(adapter_of(name), rank=int(wanted))
-        return made(small.save(free(name, f"rank{int(wanted)}")).stem, f"{report.error:.1%} of the change is lost")
+        file = small.save(free(name, f"rank{int(wanted)}"))
+        return made(file.stem, f"{report.error:.1%} of the change is lost", at=name)
 
     def merged(name: str, with_it: str) -> list[Any]:
         both, _ = merge_adapters([(adapter_of(one), 1.0) for one in (name, with_it)])
-        return made(both.save(free(name, with_it)).stem, "their sum, exact")
+        return made(both.save(free(name, with_it)).stem, "their sum, exact", at=name)
 
     def shared(name: str, title: str, author: str, license: str) -> str:
         facts = {"title": title, "author": author, "license": license}
         given = {key: text for key, text in facts.items() if text}
         adapter = adapter_of(name).with_card(**given)
         place = adapter.save_folder(folder.place("shared", name), thumbnail=thumbnail(folder, name))
-        return lines(f"wrote shared/{place.name} in the studio's folder: upload it to the Hub as it stands", kind="good")
+        return lines(f"wrote {place}: upload it to the Hugging Face Hub as it stands", kind="good")
 
     def deleted(name: str, yes: bool) -> list[Any]:
-        if not yes:
-            raise SettingsError("say yes first: a deleted adapter is gone")
+        sure(yes, "a deleted adapter is gone, and pictures made with it cannot be drawn again")
         folder.remove_adapter(name)
         return [*shelf(), lines(f"deleted {name}"), False]
 
@@ -106,6 +108,6 @@ def adapters_tab(studio: Studio) -> None:
     listen([resize.click], resized, [adapter, rank], shown_there)
     listen([merge.click], merged, [adapter, other], shown_there)
     listen([share.click], shared, [adapter, title, author, license], [result])
-    listen([delete.click], deleted, [adapter, sure], [*shown_there, sure])
+    listen([delete.click], deleted, [adapter, yes], [*shown_there, yes])
     pick(stored, adapter, lambda: folder.names("adapters", ".safetensors"))
     listen([studio.page.load, tab.select], shelf, None, shown_there[:3])

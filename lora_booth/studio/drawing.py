@@ -15,7 +15,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.sharing import thumbnail_of
 from ..base.base_model import BaseModel
 from ..base.sizes import drawable
-from ..errors import SettingsError
+from ..errors import SettingsError, shown
 from ..photos.opening import read_picture
 from ..pictures.composition import Composition
 from ..pictures.gallery import Album
@@ -27,14 +27,15 @@ from ..training.checkpoint import saved_adapters
 from .folder import StudioFolder
 
 PLACES = {  # on the page -> where two subjects go
-    "found": "where the base looks for each",
-    "side by side": "the first adapter to the left, the second to the right",
+    "found": "where the base puts each of them",
+    "side by side": "the first adapter in the left half, the second in the right; say so in the prompt as well",
     "painted": "where you paint: the first in orange, the second in blue",
-    "everywhere": "the plain sum: for one subject and a style",
+    "everywhere": "no places: for one subject and a style",
 }
 BY_WEIGHT = "the adapters at 0 (before), 40, 80 and 100 % (after) of their weights"
 BY_STEP = "every step that a run has saved"
 COLORS = PREVIEW_COLORS[:2]  # of the first and the second subject
+COLOR_NAMES = dict(zip(COLORS, ("orange", "blue"), strict=True))
 NEAR = 90  # largest distance of a painted pixel to its colour, of 441; chosen
 CANVAS = 480  # pixels a side of what is painted on; chosen
 SMALL = 256  # of a thumbnail
@@ -64,6 +65,8 @@ class Models:
         torch.cuda.empty_cache()
 
     def adapter(self, name: str) -> Adapter:
+        if name not in self.folder.names("adapters", ".safetensors"):
+            raise SettingsError(f"{shown(name) if name else 'none'}: no such adapter; choose one that the page lists")
         return Adapter.load(self.folder.adapter_file(name))
 
     def weighted(self, chosen: Chosen) -> list[tuple[Adapter, float]]:
@@ -131,14 +134,14 @@ def mask_of(painted: Painted | None, color: str) -> Image.Image:
     """White where the first layer that was painted has this colour."""
     layer = next(filter(None, (painted or {}).get("layers") or ()), None)
     if layer is None:
-        raise SettingsError("nothing is painted; paint over the subject, or choose another way")
+        raise SettingsError("nothing is painted; paint over the place of the subject")
     background = painted and painted.get("background")
     box = background.convert("RGBA").getchannel("A").getbbox() if background else None  # without the margins
     pixels = np.asarray(layer.convert("RGBA").crop(box), dtype=np.float32)
     distance = np.linalg.norm(pixels[..., :3] - ImageColor.getrgb(color), axis=-1)
     inside = (distance < NEAR) & (pixels[..., 3] > 0)
     if not inside.any():
-        raise SettingsError("nothing is painted in a colour that is needed; paint each subject's place in its own")
+        raise SettingsError(f"nothing is painted in {COLOR_NAMES[color]}, which the palette beside the picture has")
     return Image.fromarray(inside.astype(np.uint8) * 255)
 
 

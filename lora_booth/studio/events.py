@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..base.base_model import import_libraries
-from ..errors import LoraBoothError, in_command
+from ..errors import LoraBoothError, SettingsError, in_command
 from .drawing import CANVAS, Models
 from .folder import StudioFolder
 from .runs import Trainings
@@ -100,6 +100,12 @@ def plain(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(text, duration=None, title="A defect of the studio") from error
 
     return call
+
+
+def sure(yes: bool, loss: str) -> None:
+    """Raises SettingsError unless the box beside the button is ticked."""
+    if not yes:
+        raise SettingsError(f"tick 'Yes' first: {loss}")
 
 
 def one_of(names: Sequence[str], wanted: str | None = None) -> Any:

@@ -25,7 +25,7 @@ from ..subject.subject import Subject, check_words
 ROOMS = ("photos", "runs", "adapters", "pictures", "shared", "bases")
 SETTINGS = "studio.json"  # what holds for all subjects: the base
 UPLOADS = ".page"  # what browsers sent, and pictures on their way to them
-NAME = re.compile(r"[^\W_][\w-]{0,39}")  # of subjects and runs
+NAME = re.compile(r"[^\W_]([\w -]{0,38}[\w-])?")  # of subjects and runs
 PIPELINES = {family.pipeline for family in FAMILIES.values()}
 AROUND = 1.15  # side of a crop by that of what was painted; chosen
 
@@ -65,6 +65,10 @@ class StudioFolder:
         found = read_table(self.place("photos", f"{subject}.json"))
         return {name: str(found.get(name, "")) for name in ("token", "class_noun")}
 
+    def tokens_but(self, subject: str | None) -> set[str]:
+        """Those of the other subjects."""
+        return {self.facts(one)["token"] for one in self.names("photos") if one != subject}
+
     def describe(self, subject: str, token: str, class_noun: str) -> None:
         """Raises SubjectError for words that cannot work."""
         check_words(token, class_noun)
@@ -86,7 +90,7 @@ class StudioFolder:
         return found
 
     def add_photos(self, subject: str, files: Sequence[Path]) -> list[str]:
-        """Copy what is a photo. Returns a line for each file that is none."""
+        """Copy what is a new photo. Returns a line for each other file."""
         folder, refused = self.place("photos", check_name(subject)), []
         make_folder(folder)
         for file in files:
@@ -96,10 +100,14 @@ class StudioFolder:
             except Unusable as error:
                 refused.append(f"{shown(file.name)}: {error}")
                 continue
+            content = file.read_bytes()
+            if any(path.is_file() and path.read_bytes() == content for path in folder.iterdir()):
+                refused.append(f"{shown(file.name)}: it is there already")
+                continue
             taken = {path.stem for path in folder.iterdir()}  # captions and masks go by it
             kind = file.suffix.lower() if file.suffix[1:].isalnum() else ""  # pictures are told by their content
             place = folder / f"{clean(file.stem)}{kind}"
-            write_file(next(one for one in names(place) if one.stem not in taken), file.read_bytes())
+            write_file(next(one for one in names(place) if one.stem not in taken), content)
         return refused
 
     def use_all_of(self, photo: Photo) -> None:
@@ -191,7 +199,7 @@ def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
 
 def check_name(name: str) -> str:
     if not NAME.fullmatch(name or ""):
-        raise SettingsError(f"name {shown(name)!r:.60}; needed: letters, digits, - and _, at most 40, e.g. 'rex'")
+        raise SettingsError(f"name {shown(name)!r:.60}; needed: letters, digits, spaces, - and _, at most 40, e.g. 'rex'")
     return name
 
 

@@ -28,6 +28,7 @@ button[role=tab].selected { color: inherit }
 progress { width: 100%; height: .9em; accent-color: #3b5bdb }
 #card table { width: 100%; font-size: .9em } #card th { text-align: left; padding-right: 1em; vertical-align: top }
 #card td { overflow-wrap: anywhere }
+.wrap:has(> span.error) { display: none !important } /* the message is beside it, and stays */
 .grid-wrap { min-height: 0 !important; overflow-y: auto !important }
 #status svg { max-width: 100%; height: auto }
 """
@@ -57,8 +58,9 @@ def theme() -> gr.themes.Base:
 def page(folder: StudioFolder) -> gr.Blocks:
     with gr.Blocks(title="lora_booth studio", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         studio = Studio(blocks, folder, Trainings(folder), Models(folder))
-        gr.Markdown("# Studio")
-        base = choice("Base model", info="What is on this machine; add yours to bases/", elem_id="base")
+        gr.Markdown("# Studio\nPhotos, then Train, then Play: teach a model your subject, and draw it.")
+        where = f"What is on this machine; add yours to {folder.place('bases')}"
+        base = choice("Base model", info=where, elem_id="base")
         about = gr.HTML(elem_id="about")
         with gr.Tabs(elem_id="tabs"):
             subject = photos_tab(studio)

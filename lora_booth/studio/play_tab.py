@@ -27,7 +27,7 @@ def play_tab(studio: Studio) -> None:
     folder, models = studio.folder, studio.models
     with gr.Tab("Play", id="play") as tab:
         prompt = gr.Textbox(label="Prompt", lines=2, placeholder="e.g. a photo of ohwx dog on the beach", elem_id="prompt")
-        suggested = gr.State("")
+        suggested, words = gr.State(""), gr.HTML(elem_id="words")
         names: list[Any] = []
         weights: list[Any] = []
         for label in SLOTS:
@@ -63,6 +63,7 @@ def play_tab(studio: Studio) -> None:
             kind = gr.Radio([BY_WEIGHT, BY_STEP], value=BY_WEIGHT, label="What to compare")
             run = choice("Run", info="Whose steps")
             compare = gr.Button("Draw the comparison")
+            compared = gr.HTML(min_height=40)  # where its progress is shown
             sheet = gr.Image(
                 label="Compared", format="png", interactive=False, visible=False, buttons=tools,
                 alt_text="A grid of pictures, labelled by row and column", elem_id="sheet",
@@ -81,7 +82,9 @@ def play_tab(studio: Studio) -> None:
 
     def shelf(at: str | None = None) -> list[Any]:
         found = dict(islice(album(folder).items(), MOST_SHOWN))
-        images = [(folder.place("pictures", name), str(made.get("prompt"))) for name, made in found.items()]
+        images = [
+            (folder.place("pictures", name), f"{made.get('seed')} · {made.get('prompt')}") for name, made in found.items()
+        ]
         return [images, one_of(list(found), at)]
 
     def make(text: str, where: str, painted: Painted, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
@@ -97,16 +100,16 @@ def play_tab(studio: Studio) -> None:
         composition = models.compose(chosen, where, painted)
         notes = remarks(composition, text, **more)
         name = models.draw(composition, text, seeds, on_step=on_step, **more)
-        return [lines(*notes), *shelf(name)]
+        return [lines(*notes, kind="advice"), *shelf(name)]
 
-    def draw_grid(kind: str, which: str | None, text: str, *values: Any) -> Any:
+    def draw_grid(kind: str, which: str | None, text: str, *values: Any) -> tuple[Any, str]:
         chosen, seeds, more = asked(text, values)
         if kind == BY_STEP:
             made = models.by_step(which or "", text, seeds=seeds, **more)
         else:
             made = grid(models.base(), models.weighted(chosen), text, seeds=seeds, **more)
         file = made.save(first_free(folder.place("pictures", "grid.png")))
-        return gr.Image(value=str(file), visible=True)
+        return gr.Image(value=str(file), visible=True), lines(f"{kind}: {text}")
 
     def explain(name: str | None) -> str:
         made = album(folder).get(name or "")
@@ -117,7 +120,7 @@ def play_tab(studio: Studio) -> None:
 
     def again(name: str) -> list[Any]:
         made, notes = models.redraw(name or "")
-        return [lines(f"drawn again: {made}", *notes), *shelf(made)]
+        return [lines(f"drawn again, exactly as it was made: {made}", *notes), *shelf(made)]
 
     def discard(name: str) -> list[Any]:
         picture = folder.place("pictures", name)
@@ -131,26 +134,28 @@ def play_tab(studio: Studio) -> None:
     def suggest(name: str, other: str, text: str, before: str) -> list[Any]:
         """A prompt that names the subjects, unless the user has written one."""
         cards = [models.adapter(one).card for one in (name, other) if one and one != NONE]
-        words = " and ".join(card.words for card in cards if card.words)
-        if not words or (text or "").strip() not in ("", before):
-            return [gr.skip(), gr.skip()]
-        return [f"a photo of {words}"] * 2
+        subjects = [card.words for card in cards if card.words]
+        if not subjects:
+            return [gr.skip(), gr.skip(), ""]
+        said = lines(f"Prompts say: {', '.join(subjects)}")
+        unchanged = (text or "").strip() in ("", before)
+        return [*[f"a photo of {' and '.join(subjects)}" if unchanged else gr.skip()] * 2, said]
 
     values = [*names, *weights, seed, number, steps, guidance, size, negative]
     shown = [notes, pictures, picture]
     listen([draw.click, prompt.submit], make, [prompt, place, canvas, *values], shown, model=True)
-    listen([compare.click], draw_grid, [kind, run, prompt, *values], [sheet], model=True)
+    listen([compare.click], draw_grid, [kind, run, prompt, *values], [sheet, compared], model=True)
     listen([place.change], lambda one: gr.Column(visible=one == "painted"), [place], [easel])
     listen([trace.click], lambda name: models.traced(name or ""), [picture], [canvas], model=True)
-    listen([names[0].input, names[1].input], suggest, [*names[:2], prompt, suggested], [prompt, suggested])
+    listen([names[0].input, names[1].input], suggest, [*names[:2], prompt, suggested], [prompt, suggested, words])
     listen([picture.change], explain, [picture], [how])
     pick(pictures, picture, lambda: list(album(folder)))
     listen([redraw.click], again, [picture], shown, model=True)
     listen([remove.click], discard, [picture], shown)
     listen([page.click], whole_page, None, [sent])
 
-    def refresh() -> list[Any]:
+    def refresh(*chosen: str) -> list[Any]:
         found = [NONE, *folder.names("adapters", ".safetensors")]
-        return [*(gr.Dropdown(choices=found) for _ in SLOTS), one_of(studio.trainings.names()), *shelf()]
+        return [*(one_of(found, one) for one in chosen), one_of(studio.trainings.names()), *shelf()]
 
-    listen([studio.page.load, tab.select], refresh, None, [*names, run, pictures, picture])
+    listen([studio.page.load, tab.select], refresh, names, [*names, run, pictures, picture])

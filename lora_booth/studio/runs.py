@@ -17,13 +17,13 @@ import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
 from ..config import defaults
 from ..errors import SettingsError, TrainingError, shown
-from ..files import remove
+from ..files import read_table, remove
 from ..photos.finding import MANY
 from ..report.reading import Run, read_run
 from .folder import StudioFolder, check_name, write_facts
 
 CHOICES = {  # in view on the page -> what it is for; `settings_of` says what it sets
-    "quick": "a first look, in a quarter of the steps and with nothing drawn first",
+    "quick": "a first look, in a quarter of the steps and without class images",
     "standard": "the defaults, which need no tuning",
     "careful": "half as many steps again, with eight rounds of samples, so that you can choose the best step",
 }
@@ -95,6 +95,10 @@ class Trainings:
             raise SettingsError(f"{shown(name)}: no such run; choose one that the page lists")
         with self._lock:
             self._check_idle()
+            if restart:  # by what the subject is called now
+                file = self.folder.place("runs", f"{name}.json")
+                settings = read_table(file)
+                write_facts(file, settings | self.folder.facts(Path(str(settings.get("folder"))).name))
             self._launch(name, *["--restart"] * restart)
 
     def stop(self, name: str) -> None:
@@ -139,7 +143,9 @@ class Trainings:
         step, total = (int(counted[1]), int(counted[2])) if counted else (0, 0)
         if not alive and not failed and run is not None:
             step, total = run.step, run.total
-            line = f"finished: {step} steps" if finished else f"stopped at step {step} of {total or '?'}; go on when you like"
+            line = f"stopped at step {step} of {total or '?'}; go on when you like"
+            if finished:
+                line = f"finished: {step} steps. Next: draw with it on the Play tab"
         elif failed and not line.startswith("error: "):
             line = f"ended early, perhaps stopped or out of memory; go on when you like. The log ends with: {line}"
         return State(alive, finished, failed, line, min(1.0, step / max(1, total)), run)

@@ -15,7 +15,7 @@ from ..config import LoraSpec, TrainingConfig, comments
 from ..errors import BaseModelError, SettingsError
 from ..notebook.outputs import CHART, MOST_COLUMNS, THUMBNAIL, samples_of
 from ..report.report import loss_chart
-from .events import Studio, choice, lines, listen, one_of
+from .events import Studio, choice, lines, listen, one_of, sure
 from .runs import CHOICES, State, settings_of
 
 EVERY = 2.0  # seconds between two looks at a run; chosen
@@ -31,7 +31,7 @@ def train_tab(studio: Studio, on_photos: Any) -> None:
     with gr.Tab("Train", id="train") as tab:
         with gr.Row():
             subject = choice("Subject")
-            name = gr.Textbox(label="Name of the run", info="And of its adapter; empty: the subject's", max_lines=1)
+            name = gr.Textbox(label="Name of the run", info="And of its adapter; leave it empty for the subject's", max_lines=1)
         ways = [(f"{one}: {what}", one) for one, what in CHOICES.items()]
         how = gr.Radio(ways, value="standard", label="How", elem_id="choice")
         with gr.Accordion("Everything else", open=False):
@@ -49,6 +49,7 @@ def train_tab(studio: Studio, on_photos: Any) -> None:
         with gr.Row():
             stop, go_on, anew = gr.Button("Stop"), gr.Button("Go on"), gr.Button("Start anew")
             forget = gr.Button("Remove the run", variant="stop")
+            yes = gr.Checkbox(label="Yes, discard what this run has")
         samples = gr.Image(
             label="Samples: a column for each round", format="png", interactive=False, buttons=["download"], visible=False,
             alt_text="Samples of the run, a row for each prompt and a column for each round", elem_id="samples",
@@ -88,6 +89,8 @@ def train_tab(studio: Studio, on_photos: Any) -> None:
 
     def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
         wanted, *_ = settings(who, how, values)
+        if (token := folder.facts(who)["token"]) in folder.tokens_but(who):
+            raise SettingsError(f"another subject has the token {token!r} too; give this one another on the first tab")
         new = (named or "").strip() or folder.free_name(who)
         studio.models.release()
         trainings.start(new, who, folder.bases()[folder.base], wanted)
@@ -108,12 +111,16 @@ def train_tab(studio: Studio, on_photos: Any) -> None:
         studio.models.release()
         trainings.again(which, restart=restart)
 
-    def doing(button: gr.Button, action: Callable[[str], None], *, model: bool = False) -> None:
-        def done(which: str) -> tuple[Any, ...]:
+    def doing(button: gr.Button, action: Callable[[str], None], *, discards: bool = False, model: bool = False) -> None:
+        def done(which: str, ticked: bool) -> tuple[Any, ...]:
+            if which not in trainings.names():
+                raise SettingsError("no run is chosen; start a training, or choose a run")
+            if discards:
+                sure(ticked, "the run's samples and checkpoints are lost; a finished adapter is kept until another replaces it")
             action(which)
-            return look(which)
+            return (*look(which), False)
 
-        listen([button.click], done, [run], shown, model=model)
+        listen([button.click], done, [run, yes], [*shown, yes], model=model)
 
     shown = [run, status, samples, seen]
     listen([check.click], fits, [subject, how, *fields], [forecast], model=True)
@@ -123,8 +130,9 @@ def train_tab(studio: Studio, on_photos: Any) -> None:
     listen([timer.tick], look, [run, seen], shown)
     doing(stop, trainings.stop)
     doing(go_on, again, model=True)
-    doing(anew, partial(again, restart=True), model=True)
-    doing(forget, trainings.remove)
+    doing(anew, partial(again, restart=True), discards=True, model=True)
+    doing(forget, trainings.remove, discards=True)
+    listen([subject.change, how.change], lambda: "", None, [forecast])  # it was for another training
 
     def refresh(there: str | None, here: str | None) -> list[Any]:
         return [one_of(folder.names("photos"), there or here), gr.Dropdown(choices=trainings.names())]
@@ -162,7 +170,8 @@ def page_of(state: State) -> str:
     text = lines(state.line, kind=kind) + bar
     if state.run is not None:
         text += str(loss_chart(state.run, style=CHART) or "")
-        items = "".join(f"<li>step {event.step}: {escape(event.what)}</li>" for event in state.run.events[-8:])
+        events = [(event.step, event.what.partition(";")[0]) for event in state.run.events[-8:]]  # the rest is for a terminal
+        items = "".join(f"<li>step {step}: {escape(what)}</li>" for step, what in events)
         text += f"<ul>{items}</ul>" if items else ""
     role = "" if state.alive else ' role="status"'  # a screen reader hears of the end, and not of every step
     return f'<div{role} data-alive="{int(state.alive)}" data-finished="{int(state.finished)}">{text}</div>'
