@@ -17,6 +17,7 @@ from ..errors import shown
 from .drawing import SMALL, thumbnail
 from .events import Studio, choice, gallery, lines, listen, one_of, pick, sure
 
+FIRST = ("prompt", "token", "class_noun", "weight")  # of a card: what it takes to use it
 LAYOUTS = [("kohya: for ComfyUI, A1111 and diffusers", "kohya"), ("peft: for diffusers and PEFT", "peft")]
 
 
@@ -56,7 +57,8 @@ def adapters_tab(studio: Studio) -> None:
         if not name:
             return lines("No adapter yet: train one, or drop a file."), gr.DownloadButton(visible=False)
         file, card = folder.adapter_file(name), adapter_of(name).card
-        facts = {key: value for key, value in vars(card).items() if value is not None and key != "base_hash"}
+        facts = dict.fromkeys(FIRST) | vars(card)
+        facts = {key: value for key, value in facts.items() if value is not None and key != "base_hash"}
         rows = [*facts.items(), ("size", f"{file.stat().st_size / 1e6:.2f} MB")]
         rows += [(reader, str(reading).removeprefix(f"{reader}: ")) for reader, reading in readings(file).items()]
         text = "".join(f"<tr><th scope='row'>{escape(shown(a))}</th><td>{escape(shown(b))}</td></tr>" for a, b in rows)
