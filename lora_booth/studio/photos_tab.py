@@ -123,11 +123,11 @@ def photos_tab(studio: Studio) -> Any:
         mask = [] if one.mask is None else [read_mask(one.mask.source, one.name, sha256=one.mask.sha256)[0]]
         return painting_of(image, mask)
 
-    def mask_all(name: str, which: str) -> list[Any]:
+    def mask_all(name: str, which: str | None) -> list[Any]:
         made = make_masks(folder.place("photos", name))
         text, *there = look(name, which)
         without = lines(*(f"{one.photo.name}: {one.reason}" for one in made if one.path is None))
-        return [text + without, *there, easel_of(folder.photo(name, which))]
+        return [text + without, *there, open_one(name, which)[0]]
 
     def discard(name: str, which: str) -> list[Any]:
         folder.remove_photo(folder.photo(name, which))

@@ -98,7 +98,8 @@ class Trainings:
             if restart:  # by what the subject is called now
                 file = self.folder.place("runs", f"{name}.json")
                 settings = read_table(file)
-                write_facts(file, settings | self.folder.facts(Path(str(settings.get("folder"))).name))
+                facts = self.folder.facts(Path(str(settings.get("folder"))).name)
+                write_facts(file, settings | {key: text for key, text in facts.items() if text})
             self._launch(name, *["--restart"] * restart)
 
     def stop(self, name: str) -> None:
