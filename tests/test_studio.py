@@ -24,6 +24,7 @@ from PIL import Image
 from studio_client import Client, Server
 
 import lora_booth as lb
+from lora_booth.adapters.sharing import thumbnail_of
 from lora_booth.config import LoraSpec
 from lora_booth.errors import AdapterError, PhotoError, SettingsError, SubjectError, TrainingError
 from lora_booth.photos.opening import MAX_BYTES
@@ -490,6 +491,9 @@ def test_the_whole_way(server, photos, tmp_path):
     assert "3 photos at 64 pixels" in client.value("#audit") and len(client.value("#squares")) == 3
     if find_spec("rembg") is None:
         assert "lora-booth[masks]" in refused(client, "Make masks for all photos (rembg; downloads its model once)")
+    client.write(**{"Photo to change": "0.jpg", "Caption": "on a sofa"})
+    client.do("Caption", "blur")
+    assert StudioFolder(root).photo("rex", "0.jpg").caption == "on a sofa"
     client.do("Token", "blur")
     facts = json.loads((root / "photos" / "rex.json").read_text())
     token = facts["token"]
@@ -565,6 +569,7 @@ def test_the_whole_way(server, photos, tmp_path):
         kept = (root / "pictures" / client.value("#picture")).read_bytes()
         client.do("#picture", "change")
         assert f"a photo of {token} dog and zwx mug" in client.value("#how")
+        assert f"{token} dog, zwx mug" in client.value("#words")
         client.do("Redraw")
         assert sorted(path.name for path in (root / "pictures").glob("*.png")) == files  # the same to the byte
         assert (root / "pictures" / client.value("#picture")).read_bytes() == kept
@@ -583,13 +588,18 @@ def test_the_whole_way(server, photos, tmp_path):
         client.write(**{"Adapter": "brew", "Other adapter": "rex"})
         client.do("Merge with it")
         assert client.value("Adapter") == "brew" and (root / "adapters" / "brew-rex.safetensors").is_file()
-        client.write(Adapter="brew-rank4")
+        client.write(Adapter="brew")
         client.do("Make a folder for the Hub")
-        assert (root / "shared" / "brew-rank4" / "README.md").is_file()
+        [sent] = (root / "shared" / "brew").glob("*.safetensors")
+        assert (root / "shared" / "brew" / "README.md").is_file() and thumbnail_of(sent) is not None  # of a picture above
+        client.write(Adapter="brew-rank4")
         assert "'Yes' first" in html.unescape(refused(client, "Delete"))
         client.write(**{"Yes, delete this adapter": True})
         client.do("Delete")
         assert not (root / "adapters" / "brew-rank4.safetensors").exists()
+        client.write(**{"First adapter": "brew-rank4", "Second adapter": "brew"})
+        client.do("Play", "select")
+        assert (client.value("First adapter"), client.value("Second adapter")) == ("none", "brew")
         assert "'Yes' first" in html.unescape(refused(client, "Start anew"))
         StudioFolder(root).describe("rex", "sks", "dog")
         yes = "Yes, discard what this run has"
@@ -601,6 +611,9 @@ def test_the_whole_way(server, photos, tmp_path):
         wait(client, lambda status: 'data-alive="0"' in status)
         client.write(**{yes: True})
         client.do("Remove the run")
+        client.write(**{"Photo to change": "2.jpg"})
+        client.do("Remove the photo")
+        assert len(StudioFolder(root).photos("rex").photos) == 2 and client.value("Photo to change") is None  # not the next one
         assert not (root / "runs" / "rex").exists() and (root / "adapters" / "rex.safetensors").is_file()
         assert "Traceback" not in again.log.read_text()
 
@@ -631,35 +644,35 @@ def painted(file: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_training_that_fails_says_why_in_one_line(folder, photos):
-    folder.add_photos("rex", sorted(photos.iterdir()))
+    folder.add_photos("my rex", sorted(photos.iterdir()))
     with pytest.raises(SubjectError, match="more than a noun"):
-        folder.describe("rex", "ohwx", "a dog")
-    folder.describe("rex", "ohwx", "dog")
+        folder.describe("my rex", "ohwx", "a dog")
+    folder.describe("my rex", "ohwx", "dog")
     trainings = Trainings(folder)
-    trainings.start("rex", "rex", str(folder.root / "bases" / "gone"), {"steps": 1})
+    trainings.start("my rex", "my rex", str(folder.root / "bases" / "gone"), {"steps": 1})
     with pytest.raises(TrainingError, match="rex is training"):
-        trainings.start("rex-2", "rex", "toybox", {})
+        trainings.start("rex-2", "my rex", "toybox", {})
     end = time.monotonic() + 300
-    while "rex" in trainings.training():
+    while "my rex" in trainings.training():
         assert time.monotonic() < end
         time.sleep(0.2)
-    state = trainings.state("rex")
+    state = trainings.state("my rex")
     assert not state.alive and state.line.startswith("error: ") and "no such folder or file" in state.line
-    with pytest.raises(SettingsError, match="there is a run 'rex'"):
-        trainings.start("rex", "rex", "toybox", {})
+    with pytest.raises(SettingsError, match="there is a run 'my rex'"):
+        trainings.start("my rex", "my rex", "toybox", {})
     folder.adapter_file("friend").write_bytes(b"of somebody else")
     with pytest.raises(SettingsError, match="there is an adapter 'friend'"):
-        trainings.start("friend", "rex", "toybox", {})
-    (folder.root / "runs" / "rex.json").write_text('["rm", "-rf"]')  # nothing but settings of a training is obeyed
-    trainings.again("rex")
-    while "rex" in trainings.training():
+        trainings.start("friend", "my rex", "toybox", {})
+    (folder.root / "runs" / "my rex.json").write_text('["rm", "-rf"]')  # nothing but settings of a training is obeyed
+    trainings.again("my rex")
+    while "my rex" in trainings.training():
         assert time.monotonic() < end
         time.sleep(0.2)
-    assert "not a table of settings" in trainings.state("rex").line
+    assert "not a table of settings" in trainings.state("my rex").line
     for name in ("gone", "../rex"):
         with pytest.raises(SettingsError, match="no such run"):
             trainings.again(name)
-    trainings.remove("rex")
+    trainings.remove("my rex")
     assert trainings.names() == []
 
 

@@ -101,7 +101,8 @@ class StudioFolder:
                 refused.append(f"{shown(file.name)}: {error}")
                 continue
             content = file.read_bytes()
-            if any(path.is_file() and path.read_bytes() == content for path in folder.iterdir()):
+            alike = (path for path in folder.iterdir() if path.is_file() and path.stat().st_size == len(content))
+            if any(path.read_bytes() == content for path in alike):
                 refused.append(f"{shown(file.name)}: it is there already")
                 continue
             taken = {path.stem for path in folder.iterdir()}  # captions and masks go by it

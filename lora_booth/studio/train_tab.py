@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ..config import LoraSpec, TrainingConfig, comments
-from ..errors import BaseModelError, SettingsError
+from ..errors import LoraBoothError, SettingsError
 from ..notebook.outputs import CHART, MOST_COLUMNS, THUMBNAIL, samples_of
 from ..report.report import loss_chart
 from .events import Studio, choice, lines, listen, one_of, sure
@@ -83,8 +83,8 @@ def train_tab(studio: Studio, on_photos: Any) -> None:
             try:
                 found = plan(source, config=config, lora=lora, photos=photos)
                 text += lines(f"{name}: {found.summary}", kind="good" if found.chosen else "error")
-            except BaseModelError as error:
-                text += lines(str(error), kind="error")
+            except LoraBoothError as error:  # of this base alone
+                text += lines(f"{name}: {error}", kind="error")
         return text
 
     def begin(who: str, named: str | None, how: str, *values: Any) -> Any:
